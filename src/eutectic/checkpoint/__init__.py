@@ -1,0 +1,1 @@
+"""Files: what a checkpoint holds, reading and writing it."""

@@ -1,0 +1,83 @@
+"""Every error that eutectic raises on purpose.
+
+    EutecticError            exit code 1: the work failed
+    ├── CheckpointError      a file cannot be read, or does not hold what it claims
+    ├── StatisticsError      a statistics file is unusable, or belongs to something else
+    ├── NumericalError       NaN, Inf, or a decomposition that did not converge
+    ├── OutputError          the output cannot be written (full disk, permissions)
+    ├── MissingExtraError    an optional dependency is not installed
+    └── RequestError         exit code 2: the request itself is wrong
+        ├── MethodError      an unknown method, or a parameter out of range
+        ├── RecipeError      a recipe that cannot be carried out; lists every fault
+        └── ResumeError      the unfinished output belongs to another request
+
+A message is two or three lines: what happened and where; what was got and what is allowed;
+what to do next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+
+class EutecticError(Exception):
+    """The root of all errors raised on purpose."""
+
+    exit_code = 1
+
+
+class CheckpointError(EutecticError):
+    """A checkpoint file cannot be read, or does not hold what it claims."""
+
+
+class StatisticsError(EutecticError):
+    """A statistics file is unusable, or belongs to another checkpoint."""
+
+
+class NumericalError(EutecticError):
+    """NaN or Inf in the input, or a decomposition that did not converge."""
+
+
+class OutputError(EutecticError):
+    """The output cannot be written."""
+
+
+class MissingExtraError(EutecticError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package '{package}', which is not installed.\n"
+            f"Install it with: pip install 'eutectic[{extra}]'"
+        )
+
+
+class RequestError(EutecticError):
+    """The request itself is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class MethodError(RequestError):
+    """An unknown method, an unknown parameter, or a value out of range."""
+
+
+class RecipeError(RequestError):
+    """A recipe that cannot be carried out, with all of its faults."""
+
+    def __init__(self, faults: Sequence[str], where: str = "the recipe") -> None:
+        self.faults = list(faults)
+        count = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''}"
+        lines = "\n".join(f"  - {fault}" for fault in self.faults)
+        super().__init__(f"{where} cannot be carried out ({count}):\n{lines}")
+
+
+class ResumeError(RequestError):
+    """The unfinished output belongs to another request, or to changed inputs."""
+
+
+def suggest(word: str, allowed: Sequence[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the nearest allowed word, or an empty string."""
+    near = get_close_matches(word, allowed, n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""

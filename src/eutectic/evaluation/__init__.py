@@ -1,0 +1,1 @@
+"""Measuring merged models on tasks."""

@@ -1,0 +1,1 @@
+"""Carrying out a plan: streamed, journalled, resumable."""

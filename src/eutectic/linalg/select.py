@@ -1,0 +1,82 @@
+"""Exact selection of the k-th largest magnitude over a stream, without sorting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+DIGIT_BITS = 16
+
+
+def magnitude_thresholds(chunks: Callable[[], Iterator[Tensor]], density: float) -> Tensor:
+    """Return, for each row of a stream of `[T, n_c]` chunks, the k-th largest magnitude.
+
+    k = int(density · n) with n the length of a row over all chunks. The bits of non-negative IEEE
+    numbers sort like integers, so the answer is found digit by digit from histograms of 16 bits:
+    two passes over float32, four over float64. Memory: one histogram a row, whatever n is.
+
+    Args:
+        chunks: starts a fresh iteration over the same chunks, all float32 or all float64.
+        density: fraction to keep, in [0, 1].
+
+    Returns:
+        `[T]` thresholds in the chunks' dtype: |x| ≥ threshold keeps at least k entries (more only
+        where magnitudes are equal). k = 0 gives +inf, k = n gives 0.
+    """
+    prefixes, remaining, dtype = _first_digit(chunks, density)
+    if remaining is None:
+        return prefixes.to(dtype)
+    digits = (4 if dtype == torch.float64 else 2) - 1
+    for digit in reversed(range(digits)):
+        counts = torch.zeros(len(prefixes), 1 << DIGIT_BITS, dtype=torch.int64)
+        for chunk in chunks():
+            for row, bits in enumerate(_magnitude_bits(chunk)):
+                high = bits >> (DIGIT_BITS * (digit + 1))
+                inside = bits[high == prefixes[row]] >> (DIGIT_BITS * digit)
+                counts[row] += _histogram(inside & 0xFFFF, 1 << DIGIT_BITS)
+        bins, remaining = _descend(counts, remaining)
+        prefixes = (prefixes << DIGIT_BITS) | bins
+    return (prefixes if dtype == torch.float64 else prefixes.to(torch.int32)).view(dtype)
+
+
+def _first_digit(
+    chunks: Callable[[], Iterator[Tensor]], density: float
+) -> tuple[Tensor, Tensor | None, torch.dtype]:
+    """Histogram the highest digit, which also counts the stream; settle k = 0 and k = n."""
+    counts, dtype = None, torch.float32
+    for chunk in chunks():
+        dtype = chunk.dtype
+        if counts is None:
+            counts = torch.zeros(len(chunk), 1 << (DIGIT_BITS - 1), dtype=torch.int64)
+        shift = (8 * dtype.itemsize) - DIGIT_BITS
+        for row, bits in enumerate(_magnitude_bits(chunk)):
+            counts[row] += _histogram(bits >> shift, 1 << (DIGIT_BITS - 1))
+    if counts is None:
+        return torch.empty(0), None, dtype
+    n = int(counts[0].sum())
+    k = int(density * n)
+    if k == 0 or k >= n:
+        return torch.full((len(counts),), float("inf") if k == 0 else 0.0), None, dtype
+    bins, remaining = _descend(counts, torch.full((len(counts),), k))
+    return bins, remaining, dtype
+
+
+def _magnitude_bits(chunk: Tensor) -> Tensor:
+    integers = torch.int64 if chunk.dtype == torch.float64 else torch.int32
+    return chunk.abs().flatten(1).view(integers)
+
+
+def _histogram(digits: Tensor, bins: int) -> Tensor:
+    return torch.bincount(digits, minlength=bins)
+
+
+def _descend(counts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, per row, the bin of the k-th largest entry and its rank inside that bin."""
+    from_top = counts.flip(1).cumsum(1)
+    position = torch.searchsorted(from_top, k.unsqueeze(1)).squeeze(1)
+    before = torch.where(
+        position > 0, from_top.gather(1, (position - 1).clamp_min(0).unsqueeze(1)).squeeze(1), 0
+    )
+    return counts.shape[1] - 1 - position, k - before

@@ -1,0 +1,27 @@
+"""Merging methods as pure functions. Importing this package fills the registry."""
+
+from eutectic.methods import arithmetic as arithmetic
+from eutectic.methods import linear as linear
+from eutectic.methods import spherical as spherical
+from eutectic.methods import sparsify as sparsify
+from eutectic.methods import ties as ties
+from eutectic.methods.matrices import merge_matrices, methods
+from eutectic.methods.registry import (
+    Context,
+    Method,
+    Parameters,
+    all_methods,
+    get_method,
+    register,
+)
+
+__all__ = [
+    "Context",
+    "Method",
+    "Parameters",
+    "all_methods",
+    "get_method",
+    "merge_matrices",
+    "methods",
+    "register",
+]

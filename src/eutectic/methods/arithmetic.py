@@ -1,0 +1,25 @@
+"""Task arithmetic."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from eutectic.methods.linear import weighted_sum
+from eutectic.methods.registry import Context, Parameters, register
+
+
+@register(
+    "task_arithmetic",
+    family="arithmetic",
+    summary="Sum of the task vectors; the scale α decides how much of it is added.",
+    paper="Editing models with task arithmetic, arXiv 2212.04089",
+    elementwise=True,
+    laws={"permutation", "homogeneous", "zero", "single", "rotation"},
+)
+def task_arithmetic(deltas: Tensor, parameters: Parameters, context: Context) -> Tensor:
+    """Return Σ w_t Δ_t.
+
+    Shapes: `[T, *shape]` -> `[*shape]`. Cost: one pass. At T = 1 the expert itself; zero deltas
+    give zero; rank plays no part.
+    """
+    return weighted_sum(deltas, context)

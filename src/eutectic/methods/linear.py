@@ -1,0 +1,99 @@
+"""Weighted means of weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eutectic.errors import MethodError
+from eutectic.methods.registry import Context, Parameters, register
+
+
+@register(
+    "average",
+    family="linear",
+    summary="Mean of the experts' weights, weighted and normalised.",
+    paper="Model soups: averaging weights of multiple fine-tuned models, arXiv 2203.05482",
+    elementwise=True,
+    space="either",
+    laws={"permutation", "homogeneous", "zero", "single", "copies", "rotation"},
+)
+def average(deltas: Tensor, parameters: Parameters, context: Context) -> Tensor:
+    """Return Σ w_t Δ_t / Σ w_t.
+
+    Shapes: `[T, *shape]` -> `[*shape]`. Cost: one pass. At T = 1 the expert itself; zero deltas
+    give zero; rank plays no part.
+
+    Raises:
+        MethodError: the weights sum to zero.
+    """
+    return _mean(deltas, context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearParameters(Parameters):
+    """Parameters of `linear`.
+
+    Attributes:
+        normalize: divide by the sum of the weights.
+    """
+
+    normalize: bool = True
+
+
+@register(
+    "linear",
+    family="linear",
+    summary="Weighted sum of the experts' weights, normalised unless told otherwise.",
+    paper="Model soups: averaging weights of multiple fine-tuned models, arXiv 2203.05482",
+    parameters=LinearParameters,
+    elementwise=True,
+    space=lambda p: "either" if p.normalize else "weight",
+    laws={"permutation", "homogeneous", "zero", "single", "copies", "rotation"},
+)
+def linear(inputs: Tensor, parameters: LinearParameters, context: Context) -> Tensor:
+    """Return Σ w_t W_t, divided by Σ w_t if `normalize`.
+
+    Shapes: `[T, *shape]` -> `[*shape]`. Cost: one pass. At T = 1 the expert itself (normalised).
+    Without normalisation the sum is taken over weights, not deltas, so the base does not enter.
+
+    Raises:
+        MethodError: `normalize` with weights that sum to zero.
+    """
+    if parameters.normalize:
+        return _mean(inputs, context)
+    return weighted_sum(inputs, context)
+
+
+def weighted_sum(inputs: Tensor, context: Context) -> Tensor:
+    """Return Σ w_t x_t over the first dimension, expert by expert in order."""
+    w = context.weights
+    total = inputs[0] * w[0] if w[0] != 1.0 else inputs[0].clone()
+    for x, weight in zip(inputs[1:], w[1:], strict=True):
+        total.add_(x, alpha=weight)
+    return total
+
+
+def _mean(inputs: Tensor, context: Context) -> Tensor:
+    total = sum(context.weights)
+    if total == 0:
+        raise MethodError(
+            f"the experts' weights sum to zero, so their mean is undefined: {context.weights}.\n"
+            "Choose other weights, or task_arithmetic, which does not normalise."
+        )
+    mean = weighted_sum(inputs, context)
+    return mean if total == 1 else mean.div_(total)
+
+
+def mean_of_deltas(deltas: Tensor, context: Context) -> Tensor:
+    """Return the weighted mean that biases and norms take; see `average`."""
+    return _mean(deltas, context)
+
+
+def finite(x: Tensor) -> bool:
+    """Tell whether every entry is finite, in one cheap pass where it is."""
+    if x.numel() == 0 or bool(torch.isfinite(x.sum())):
+        return True
+    return bool(torch.isfinite(x).all())

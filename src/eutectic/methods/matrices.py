@@ -1,0 +1,228 @@
+"""The in-memory entry: one stack of task matrices in, one merged delta out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from eutectic.errors import MethodError, NumericalError
+from eutectic.methods.linear import finite
+from eutectic.methods.registry import Context, Method, Precision, all_methods, get_method
+from eutectic.types import LayerStatistics, Merged
+
+
+@overload
+def merge_matrices(
+    method: str, deltas: Tensor | Sequence[Tensor], *, full_output: Literal[True], **kwargs: Any
+) -> Merged: ...
+@overload
+def merge_matrices(
+    method: str,
+    deltas: Tensor | Sequence[Tensor],
+    *,
+    full_output: Literal[False] = ...,
+    **kwargs: Any,
+) -> Tensor: ...
+def merge_matrices(
+    method: str,
+    deltas: Tensor | Sequence[Tensor],
+    *,
+    weights: Sequence[float] | None = None,
+    base: Tensor | None = None,
+    statistics: Sequence[LayerStatistics | None] | None = None,
+    initial: Tensor | None = None,
+    experts: Sequence[str] | None = None,
+    tensor: str = "",
+    seed: int = 0,
+    precision: Precision = "fast",
+    full_output: bool = False,
+    **parameters: Any,
+) -> Tensor | Merged:
+    """Merge T task matrices Δ_t = W_t − W₀ into one merged delta, before the scale α.
+
+    Args:
+        method: a name from `eutectic.methods()`.
+        deltas: `[T, out, in]`, or a sequence of T matrices; vectors `[T, n]` for methods with a
+            rule for them. float16 and bfloat16 are computed in float32.
+        weights: w_t, one per expert (default 1).
+        base: W₀ `[out, in]`, for methods that need it.
+        statistics: one `LayerStatistics` (or None) per expert, for methods that use data.
+        initial: merged delta `[out, in]` from which an iterative method starts.
+        experts: names; they seed per-expert random numbers (default "0", "1", …).
+        tensor: the tensor's name; it seeds random numbers.
+        seed: seed of the random numbers.
+        precision: "fast" or "exact" linear algebra.
+        full_output: return a `Merged` with the method's record instead of the bare delta.
+        **parameters: the method's own parameters.
+
+    Returns:
+        The merged delta `[out, in]`, float32 (float64 for float64 input).
+
+    Raises:
+        MethodError: unknown method or parameter, value out of range, wrong number of experts,
+            shapes that do not fit, or something that the method needs and was not given.
+        NumericalError: NaN or Inf in a delta.
+
+    Example:
+        >>> import torch
+        >>> deltas = torch.stack([torch.eye(2), 3 * torch.eye(2)])
+        >>> merge_matrices("average", deltas)
+        tensor([[2., 0.],
+                [0., 2.]])
+    """
+    entry = get_method(method)
+    values = entry.parse(parameters)
+    stack = _as_stack(entry, deltas)
+    context = Context(
+        weights=_as_weights(weights, len(stack)),
+        experts=_as_names(experts, len(stack)),
+        tensor=tensor,
+        base=_like_one(base, stack, "base"),
+        statistics=_as_statistics(statistics, len(stack)),
+        initial=_like_one(initial, stack, "initial"),
+        seed=seed,
+        precision=precision,
+    )
+    lacking = missing_needs(entry, values, context)
+    if lacking and entry.fallback(values) != method:
+        raise MethodError(f"method '{method}' needs {' and '.join(lacking)}.")
+    merged = run_method(entry, stack, values, context)
+    return merged if full_output else merged.delta
+
+
+def run_method(entry: Method, deltas: Tensor, values: Any, context: Context) -> Merged:
+    """Run a method on a whole tensor in memory, in whichever space it works.
+
+    The state is prepared here unless `context.state` holds one already (model scope).
+    """
+    in_weights = entry.space(values) == "weight"
+    if in_weights and context.base is None:
+        raise MethodError(f"method '{entry.name}' works on weights and needs base.")
+    inputs = deltas + context.base if in_weights and context.base is not None else deltas
+    if entry.prepare is not None and context.state is None:
+        state = entry.prepare(lambda: iter([inputs.flatten(1)]), values, context)
+        context = dataclasses.replace(context, state=state)
+    result = entry.function(inputs, values, context)
+    merged = result if isinstance(result, Merged) else Merged(result)
+    if in_weights and context.base is not None:
+        merged = Merged(merged.delta - context.base, merged.record)
+    return merged
+
+
+def missing_needs(entry: Method, values: Any, context: Context) -> list[str]:
+    """Return what the method needs for this tensor and the context lacks."""
+    lacking: list[str] = []
+    for need in sorted(entry.needs(values)):
+        if need == "base":
+            if context.base is None:
+                lacking.append("base")
+        elif context.statistics is None or any(
+            not has_statistic(s, need) for s in context.statistics
+        ):
+            lacking.append(f"statistics with '{need}' for every expert")
+    return lacking
+
+
+def has_statistic(statistics: LayerStatistics | None, need: str) -> bool:
+    """Tell whether the statistics hold what a method names in `needs`."""
+    if statistics is None:
+        return False
+    if need == "gram":
+        return statistics.gram is not None or statistics.gram_factor is not None
+    return getattr(statistics, need) is not None
+
+
+def methods() -> dict[str, dict[str, Any]]:
+    """Return every method: name -> summary, family, paper, parameters, needs, experts.
+
+    Example:
+        >>> sorted(methods()["slerp"]["parameters"])
+        ['t']
+    """
+    table: dict[str, dict[str, Any]] = {}
+    for name, entry in all_methods().items():
+        defaults = entry.parameters()
+        table[name] = {
+            "summary": entry.summary,
+            "family": entry.family,
+            "paper": entry.paper,
+            "parameters": {
+                f.name: {"type": f.type, "default": getattr(defaults, f.name)}
+                for f in dataclasses.fields(entry.parameters)
+            },
+            "needs": sorted(entry.needs(defaults)),
+            "experts": entry.experts,
+            "default_scale": entry.default_scale(8),
+            "description": (entry.function.__doc__ or "").strip(),
+        }
+    return table
+
+
+def _as_stack(entry: Method, deltas: Tensor | Sequence[Tensor]) -> Tensor:
+    if not isinstance(deltas, Tensor):
+        shapes = {tuple(d.shape) for d in deltas}
+        if len(shapes) != 1:
+            raise MethodError(
+                f"the deltas must all have one shape, got {sorted(shapes) or 'no delta at all'}."
+            )
+        deltas = torch.stack(list(deltas))
+    if deltas.ndim < 2 or (deltas.ndim != 3 and not entry.vectors):
+        allowed = "[T, ...]" if entry.vectors else "[T, out, in]"
+        raise MethodError(
+            f"method '{entry.name}' takes deltas {allowed}, got shape {list(deltas.shape)}."
+        )
+    entry.check_expert_count(len(deltas))
+    if not deltas.is_floating_point():
+        raise MethodError(f"deltas must be floating-point, got {deltas.dtype}.")
+    if deltas.dtype not in (torch.float32, torch.float64):
+        deltas = deltas.float()
+    if not finite(deltas):
+        bad = [t for t, d in enumerate(deltas) if not finite(d)]
+        raise NumericalError(f"NaN or Inf in the deltas of expert {bad}; nothing was merged.")
+    return deltas
+
+
+def _as_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    if weights is None:
+        return (1.0,) * count
+    values = tuple(float(w) for w in weights)
+    if len(values) != count or not all(abs(w) < float("inf") for w in values):
+        raise MethodError(f"weights must be {count} finite numbers, got {list(weights)}.")
+    return values
+
+
+def _as_names(experts: Sequence[str] | None, count: int) -> tuple[str, ...]:
+    names = tuple(experts) if experts is not None else tuple(str(t) for t in range(count))
+    if len(names) != count or len(set(names)) != count:
+        raise MethodError(f"experts must be {count} different names, got {list(names)}.")
+    return names
+
+
+def _as_statistics(
+    statistics: Sequence[LayerStatistics | None] | None, count: int
+) -> tuple[LayerStatistics | None, ...] | None:
+    if statistics is None:
+        return None
+    if len(statistics) != count:
+        raise MethodError(
+            f"statistics must hold one entry per expert ({count}), got {len(statistics)}."
+        )
+    return tuple(statistics)
+
+
+def _like_one(value: Tensor | None, stack: Tensor, name: str) -> Tensor | None:
+    if value is None:
+        return None
+    if value.shape != stack.shape[1:]:
+        raise MethodError(
+            f"{name} must have the shape of one delta {list(stack.shape[1:])}, "
+            f"got {list(value.shape)}."
+        )
+    return value.to(stack)
+
+
+__all__ = ["has_statistic", "merge_matrices", "methods", "missing_needs", "run_method"]

@@ -1,0 +1,246 @@
+"""The contract of a method, and the table of all of them.
+
+A method is a pure function from stacked task matrices to one merged matrix:
+
+    @register("my_method", family="mine", parameters=MyParameters, summary="…", paper="…")
+    def my_method(deltas: Tensor, parameters: MyParameters, context: Context) -> Tensor: ...
+
+`deltas` is `[T, *shape]`, float32 or float64, never modified; the result is `[*shape]`, before α.
+It reads no file, prints nothing, chooses no device and looks at no tensor name (`context.tensor`
+seeds random numbers, nothing else).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
+
+from eutectic.errors import MethodError, suggest
+from eutectic.types import LayerStatistics, Merged
+
+Precision = Literal["fast", "exact"]
+Space = Literal["delta", "weight", "either"]
+Chunks = Callable[[], Iterator[Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """Base of every method's parameters: frozen, keyword-only, unknown keys refused."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Context:
+    """What a method may know besides the deltas.
+
+    Attributes:
+        weights: w_t, one per expert (default: all 1).
+        experts: names of the experts; they seed per-expert random numbers.
+        tensor: name of the tensor; it seeds random numbers and tags messages.
+        base: W₀ in the shape of one delta, for methods that need it.
+        statistics: one entry per expert; None where an expert has none for this tensor.
+        initial: a merged delta to start from, for iterative methods.
+        seed: the recipe's seed.
+        precision: "fast" (Gram and iterative kernels, error-checked) or "exact" (full SVD).
+        offset: flat index of the first entry, when an element-wise method sees one chunk.
+        state: what the method's `prepare` returned for this tensor or this model.
+    """
+
+    weights: tuple[float, ...]
+    experts: tuple[str, ...]
+    tensor: str = ""
+    base: Tensor | None = None
+    statistics: tuple[LayerStatistics | None, ...] | None = None
+    initial: Tensor | None = None
+    seed: int = 0
+    precision: Precision = "fast"
+    offset: int = 0
+    state: Any = None
+
+    def weigh(self, deltas: Tensor) -> Tensor:
+        """Return w_tΔ_t; the deltas themselves when every weight is 1."""
+        if all(w == 1.0 for w in self.weights):
+            return deltas
+        w = torch.tensor(self.weights, dtype=deltas.dtype, device=deltas.device)
+        return deltas * w.view(-1, *[1] * (deltas.ndim - 1))
+
+    def seed_for(self, *salt: str) -> int:
+        """Return a 63-bit seed from (recipe seed, tensor name, salt), the same on any machine."""
+        text = "\0".join([str(self.seed), self.tensor, *salt])
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+MethodFunction = Callable[[Tensor, Any, Context], "Tensor | Merged"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of the table; see `register` for the meaning of the fields."""
+
+    name: str
+    family: str
+    summary: str
+    paper: str
+    function: MethodFunction
+    parameters: type[Parameters]
+    elementwise: bool
+    vectors: bool
+    space: Callable[[Any], Space]
+    prepare: Callable[[Chunks, Any, Context], Any] | None
+    model_scope: Callable[[Any], bool]
+    experts: tuple[int, int | None]
+    needs: Callable[[Any], Set[str]]
+    laws: frozenset[str]
+    fallback: Callable[[Any], str]
+    workspace: float
+    default_scale: Callable[[int], float]
+    finish: Callable[[Mapping[str, float], Any], Mapping[str, float]] | None
+    adapter: TypeAdapter[Any] = field(repr=False)
+
+    def parse(self, values: Mapping[str, Any]) -> Any:
+        """Return checked parameters.
+
+        Raises:
+            MethodError: naming every unknown key (with the nearest known one) and every value out
+                of its range.
+        """
+        try:
+            return self.adapter.validate_python(dict(values))
+        except ValidationError as error:
+            faults = "\n".join(f"  - {f}" for f in self.faults(error))
+            raise MethodError(f"method '{self.name}' refuses its parameters:\n{faults}") from None
+
+    def faults(self, error: ValidationError) -> list[str]:
+        """Return one plain sentence for each fault that pydantic found in the parameters."""
+        known = [f.name for f in dataclasses.fields(self.parameters)]
+        sentences: list[str] = []
+        for item in error.errors():
+            name = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "unexpected_keyword_argument":
+                allowed = f"Allowed: {', '.join(known)}." if known else "It takes none."
+                sentences.append(f"unknown parameter '{name}'.{suggest(name, known)} {allowed}")
+            else:
+                sentences.append(f"{name}: {item['msg'].lower()}, got {item.get('input')!r}.")
+        return sentences
+
+    def check_expert_count(self, count: int) -> None:
+        """Raise MethodError when the method is not defined for `count` experts."""
+        low, high = self.experts
+        if count < low or (high is not None and count > high):
+            allowed = f"exactly {low}" if low == high else f"at least {low}"
+            if high is not None and low != high:
+                allowed = f"{low} to {high}"
+            raise MethodError(f"method '{self.name}' takes {allowed} experts, got {count}.")
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(
+    name: str,
+    *,
+    family: str,
+    summary: str,
+    parameters: type[Parameters] = Parameters,
+    paper: str = "",
+    elementwise: bool = False,
+    vectors: bool = False,
+    space: Space | Callable[[Any], Space] = "delta",
+    prepare: Callable[[Chunks, Any, Context], Any] | None = None,
+    model_scope: Callable[[Any], bool] = lambda parameters: False,
+    experts: tuple[int, int | None] = (1, None),
+    needs: Set[str] | Callable[[Any], Set[str]] = frozenset(),
+    laws: Set[str] = frozenset(),
+    fallback: str | Callable[[Any], str] = "average",
+    workspace: float = 3.0,
+    default_scale: float | Callable[[int], float] = 1.0,
+    finish: Callable[[Mapping[str, float], Any], Mapping[str, float]] | None = None,
+) -> Callable[[MethodFunction], MethodFunction]:
+    """Enter a method into the table.
+
+    Args:
+        name: published name in snake_case.
+        family: the file it lives in.
+        summary: one line for tables.
+        parameters: its frozen dataclass.
+        paper: "Title, arXiv NNNN.NNNNN".
+        elementwise: each output entry depends on the same entry of the deltas and on `prepare`'s
+            state alone: it treats tensors of any shape, and the engine runs it in chunks.
+        vectors: it has a rule of its own for 1-D parameters (element-wise methods always do);
+            all other methods see matrices only, and vectors are averaged.
+        space: "delta": deltas in, delta out. "weight": the experts' weights in, the merged
+            weight out. "either": the function commutes with adding the same matrix to every
+            input, f(W_1 … W_T) = W₀ + f(Δ_1 … Δ_T), so the engine need not read the base.
+        prepare: a reduction over all chunks before the merge; called with a function that starts
+            a fresh iteration over `[T, n]` chunks. Its result becomes `context.state`.
+        model_scope: whether, with these parameters, `prepare` runs over the whole model at once.
+        experts: fewest and most experts.
+        needs: of "base", "gram", "output_gradient_gram", "fisher_diagonal", "block_fisher":
+            what a tensor must come with. A tensor without it takes `fallback`.
+        laws: names of the laws in tests/conformance that it keeps.
+        fallback: method for tensors that lack what is needed; its own name when the function
+            handles the lack itself.
+        workspace: scratch memory, in multiples of one float32 stack of deltas.
+        default_scale: α when the user names none, or a function of the number of experts.
+        finish: from the Frobenius norms of all merged matrices (name -> norm) and the parameters
+            to a factor per matrix, for rules that compare layers.
+    """
+
+    def enter(function: MethodFunction) -> MethodFunction:
+        if name in _METHODS:
+            raise ValueError(f"method '{name}' is registered twice")
+        _METHODS[name] = Method(
+            name=name,
+            family=family,
+            summary=summary,
+            paper=paper,
+            function=function,
+            parameters=parameters,
+            elementwise=elementwise,
+            vectors=vectors or elementwise,
+            space=_constant(space),
+            prepare=prepare,
+            model_scope=model_scope,
+            experts=experts,
+            needs=_constant(needs),
+            laws=frozenset(laws),
+            fallback=_constant(fallback),
+            workspace=workspace,
+            default_scale=_constant(default_scale),
+            finish=finish,
+            adapter=TypeAdapter(parameters),
+        )
+        return function
+
+    return enter
+
+
+def _constant(value: Any) -> Callable[[Any], Any]:
+    return value if callable(value) else lambda _: value
+
+
+def get_method(name: str) -> Method:
+    """Return a registered method.
+
+    Raises:
+        MethodError: when there is none of this name; the nearest name is suggested.
+    """
+    if name not in _METHODS:
+        names = sorted(_METHODS)
+        raise MethodError(
+            f"unknown method '{name}'.{suggest(name, names)}\nKnown methods: {', '.join(names)}."
+        )
+    return _METHODS[name]
+
+
+def all_methods() -> dict[str, Method]:
+    """Return the table, sorted by name."""
+    return dict(sorted(_METHODS.items()))

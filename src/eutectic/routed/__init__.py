@@ -1,0 +1,1 @@
+"""Merged models that keep low-rank experts and route every sample."""

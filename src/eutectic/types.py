@@ -1,0 +1,79 @@
+"""The records that rooms share. Plain data; no behaviour beyond checking and small derivations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Treatment(str, Enum):
+    """What becomes of one tensor; decided once, by the planner."""
+
+    MATRIX = "matrix"  # a linear map [out, in]: the method's matrix rule
+    VECTOR = "vector"  # biases, norms: mean of the deltas unless the method says otherwise
+    EMBEDDING = "embedding"  # lookup tables: as vectors, spectral methods must not flatten them
+    HEAD = "head"  # per-task output layer: kept per expert
+    COPY = "copy"  # taken from the base
+    CONV = "conv"  # kernels: as vectors, or flattened to [out, in·k·k] where asked
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerStatistics:
+    """What one expert's proxy data say about one parameter. Sums, never divided.
+
+    For a linear map with weight `[out, in]`, inputs X `[n, in]` (one row per unmasked token) and
+    gradients Y `[n, out]` of the log-likelihood with respect to the layer's outputs:
+
+    Attributes:
+        gram: A = XᵀX `[in, in]`, uncentred. None when `gram_factor` holds it instead.
+        count: n, the number of tokens summed into `gram`.
+        output_gradient_gram: H = YᵀY `[out, out]`.
+        fisher_diagonal: Σ over examples of the squared gradient, in the parameter's shape.
+        input_sum: Σx `[in]`; `input_sum / count` is the prototype of arXiv 2606.19164.
+        pooled_sum: Σ over samples of the per-sample mean input `[in]`.
+        pooled_gram: Σ over samples of the outer product of the per-sample mean input `[in, in]`.
+        sample_count: number of samples (sequences, images).
+        gram_factor: F `[k, in]` with A = FᵀF + diag(`gram_diagonal`): fewer rows than a Gram when
+            few tokens were seen, or a truncated form for wide layers.
+        gram_diagonal: the diagonal remainder `[in]` of a truncated factor.
+        block_fisher: for a vector parameter, Σ over examples of g gᵀ `[d, d]`.
+    """
+
+    gram: Tensor | None = None
+    count: int = 0
+    output_gradient_gram: Tensor | None = None
+    fisher_diagonal: Tensor | None = None
+    input_sum: Tensor | None = None
+    pooled_sum: Tensor | None = None
+    pooled_gram: Tensor | None = None
+    sample_count: int = 0
+    gram_factor: Tensor | None = None
+    gram_diagonal: Tensor | None = None
+    block_fisher: Tensor | None = None
+
+    def dense_gram(self, dtype: torch.dtype = torch.float64) -> Tensor | None:
+        """Return A `[in, in]` in `dtype` whichever way it is stored, or None if there is none."""
+        if self.gram is not None:
+            return self.gram.to(dtype)
+        if self.gram_factor is None:
+            return None
+        factor = self.gram_factor.to(dtype)
+        gram = factor.T @ factor
+        if self.gram_diagonal is not None:
+            gram.diagonal().add_(self.gram_diagonal.to(dtype))
+        return gram
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A merged delta with what the method has to say about it (residual curve, ridge used …).
+
+    `record` holds JSON-serialisable values only; the run report stores it under the tensor's name.
+    """
+
+    delta: Tensor
+    record: dict[str, Any] = field(default_factory=dict)
