@@ -60,7 +60,7 @@ class Recipe:
     batch_size: int = 32
     max_train_texts: int = 12_000
     train_tokens: int = 32
-    head_l2: float = 1e-4
+    head_l2: float = 1e-2
     seed: int = 0
 
 
@@ -80,19 +80,20 @@ class Encoder:
         batch = self.tokenizer(
             texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt"
         )
-        states = self.model(**batch).last_hidden_state
-        mask = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
+        states = self.model(**batch).last_hidden_state.float()
+        mask = batch["attention_mask"].unsqueeze(-1).float()
         return (states * mask).sum(1) / mask.sum(1)
 
     @torch.no_grad()
-    def features(self, examples: list[Example]) -> Tensor:
-        """Return the features of all examples, in their order, as evaluation computes them."""
+    def features(self, examples: list[Example], autocast: bool = False) -> Tensor:
+        """Return the features of all examples, in their order; bfloat16 inside if asked to."""
         self.model.eval()
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].text))
         result: list[Tensor] = [torch.empty(0)] * len(examples)
         for start in range(0, len(order), 64):
             chosen = order[start : start + 64]
-            pooled = self.pool([examples[i].text for i in chosen], EVALUATION_TOKENS)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                pooled = self.pool([examples[i].text for i in chosen], EVALUATION_TOKENS)
             for index, row in zip(chosen, pooled, strict=True):
                 result[index] = row
         return torch.stack(result)
@@ -101,6 +102,8 @@ class Encoder:
 def fit_head(features: Tensor, labels: Tensor, classes: int, l2: float) -> nn.Linear:
     """Fit a logistic head by L-BFGS on standardised features, folded back to raw ones."""
     mean, deviation = features.mean(0), features.std(0)
+    # The base has a dead feature (deviation 1e-32): without a floor its weights reach 1e31.
+    deviation = deviation.clamp(min=0.1 * deviation.median().item())
     inputs = (features - mean) / deviation
     head = nn.Linear(features.shape[1], classes)
     nn.init.zeros_(head.weight)
@@ -140,9 +143,7 @@ def batches(examples: list[Example], size: int, seed: int) -> Iterator[list[Exam
 def train_adapter(encoder: Encoder, head: nn.Linear, train: list[Example], recipe: Recipe) -> None:
     """Give the encoder a LoRA adapter and train it through the frozen head."""
     torch.manual_seed(recipe.seed)
-    config = LoraConfig(
-        r=recipe.rank, lora_alpha=recipe.lora_alpha, target_modules=TARGET_MODULES
-    )
+    config = LoraConfig(r=recipe.rank, lora_alpha=recipe.lora_alpha, target_modules=TARGET_MODULES)
     encoder.model = get_peft_model(encoder.model, config)
     encoder.model.train()
     parameters = [p for p in encoder.model.parameters() if p.requires_grad]
@@ -154,7 +155,7 @@ def train_adapter(encoder: Encoder, head: nn.Linear, train: list[Example], recip
         with torch.autocast("cpu", dtype=torch.bfloat16):
             pooled = encoder.pool([example.text for example in batch], recipe.train_tokens)
         loss = nn.functional.cross_entropy(
-            head(pooled.float()), torch.tensor([example.label for example in batch])
+            head(pooled), torch.tensor([example.label for example in batch])
         )
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -211,7 +212,8 @@ def make_expert(name: str, task: Task, split: Split, recipe: Recipe, output: Pat
     train = split.train[: recipe.max_train_texts]
     labels = torch.tensor([example.label for example in train])
     sample = train[: len(split.test)]
-    head = fit_head(encoder.features(train), labels, len(split.labels), recipe.head_l2)
+    features = encoder.features(train, autocast=True)
+    head = fit_head(features, labels, len(split.labels), recipe.head_l2)
     measured = {
         "base_train": accuracy(encoder.features(sample), head, sample),
         "base_test": accuracy(encoder.features(split.test), head, split.test),
@@ -246,7 +248,61 @@ def make_expert(name: str, task: Task, split: Split, recipe: Recipe, output: Pat
     }
 
 
+def _digest(split: Split) -> str:
+    """Fingerprint both halves, so that a package that changed under its name is noticed."""
+    rows = json.dumps([split.labels, split.train, split.test])
+    return hashlib.sha256(rows.encode()).hexdigest()
+
+
+def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 def _write(path: Path, content: str) -> None:
+    """Write a file that is either whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(content, encoding="utf-8")
     partial.replace(path)
+
+
+def is_finished(entry: Any, name: str, recipe: Recipe, output: Path) -> bool:
+    """Tell whether a task's record has this recipe and all its files are there."""
+    files = [
+        output / "experts" / name / "adapter_config.json",
+        output / "experts" / name / "adapter_model.safetensors",
+        output / "experts" / name / "head.safetensors",
+        output / "tasks" / f"{name}.jsonl",
+        output / "proxy" / f"{name}.jsonl",
+    ]
+    return entry.get("recipe") == asdict(recipe) and all(file.is_file() for file in files)
+
+
+def main() -> None:
+    """Make every task's expert that is not there yet."""
+    here = Path(__file__).resolve().parent
+    parser = argparse.ArgumentParser(description="Make the experts of the demo.")
+    parser.add_argument("--task", action="append", choices=list(TASKS), help="default: all tasks")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "eutectic-examples")
+    parser.add_argument("--output", type=Path, default=here, help="default: beside this script")
+    parser.add_argument("--threads", type=int, default=1, help="results depend on it in rounding")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(arguments.threads)
+    recipe = Recipe()
+    record_file = arguments.output / "tasks.json"
+    record = json.loads(record_file.read_text("utf-8")) if record_file.is_file() else {}
+    for name in arguments.task or TASKS:
+        if is_finished(record.get(name, {}), name, recipe, arguments.output):
+            logger.info("%s: finished before, skipped", name)
+            continue
+        logger.info("%s: %s", name, TASKS[name].description)
+        split = load_split(TASKS[name], arguments.cache.resolve())
+        record[name] = make_expert(name, TASKS[name], split, recipe, arguments.output)
+        ordered = {task: record[task] for task in TASKS if task in record}
+        _write(record_file, json.dumps(ordered, indent=2, ensure_ascii=False) + "\n")
+        logger.info("%s: %s", name, record[name]["accuracy"])
+
+
+if __name__ == "__main__":
+    main()

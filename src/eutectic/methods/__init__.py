@@ -1,9 +1,14 @@
 """Merging methods as pure functions. Importing this package fills the registry."""
 
 from eutectic.methods import arithmetic as arithmetic
+from eutectic.methods import essential as essential
+from eutectic.methods import isotropic as isotropic
 from eutectic.methods import linear as linear
-from eutectic.methods import spherical as spherical
+from eutectic.methods import matching as matching
+from eutectic.methods import regmean as regmean
+from eutectic.methods import singular as singular
 from eutectic.methods import sparsify as sparsify
+from eutectic.methods import spherical as spherical
 from eutectic.methods import ties as ties
 from eutectic.methods.matrices import merge_matrices, methods
 from eutectic.methods.registry import (

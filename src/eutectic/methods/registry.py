@@ -101,8 +101,10 @@ class Method:
     laws: frozenset[str]
     fallback: Callable[[Any], str]
     workspace: float
+    products: float
     default_scale: Callable[[int], float]
     finish: Callable[[Mapping[str, float], Any], Mapping[str, float]] | None
+    explain: Callable[[tuple[int, ...], Any, Precision], str] | None
     adapter: TypeAdapter[Any] = field(repr=False)
 
     def parse(self, values: Mapping[str, Any]) -> Any:
@@ -161,8 +163,10 @@ def register(
     laws: Set[str] = frozenset(),
     fallback: str | Callable[[Any], str] = "average",
     workspace: float = 3.0,
+    products: float = 10.0,
     default_scale: float | Callable[[int], float] = 1.0,
     finish: Callable[[Mapping[str, float], Any], Mapping[str, float]] | None = None,
+    explain: Callable[[tuple[int, ...], Any, Precision], str] | None = None,
 ) -> Callable[[MethodFunction], MethodFunction]:
     """Enter a method into the table.
 
@@ -189,9 +193,13 @@ def register(
         fallback: method for tensors that lack what is needed; its own name when the function
             handles the lack itself.
         workspace: scratch memory, in multiples of one float32 stack of deltas.
+        products: time, in matrix products `[out, in] @ [in, in]` per expert (smaller side), for
+            the plan's estimate; element-wise methods are estimated from their bytes.
         default_scale: α when the user names none, or a function of the number of experts.
         finish: from the Frobenius norms of all merged matrices (name -> norm) and the parameters
             to a factor per matrix, for rules that compare layers.
+        explain: from the stack's shape `[T, out, in]`, the parameters and the precision to one
+            sentence saying which numerical route will be taken, for the plan.
     """
 
     def enter(function: MethodFunction) -> MethodFunction:
@@ -214,8 +222,10 @@ def register(
             laws=frozenset(laws),
             fallback=_constant(fallback),
             workspace=workspace,
+            products=products,
             default_scale=_constant(default_scale),
             finish=finish,
+            explain=explain,
             adapter=TypeAdapter(parameters),
         )
         return function

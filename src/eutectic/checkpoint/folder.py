@@ -1,0 +1,120 @@
+"""The files beside the weights: configuration, tokenizer, processors, custom code, licences."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from eutectic.checkpoint.names import check_inside
+from eutectic.errors import OutputError
+
+# What a model needs to be loaded and used, and what its licence asks to be kept.
+_PATTERNS = (
+    "config.json",
+    "configuration.json",
+    "generation_config.json",
+    "*config_sentence_transformers.json",
+    "sentence_*_config.json",
+    "modules.json",
+    "*processor_config.json",
+    "feature_extractor*.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "*.spm",
+    "*.tiktoken",
+    "bpe.codes",
+    "normalizer.json",
+    "chat_template*",
+    "*.py",
+    "LICEN[CS]E*",
+    "NOTICE*",
+    "COPYING*",
+    "USE_POLICY*",
+)
+# Never copied, whatever their name: weights, training states and pickles.
+_NEVER = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npz"),
+    *(".npy", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json"),
+)
+# Modules of sentence-transformers ("1_Pooling") and further chat templates.
+_SUBFOLDER = re.compile(r"\d+_[A-Za-z]\w*|additional_chat_templates")
+_SUBFOLDER_PATTERNS = (*_PATTERNS, "*.json", "*.txt", "*.jinja")
+_SUBFOLDER_WEIGHTS = ("*.safetensors", "*.bin")
+
+
+def side_files(folder: Path) -> tuple[str, ...]:
+    """Return the names, relative to `folder` and sorted, of the files to take along.
+
+    Never weights, optimizer or training states, pickles, the README (the output gets a card of its
+    own), hidden files or folders other than sentence-transformers' numbered modules.
+
+    Raises:
+        CheckpointError: one of them is a link that leads out of the folder.
+    """
+    return _matching(folder, _PATTERNS, _SUBFOLDER_PATTERNS, _NEVER)
+
+
+def module_weights(folder: Path) -> tuple[str, ...]:
+    """Return weight files in numbered module folders ("2_Dense/model.safetensors").
+
+    They belong to no key of the checkpoint, so they are neither merged nor copied by
+    `copy_side_files`; the caller states what becomes of them.
+
+    Raises:
+        CheckpointError: one of them is a link that leads out of the folder.
+    """
+    return _matching(folder, (), _SUBFOLDER_WEIGHTS, ())
+
+
+def copy_side_files(
+    folder: Path, destination: Path, names: Iterable[str] | None = None
+) -> tuple[str, ...]:
+    """Copy side files (all of `side_files`, or `names`) and return their names.
+
+    Links are followed, so that the copy stands alone.
+
+    Raises:
+        CheckpointError: a file is missing or a link that leads out of the folder.
+        OutputError: the destination cannot be written.
+    """
+    chosen = side_files(folder) if names is None else tuple(names)
+    for name in chosen:
+        source = check_inside(folder, name)
+        target = destination / name
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+        except OSError as error:
+            raise OutputError(f"{target}: cannot be written ({error.strerror}).") from error
+    return chosen
+
+
+def _matching(
+    folder: Path, patterns: Iterable[str], sub_patterns: Iterable[str], never: tuple[str, ...]
+) -> tuple[str, ...]:
+    found = _files(folder, "", patterns, never)
+    for path in folder.iterdir():
+        if _SUBFOLDER.fullmatch(path.name) and path.is_dir():
+            found += _files(path, f"{path.name}/", sub_patterns, never)
+    for name in found:
+        check_inside(folder, name)
+    return tuple(sorted(found))
+
+
+def _files(folder: Path, prefix: str, patterns: Iterable[str], never: tuple[str, ...]) -> list[str]:
+    return [
+        prefix + path.name
+        for path in folder.iterdir()
+        if not path.is_dir()
+        and not path.name.startswith(".")
+        and not path.name.lower().endswith(never)
+        and any(fnmatchcase(path.name, pattern) for pattern in patterns)
+    ]

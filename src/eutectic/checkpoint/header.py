@@ -1,0 +1,216 @@
+"""The header of a safetensors file: a strict parser and its inverse.
+
+A file is `u64 length | JSON header | data`. The JSON maps tensor names to dtype, shape and byte
+range in the data; the ranges follow one another without gap or overlap and end where the file ends.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eutectic.errors import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+METADATA_KEY = "__metadata__"
+_MAX_DIMENSION = 2**63 - 1
+
+_CODES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+}
+# Older versions of torch lack some of the 8-bit types.
+DTYPES: dict[str, torch.dtype] = {
+    code: getattr(torch, name) for code, name in _CODES.items() if hasattr(torch, name)
+}
+CODE_OF: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class HeaderTensor:
+    """One tensor of a safetensors file; `offset` counts from the start of the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says about itself, tensors in the order of their bytes."""
+
+    tensors: tuple[HeaderTensor, ...]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Return the checked header of a safetensors file; no tensor data are read.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or too long; the header is not valid; a
+            tensor's byte range does not fit its shape, its neighbours or the file.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8:
+                raise _broken(path, f"truncated: {size} bytes, too short for a header length")
+            if length > MAX_HEADER_BYTES:
+                raise _broken(
+                    path,
+                    f"not safetensors, or corrupt: it announces a header of {length:,} bytes, "
+                    f"the limit is {MAX_HEADER_BYTES:,}",
+                )
+            if 8 + length > size:
+                raise _broken(
+                    path,
+                    f"truncated: it announces a header of {length:,} bytes, the file has {size:,}",
+                )
+            raw = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
+    return _parse(path, raw, data_start=8 + length, file_size=size)
+
+
+def _parse(path: Path, raw: bytes, data_start: int, file_size: int) -> Header:
+    if not raw.startswith(b"{"):
+        raise _broken(path, "not safetensors, or corrupt: the header does not begin with '{'")
+    try:
+        table = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"corrupt: the header is not valid JSON ({error})") from error
+    metadata = table.pop(METADATA_KEY, {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _broken(path, f"corrupt: '{METADATA_KEY}' must map names to strings")
+    tensors = [_tensor(path, name, item, data_start) for name, item in table.items()]
+    tensors.sort(key=lambda t: (t.offset, t.nbytes))
+    position = data_start
+    previous = "the header"
+    for tensor in tensors:
+        if tensor.offset != position:
+            fault = "overlaps" if tensor.offset < position else "leaves a gap after"
+            raise _broken(path, f"the header lies: '{tensor.name}' {fault} {previous}")
+        position += tensor.nbytes
+        previous = f"'{tensor.name}'"
+    if position > file_size:
+        raise _broken(
+            path, f"truncated: the header describes {position:,} bytes, the file has {file_size:,}"
+        )
+    if position < file_size:
+        raise _broken(
+            path,
+            f"the header lies: it describes {position:,} bytes, the file has {file_size:,}",
+        )
+    return Header(tuple(tensors), metadata)
+
+
+def _tensor(path: Path, name: str, item: Any, data_start: int) -> HeaderTensor:
+    def broken(what: str) -> CheckpointError:
+        return _broken(path, f"the header lies about '{name}': {what}")
+
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _broken(path, f"corrupt: tensor name {name!r} is not valid Unicode") from error
+    if not isinstance(item, dict) or not {"dtype", "shape", "data_offsets"} <= item.keys():
+        raise broken("it needs 'dtype', 'shape' and 'data_offsets'")
+    code, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
+    if not isinstance(code, str) or code not in DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor '{name}' has the data type {code!r}, which is not supported.\n"
+            f"Known types: {', '.join(DTYPES)}."
+        )
+    if not _is_size_list(shape):
+        raise broken(f"shape {shape!r} is not a list of sizes ≥ 0")
+    if not _is_size_list(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise broken(f"data_offsets {offsets!r} are not [begin, end] with 0 ≤ begin ≤ end")
+    dtype = DTYPES[code]
+    nbytes = offsets[1] - offsets[0]
+    expected = math.prod(shape) * dtype.itemsize
+    if nbytes != expected:
+        raise broken(f"{code} of shape {shape} takes {expected:,} bytes, it claims {nbytes:,}")
+    return HeaderTensor(name, dtype, tuple(shape), data_start + offsets[0], nbytes)
+
+
+def _is_size_list(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _MAX_DIMENSION for n in value
+    )
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key '{twice}' occurs twice")
+    return table
+
+
+def _broken(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {what}.\nDownload or save the file again.")
+
+
+def build_header(
+    tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, tuple[HeaderTensor, ...]]:
+    """Return the header bytes of a file that holds `tensors`, and where each tensor lies.
+
+    Tensors of wider types come first, otherwise the given order is kept: readers view the data in
+    place and need every tensor aligned to its own item size. The header is padded with spaces so
+    that the data start at a multiple of 8.
+    """
+    table: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
+    ordered = sorted(tensors, key=lambda t: -t[1].itemsize)
+    position = 0
+    for name, dtype, shape in ordered:
+        nbytes = math.prod(shape) * dtype.itemsize
+        table[name] = {
+            "dtype": CODE_OF[dtype],
+            "shape": list(shape),
+            "data_offsets": [position, position + nbytes],
+        }
+        position += nbytes
+    if len(table) != len(ordered) + bool(metadata):
+        raise ValueError("a tensor name occurs twice in one file")
+    raw = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)
+    start = 8 + len(raw)
+    placed = tuple(
+        HeaderTensor(
+            name,
+            dtype,
+            tuple(shape),
+            start + table[name]["data_offsets"][0],
+            table[name]["data_offsets"][1] - table[name]["data_offsets"][0],
+        )
+        for name, dtype, shape in ordered
+    )
+    return len(raw).to_bytes(8, "little") + raw, placed

@@ -1,0 +1,105 @@
+"""Checkpoints in torch's own formats (`.bin`, `.pt`), read without running any code in them."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eutectic.errors import CheckpointError
+
+# Names under which training scripts file the weights of a model, in order of preference.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+
+
+def load_pickle(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Return the tensors of a `.bin` or `.pt` file, memory-mapped where the format allows.
+
+    Only `torch.load(weights_only=True)` is ever used. A state dict filed under "state_dict" (or
+    "model_state_dict", "model", "module") is unwrapped. Tied tensors and views stay as they are.
+
+    Returns:
+        The tensors by name, and a list of "name (type)" of everything else that the file holds.
+
+    Raises:
+        CheckpointError: the file is damaged, needs code to be loaded, or holds no dense tensors.
+    """
+    content = _load(path)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path}: expected a table of named tensors, found {type(content).__name__}.\n"
+            "Save the model's state_dict() instead."
+        )
+    outer: list[str] = []
+    if not any(isinstance(value, Tensor) for value in content.values()):
+        for wrapper in _WRAPPERS:
+            inner = content.get(wrapper)
+            if isinstance(inner, Mapping):
+                outer = [f"{k} ({type(v).__name__})" for k, v in content.items() if k != wrapper]
+                content = inner
+                break
+    tensors: dict[str, Tensor] = {}
+    others: list[str] = []
+    for name, value in content.items():
+        if isinstance(value, Tensor):
+            tensors[str(name)] = check_dense(value, str(name), str(path))
+        else:
+            others.append(f"{name} ({type(value).__name__})")
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors (found: {', '.join(others[:5]) or '-'}).")
+    return tensors, (*others, *outer)
+
+
+def check_dense(tensor: Tensor, name: str, where: str) -> Tensor:
+    """Return `tensor` detached; raise CheckpointError unless it is dense and has data."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        kind = "quantised" if tensor.is_quantized else "without data (meta)"
+        kind = str(tensor.layout) if tensor.layout != torch.strided else kind
+        raise CheckpointError(
+            f"{where}: tensor '{name}' is {kind}; only dense tensors are supported.\n"
+            "Save it as a dense tensor."
+        )
+    return tensor.detach()
+
+
+def _load(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            # torch warns about deprecated storage classes of old files; they load all the same.
+            warnings.simplefilter("ignore")
+            if _is_zip(path):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # The format before torch 1.6 cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: damaged, or holds code besides tensors; it was refused and nothing was run.\n"
+            f"torch says: {_first_line(error)}\n"
+            "Load it where you trust it, and save its state_dict() as safetensors."
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except Exception as error:
+        # A hostile or damaged pickle can raise anything while torch interprets it.
+        raise CheckpointError(
+            f"{path}: damaged, or not a checkpoint of torch ({_first_line(error)}).\n"
+            "Download or save the file again."
+        ) from error
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    for line in text.splitlines():
+        if "Unsupported" in line or "GLOBAL" in line:
+            return line.strip()[:300]
+    return text.splitlines()[0][:300]

@@ -1,0 +1,110 @@
+"""What all verbs share: errors in a few lines, progress with ETA, answers as tables or JSON."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from eutectic.errors import EutecticError, RequestError
+
+out = Console()
+err = Console(stderr=True)
+
+INTERRUPTED = 130
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_settings = {"debug": False}
+
+
+def set_debug(debug: bool) -> None:
+    """Show tracebacks of expected errors too."""
+    _settings["debug"] = debug
+
+
+def verb(command: _Command) -> _Command:
+    """Turn errors raised on purpose into two or three lines on stderr and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except EutecticError as error:
+            if _settings["debug"]:
+                raise
+            first, *rest = str(error).splitlines() or [type(error).__name__]
+            err.print("[bold red]error:[/] ", end="")
+            err.print(first, markup=False, highlight=False, soft_wrap=True)
+            for line in rest:
+                err.print(line, markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            err.print("interrupted; the same command continues where it stopped.")
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run  # type: ignore[return-value]
+
+
+def pairs(items: list[str], what: str) -> dict[str, str]:
+    """Return name -> value of `name=value` words.
+
+    Raises:
+        RequestError: a word has no `=`, or a name stands twice.
+    """
+    found: dict[str, str] = {}
+    for item in items:
+        name, separator, value = item.partition("=")
+        if not separator or not name or not value:
+            raise RequestError(f"{what} '{item}' must have the form name=value.")
+        if name in found:
+            raise RequestError(f"{what} '{name}' is given twice.")
+        found[name] = value
+    return found
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[float, float, str], None]]:
+    """Show a bar with ETA on stderr while the block runs, if a person is watching."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[current]}", justify="left"),
+    )
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(title, total=None, current="")
+
+        def tell(done: float, total: float, current: str) -> None:
+            bar.update(task, completed=done, total=total, current=current[-40:])
+
+        yield tell
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON on stdout, for machines."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Path):
+        return str(value)
+    return str(value)

@@ -1,0 +1,54 @@
+"""The command line: `eutectic <verb>`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from eutectic.cli.console import set_debug
+from eutectic.cli.demo import demo
+from eutectic.cli.merge import merge
+from eutectic.cli.methods import methods
+from eutectic.cli.plan import plan
+
+app = typer.Typer(
+    name="eutectic",
+    help="Merge checkpoints fine-tuned from one base into one multi-task model, without training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    epilog="Exit codes: 0 done, 1 the work failed, 2 the request is wrong. "
+    "`eutectic --debug VERB …` shows tracebacks.",
+)
+for command in (merge, plan, methods, demo):
+    app.command()(command)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from eutectic import __version__
+
+        typer.echo(f"eutectic {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option(help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Merge checkpoints fine-tuned from one base into one multi-task model, without training."""
+    set_debug(debug)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

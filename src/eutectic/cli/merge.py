@@ -1,0 +1,78 @@
+"""`eutectic merge`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from eutectic.cli import request as words
+from eutectic.cli.console import out, print_json, progress_bar, verb
+from eutectic.recipes.units import format_bytes
+
+
+@verb
+def merge(
+    what: words.What = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder to write; must not hold anything.")
+    ] = ...,  # type: ignore[assignment]
+    base: words.Base = None,
+    method: words.MethodName = None,
+    scale: words.Scale = None,
+    param: words.Parameter = None,
+    weight: words.Weight = None,
+    statistics: words.StatisticsFile = None,
+    set_: words.Set = None,
+    threads: words.Threads = None,
+    memory: words.Memory = None,
+    restart: Annotated[
+        bool, typer.Option(help="Discard an unfinished run instead of continuing it.")
+    ] = False,
+    json: words.Json = False,
+) -> None:
+    """Merge experts into one model.
+
+    The work goes on in OUTPUT.partial; a killed run is continued by the same command.
+
+    Examples:
+
+      eutectic merge recipe.yaml -o merged/
+
+      eutectic merge --base ./base -m iso_c --scale 1.3 -o merged/ sst2=./sst2 mnli=./mnli
+
+      eutectic merge --base ./base -m ties -p density=0.2 -o merged/ a=./a b=./b -w a=0.7
+    """
+    from eutectic.execution.run import merge as run
+
+    recipe, options = words.request(
+        what, base, method, scale, param, weight, statistics, set_
+    )
+    with progress_bar("merging") as tell:
+        report = run(
+            recipe,
+            output=output,
+            threads=threads,
+            memory=memory,
+            restart=restart,
+            progress=tell,
+            **options,
+        )
+    if json:
+        print_json(dataclasses.asdict(report))
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_row("method", f"{report.method}, scale {report.scale:g}")
+    table.add_row("tensors", ", ".join(f"{n} {name}" for name, n in report.tensors.items()))
+    table.add_row("merged by", ", ".join(f"{name} {n}" for name, n in report.merged_by.items()))
+    for note in report.notes:
+        table.add_row("note", note)
+    resumed = ", continued" if report.resumed else ""
+    table.add_row(
+        "took", f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_bytes)}{resumed}"
+    )
+    out.print(table)
+    out.print(f"[bold green]written[/] {report.output}", highlight=False, soft_wrap=True)

@@ -1,0 +1,155 @@
+"""`eutectic plan`."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from eutectic.cli import request as words
+from eutectic.cli.console import out, print_json, verb
+from eutectic.recipes.units import format_bytes
+
+
+@verb
+def plan(
+    what: words.What = None,
+    base: words.Base = None,
+    method: words.MethodName = None,
+    scale: words.Scale = None,
+    param: words.Parameter = None,
+    weight: words.Weight = None,
+    statistics: words.StatisticsFile = None,
+    set_: words.Set = None,
+    threads: words.Threads = None,
+    memory: words.Memory = None,
+    every: Annotated[bool, typer.Option("--all", help="One line per tensor.")] = False,
+    explain: Annotated[
+        bool, typer.Option(help="Say which linear algebra each matrix would take, and why.")
+    ] = False,
+    json: words.Json = False,
+) -> None:
+    """Show what a merge would do, from headers alone: nothing is read, nothing is written.
+
+    Every fault of the recipe is reported at once, with its line.
+
+    Examples:
+
+      eutectic plan recipe.yaml
+
+      eutectic plan --base ./base -m iso_c --explain sst2=./sst2 mnli=./mnli
+    """
+    from eutectic.execution.run import limits_of, recipe_from
+    from eutectic.planning.cost import check_memory, plan_cost, tensor_cost
+    from eutectic.planning.inputs import open_inputs
+    from eutectic.planning.plan import make_plan
+
+    recipe, options = words.request(what, base, method, scale, param, weight, statistics, set_)
+    checked, source = recipe_from(recipe, options)
+    count, limit = limits_of(threads, memory)
+    with open_inputs(checked, source) as inputs:
+        made = make_plan(checked, inputs, source)
+        check_memory(made, inputs, limit)
+        total = plan_cost(made, inputs, count)
+        costs = {t.name: tensor_cost(t, made, inputs) for t in made.tensors}
+    rows = [_row(t, costs[t.name], made, explain) for t in made.tensors]
+    if json:
+        print_json(
+            {
+                "method": made.method.name,
+                "scale": made.scale,
+                "threads": count,
+                "memory_limit_bytes": limit,
+                "cost": vars(total),
+                "notes": made.notes,
+                "heads": {n: [e.name for e in own] for n, own in made.heads.items()},
+                "tensors": rows,
+            }
+        )
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("tensor", overflow="ellipsis", no_wrap=True)
+    for name in ("shape", "treatment", "method", "α"):
+        table.add_column(name, no_wrap=True)
+    if every:
+        table.add_column("why")
+    for row in rows if every else _grouped(rows):
+        alpha = f"{row['scale']:g}" if row["method"] != "copy" else ""
+        shape = "×".join(map(str, row["shape"])) or "small"
+        cells = [row["name"], shape, row["treatment"], row["method"], alpha]
+        table.add_row(*cells, *([row["why"]] if every else []))
+    out.print(table)
+    if explain:
+        for text in dict.fromkeys(row["route"] for row in rows if row["route"]):
+            out.print(f"[dim]route[/] {text}", highlight=False)
+    for note in made.notes:
+        out.print(f"[dim]note[/] {note}", highlight=False)
+    out.print(
+        f"{made.method.name}, scale {made.scale:g}: reads {format_bytes(total.read_bytes)}, writes "
+        f"{format_bytes(total.write_bytes)}, peak about {format_bytes(total.peak_bytes)} of "
+        f"{format_bytes(limit)} allowed, about {_duration(total.seconds)} on {count} threads.",
+        highlight=False,
+    )
+
+
+def _row(planned: Any, cost: Any, made: Any, explain: bool) -> dict[str, Any]:
+    return {
+        "name": planned.name,
+        "shape": list(planned.entry.shape),
+        "dtype": str(planned.dtype).removeprefix("torch."),
+        "treatment": planned.decision.treatment.value,
+        "method": planned.method,
+        "scale": planned.scale,
+        "why": planned.decision.reason,
+        "peak_bytes": cost.peak_bytes,
+        "read_bytes": cost.read_bytes,
+        "write_bytes": cost.write_bytes,
+        "seconds": cost.seconds,
+        "route": _route(planned, made) if explain else "",
+    }
+
+
+def _route(planned: Any, made: Any) -> str:
+    from eutectic.execution.compute import matrix_shapes
+    from eutectic.methods import get_method
+
+    method = get_method(planned.method) if planned.method != "copy" else None
+    if method is None or method.explain is None or planned.decision.treatment.value != "matrix":
+        return ""
+    parameters = made.parameters if method is made.method else method.parameters()
+    shapes = dict.fromkeys(matrix_shapes(planned))
+    texts = [
+        method.explain((len(planned.experts), *shape), parameters, made.recipe.precision)
+        for shape in shapes
+    ]
+    return "; ".join(texts)
+
+
+def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Fold like layers (`layer.*.weight ×12`), and small tensors into one row per treatment."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", row["name"])
+        small = row["treatment"] == "vector" and row["why"] == "bias, norm or scalar"
+        what = ("biases and norms", ()) if small else (pattern, tuple(row["shape"]))
+        key = (*what, row["treatment"], row["method"], row["scale"])
+        groups.setdefault(key, []).append(row)
+    folded: list[dict[str, Any]] = []
+    for (pattern, shape, *_), members in groups.items():
+        count = f" ×{len(members)}" if len(members) > 1 else ""
+        named = members[0]["name"] if len(members) == 1 else pattern + count
+        folded.append({**members[0], "name": _short(named), "shape": shape})
+    return folded
+
+
+def _short(name: str, length: int = 44) -> str:
+    """Cut a long name at its front: its end tells more."""
+    return name if len(name) <= length else "…" + name[1 - length :]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return "a second"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,112 @@
+"""The words that `merge` and `plan` share: a recipe file, or a request on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from eutectic.cli.console import pairs
+from eutectic.errors import RequestError
+
+What = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="RECIPE | NAME=EXPERT…",
+        help="A recipe (YAML), or the experts as name=path (folder, file, adapter or hub id).",
+        show_default=False,
+    ),
+]
+Base = Annotated[str | None, typer.Option(help="The model that all experts started from.")]
+MethodName = Annotated[
+    str | None, typer.Option("--method", "-m", help="Method; see `eutectic methods`.")
+]
+Scale = Annotated[float | None, typer.Option(help="α: how much of the merged delta is added.")]
+Parameter = Annotated[
+    list[str] | None,
+    typer.Option("--param", "-p", metavar="NAME=VALUE", help="A parameter of the method."),
+]
+Weight = Annotated[
+    list[str] | None,
+    typer.Option("--weight", "-w", metavar="NAME=W", help="Weight of an expert (default 1)."),
+]
+StatisticsFile = Annotated[
+    list[str] | None,
+    typer.Option("--statistics", "-s", metavar="NAME=FILE", help="Statistics of an expert."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any other key of a recipe: dtype, heads, missing, seed, precision, scale_tensors …",
+    ),
+]
+Threads = Annotated[int | None, typer.Option(help="Tensors merged side by side.", min=1)]
+Memory = Annotated[
+    str | None, typer.Option(help="Limit, such as 4GB (default: 60 % of what is available).")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+
+def request(
+    what: list[str] | None,
+    base: str | None,
+    method: str | None,
+    scale: float | None,
+    parameters: list[str] | None,
+    weights: list[str] | None,
+    statistics: list[str] | None,
+    settings: list[str] | None,
+) -> tuple[Path | None, dict[str, Any]]:
+    """Return the recipe file, if one is named, and the options that come on top of it.
+
+    Raises:
+        RequestError: neither a recipe nor experts are named, or words do not fit together.
+    """
+    words = what or []
+    if not words:
+        raise RequestError(
+            "nothing to merge.\nName a recipe, or experts: eutectic merge --base B -m iso_c "
+            "-o out/ a=PATH b=PATH"
+        )
+    recipe = None
+    if "=" not in words[0]:
+        recipe, words = Path(words[0]), words[1:]
+    options: dict[str, Any] = {k: yaml.safe_load(v) for k, v in pairs(settings or [], "--set").items()}
+    options.update(
+        {k: v for k, v in {"base": base, "method": method, "scale": scale}.items() if v is not None}
+    )
+    if parameters:
+        values = pairs(parameters, "--param")
+        options["parameters"] = {k: yaml.safe_load(v) for k, v in values.items()}
+    experts = _experts(words, weights or [], statistics or [])
+    if experts:
+        options["experts"] = experts
+    if recipe is None:
+        missing = [f"--{key}" for key in ("base", "method") if key not in options]
+        if missing:
+            raise RequestError(
+                f"without a recipe, {' and '.join(missing)} must be given.\n"
+                "Example: eutectic merge --base B --method iso_c -o out/ a=PATH b=PATH"
+            )
+    return recipe, options
+
+
+def _experts(words: list[str], weights: list[str], statistics: list[str]) -> dict[str, Any]:
+    experts: dict[str, dict[str, Any]] = {
+        name: {"path": path} for name, path in pairs(words, "expert").items()
+    }
+    for option, key, values in (
+        ("--weight", "weight", pairs(weights, "--weight")),
+        ("--statistics", "statistics", pairs(statistics, "--statistics")),
+    ):
+        for name, value in values.items():
+            if name not in experts:
+                raise RequestError(
+                    f"{option} names '{name}', which is not an expert on the command line."
+                )
+            experts[name][key] = value
+    return experts

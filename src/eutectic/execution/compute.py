@@ -1,0 +1,353 @@
+"""One tensor merged: what a worker does, whatever the files and whoever schedules it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eutectic.checkpoint.experts import Expert
+from eutectic.errors import EutecticError, NumericalError
+from eutectic.methods import Context, Method, get_method
+from eutectic.methods.linear import finite
+from eutectic.methods.matrices import run_method
+from eutectic.planning.cost import CHUNK
+from eutectic.planning.inputs import Inputs
+from eutectic.planning.plan import Plan, TensorPlan
+from eutectic.types import LayerStatistics, Treatment
+
+Emit = Callable[[int, Tensor], None]
+
+
+@dataclass
+class Outcome:
+    """What a job found out besides the tensor: for the journal and the report."""
+
+    norm: float = 0.0
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def copy_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit) -> Outcome:
+    """Emit the base's values; integer buffers must agree in every expert.
+
+    Raises:
+        EutecticError: an expert holds other values in an integer or boolean buffer.
+    """
+    name = planned.name
+    must_agree = planned.decision.treatment is Treatment.COPY and not (
+        planned.entry.dtype.is_floating_point
+    )
+    for start, stop in _ranges(planned.elements, CHUNK):
+        values = inputs.base.read(name, start, stop)
+        if must_agree:
+            for expert_name, expert in inputs.experts.items():
+                if name in expert.entries and not expert.is_delta:
+                    own = expert.read(name, start, stop)
+                    if not torch.equal(own.to(values.dtype), values):
+                        raise EutecticError(
+                            f"{name}: the {planned.entry.dtype} buffer of expert '{expert_name}' "
+                            "differs from the base's, and such values cannot be averaged.\n"
+                            "Add a rule with treatment head (kept per expert) for it."
+                        )
+        emit(start, values.to(planned.dtype))
+    return Outcome()
+
+
+def merge_tensor(
+    planned: TensorPlan, plan: Plan, inputs: Inputs, emit: Emit, state: Any = None
+) -> Outcome:
+    """Merge one tensor and emit W₀ + α·Δ in ascending flat ranges, in the output's dtype.
+
+    Args:
+        planned: the tensor and its method.
+        plan: the whole plan, for parameters and weights.
+        inputs: readers.
+        emit: takes (flat start, values).
+        state: what `prepare` returned for the whole model, if the method's scope is the model.
+
+    Raises:
+        NumericalError: NaN or Inf in an expert, named, unless the recipe allows it.
+    """
+    method = get_method(planned.method)
+    parameters = plan.parameters if method is plan.method else method.parameters()
+    if method.elementwise:
+        return _merge_elementwise(planned, method, parameters, plan, inputs, emit, state)
+    outcome = Outcome()
+    squares = 0.0
+    for start, delta, record in _merge_matrices(planned, method, parameters, plan, inputs):
+        squares += float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
+        if record:
+            outcome.record.update(record)
+        base = _read_base(planned, inputs, start, start + delta.numel())
+        emit(start, apply_delta(base, delta, planned.scale, planned.dtype))
+    outcome.norm = math.sqrt(squares)
+    return outcome
+
+
+def merge_delta(planned: TensorPlan, plan: Plan, inputs: Inputs, emit: Emit) -> Outcome:
+    """Emit the merged delta itself, before α, in the dtype of the arithmetic."""
+    method = get_method(planned.method)
+    parameters = plan.parameters if method is plan.method else method.parameters()
+    outcome = Outcome()
+    squares = 0.0
+    for start, delta, record in _merge_matrices(planned, method, parameters, plan, inputs):
+        squares += float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
+        if record:
+            outcome.record.update(record)
+        emit(start, delta)
+    outcome.norm = math.sqrt(squares)
+    return outcome
+
+
+def apply_delta(base: Tensor, delta: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Return W₀ + α·Δ in the output's dtype."""
+    return torch.add(base, delta, alpha=scale).to(dtype)
+
+
+def stream_chunks(
+    planned: TensorPlan, method: Method, parameters: Any, plan: Plan, inputs: Inputs
+) -> Iterator[Tensor]:
+    """Yield `[T, n]` chunks of what the method takes: deltas, or weights."""
+    for start, stop in _ranges(planned.elements, CHUNK):
+        stack, _ = _read_stack(planned, method, parameters, plan, inputs, start, stop)
+        yield stack
+
+
+def context_for(planned: TensorPlan, plan: Plan, state: Any = None) -> Context:
+    """Return the context of one tensor without what only matrices need."""
+    return Context(
+        weights=tuple(plan.recipe.experts[name].weight for name in planned.experts),
+        experts=planned.experts,
+        tensor=planned.seed_name,
+        seed=plan.recipe.seed,
+        precision=plan.recipe.precision,
+        state=state,
+    )
+
+
+def _merge_elementwise(
+    planned: TensorPlan,
+    method: Method,
+    parameters: Any,
+    plan: Plan,
+    inputs: Inputs,
+    emit: Emit,
+    state: Any,
+) -> Outcome:
+    context = context_for(planned, plan, state)
+    small = planned.elements <= CHUNK
+    stack, base = None, None
+    if small:
+        stack, base = _read_stack(planned, method, parameters, plan, inputs, 0, planned.elements)
+    if method.prepare is not None and state is None:
+        chunks = (
+            (lambda: iter([stack]))
+            if stack is not None
+            else (lambda: stream_chunks(planned, method, parameters, plan, inputs))
+        )
+        context = dataclasses.replace(
+            context, state=method.prepare(chunks, parameters, context)
+        )
+    in_weights = method.space(parameters) != "delta"
+    for start, stop in _ranges(planned.elements, CHUNK):
+        if not small:
+            stack, base = _read_stack(planned, method, parameters, plan, inputs, start, stop)
+        assert stack is not None
+        result = method.function(stack, parameters, dataclasses.replace(context, offset=start))
+        assert isinstance(result, Tensor)
+        if not in_weights and base is not None:
+            values = apply_delta(base, result, planned.scale, planned.dtype)
+        elif planned.scale == 1 or base is None:
+            values = result.to(planned.dtype)
+        else:
+            values = torch.lerp(base, result, planned.scale).to(planned.dtype)
+        emit(start, values)
+    return Outcome()
+
+
+def _read_stack(
+    planned: TensorPlan,
+    method: Method,
+    parameters: Any,
+    plan: Plan,
+    inputs: Inputs,
+    start: int,
+    stop: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Read one flat range of every expert as `[T, n]` deltas or weights, and of the base."""
+    in_weights = method.space(parameters) != "delta"
+    experts = [inputs.experts[name] for name in planned.experts]
+    full = all(not e.is_delta and planned.name in e.entries for e in experts)
+    base = None
+    if not (in_weights and full and planned.scale == 1):
+        base = _read_base(planned, inputs, start, stop)
+    stack = torch.empty(len(experts), stop - start, dtype=planned.compute)
+    for row, expert in enumerate(experts):
+        if in_weights:
+            stack[row] = _weight(expert, planned, start, stop, base)
+        else:
+            assert base is not None
+            stack[row] = _delta(expert, planned, start, stop, base)
+    if plan.recipe.nonfinite == "error":
+        _check_finite(stack, planned, inputs, base)
+    return stack, base
+
+
+def _delta(expert: Expert, planned: TensorPlan, start: int, stop: int, base: Tensor) -> Tensor:
+    return expert.delta(planned.name, start, stop, base=base, dtype=planned.compute)
+
+
+def _weight(
+    expert: Expert, planned: TensorPlan, start: int, stop: int, base: Tensor | None
+) -> Tensor:
+    return expert.weight(planned.name, start, stop, base=base, dtype=planned.compute)
+
+
+def _read_base(planned: TensorPlan, inputs: Inputs, start: int, stop: int) -> Tensor:
+    return inputs.base.read(planned.name, start, stop).to(planned.compute)
+
+
+def _check_finite(
+    stack: Tensor, planned: TensorPlan, inputs: Inputs, base: Tensor | None
+) -> None:
+    if finite(stack):
+        return
+    if base is not None and not finite(base):
+        culprit = "the base"
+    else:
+        bad = [n for n, row in zip(planned.experts, stack, strict=True) if not finite(row)]
+        culprit = "expert " + ", ".join(f"'{n}'" for n in bad)
+    raise NumericalError(
+        f"{planned.name}: NaN or Inf in {culprit}.\n"
+        "Repair the checkpoint, leave the expert out, or set nonfinite: allow."
+    )
+
+
+def _merge_matrices(
+    planned: TensorPlan, method: Method, parameters: Any, plan: Plan, inputs: Inputs
+) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+    """Yield (flat start, merged flat delta, record) of each matrix in a tensor, in file order."""
+    shape = planned.entry.shape
+    blocks = shape[0] if planned.decision.stacked else 1
+    size = planned.elements // blocks
+    for block in range(blocks):
+        start = block * size
+        base = _read_base(planned, inputs, start, start + size)
+        stack = torch.empty(len(planned.experts), size, dtype=planned.compute)
+        for row, name in enumerate(planned.experts):
+            stack[row] = _delta(inputs.experts[name], planned, start, start + size, base)
+        if plan.recipe.nonfinite == "error":
+            _check_finite(stack, planned, inputs, base)
+        matrix_shape = _matrix_shape(planned)
+        deltas = stack.view(len(stack), *matrix_shape)
+        weight = base.view(matrix_shape)
+        initial = None
+        if inputs.initial is not None and method is plan.method:
+            initial = _delta(inputs.initial, planned, start, start + size, base).view(matrix_shape)
+        if planned.decision.transpose:
+            deltas, weight = deltas.mT, weight.mT
+            initial = None if initial is None else initial.mT
+        suffix = f"[{block}]" if blocks > 1 else ""
+        merged, record = _merge_parts(
+            planned, method, parameters, plan, inputs, deltas, weight, initial, suffix
+        )
+        if planned.decision.transpose:
+            merged = merged.mT
+        yield start, merged.contiguous().flatten(), record
+
+
+def _merge_parts(
+    planned: TensorPlan,
+    method: Method,
+    parameters: Any,
+    plan: Plan,
+    inputs: Inputs,
+    deltas: Tensor,
+    weight: Tensor,
+    initial: Tensor | None,
+    suffix: str,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Merge one matrix `[T, out, in]`, part by part where it is a fused one."""
+    statistics = _statistics(planned, plan, inputs)
+    context = context_for(planned, plan)
+    heights = planned.decision.split or (deltas.shape[-2],)
+    merged: list[Tensor] = []
+    records: dict[str, Any] = {}
+    row = 0
+    for part, height in enumerate(heights):
+        rows = slice(row, row + height)
+        row += height
+        label = suffix + (f"[{part}]" if len(heights) > 1 else "")
+        own = dataclasses.replace(
+            context,
+            tensor=context.tensor + label,
+            base=weight[..., rows, :] if weight.ndim > 1 else weight,
+            initial=initial[..., rows, :] if initial is not None and weight.ndim > 1 else initial,
+            statistics=_rows_of(statistics, rows) if len(heights) > 1 else statistics,
+        )
+        result = run_method(
+            method, deltas[..., rows, :] if weight.ndim > 1 else deltas, parameters, own
+        )
+        merged.append(result.delta)
+        if result.record:
+            records[label or "matrix"] = result.record
+    return (torch.cat(merged, dim=-2) if len(merged) > 1 else merged[0]), records
+
+
+def _matrix_shape(planned: TensorPlan) -> tuple[int, ...]:
+    shape = planned.entry.shape
+    if planned.decision.stacked:
+        return shape[1:]
+    if len(shape) > 2:
+        return (shape[0], planned.elements // shape[0])
+    return shape
+
+
+def matrix_shapes(planned: TensorPlan) -> list[tuple[int, int]]:
+    """Return [out, in] of each matrix that a method sees of this tensor."""
+    *_, rows, columns = _matrix_shape(planned)
+    if planned.decision.transpose:
+        rows, columns = columns, rows
+    return [(height, columns) for height in planned.decision.split or (rows,)]
+
+
+def _statistics(
+    planned: TensorPlan, plan: Plan, inputs: Inputs
+) -> tuple[LayerStatistics | None, ...] | None:
+    if not inputs.statistics or planned.decision.stacked:
+        return None
+    found: list[LayerStatistics | None] = []
+    for expert in planned.experts:
+        inside = plan.statistics_names.get(expert, {}).get(planned.name)
+        found.append(None if inside is None else inputs.statistics[expert][inside])
+    return tuple(found)
+
+
+def _rows_of(
+    statistics: tuple[LayerStatistics | None, ...] | None, rows: slice
+) -> tuple[LayerStatistics | None, ...] | None:
+    """Return the statistics of some output rows of a fused matrix."""
+    if statistics is None:
+        return None
+
+    def cut(record: LayerStatistics | None) -> LayerStatistics | None:
+        if record is None:
+            return None
+        outer, fisher = record.output_gradient_gram, record.fisher_diagonal
+        return dataclasses.replace(
+            record,
+            output_gradient_gram=None if outer is None else outer[rows, rows],
+            fisher_diagonal=None if fisher is None else fisher[rows],
+        )
+
+    return tuple(cut(record) for record in statistics)
+
+
+def _ranges(length: int, step: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, max(length, 1), step):
+        yield start, min(length, start + step)

@@ -1,0 +1,159 @@
+"""What makes a folder of weights a model: index, config, tokenizer, heads, card, provenance."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from eutectic.checkpoint.folder import copy_side_files
+from eutectic.checkpoint.layout import OutputFile, weight_index_bytes, weight_index_name
+from eutectic.checkpoint.writer import write_atomically
+from eutectic.execution.heads import write_expert_folders
+from eutectic.planning.cost import treatments
+from eutectic.planning.inputs import Inputs
+from eutectic.planning.plan import Plan
+
+PROVENANCE = "eutectic.json"
+_FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
+
+
+def document(plan: Plan, inputs: Inputs, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """Return the provenance of a merge: what was asked, what each tensor took, hashes, versions.
+
+    Nothing in it depends on time or machine, so that a resumed run gives the same bytes.
+    """
+    return {
+        "eutectic": version("eutectic"),
+        "torch": version("torch"),
+        "recipe": stated_recipe(plan),
+        "scale": plan.scale,
+        "treatments": treatments(plan),
+        "notes": list(plan.notes),
+        "parents": {
+            "base": {
+                "name": _shown(plan.recipe.base),
+                "fingerprint": inputs.base.fingerprint(),
+                "licence": _licence(inputs.index.folder if inputs.index else None),
+            },
+            **{
+                name: {
+                    "name": _shown(plan.recipe.experts[name].path),
+                    "fingerprint": expert.fingerprint(),
+                    "licence": _licence(expert.folder),
+                }
+                for name, expert in inputs.experts.items()
+            },
+        },
+        "tensors": {
+            t.name: {
+                "treatment": t.decision.treatment.value,
+                "method": t.method,
+                "scale": t.scale,
+                "reason": t.decision.reason,
+                "sha256": hashes.get(t.name, ""),
+            }
+            for t in plan.tensors
+        },
+    }
+
+
+def stated_recipe(plan: Plan) -> dict[str, Any]:
+    """Return the recipe as a user would write it, with the scale that was used."""
+    values = plan.recipe.model_dump(mode="json", exclude_defaults=True)
+    values["base"] = _shown(plan.recipe.base)
+    for name, spec in plan.recipe.experts.items():
+        own = spec.model_dump(mode="json", exclude_defaults=True)
+        own = {k: _shown(v) if isinstance(v, str) else v for k, v in own.items()}
+        values["experts"][name] = own["path"] if len(own) == 1 else own
+    return {**values, "scale": plan.scale}
+
+
+def write_folder(
+    plan: Plan,
+    inputs: Inputs,
+    model: Path,
+    files: Sequence[OutputFile],
+    provenance: Mapping[str, Any],
+    records: Mapping[str, Any],
+) -> None:
+    """Complete a folder of merged weights; may be repeated after a kill."""
+    assert inputs.index is not None
+    index_name = weight_index_name(inputs.index)
+    if index_name is not None:
+        write_atomically(model / index_name, weight_index_bytes(files))
+    donor = inputs.index.folder
+    if plan.recipe.side_files != "base":
+        donor = inputs.experts[plan.recipe.side_files].folder or donor
+    copy_side_files(donor, model)
+    write_expert_folders(plan, inputs, model, files)
+    if plan.recipe.dtype is not None:
+        for config in (model / "config.json", *model.glob("experts/*/config.json")):
+            _state_dtype(config, plan.recipe.dtype)
+    write_atomically(model / "README.md", card(provenance).encode())
+    text = json.dumps({**provenance, "records": dict(records)}, indent=1, ensure_ascii=False)
+    write_atomically(model / PROVENANCE, (text + "\n").encode())
+
+
+def card(provenance: Mapping[str, Any]) -> str:
+    """Return the model card: front matter that hubs read, parents, recipe."""
+    parents = provenance["parents"]
+    licences = {p["licence"] for p in parents.values()}
+    front: dict[str, Any] = {"tags": ["merge", "eutectic"], "base_model": [parents["base"]["name"]]}
+    if len(licences) == 1 and "unknown" not in licences:
+        front["license"] = licences.pop()
+    rows = "\n".join(
+        f"| {role} | {p['name']} | {p['licence']} | `{p['fingerprint'][:16]}` |"
+        for role, p in parents.items()
+    )
+    counts = ", ".join(f"{n} {name}" for name, n in provenance["treatments"].items())
+    notes = "".join(f"- {note}\n" for note in provenance["notes"]) or "- none\n"
+    recipe = yaml.safe_dump(provenance["recipe"], sort_keys=False, allow_unicode=True)
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
+        f"# Merged model\n\nMerged from {len(parents) - 1} experts by "
+        f"`{provenance['recipe']['method']}` with scale {provenance['scale']:g}, using eutectic "
+        f"{provenance['eutectic']} (torch {provenance['torch']}). Tensors: {counts}.\n\n"
+        f"| role | model | licence | fingerprint |\n|---|---|---|---|\n{rows}\n\n"
+        "The fingerprint identifies a checkpoint's content by samples of every tensor. Hashes of "
+        f"every merged tensor are in `{PROVENANCE}`.\n\n"
+        f"## Recipe\n\n```yaml\n{recipe}```\n\n## Notes\n\n{notes}"
+    )
+
+
+def _shown(path: str) -> str:
+    """Return a hub id as it is, and of a local path its last two parts: cards are published."""
+    parts = Path(path).parts
+    if not path.startswith((".", "/", "~")) and len(parts) <= 2:
+        return path
+    return Path(path).name or path
+
+
+def _licence(folder: Path | None) -> str:
+    """Return the licence that a model's card states, or "unknown"."""
+    if folder is None:
+        return "unknown"
+    card_file = folder / "README.md"
+    try:
+        match = _FRONT_MATTER.match(card_file.read_text(encoding="utf-8"))
+        front = yaml.safe_load(match[1]) if match else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return "unknown"
+    licence = front.get("license") if isinstance(front, dict) else None
+    return licence if isinstance(licence, str) else "unknown"
+
+
+def _state_dtype(config: Path, dtype: str) -> None:
+    """Write the output's dtype into its config under whichever key the model uses."""
+    if not config.exists():
+        return  # bare weights without a config
+    values = json.loads(config.read_text(encoding="utf-8"))
+    key = "torch_dtype" if "torch_dtype" in values else "dtype"
+    values[key] = str(getattr(torch, dtype)).removeprefix("torch.")
+    write_atomically(config, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,151 @@
+"""A loadable folder per expert: the merged body, shared on disk, with the expert's own heads."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from eutectic.checkpoint.experts import Expert
+from eutectic.checkpoint.folder import copy_side_files
+from eutectic.checkpoint.layout import SHARD_INDEX_NAME, OutputFile, weight_index_bytes
+from eutectic.checkpoint.writer import CheckpointWriter, write_atomically
+from eutectic.planning.cost import CHUNK
+from eutectic.planning.inputs import Inputs
+from eutectic.planning.plan import Plan
+
+EXPERTS = "experts"
+
+
+def write_expert_folders(
+    plan: Plan, inputs: Inputs, model: Path, files: Sequence[OutputFile]
+) -> None:
+    """Write `experts/<name>/` for every expert with heads of its own.
+
+    A shard without a head is linked, not copied, where the file system allows it. A shard that
+    holds a head, or whose keys the expert spells with another prefix, is written once per variant
+    and linked by every expert that needs the same one.
+    """
+    variants: dict[tuple[str, tuple[str, ...]], Path] = {}
+    for name, heads in plan.heads.items():
+        expert = inputs.experts[name]
+        folder = model / EXPERTS / name
+        folder.mkdir(parents=True, exist_ok=True)
+        spelling = _spelling(expert)
+        own = frozenset(head.name for head in heads)
+        count = len(files) + 1
+        shards: list[OutputFile] = []
+        for position, file in enumerate(files, start=1):
+            shard = OutputFile(
+                f"model-{position:05d}-of-{count:05d}.safetensors",
+                tuple((spelling(k), d, s) for k, d, s in file.entries if k not in own),
+                file.metadata,
+            )
+            if not shard.entries:
+                continue
+            shards.append(shard)
+            source = model / file.name
+            if tuple(k for k, _, _ in shard.entries) != tuple(k for k, _, _ in file.entries):
+                key = (file.name, tuple(k for k, _, _ in shard.entries))
+                if key not in variants:
+                    _write_variant(source, file, folder, shard, own)
+                    variants[key] = folder / shard.name
+                source = variants[key]
+            _link(source, folder / shard.name)
+        shards.append(_write_heads(plan, inputs, name, folder, spelling, count))
+        write_atomically(folder / SHARD_INDEX_NAME, weight_index_bytes(shards))
+        _side_files(inputs, expert, folder)
+
+
+class _Prefix:
+    """How an expert spells the base's names: with another prefix, or the same."""
+
+    def __init__(self, add: str, remove: str) -> None:
+        self.add, self.remove = add, remove
+
+    def __call__(self, name: str) -> str:
+        return self.add + name.removeprefix(self.remove)
+
+
+def _spelling(expert: Expert) -> _Prefix:
+    """Return how the expert spells the base's names, from any tensor that both have."""
+    for name, entry in expert.entries.items():
+        if expert.is_delta or entry.name == name:
+            break
+        if entry.name.endswith(name):
+            return _Prefix(entry.name.removesuffix(name), "")
+        if name.endswith(entry.name):
+            return _Prefix("", name.removesuffix(entry.name))
+    return _Prefix("", "")
+
+
+def _write_heads(
+    plan: Plan, inputs: Inputs, name: str, folder: Path, spelling: _Prefix, count: int
+) -> OutputFile:
+    expert = inputs.experts[name]
+    dtype = getattr(torch, plan.recipe.dtype) if plan.recipe.dtype else None
+    heads = plan.heads[name]
+    own_names = {
+        head.name: expert.extra[head.name].name
+        if head.name in expert.extra and not expert.is_delta
+        else spelling(head.name)
+        for head in heads
+    }
+    entries = tuple(
+        (
+            own_names[head.name],
+            dtype if dtype is not None and head.dtype.is_floating_point else head.dtype,
+            head.shape,
+        )
+        for head in heads
+    )
+    file = OutputFile(f"model-{count:05d}-of-{count:05d}.safetensors", entries, {"format": "pt"})
+    (folder / file.name).unlink(missing_ok=True)
+    with CheckpointWriter(folder, [file], resume=True) as writer:
+        for head, (own, kind, _) in zip(heads, entries, strict=True):
+            read = expert.read_extra if head.name in expert.extra else expert.read
+            for start in range(0, max(head.numel, 1), CHUNK):
+                writer.write(own, start, read(head.name, start, min(head.numel, start + CHUNK)).to(kind))
+        writer.sync()
+    return file
+
+
+def _write_variant(
+    source: Path, file: OutputFile, folder: Path, shard: OutputFile, own: frozenset[str]
+) -> None:
+    """Write a shard of the merged model without some tensors, or under other names."""
+    (folder / shard.name).unlink(missing_ok=True)
+    with (
+        CheckpointWriter(source.parent, [file], resume=True) as merged,
+        CheckpointWriter(folder, [shard], resume=True) as writer,
+    ):
+        kept = [(k, s) for k, _, s in file.entries if k not in own]
+        for (key, shape), (spelled, _, _) in zip(kept, shard.entries, strict=True):
+            elements = math.prod(shape)
+            for start in range(0, max(elements, 1), CHUNK):
+                stop = min(elements, start + CHUNK)
+                writer.write(spelled, start, merged.read_back(key, start, stop))
+        writer.sync()
+
+
+def _link(source: Path, target: Path) -> None:
+    if source == target:
+        return
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # other file system, or one without hard links
+        shutil.copyfile(source, target)
+
+
+def _side_files(inputs: Inputs, expert: Expert, folder: Path) -> None:
+    """Copy the expert's own config and tokenizer; an adapter brings none, so take the base's."""
+    assert inputs.index is not None
+    copy_side_files(inputs.index.folder, folder)
+    if expert.folder is not None and not expert.is_delta:
+        copy_side_files(expert.folder, folder)
+

@@ -1,0 +1,120 @@
+"""Principal directions of the output shift that a task matrix causes, from Grams alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eutectic.errors import NumericalError, StatisticsError
+from eutectic.types import LayerStatistics
+
+
+@dataclass(frozen=True)
+class EssentialSubspace:
+    """Leading principal directions of X Δᵀ.
+
+    Attributes:
+        directions: E `[out, k]`, orthonormal columns.
+        eigenvalues: λ `[k]` of Δ A Δᵀ, descending and positive.
+    """
+
+    directions: Tensor
+    eigenvalues: Tensor
+
+
+def essential_subspace(
+    delta: Tensor,
+    statistics: LayerStatistics,
+    rank: int,
+    *,
+    rank_tolerance: float | None = None,
+    where: str = "",
+) -> EssentialSubspace:
+    """Return the first `rank` principal directions of the output shift X Δᵀ, uncentred.
+
+    They are the eigenvectors of Δ A Δᵀ with A = XᵀX. Of the two equivalent eigenproblems the
+    smaller is solved: `[out, out]`, or `[m, m]` for R Δᵀ Δ Rᵀ with a root A = RᵀR of m rows (the
+    stored factor, or the Cholesky factor of the Gram), then E = Δ Rᵀ V Λ^-½.
+    Directions without energy are left out, so fewer than `rank` columns come back when tokens or
+    the task matrix do not reach that far; a zero delta or a zero Gram gives none.
+
+    Args:
+        delta: Δ `[out, in]`.
+        statistics: with `gram` or `gram_factor`; their device and scale do not matter.
+        rank: the most directions to return.
+        rank_tolerance: keep λ above this fraction of the largest. Default: what entrywise
+            rounding of Δ can cause, (eps (√out + √in))². Eigenvalues within the rounding of the
+            stored Gram, as its negative ones show it, are left out at any tolerance.
+        where: names the tensor and the expert in messages.
+
+    Returns:
+        Directions and eigenvalues in float64. Cost: products with Δ and A, and one symmetric
+        eigenproblem of min(out, in, factor rows).
+
+    Raises:
+        StatisticsError: no Gram, or a Gram of another width than the matrix.
+        NumericalError: NaN or Inf in the Gram.
+    """
+    out_features, in_features = delta.shape
+    stored = statistics.gram if statistics.gram is not None else statistics.gram_factor
+    if stored is None:
+        raise StatisticsError(f"{where or 'the layer'}: the statistics hold no Gram.")
+    if stored.shape[-1] != in_features or stored.ndim != 2:
+        raise StatisticsError(
+            f"{where or 'the layer'}: the Gram is for {stored.shape[-1]} inputs, the matrix has "
+            f"{in_features}.\nThe statistics belong to another checkpoint; collect them again."
+        )
+    if not bool(torch.isfinite(stored).all()):
+        raise NumericalError(f"{where or 'the layer'}: NaN or Inf in the Gram; collect it again.")
+    weight = delta.double()
+    tolerance = rank_tolerance
+    if tolerance is None:
+        rounding = torch.finfo(delta.dtype).eps * (out_features**0.5 + in_features**0.5)
+        tolerance = rounding**2
+    tokens = statistics.count if statistics.gram_diagonal is None else 0
+    limit = min(rank, tokens) if tokens else rank
+    if statistics.gram is None and statistics.gram_diagonal is None:
+        shift = stored.to(weight) @ weight.T
+        if out_features <= len(shift):
+            return _leading(shift.T @ shift, limit, tolerance)
+    else:
+        gram = _dense(statistics).to(weight)
+        if out_features <= in_features:
+            return _leading(weight @ gram @ weight.T, limit, tolerance)
+        shift = _root(gram) @ weight.T
+    inner = _leading(shift @ shift.T, limit, tolerance)
+    return EssentialSubspace(
+        shift.T @ (inner.directions / inner.eigenvalues.sqrt()), inner.eigenvalues
+    )
+
+
+def _dense(statistics: LayerStatistics) -> Tensor:
+    gram = statistics.dense_gram()
+    assert gram is not None  # checked by the caller
+    return gram
+
+
+def _root(gram: Tensor) -> Tensor:
+    """Return R with RᵀR = A: Cholesky, or the symmetric root of a semidefinite Gram."""
+    factor, fault = torch.linalg.cholesky_ex(gram, upper=True)
+    if int(fault) == 0:
+        return factor
+    whole = _leading(gram, len(gram), 0.0)
+    return (whole.directions * whole.eigenvalues.sqrt()).T
+
+
+def _leading(matrix: Tensor, rank: int, tolerance: float) -> EssentialSubspace:
+    """Return the first eigenpairs of a semidefinite matrix that stand above rounding.
+
+    Rounding of a stored Gram spreads eigenvalues around zero, so as much as lies below zero is
+    not trusted above it either.
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    if not len(values) or float(values[-1]) <= 0:
+        return EssentialSubspace(vectors[:, :0], values[:0])
+    own_rounding = torch.finfo(values.dtype).eps * len(values)
+    floor = float(values[-1]) * max(tolerance, own_rounding) + 2 * max(0.0, -float(values[0]))
+    kept = min(rank, int((values > floor).sum()))
+    return EssentialSubspace(vectors.flip(1)[:, :kept], values.flip(0)[:kept])

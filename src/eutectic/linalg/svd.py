@@ -1,0 +1,53 @@
+"""The thin SVD in float64, the reference that every faster kernel is checked against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Triplets:
+    """Singular triplets M v_i = s_i u_i, s descending.
+
+    Attributes:
+        U: left vectors `[out, k]`, orthonormal columns.
+        S: singular values `[k]`, float64.
+        V: right vectors `[in, k]`, orthonormal columns.
+    """
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+    def first(self, count: int) -> Triplets:
+        """Return the `count` leading triplets."""
+        return Triplets(self.U[:, :count], self.S[:count], self.V[:, :count])
+
+
+def default_tolerance(dtype: torch.dtype, shape: tuple[int, ...] | torch.Size) -> float:
+    """Return eps · max(out, in): singular values below this fraction of the first are rounding.
+
+    eps is that of float64 for float64 input and that of float32 for all narrower types: they are
+    computed in float32, and a delta of two half-precision numbers is exact there.
+    """
+    wide = dtype == torch.float64
+    return torch.finfo(torch.float64 if wide else torch.float32).eps * max(shape)
+
+
+def magnitude(matrix: Tensor) -> float:
+    """Return the largest absolute entry (0 for an empty matrix); the unit kernels work in."""
+    return float(matrix.abs().max()) if matrix.numel() else 0.0
+
+
+def thin_svd(matrix: Tensor) -> Triplets:
+    """Return all min(out, in) singular triplets of `[out, in]`, computed in float64.
+
+    The matrix is divided by its largest entry first, so norms of 1e-30 and 1e30 are safe. A zero
+    matrix gives zero singular values and the first columns of identity matrices.
+    """
+    unit = magnitude(matrix) or 1.0
+    U, S, Vh = torch.linalg.svd(matrix.double() / unit, full_matrices=False)
+    return Triplets(U, S * unit, Vh.mT)

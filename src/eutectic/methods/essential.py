@@ -1,0 +1,231 @@
+"""Essential Subspace Merging: fuse the directions in which each expert moves its outputs."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge, Gt, Le
+from torch import Tensor
+
+from eutectic.errors import StatisticsError
+from eutectic.linalg.essential import EssentialSubspace, essential_subspace
+from eutectic.linalg.polar import polar
+from eutectic.methods.registry import Context, Parameters, Precision, register
+from eutectic.types import Merged
+
+Power = Annotated[float, Ge(0)]
+
+
+@dataclass(frozen=True)
+class _Exponents:
+    task_power: float = 0.0
+    eigenvalue_power: float = 0.0
+    column_power: float = 0.0
+    layer_power: float = 0.0
+    factor: float = 1.0
+
+
+_PRESETS = {
+    "vit": _Exponents(2, 0.15, 2, 2, 2),
+    "roberta": _Exponents(0, 0.15, 0, 2, 1),
+    None: _Exponents(),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EssentialParameters(Parameters):
+    """Parameters of `esm`.
+
+    An exponent that is given overrides the preset's.
+
+    Attributes:
+        preset: "vit" (2, 0.15, 2, 2, factor 2: every scaling of the paper, the default) or
+            "roberta" (0, 0.15, 0, 2, factor 1), the two published variants; None starts from no
+            scaling at all (0, 0, 0, 0, factor 1).
+        task_power: exponent of ‖Δ_t‖ relative to the experts' mean.
+        eigenvalue_power: exponent of λ_i relative to the mean of the kept ones.
+        column_power: exponent of the norms of the coordinates' columns relative to their mean.
+        layer_power: exponent of a layer's norm relative to the mean of its group of like layers,
+            applied after all layers are merged.
+        factor: β, a constant in front.
+        rank_fraction: directions kept per expert, as a fraction of the outputs; None: 1 / T.
+        rank_tolerance: singular values of the shift, and of the concatenated factors, below this
+            fraction of the largest are taken for rounding and not promoted. None: rounding of the
+            stored numbers. Zero promotes everything.
+    """
+
+    preset: Literal["vit", "roberta"] | None = "vit"
+    task_power: Power | None = None
+    eigenvalue_power: Power | None = None
+    column_power: Power | None = None
+    layer_power: Power | None = None
+    factor: Annotated[float, Gt(0)] | None = None
+    rank_fraction: Annotated[float, Gt(0), Le(1)] | None = None
+    rank_tolerance: Annotated[float, Ge(0), Le(1)] | None = None
+
+    def resolved(self) -> _Exponents:
+        """Return the preset's exponents under the explicit ones."""
+        given = {f.name: getattr(self, f.name) for f in fields(_Exponents)}
+        return _Exponents(
+            **{
+                name: getattr(_PRESETS[self.preset], name) if value is None else value
+                for name, value in given.items()
+            }
+        )
+
+    def rank(self, out_features: int, experts: int) -> int:
+        """Return k, the directions kept per expert."""
+        if self.rank_fraction is None:
+            return max(1, out_features // experts)
+        return max(1, int(out_features * self.rank_fraction))
+
+
+def _finish(norms: Mapping[str, float], parameters: EssentialParameters) -> dict[str, float]:
+    """Return (‖Δ‖ / mean over the group ‖Δ‖)^p for every merged matrix."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in norms:
+        groups[layer_group(name)].append(name)
+    power = parameters.resolved().layer_power
+    factors: dict[str, float] = {}
+    for members in groups.values():
+        mean = sum(norms[name] for name in members) / len(members)
+        for name in members:
+            factors[name] = (norms[name] / mean) ** power if mean > 0 else 1.0
+    return factors
+
+
+def layer_group(name: str) -> str:
+    """Return the tensor's name with every layer number replaced: like layers share it.
+
+    Example:
+        >>> layer_group("encoder.layer.11.attention.self.query.weight")
+        'encoder.layer.*.attention.self.query.weight'
+    """
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def _explain(
+    shape: tuple[int, ...], parameters: EssentialParameters, precision: Precision
+) -> str:
+    experts, out_features, in_features = shape
+    k = parameters.rank(out_features, experts)
+    side = min(out_features, in_features)
+    return (
+        f"{k} of {out_features} output directions per expert from eigenproblems of at most "
+        f"{side}×{side}, then polar factors of {out_features}×{k * experts} and "
+        f"{k * experts}×{in_features}"
+    )
+
+
+@register(
+    "esm",
+    family="essential",
+    summary="Fuse, per layer, the output directions that each expert's own inputs excite most.",
+    paper="Model merging in the essential subspace, arXiv 2602.20208",
+    parameters=EssentialParameters,
+    needs={"gram"},
+    fallback="tsv_m",
+    workspace=6.0,
+    finish=_finish,
+    explain=_explain,
+    laws={"permutation", "homogeneous", "zero"},
+)
+def esm(deltas: Tensor, parameters: EssentialParameters, context: Context) -> Merged:
+    """Return β · mean(σ(E_*)) polar(E_*) · mean(σ(C_*)) polar(C_*).
+
+    E_t `[out, k]` are the first k = int(out / T) principal directions of the output shift X_t Δ_tᵀ
+    (the eigenvectors of Δ_t A_t Δ_tᵀ: the Gram suffices) and C_t = E_tᵀ Δ_t their coordinates.
+    C_t takes the factor (‖Δ_t‖ / mean_s ‖Δ_s‖)^p_task; the columns of E_t and the rows of C_t
+    take (λ_i / mean λ)^p_eig, normalised to mean 1; both are concatenated over the experts into
+    E_* `[out, kT]` and C_* `[kT, in]`; column j of C_* takes (‖C_*,j‖ / mean)^p_col. The factor
+    between layers, (‖Δ‖ / mean of like layers)^p_layer, needs all norms and is applied afterwards
+    by the engine through `finish`; a group is the tensor's name without its layer numbers.
+
+    Shapes: deltas `[T, out, in]` float32 or float64 -> `[out, in]`; arithmetic in float64. Cost: T
+    eigenproblems of min(out, in) at most, and two polar factors of `[out, kT]` and `[kT, in]`.
+    T = 1 gives the expert's factors flattened, not the expert. A zero delta contributes nothing;
+    all deltas zero give zero.
+
+    When k exceeds what Δ_t and its tokens determine, only the determined directions enter, and
+    the mean singular values are taken over the support. The record tells `rank` (k), `directions`
+    (kept per expert) and, where some fall short, `short` (the experts' names). Matrices without
+    statistics are merged by `tsv_m`.
+
+    Deviations from the source: the official code fills missing directions with arbitrary ones;
+    here they are left out (numerical support). Its task factor uses the norm of the coordinates
+    on a completed basis, which is ‖Δ_t‖ whenever there are at least `out` tokens.
+
+    Raises:
+        StatisticsError: a Gram of another width than the matrix.
+        NumericalError: NaN or Inf in a Gram.
+
+    Reference: Model merging in the essential subspace, arXiv 2602.20208; Essential subspace
+    merging with mixture of experts, arXiv 2606.19164.
+    """
+    weighted = context.weigh(deltas)
+    exponents = parameters.resolved()
+    experts, out_features, _ = weighted.shape
+    k = parameters.rank(out_features, experts)
+    norms = weighted.flatten(1).norm(dim=1, dtype=torch.float64)
+    shares = (norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny)) ** exponents.task_power
+
+    left: list[Tensor] = []
+    right: list[Tensor] = []
+    kept: list[int] = []
+    for t, delta in enumerate(weighted):
+        subspace = _subspace(delta, t, k, parameters, context)
+        scales = _eigenvalue_scales(subspace.eigenvalues, exponents.eigenvalue_power)
+        left.append(subspace.directions * scales)
+        coordinates = subspace.directions.T @ delta.double()
+        right.append(coordinates * (scales * shares[t]).unsqueeze(1))
+        kept.append(len(scales))
+
+    record: dict[str, Any] = {"rank": k, "directions": kept}
+    short = [name for name, m in zip(context.experts, kept, strict=True) if m < k]
+    if short:
+        record["short"] = short
+    if not any(kept):
+        return Merged(torch.zeros_like(deltas[0]), record)
+    columns = torch.cat(right)
+    column_norms = columns.norm(dim=0)
+    columns = columns * (column_norms / column_norms.mean()) ** exponents.column_power
+    tolerance = parameters.rank_tolerance
+    if tolerance is None:
+        tolerance = torch.finfo(deltas.dtype).eps
+    left_factor, right_factor = (
+        polar(matrix, rank_tolerance=tolerance, precision=context.precision)
+        for matrix in (torch.cat(left, dim=1), columns)
+    )
+    flatness = left_factor.mean_singular_value * right_factor.mean_singular_value
+    merged = (exponents.factor * flatness) * (left_factor.factor @ right_factor.factor)
+    return Merged(merged.to(deltas.dtype), record)
+
+
+def _subspace(
+    delta: Tensor, t: int, k: int, parameters: EssentialParameters, context: Context
+) -> EssentialSubspace:
+    where = f"{context.tensor or 'the layer'}, expert '{context.experts[t]}'"
+    statistics = context.statistics[t] if context.statistics is not None else None
+    if statistics is None:
+        raise StatisticsError(f"{where}: esm needs statistics with a Gram.")
+    tolerance = parameters.rank_tolerance
+    return essential_subspace(
+        delta,
+        statistics,
+        k,
+        rank_tolerance=None if tolerance is None else tolerance**2,
+        where=where,
+    )
+
+
+def _eigenvalue_scales(eigenvalues: Tensor, power: float) -> Tensor:
+    """Return (λ_i / mean λ)^p, normalised to mean 1."""
+    if not len(eigenvalues):
+        return eigenvalues
+    scales = (eigenvalues / eigenvalues.mean()) ** power
+    return scales / scales.mean()

@@ -1,0 +1,220 @@
+"""MaTS: matching models in task subspaces, one linear system per tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge, Le
+from torch import Tensor
+
+from eutectic.errors import MethodError
+from eutectic.linalg.cg import CGResult, eigenbasis_pays
+from eutectic.methods.collected import participants
+from eutectic.methods.initial import initial_guess
+from eutectic.methods.operators import NEEDS, Operator, System, build_system
+from eutectic.methods.registry import Context, Parameters, Precision, register
+from eutectic.methods.solving import (
+    Preconditioner,
+    Unknown,
+    averaged,
+    closed_form,
+    continued,
+    iterate,
+    offset_of,
+    reason_to_rest,
+)
+from eutectic.types import Merged
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatsParameters(Parameters):
+    """Parameters of `mats`.
+
+    Attributes:
+        operator: C_t. "gram" W·A_t, "kfac" H_t·W·A_t, "diagonal_fisher" F_t ⊙ W, "block" B_t·w,
+            "task_gram" W·Δ_tᵀΔ_t/‖Δ_t‖² (needs no data), "identity".
+        init: method whose result is the initial guess, "zero", or the path of a merged checkpoint,
+            which the engine reads and passes as the context's `initial`.
+        init_scale: factor on the initial guess. None: 0.3 for task arithmetic, 1 for a checkpoint,
+            the method's own default scale otherwise.
+        iterations: the most steps. None: 100, or 10 for "block", as published.
+        tolerance: relative residual ‖b − C(x)‖/‖b‖ at which to stop.
+        preconditioner: "none" as published, "jacobi" (the diagonal), "kronecker" (the nearest
+            Kronecker product; the diagonal for operators that are one).
+        off_diagonal: λ, by which the off-diagonal entries of A_t, H_t and B_t are multiplied.
+        damping: ridge on the operator, relative to its mean diagonal. It draws the solution
+            towards the base with `space="delta"`, towards zero weights with "weight".
+        space: solve for the delta, or for the weight as published.
+        solver: conjugate gradients, or the closed form in float64 where there is one.
+        rest: what a tensor without statistics takes: the experts' average, or the initial guess.
+        normalize_counts: divide each expert's sums by their counts.
+    """
+
+    operator: Operator = "gram"
+    init: str = "task_arithmetic"
+    init_scale: float | None = None
+    iterations: Annotated[int, Ge(0)] | None = None
+    tolerance: Annotated[float, Ge(0), Le(1)] = 1e-5
+    preconditioner: Preconditioner = "none"
+    off_diagonal: Annotated[float, Ge(0), Le(1)] = 1.0
+    damping: Annotated[float, Ge(0)] = 0.0
+    space: Unknown = "delta"
+    solver: Literal["cg", "direct"] = "cg"
+    rest: Literal["average", "init"] = "average"
+    normalize_counts: bool = True
+
+    def steps(self) -> int:
+        """Return the most steps to take."""
+        if self.iterations is not None:
+            return self.iterations
+        return 10 if self.operator == "block" else 100
+
+
+def _needs(parameters: MatsParameters) -> set[str]:
+    base = {"base"} if parameters.space == "weight" else set[str]()
+    return {*NEEDS[parameters.operator], *base}
+
+
+def _explain(shape: tuple[int, ...], parameters: MatsParameters, precision: Precision) -> str:
+    if parameters.solver == "direct":
+        return f"closed form for '{parameters.operator}' by Cholesky in float64"
+    steps = parameters.steps()
+    route = f"at most {steps} steps of conjugate gradients on '{parameters.operator}'"
+    if parameters.operator == "gram" and parameters.preconditioner == "none":
+        if eigenbasis_pays(shape[-2], shape[-1], steps):
+            return f"{route}, in the eigenbasis of the summed {shape[-1]}×{shape[-1]} Gram"
+    return f"{route}, preconditioner {parameters.preconditioner}"
+
+
+@register(
+    "mats",
+    family="matching",
+    summary="Match every expert in its task subspace: one linear system, conjugate gradients.",
+    paper="Merging by matching models in task parameter subspaces, arXiv 2312.04339",
+    parameters=MatsParameters,
+    vectors=True,
+    needs=_needs,
+    fallback="mats",
+    workspace=6.0,
+    explain=_explain,
+    laws={"permutation", "homogeneous", "zero"},
+)
+def mats(deltas: Tensor, parameters: MatsParameters, context: Context) -> Merged:
+    """Return an approximate solution Δ of Σ w_tC_t(Δ) = Σ w_tC_t(Δ_t), from an initial guess.
+
+    The solution minimises Σ w_t⟨Δ − Δ_t, C_t(Δ − Δ_t)⟩. Conjugate gradients start at another
+    method's result and stop at `tolerance` or after `iterations` steps; stopping early is part of
+    the method.
+
+    Shapes: deltas `[T, out, in]` -> `[out, in]`; "diagonal_fisher", "block" and "identity" take
+    any shape, "block" with B_t over its entries in order. Cost a step: "gram" one product
+    `[out, in]·[in, in]` (none where the eigenbasis of ΣA_t is cheaper than the steps, see
+    `linalg.cg`), "kfac" T products with each factor. T = 1 converges to the expert, zero deltas
+    to zero (if the guess is zero then, as all but a given one are).
+
+    Precision: float32 tensors with float64 inner products; float64 throughout for float64 deltas,
+    `precision="exact"`, and from where float32 stagnates above the tolerance. The last entry of
+    the residual curve is recomputed from the definition.
+
+    Spaces: from the same point the iterates for the delta and for the weight are the same up to
+    rounding, whatever the rank, because their residuals are equal. Only the stopping test
+    differs: it is relative to ‖ΣC_t(Δ_t)‖ or to ‖ΣC_t(W_t)‖, which is larger, so
+    `space="weight"` stops earlier at the same tolerance. With damping, or from "direct" on a
+    singular sum, the solutions differ: see `damping` and `regmean`.
+
+    The record holds operator, space, dtype, init, status, iterations, applications and
+    residuals; statuses are those of `linalg.cg.CGResult`. A run that breaks down (an indefinite
+    operator) or meets NaN returns its last good iterate, which is the initial guess at worst, and
+    says so. A tensor that lacks statistics for one expert (none collected, no example seen, of a
+    kind that the operator has no rule for) takes `rest`, and the record tells `rest` and `reason`;
+    nothing keeps the base's value silently. Experts of weight 0 need no statistics.
+
+    Deviations from the source: the delta is the default unknown; the residual is checked before
+    success is claimed; with "block" and "kfac" sums are divided by their counts at the time of
+    merging, not of collecting (`normalize_counts`).
+
+    Raises:
+        MethodError: statistics of another shape, nonzero sums with count 0, negative weights, an
+            unknown `init`, no base with `space="weight"`, "direct" with "kfac".
+        NumericalError: NaN or Inf in the statistics; "direct" on an indefinite sum.
+
+    Reference: Merging by matching models in task parameter subspaces, arXiv 2312.04339.
+    """
+    participants(context)
+    operator = parameters.operator
+    if parameters.solver == "direct" and operator == "kfac":
+        raise MethodError(
+            "operator 'kfac' has no closed form: a sum of Kronecker products has no cheap inverse."
+            "\nUse solver 'cg', with preconditioner 'kronecker' to converge quickly."
+        )
+    reason = reason_to_rest(operator, deltas, context, parameters.normalize_counts)
+    if reason is not None:
+        return _rest(deltas, parameters, context, reason)
+    direct = parameters.solver == "direct"
+    inputs = deltas.reshape(len(deltas), 1, -1) if operator == "block" else deltas
+    if direct or context.precision == "exact":
+        inputs = inputs.double()
+    system = _system(inputs, parameters, context)
+    if not bool(system.diagonal.any()):
+        return _rest(deltas, parameters, context, "the operators of all experts are zero")
+    offset = offset_of(parameters.space, system.right_side, context)
+    record: dict[str, Any] = {"operator": operator, "space": parameters.space}
+    if direct:
+        delta, details = closed_form(system, offset, parameters.damping)
+        return Merged(delta.view(deltas.shape[1:]).to(deltas), {**record, **details})
+
+    start, origin = initial_guess(deltas, parameters.init, parameters.init_scale, context)
+    steps = parameters.steps()
+    result = _run(system, start, offset, steps, parameters)
+    if result.status == "stagnated" and inputs.dtype != torch.float64:
+        wide = _system(inputs.double(), parameters, context)
+        offset = None if offset is None else offset.double()
+        rest = _run(wide, result.solution, offset, steps - result.iterations, parameters)
+        result = continued(result, rest)
+    record |= {
+        "init": origin,
+        "dtype": str(result.solution.dtype).removeprefix("torch."),
+        "status": result.status,
+        "iterations": result.iterations,
+        "applications": result.applications,
+        "residuals": list(result.residuals),
+    }
+    return Merged(result.solution.view(deltas.shape[1:]).to(deltas), record)
+
+
+def _system(inputs: Tensor, parameters: MatsParameters, context: Context) -> System:
+    return build_system(
+        parameters.operator,
+        inputs,
+        context,
+        off_diagonal=parameters.off_diagonal,
+        normalize_counts=parameters.normalize_counts,
+        dense=parameters.solver == "direct" or parameters.preconditioner == "kronecker",
+    )
+
+
+def _run(
+    system: System,
+    start: Tensor,
+    offset: Tensor | None,
+    steps: int,
+    parameters: MatsParameters,
+) -> CGResult:
+    return iterate(
+        system,
+        start,
+        offset,
+        steps=steps,
+        tolerance=parameters.tolerance,
+        preconditioner=parameters.preconditioner,
+        damping=parameters.damping,
+    )
+
+
+def _rest(deltas: Tensor, parameters: MatsParameters, context: Context, reason: str) -> Merged:
+    if parameters.rest == "average":
+        return averaged(deltas, context, reason)
+    delta, origin = initial_guess(deltas, parameters.init, parameters.init_scale, context)
+    return Merged(delta, {"rest": "init", "init": origin, "reason": reason})

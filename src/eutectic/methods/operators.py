@@ -1,0 +1,297 @@
+"""The linear system (Σ w_tC_t)(X) = Σ w_tC_t(Δ_t), one builder per operator C_t."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from eutectic.linalg.cg import LinearMap
+from eutectic.methods.collected import (
+    Gram,
+    dense_gram,
+    divisor,
+    fisher_diagonal,
+    input_gram,
+    participants,
+    square_statistic,
+)
+from eutectic.methods.registry import Context
+
+Operator = Literal["gram", "kfac", "diagonal_fisher", "block", "task_gram", "identity"]
+
+NEEDS: dict[Operator, tuple[str, ...]] = {
+    "gram": ("gram",),
+    "kfac": ("gram", "output_gradient_gram"),
+    "diagonal_fisher": ("fisher_diagonal",),
+    "block": ("block_fisher",),
+    "task_gram": (),
+    "identity": (),
+}
+FISHER_FLOOR = 1e-8
+
+
+@dataclass(frozen=True)
+class System:
+    """One linear system per tensor, on inputs of the shape of `right_side`.
+
+    Attributes:
+        apply: X -> Σ w_tC_t(X).
+        right_side: Σ w_tC_t(Δ_t).
+        diagonal: the diagonal of Σ w_tC_t, broadcastable to the shape.
+        matrix: A when the operator is X -> X·A and A is held densely.
+        left: H̄ of the nearest Kronecker product H̄ ⊗ Ā, None for the identity.
+        right: Ā; None when the operator is its diagonal.
+        unit_roundoff: the largest eps among the dtypes the statistics came in.
+    """
+
+    apply: LinearMap
+    right_side: Tensor
+    diagonal: Tensor
+    matrix: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+    unit_roundoff: float = 0.0
+
+
+def build_system(
+    operator: Operator,
+    deltas: Tensor,
+    context: Context,
+    *,
+    off_diagonal: float,
+    normalize_counts: bool,
+    dense: bool,
+) -> System:
+    """Set up the system of an operator, in the dtype of the deltas.
+
+    Args:
+        operator: which C_t.
+        deltas: `[T, *shape]`; `block` sees them as rows `[T, 1, n]`.
+        context: weights and statistics; experts of weight 0 take no part.
+        off_diagonal: λ, by which the off-diagonal entries of Grams are multiplied.
+        normalize_counts: divide the sums by their counts.
+        dense: hold the Kronecker factors densely, for closed forms and preconditioners.
+
+    Raises:
+        MethodError: statistics of another shape.
+        NumericalError: NaN or Inf in the statistics.
+    """
+    if operator in ("identity", "diagonal_fisher"):
+        return _elementwise_system(operator, deltas, context, normalize_counts)
+    load = _loader(operator, deltas, context, off_diagonal, normalize_counts)
+    if operator == "kfac":
+        return _kfac_system(deltas, context, load, off_diagonal, normalize_counts, dense)
+    return _gram_system(deltas, context, load, dense)
+
+
+def damped(system: System, damping: float) -> System:
+    """Return the system with damping·mean(diagonal)·I added to its operator."""
+    if damping == 0:
+        return system
+    shape = system.right_side.shape
+    ridge = damping * float(system.diagonal.expand(shape).mean(dtype=torch.float64))
+    matrix = system.matrix
+    if matrix is not None:
+        matrix = matrix.clone()
+        matrix.diagonal().add_(ridge)
+    return replace(
+        system,
+        apply=lambda x: system.apply(x).add_(x, alpha=ridge),
+        diagonal=system.diagonal + ridge,
+        matrix=matrix,
+        right=matrix if system.matrix is system.right else system.right,
+    )
+
+
+def shifted(system: System, base: Tensor) -> System:
+    """Return the system for weights, W = W₀ + Δ, instead of deltas."""
+    return replace(system, right_side=system.right_side + system.apply(base))
+
+
+def fisher_weighted(
+    deltas: Tensor, context: Context, *, floor: float, normalize_counts: bool
+) -> tuple[Tensor, Tensor]:
+    """Return Σ w_tF_t ⊙ Δ_t and Σ w_tF_t, in float64, with F_t at least `floor`."""
+    total = torch.zeros_like(deltas[0], dtype=torch.float64)
+    mass = torch.zeros_like(total)
+    for t in participants(context):
+        fisher = fisher_diagonal(context, t, deltas[t], normalize_counts).clamp_min(floor)
+        fisher.mul_(context.weights[t])
+        mass.add_(fisher)
+        total.addcmul_(fisher, deltas[t].double())
+    return total, mass
+
+
+_Load = Callable[[int], Gram]
+
+
+def _loader(
+    operator: Operator,
+    deltas: Tensor,
+    context: Context,
+    off_diagonal: float,
+    normalize_counts: bool,
+) -> _Load:
+    """Return t -> w_tA_t of the operators that multiply from the right."""
+    size = deltas.shape[-1]
+
+    def collected(t: int) -> Gram:
+        return input_gram(
+            context,
+            t,
+            size,
+            factor=context.weights[t] / divisor(context, t, "gram", normalize_counts),
+            off_diagonal=off_diagonal,
+            like=deltas,
+        )
+
+    def block(t: int) -> Gram:
+        return dense_gram(
+            square_statistic(context, t, "block_fisher"),
+            "block_fisher",
+            context,
+            t,
+            size,
+            factor=context.weights[t] / divisor(context, t, "block_fisher", normalize_counts),
+            off_diagonal=off_diagonal,
+            like=deltas,
+        )
+
+    def of_task(t: int) -> Gram:
+        delta = deltas[t]
+        square = float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
+        scale = context.weights[t] / square if square > 0 else 0.0
+        remainder = (1 - off_diagonal) * scale * delta.square().sum(0)
+        factor = delta * (scale * off_diagonal) ** 0.5
+        return Gram(None, factor, remainder, torch.finfo(deltas.dtype).eps)
+
+    if operator == "block":
+        return block
+    return of_task if operator == "task_gram" else collected
+
+
+def _elementwise_system(
+    operator: Operator, deltas: Tensor, context: Context, normalize_counts: bool
+) -> System:
+    if operator == "identity":
+        mass = torch.tensor(sum(context.weights), dtype=deltas.dtype, device=deltas.device)
+        total = torch.zeros_like(deltas[0])
+        for t in participants(context):
+            total.add_(deltas[t], alpha=context.weights[t])
+    else:
+        total, mass = (
+            x.to(deltas.dtype)
+            for x in fisher_weighted(
+                deltas, context, floor=FISHER_FLOOR, normalize_counts=normalize_counts
+            )
+        )
+    return System(lambda x: x * mass, total, mass)
+
+
+def _gram_system(deltas: Tensor, context: Context, load: _Load, dense: bool) -> System:
+    """X -> X·ΣA_t: the sum is formed once, densely unless stacked factors are thinner."""
+    members = participants(context)
+    size = deltas.shape[-1]
+    right_side = torch.zeros_like(deltas[0])
+    remainder = torch.zeros(size, dtype=deltas.dtype, device=deltas.device)
+    matrix: Tensor | None = None
+    factors: list[Tensor] = []
+    unit_roundoff = 0.0
+    for t in members:
+        gram = load(t)
+        unit_roundoff = max(unit_roundoff, gram.unit_roundoff)
+        right_side += gram.right_multiply(deltas[t])
+        if gram.factor is not None and gram.remainder is not None:
+            factors.append(gram.factor)
+            remainder += gram.remainder
+        else:
+            matrix = gram.dense() if matrix is None else matrix.add_(gram.dense())
+    rows = sum(len(f) for f in factors)
+    if matrix is None and not dense and 2 * rows < size:
+        total = Gram(None, torch.cat(factors), remainder, unit_roundoff)
+        return System(
+            total.right_multiply, right_side, total.diagonal(), unit_roundoff=unit_roundoff
+        )
+    if matrix is None:
+        matrix = torch.zeros(size, size, dtype=deltas.dtype, device=deltas.device)
+    for factor in factors:
+        matrix.addmm_(factor.T, factor)
+    matrix.diagonal().add_(remainder)
+    summed = matrix
+    return System(
+        lambda x: x @ summed,
+        right_side,
+        summed.diagonal().clone(),
+        matrix=summed,
+        right=summed,
+        unit_roundoff=unit_roundoff,
+    )
+
+
+def _kfac_system(
+    deltas: Tensor,
+    context: Context,
+    load: _Load,
+    off_diagonal: float,
+    normalize_counts: bool,
+    dense: bool,
+) -> System:
+    """X -> ΣH_t·X·A_t: two products of stacked matrices, whatever the number of experts.
+
+    The nearest Kronecker product has the factors Σ tr(A_t)H_t and Σ tr(H_t)A_t, the partial traces
+    of the operator, which are exact when the experts' Grams are multiples of each other.
+    """
+    members = participants(context)
+    out, size = deltas.shape[1:]
+    grams = [load(t) for t in members]
+    outputs = torch.stack(
+        [
+            dense_gram(
+                square_statistic(context, t, "output_gradient_gram"),
+                "output_gradient_gram",
+                context,
+                t,
+                out,
+                factor=1 / divisor(context, t, "output_gradient_gram", normalize_counts),
+                off_diagonal=off_diagonal,
+                like=deltas,
+            ).dense()
+            for t in members
+        ],
+        dim=1,
+    )  # [out, T, out]: one product leaves the experts' parts side by side in each row
+    left_diagonals = outputs.diagonal(dim1=0, dim2=2)
+    right_diagonals = torch.stack([g.diagonal() for g in grams])
+    all_dense = all(g.matrix is not None for g in grams)
+    stacked = torch.cat([g.dense() for g in grams]) if all_dense else None
+
+    def apply(x: Tensor) -> Tensor:
+        parts = (outputs.view(-1, out) @ x).view(out, len(members), size)
+        if stacked is not None:
+            return parts.view(out, -1) @ stacked
+        total = grams[0].right_multiply(parts[:, 0])
+        for k, gram in enumerate(grams[1:], start=1):
+            total += gram.right_multiply(parts[:, k])
+        return total
+
+    right_side = torch.zeros_like(deltas[0])
+    for k, (t, gram) in enumerate(zip(members, grams, strict=True)):
+        right_side.addmm_(outputs[:, k], gram.right_multiply(deltas[t]))
+    left = right = None
+    if dense:
+        left = torch.zeros(out, out, dtype=deltas.dtype, device=deltas.device)
+        right = torch.zeros(size, size, dtype=deltas.dtype, device=deltas.device)
+        for k, gram in enumerate(grams):
+            left.add_(outputs[:, k], alpha=float(right_diagonals[k].sum()))
+            right.add_(gram.dense(), alpha=float(left_diagonals[k].sum()))
+    return System(
+        apply,
+        right_side,
+        torch.einsum("to,ti->oi", left_diagonals, right_diagonals),
+        left=left,
+        right=right,
+    )

@@ -1,0 +1,147 @@
+"""From a linear system to its solution: conjugate gradients or Cholesky, for deltas or weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from eutectic.errors import MethodError
+from eutectic.linalg.cg import (
+    CGResult,
+    LinearMap,
+    conjugate_gradients,
+    conjugate_gradients_by_eigenbasis,
+    eigenbasis_pays,
+)
+from eutectic.linalg.cholesky import ridged_cholesky
+from eutectic.linalg.preconditioners import jacobi, kronecker
+from eutectic.methods.collected import lack
+from eutectic.methods.linear import mean_of_deltas
+from eutectic.methods.operators import NEEDS, Operator, System, damped, shifted
+from eutectic.methods.registry import Context
+from eutectic.types import Merged
+
+Unknown = Literal["delta", "weight"]
+Preconditioner = Literal["none", "jacobi", "kronecker"]
+
+
+def iterate(
+    system: System,
+    start: Tensor,
+    offset: Tensor | None,
+    *,
+    steps: int,
+    tolerance: float,
+    preconditioner: Preconditioner,
+    damping: float,
+) -> CGResult:
+    """Run conjugate gradients on the unknown offset + delta; the result holds the delta.
+
+    Args:
+        system: for deltas.
+        start: the delta to start from, as many entries as the system's right side.
+        offset: W₀ when the weights are the unknown, else None.
+        steps: the most steps.
+        tolerance: relative residual at which to stop.
+        preconditioner: see `MatsParameters`.
+        damping: see `damped`.
+    """
+    initial = start.to(system.right_side).view(system.right_side.shape)
+    if offset is not None:
+        system, initial = shifted(system, offset), initial + offset
+    system = damped(system, damping)
+    b = system.right_side
+    if (
+        preconditioner == "none"
+        and system.matrix is not None
+        and eigenbasis_pays(len(b), b.shape[-1], steps)
+    ):
+        result = conjugate_gradients_by_eigenbasis(
+            system.matrix, b, initial=initial, iterations=steps, tolerance=tolerance
+        )
+    else:
+        result = conjugate_gradients(
+            system.apply,
+            b,
+            initial=initial,
+            iterations=steps,
+            tolerance=tolerance,
+            preconditioner=_approximate_inverse(system, preconditioner),
+        )
+    return result if offset is None else replace(result, solution=result.solution - offset)
+
+
+def _approximate_inverse(system: System, preconditioner: Preconditioner) -> LinearMap | None:
+    if preconditioner == "none":
+        return None
+    if preconditioner == "kronecker" and system.right is not None:
+        return kronecker(system.left, system.right, system.right_side.dtype)
+    return jacobi(system.diagonal)
+
+
+def continued(first: CGResult, second: CGResult) -> CGResult:
+    """Join the records of two runs, the second from where the first stopped."""
+    return replace(
+        second,
+        iterations=first.iterations + second.iterations,
+        applications=first.applications + second.applications,
+        residuals=first.residuals + second.residuals[1:],
+    )
+
+
+def closed_form(
+    system: System, offset: Tensor | None, ridge: float
+) -> tuple[Tensor, dict[str, Any]]:
+    """Solve a float64 system whose operator is a right multiplication, or its diagonal.
+
+    Returns:
+        The delta, and the ridge that it took for the record.
+
+    Raises:
+        NumericalError: the operator is not positive semidefinite.
+    """
+    right_side = (system if offset is None else shifted(system, offset)).right_side
+    record: dict[str, Any]
+    if system.right is None:
+        solution = right_side / (system.diagonal + ridge * system.diagonal.mean())
+        record = {"ridge": ridge}
+    else:
+        solved = ridged_cholesky(system.right, ridge=ridge, unit_roundoff=system.unit_roundoff)
+        solution = torch.cholesky_solve(right_side.mT, solved.factor).mT
+        record = {
+            "ridge": solved.ridge,
+            "ridge_escalated": solved.escalated,
+            "dead_inputs": solved.dead,
+        }
+    return (solution if offset is None else solution - offset), record
+
+
+def offset_of(space: Unknown, like: Tensor, context: Context) -> Tensor | None:
+    """Return what lies between the unknown and the delta: W₀ for weights, None for deltas.
+
+    Raises:
+        MethodError: the weights are asked for and there is no base.
+    """
+    if space == "delta":
+        return None
+    if context.base is None:
+        raise MethodError("space 'weight' solves for the weights and needs base.")
+    return context.base.to(like).view(like.shape)
+
+
+def reason_to_rest(
+    operator: Operator, deltas: Tensor, context: Context, normalize_counts: bool
+) -> str | None:
+    """Say why this tensor has to take another rule, or return None."""
+    if operator in ("gram", "kfac", "task_gram") and deltas.ndim != 3:
+        shape = list(deltas.shape[1:])
+        return f"operator '{operator}' is for matrices, this tensor has shape {shape}"
+    return lack(NEEDS[operator], context, normalize_counts)
+
+
+def averaged(deltas: Tensor, context: Context, reason: str) -> Merged:
+    """Return the experts' mean, with the reason why in the record."""
+    return Merged(mean_of_deltas(deltas, context), {"rest": "average", "reason": reason})

@@ -1,0 +1,166 @@
+"""What a plan will cost: bytes, peak memory, seconds."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import psutil
+import torch
+
+from eutectic.errors import RecipeError
+from eutectic.methods import get_method
+from eutectic.planning.inputs import Inputs
+from eutectic.planning.plan import Plan, TensorPlan
+from eutectic.recipes.units import format_bytes
+from eutectic.types import Treatment
+
+CHUNK = 1 << 17  # entries of one tensor merged at a time: 8 experts' chunks fit the cache
+PROCESS_BYTES = 400_000_000  # interpreter, torch and its allocator's slack
+MEMORY_SHARE = 0.6
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one tensor, or of a whole plan.
+
+    Attributes:
+        read_bytes: read from files.
+        write_bytes: written to files.
+        peak_bytes: held at once by the job; for a plan, by all jobs that run side by side.
+        seconds: estimated.
+    """
+
+    read_bytes: int
+    write_bytes: int
+    peak_bytes: int
+    seconds: float
+
+
+def tensor_cost(planned: TensorPlan, plan: Plan, inputs: Inputs) -> Cost:
+    """Estimate one job from shapes and dtypes alone."""
+    base_bytes = planned.entry.nbytes
+    write_bytes = planned.elements * planned.dtype.itemsize
+    rates = machine_rates()
+    chunk = min(planned.elements, CHUNK)
+    if planned.method == "copy":
+        peak = chunk * (planned.entry.dtype.itemsize + planned.dtype.itemsize)
+        seconds = (base_bytes + write_bytes) / rates.bytes_per_second
+        return Cost(base_bytes, write_bytes, peak, seconds)
+    method = get_method(planned.method)
+    experts = [inputs.experts[n].entries.get(planned.name) for n in planned.experts]
+    expert_bytes = sum(e.nbytes for e in experts if e is not None)
+    count, width = len(planned.experts), planned.compute.itemsize
+    passes = 4 if method.prepare is not None else 1
+    if method.elementwise:
+        held = chunk
+        passes = passes if planned.elements > CHUNK else 1
+        work = planned.elements * count * width * 4 * passes / rates.bytes_per_second
+    else:
+        blocks = planned.entry.shape[0] if planned.decision.stacked else 1
+        held = planned.elements // max(blocks, 1)
+        rows = planned.entry.shape[0 if blocks == 1 else 1] if planned.entry.shape else 1
+        small = min(rows, held // max(rows, 1))
+        work = method.products * count * 2 * planned.elements * small / rates.flops
+    stack = held * count * width
+    peak = int(stack * (1 + method.workspace) + held * (4 * width + planned.dtype.itemsize))
+    read = (base_bytes + expert_bytes) * passes
+    moved = (read + write_bytes) / rates.bytes_per_second
+    return Cost(read, write_bytes, peak, moved + work)
+
+
+def plan_cost(plan: Plan, inputs: Inputs, threads: int) -> Cost:
+    """Add up the jobs; the peak is that of the largest ones side by side, and the process."""
+    costs = [tensor_cost(t, plan, inputs) for t in plan.tensors]
+    largest = sorted((c.peak_bytes for c in costs), reverse=True)[:threads]
+    return Cost(
+        sum(c.read_bytes for c in costs),
+        sum(c.write_bytes for c in costs),
+        sum(largest) + PROCESS_BYTES,
+        sum(c.seconds for c in costs) / threads,
+    )
+
+
+def check_memory(plan: Plan, inputs: Inputs, memory: int) -> None:
+    """Refuse a plan one of whose jobs alone is over the limit.
+
+    Raises:
+        RecipeError: naming the largest tensor and the memory it needs.
+    """
+    largest = max(plan.tensors, key=lambda t: tensor_cost(t, plan, inputs).peak_bytes)
+    peak = tensor_cost(largest, plan, inputs).peak_bytes
+    if peak + PROCESS_BYTES > memory:
+        raise RecipeError(
+            [
+                f"{largest.name} alone needs {format_bytes(peak + PROCESS_BYTES)} with "
+                f"{largest.method}, the limit is {format_bytes(memory)}. Raise --memory, or "
+                "choose an element-wise method, which works in chunks."
+            ]
+        )
+
+
+def default_memory() -> int:
+    """Return 60 % of what is available to this process, cgroup limits included."""
+    available = psutil.virtual_memory().available
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        try:
+            ceiling = int(Path(limit).read_text())
+            free = ceiling - int(Path(used).read_text())
+        except (OSError, ValueError):
+            continue
+        available = min(available, max(free, 0))
+    return int(MEMORY_SHARE * available)
+
+
+def default_threads() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return max(1, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one core of this machine does."""
+
+    flops: float
+    bytes_per_second: float
+
+
+@cache
+def machine_rates() -> Rates:
+    """Measure a matrix product and a pass over memory, once per process, in about 30 ms."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        a = torch.full((384, 384), 0.5)
+        a @ a
+        start = time.perf_counter()
+        for _ in range(4):
+            a @ a
+        flops = 4 * 2 * 384**3 / (time.perf_counter() - start)
+        x = torch.zeros(1 << 21, dtype=torch.bfloat16)
+        x.float()
+        start = time.perf_counter()
+        x.float()
+        moved = x.numel() * 6 / (time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return Rates(flops, moved)
+
+
+def treatments(plan: Plan) -> dict[str, int]:
+    """Return how many tensors take each treatment."""
+    counts = {t.value: 0 for t in Treatment}
+    for planned in plan.tensors:
+        counts[planned.decision.treatment.value] += 1
+    return {name: count for name, count in counts.items() if count}

@@ -1,0 +1,142 @@
+"""Everything a merge reads, opened: headers are known, no tensor has been read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from eutectic.checkpoint.experts import Expert, expert_in_memory, is_adapter, open_expert
+from eutectic.checkpoint.hub import resolve
+from eutectic.checkpoint.index import CheckpointIndex, open_index
+from eutectic.checkpoint.memory import StateDictReader
+from eutectic.checkpoint.reader import CheckpointReader
+from eutectic.errors import EutecticError, MethodError, RecipeError
+from eutectic.methods import get_method
+from eutectic.recipes.load import Source
+from eutectic.recipes.schema import Recipe
+from eutectic.types import LayerStatistics
+
+BaseReader = CheckpointReader | StateDictReader
+Statistics = Mapping[str, LayerStatistics]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The opened base, experts and statistics of one merge. A context manager that closes them.
+
+    Attributes:
+        base: reader of the base's tensors.
+        index: the base's folder, or None in memory.
+        experts: name -> expert, in the recipe's order.
+        statistics: name -> statistics, for experts that have a file.
+        initial: a merged checkpoint that an iterative method starts from.
+    """
+
+    base: BaseReader
+    index: CheckpointIndex | None
+    experts: Mapping[str, Expert]
+    statistics: Mapping[str, Statistics] = field(default_factory=dict)
+    initial: Expert | None = None
+    _stack: ExitStack = field(default_factory=ExitStack, repr=False)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The base's config.json, or nothing in memory."""
+        return {} if self.index is None else self.index.config
+
+    def __enter__(self) -> Inputs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def open_inputs(recipe: Recipe, source: Source | None = None) -> Inputs:
+    """Open everything that a recipe names; read headers only.
+
+    Raises:
+        RecipeError: listing every input that cannot be opened.
+    """
+    source = source or Source()
+    with ExitStack() as stack:
+        try:
+            index = open_index(resolve(recipe.base))
+        except EutecticError as error:
+            raise RecipeError(
+                [f"{source.at('base')}base: {error}", *_other_faults(recipe, source)], source.name
+            ) from None
+        base = stack.enter_context(CheckpointReader(index))
+        faults: list[str] = []
+        experts: dict[str, Expert] = {}
+        statistics: dict[str, Statistics] = {}
+        for name, spec in recipe.experts.items():
+            try:
+                experts[name] = open_expert(resolve(spec.path), index)
+                stack.callback(experts[name].close)
+            except EutecticError as error:
+                faults.append(f"{source.at('experts', name)}expert '{name}': {error}")
+            if spec.statistics is None:
+                continue
+            try:
+                from eutectic.statistics import load_statistics
+                statistics[name] = load_statistics(spec.statistics)
+            except EutecticError as error:
+                faults.append(f"{source.at('experts', name)}statistics of '{name}': {error}")
+        initial = _open_initial(recipe, index, source, faults)
+        if initial is not None:
+            stack.callback(initial.close)
+        if faults:
+            raise RecipeError(faults, source.name)
+        return Inputs(base, index, experts, statistics, initial, stack.pop_all())
+
+
+def in_memory_inputs(
+    base: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    statistics: Mapping[str, Statistics],
+) -> Inputs:
+    """Wrap state dicts in the surface that files have."""
+    reader = StateDictReader(base, "the base")
+    opened = {
+        name: expert_in_memory(tensors, reader.entries, f"expert '{name}'")
+        for name, tensors in experts.items()
+    }
+    return Inputs(reader, None, opened, statistics)
+
+
+def _other_faults(recipe: Recipe, source: Source) -> list[str]:
+    """Open the experts by themselves, so that their faults are not hidden by the base's."""
+    faults: list[str] = []
+    for name, spec in recipe.experts.items():
+        try:
+            path = resolve(spec.path)
+            if not is_adapter(path):
+                open_index(path)
+        except EutecticError as error:
+            faults.append(f"{source.at('experts', name)}expert '{name}': {error}")
+    return faults
+
+
+def _open_initial(
+    recipe: Recipe, index: CheckpointIndex, source: Source, faults: list[str]
+) -> Expert | None:
+    """Open `parameters.init` where it names a checkpoint instead of a method."""
+    init = recipe.parameters.get("init")
+    if not isinstance(init, str):
+        return None
+    try:
+        get_method(init)
+        return None
+    except MethodError:
+        path = source.folder / init
+    if not path.exists():
+        return None  # a word of the method's own, or a mistake that its parameters report
+    try:
+        return open_expert(path, index)
+    except EutecticError as error:
+        faults.append(f"{source.at('parameters', 'init')}init: {error}")
+        return None

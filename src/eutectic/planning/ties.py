@@ -1,0 +1,43 @@
+"""Tied tensors that a checkpoint stores twice."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from eutectic.planning.inputs import BaseReader
+
+_OUTPUT = re.compile(r"(lm_head|embed_out|output_projection|(^|\.)decoder)\.weight$")
+_TABLE = re.compile(r"embed|(^|\.)(wte|shared)\.")
+_WINDOW = 1024
+
+
+def tied_to(base: BaseReader) -> dict[str, str]:
+    """Return tensor -> earlier tensor for vocabulary tables that a file holds more than once.
+
+    transformers drops such copies when it saves; other writers keep them. A copy is recognised by
+    name, shape, dtype and three samples of its content, and is merged by the rule and the random
+    numbers of its partner, so that both stay equal.
+    """
+    matrices = [e for e in base.entries.values() if len(e.shape) == 2]
+    tables = [e for e in matrices if _TABLE.search(e.name)]
+    outputs = [e for e in matrices if _OUTPUT.search(e.name) and not _TABLE.search(e.name)]
+    tied: dict[str, str] = {}
+    for position, entry in enumerate([*tables, *outputs]):
+        for partner in tables[:position]:
+            alike = (partner.shape, partner.dtype) == (entry.shape, entry.dtype)
+            if alike and partner.name not in tied and _same(base, entry.name, partner.name):
+                tied[entry.name] = partner.name
+                break
+    return tied
+
+
+def _same(base: BaseReader, first: str, second: str) -> bool:
+    length = base.entries[first].numel
+    for start in {0, max(0, length // 2 - _WINDOW), max(0, length - _WINDOW)}:
+        stop = min(length, start + _WINDOW)
+        a, b = base.read(first, start, stop), base.read(second, start, stop)
+        if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+            return False
+    return True

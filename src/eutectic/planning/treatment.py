@@ -1,0 +1,126 @@
+"""Which treatment a tensor takes, from its name, shape and dtype alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from eutectic.checkpoint.index import TensorEntry
+from eutectic.recipes.schema import TensorRule
+from eutectic.types import Treatment
+
+# Lookup tables and learned tokens: rows are items, not directions of a linear map.
+_TABLE = re.compile(
+    r"embed|(^|\.)(wte|wpe|shared)\.|relative_attention_bias|_token(s)?$|(^|\.)tokens?_type"
+    r"|position_ids|lookup_table"
+)
+# transformers' Conv1D and OpenCLIP's projections keep weights as [in, out].
+_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+_CONV1D_NAMES = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
+_OPENCLIP_PROJECTION = re.compile(r"(^|\.)(visual\.proj|text_projection)$")
+_TEXT_PROJECTION = re.compile(r"(^|\.)text_projection(\.weight)?$")
+_STACKED = re.compile(r"expert")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A treatment and why.
+
+    Attributes:
+        treatment: what becomes of the tensor.
+        reason: the rule that decided, for the plan's table.
+        transpose: the file holds [in, out].
+        split: heights of the fused matrices, or empty.
+        stacked: a stack [E, out, in], merged matrix by matrix.
+        scale: α of this tensor alone, or None.
+    """
+
+    treatment: Treatment
+    reason: str
+    transpose: bool = False
+    split: tuple[int, ...] = ()
+    stacked: bool = False
+    scale: float | None = None
+
+
+def decide(
+    entry: TensorEntry, rules: Sequence[TensorRule], config: Mapping[str, Any]
+) -> Decision | str:
+    """Return the decision for one tensor of the base, or a fault in words.
+
+    The recipe's rules come first, in order; the first that matches and says something of the
+    treatment decides it. Likewise for `split` and `scale`. Without a rule:
+
+    1. integers and booleans, and empty tensors: copy;
+    2. fewer than two dimensions: vector;
+    3. four and more dimensions, and three unless the name says stacked experts or a table: conv;
+    4. lookup tables (`*embed*`, `wte`, `shared`, relative attention bias, class tokens): embedding;
+       matrices of one row or column, and `text_projection`: vector;
+    5. every other matrix, and stacks of experts' matrices: matrix.
+    """
+    matching = [rule for rule in rules if fnmatchcase(entry.name, rule.match)]
+    ruled = next((r for r in matching if r.treatment is not None), None)
+    scale = next((r.scale for r in matching if r.scale is not None), None)
+    split = next((r.split for r in matching if r.split is not None), None)
+    default, reason = _default(entry)
+    treatment = default
+    if ruled is not None and ruled.treatment is not None:
+        treatment, reason = ruled.treatment, f"rule '{ruled.match}'"
+        if treatment is Treatment.MATRIX and len(entry.shape) < 2:
+            return f"{entry.name}: treatment 'matrix' needs 2 dimensions, got {list(entry.shape)}."
+        mergeable = entry.dtype.is_floating_point or treatment in (Treatment.COPY, Treatment.HEAD)
+        if not mergeable:
+            return f"{entry.name}: {entry.dtype} cannot be merged; use treatment copy or head."
+    transpose = treatment is Treatment.MATRIX and _is_transposed(entry, config)
+    stacked = treatment is Treatment.MATRIX and len(entry.shape) == 3 and default is not _CONV
+    parts = _parts(entry, split, transpose) if treatment is Treatment.MATRIX and split else ()
+    if isinstance(parts, str):
+        return parts
+    return Decision(treatment, reason, transpose, parts, stacked, scale)
+
+
+_CONV = Treatment.CONV
+
+
+def _default(entry: TensorEntry) -> tuple[Treatment, str]:
+    shape = entry.shape
+    if not entry.dtype.is_floating_point:
+        return Treatment.COPY, "integers or booleans"
+    if 0 in shape:
+        return Treatment.COPY, "empty"
+    if len(shape) < 2:
+        return Treatment.VECTOR, "bias, norm or scalar"
+    table = _TABLE.search(entry.name) is not None
+    if len(shape) > 3 or (len(shape) == 3 and not table and not _STACKED.search(entry.name)):
+        return Treatment.CONV, "convolution kernel"
+    if table:
+        return Treatment.EMBEDDING, "lookup table"
+    if min(shape[-2:]) == 1:
+        return Treatment.VECTOR, "a single row or column"
+    if _TEXT_PROJECTION.search(entry.name):
+        return Treatment.VECTOR, "text projection, not flattened officially"
+    return Treatment.MATRIX, "stack of matrices" if len(shape) == 3 else "matrix"
+
+
+def _is_transposed(entry: TensorEntry, config: Mapping[str, Any]) -> bool:
+    if len(entry.shape) != 2:
+        return False
+    if config.get("model_type") in _CONV1D_MODELS and _CONV1D_NAMES.search(entry.name):
+        return True
+    return _OPENCLIP_PROJECTION.search(entry.name) is not None
+
+
+def _parts(
+    entry: TensorEntry, split: int | list[int], transpose: bool
+) -> tuple[int, ...] | str:
+    rows = entry.shape[-1] if transpose else entry.shape[-2]
+    if isinstance(split, int):
+        if rows % split:
+            return f"{entry.name}: {rows} rows cannot be split into {split} equal parts."
+        return (rows // split,) * split
+    if sum(split) != rows:
+        return f"{entry.name}: split {split} adds up to {sum(split)}, the tensor has {rows} rows."
+    return tuple(split)

@@ -1,0 +1,165 @@
+"""Sums of outer products, in as little memory as the number of rows allows."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from eutectic.errors import NumericalError
+
+# Rows summed by one product: enough to make the addition of its [d, d] result cheap, few enough
+# that float32 products stay at rounding level.
+_BLOCK_ROWS = 512
+_OVERSAMPLING = 16
+_POWER_ITERATIONS = 4
+
+
+class GramSum:
+    """Σ x xᵀ over rows x `[d]`, exact in form: rows while they are few, a matrix from then on.
+
+    Products of blocks of rows are formed in float32 (float64 for float64 rows) and added up in
+    float64. Blocks are cut at fixed row numbers, so that the sum does not depend on how the rows
+    were batched. Memory: at most 8d² bytes and one block.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.count = 0
+        self._rows: list[Tensor] = []
+        self._waiting = 0
+        self._matrix: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows `[n, d]`, float32 or float64; they may be kept, and must not change later."""
+        self._rows.append(rows)
+        self._waiting += len(rows)
+        self.count += len(rows)
+        block = max(self.width, _BLOCK_ROWS)
+        if self._waiting >= block:
+            whole = self._gather()
+            cut = len(whole) - len(whole) % block
+            for start in range(0, cut, block):
+                self._multiply(whole[start : start + block])
+            # A copy, so that the block's memory is freed.
+            self._rows = [whole[cut:].clone()]
+            self._waiting = len(whole) - cut
+
+    def tensors(self, rank: int | None = None, seed: str = "") -> dict[str, Tensor]:
+        """Return the sum in float64.
+
+        Returns:
+            `{"factor": F}` with A = FᵀF and F `[n, d]` upper trapezoidal, when n < d; else
+            `{"gram": A}`. With `rank` below both: `{"factor": F [rank, d], "diagonal": e}` with
+            A ≈ FᵀF + diag(e), the diagonal of A exact and FᵀF ≤ A. Nothing for n = 0.
+        """
+        if self.count == 0:
+            return {}
+        if self._matrix is None and self.count < self.width:
+            factor = triangular_factor(self._gather().double())
+            if rank is None or rank >= len(factor):
+                return {"factor": factor}
+            return truncate_factor(factor, rank)
+        gram = self.dense()
+        if rank is None or rank >= self.width:
+            return {"gram": gram}
+        return truncate_gram(gram, rank, seed)
+
+    def dense(self) -> Tensor:
+        """Return A `[d, d]`, symmetric, float64."""
+        if self._waiting or self._matrix is None:
+            self._multiply(self._gather())
+            self._rows, self._waiting = [], 0
+        assert self._matrix is not None
+        return (self._matrix + self._matrix.T) / 2
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything needed to go on with the sum, in full precision."""
+        state = {"count": torch.tensor(self.count)}
+        if self._waiting:
+            state["rows"] = self._gather()
+        if self._matrix is not None:
+            state["matrix"] = self._matrix
+        return state
+
+    def load(self, state: dict[str, Tensor], device: torch.device | None = None) -> None:
+        """Go on from a `state`."""
+        self.count = int(state["count"])
+        rows = state.get("rows")
+        self._rows = [] if rows is None else [rows.to(device)]
+        self._waiting = 0 if rows is None else len(rows)
+        self._matrix = state["matrix"].to(device) if "matrix" in state else None
+
+    def _gather(self) -> Tensor:
+        if not self._rows:
+            return torch.zeros(0, self.width)
+        if len(self._rows) > 1:
+            self._rows = [torch.cat(self._rows)]
+        return self._rows[0]
+
+    def _multiply(self, rows: Tensor) -> None:
+        product = rows.T @ rows
+        if self._matrix is None:
+            self._matrix = product.double()
+        else:
+            self._matrix += product
+
+
+def triangular_factor(rows: Tensor) -> Tensor:
+    """Return F `[min(n, d), d]` with FᵀF = XᵀX for X `[n, d]`: R of QR, diagonal ≥ 0.
+
+    F says what the Gram says and no more: neither the rows nor their order can be read off it.
+    """
+    factor = torch.linalg.qr(rows, mode="r").R
+    signs = torch.where(factor.diagonal() < 0, -1.0, 1.0).to(factor)
+    return factor * signs.unsqueeze(1)
+
+
+def truncate_factor(factor: Tensor, rank: int) -> dict[str, Tensor]:
+    """Return the leading `rank` components of FᵀF and the rest of its diagonal."""
+    _, values, vectors = torch.linalg.svd(factor, full_matrices=False)
+    kept = values[:rank, None] * vectors[:rank]
+    rest = factor.square().sum(0) - kept.square().sum(0)
+    return {"factor": kept, "diagonal": rest.clamp(min=0)}
+
+
+def truncate_gram(gram: Tensor, rank: int, seed: str) -> dict[str, Tensor]:
+    """Return F `[rank, d]` and e `[d]` with A ≈ FᵀF + diag(e); diag A is kept exactly.
+
+    Nyström on a subspace found by power iteration from a start that `seed` decides: it never
+    exceeds A, so that e ≥ 0. Cost: O(d² rank).
+    """
+    width = len(gram)
+    columns = min(width, rank + _OVERSAMPLING)
+    digest = hashlib.sha256(seed.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    basis = torch.randn(width, columns, generator=generator, dtype=gram.dtype).to(gram.device)
+    for _ in range(_POWER_ITERATIONS):
+        basis = torch.linalg.qr(gram @ basis).Q
+    image = gram @ basis
+    values, vectors = torch.linalg.eigh(basis.T @ image)
+    positive = values > values[-1] * len(gram) * torch.finfo(gram.dtype).eps
+    scaled = vectors[:, positive] / values[positive].sqrt()
+    factor = truncate_factor((image @ scaled).T.contiguous(), rank)["factor"]
+    rest = gram.diagonal() - factor.square().sum(0)
+    return {"factor": factor, "diagonal": rest.clamp(min=0)}
+
+
+def check_finite(rows: Tensor, name: str, batch: int, what: str) -> None:
+    """Raise NumericalError when rows hold NaN or Inf."""
+    if not bool(torch.isfinite(rows).all()):
+        bad = int((~torch.isfinite(rows)).any(-1).sum())
+        raise NumericalError(
+            f"NaN or Inf in the {what} of '{name}', batch {batch}: {bad} of {len(rows)} tokens.\n"
+            "Nothing was written. Check the data of that batch, and whether the model overflows "
+            "in its dtype."
+        )
+
+
+def as_float(values: Tensor) -> Tensor:
+    """Return values detached, in float32 at least, on a device that can add in float64."""
+    values = values.detach()
+    if values.device.type == "mps":
+        values = values.cpu()
+    return values if values.dtype == torch.float64 else values.float()

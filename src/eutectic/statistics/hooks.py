@@ -1,0 +1,189 @@
+"""Hooks that show an observer what flows through a model's layers, and that always go away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from eutectic.statistics.sites import Site
+
+
+class Observer(Protocol):
+    """What receives the observations."""
+
+    def observe(self, site: Site, inputs: Tensor, outputs: Tensor) -> None:
+        """Take the inputs and outputs of one call of a layer; neither may be modified."""
+        ...
+
+    def encoder_output(self, states: Tensor) -> None:
+        """Take what the encoder of an encoder-decoder model returned."""
+        ...
+
+
+@contextmanager
+def observing(model: nn.Module, sites: Iterable[Site], observer: Observer) -> Iterator[None]:
+    """Show every call of the sites' layers to `observer` while the context lasts.
+
+    Layers are observed by forward hooks. `nn.MultiheadAttention` calls no layer for its
+    projections: it gets, for the context's duration, a forward that computes both projections in
+    the open and lets the original code do the rest (`_open_attention`). PyTorch's fused encoder
+    path, which bypasses layers, is off meanwhile.
+
+    Everything is undone on leaving, whatever happened inside.
+    """
+    attention: dict[nn.Module, dict[str, Site]] = {}
+    with ExitStack() as undo:
+        if torch.backends.mha.get_fastpath_enabled():
+            torch.backends.mha.set_fastpath_enabled(False)
+            undo.callback(torch.backends.mha.set_fastpath_enabled, True)
+        for site in sites:
+            for module in (site.module, *site.tied):
+                if isinstance(module, nn.MultiheadAttention):
+                    attention.setdefault(module, {})[_slot(site)] = site
+                else:
+                    hook = _hook(site, observer)
+                    handle = module.register_forward_hook(hook, with_kwargs=True)
+                    undo.callback(handle.remove)
+        for module, slots in attention.items():
+            assert isinstance(module, nn.MultiheadAttention)
+            undo.callback(_restore_forward, module, module.__dict__.get("forward"))
+            module.forward = _open_attention(module, slots, observer)
+        if (encoder := _encoder(model)) is not None:
+            handle = encoder.register_forward_hook(_encoder_hook(observer))
+            undo.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off; give every module its own mode back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def requiring_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let gradients flow to `parameters`, frozen ones too, while the context lasts."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _hook(site: Site, observer: Observer) -> Callable[..., None]:
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Any
+    ) -> None:
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        observer.observe(site, inputs, outputs)
+
+    return hook
+
+
+def _encoder(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_encoder", None)
+    if not callable(getter) or not getattr(model.config, "is_encoder_decoder", False):
+        return None
+    encoder = getter()
+    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
+
+
+def _encoder_hook(observer: Observer) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
+        states = outputs if isinstance(outputs, Tensor) else outputs[0]
+        if isinstance(states, Tensor):
+            observer.encoder_output(states)
+
+    return hook
+
+
+def _slot(site: Site) -> str:
+    """Return which projection of an attention module a site stands for: q, k, v, qkv or out."""
+    if site.kind == "out_projection":
+        return "out"
+    if site.name.endswith("]"):
+        return site.name[-2]
+    return "qkv" if site.name.endswith("in_proj_weight") else site.name.rsplit(".", 1)[-1][0]
+
+
+def _restore_forward(module: nn.Module, previous: Any) -> None:
+    if previous is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.forward = previous
+
+
+def _open_attention(
+    module: nn.MultiheadAttention, slots: Mapping[str, Site], observer: Observer
+) -> Callable[..., Any]:
+    """Return a forward whose projections can be observed.
+
+    The scaled products and every treatment of masks stay PyTorch's own: the inputs are projected
+    here, passed through a twin module whose projections are identity matrices (exact in any
+    dtype), and projected again here.
+    """
+    twin = _twin(module)
+
+    def show(slot: str, inputs: Tensor, outputs: Tensor) -> None:
+        if slot in slots:
+            observer.observe(slots[slot], inputs, outputs)
+
+    def forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        bias = module.in_proj_bias
+        if module.in_proj_weight is not None and query is key and key is value:
+            packed = nn.functional.linear(query, module.in_proj_weight, bias)
+            show("qkv", query, packed)
+            projected = list(packed.chunk(3, dim=-1))
+        else:
+            biases = [None] * 3 if bias is None else bias.chunk(3)
+            projected = []
+            for slot, inputs, weight, part in zip(
+                "qkv", (query, key, value), _parts(module), biases, strict=True
+            ):
+                projected.append(nn.functional.linear(inputs, weight, part))
+                show(slot, inputs, projected[-1])
+        heads, weights = twin(*projected, *args, **kwargs)
+        outputs = nn.functional.linear(heads, module.out_proj.weight, module.out_proj.bias)
+        show("out", heads, outputs)
+        return outputs, weights
+
+    return forward
+
+
+def _parts(module: nn.MultiheadAttention) -> tuple[Tensor, ...]:
+    if module.in_proj_weight is not None:
+        return module.in_proj_weight.chunk(3)
+    parts = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
+    return tuple(p for p in parts if p is not None)
+
+
+def _twin(module: nn.MultiheadAttention) -> nn.MultiheadAttention:
+    weight = module.out_proj.weight
+    # Built without memory, so that no random number of the caller is spent on its weights.
+    twin = nn.MultiheadAttention(
+        module.embed_dim,
+        module.num_heads,
+        bias=False,
+        add_zero_attn=module.add_zero_attn,
+        batch_first=module.batch_first,
+        device="meta",
+        dtype=weight.dtype,
+    )
+    identity = torch.eye(module.embed_dim, device=weight.device, dtype=weight.dtype)
+    twin.in_proj_weight = nn.Parameter(identity.repeat(3, 1), requires_grad=False)
+    twin.out_proj.weight = nn.Parameter(identity, requires_grad=False)
+    twin.bias_k, twin.bias_v = module.bias_k, module.bias_v
+    return twin.eval()

@@ -1,0 +1,102 @@
+"""What a collection is asked to do, checked before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from eutectic.errors import RequestError
+from eutectic.statistics.batches import TokenMask, Unmatched
+from eutectic.statistics.likelihood import LogLikelihood, Objective
+
+Labels = Literal["data", "sample"]
+DEFAULT_GRADIENT_EXAMPLES = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The arguments of `collect` that decide what its file holds."""
+
+    grams: bool = True
+    output_gradients: bool = False
+    fisher: bool = False
+    block_fisher: bool = False
+    labels: Labels = "data"
+    objective: Objective | LogLikelihood | Literal["auto"] = "auto"
+    max_examples: int | None = None
+    layers: tuple[str, ...] | None = None
+    convolutions: bool = False
+    rank: int | None = None
+    share_inputs: bool = True
+    unmatched: Unmatched = "error"
+    token_mask: TokenMask | None = None
+    seed: int = 0
+    output_gradient_limit: int = 16384
+    block_limit: int = 4096
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def gradients(self) -> bool:
+        """Whether anything needs a backward pass."""
+        return self.output_gradients or self.fisher or self.block_fisher
+
+    @property
+    def per_example(self) -> bool:
+        """Whether gradients of parameters are needed, one example at a time."""
+        return self.fisher or self.block_fisher
+
+    @property
+    def limit(self) -> int | None:
+        """How many examples are used."""
+        if self.max_examples is None and self.gradients:
+            return DEFAULT_GRADIENT_EXAMPLES
+        return self.max_examples
+
+    def check(self) -> None:
+        """Raise RequestError naming everything that is out of range."""
+        faults = [
+            *_choice("labels", self.labels, ("data", "sample")),
+            *_choice("unmatched", self.unmatched, ("error", "all", "skip")),
+            *_choice("dtype", self.dtype, (torch.float32, torch.float64)),
+            *_positive("max_examples", self.max_examples),
+            *_positive("rank", self.rank),
+        ]
+        if not (self.grams or self.gradients):
+            faults.append("nothing is asked for: grams, output_gradients, fisher, block_fisher")
+        if faults:
+            raise RequestError("collect refuses its arguments:\n  - " + "\n  - ".join(faults))
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings as JSON values, for the file and for the identity of a run."""
+        gradients = self.gradients
+        return {
+            "grams": self.grams,
+            "output_gradients": self.output_gradients,
+            "fisher": self.fisher,
+            "block_fisher": self.block_fisher,
+            "labels": self.labels if gradients else None,
+            "objective": _name(self.objective) if gradients else None,
+            "seed": self.seed if gradients and self.labels == "sample" else None,
+            "max_examples": self.limit,
+            "layers": None if self.layers is None else list(self.layers),
+            "convolutions": self.convolutions,
+            "rank": self.rank,
+            "unmatched": self.unmatched,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+
+def _choice(name: str, value: object, allowed: tuple[object, ...]) -> list[str]:
+    if value in allowed:
+        return []
+    return [f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}"]
+
+
+def _positive(name: str, value: int | None) -> list[str]:
+    return [] if value is None or value >= 1 else [f"{name} must be at least 1; got {value}"]
+
+
+def _name(value: Any) -> str:
+    return value if isinstance(value, str) else getattr(value, "__qualname__", repr(type(value)))

@@ -1,0 +1,249 @@
+"""Which parameters of a model are observed, and under which names their statistics are kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from eutectic.errors import RequestError
+
+Kind = Literal["linear", "conv1d", "convolution", "in_projection", "out_projection"]
+Role = Literal["encoder", "decoder", "cross", "image", "text"]
+
+_CROSS = re.compile(r"encdec|cross_?att|encoder_?att", re.IGNORECASE)
+_KEYS_AND_VALUES = re.compile(r"(k|v|key|value)(_proj)?(\.base_layer)?$")
+_IMAGE = re.compile(r"(^|[._])(vision|visual|image|multi_modal)")
+# Modules that adapters add beside the layer they adapt; their inputs are not a base weight's.
+_ADAPTER_PART = re.compile(r"\.(lora_[A-Z]|lora_\w+|original_module)(\.|$)")
+
+
+@dataclass(eq=False)
+class Site:
+    """One weight whose inputs and outputs are observed.
+
+    Attributes:
+        name: the parameter's name, as in the checkpoint; a packed in-projection whose query, key
+            and value differ has three sites, `…in_proj_weight[q]`, `[k]` and `[v]`.
+        path: name of the module.
+        module: the module that holds the weight; further modules tied to the same weight are in
+            `tied`, and add to the same statistics.
+        kind: how inputs and outputs are read off.
+        role: which tokens it sees: those of the encoder, of the decoder, of the encoder through
+            cross-attention, of images (never masked), or of the only text there is.
+        shape: `[out, in]` of the linear map, whatever the weight's own layout.
+    """
+
+    name: str
+    path: str
+    module: nn.Module
+    kind: Kind
+    role: Role
+    shape: tuple[int, int]
+    weight: nn.Parameter
+    tied: list[nn.Module] = field(default_factory=list)
+
+
+@dataclass
+class Sites:
+    """What is observed, what was left out and why, and names that stand for another's weight."""
+
+    found: list[Site]
+    skipped: dict[str, str]
+    aliases: dict[str, str]
+
+
+def find_sites(
+    model: nn.Module, patterns: Sequence[str] | None = None, convolutions: bool = False
+) -> Sites:
+    """Return the linear layers of `model` in module order.
+
+    `nn.Linear` and its subclasses, transformers' `Conv1D`, both projections of
+    `nn.MultiheadAttention`, and (`convolutions`) ungrouped `nn.Conv1d` and `nn.Conv2d`.
+
+    Args:
+        model: any module, a PEFT model included.
+        patterns: globs over parameter names; None observes all layers.
+        convolutions: observe convolutions as `[out, in·k·k]`.
+
+    Raises:
+        RequestError: no layer is left to observe.
+    """
+    sites = Sites([], {}, {})
+    by_weight: dict[tuple[int, str], Site] = {}
+    for site in _candidates(model, convolutions, sites.skipped):
+        if not selected(site.name, patterns):
+            continue
+        part = site.name[site.name.find("[") :] if "[" in site.name else ""
+        first = by_weight.setdefault((id(site.weight), part), site)
+        if first is site:
+            sites.found.append(site)
+        else:
+            first.tied.append(site.module)
+            sites.aliases[site.name] = first.name
+    sites.skipped = {n: why for n, why in sites.skipped.items() if selected(n, patterns)}
+    return sites
+
+
+def selected(name: str, patterns: Sequence[str] | None) -> bool:
+    """Tell whether a parameter's name matches one of the globs (None matches all)."""
+    return patterns is None or any(fnmatchcase(name, p) for p in patterns)
+
+
+def canonical_name(name: str) -> str:
+    """Return the checkpoint's name of a parameter of a wrapped (PEFT, compiled) model.
+
+    >>> canonical_name("base_model.model.encoder.q.base_layer.weight")
+    'encoder.q.weight'
+    >>> canonical_name("base_model.model.encoder.q.ia3_l.default")
+    'encoder.q.ia3_l'
+    """
+    name = name.replace("_orig_mod.", "").removeprefix("base_model.model.")
+    name = name.replace(".base_layer.", ".")
+    name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
+    return re.sub(r"\.ia3_l\.[^.]+$", ".ia3_l", name)
+
+
+def named_parameters(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """Return the floating-point parameters by canonical name, tied ones once, adapters' aside."""
+    found: dict[str, nn.Parameter] = {}
+    for raw, parameter in model.named_parameters():
+        name = canonical_name(raw)
+        if parameter.is_floating_point() and not _ADAPTER_PART.search(raw):
+            if selected(name, patterns):
+                found.setdefault(name, parameter)
+    return found
+
+
+def require_something(sites: Sites, parameters: int, patterns: Sequence[str] | None) -> None:
+    """Raise RequestError when neither a layer nor a parameter is left to observe."""
+    if sites.found or parameters:
+        return
+    asked = f"no layer matches {list(patterns)}" if patterns else "the model has no linear layer"
+    raise RequestError(
+        f"nothing to collect: {asked}.\n"
+        "Layers are chosen by globs over parameter names, such as '*.attention.*.weight'."
+    )
+
+
+def as_matrix(site: Site, inputs: Tensor) -> Tensor:
+    """Return the inputs with features last: patches of a convolution, else unchanged.
+
+    A convolution's `[B, C, *spatial]` becomes `[B, positions, C·k·k]`, in the order of
+    `weight.flatten(1)`.
+    """
+    if site.kind != "convolution":
+        return inputs
+    module = site.module
+    assert isinstance(module, nn.Conv1d | nn.Conv2d)
+    if inputs.ndim == module.weight.ndim - 1:
+        inputs = inputs.unsqueeze(0)
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    padding: list[int] = list(module._reversed_padding_repeated_twice)
+    inputs = nn.functional.pad(inputs, padding, mode=mode)
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    if isinstance(module, nn.Conv1d):
+        inputs = inputs.unsqueeze(2)
+        kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
+    patches = nn.functional.unfold(inputs, kernel, dilation=dilation, stride=stride)
+    return patches.transpose(1, 2)
+
+
+def output_rows(site: Site, outputs: Tensor) -> Tensor:
+    """Return outputs (or their gradients) with features last, matching `as_matrix`."""
+    if site.kind != "convolution":
+        return outputs
+    if outputs.ndim == site.weight.ndim - 1:
+        outputs = outputs.unsqueeze(0)
+    return outputs.flatten(2).transpose(1, 2)
+
+
+def _candidates(
+    model: nn.Module, convolutions: bool, skipped: dict[str, str]
+) -> Iterator[Site]:
+    encoder_decoder = is_encoder_decoder(model)
+    attention_paths: set[str] = set()
+    for path, module in model.named_modules():
+        if _ADAPTER_PART.search(f".{path}"):
+            continue
+        name = canonical_name(f"{path}.weight" if path else "weight")
+        role = _role(path, encoder_decoder)
+        if isinstance(module, nn.MultiheadAttention):
+            attention_paths.add(f"{path}.out_proj" if path else "out_proj")
+            if type(module).forward is not nn.MultiheadAttention.forward:
+                reason = f"{type(module).__name__} has a forward of its own"
+                skipped[canonical_name(f"{path}.in_proj_weight")] = reason
+                skipped[canonical_name(f"{path}.out_proj.weight")] = reason
+                continue
+            yield from _attention_sites(path, module, role)
+        elif path in attention_paths:
+            continue
+        elif isinstance(module, nn.Linear):
+            shape = (module.out_features, module.in_features)
+            if not module.weight.is_floating_point():
+                skipped[name] = f"quantised weight ({module.weight.dtype})"
+                continue
+            yield Site(name, path, module, "linear", role, shape, module.weight)
+        elif _is_conv1d(module):
+            weight = module.weight
+            assert isinstance(weight, nn.Parameter)
+            yield Site(name, path, module, "conv1d", role, (weight.shape[1], weight.shape[0]), weight)
+        elif convolutions and isinstance(module, nn.modules.conv._ConvNd):
+            weight = module.weight
+            if not isinstance(module, nn.Conv1d | nn.Conv2d) or module.groups != 1:
+                skipped[name] = "grouped, transposed or 3-D convolution"
+                continue
+            shape = (weight.shape[0], weight[0].numel())
+            yield Site(name, path, module, "convolution", role, shape, weight)
+
+
+def _attention_sites(path: str, module: nn.MultiheadAttention, role: Role) -> Iterator[Site]:
+    prefix = f"{path}." if path else ""
+    if module.in_proj_weight is not None:
+        name, weight = canonical_name(f"{prefix}in_proj_weight"), module.in_proj_weight
+        shape = (weight.shape[0], weight.shape[1])
+        yield Site(name, path, module, "in_projection", role, shape, weight)
+        for part in "qkv":
+            third = (module.embed_dim, module.embed_dim)
+            yield Site(f"{name}[{part}]", path, module, "in_projection", role, third, weight)
+    else:
+        for part in "qkv":
+            weight = getattr(module, f"{part}_proj_weight")
+            name = canonical_name(f"{prefix}{part}_proj_weight")
+            shape = (weight.shape[0], weight.shape[1])
+            yield Site(name, path, module, "in_projection", role, shape, weight)
+    out = module.out_proj
+    name = canonical_name(f"{prefix}out_proj.weight")
+    shape = (out.out_features, out.in_features)
+    yield Site(name, path, module, "out_projection", role, shape, out.weight)
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Tell whether the model's configuration says that it has an encoder and a decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _role(path: str, encoder_decoder: bool) -> Role:
+    if _IMAGE.search(path):
+        return "image"
+    if not encoder_decoder:
+        return "text"
+    if _CROSS.search(path) and _KEYS_AND_VALUES.search(path):
+        return "cross"
+    first = next((part for part in path.split(".") if part in ("encoder", "decoder")), "decoder")
+    return "encoder" if first == "encoder" else "decoder"
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    # By name, so that models of other libraries do not drag in transformers.
+    kind = type(module)
+    return (
+        kind.__name__ == "Conv1D"
+        and kind.__module__.startswith("transformers.")
+        and isinstance(getattr(module, "weight", None), torch.Tensor)
+    )

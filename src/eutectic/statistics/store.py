@@ -1,0 +1,245 @@
+"""The statistics file: one per expert, portable, read one parameter at a time.
+
+A safetensors file that any reader of the format opens. Tensors are `<parameter>/<statistic>`:
+
+    gram | gram_factor, gram_diagonal                    Σ x xᵀ over tokens
+    input_sum                                            Σ x over tokens
+    pooled_gram | pooled_factor, pooled_diagonal         Σ x̄ x̄ᵀ over samples, x̄ the mean of a sample
+    pooled_sum                                           Σ x̄ over samples
+    output_gradient_gram | output_gradient_factor, …     Σ y yᵀ over tokens, y output gradients
+    fisher_diagonal                                      Σ g² over examples, g gradients
+    block_fisher | block_fisher_factor                   Σ g gᵀ over examples, of small vectors
+
+A factor F stands for FᵀF, plus diag(…_diagonal) where there is one. Layers that see the same inputs
+keep their input statistics under one name; the JSON record (metadata `eutectic_statistics`) says
+under which, beside counts, shapes and provenance. `examples` holds a hash of every example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eutectic.errors import StatisticsError, suggest
+from eutectic.statistics.container import Entry, TensorFile, entries_of, write_tensors
+from eutectic.types import LayerStatistics
+
+RECORD_KEY = "eutectic_statistics"
+FORMAT = 1
+EXAMPLES = "examples"
+
+
+@dataclass(frozen=True)
+class GramNames:
+    """How a sum of outer products is called in its three forms."""
+
+    dense: str
+    factor: str
+    diagonal: str
+
+
+GRAM_NAMES = {
+    "gram": GramNames("gram", "gram_factor", "gram_diagonal"),
+    "pooled_gram": GramNames("pooled_gram", "pooled_factor", "pooled_diagonal"),
+    "output_gradient_gram": GramNames(
+        "output_gradient_gram", "output_gradient_factor", "output_gradient_diagonal"
+    ),
+    "block_fisher": GramNames("block_fisher", "block_fisher_factor", "block_fisher_diagonal"),
+}
+# Kept under the name of the layer whose inputs are shared.
+INPUT_STATISTICS = frozenset({"gram", "input_sum", "pooled_gram", "pooled_sum"})
+VECTORS = ("input_sum", "pooled_sum", "fisher_diagonal")
+STATISTICS = (*GRAM_NAMES, *VECTORS)
+
+
+class StatisticsFile(Mapping[str, LayerStatistics]):
+    """Statistics of one expert: parameter name -> `LayerStatistics`, read when asked for.
+
+    Grams of samples, of output gradients and of vectors are returned dense, whichever way they are
+    stored; an input Gram that is stored as a factor is returned as `gram_factor`.
+
+    Attributes:
+        provenance: what the file says about itself: `checkpoint`, `data`, `mask_policy`,
+            `settings`, `versions`, `unseen` (layers that saw no token), `skipped` (name -> why),
+            `layers` (name -> counts, shape, kind, whose inputs it shares).
+        path: the file, or None in memory.
+    """
+
+    def __init__(
+        self, record: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path | None = None
+    ) -> None:
+        self.provenance = dict(record)
+        self.path = path
+        self.tensors = tensors
+        self._layers: dict[str, dict[str, Any]] = self.provenance["layers"]
+
+    def __getitem__(self, name: str) -> LayerStatistics:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._layers
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters that have an entry."""
+        return tuple(self._layers)
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of the checkpoint that the statistics were collected on."""
+        return str(self.provenance["checkpoint"]["fingerprint"])
+
+    def read(self, name: str, only: Collection[str] | None = None) -> LayerStatistics:
+        """Return the statistics of one parameter.
+
+        Args:
+            name: the parameter.
+            only: read no more than these of `gram`, `input_sum`, `pooled_gram`, `pooled_sum`,
+                `output_gradient_gram`, `fisher_diagonal`, `block_fisher`.
+
+        Raises:
+            KeyError: no such parameter.
+            StatisticsError: the file cannot be read any more.
+        """
+        if name not in self._layers:
+            raise KeyError(f"no statistics of '{name}'.{suggest(name, self.names)}")
+        layer = self._layers[name]
+        found: dict[str, Any] = {"count": layer["count"], "sample_count": layer["sample_count"]}
+        for statistic in STATISTICS if only is None else only:
+            if statistic in VECTORS:
+                found[statistic] = self._get(name, statistic, statistic)
+                continue
+            gram = GRAM_NAMES[statistic]
+            found[statistic] = self._get(name, statistic, gram.dense)
+            factor = self._get(name, statistic, gram.factor)
+            if factor is None:
+                continue
+            diagonal = self._get(name, statistic, gram.diagonal)
+            if statistic == "gram":
+                found |= {"gram_factor": factor, "gram_diagonal": diagonal}
+            else:
+                found[statistic] = expand(factor, diagonal).to(factor.dtype)
+        return LayerStatistics(**found)
+
+    def has(self, name: str, statistic: str) -> bool:
+        """Tell, without reading, whether a parameter has a statistic (named as for `read`)."""
+        if name not in self._layers:
+            return False
+        keys = [statistic]
+        if statistic in GRAM_NAMES:
+            keys = [GRAM_NAMES[statistic].dense, GRAM_NAMES[statistic].factor]
+        return any(self.key(name, statistic, key) in self.tensors for key in keys)
+
+    def key(self, name: str, statistic: str, stored: str) -> str:
+        """Return the name of the tensor that holds a statistic of a parameter."""
+        layer = self._layers[name]
+        owner = layer["inputs"] if statistic in INPUT_STATISTICS else layer["same_as"]
+        return f"{owner}/{stored}"
+
+    def entries(self) -> list[Entry]:
+        """Return name, dtype and shape of every stored tensor, without reading them."""
+        if isinstance(self.tensors, TensorFile):
+            return self.tensors.entries()
+        return entries_of(self.tensors)
+
+    def save(self, path: str | Path) -> StatisticsFile:
+        """Write the file atomically and return it opened.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        path = Path(path)
+        write_tensors(path, self.entries(), self.tensors.__getitem__, RECORD_KEY, self.provenance)
+        return load_statistics(path)
+
+    def _get(self, name: str, statistic: str, stored: str) -> Tensor | None:
+        return self.tensors.get(self.key(name, statistic, stored))
+
+
+def expand(factor: Tensor, diagonal: Tensor | None) -> Tensor:
+    """Return FᵀF + diag(d) in float64."""
+    wide = factor.double()
+    gram = wide.T @ wide
+    if diagonal is not None:
+        gram.diagonal().add_(diagonal.double())
+    return gram
+
+
+def load_statistics(path: str | Path) -> StatisticsFile:
+    """Open a statistics file; only its header is read.
+
+    Returns:
+        A mapping from parameter name to `LayerStatistics`, with `.provenance`.
+
+    Raises:
+        StatisticsError: the file is missing, damaged, of a newer format, or not a statistics file.
+    """
+    path = Path(path)
+    tensors = TensorFile(path, RECORD_KEY)
+    _check(path, tensors)
+    return StatisticsFile(tensors.record, tensors, path)
+
+
+def _check(path: Path, tensors: TensorFile) -> None:
+    record = tensors.record
+    if record.get("format") != FORMAT:
+        raise StatisticsError(
+            f"{path}: format {record.get('format')!r}; this version of eutectic reads {FORMAT}.\n"
+            "Update eutectic, or collect the statistics again."
+        )
+    layers = record.get("layers")
+    wanted = {"data": dict, "checkpoint": dict, "settings": dict, "layers": dict}
+    faulty = [key for key, kind in wanted.items() if not isinstance(record.get(key), kind)]
+    if faulty or not isinstance(layers, dict) or "fingerprint" not in record["checkpoint"]:
+        raise StatisticsError(
+            f"{path}: its record is incomplete ({', '.join(faulty) or 'checkpoint'}).\n"
+            "The file was not written by eutectic; collect the statistics again."
+        )
+    for name, layer in layers.items():
+        _check_layer(path, name, layer, layers)
+    for name, _, shape in tensors.entries():
+        _check_tensor(path, name, shape, layers)
+
+
+def _check_layer(path: Path, name: str, layer: Any, layers: Mapping[str, Any]) -> None:
+    counts = ("count", "sample_count")
+    sound = (
+        isinstance(layer, dict)
+        and all(isinstance(layer.get(c), int) and layer[c] >= 0 for c in counts)
+        and all(layer.get(key) in layers for key in ("inputs", "same_as"))
+        and isinstance(layer.get("shape"), list)
+    )
+    if not sound:
+        raise StatisticsError(f"{path}: what it says about '{name}' makes no sense: {layer!r}.")
+
+
+def _check_tensor(
+    path: Path, name: str, shape: tuple[int, ...], layers: Mapping[str, Any]
+) -> None:
+    if name == EXAMPLES:
+        return
+    layer, _, stored = name.rpartition("/")
+    if layer not in layers:
+        raise StatisticsError(f"{path}: tensor '{name}' belongs to no layer of its record.")
+    size = layers[layer]["shape"]
+    if stored == "fisher_diagonal" or stored.startswith("block_fisher"):
+        width = torch.Size(layers[layer].get("parameter", size)).numel()
+        sound = stored == "fisher_diagonal" or shape[-1:] == (width,)
+    else:
+        width = size[0] if stored.startswith("output_gradient") else size[-1]
+        sound = len(shape) in (1, 2) and shape[-1] == width
+    if not sound:
+        raise StatisticsError(
+            f"{path}: tensor '{name}' {[*shape]} does not fit a layer of shape {size}."
+        )
