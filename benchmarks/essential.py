@@ -96,8 +96,10 @@ def main() -> None:
             f"distance {distance:.1e}",
             flush=True,
         )
-    print(f"layer set: ratio {total['svd'] / total['grams']:.1f} from Grams, "
-          f"{total['svd'] / total['factors']:.1f} from factors")
+    print(
+        f"layer set: ratio {total['svd'] / total['grams']:.1f} from Grams, "
+        f"{total['svd'] / total['factors']:.1f} from factors"
+    )
 
 
 if __name__ == "__main__":

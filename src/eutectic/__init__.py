@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eutectic.errors import EutecticError
-    from eutectic.execution.run import MergeReport, merge, merge_state_dicts
+    from eutectic.execution import MergeReport, merge, merge_state_dicts
     from eutectic.methods import merge_matrices, methods
     from eutectic.routed import build_routed, load_routed, routing
     from eutectic.statistics import collect, load_statistics
@@ -28,16 +28,16 @@ __version__ = version("eutectic")
 _HOMES = {
     "EutecticError": "eutectic.errors",
     "LayerStatistics": "eutectic.types",
-    "MergeReport": "eutectic.execution.run",
+    "MergeReport": "eutectic.execution",
     "Merged": "eutectic.types",
     "Treatment": "eutectic.types",
     "build_routed": "eutectic.routed",
     "collect": "eutectic.statistics",
     "load_routed": "eutectic.routed",
     "load_statistics": "eutectic.statistics",
-    "merge": "eutectic.execution.run",
+    "merge": "eutectic.execution",
     "merge_matrices": "eutectic.methods",
-    "merge_state_dicts": "eutectic.execution.run",
+    "merge_state_dicts": "eutectic.execution",
     "methods": "eutectic.methods",
     "routing": "eutectic.routed",
 }

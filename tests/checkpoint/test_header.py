@@ -1,4 +1,4 @@
-"""Guards the parser of safetensors headers: it accepts what safetensors writes, refuses all else."""
+"""Guards the parser of safetensors headers: it accepts what safetensors writes, nothing else."""
 
 from __future__ import annotations
 

@@ -33,11 +33,11 @@ def resolve(path_or_id: str | Path, *, revision: str | None = None) -> Path:
     """
     text = str(path_or_id)
     path = Path(text).expanduser()
-    if path.exists():
+    if text and path.exists():
         return path
     if not _ID.fullmatch(text) or path.suffix in {".safetensors", ".bin", ".pt", ".pth"}:
         raise CheckpointError(
-            f"{text}: no such file or folder, and not the id of a model on the hub either "
+            f"'{text}': no such file or folder, and not the id of a model on the hub either "
             "('name' or 'org/name')."
         )
     return _download(text, revision)

@@ -59,12 +59,15 @@ class CheckpointWriter:
         sizes = {file.name: len(headers[file.name]) + file.data_bytes for file in self.files}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name, header in headers.items():
-                if not (resume and self._take_up(name, header, sizes[name])):
-                    self._lay_out(name, header, sizes[name], fresh=not resume)
-                    self.laid_out = (*self.laid_out, name)
+            pending = [
+                n for n in headers if not (resume and self._take_up(n, headers[n], sizes[n]))
+            ]
+            self._check_room(sum(sizes[name] for name in pending))
+            for name in pending:
+                self.laid_out = (*self.laid_out, name)
+                self._lay_out(name, headers[name], sizes[name], fresh=not resume)
         except OSError as error:
-            self.close()
+            self._abandon()
             raise self._failure(error, sum(sizes.values())) from error
         except ResumeError:
             self.close()
@@ -141,6 +144,20 @@ class CheckpointWriter:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _check_room(self, needed: int) -> None:
+        # Asked before reserving: some file systems take what there is before they find it too
+        # little, and other programs would meet a full disk meanwhile.
+        usage = shutil.disk_usage(self.folder)
+        if usage.total and needed > usage.free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def _abandon(self) -> None:
+        """Give back the space of files that could not all be laid out."""
+        started = [name for name in self.laid_out if name in self._descriptors]
+        self.close()
+        for name in started:
+            (self.folder / name).unlink(missing_ok=True)
 
     def _lay_out(self, name: str, header: bytes, size: int, fresh: bool) -> None:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
@@ -219,10 +236,10 @@ def _reserve(descriptor: int, size: int) -> None:
     if allocate is not None:
         try:
             allocate(descriptor, 0, size)
-            return
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
+    # Sets the size where nothing could be reserved, and cuts off what a killed run left beyond it.
     os.ftruncate(descriptor, size)
 
 

@@ -52,6 +52,12 @@ def verb(command: _Command) -> _Command:
             for line in rest:
                 err.print(line, markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            if _settings["debug"]:
+                raise
+            err.print("[bold red]error:[/] ", end="")
+            err.print(f"{error.filename}: {error.strerror}.", markup=False, soft_wrap=True)
+            raise typer.Exit(EutecticError.exit_code) from None
         except KeyboardInterrupt:
             err.print("interrupted; the same command continues where it stopped.")
             raise typer.Exit(INTERRUPTED) from None

@@ -9,7 +9,8 @@ import typer
 import yaml
 
 from eutectic.cli.console import pairs
-from eutectic.errors import RequestError
+from eutectic.errors import RequestError, suggest
+from eutectic.recipes.schema import Recipe
 
 What = Annotated[
     list[str] | None,
@@ -75,13 +76,19 @@ def request(
     recipe = None
     if "=" not in words[0]:
         recipe, words = Path(words[0]), words[1:]
-    options: dict[str, Any] = {k: yaml.safe_load(v) for k, v in pairs(settings or [], "--set").items()}
+    options = _values(settings or [], "--set")
+    for key in options:
+        if key not in Recipe.model_fields:
+            known = sorted(Recipe.model_fields)
+            raise RequestError(
+                f"--set names '{key}', which is no key of a recipe.{suggest(key, known)}\n"
+                f"Keys: {', '.join(known)}. Parameters of the method go after --param."
+            )
     options.update(
         {k: v for k, v in {"base": base, "method": method, "scale": scale}.items() if v is not None}
     )
     if parameters:
-        values = pairs(parameters, "--param")
-        options["parameters"] = {k: yaml.safe_load(v) for k, v in values.items()}
+        options["parameters"] = _values(parameters, "--param")
     experts = _experts(words, weights or [], statistics or [])
     if experts:
         options["experts"] = experts
@@ -93,6 +100,17 @@ def request(
                 "Example: eutectic merge --base B --method iso_c -o out/ a=PATH b=PATH"
             )
     return recipe, options
+
+
+def _values(items: list[str], option: str) -> dict[str, Any]:
+    """Return name -> value of `name=value` words, with values as a recipe would have them."""
+    found: dict[str, Any] = {}
+    for name, text in pairs(items, option).items():
+        try:
+            found[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise RequestError(f"{option} {name}: '{text}' is not a YAML value.") from None
+    return found
 
 
 def _experts(words: list[str], weights: list[str], statistics: list[str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from eutectic.methods.matrices import run_method
 from eutectic.planning.cost import CHUNK
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan, TensorPlan
-from eutectic.types import LayerStatistics, Treatment
+from eutectic.types import LayerStatistics, Merged, Treatment
 
 Emit = Callable[[int, Tensor], None]
 
@@ -32,7 +32,7 @@ class Outcome:
     record: dict[str, Any] = field(default_factory=dict)
 
 
-def copy_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit) -> Outcome:
+def copy_tensor(planned: TensorPlan, plan: Plan, inputs: Inputs, emit: Emit) -> Outcome:
     """Emit the base's values; integer buffers must agree in every expert.
 
     Raises:
@@ -54,7 +54,7 @@ def copy_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit) -> Outcome:
                             "differs from the base's, and such values cannot be averaged.\n"
                             "Add a rule with treatment head (kept per expert) for it."
                         )
-        emit(start, values.to(planned.dtype))
+        emit(start, narrow(values, planned, plan))
     return Outcome()
 
 
@@ -84,7 +84,7 @@ def merge_tensor(
         if record:
             outcome.record.update(record)
         base = _read_base(planned, inputs, start, start + delta.numel())
-        emit(start, apply_delta(base, delta, planned.scale, planned.dtype))
+        emit(start, narrow(torch.add(base, delta, alpha=planned.scale), planned, plan))
     outcome.norm = math.sqrt(squares)
     return outcome
 
@@ -104,9 +104,20 @@ def merge_delta(planned: TensorPlan, plan: Plan, inputs: Inputs, emit: Emit) -> 
     return outcome
 
 
-def apply_delta(base: Tensor, delta: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """Return W₀ + α·Δ in the output's dtype."""
-    return torch.add(base, delta, alpha=scale).to(dtype)
+def narrow(values: Tensor, planned: TensorPlan, plan: Plan) -> Tensor:
+    """Return values in the output's dtype.
+
+    Raises:
+        NumericalError: they are finite but beyond the range of float16, unless the recipe allows it.
+    """
+    result = values.to(planned.dtype)
+    at_risk = planned.dtype == torch.float16 and values.dtype != torch.float16
+    if at_risk and plan.recipe.nonfinite == "error" and finite(values) and not finite(result):
+        raise NumericalError(
+            f"{planned.name}: merged values reach {float(values.abs().max()):.3g}, beyond the range "
+            "of float16.\nChoose dtype: bfloat16 or float32, or a smaller scale."
+        )
+    return result
 
 
 def stream_chunks(
@@ -161,12 +172,10 @@ def _merge_elementwise(
         result = method.function(stack, parameters, dataclasses.replace(context, offset=start))
         assert isinstance(result, Tensor)
         if not in_weights and base is not None:
-            values = apply_delta(base, result, planned.scale, planned.dtype)
-        elif planned.scale == 1 or base is None:
-            values = result.to(planned.dtype)
-        else:
-            values = torch.lerp(base, result, planned.scale).to(planned.dtype)
-        emit(start, values)
+            result = torch.add(base, result, alpha=planned.scale)
+        elif planned.scale != 1 and base is not None:
+            result = torch.lerp(base, result, planned.scale)
+        emit(start, narrow(result, planned, plan))
     return Outcome()
 
 
@@ -194,28 +203,36 @@ def _read_stack(
             assert base is not None
             stack[row] = _delta(expert, planned, start, stop, base)
     if plan.recipe.nonfinite == "error":
-        _check_finite(stack, planned, inputs, base)
+        _check_finite(stack, planned, base)
     return stack, base
 
 
 def _delta(expert: Expert, planned: TensorPlan, start: int, stop: int, base: Tensor) -> Tensor:
+    if _lacks(expert, planned.name):
+        return torch.zeros_like(base)
     return expert.delta(planned.name, start, stop, base=base, dtype=planned.compute)
 
 
 def _weight(
     expert: Expert, planned: TensorPlan, start: int, stop: int, base: Tensor | None
 ) -> Tensor:
+    if _lacks(expert, planned.name):
+        assert base is not None
+        return base
     return expert.weight(planned.name, start, stop, base=base, dtype=planned.compute)
+
+
+def _lacks(expert: Expert, name: str) -> bool:
+    """Tell whether an expert counts as unchanged here (`missing: base`)."""
+    return not expert.is_delta and name not in expert.entries
 
 
 def _read_base(planned: TensorPlan, inputs: Inputs, start: int, stop: int) -> Tensor:
     return inputs.base.read(planned.name, start, stop).to(planned.compute)
 
 
-def _check_finite(
-    stack: Tensor, planned: TensorPlan, inputs: Inputs, base: Tensor | None
-) -> None:
-    if finite(stack):
+def _check_finite(stack: Tensor, planned: TensorPlan, base: Tensor | None) -> None:
+    if finite(stack) and (base is None or finite(base)):
         return
     if base is not None and not finite(base):
         culprit = "the base"
@@ -242,7 +259,7 @@ def _merge_matrices(
         for row, name in enumerate(planned.experts):
             stack[row] = _delta(inputs.experts[name], planned, start, start + size, base)
         if plan.recipe.nonfinite == "error":
-            _check_finite(stack, planned, inputs, base)
+            _check_finite(stack, planned, base)
         matrix_shape = _matrix_shape(planned)
         deltas = stack.view(len(stack), *matrix_shape)
         weight = base.view(matrix_shape)
@@ -275,28 +292,47 @@ def _merge_parts(
     """Merge one matrix `[T, out, in]`, part by part where it is a fused one."""
     statistics = _statistics(planned, plan, inputs)
     context = context_for(planned, plan)
-    heights = planned.decision.split or (deltas.shape[-2],)
+    heights = planned.decision.split
+    if not heights:
+        own = dataclasses.replace(
+            context,
+            tensor=context.tensor + suffix,
+            base=weight,
+            initial=initial,
+            statistics=statistics,
+        )
+        result = _run(method, deltas, parameters, own)
+        return result.delta, {suffix or "matrix": result.record} if result.record else {}
     merged: list[Tensor] = []
     records: dict[str, Any] = {}
     row = 0
     for part, height in enumerate(heights):
         rows = slice(row, row + height)
         row += height
-        label = suffix + (f"[{part}]" if len(heights) > 1 else "")
+        label = f"{suffix}[{part}]"
         own = dataclasses.replace(
             context,
             tensor=context.tensor + label,
-            base=weight[..., rows, :] if weight.ndim > 1 else weight,
-            initial=initial[..., rows, :] if initial is not None and weight.ndim > 1 else initial,
-            statistics=_rows_of(statistics, rows) if len(heights) > 1 else statistics,
+            base=weight[rows],
+            initial=None if initial is None else initial[rows],
+            statistics=_rows_of(statistics, rows),
         )
-        result = run_method(
-            method, deltas[..., rows, :] if weight.ndim > 1 else deltas, parameters, own
-        )
+        result = _run(method, deltas[:, rows], parameters, own)
         merged.append(result.delta)
         if result.record:
-            records[label or "matrix"] = result.record
-    return (torch.cat(merged, dim=-2) if len(merged) > 1 else merged[0]), records
+            records[label] = result.record
+    return torch.cat(merged), records
+
+
+def _run(method: Method, deltas: Tensor, parameters: Any, context: Context) -> Merged:
+    try:
+        return run_method(method, deltas, parameters, context)
+    except torch.linalg.LinAlgError as error:
+        raise NumericalError(
+            f"{context.tensor}: {method.name} cannot decompose this matrix ({error}).\n"
+            "If it holds NaN or Inf, repair the checkpoint, or give the tensor a rule with treatment "
+            "copy or vector."
+        ) from error
 
 
 def _matrix_shape(planned: TensorPlan) -> tuple[int, ...]:

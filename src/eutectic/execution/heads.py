@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.folder import copy_side_files
+from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.layout import SHARD_INDEX_NAME, OutputFile, weight_index_bytes
 from eutectic.checkpoint.writer import CheckpointWriter, write_atomically
 from eutectic.planning.cost import CHUNK
@@ -107,11 +109,25 @@ def _write_heads(
     (folder / file.name).unlink(missing_ok=True)
     with CheckpointWriter(folder, [file], resume=True) as writer:
         for head, (own, kind, _) in zip(heads, entries, strict=True):
-            read = expert.read_extra if head.name in expert.extra else expert.read
             for start in range(0, max(head.numel, 1), CHUNK):
-                writer.write(own, start, read(head.name, start, min(head.numel, start + CHUNK)).to(kind))
+                values = _head_values(inputs, expert, head, start, min(head.numel, start + CHUNK))
+                writer.write(own, start, values.to(kind))
         writer.sync()
     return file
+
+
+def _head_values(
+    inputs: Inputs, expert: Expert, head: TensorEntry, start: int, stop: int
+) -> Tensor:
+    if head.name in expert.extra:
+        return expert.read_extra(head.name, start, stop)
+    own = inputs.base.entries[head.name]
+    if not expert.is_delta or head.shape != own.shape:
+        return expert.read(head.name, start, stop)
+    # An adapter may hold the head as a change of the base's.
+    dtype = torch.promote_types(own.dtype, torch.float32)
+    base = inputs.base.read(head.name, start, stop).to(dtype)
+    return expert.weight(head.name, start, stop, base=base, dtype=dtype)
 
 
 def _write_variant(

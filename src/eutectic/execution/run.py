@@ -103,6 +103,8 @@ def merge(
     output = Path(output)
     checked, source = recipe_from(recipe, options)
     threads, memory = limits_of(threads, memory)
+    if output.name in ("", ".."):
+        raise RequestError(f"'{output}' has no name of its own. Name a new folder.")
     work = output.with_name(output.name + ".partial")
     _check_output(output, work)
     with open_inputs(checked, source) as inputs:
@@ -199,10 +201,8 @@ def _to_folder(
 ) -> tuple[dict[str, Any], bool]:
     """Write the model into the work folder and move it to its name when it is complete."""
     identity = request_identity(plan, inputs)
-    if restart and (work / JOURNAL).exists():
-        shutil.rmtree(work)
     model = work / "model"
-    with Journal(work, identity) as journal:
+    with Journal(work, identity, restart=restart) as journal:
         if not (journal.resumed and _complete(output, work)):
             files = layout_for(plan, inputs)
 
@@ -213,11 +213,14 @@ def _to_folder(
                 run_stages(plan, inputs, writer, journal, limits, scratch)
                 writer.sync()
             provenance = document(plan, inputs, hashes(journal))
-            write_folder(plan, inputs, model, files, provenance, records_of(journal))
+            try:
+                write_folder(plan, inputs, model, files, provenance, records_of(journal))
+            except OSError as error:
+                where = error.filename or model
+                raise OutputError(f"{where}: cannot be written ({error.strerror}).") from error
             _move(model, output)
-        records = records_of(journal)
-    shutil.rmtree(work)
-    return records, journal.resumed
+        shutil.rmtree(work)  # while the lock is held
+        return records_of(journal), journal.resumed
 
 
 def layout_for(plan: Plan, inputs: Inputs) -> list[OutputFile]:
@@ -282,7 +285,7 @@ def _sorted_options(
     before = (stated or {}).get("parameters", {})
     if other or "parameters" in known:
         known["parameters"] = {**before, **known.get("parameters", {}), **other}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in known.items()}
+    return known
 
 
 def _check_output(output: Path, work: Path) -> None:
@@ -291,9 +294,10 @@ def _check_output(output: Path, work: Path) -> None:
     Raises:
         RequestError: it is a file, or a folder with something in it.
     """
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
+    # os.path answers "no" where a folder above may not be searched; the last check tells.
+    if os.path.islink(output) or (os.path.exists(output) and not output.is_dir()):  # noqa: PTH
         raise RequestError(f"{output} exists and is not a folder. Choose another output.")
-    occupied = output.exists() and any(output.iterdir())
+    occupied = os.path.exists(output) and any(output.iterdir())  # noqa: PTH
     if occupied and not ((work / JOURNAL).exists() and _complete(output, work)):
         raise RequestError(f"{output} is not empty.\nChoose another output, or remove it first.")
     for folder in (output.parent, *output.parent.parents):

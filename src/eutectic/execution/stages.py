@@ -15,11 +15,11 @@ from eutectic.checkpoint.layout import OutputFile
 from eutectic.execution.compute import (
     Emit,
     Outcome,
-    apply_delta,
     context_for,
     copy_tensor,
     merge_delta,
     merge_tensor,
+    narrow,
     stream_chunks,
 )
 from eutectic.execution.local import Job, run_jobs
@@ -88,7 +88,7 @@ def run_stages(
 
     def merge_one(planned: TensorPlan, emit: Emit) -> Outcome:
         if planned.method == "copy":
-            return copy_tensor(planned, inputs, emit)
+            return copy_tensor(planned, plan, inputs, emit)
         own = state if planned.method == plan.method.name else None
         return merge_tensor(planned, plan, inputs, emit, own)
 
@@ -114,7 +114,7 @@ def run_stages(
                 stop = min(planned.elements, start + CHUNK)
                 base = inputs.base.read(planned.name, start, stop).to(planned.compute)
                 delta = deltas.read_back(planned.name, start, stop)
-                emit(start, apply_delta(base, delta, alpha, planned.dtype))
+                emit(start, narrow(torch.add(base, delta, alpha=alpha), planned, plan))
             done = journal.finished["delta", planned.name]
             record = {**done.record, "layer_factor": factors.get(planned.name, 1.0)}
             return Outcome(done.norm, record)

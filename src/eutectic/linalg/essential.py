@@ -75,7 +75,8 @@ def essential_subspace(
         tolerance = rounding**2
     tokens = statistics.count if statistics.gram_diagonal is None else 0
     limit = min(rank, tokens) if tokens else rank
-    if statistics.gram is None and statistics.gram_diagonal is None:
+    factored = statistics.gram is None and statistics.gram_diagonal is None
+    if factored and min(out_features, len(stored)) <= in_features:
         shift = stored.to(weight) @ weight.T
         if out_features <= len(shift):
             return _leading(shift.T @ shift, limit, tolerance)

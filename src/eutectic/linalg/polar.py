@@ -1,30 +1,58 @@
-"""The polar factor U Vᵀ of a matrix M = U S Vᵀ."""
+"""The polar factor U Vᵀ of a matrix M = U S Vᵀ, by the cheapest route that can be trusted.
+
+| route | what it does | taken when |
+|---|---|---|
+| `svd` | thin SVD in float64 | `precision="exact"`; whenever another route fails its check |
+| `gram` | float64 eigenproblem of the smaller Gram MᵀM | shorter side below `HALLEY_SIDE` |
+| `halley` | QDWH by Cholesky, first steps float64, the rest float32 | shorter side from there on |
+| `products` | scaled Newton–Schulz, matrix products only | accelerators |
+
+A Gram squares the condition number. The `gram` route is trusted down to singular values of
+`GRAM_FLOOR`·S₁ and `halley` down to the same floor (both in float64, so 1e-16 / 1e-10 is left for
+what they keep). What lies below and has to be kept goes to the thin SVD. Against the float64 SVD
+the result agrees to 1e-4 in relative Frobenius norm; on spectra with condition below 1e5 to 1e-5.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar, overload
 
+import torch
 from torch import Tensor
 
-from eutectic.linalg.svd import default_tolerance, thin_svd
+from eutectic.linalg import lapack
+from eutectic.linalg.gram import GRAM_FLOOR, gram, gram_triplets
+from eutectic.linalg.lowrank import LowRank
+from eutectic.linalg.qdwh import halley, newton_schulz, singular_bounds
+from eutectic.linalg.svd import default_tolerance, magnitude, numerical_rank, thin_svd
 
 Support = Literal["numerical", "full"]
+Precision = Literal["fast", "exact"]
+Route = Literal["svd", "gram", "halley", "products"]
+Matrix = TypeVar("Matrix", Tensor, LowRank)
+
+HALLEY_SIDE = 1280  # from here on products beat the eigenproblem's memory-bound reduction
+CHECK_PROBES = 4
+CHECK_BOUND = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
-class Polar:
+class Polar(Generic[Matrix]):
     """A polar factor with its by-products.
 
     Attributes:
-        factor: U Vᵀ `[out, in]` over the kept singular directions, in the input's dtype.
+        factor: U Vᵀ `[out, in]` over the kept singular directions, in the input's form and dtype.
         nuclear_norm: Σ of the kept singular values.
         rank: how many directions were kept.
+        route: the route that gave the result.
     """
 
-    factor: Tensor
+    factor: Matrix
     nuclear_norm: float
     rank: int
+    route: Route
 
     @property
     def mean_singular_value(self) -> float:
@@ -32,19 +60,167 @@ class Polar:
         return self.nuclear_norm / self.rank if self.rank else 0.0
 
 
+@overload
 def polar(
     matrix: Tensor,
     *,
+    support: Support = ...,
+    rank_tolerance: float | None = ...,
+    precision: Precision = ...,
+    route: Route | None = ...,
+) -> Polar[Tensor]: ...
+@overload
+def polar(
+    matrix: LowRank,
+    *,
+    support: Support = ...,
+    rank_tolerance: float | None = ...,
+    precision: Precision = ...,
+    route: Route | None = ...,
+) -> Polar[LowRank]: ...
+def polar(
+    matrix: Tensor | LowRank,
+    *,
     support: Support = "numerical",
     rank_tolerance: float | None = None,
-    precision: Literal["fast", "exact"] = "fast",
-) -> Polar:
-    """Return U Vᵀ of M = U S Vᵀ, the nuclear norm and the rank."""
+    precision: Precision = "fast",
+    route: Route | None = None,
+) -> Polar[Tensor] | Polar[LowRank]:
+    """Return U Vᵀ of M = U S Vᵀ, the nuclear norm and the rank.
+
+    Args:
+        matrix: `[out, in]`, any floating dtype (half precision is computed as float32), or its
+            thin factors. No NaN or Inf.
+        support: "numerical" keeps the directions with singular values above
+            `rank_tolerance`·S₁, "full" keeps min(out, in) of them, whatever they are (for thin
+            factors: as many as the factors' inner size).
+        rank_tolerance: None: eps of the dtype × max(out, in).
+        precision: "fast" chooses a route by shape and device; "exact" takes the thin SVD.
+        route: take this one; its check and the fall-back to the SVD stay.
+
+    Returns:
+        The factor with nuclear norm and rank. A zero matrix has rank 0 and a zero factor under
+        numerical support; under full support its factor is an arbitrary partial isometry.
+
+    Cost, with n the shorter side and m the longer: `gram` 4mn² + about 9n³ flops in float64,
+    `halley` about 12n³ float64-equivalent products; scratch 4 matrices of float64.
+
+    Example:
+        >>> flat = polar(torch.tensor([[3.0, 0.0], [0.0, -1.0]]))
+        >>> flat.factor
+        tensor([[ 1.,  0.],
+                [ 0., -1.]])
+        >>> flat.nuclear_norm, flat.rank
+        (4.0, 2)
+    """
     if rank_tolerance is None:
         rank_tolerance = default_tolerance(matrix.dtype, matrix.shape)
-    t = thin_svd(matrix)
-    kept = len(t.S)
-    if support == "numerical" and kept:
-        kept = int((rank_tolerance * t.S[0] < t.S).sum())
-    t = t.first(kept)
-    return Polar((t.U @ t.V.mT).to(matrix.dtype), float(t.S.sum()), kept)
+    if isinstance(matrix, LowRank):
+        P, core, Q = matrix.core()
+        small = polar(core, support=support, rank_tolerance=rank_tolerance, precision=precision)
+        factor = LowRank((P @ small.factor).to(matrix.dtype), Q.mT.to(matrix.dtype))
+        return Polar(factor, small.nuclear_norm, small.rank, small.route)
+    wide = matrix.shape[0] < matrix.shape[1]
+    work = matrix.mT if wide else matrix
+    if work.dtype not in (torch.float32, torch.float64):
+        work = work.float()
+    unit = magnitude(work)
+    chosen = route or choose_route(matrix.shape, matrix.device.type, precision)
+    found: Polar[Tensor] | None = None
+    if unit and chosen != "svd":
+        scaled = work / unit
+        tolerance = rank_tolerance if support == "numerical" else None
+        found = _FAST[chosen](scaled, tolerance)
+        if found is not None and not _is_polar(scaled, found.factor):
+            found = None
+    if found is None:
+        return _by_svd(matrix, support, rank_tolerance)
+    factor = found.factor.mT if wide else found.factor
+    norm = found.nuclear_norm * unit
+    return Polar(factor.to(matrix.dtype), norm, found.rank, found.route)
+
+
+def choose_route(shape: tuple[int, ...] | torch.Size, device: str, precision: Precision) -> Route:
+    """Return the route that `polar` tries first."""
+    if precision == "exact" or not min(shape):
+        return "svd"
+    if device != "cpu":
+        return "products"
+    return "gram" if min(shape) < HALLEY_SIDE else "halley"
+
+
+def explain_polar(
+    shape: tuple[int, ...] | torch.Size, device: str = "cpu", precision: Precision = "fast"
+) -> str:
+    """Say in one sentence which route `polar` takes for a shape, and why."""
+    side = min(shape)
+    route = choose_route(shape, device, precision)
+    reasons = {
+        "svd": "thin SVD in float64 (exact precision)",
+        "gram": f"float64 Gram eigenproblem of side {side} (shorter side below {HALLEY_SIDE})",
+        "halley": f"QDWH by Cholesky of side {side} (shorter side from {HALLEY_SIDE} on)",
+        "products": f"Newton–Schulz products (on {device})",
+    }
+    fallback = "" if route == "svd" else "; thin SVD if its check fails"
+    return f"polar factor by {reasons[route]}{fallback}"
+
+
+def _by_svd(matrix: Tensor, support: Support, rank_tolerance: float) -> Polar[Tensor]:
+    triplets = thin_svd(matrix)
+    if support == "numerical":
+        triplets = triplets.first(numerical_rank(triplets.S, rank_tolerance))
+    factor = (triplets.U @ triplets.V.mT).to(matrix.dtype)
+    return Polar(factor, float(triplets.S.sum()), len(triplets.S), "svd")
+
+
+def _by_gram(matrix: Tensor, tolerance: float | None) -> Polar[Tensor] | None:
+    triplets = gram_triplets(matrix, tolerance)
+    if triplets is None:
+        return None
+    # Both factors have orthonormal columns: the last product loses nothing in the input's dtype.
+    factor = triplets.U.to(matrix.dtype) @ triplets.V.mT.to(matrix.dtype)
+    return Polar(factor, float(triplets.S.sum()), len(triplets.S), "gram")
+
+
+def _by_halley(matrix: Tensor, tolerance: float | None) -> Polar[Tensor] | None:
+    G = gram(matrix)
+    bounds = singular_bounds(G)
+    if bounds is None or bounds[1] < bounds[0] * max(GRAM_FLOOR, 2 * (tolerance or 0)):
+        return _by_gram(matrix, tolerance)
+    factor = halley(matrix, G, *bounds)
+    if factor is None:
+        return None
+    return Polar(factor, _inner(factor, matrix), matrix.shape[1], "halley")
+
+
+def _by_products(matrix: Tensor, tolerance: float | None) -> Polar[Tensor] | None:
+    """Newton–Schulz cannot drop directions: what it returns stands only at full rank."""
+    norm = lapack.norm(matrix)
+    factor = newton_schulz(matrix / norm)
+    if factor is None:
+        return _by_gram(matrix, tolerance)
+    hermitian = matrix.double().mT @ factor.double()
+    bounds = singular_bounds((hermitian + hermitian.mT) / 2)
+    # Of a positive definite H the estimates are square roots.
+    if bounds is None or bounds[1] ** 2 < bounds[0] ** 2 * max(1e-3, 2 * (tolerance or 0)):
+        return _by_gram(matrix, tolerance)
+    return Polar(factor, _inner(factor, matrix), matrix.shape[1], "products")
+
+
+_FAST = {"gram": _by_gram, "halley": _by_halley, "products": _by_products}
+
+
+def _inner(a: Tensor, b: Tensor) -> float:
+    return float(torch.sum(a * b, dtype=torch.float64))
+
+
+def _is_polar(matrix: Tensor, factor: Tensor) -> bool:
+    """Check on random vectors that FFᵀF = F and that FᵀM is symmetric: a polar factor's marks."""
+    generator = torch.Generator(device="cpu").manual_seed(1)
+    probes = torch.randn(matrix.shape[1], CHECK_PROBES, generator=generator, dtype=matrix.dtype)
+    probes = probes.to(matrix.device)
+    image, shift = factor @ probes, matrix @ probes
+    isometric = lapack.norm(factor @ (factor.mT @ image) - image)
+    asymmetric = lapack.norm(factor.mT @ shift - matrix.mT @ image)
+    limit = CHECK_BOUND * math.sqrt(matrix.shape[1])
+    return isometric <= limit * lapack.norm(image) and asymmetric <= limit * lapack.norm(shift)

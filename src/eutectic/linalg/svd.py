@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eutectic.linalg import lapack
+
 
 @dataclass(frozen=True, eq=False)
 class Triplets:
@@ -37,6 +39,20 @@ def default_tolerance(dtype: torch.dtype, shape: tuple[int, ...] | torch.Size) -
     return torch.finfo(torch.float64 if wide else torch.float32).eps * max(shape)
 
 
+def dependence_tolerance(dtype: torch.dtype) -> float:
+    """Return the bound below which unit columns count as dependent on each other.
+
+    For blocks of singular vectors side by side. It is a little above the error of the vectors and
+    far below the smallest singular value of independent ones, about 1/n for random subspaces.
+    """
+    return 1e-10 if dtype == torch.float64 else 1e-6
+
+
+def numerical_rank(S: Tensor, tolerance: float) -> int:
+    """Return how many of the descending singular values lie above `tolerance`·S₁."""
+    return int((tolerance * S[0] < S).sum()) if len(S) else 0
+
+
 def magnitude(matrix: Tensor) -> float:
     """Return the largest absolute entry (0 for an empty matrix); the unit kernels work in."""
     return float(matrix.abs().max()) if matrix.numel() else 0.0
@@ -49,5 +65,5 @@ def thin_svd(matrix: Tensor) -> Triplets:
     matrix gives zero singular values and the first columns of identity matrices.
     """
     unit = magnitude(matrix) or 1.0
-    U, S, Vh = torch.linalg.svd(matrix.double() / unit, full_matrices=False)
-    return Triplets(U, S * unit, Vh.mT)
+    U, S, V = lapack.svd(matrix.double() / unit)
+    return Triplets(U, S * unit, V)

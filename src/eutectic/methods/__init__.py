@@ -1,5 +1,9 @@
 """Merging methods as pure functions. Importing this package fills the registry."""
 
+import sys
+from types import ModuleType
+from typing import Any
+
 from eutectic.methods import arithmetic as arithmetic
 from eutectic.methods import essential as essential
 from eutectic.methods import isotropic as isotropic
@@ -30,3 +34,13 @@ __all__ = [
     "methods",
     "register",
 ]
+
+
+class _Room(ModuleType):
+    """A package that can be called: importing it anywhere binds `eutectic.methods` to it."""
+
+    def __call__(self) -> dict[str, dict[str, Any]]:
+        return methods()
+
+
+sys.modules[__name__].__class__ = _Room

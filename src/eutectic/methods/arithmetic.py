@@ -14,7 +14,7 @@ from eutectic.methods.registry import Context, Parameters, register
     summary="Sum of the task vectors; the scale α decides how much of it is added.",
     paper="Editing models with task arithmetic, arXiv 2212.04089",
     elementwise=True,
-    laws={"permutation", "homogeneous", "zero", "single", "rotation"},
+    laws={"permutation", "homogeneous", "zero", "single", "absent", "rotation"},
 )
 def task_arithmetic(deltas: Tensor, parameters: Parameters, context: Context) -> Tensor:
     """Return Σ w_t Δ_t.

@@ -46,11 +46,17 @@ class Gram:
             return self.dense().diagonal()
         return self.factor.square().sum(0) + self.remainder
 
-    def right_multiply(self, x: Tensor) -> Tensor:
-        """Return X·A `[out, in]`, through the factor where that is all there is."""
+    def cheapest(self) -> Gram:
+        """Return the form with the cheaper products: a factor has to be thin to pay."""
+        if self.factor is None or 2 * len(self.factor) < self.factor.shape[1]:
+            return self
+        return Gram(self.dense(), None, None, self.unit_roundoff)
+
+    def add_product(self, total: Tensor, x: Tensor) -> Tensor:
+        """Add X·A `[out, in]` to `total` and return it; through the factor if that is all."""
         if self.factor is None or self.remainder is None:
-            return x @ self.dense()
-        return torch.addmm(x * self.remainder, x @ self.factor.T, self.factor)
+            return total.addmm_(x, self.dense())
+        return total.addmm_(x @ self.factor.T, self.factor).addcmul_(x, self.remainder)
 
 
 def participants(context: Context) -> list[int]:

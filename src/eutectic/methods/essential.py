@@ -109,9 +109,7 @@ def layer_group(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
-def _explain(
-    shape: tuple[int, ...], parameters: EssentialParameters, precision: Precision
-) -> str:
+def _explain(shape: tuple[int, ...], parameters: EssentialParameters, precision: Precision) -> str:
     experts, out_features, in_features = shape
     k = parameters.rank(out_features, experts)
     side = min(out_features, in_features)

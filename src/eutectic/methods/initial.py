@@ -17,14 +17,6 @@ ZERO = "zero"
 PUBLISHED_SCALES = {"task_arithmetic": 0.3}
 
 
-def initial_checkpoint(init: str) -> str | None:
-    """Return the path that an `init` parameter means, or None when it names a method or "zero".
-
-    Whoever reads files opens that checkpoint and passes W − W₀ as `Context.initial`.
-    """
-    return None if init == ZERO or init in all_methods() else init
-
-
 def initial_guess(
     deltas: Tensor, init: str, scale: float | None, context: Context
 ) -> tuple[Tensor, dict[str, Any]]:

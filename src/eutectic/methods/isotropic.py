@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from eutectic.linalg.polar import Support, polar
-from eutectic.linalg.svd import default_tolerance, thin_svd
+from eutectic.linalg import lapack
+from eutectic.linalg.leading import explain_leading, leading_singular, leading_singular_stack
+from eutectic.linalg.polar import Precision, Support, explain_polar, polar
+from eutectic.linalg.svd import default_tolerance, dependence_tolerance
+from eutectic.methods.linear import weighted_sum
 from eutectic.methods.registry import Context, Parameters, register
 
 PAPER = "No task left behind: isotropic model merging, arXiv 2502.04959"
@@ -34,16 +38,43 @@ class IsoCtsParameters(IsoCParameters):
     """Parameters of `iso_cts`.
 
     Attributes:
-        common_fraction: f, the share of the spectrum given to the common subspace.
         support: as in `iso_c`.
         rank_tolerance: as in `iso_c`.
+        common_fraction: f, the share of the spectrum given to the common subspace.
     """
 
     common_fraction: Annotated[float, Gt(0), Le(1)] = 0.8
 
 
-def _by_count(to_8: float, to_14: float, beyond: float):
+@dataclass(frozen=True, kw_only=True)
+class IsoAParameters(IsoCParameters):
+    """Parameters of `iso_a`.
+
+    Attributes:
+        support: as in `iso_c`.
+        rank_tolerance: as in `iso_c`.
+        ridge: ε, the share of the mean input energy added to every input direction.
+    """
+
+    ridge: Annotated[float, Gt(0)] = 0.1
+
+
+def _by_count(to_8: float, to_14: float, beyond: float) -> Callable[[int], float]:
     return lambda count: to_8 if count <= 8 else to_14 if count <= 14 else beyond
+
+
+def _explain_iso_c(shape: tuple[int, ...], parameters: Any, precision: Precision) -> str:
+    return explain_polar(shape[1:], precision=precision)
+
+
+def _explain_iso_cts(shape: tuple[int, ...], parameters: Any, precision: Precision) -> str:
+    rank = min(shape[1:])
+    _, k = split_spectrum(rank, parameters.common_fraction, shape[0])
+    return (
+        f"sum: {explain_leading(shape[1:], rank, precision)}; "
+        f"each expert: {explain_leading(shape[1:], k, precision)}; "
+        f"{explain_polar((shape[2], rank), precision=precision)}"
+    )
 
 
 @register(
@@ -53,14 +84,32 @@ def _by_count(to_8: float, to_14: float, beyond: float):
     paper=PAPER,
     parameters=IsoCParameters,
     laws={"permutation", "homogeneous", "zero", "rotation"},
-    workspace=4.0,
+    workspace=5.0,
     default_scale=_by_count(1.3, 1.0, 0.9),
+    explain=_explain_iso_c,
 )
 def iso_c(deltas: Tensor, parameters: IsoCParameters, context: Context) -> Tensor:
-    """Return mean(S)·U Vᵀ of the weighted sum of the deltas."""
-    total = context.weigh(deltas).sum(0)
+    """Return mean(S)·U Vᵀ, where Σ w_tΔ_t = U S Vᵀ.
+
+    Shapes: `[T, out, in]` -> `[out, in]`. Cost: one polar factor, whatever T is (see
+    `eutectic.linalg.polar`). At T = 1 the expert with its spectrum made flat, not the expert
+    itself; zero deltas give zero.
+
+    Rank deficiency: with `support="numerical"` only singular values above `rank_tolerance`·S₁ are
+    flattened, to the mean over *them*. So the nuclear norm of the sum is kept, as it is officially;
+    a matrix bordered with zeros gives the same result bordered with zeros; and LoRA experts give
+    the same through their thin factors as expanded. (The mean over all min(out, in) values would
+    shrink a rank-96 sum in 384 dimensions fourfold.) `support="full"` is the official behaviour:
+    null directions, which are arbitrary, get the mean too. Both agree at full rank.
+
+    Deviations from the source: the numerical support; weights; the default tolerance for half
+    precision is that of float32, since the sum is formed there.
+
+    Reference: Marczak et al., "No Task Left Behind: Isotropic Model Merging with Common and
+    Task-Specific Subspaces", arXiv 2502.04959.
+    """
     flat = polar(
-        total,
+        weighted_sum(deltas, context),
         support=parameters.support,
         rank_tolerance=parameters.rank_tolerance,
         precision=context.precision,
@@ -77,31 +126,48 @@ def iso_c(deltas: Tensor, parameters: IsoCParameters, context: Context) -> Tenso
     laws={"permutation", "homogeneous", "zero", "rotation"},
     workspace=8.0,
     default_scale=_by_count(1.5, 1.2, 1.1),
+    explain=_explain_iso_cts,
 )
 def iso_cts(deltas: Tensor, parameters: IsoCtsParameters, context: Context) -> Tensor:
-    """Return the flat merge of the common directions and of each task's own directions."""
+    """Return mean(s_*)·polar(U_*)·polar(V_*)ᵀ of the common and the task-specific directions.
+
+    With r the rank, f the `common_fraction`, M = Σ w_tΔ_t = U S Vᵀ:
+
+    1. k = round((r − int(r·f)) / T) directions per task, c = r − kT common ones.
+    2. Common: U_c, S_c, V_c, the first c triplets of M.
+    3. Tasks: the first k triplets of D_t = w_tΔ_t − U_cU_cᵀ w_tΔ_t.
+    4. U_*, s_*, V_*: the task blocks and the common block side by side, made orthogonal.
+
+    Shapes: `[T, out, in]` -> `[out, in]`. Cost: one full eigenproblem of side r, T partial ones,
+    one polar factor. f = 1 and T = 1 give Iso-C; zero deltas give zero.
+
+    Rank deficiency: with `support="numerical"` r is the numerical rank of M (officially
+    min(out, in)), task directions that are zero up to rounding are left out, directions that
+    several tasks share count once, and the mean is over those that remain; see `iso_c` for why.
+    `support="full"` is the official behaviour. Both agree at full rank.
+
+    Deviations from the source: the numerical support; weights. Task and common blocks of U_* are
+    orthogonal to each other by construction, so only the former need a polar factor.
+
+    Reference: Marczak et al., "No Task Left Behind: Isotropic Model Merging with Common and
+    Task-Specific Subspaces", arXiv 2502.04959.
+    """
     deltas = context.weigh(deltas)
-    tolerance = parameters.rank_tolerance
-    if tolerance is None:
-        tolerance = default_tolerance(deltas.dtype, deltas.shape[1:])
-    numerical = parameters.support == "numerical"
-    total = thin_svd(deltas.sum(0))
-    rank = int((tolerance * total.S[0] < total.S).sum()) if numerical else len(total.S)
-    c, k = split_spectrum(rank, parameters.common_fraction, len(deltas))
+    tolerance = _tolerance(deltas, parameters)
+    how: dict[str, Any] = {"tolerance": tolerance, "precision": context.precision}
+
+    total = leading_singular(deltas.sum(0), min(deltas.shape[1:]), **how)
+    c, k = split_spectrum(len(total.S), parameters.common_fraction, len(deltas))
     common = total.first(c)
-    blocks = []
-    for delta in deltas.double():
-        rest = thin_svd(delta - common.U @ (common.U.mT @ delta)).first(k)
-        if numerical and k:
-            floor = tolerance * max(float(rest.S[0]), float(delta.norm()) / min(delta.shape) ** 0.5)
-            rest = rest.first(int((rest.S > floor).sum()))
-        blocks.append(rest)
-    blocks.append(common)
-    U = polar(torch.cat([b.U for b in blocks], 1), support=parameters.support).factor
-    V = polar(torch.cat([b.V for b in blocks], 1), support=parameters.support).factor
-    S = torch.cat([b.S for b in blocks])
-    mean = float(S.mean()) if len(S) else 0.0
-    return (U @ V.mT).to(deltas.dtype) * mean
+    tasks = leading_singular_stack(
+        deltas, k, orthogonal_to=common.U, seed=context.seed_for("tasks"), **how
+    )
+
+    S = torch.cat([task.S for task in tasks] + [common.S])
+    task_U = _orthogonal([task.U for task in tasks], deltas.dtype, parameters, context)
+    U = torch.cat([task_U, common.U.to(deltas.dtype)], 1)
+    V = _orthogonal([task.V for task in tasks] + [common.V], deltas.dtype, parameters, context)
+    return (U * float(S.mean() if len(S) else 0)) @ V.mT
 
 
 def split_spectrum(rank: int, common_fraction: float, experts: int) -> tuple[int, int]:
@@ -109,3 +175,78 @@ def split_spectrum(rank: int, common_fraction: float, experts: int) -> tuple[int
     own = rank - int(rank * common_fraction)
     k = min(round(own / experts), rank // experts)
     return rank - k * experts, k
+
+
+@register(
+    "iso_a",
+    family="isotropic",
+    summary="Iso-C in the metric of the experts' own inputs.",
+    paper="This project; Iso-C is arXiv 2502.04959",
+    parameters=IsoAParameters,
+    needs={"gram"},
+    fallback="iso_c",
+    laws={"permutation", "homogeneous", "zero", "rotation"},
+    workspace=8.0,
+    default_scale=_by_count(1.3, 1.0, 0.9),
+    explain=_explain_iso_c,
+)
+def iso_a(deltas: Tensor, parameters: IsoAParameters, context: Context) -> Tensor:
+    """Return mean(S)·U Vᵀ·C̄^{-1/2}, where Σ w_tΔ_t C_t^{1/2} = U S Vᵀ.
+
+    C_t = A_t/n_t + ε·tr(A_t/n_t)/in·I is the regularised second moment of the inputs that reach
+    the layer in expert t, C̄ their mean: directions count by how much they shift the output. With
+    C_t = I this is Iso-C.
+
+    Shapes: `[T, out, in]` and T Grams `[in, in]` -> `[out, in]`. Cost: T + 1 float64
+    eigenproblems of side `in` and one polar factor. An expert without inputs (n_t = 0 or a zero
+    Gram) enters with C_t = I. Zero deltas give zero; rank deficiency as in `iso_c`.
+    """
+    statistics = context.statistics or ()
+    total = torch.zeros(deltas.shape[1:], dtype=torch.float64, device=deltas.device)
+    metric = torch.zeros(deltas.shape[2], deltas.shape[2]).to(total)
+    for delta, weight, entry in zip(deltas, context.weights, statistics, strict=True):
+        gram = entry.dense_gram() if entry is not None else None
+        second_moment = _regularised(gram, entry.count if entry else 0, parameters.ridge, metric)
+        total += weight * (delta.double() @ _power(second_moment, 0.5))
+        metric += second_moment / len(deltas)
+    flat = polar(
+        total.to(deltas.dtype),
+        support=parameters.support,
+        rank_tolerance=parameters.rank_tolerance,
+        precision=context.precision,
+    )
+    merged = (flat.factor.double() * flat.mean_singular_value) @ _power(metric, -0.5)
+    return merged.to(deltas.dtype)
+
+
+def _regularised(gram: Tensor | None, count: int, ridge: float, like: Tensor) -> Tensor:
+    identity = torch.eye(len(like)).to(like)
+    if gram is None or not count or not float(gram.trace()):
+        return identity
+    moment = gram.to(like) / count
+    return moment + ridge * float(moment.trace()) / len(moment) * identity
+
+
+def _power(matrix: Tensor, exponent: float) -> Tensor:
+    values, vectors = lapack.eigh(matrix)
+    return (vectors * values.clamp_min(torch.finfo(values.dtype).tiny) ** exponent) @ vectors.mT
+
+
+def _tolerance(deltas: Tensor, parameters: IsoCParameters) -> float | None:
+    if parameters.support == "full":
+        return None
+    if parameters.rank_tolerance is not None:
+        return parameters.rank_tolerance
+    return default_tolerance(deltas.dtype, deltas.shape[1:])
+
+
+def _orthogonal(
+    blocks: list[Tensor], dtype: torch.dtype, parameters: IsoCParameters, context: Context
+) -> Tensor:
+    """Return the polar factor of the blocks side by side."""
+    return polar(
+        torch.cat(blocks, 1).to(dtype),
+        support=parameters.support,
+        rank_tolerance=dependence_tolerance(dtype),
+        precision=context.precision,
+    ).factor

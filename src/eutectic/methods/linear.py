@@ -18,7 +18,7 @@ from eutectic.methods.registry import Context, Parameters, register
     paper="Model soups: averaging weights of multiple fine-tuned models, arXiv 2203.05482",
     elementwise=True,
     space="either",
-    laws={"permutation", "homogeneous", "zero", "single", "copies", "rotation"},
+    laws={"permutation", "homogeneous", "zero", "single", "copies", "absent", "rotation"},
 )
 def average(deltas: Tensor, parameters: Parameters, context: Context) -> Tensor:
     """Return Σ w_t Δ_t / Σ w_t.
@@ -51,7 +51,7 @@ class LinearParameters(Parameters):
     parameters=LinearParameters,
     elementwise=True,
     space=lambda p: "either" if p.normalize else "weight",
-    laws={"permutation", "homogeneous", "zero", "single", "copies", "rotation"},
+    laws={"permutation", "homogeneous", "zero", "single", "copies", "absent", "rotation"},
 )
 def linear(inputs: Tensor, parameters: LinearParameters, context: Context) -> Tensor:
     """Return Σ w_t W_t, divided by Σ w_t if `normalize`.

@@ -98,8 +98,9 @@ def _explain(shape: tuple[int, ...], parameters: MatsParameters, precision: Prec
     needs=_needs,
     fallback="mats",
     workspace=6.0,
+    products=60.0,
     explain=_explain,
-    laws={"permutation", "homogeneous", "zero"},
+    laws={"permutation", "homogeneous", "zero", "absent", "rotation"},
 )
 def mats(deltas: Tensor, parameters: MatsParameters, context: Context) -> Merged:
     """Return an approximate solution Δ of Σ w_tC_t(Δ) = Σ w_tC_t(Δ_t), from an initial guess.
@@ -153,7 +154,7 @@ def mats(deltas: Tensor, parameters: MatsParameters, context: Context) -> Merged
     if reason is not None:
         return _rest(deltas, parameters, context, reason)
     direct = parameters.solver == "direct"
-    inputs = deltas.reshape(len(deltas), 1, -1) if operator == "block" else deltas
+    inputs = deltas.reshape(len(deltas), 1, -1) if operator == "block" else deltas.contiguous()
     if direct or context.precision == "exact":
         inputs = inputs.double()
     system = _system(inputs, parameters, context)
@@ -163,7 +164,7 @@ def mats(deltas: Tensor, parameters: MatsParameters, context: Context) -> Merged
     record: dict[str, Any] = {"operator": operator, "space": parameters.space}
     if direct:
         delta, details = closed_form(system, offset, parameters.damping)
-        return Merged(delta.view(deltas.shape[1:]).to(deltas), {**record, **details})
+        return Merged(delta.reshape(deltas.shape[1:]).to(deltas), {**record, **details})
 
     start, origin = initial_guess(deltas, parameters.init, parameters.init_scale, context)
     steps = parameters.steps()
@@ -181,7 +182,7 @@ def mats(deltas: Tensor, parameters: MatsParameters, context: Context) -> Merged
         "applications": result.applications,
         "residuals": list(result.residuals),
     }
-    return Merged(result.solution.view(deltas.shape[1:]).to(deltas), record)
+    return Merged(result.solution.reshape(deltas.shape[1:]).to(deltas), record)
 
 
 def _system(inputs: Tensor, parameters: MatsParameters, context: Context) -> System:

@@ -92,8 +92,8 @@ def damped(system: System, damping: float) -> System:
     """Return the system with damping·mean(diagonal)·I added to its operator."""
     if damping == 0:
         return system
-    shape = system.right_side.shape
-    ridge = damping * float(system.diagonal.expand(shape).mean(dtype=torch.float64))
+    diagonal = system.diagonal.expand(system.right_side.shape)
+    ridge = damping * float(diagonal.mean(dtype=torch.float64))
     matrix = system.matrix
     if matrix is not None:
         matrix = matrix.clone()
@@ -104,6 +104,17 @@ def damped(system: System, damping: float) -> System:
         diagonal=system.diagonal + ridge,
         matrix=matrix,
         right=matrix if system.matrix is system.right else system.right,
+    )
+
+
+def scaled(system: System, factor: float) -> System:
+    """Return the system with both sides multiplied: the same solution, without underflow."""
+    return replace(
+        system,
+        apply=lambda x: system.apply(x).mul_(factor),
+        right_side=system.right_side * factor,
+        diagonal=system.diagonal * factor,
+        matrix=None,
     )
 
 
@@ -204,7 +215,7 @@ def _gram_system(deltas: Tensor, context: Context, load: _Load, dense: bool) -> 
     for t in members:
         gram = load(t)
         unit_roundoff = max(unit_roundoff, gram.unit_roundoff)
-        right_side += gram.right_multiply(deltas[t])
+        gram.add_product(right_side, deltas[t])
         if gram.factor is not None and gram.remainder is not None:
             factors.append(gram.factor)
             remainder += gram.remainder
@@ -214,7 +225,10 @@ def _gram_system(deltas: Tensor, context: Context, load: _Load, dense: bool) -> 
     if matrix is None and not dense and 2 * rows < size:
         total = Gram(None, torch.cat(factors), remainder, unit_roundoff)
         return System(
-            total.right_multiply, right_side, total.diagonal(), unit_roundoff=unit_roundoff
+            lambda x: total.add_product(torch.zeros_like(x), x),
+            right_side,
+            total.diagonal(),
+            unit_roundoff=unit_roundoff,
         )
     if matrix is None:
         matrix = torch.zeros(size, size, dtype=deltas.dtype, device=deltas.device)
@@ -240,53 +254,46 @@ def _kfac_system(
     normalize_counts: bool,
     dense: bool,
 ) -> System:
-    """X -> ΣH_t·X·A_t: two products of stacked matrices, whatever the number of experts.
+    """X -> ΣH_t·X·A_t.
 
-    The nearest Kronecker product has the factors Σ tr(A_t)H_t and Σ tr(H_t)A_t, the partial traces
+    Expert by expert: products of stacked matrices take as long and T times the memory. The
+    nearest Kronecker product has the factors Σ tr(A_t)H_t and Σ tr(H_t)A_t, the partial traces
     of the operator, which are exact when the experts' Grams are multiples of each other.
     """
     members = participants(context)
     out, size = deltas.shape[1:]
-    grams = [load(t) for t in members]
-    outputs = torch.stack(
-        [
-            dense_gram(
-                square_statistic(context, t, "output_gradient_gram"),
-                "output_gradient_gram",
-                context,
-                t,
-                out,
-                factor=1 / divisor(context, t, "output_gradient_gram", normalize_counts),
-                off_diagonal=off_diagonal,
-                like=deltas,
-            ).dense()
-            for t in members
-        ],
-        dim=1,
-    )  # [out, T, out]: one product leaves the experts' parts side by side in each row
-    left_diagonals = outputs.diagonal(dim1=0, dim2=2)
+    grams = [load(t).cheapest() for t in members]
+    outputs = [
+        dense_gram(
+            square_statistic(context, t, "output_gradient_gram"),
+            "output_gradient_gram",
+            context,
+            t,
+            out,
+            factor=1 / divisor(context, t, "output_gradient_gram", normalize_counts),
+            off_diagonal=off_diagonal,
+            like=deltas,
+        ).dense()
+        for t in members
+    ]
+    left_diagonals = torch.stack([h.diagonal() for h in outputs])
     right_diagonals = torch.stack([g.diagonal() for g in grams])
-    all_dense = all(g.matrix is not None for g in grams)
-    stacked = torch.cat([g.dense() for g in grams]) if all_dense else None
 
     def apply(x: Tensor) -> Tensor:
-        parts = (outputs.view(-1, out) @ x).view(out, len(members), size)
-        if stacked is not None:
-            return parts.view(out, -1) @ stacked
-        total = grams[0].right_multiply(parts[:, 0])
-        for k, gram in enumerate(grams[1:], start=1):
-            total += gram.right_multiply(parts[:, k])
+        total = torch.zeros_like(x)
+        for output, gram in zip(outputs, grams, strict=True):
+            gram.add_product(total, output @ x)
         return total
 
     right_side = torch.zeros_like(deltas[0])
-    for k, (t, gram) in enumerate(zip(members, grams, strict=True)):
-        right_side.addmm_(outputs[:, k], gram.right_multiply(deltas[t]))
+    for t, output, gram in zip(members, outputs, grams, strict=True):
+        gram.add_product(right_side, output @ deltas[t])
     left = right = None
     if dense:
         left = torch.zeros(out, out, dtype=deltas.dtype, device=deltas.device)
         right = torch.zeros(size, size, dtype=deltas.dtype, device=deltas.device)
-        for k, gram in enumerate(grams):
-            left.add_(outputs[:, k], alpha=float(right_diagonals[k].sum()))
+        for k, (output, gram) in enumerate(zip(outputs, grams, strict=True)):
+            left.add_(output, alpha=float(right_diagonals[k].sum()))
             right.add_(gram.dense(), alpha=float(left_diagonals[k].sum()))
     return System(
         apply,

@@ -29,6 +29,16 @@ Precision = Literal["fast", "exact"]
 Space = Literal["delta", "weight", "either"]
 Chunks = Callable[[], Iterator[Tensor]]
 
+LAWS = {
+    "permutation": "experts in another order, with their weights, names and statistics: no change",
+    "homogeneous": "f(cΔ) = c f(Δ) for every number c",
+    "zero": "zero deltas give zero",
+    "single": "one expert gives its own delta",
+    "copies": "T copies of one expert give its delta",
+    "absent": "an expert of weight 0 might as well not be there",
+    "rotation": "f(PΔQ) = P f(Δ) Q for orthogonal P and Q, statistics turned alike",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
@@ -189,7 +199,8 @@ def register(
         experts: fewest and most experts.
         needs: of "base", "gram", "output_gradient_gram", "fisher_diagonal", "block_fisher":
             what a tensor must come with. A tensor without it takes `fallback`.
-        laws: names of the laws in tests/conformance that it keeps.
+        laws: the names in `LAWS` that it keeps with its default parameters; tests/conformance
+            holds it to them.
         fallback: method for tensors that lack what is needed; its own name when the function
             handles the lack itself.
         workspace: scratch memory, in multiples of one float32 stack of deltas.
@@ -205,6 +216,8 @@ def register(
     def enter(function: MethodFunction) -> MethodFunction:
         if name in _METHODS:
             raise ValueError(f"method '{name}' is registered twice")
+        if unknown := sorted(set(laws) - LAWS.keys()):
+            raise ValueError(f"method '{name}' claims laws that nobody checks: {unknown}")
         _METHODS[name] = Method(
             name=name,
             family=family,

@@ -49,7 +49,8 @@ class RegMeanParameters(Parameters):
     needs=lambda p: {"gram"} if p.space == "delta" else {"gram", "base"},
     fallback="regmean",
     workspace=4.0,
-    laws={"permutation", "homogeneous", "zero", "single", "copies"},
+    products=4.0,
+    laws={"permutation", "homogeneous", "zero", "single", "copies", "absent"},
 )
 def regmean(deltas: Tensor, parameters: RegMeanParameters, context: Context) -> Merged:
     """Return (Σ w_tΔ_tA_t)(Σ w_tA_t)⁻¹, with A_t the expert's input Gram.
@@ -122,7 +123,8 @@ class FisherParameters(Parameters):
     needs={"fisher_diagonal"},
     fallback="fisher",
     workspace=4.0,
-    laws={"permutation", "homogeneous", "zero", "single", "copies"},
+    products=0.5,
+    laws={"permutation", "homogeneous", "zero", "single", "copies", "absent"},
 )
 def fisher(deltas: Tensor, parameters: FisherParameters, context: Context) -> Merged:
     """Return Σ w_tF_t ⊙ Δ_t / Σ w_tF_t, with F_t the expert's diagonal Fisher, floored.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Gt, Le
 from torch import Tensor
 
-from eutectic.linalg.polar import polar
-from eutectic.linalg.svd import default_tolerance, thin_svd
+from eutectic.linalg.leading import explain_leading, leading_singular_stack
+from eutectic.linalg.polar import Precision, explain_polar, polar
+from eutectic.linalg.svd import default_tolerance, dependence_tolerance
 from eutectic.methods.registry import Context, Parameters, register
 
 
@@ -25,6 +26,14 @@ class TsvMParameters(Parameters):
     rank_fraction: Annotated[float, Gt(0), Le(1)] | None = None
 
 
+def _explain(shape: tuple[int, ...], parameters: TsvMParameters, precision: Precision) -> str:
+    k = kept_per_expert(min(shape[1:]), parameters.rank_fraction, shape[0])
+    sides = [(side, k * shape[0]) for side in shape[1:]]
+    return f"each expert: {explain_leading(shape[1:], k, precision)}; " + "; ".join(
+        explain_polar(side, precision=precision) for side in sides
+    )
+
+
 @register(
     "tsv_m",
     family="singular",
@@ -33,18 +42,46 @@ class TsvMParameters(Parameters):
     parameters=TsvMParameters,
     laws={"permutation", "homogeneous", "zero", "single", "rotation"},
     workspace=8.0,
+    explain=_explain,
 )
 def tsv_m(deltas: Tensor, parameters: TsvMParameters, context: Context) -> Tensor:
-    """Return polar(U_*)·diag(s_*)·polar(V_*)ᵀ of the experts' leading triplets."""
+    """Return polar(U_*)·diag(s_*)·polar(V_*)ᵀ of the experts' leading singular triplets.
+
+    Of every w_tΔ_t the first k = int(r/T) triplets are kept, r = min(out, in), and put side by
+    side as U_* `[out, kT]`, s_* `[kT]`, V_* `[in, kT]`.
+
+    Shapes: `[T, out, in]` -> `[out, in]`. Cost: T partial eigenproblems of side r and two polar
+    factors. At T = 1 the expert itself; zero deltas give zero; with more than r experts none has
+    a triplet of its own and the result is zero.
+
+    Rank deficiency: triplets that are zero up to rounding (below eps · max(out, in) of the
+    expert's first) are left out, and directions that several experts share count once, with their
+    shares added; the official code completes both with arbitrary directions, which then disturb
+    the others. Where all kT directions are independent the two agree.
+
+    Deviations from the source: the above; weights; `rank_fraction`.
+
+    Reference: Gargiulo et al., "Task Singular Vectors: Reducing Task Interference in Model
+    Merging", arXiv 2412.00081.
+    """
     deltas = context.weigh(deltas)
-    r, tolerance = min(deltas.shape[1:]), default_tolerance(deltas.dtype, deltas.shape[1:])
-    k = r // len(deltas)
-    if parameters.rank_fraction is not None:
-        k = max(1, int(r * parameters.rank_fraction))
-    blocks = []
-    for delta in deltas:
-        leading = thin_svd(delta).first(k)
-        blocks.append(leading.first(int((leading.S > tolerance * leading.S[:1].sum()).sum())))
-    U = polar(torch.cat([b.U for b in blocks], 1)).factor
-    V = polar(torch.cat([b.V for b in blocks], 1)).factor
-    return ((U * torch.cat([b.S for b in blocks])) @ V.mT).to(deltas.dtype)
+    experts = leading_singular_stack(
+        deltas,
+        kept_per_expert(min(deltas.shape[1:]), parameters.rank_fraction, len(deltas)),
+        tolerance=default_tolerance(deltas.dtype, deltas.shape[1:]),
+        seed=context.seed_for("experts"),
+        precision=context.precision,
+    )
+    how: dict[str, Any] = {
+        "rank_tolerance": dependence_tolerance(deltas.dtype),
+        "precision": context.precision,
+    }
+    U = polar(torch.cat([e.U for e in experts], 1).to(deltas.dtype), **how).factor
+    V = polar(torch.cat([e.V for e in experts], 1).to(deltas.dtype), **how).factor
+    S = torch.cat([e.S for e in experts]).to(deltas.dtype)
+    return (U * S) @ V.mT
+
+
+def kept_per_expert(rank: int, fraction: float | None, experts: int) -> int:
+    """Return k, the number of triplets kept of each expert."""
+    return rank // experts if fraction is None else max(1, int(rank * fraction))

@@ -20,7 +20,14 @@ from eutectic.linalg.cholesky import ridged_cholesky
 from eutectic.linalg.preconditioners import jacobi, kronecker
 from eutectic.methods.collected import lack
 from eutectic.methods.linear import mean_of_deltas
-from eutectic.methods.operators import NEEDS, Operator, System, damped, shifted
+from eutectic.methods.operators import (
+    NEEDS,
+    Operator,
+    System,
+    damped,
+    scaled,
+    shifted,
+)
 from eutectic.methods.registry import Context
 from eutectic.types import Merged
 
@@ -49,7 +56,7 @@ def iterate(
         preconditioner: see `MatsParameters`.
         damping: see `damped`.
     """
-    initial = start.to(system.right_side).view(system.right_side.shape)
+    initial = start.to(system.right_side).reshape(system.right_side.shape)
     if offset is not None:
         system, initial = shifted(system, offset), initial + offset
     system = damped(system, damping)
@@ -63,9 +70,11 @@ def iterate(
             system.matrix, b, initial=initial, iterations=steps, tolerance=tolerance
         )
     else:
+        # Products of Fisher-sized numbers leave the range of float32.
+        system = scaled(system, 1 / float(system.diagonal.abs().max()))
         result = conjugate_gradients(
             system.apply,
-            b,
+            system.right_side,
             initial=initial,
             iterations=steps,
             tolerance=tolerance,
@@ -111,6 +120,11 @@ def closed_form(
     else:
         solved = ridged_cholesky(system.right, ridge=ridge, unit_roundoff=system.unit_roundoff)
         solution = torch.cholesky_solve(right_side.mT, solved.factor).mT
+        if solved.escalated:
+            # A(A + ρ)⁻¹ leaves what the Gram determines and removes what its rounding put into
+            # the null space, which the first solve amplifies by 1/ρ.
+            filtered = solution @ system.right
+            solution = torch.cholesky_solve(filtered.mT, solved.factor).mT
         record = {
             "ridge": solved.ridge,
             "ridge_escalated": solved.escalated,
@@ -129,7 +143,7 @@ def offset_of(space: Unknown, like: Tensor, context: Context) -> Tensor | None:
         return None
     if context.base is None:
         raise MethodError("space 'weight' solves for the weights and needs base.")
-    return context.base.to(like).view(like.shape)
+    return context.base.to(like).reshape(like.shape)
 
 
 def reason_to_rest(

@@ -35,6 +35,8 @@ class DareTiesParameters(DareParameters):
     """Parameters of `dare_ties`.
 
     Attributes:
+        density: as in `dare_linear`.
+        rescale: as in `dare_linear`.
         aggregate: mean or sum of the entries that agree with the elected sign.
     """
 
@@ -54,7 +56,7 @@ def drop(deltas: Tensor, parameters: DareParameters, context: Context, offset: i
         stream = np.random.PCG64(context.seed_for("dare", expert))
         stream.advance(offset)
         draws = np.random.Generator(stream).random(delta.numel())
-        mask = torch.from_numpy(draws < parameters.density).view(delta.shape).to(delta.device)
+        mask = torch.as_tensor(draws < parameters.density).view(delta.shape).to(delta.device)
         rows.append(torch.where(mask, delta, 0))
     kept = torch.stack(rows)
     return kept.div_(parameters.density) if parameters.rescale else kept
@@ -67,7 +69,7 @@ def drop(deltas: Tensor, parameters: DareParameters, context: Context, offset: i
     paper=PAPER,
     parameters=DareParameters,
     elementwise=True,
-    laws={"homogeneous", "zero"},
+    laws={"permutation", "homogeneous", "zero", "absent"},
 )
 def dare_linear(deltas: Tensor, parameters: DareParameters, context: Context) -> Tensor:
     """Return Σ w_t (m_t ⊙ Δ_t) / density.
@@ -81,7 +83,7 @@ def dare_linear(deltas: Tensor, parameters: DareParameters, context: Context) ->
 def _prepare(chunks: Chunks, parameters: DareTiesParameters, context: Context) -> float:
     total, offset = 0.0, 0
     for chunk in chunks():
-        total += signed_votes(context.weigh(drop(chunk, parameters, context, offset)))
+        total += signed_votes(drop(chunk, parameters, context, offset), context)
         offset += chunk[0].numel()
     return float((total > 0) - (total < 0))
 
@@ -94,7 +96,7 @@ def _prepare(chunks: Chunks, parameters: DareTiesParameters, context: Context) -
     parameters=DareTiesParameters,
     elementwise=True,
     prepare=_prepare,
-    laws={"homogeneous", "zero"},
+    laws={"permutation", "homogeneous", "zero", "absent"},
 )
 def dare_ties(deltas: Tensor, parameters: DareTiesParameters, context: Context) -> Tensor:
     """Return the disjoint merge (see `ties`) of the dropped and rescaled deltas.

@@ -42,7 +42,7 @@ def _prepare(chunks: Chunks, parameters: TiesParameters, context: Context) -> Ti
     thresholds = magnitude_thresholds(chunks, parameters.density)
     total = 0.0
     for chunk in chunks():
-        total += signed_votes(context.weigh(trim(chunk, thresholds)))
+        total += signed_votes(trim(chunk, thresholds), context)
     return TiesState(thresholds, float((total > 0) - (total < 0)))
 
 
@@ -55,7 +55,7 @@ def _prepare(chunks: Chunks, parameters: TiesParameters, context: Context) -> Ti
     elementwise=True,
     prepare=_prepare,
     model_scope=lambda p: p.scope == "model",
-    laws={"permutation", "homogeneous", "zero"},
+    laws={"permutation", "homogeneous", "zero", "absent"},
 )
 def ties(deltas: Tensor, parameters: TiesParameters, context: Context) -> Tensor:
     """Return the weighted disjoint mean (or sum) of the trimmed deltas that agree in sign.
@@ -78,25 +78,43 @@ def ties(deltas: Tensor, parameters: TiesParameters, context: Context) -> Tensor
 
 def trim(deltas: Tensor, thresholds: Tensor) -> Tensor:
     """Return the deltas with entries below their expert's threshold set to zero."""
-    limits = thresholds.to(deltas).view(-1, *[1] * (deltas.ndim - 1))
-    return torch.where(deltas.abs() >= limits, deltas, 0)
+    kept = torch.empty_like(deltas)
+    for row, delta, threshold in zip(kept, deltas, thresholds.to(deltas), strict=True):
+        if threshold == 0:
+            row.copy_(delta)
+        else:  # hardshrink keeps what is strictly larger, in one pass
+            below = torch.nextafter(threshold, torch.zeros_like(threshold))
+            torch.hardshrink(delta, float(below), out=row)
+    return kept
 
 
-def signed_votes(weighted: Tensor) -> float:
-    """Return the sum over entries of sign(Σ_t x_t), the vote for the majority sign."""
-    return float(weighted.sum(0).sign().sum(dtype=torch.float64))
+def signed_votes(kept: Tensor, context: Context) -> float:
+    """Return the sum over entries of sign(Σ w_t x_t), the vote for the majority sign."""
+    return float(_total(kept, context).sign_().sum(dtype=torch.float64))
 
 
 def disjoint_merge(kept: Tensor, context: Context, majority: float, aggregate: Aggregate) -> Tensor:
-    """Return the weighted mean or sum, per entry, of the inputs that agree with the elected sign."""
-    weighted = context.weigh(kept)
-    elected = weighted.sum(0).sign()
+    """Return the weighted mean or sum, per entry, of inputs that agree with the elected sign."""
+    elected = _total(kept, context).sign_()
     if majority:
         elected = torch.where(elected == 0, majority, elected)
-    agree = kept.sign() == elected.unsqueeze(0)
-    agree &= kept != 0
-    total = torch.where(agree, weighted, 0).sum(0)
+    # What agrees with the elected sign is positive after multiplication with it, exactly.
+    agreeing = (kept * elected).clamp_min_(0)
+    total = _total(agreeing, context).mul_(elected)
     if aggregate == "sum":
         return total
-    share = context.weigh(agree.to(kept.dtype)).sum(0)
-    return torch.where(share != 0, total / torch.where(share != 0, share, 1), 0)
+    share = _total(agreeing.sign_(), context)
+    return total.div_(torch.where(share == 0, 1, share))
+
+
+def _total(inputs: Tensor, context: Context) -> Tensor:
+    """Return Σ w_t x_t.
+
+    In the experts' order, so that the length of a chunk cannot change it; and with each product
+    rounded before the sum (no fused multiply-add), so that opposite ones cancel to zero exactly.
+    """
+    weighted = context.weigh(inputs)
+    total = weighted[0].clone()
+    for x in weighted[1:]:
+        total.add_(x)
+    return total

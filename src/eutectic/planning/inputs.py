@@ -65,7 +65,7 @@ def open_inputs(recipe: Recipe, source: Source | None = None) -> Inputs:
     with ExitStack() as stack:
         try:
             index = open_index(resolve(recipe.base))
-        except EutecticError as error:
+        except (EutecticError, OSError) as error:
             raise RecipeError(
                 [f"{source.at('base')}base: {error}", *_other_faults(recipe, source)], source.name
             ) from None
@@ -77,7 +77,7 @@ def open_inputs(recipe: Recipe, source: Source | None = None) -> Inputs:
             try:
                 experts[name] = open_expert(resolve(spec.path), index)
                 stack.callback(experts[name].close)
-            except EutecticError as error:
+            except (EutecticError, OSError) as error:
                 faults.append(f"{source.at('experts', name)}expert '{name}': {error}")
             if spec.statistics is None:
                 continue
@@ -116,7 +116,7 @@ def _other_faults(recipe: Recipe, source: Source) -> list[str]:
             path = resolve(spec.path)
             if not is_adapter(path):
                 open_index(path)
-        except EutecticError as error:
+        except (EutecticError, OSError) as error:
             faults.append(f"{source.at('experts', name)}expert '{name}': {error}")
     return faults
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import shutil
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,6 +19,7 @@ from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 
 JOURNAL = "journal.jsonl"
+_HEADER = b'{"eutectic_journal": 1'
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ def request_identity(plan: Plan, inputs: Inputs) -> str:
     """
     described = {
         "eutectic": version("eutectic"),
+        "torch": version("torch"),
         "recipe": plan.recipe.model_dump(mode="json"),
         "tensors": [
             [t.name, t.method, t.decision.treatment.value, t.scale, str(t.dtype), t.experts]
@@ -69,8 +73,13 @@ class Journal:
 
     durable = True
 
-    def __init__(self, folder: Path, identity: str) -> None:
+    def __init__(self, folder: Path, identity: str, *, restart: bool = False) -> None:
         """Open or continue the journal in a run's folder, which is created.
+
+        Args:
+            folder: the run's folder.
+            identity: of the request; see `request_identity`.
+            restart: empty the folder first, if it is a run's own.
 
         Raises:
             ResumeError: the folder is not a run's own, or its run had another request.
@@ -79,6 +88,7 @@ class Journal:
         """
         self.path = folder / JOURNAL
         self.finished: dict[tuple[str, str], Finished] = {}
+        self._lock = threading.Lock()
         try:
             if folder.exists() and any(folder.iterdir()) and not self.path.exists():
                 raise ResumeError(
@@ -86,30 +96,49 @@ class Journal:
                     "Move it away, or choose another output."
                 )
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RequestError(f"another process is merging into {folder}.") from None
+            self._file = self.path.open("a+b", buffering=0)
         except OSError as error:
             raise OutputError(f"cannot write {folder}: {error.strerror}.") from None
-        self.resumed = self._read(identity)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if restart:
+                self._discard()
+            self.resumed = self._read(identity)
+        except BlockingIOError:
+            self.close()
+            raise RequestError(f"another process is merging into {folder}.") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _discard(self) -> None:
+        """Empty the folder while the lock is held, so that nobody's running merge is deleted."""
+        self._file.seek(0)
+        if not _HEADER.startswith(self._file.read(len(_HEADER))):
+            raise ResumeError(f"{self.path} is not the journal of a merge.\nMove it away.")
+        for path in self.path.parent.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != self.path:
+                path.unlink()
+        self._file.truncate(0)
 
     def _read(self, identity: str) -> bool:
         self._file.seek(0)
-        lines = self._file.read().split(b"\n")
-        torn = lines.pop()  # after the last newline: empty, or a line cut short by a kill
-        if torn:
-            self._file.truncate(sum(len(line) + 1 for line in lines))
-        if not lines:
-            self._append({"eutectic_journal": 1, "identity": identity})
-            return False
-        if json.loads(lines[0]).get("identity") != identity:
-            self.close()
+        header = _line({"eutectic_journal": 1, "identity": identity})
+        lines = self._file.read().splitlines(keepends=True)
+        # A kill may cut the last line short.
+        torn = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
+        if lines[:1] != [header] and not (lines == [] and header.startswith(torn)):
             raise ResumeError(
                 f"{self.path.parent} holds an unfinished merge of another request: the recipe, an "
                 "input or the version has changed since.\n"
                 "Repeat the earlier command to finish it, or start over with --restart."
             )
+        self._file.truncate(sum(map(len, lines)))
+        if not lines:
+            self._write(header)
+            return False
         for line in lines[1:]:
             item = json.loads(line)
             key = (item["stage"], item["tensor"])
@@ -119,12 +148,13 @@ class Journal:
     def add(self, stage: str, tensor: str, finished: Finished) -> None:
         """Note a finished job; the line is handed to the system before this returns."""
         self.finished[stage, tensor] = finished
-        self._append({"stage": stage, "tensor": tensor, **vars(finished)})
+        self._write(_line({"stage": stage, "tensor": tensor, **vars(finished)}))
 
-    def _append(self, item: Mapping[str, Any]) -> None:
+    def _write(self, line: bytes) -> None:
         try:
-            self._file.write(json.dumps(item).encode() + b"\n")
-            self._file.flush()
+            with self._lock:
+                while line:
+                    line = line[self._file.write(line) :]
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror}.") from None
 
@@ -142,3 +172,7 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _line(item: Mapping[str, Any]) -> bytes:
+    return json.dumps(item).encode() + b"\n"

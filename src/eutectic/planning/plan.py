@@ -126,6 +126,20 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
     if recipe.heads == "drop":
         left_out = tuple(t.name for t in tensors if t.decision.treatment is Treatment.HEAD)
         tensors = [t for t in tensors if t.decision.treatment is not Treatment.HEAD]
+    if method.prepare is not None and method.model_scope(parameters):
+        partial = [
+            t.name
+            for t in tensors
+            if t.method == method.name and len(t.experts) < len(inputs.experts)
+        ]
+        if partial:
+            raise RecipeError(
+                [
+                    f"method '{method.name}' looks at the whole model at once, but some expert lacks "
+                    f"{_some(partial)}. Choose missing: base, which counts it as unchanged."
+                ],
+                source.name,
+            )
     if not any(t.method != "copy" for t in tensors):
         raise RecipeError(["no tensor would be merged: every one is copied."], source.name)
     notes += _notes(tensors, heads, left_out, recipe, inputs, method, parameters)

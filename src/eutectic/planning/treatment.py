@@ -76,7 +76,7 @@ def decide(
             return f"{entry.name}: {entry.dtype} cannot be merged; use treatment copy or head."
     transpose = treatment is Treatment.MATRIX and _is_transposed(entry, config)
     stacked = treatment is Treatment.MATRIX and len(entry.shape) == 3 and default is not _CONV
-    parts = _parts(entry, split, transpose) if treatment is Treatment.MATRIX and split else ()
+    parts = _parts(entry, split, transpose, stacked) if treatment is Treatment.MATRIX and split else ()
     if isinstance(parts, str):
         return parts
     return Decision(treatment, reason, transpose, parts, stacked, scale)
@@ -114,9 +114,9 @@ def _is_transposed(entry: TensorEntry, config: Mapping[str, Any]) -> bool:
 
 
 def _parts(
-    entry: TensorEntry, split: int | list[int], transpose: bool
+    entry: TensorEntry, split: int | list[int], transpose: bool, stacked: bool
 ) -> tuple[int, ...] | str:
-    rows = entry.shape[-1] if transpose else entry.shape[-2]
+    rows = entry.shape[1 if transpose or stacked else 0]
     if isinstance(split, int):
         if rows % split:
             return f"{entry.name}: {rows} rows cannot be split into {split} equal parts."

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import ValidationError
@@ -17,6 +17,18 @@ from eutectic.recipes.schema import ExpertSpec, Recipe, TensorRule
 
 Location = tuple[str | int, ...]
 
+# What PyYAML raises on a text that it cannot read: its own errors on syntax, and whatever Python
+# raises while a value is built (`2020-13-45`, `!!int x`, brackets a thousand deep).
+_UNREADABLE = (
+    yaml.YAMLError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    OverflowError,
+    RecursionError,
+)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -24,7 +36,7 @@ class Source:
 
     name: str = "the request"
     folder: Path = field(default_factory=Path)
-    lines: Mapping[Location, int] = field(default_factory=dict)
+    lines: Mapping[Location, int] = field(default_factory=dict[Location, int])
 
     def at(self, *location: str | int) -> str:
         """Return `line N: ` of the deepest known part of a location, or nothing."""
@@ -43,22 +55,22 @@ def load_recipe(path: str | Path) -> tuple[Recipe, Source]:
             each with its line.
     """
     path = Path(path)
+    duplicates: list[str] = []
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        values: object = yaml.safe_load(text)
+        lines = _lines(node, duplicates) if node is not None else {}
     except OSError as error:
         raise RecipeError([f"{path}: {error.strerror or error}"], "the recipe") from None
     except UnicodeDecodeError:
         raise RecipeError([f"{path} is not a UTF-8 text file."], "the recipe") from None
-    except yaml.YAMLError as error:
+    except _UNREADABLE as error:
         raise RecipeError([f"not valid YAML: {error}"], f"recipe {path}") from None
-    duplicates: list[str] = []
-    lines = _lines(node, (), duplicates) if node is not None else {}
     source = Source(f"recipe {path}", path.parent, lines)
-    if not isinstance(values, dict):
+    if not isinstance(values, Mapping):
         raise RecipeError(["a recipe is a mapping with base, experts and method."], source.name)
-    return check_recipe(values, source, duplicates), source
+    return check_recipe(_mapping(cast(object, values)), source, duplicates), source
 
 
 def check_recipe(
@@ -70,6 +82,7 @@ def check_recipe(
         RecipeError: with every fault found.
     """
     source = source or Source()
+    values = _mapping(_paths_as_text(values))
     faults = list(faults)
     recipe = None
     try:
@@ -88,27 +101,36 @@ def check_recipe(
     return _resolve_paths(recipe, source)
 
 
+def _paths_as_text(value: object) -> object:
+    """Write every `Path` inside a recipe from Python as a string, as a file would."""
+    if isinstance(value, Mapping):
+        items = cast("Mapping[object, object]", value).items()
+        return {key: _paths_as_text(inner) for key, inner in items}
+    return str(value) if isinstance(value, Path) else value
+
+
 def _line_of(fault: str) -> int:
     match = re.match(r"line (\d+): ", fault)
     return int(match[1]) if match else 0
 
 
 def _method_faults(values: Mapping[str, Any], source: Source) -> list[str]:
-    name, parameters = values.get("method"), values.get("parameters") or {}
-    if not isinstance(name, str) or not isinstance(parameters, Mapping):
+    name = values.get("method")
+    if not isinstance(name, str):
         return []
+    parameters = _mapping(values.get("parameters"))
     try:
         method = get_method(name)
     except MethodError as error:
         return [f"{source.at('method')}{' '.join(str(error).splitlines())}"]
     faults: list[str] = []
     try:
-        method.adapter.validate_python(dict(parameters))
+        method.adapter.validate_python({str(key): value for key, value in parameters.items()})
     except ValidationError as error:
         for item, text in zip(error.errors(), method.faults(error), strict=True):
             faults.append(f"{source.at('parameters', *item['loc'])}method '{name}': {text}")
-    experts = values.get("experts")
-    if isinstance(experts, Mapping) and experts:
+    experts = _mapping(values.get("experts"))
+    if experts:
         try:
             method.check_expert_count(len(experts))
         except MethodError as error:
@@ -119,8 +141,7 @@ def _method_faults(values: Mapping[str, Any], source: Source) -> list[str]:
 def _path_faults(values: Mapping[str, Any], source: Source) -> list[str]:
     faults: list[str] = []
     for where, path in _paths(values):
-        resolved = _resolve(path, source)
-        if _is_local(path) and not Path(resolved).exists():
+        if _is_local(path) and not _exists(_inside(path, source)):
             faults.append(f"{source.at(*where)}{'.'.join(map(str, where))}: no such file: {path}")
     return faults
 
@@ -128,11 +149,11 @@ def _path_faults(values: Mapping[str, Any], source: Source) -> list[str]:
 def _paths(values: Mapping[str, Any]) -> list[tuple[Location, str]]:
     """Return every path that a recipe names, even one that fails the schema elsewhere."""
     found: list[tuple[Location, Any]] = [(("base",), values.get("base"))]
-    experts = values.get("experts")
-    for name, spec in experts.items() if isinstance(experts, Mapping) else ():
+    for name, spec in _mapping(values.get("experts")).items():
         if isinstance(spec, Mapping):
-            found.append((("experts", name, "path"), spec.get("path")))
-            found.append((("experts", name, "statistics"), spec.get("statistics")))
+            inner = _mapping(cast(object, spec))
+            found.append((("experts", name, "path"), inner.get("path")))
+            found.append((("experts", name, "statistics"), inner.get("statistics")))
         else:
             found.append((("experts", name), spec))
     return [(where, path) for where, path in found if isinstance(path, str)]
@@ -145,8 +166,27 @@ def _is_local(path: str) -> bool:
 
 
 def _resolve(path: str, source: Source) -> str:
-    inside = source.folder / Path(path).expanduser()
-    return str(inside) if _is_local(path) or inside.exists() else path
+    inside = _inside(path, source)
+    return str(inside) if _is_local(path) or _exists(inside) else path
+
+
+def _inside(path: str, source: Source) -> Path:
+    try:
+        return source.folder / Path(path).expanduser()
+    except RuntimeError:  # `~nobody`: no such user, so no such folder
+        return source.folder / path
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, not ours to look at, or not a name at all
+        return False
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    """Return the value if it is a mapping, else an empty one: the schema tells what it should be."""
+    return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
 
 
 def _resolve_paths(recipe: Recipe, source: Source) -> Recipe:
@@ -171,33 +211,44 @@ def _sentence(item: Any, source: Source) -> str:
         return f"{where}unknown key '{name}'.{suggest(str(location[-1]), known)}"
     if item["type"] == "missing":
         return f"{where}'{name}' is missing."
-    message = item["msg"].removeprefix("Value error, ")
+    if location and location[-1] == "[key]":
+        name = f"the key '{location[-2]}'" if len(location) > 1 else "a key"
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
     got = item.get("input")
     shown = f", got {got!r}" if isinstance(got, (str, int, float, bool)) else ""
     return f"{where}{name}: {message[0].lower()}{message[1:]}{shown}."
 
 
 def _known_keys(location: Location) -> list[str]:
-    if location[0] == "experts" and len(location) > 2:
-        return list(ExpertSpec.model_fields)
-    if location[0] == "tensors" and len(location) > 2:
-        return list(TensorRule.model_fields)
-    return list(Recipe.model_fields)
+    nested = {"experts": ExpertSpec, "tensors": TensorRule}
+    model = nested.get(str(location[0]), Recipe) if len(location) > 2 else Recipe
+    return list(model.model_fields)
 
 
-def _lines(node: yaml.Node, path: Location, duplicates: list[str]) -> dict[Location, int]:
+def _lines(root: yaml.Node, duplicates: list[str]) -> dict[Location, int]:
     """Map every location of a YAML document to its line, and note keys that stand twice."""
-    lines: dict[Location, int] = {path: node.start_mark.line + 1} if path else {}
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            name = str(key.value)
-            if name in seen:
-                duplicates.append(f"line {key.start_mark.line + 1}: key '{name}' stands twice.")
-            seen.add(name)
-            lines.update(_lines(value, (*path, name), duplicates))
-            lines[(*path, name)] = key.start_mark.line + 1
-    elif isinstance(node, yaml.SequenceNode):
-        for position, value in enumerate(node.value):
-            lines.update(_lines(value, (*path, position), duplicates))
+    lines: dict[Location, int] = {}
+    above: list[yaml.Node] = []
+
+    def visit(node: yaml.Node, path: Location) -> None:
+        if any(node is outer for outer in above):
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: an alias is part of itself")
+        above.append(node)
+        if path:
+            lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.MappingNode):
+            names: set[str] = set()
+            for key, value in cast("list[tuple[yaml.Node, yaml.Node]]", node.value):
+                name, line = str(cast(object, key.value)), key.start_mark.line + 1
+                if name in names:
+                    duplicates.append(f"line {line}: key '{name}' stands twice.")
+                names.add(name)
+                lines[(*path, name)] = line
+                visit(value, (*path, name))
+        elif isinstance(node, yaml.SequenceNode):
+            for position, value in enumerate(cast("list[yaml.Node]", node.value)):
+                visit(value, (*path, position))
+        above.pop()
+
+    visit(root, ())
     return lines

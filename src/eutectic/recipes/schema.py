@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from eutectic.types import Treatment
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _kind_of_split(value: object) -> str:
+    return "heights" if isinstance(value, (list, tuple)) else "parts"
+
+
+Split = Annotated[
+    Annotated[int, Field(ge=2), Tag("parts")]
+    | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2), Tag("heights")],
+    Discriminator(_kind_of_split),
+]
 
 
 class _Strict(BaseModel):
@@ -42,7 +61,7 @@ class TensorRule(_Strict):
 
     match: str
     treatment: Treatment | None = None
-    split: Annotated[int, Field(ge=2)] | list[Annotated[int, Field(ge=1)]] | None = None
+    split: Split | None = None
     scale: Finite | None = None
 
     @model_validator(mode="after")
@@ -93,7 +112,5 @@ class Recipe(_Strict):
     def _paths_alone(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {
-            name: {"path": str(spec)} if isinstance(spec, (str, bytes)) else spec
-            for name, spec in value.items()
-        }
+        specs = cast("dict[Any, Any]", value)
+        return {n: {"path": s} if isinstance(s, str) else s for n, s in specs.items()}

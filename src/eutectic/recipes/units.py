@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 from eutectic.errors import RequestError
 
@@ -23,13 +24,13 @@ def parse_bytes(text: str | int) -> int:
     if match is None:
         raise RequestError(f"'{text}' is not a size in bytes. Write it like 4GB, 512MiB or 800000.")
     factor = {**_FACTORS, **_BINARY}[(match[2] or "").lower()]
-    return int(float(match[1]) * factor)
+    return int(Decimal(match[1]) * factor)
 
 
 def format_bytes(count: float) -> str:
-    """Return a size with three digits: `4.00 GB`, `512 MB`, `800 B`."""
+    """Return a size to three digits: `1.25 GB`, `512 MB`, `800 B`."""
     for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
+        if abs(count) < 999.5:  # beyond, three digits round to the next unit
             return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"

@@ -1,1 +1,23 @@
-"""Merged models that keep low-rank experts and route every sample."""
+"""Routed models: a merged base, thin experts beside it, and a decision per sample."""
+
+from eutectic.routed.build import build_routed
+from eutectic.routed.export import export_lora
+from eutectic.routed.layers import RoutedCosts, routed_costs
+from eutectic.routed.linear import RoutedAttention, RoutedLinear
+from eutectic.routed.modes import routing, routing_accuracy
+from eutectic.routed.router import DiscriminantRouter, PrototypeRouter
+from eutectic.routed.store import load_routed
+
+__all__ = [
+    "DiscriminantRouter",
+    "PrototypeRouter",
+    "RoutedAttention",
+    "RoutedCosts",
+    "RoutedLinear",
+    "build_routed",
+    "export_lora",
+    "load_routed",
+    "routed_costs",
+    "routing",
+    "routing_accuracy",
+]

@@ -208,7 +208,7 @@ def layout(
 
 
 def decoder_mask(items: Mapping[str, Any]) -> Tensor | None:
-    """Return the decoder's mask `[samples, tokens]`, or None when the batch has no decoder input."""
+    """Return the decoder's mask `[samples, tokens]`, or None without decoder inputs."""
     if items.get("decoder_attention_mask") is not None:
         return items["decoder_attention_mask"]
     if isinstance(labels := items.get("labels"), Tensor) and labels.ndim == 2:
@@ -251,9 +251,7 @@ def transform(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
 def examples(batch: Batch, start: int, stop: int) -> Batch:
     """Return a batch of the examples [start, stop)."""
     count = sample_count(batch)
-    return transform(
-        batch, lambda t: t[start:stop] if t.ndim > 0 and t.shape[0] == count else t
-    )
+    return transform(batch, lambda t: t[start:stop] if t.ndim > 0 and t.shape[0] == count else t)
 
 
 def example_hashes(batch: Batch, paired: bool) -> tuple[list[int], list[int]]:

@@ -71,7 +71,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def requiring_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def requiring_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Let gradients flow to `parameters`, frozen ones too, while the context lasts."""
     frozen = [p for p in parameters if not p.requires_grad]
     try:

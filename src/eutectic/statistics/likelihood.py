@@ -128,7 +128,8 @@ def resolve_objective(model: nn.Module, logits: Tensor, labels: Tensor | None) -
         return "causal_lm" if any(n.endswith(_CAUSAL) for n in names) else "token_classification"
     raise RequestError(
         f"logits {[*logits.shape]} fit no objective; allowed are [examples, classes] and "
-        "[examples, tokens, classes].\nPass objective=… as a function (outputs, batch) -> [examples]."
+        "[examples, tokens, classes].\n"
+        "Pass objective=… as a function (outputs, batch) -> [examples]."
     )
 
 

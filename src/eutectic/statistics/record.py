@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,7 @@ class InputSums:
         self.pooled.load(below(state, "pooled."), device)
 
 
-def below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the entries under a prefix, without it."""
     return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
 
@@ -214,28 +215,29 @@ class Probe:
         if tokens is None:
             self.skipped.add(site)
             return
-        for index, (earlier, version) in enumerate(self._inputs):
-            if same_memory(earlier, inputs) and version == inputs._version:
-                break
-        else:
-            # Kept alive, so that no later tensor can lie at the same address.
-            index = len(self._inputs)
-            self._inputs.append((inputs, inputs._version))
+        index = self._index_of(inputs)
         patches = site.path if site.kind == "convolution" else ""
         self._calls.setdefault(site, []).append((index, id(tokens.mask), patches))
 
+    def _index_of(self, inputs: Tensor) -> int:
+        for index, (earlier, version) in enumerate(self._inputs):
+            if same_memory(earlier, inputs) and version == inputs._version:
+                return index
+        # Kept alive, so that no later tensor can lie at the same address.
+        self._inputs.append((inputs, inputs._version))
+        return len(self._inputs) - 1
+
     def leaders(self, sites: list[Site], share: bool) -> dict[Site, Site]:
-        """Return for each site the first of those called with the same inputs in the same order.
+        """Return for each site the one called first with the same inputs in the same order.
 
         Of the ways to call an attention module, those that were not seen are left out. Any other
         layer that was not reached (an expert of a mixture) may be reached later, and stays.
         """
         first: dict[tuple[tuple[int, int, str], ...], Site] = {}
         found: dict[Site, Site] = {}
+        for site, calls in self._calls.items():
+            found[site] = first.setdefault(tuple(calls), site) if share else site
         for site in sites:
-            if site in self._calls:
-                calls = tuple(self._calls[site])
-                found[site] = first.setdefault(calls, site) if share else site
-            elif site not in self.skipped and "in_proj_weight" not in site.name:
-                found[site] = site
-        return found
+            if site not in self.skipped and "in_proj_weight" not in site.name:
+                found.setdefault(site, site)
+        return {site: found[site] for site in sites if site in found}

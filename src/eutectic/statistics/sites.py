@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from eutectic.errors import RequestError
@@ -45,7 +44,7 @@ class Site:
     kind: Kind
     role: Role
     shape: tuple[int, int]
-    weight: nn.Parameter
+    weight: Tensor
     tied: list[nn.Module] = field(default_factory=list)
 
 
@@ -163,9 +162,7 @@ def output_rows(site: Site, outputs: Tensor) -> Tensor:
     return outputs.flatten(2).transpose(1, 2)
 
 
-def _candidates(
-    model: nn.Module, convolutions: bool, skipped: dict[str, str]
-) -> Iterator[Site]:
+def _candidates(model: nn.Module, convolutions: bool, skipped: dict[str, str]) -> Iterator[Site]:
     encoder_decoder = is_encoder_decoder(model)
     attention_paths: set[str] = set()
     for path, module in model.named_modules():
@@ -191,8 +188,10 @@ def _candidates(
             yield Site(name, path, module, "linear", role, shape, module.weight)
         elif _is_conv1d(module):
             weight = module.weight
-            assert isinstance(weight, nn.Parameter)
-            yield Site(name, path, module, "conv1d", role, (weight.shape[1], weight.shape[0]), weight)
+            assert isinstance(weight, Tensor)
+            yield Site(
+                name, path, module, "conv1d", role, (weight.shape[1], weight.shape[0]), weight
+            )
         elif convolutions and isinstance(module, nn.modules.conv._ConvNd):
             weight = module.weight
             if not isinstance(module, nn.Conv1d | nn.Conv2d) or module.groups != 1:
@@ -242,8 +241,4 @@ def _role(path: str, encoder_decoder: bool) -> Role:
 def _is_conv1d(module: nn.Module) -> bool:
     # By name, so that models of other libraries do not drag in transformers.
     kind = type(module)
-    return (
-        kind.__name__ == "Conv1D"
-        and kind.__module__.startswith("transformers.")
-        and isinstance(getattr(module, "weight", None), torch.Tensor)
-    )
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")

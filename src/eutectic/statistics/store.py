@@ -218,24 +218,23 @@ def _check_layer(path: Path, name: str, layer: Any, layers: Mapping[str, Any]) -
         isinstance(layer, dict)
         and all(isinstance(layer.get(c), int) and layer[c] >= 0 for c in counts)
         and all(layer.get(key) in layers for key in ("inputs", "same_as"))
-        and isinstance(layer.get("shape"), list)
+        and all(isinstance(layer.get(key), list) for key in ("shape", "parameter"))
     )
     if not sound:
         raise StatisticsError(f"{path}: what it says about '{name}' makes no sense: {layer!r}.")
 
 
-def _check_tensor(
-    path: Path, name: str, shape: tuple[int, ...], layers: Mapping[str, Any]
-) -> None:
+def _check_tensor(path: Path, name: str, shape: tuple[int, ...], layers: Mapping[str, Any]) -> None:
     if name == EXAMPLES:
         return
     layer, _, stored = name.rpartition("/")
     if layer not in layers:
         raise StatisticsError(f"{path}: tensor '{name}' belongs to no layer of its record.")
-    size = layers[layer]["shape"]
-    if stored == "fisher_diagonal" or stored.startswith("block_fisher"):
-        width = torch.Size(layers[layer].get("parameter", size)).numel()
-        sound = stored == "fisher_diagonal" or shape[-1:] == (width,)
+    size, parameter = layers[layer]["shape"], layers[layer]["parameter"]
+    if stored == "fisher_diagonal":
+        sound = list(shape) == parameter
+    elif stored.startswith("block_fisher"):
+        sound = shape[-1:] == (torch.Size(parameter).numel(),)
     else:
         width = size[0] if stored.startswith("output_gradient") else size[-1]
         sound = len(shape) in (1, 2) and shape[-1] == width

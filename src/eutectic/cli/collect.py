@@ -1,0 +1,186 @@
+"""`eutectic collect`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from eutectic.cli.console import out, print_json, progress_bar, verb
+from eutectic.errors import RequestError
+from eutectic.recipes.units import format_bytes, parse_bytes
+
+
+@verb
+def collect(
+    checkpoint: Annotated[
+        Path | None,
+        typer.Argument(help="The expert: a folder, or an adapter folder with --base."),
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Statistics file to write.")] = ...,  # type: ignore[assignment]
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Proxy data: jsonl, csv, tsv, parquet, folder of images, `datasets` folder, or "
+            "module:function."
+        ),
+    ] = None,
+    base: Annotated[Path | None, typer.Option(help="The base of an adapter.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="text-classification, feature-extraction, image-classification, causal-lm or "
+            "seq2seq (default: by the checkpoint's architecture)."
+        ),
+    ] = None,
+    output_gradients: Annotated[
+        bool, typer.Option("--output-gradients", help="Also Grams of output gradients (K-FAC).")
+    ] = False,
+    fisher: Annotated[
+        bool, typer.Option("--fisher", help="Also the diagonal Fisher of all parameters.")
+    ] = False,
+    block_fisher: Annotated[
+        bool, typer.Option("--block-fisher", help="Also the block Fisher of vectors.")
+    ] = False,
+    labels: Annotated[
+        str, typer.Option(help="data: labels of the data; sample: drawn from the model.")
+    ] = "data",
+    max_examples: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many (with gradients: 1000).")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 16,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per text (default: at most 512).")
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Keep so many directions, and a diagonal, of wider layers."),
+    ] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Parameters to observe.")
+    ] = None,
+    convolutions: Annotated[
+        bool, typer.Option("--convolutions", help="Observe convolutions too.")
+    ] = False,
+    unmatched: Annotated[
+        str, typer.Option(help="Layers whose inputs fit no mask: error, all or skip.")
+    ] = "error",
+    seed: Annotated[int, typer.Option(help="Seed of sampled labels.")] = 0,
+    memory: Annotated[
+        str | None, typer.Option(help="Limit for the running sums, such as 4GB; more passes.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    split: Annotated[str | None, typer.Option(help="Split of a `datasets` folder.")] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Allow --data module:function.")
+    ] = False,
+    text_column: Annotated[str, typer.Option(help="Column of texts.")] = "text",
+    text_pair_column: Annotated[str, typer.Option(help="Column of second texts.")] = "text_pair",
+    label_column: Annotated[str, typer.Option(help="Column of labels.")] = "label",
+    source_column: Annotated[str, typer.Option(help="Column of source texts.")] = "source",
+    target_column: Annotated[str, typer.Option(help="Column of target texts.")] = "target",
+    image_column: Annotated[str, typer.Option(help="Column of images.")] = "image",
+    add: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Add statistics of other data; may be repeated."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Collect an expert's statistics over its proxy data, or add statistics files.
+
+    The unfinished state is kept in OUTPUT.partial; a killed run is continued by the same command.
+
+    Examples:
+      eutectic collect ./sst2 --data proxy.jsonl -o sst2.stats.safetensors
+
+      eutectic collect ./sst2-lora --base ./base --data proxy.csv -o sst2.stats.safetensors
+
+      eutectic collect ./sst2 --data proxy.jsonl --output-gradients --labels sample -o x.safetensors
+
+      eutectic collect --add first.safetensors --add second.safetensors -o both.safetensors
+    """
+    from eutectic.statistics import add_statistics
+    from eutectic.statistics import collect as run
+    from eutectic.statistics.data import open_batches
+    from eutectic.statistics.encode import Columns
+    from eutectic.statistics.models import load_model
+
+    started = time.monotonic()
+    if checkpoint is None:
+        if data is not None or not add:
+            raise RequestError(
+                "name a CHECKPOINT and its --data, or statistics files to --add.\n"
+                "Example: eutectic collect ./expert --data proxy.jsonl -o expert.stats.safetensors"
+            )
+        result = add_statistics(add, output)
+    else:
+        if data is None:
+            raise RequestError(f"{checkpoint}: no data to run it on; name them with --data.")
+        loaded = load_model(checkpoint, base, task, device)  # pyright: ignore[reportArgumentType]
+        batches = open_batches(
+            data,
+            loaded,
+            columns=Columns(
+                text=text_column,
+                text_pair=text_pair_column,
+                label=label_column,
+                source=source_column,
+                target=target_column,
+                image=image_column,
+            ),
+            batch_size=batch_size,
+            max_length=max_length,
+            max_examples=max_examples,
+            split=split,
+            trust_code=trust_code,
+        )
+        # What is to be added goes through a file of its own, so that OUTPUT is never half a sum.
+        target = output.with_name(f"{output.name}.collected") if add else output
+        with progress_bar("collecting") as tell:
+            result = run(
+                loaded.model,
+                batches,
+                target,
+                output_gradients=output_gradients,
+                fisher=fisher,
+                block_fisher=block_fisher,
+                labels=labels,  # pyright: ignore[reportArgumentType]
+                max_examples=max_examples,
+                layers=layers,
+                convolutions=convolutions,
+                rank=rank,
+                unmatched=unmatched,  # pyright: ignore[reportArgumentType]
+                seed=seed,
+                memory_bytes=None if memory is None else parse_bytes(memory),
+                fingerprint=loaded.fingerprint,
+                progress=lambda done, total: tell(done, total or done + 1, f"batch {done}"),
+            )
+        if add:
+            result = add_statistics([result, *add], output)
+            target.unlink()
+    report: dict[str, Any] = {
+        "output": str(output),
+        "bytes": output.stat().st_size,
+        "examples": result.provenance["data"]["examples"],
+        "layers": len(result),
+        "checkpoint": result.fingerprint,
+        "unseen": result.provenance["unseen"],
+        "skipped": result.provenance["skipped"],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    if json:
+        print_json(report)
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_row("examples", f"{report['examples']:,}")
+    table.add_row("parameters", f"{report['layers']:,}")
+    for name in report["unseen"]:
+        table.add_row("saw no token", name)
+    for name, reason in report["skipped"].items():
+        table.add_row("left out", f"{name}: {reason}")
+    table.add_row("took", f"{report['seconds']:.1f} s, {format_bytes(report['bytes'])}")
+    out.print(table)
+    out.print(f"[bold green]written[/] {output}", highlight=False, soft_wrap=True)

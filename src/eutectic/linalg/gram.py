@@ -1,0 +1,58 @@
+"""Gram matrices in float64, and what their eigenproblem says about the matrix itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eutectic.linalg import lapack
+from eutectic.linalg.svd import Triplets, numerical_rank
+
+# Eigenvalues of a Gram carry an error of about 1e-15·λ₁; at this floor of singular values that
+# is 1e-5 of them. What lies below cannot be trusted, only told apart from what lies far above.
+GRAM_FLOOR = 1e-5
+BLOCK_SIDE = 512
+PANEL_BYTES = 64 << 20
+
+
+def gram(tall: Tensor) -> Tensor:
+    """Return MᵀM `[n, n]` in float64 for `[m, n]` of any floating dtype.
+
+    Only the upper blocks are multiplied; rows are converted panel by panel, so that no float64
+    copy of a long matrix exists.
+    """
+    m, n = tall.shape
+    rows = max(n, PANEL_BYTES // (8 * max(n, 1)))
+    edges = [*range(0, n, BLOCK_SIDE), n] if n > BLOCK_SIDE else [0, n]
+    result = torch.zeros(n, n, dtype=torch.float64, device=tall.device)
+    for start in range(0, m, rows):
+        panel = tall[start : start + rows].double()
+        for low, high in zip(edges[:-1], edges[1:], strict=True):
+            result[low:high, low:].addmm_(panel[:, low:high].mT, panel[:, low:])
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        result[high:, low:high] = result[low:high, high:].mT
+    return result
+
+
+def images(tall: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """Return U and S with M·V = U·diag(S), in float64, for right singular vectors V."""
+    U = tall.double() @ V
+    S = lapack.column_norms(U)
+    return U.div_(S), S
+
+
+def gram_triplets(tall: Tensor, tolerance: float | None) -> Triplets | None:
+    """Return all triplets above `tolerance`·S₁ of `[m, n]`, m ≥ n, from the eigenproblem of MᵀM.
+
+    None when singular values below `GRAM_FLOOR`·S₁ would have to be kept or told apart, and for a
+    zero matrix. The entries of the matrix should be of order 1.
+    """
+    eigenvalues, vectors = lapack.eigh(gram(tall))
+    values = eigenvalues.clamp_min(0).sqrt()
+    first, last = float(values[0]), float(values[-1])
+    if first == 0 or (last < GRAM_FLOOR * first and (tolerance is None or tolerance < GRAM_FLOOR)):
+        return None
+    kept = len(values) if tolerance is None else numerical_rank(values, tolerance)
+    V = vectors[:, :kept]
+    U, S = images(tall, V)
+    return Triplets(U, S, V)

@@ -1,0 +1,207 @@
+"""From a merged model, its experts and their statistics to a routed model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MethodType
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from eutectic.errors import NumericalError, RequestError, StatisticsError
+from eutectic.linalg.essential import essential_subspace
+from eutectic.routed.call import Routing, install_hooks
+from eutectic.routed.layers import Layer, choose_layers, layer_rank
+from eutectic.routed.linear import Experts, RoutedAttention, RoutedLinear
+from eutectic.routed.router import (
+    Router,
+    RouterKind,
+    discriminant_router,
+    has_pooled,
+    prototype_router,
+)
+from eutectic.routed.sources import ExpertWeights, StateDict, expert_statistics, open_experts
+from eutectic.types import LayerStatistics
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def build_routed(
+    model: Model,
+    experts: Mapping[str, StateDict | str | Path],
+    statistics: Mapping[str, Mapping[str, LayerStatistics]],
+    router_statistics: Mapping[str, Mapping[str, LayerStatistics]] | None = None,
+    *,
+    rank: int = 32,
+    router: RouterKind | None = None,
+    layers: Sequence[str] | None = None,
+    accumulate: bool | None = None,
+    base: str | Path | None = None,
+    shrinkage: float | None = None,
+) -> Model:
+    """Return a copy of a merged model whose layers keep, per expert, what merging lost.
+
+    For every routed layer and expert, δ_t = W_t − W_merged; E_t are the first ρ principal
+    directions of X_t δ_tᵀ; B_t = E_t `[out, ρ]` and F_t = E_tᵀ δ_t `[ρ, in]`. The layer computes
+    W_merged x + b + B_t(F_t x), where t is decided per sample from the mean of its unmasked inputs.
+    No dense expert is ever formed.
+
+    The copy keeps its class, its methods (`generate`, `config`, …) and the names of its parameters,
+    beside which `<layer>.experts.*` appear; `routed.save_pretrained(folder)` writes it and
+    `load_routed` reads it. Masks are taken from the arguments of the outermost call and of the
+    transformers models inside: `attention_mask`, or torch's `src_key_padding_mask`.
+
+    Args:
+        model: the merged model, any module. Not modified; moved to no device.
+        experts: name -> state dict, checkpoint path (read tensor by tensor) or PEFT LoRA folder.
+        statistics: name -> statistics of the expert on its proxy data, for the directions.
+        router_statistics: name -> statistics of the *merged* model on the same data: what the
+            router will see. Default: `statistics`.
+        rank: ρ, the same for all layers (cut to a layer's size). Full rank reproduces the expert on
+            every input that its proxy data span.
+        router: "discriminant", or "prototype" as published. Default: discriminant where every
+            layer has pooled statistics, else prototype.
+        layers: globs over parameter names; default: attention projections and the first matrix of
+            every MLP.
+        accumulate: layers decide by the sum of the log-posteriors of the layers passed so far.
+            Default: yes for the discriminant, no for prototypes (as published).
+        base: the checkpoint before merging; only adapters need it.
+        shrinkage: of the discriminant's covariance, in (0, 1]; default: estimated.
+
+    Returns:
+        The routed copy. `routed.routing.short` tells, layer by layer, the experts whose tokens or
+        differences determine fewer than ρ directions, and how many they do. T = 1 is allowed: the
+        only expert is always chosen. An expert equal to the merged model adds nothing.
+
+    Raises:
+        RequestError: nothing to route, an expert without statistics or without a layer's tensor,
+            an adapter without `base`, a rank below 1, or a model that is routed already.
+        StatisticsError: statistics of another model or without what the router needs, a prototype
+            of zero norm.
+        NumericalError: NaN or Inf in an expert's weights.
+
+    Reference: arXiv 2606.19164 (experts and the prototype router).
+    """
+    if rank < 1 or (shrinkage is not None and not 0 < shrinkage <= 1):
+        raise RequestError(
+            f"rank must be at least 1 and shrinkage in (0, 1], got {rank} and {shrinkage}."
+        )
+    chosen = choose_layers(model, layers)
+    names = tuple(experts)
+    called = expert_statistics(statistics, names, chosen, "statistics")
+    routes = router_statistics if router_statistics is not None else statistics
+    routes_called = (
+        expert_statistics(routes, names, chosen, "router statistics")
+        if router_statistics is not None
+        else called
+    )
+
+    def of_router(layer: Layer) -> list[LayerStatistics]:
+        return [routes[n][c[layer.name]] for n, c in zip(names, routes_called, strict=True)]
+
+    if router is None:
+        pooled = all(has_pooled(entry) for layer in chosen for entry in of_router(layer))
+        router = "discriminant" if pooled else "prototype"
+    routed = copy.deepcopy(model)
+    batch_first = all(
+        m.batch_first for m in model.modules() if isinstance(m, nn.MultiheadAttention)
+    )
+    steps = accumulate if accumulate is not None else router == "discriminant"
+    routing = Routing(names, router, steps, batch_first)
+    parameters = dict(model.named_parameters())
+    with open_experts(model, experts, base) as opened, torch.no_grad():
+        for layer in chosen:
+            entries = [
+                statistics[n][c[layer.name]] for n, c in zip(names, called, strict=True)
+            ]
+            up, down, kept = thin_experts(layer, parameters[layer.name], opened, entries, rank)
+            if min(kept) < up.shape[-1]:
+                routing.short[layer.name] = {
+                    n: k for n, k in zip(names, kept, strict=True) if k < up.shape[-1]
+                }
+            device = parameters[layer.name].device
+            scorer = _router(router, of_router(layer), layer, shrinkage)
+            install(routed, layer, up, down, scorer.to(device), routing)
+    return finish(routed, routing)
+
+
+def thin_experts(
+    layer: Layer,
+    parameter: Tensor,
+    experts: Sequence[ExpertWeights],
+    statistics: Sequence[LayerStatistics],
+    rank: int,
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Return B `[T, out, ρ]`, F `[T, ρ, in]` in the parameter's dtype, and directions per expert.
+
+    Directions that neither the tokens nor δ_t determine are zero columns.
+    """
+    merged = layer.matrix(parameter.detach()).float().cpu()
+    size = layer_rank(layer, rank)
+    up = torch.zeros(len(experts), layer.out_features, size)
+    down = torch.zeros(len(experts), size, layer.in_features)
+    kept: list[int] = []
+    for t, (expert, entry) in enumerate(zip(experts, statistics, strict=True)):
+        where = f"'{layer.name}', expert '{expert.name}'"
+        weight = layer.matrix(expert.read(layer.name))
+        if weight.shape != merged.shape:
+            raise RequestError(
+                f"{where}: the weight has the shape {[*weight.shape]}, the model's "
+                f"{[*merged.shape]}."
+            )
+        residual = weight - merged
+        if not bool(torch.isfinite(residual).all()):
+            raise NumericalError(f"{where}: NaN or Inf in the weights; nothing was built.")
+        directions = essential_subspace(residual, entry, size, where=where).directions
+        k = directions.shape[1]
+        up[t, :, :k] = directions.float()
+        down[t, :k] = (directions.T @ residual.double()).float()
+        kept.append(k)
+    to = {"device": parameter.device, "dtype": parameter.dtype}
+    return up.to(**to), down.to(**to), kept
+
+
+def _router(
+    kind: RouterKind, entries: list[LayerStatistics], layer: Layer, shrinkage: float | None
+) -> Router:
+    if kind == "prototype":
+        router: Router = prototype_router(entries, f"'{layer.name}'")
+    elif kind == "discriminant":
+        router = discriminant_router(entries, f"'{layer.name}'", shrinkage)
+    else:
+        raise RequestError(f"unknown router '{kind}'; known: discriminant, prototype.")
+    if router.weight.shape[1] != layer.in_features:
+        raise StatisticsError(
+            f"'{layer.name}': the router statistics are for {router.weight.shape[1]} inputs, the "
+            f"layer has {layer.in_features}.\nThey belong to another model; collect them again."
+        )
+    return router
+
+
+def install(
+    model: nn.Module, layer: Layer, up: Tensor, down: Tensor, router: Router, routing: Routing
+) -> None:
+    """Replace one layer of `model` by a routed one, which takes over its parameters."""
+    experts = Experts(layer.name, up, down, router, routing)
+    base = model.get_submodule(layer.path)
+    replacement: nn.Module
+    if layer.kind == "in_projection":
+        assert isinstance(base, nn.MultiheadAttention)
+        replacement = RoutedAttention(base, experts)
+    else:
+        replacement = RoutedLinear(base, experts, transposed=layer.kind == "conv1d")
+    parent, _, child = layer.path.rpartition(".")
+    setattr(model.get_submodule(parent), child, replacement.train(base.training))
+
+
+def finish(model: Model, routing: Routing) -> Model:
+    """Attach the handle, the hooks and `save_pretrained` to a model with routed layers."""
+    from eutectic.routed.store import save_routed
+
+    install_hooks(model, routing)
+    model.routing = routing  # type: ignore[assignment]
+    model.save_pretrained = MethodType(save_routed, model)  # type: ignore[assignment]
+    return model

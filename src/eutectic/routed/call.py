@@ -1,0 +1,347 @@
+"""What one forward pass of a routed model carries along: masks, running scores, held decisions.
+
+Hooks on the model, and on every transformers model inside it, open a `Call` when the outermost of
+them is entered. Everything lives in context variables and on the caches of generation, so threads
+do not see each other and the model itself keeps no state.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from eutectic.errors import RequestError, suggest
+
+Mode = Literal["route", "oracle", "base", "soft", "vote"]
+MODES = ("route", "oracle", "base", "soft", "vote")
+
+# Name of a mask argument -> whether True (or 1) marks tokens that count.
+_MASKS = {"attention_mask": True, "src_key_padding_mask": False, "key_padding_mask": False}
+_SAMPLES = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+_CACHES = ("past_key_values", "past_key_value", "cache_params")
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """How the experts are chosen; see `routing`."""
+
+    mode: Mode = "route"
+    experts: tuple[int, ...] = ()
+    temperature: float = 1.0
+    layer: str | None = None
+    decisions: Decisions | None = None
+
+
+class Decisions(dict[str, Tensor]):
+    """Layer name -> expert index per sample, in the order of the batches."""
+
+    def add(self, layer: str, indices: Tensor) -> None:
+        """Append the decisions of one batch."""
+        rows = indices.detach().cpu()
+        self[layer] = torch.cat([self[layer], rows]) if layer in self else rows
+
+
+@dataclass(eq=False)
+class Frame:
+    """One transformers model being run: how many samples, and which of their tokens count."""
+
+    samples: int | None = None
+    mask: Tensor | None = None
+    cross_mask: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Held:
+    """The decisions taken on a prompt, which decoding goes on using."""
+
+    mode: Mode
+    choices: dict[str, Tensor]
+
+
+@dataclass(eq=False)
+class Call:
+    """One outermost forward pass.
+
+    Attributes:
+        routing: the model's.
+        settings: how experts are chosen.
+        frames: the transformers models entered and not left yet.
+        running: summed log-posteriors by batch size (towers may see batches of different sizes).
+        choices: the decisions taken so far.
+        held: those of the prompt that this call continues.
+        voted: one expert per sample for the whole network.
+        generating: a cache was passed.
+    """
+
+    routing: Routing
+    settings: Settings
+    frames: list[Frame] = field(default_factory=list)
+    running: dict[int, Tensor] = field(default_factory=dict)
+    choices: dict[str, Tensor] = field(default_factory=dict)
+    held: Held | None = None
+    voted: Tensor | None = None
+    generating: bool = False
+
+
+_CALL: ContextVar[Call | None] = ContextVar("eutectic_routed_call", default=None)
+_SETTINGS: ContextVar[tuple[tuple[Routing, Settings], ...]] = ContextVar(
+    "eutectic_routed_settings", default=()
+)
+# The running scores of an encoder that was run by itself, with its outputs at the first position:
+# generation runs the encoder first and the decoder in calls of their own.
+_ENCODED: ContextVar[tuple[Tensor, dict[int, Tensor]] | None] = ContextVar(
+    "eutectic_routed_encoded", default=None
+)
+_HELD: weakref.WeakKeyDictionary[Any, Held] = weakref.WeakKeyDictionary()
+
+
+class Routing:
+    """What the routed layers of one model share.
+
+    Attributes:
+        experts: their names, in the order of every layer's factors.
+        router: the kind of all its routers.
+        accumulate: layers decide by the log-posteriors summed over the layers passed so far.
+        batch_first: activations are `[samples, tokens, features]` where both orders would fit.
+        short: layer -> expert -> directions, where those are fewer than the rank.
+    """
+
+    def __init__(
+        self, experts: tuple[str, ...], router: str, accumulate: bool, batch_first: bool
+    ) -> None:
+        self.experts = experts
+        self.router = router
+        self.short: dict[str, dict[str, int]] = {}
+        self.accumulate = accumulate
+        self.batch_first = batch_first
+
+    def settings(self) -> Settings:
+        """Return the settings in force in this context."""
+        for owner, settings in reversed(_SETTINGS.get()):
+            if owner is self:
+                return settings
+        return Settings()
+
+    def call(self) -> Call | None:
+        """Return the forward pass that is under way, or None outside of one."""
+        call = _CALL.get()
+        return call if call is not None and call.routing is self else None
+
+    def index(self, expert: str) -> int:
+        """Return the position of an expert.
+
+        Raises:
+            RequestError: no expert of this name.
+        """
+        if expert not in self.experts:
+            raise RequestError(
+                f"unknown expert '{expert}'.{suggest(expert, self.experts)}\n"
+                f"Experts: {', '.join(self.experts)}."
+            )
+        return self.experts.index(expert)
+
+
+@contextmanager
+def applying(routing: Routing, settings: Settings) -> Iterator[None]:
+    """Put settings in force for one model in this context."""
+    token = _SETTINGS.set((*_SETTINGS.get(), (routing, settings)))
+    try:
+        yield
+    finally:
+        _SETTINGS.reset(token)
+
+
+def install_hooks(model: nn.Module, routing: Routing) -> None:
+    """Let the model, and every transformers model inside it, announce its masks."""
+    for module in model.modules():
+        if module is model or _is_pretrained(module):
+            scope = _Scope(routing, tuple(inspect.signature(module.forward).parameters))
+            module.register_forward_pre_hook(scope.enter, with_kwargs=True)
+            module.register_forward_hook(scope.leave, with_kwargs=True, always_call=True)
+
+
+def _is_pretrained(module: nn.Module) -> bool:
+    # By name, so that transformers is not imported for models that do not come from it.
+    return any(kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__)
+
+
+class _Scope:
+    """The pair of hooks around one module; `enter` and `leave` nest like its forward passes."""
+
+    def __init__(self, routing: Routing, names: tuple[str, ...]) -> None:
+        self.routing = routing
+        self.names = names
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        call = self.routing.call()
+        if call is None:
+            call = self._open(module, given)
+        call.frames.append(_frame(given, self.names, call))
+
+    def leave(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        call = self.routing.call()
+        if call is None:
+            return
+        call.frames.pop()
+        if not call.frames:
+            _CALL.set(None)
+            given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            _close(call, given, output)
+
+    def _open(self, module: nn.Module, given: Mapping[str, Any]) -> Call:
+        call = Call(self.routing, self.routing.settings())
+        cache = _cache(given)
+        if cache is not None:
+            call.generating = True
+            held = _HELD.get(cache) if _length(cache) > 0 else None
+            call.held = held if held is not None and held.mode == call.settings.mode else None
+        encoded = _carried(given)
+        if encoded is not None:
+            call.running.update(encoded)
+        if call.settings.mode == "vote" and call.held is None:
+            call.voted = _vote(module, self.names, given, call, encoded)
+        _CALL.set(call)
+        return call
+
+
+def _frame(given: Mapping[str, Any], names: tuple[str, ...], call: Call) -> Frame:
+    parent = call.frames[-1] if call.frames else Frame()
+    mask, known = None, False
+    for name, keeps in _MASKS.items():
+        if name in names or name in given:
+            known = True
+            value = given.get(name)
+            if isinstance(value, Tensor) and value.ndim == 2:
+                mask = value.bool() if keeps else _padding(value)
+                break
+    samples = _samples(given, call.routing.batch_first)
+    if samples is None:
+        samples = parent.samples
+    if mask is None and known and parent.samples == samples:
+        mask = parent.mask
+    cross = given.get("encoder_attention_mask")
+    if not (isinstance(cross, Tensor) and cross.ndim == 2):
+        cross = given.get("attention_mask") if "decoder_input_ids" in names else None
+    if isinstance(cross, Tensor) and cross.ndim == 2:
+        return Frame(samples, mask, cross.bool())
+    return Frame(samples, mask, parent.cross_mask)
+
+
+def _padding(mask: Tensor) -> Tensor:
+    """Return which tokens count, from torch's padding mask (True or −inf where they do not)."""
+    return ~mask if mask.dtype == torch.bool else mask == 0
+
+
+def _samples(given: Mapping[str, Any], batch_first: bool) -> int | None:
+    for name in _SAMPLES:
+        value = given.get(name)
+        if isinstance(value, Tensor):
+            return len(value)
+    hidden = _hidden(given.get("encoder_outputs"))
+    if hidden is not None:
+        return len(hidden)
+    for value in given.values():
+        if isinstance(value, Tensor) and value.ndim >= 2:
+            return value.shape[1 if value.ndim == 3 and not batch_first else 0]
+    return None
+
+
+def _cache(given: Mapping[str, Any]) -> Any:
+    for name in _CACHES:
+        cache = given.get(name)
+        if cache is not None:
+            return cache
+    return None
+
+
+def _length(cache: Any) -> int:
+    length = getattr(cache, "get_seq_length", None)
+    return int(length()) if length is not None else len(cache)
+
+
+def _hidden(outputs: Any) -> Tensor | None:
+    if isinstance(outputs, Tensor):
+        return outputs if outputs.ndim == 3 else None
+    hidden = getattr(outputs, "last_hidden_state", None)
+    if hidden is None and isinstance(outputs, tuple) and outputs:
+        hidden = outputs[0]
+    return hidden if isinstance(hidden, Tensor) and hidden.ndim == 3 else None
+
+
+def _carried(given: Mapping[str, Any]) -> dict[int, Tensor] | None:
+    """Return the scores of the encoder whose outputs this call was given, one row a sample."""
+    hidden, encoded = _hidden(given.get("encoder_outputs")), _ENCODED.get()
+    if hidden is None or encoded is None:
+        return None
+    first, running = encoded
+    copies = len(hidden) // max(1, len(first))
+    if len(first) not in running or len(hidden) != copies * len(first):
+        return None
+    if not torch.equal(hidden[::copies, 0], first):
+        return None
+    return {len(hidden): running[len(first)].repeat_interleave(copies, dim=0)}
+
+
+def _close(call: Call, given: Mapping[str, Any], output: Any) -> None:
+    """Keep the decisions of a prompt for the decoding steps that share its cache."""
+    if call.held is not None:
+        return
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
+        cache = _cache(given)
+    if cache is not None and call.choices:
+        try:
+            _HELD[cache] = Held(call.settings.mode, dict(call.choices))
+        except TypeError:  # caches of old transformers are tuples, made anew at every step
+            raise RequestError(
+                "routed generation needs a cache object, got a tuple.\n"
+                "Pass past_key_values=transformers.DynamicCache(), or use_cache=False."
+            ) from None
+    elif call.running and cache is None and "decoder_input_ids" not in given:
+        hidden = _hidden(output)
+        if hidden is not None:
+            _ENCODED.set((hidden[:, 0].detach(), dict(call.running)))
+
+
+def _vote(
+    module: nn.Module,
+    names: tuple[str, ...],
+    given: Mapping[str, Any],
+    call: Call,
+    encoded: Mapping[int, Tensor] | None,
+) -> Tensor:
+    """Run once with the experts off and return one expert per sample for the whole network."""
+    if encoded is not None:
+        (scores,) = encoded.values()
+        return scores.argmax(-1)
+    inputs = {k: v for k, v in given.items() if k not in _CACHES}
+    if "use_cache" in names:
+        inputs["use_cache"] = False
+    first = Settings(mode="base", decisions=Decisions())
+    with applying(call.routing, first), torch.no_grad():
+        module(**inputs)
+    votes = first.decisions or {}
+    if call.settings.layer is not None:
+        if call.settings.layer not in votes:
+            raise RequestError(
+                f"the layer '{call.settings.layer}' was not passed, so it cannot vote.\n"
+                f"Passed: {', '.join(list(votes)[:5])}, …"
+            )
+        return votes[call.settings.layer]
+    sizes = {len(v) for v in votes.values()}
+    if len(sizes) != 1:
+        raise RequestError(
+            "the layers saw batches of different sizes, so no majority can be formed; name a layer."
+        )
+    return torch.stack(list(votes.values())).mode(dim=0).values

@@ -1,0 +1,175 @@
+"""Which layers of a model can be routed, which are by default, and what that costs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import Tensor, nn
+
+from eutectic.errors import RequestError
+from eutectic.routed.linear import RoutedAttention, RoutedLinear
+
+Kind = Literal["linear", "conv1d", "in_projection"]
+
+# Attention projections and the first matrix of the MLP, by the names of the common libraries.
+_DEFAULT = re.compile(
+    r"\.(in_proj_weight"
+    r"|((attn|attention|SelfAttention|EncDecAttention|self_attn|cross_attn|encoder_attn)\."
+    r"([qkvo]|dense|c_proj|proj|out|to_out\.0|output\.dense))\.weight"
+    r"|(query|key|value|[qkvo]_proj|out_proj|[qkv]_lin|out_lin|c_attn|q_attn|qkv_proj|qkv"
+    r"|query_key_value|W_?qkv)\.weight"
+    r"|(intermediate\.dense|fc1|c_fc|wi|wi_[01]|up_proj|gate_proj|gate_up_proj|lin1|linear1"
+    r"|dense_h_to_4h|w1|w3)\.weight)$"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One linear map that can be routed.
+
+    Attributes:
+        name: the parameter's name.
+        path: name of the module that is replaced.
+        kind: how the module stores and applies it.
+        out_features: rows of the linear map.
+        in_features: columns of the linear map.
+    """
+
+    name: str
+    path: str
+    kind: Kind
+    out_features: int
+    in_features: int
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """Return the map `[out, in]` from the parameter as stored."""
+        return stored.mT if self.kind == "conv1d" else stored
+
+
+@dataclass(frozen=True)
+class RoutedCosts:
+    """What routing adds to a model.
+
+    Attributes:
+        layers: number of routed layers.
+        parameters: of the experts and routers.
+        nbytes: of the same; routers are float32.
+        multiply_adds_per_token: for the expert's two thin products.
+        multiply_adds_per_sample: for the routers.
+        model_parameters: of the model without experts.
+        model_multiply_adds_per_token: of the model's linear layers without experts.
+    """
+
+    layers: int
+    parameters: int
+    nbytes: int
+    multiply_adds_per_token: int
+    multiply_adds_per_sample: int
+    model_parameters: int
+    model_multiply_adds_per_token: int
+
+
+def find_layers(model: nn.Module) -> dict[str, Layer]:
+    """Return every layer that can be routed, by the name of its weight, in module order."""
+    found: dict[str, Layer] = {}
+    inside_attention: set[str] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            inside_attention.add(f"{path}.out_proj")
+            if module.in_proj_weight is not None:
+                rows, columns = module.in_proj_weight.shape
+                name = f"{path}.in_proj_weight"
+                found[name] = Layer(name, path, "in_projection", rows, columns)
+        elif path not in inside_attention and (kind := _kind(module)) is not None:
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            if weight.is_floating_point():
+                rows, columns = (weight.mT if kind == "conv1d" else weight).shape
+                name = f"{path}.weight"
+                found[name] = Layer(name, path, kind, rows, columns)
+    return found
+
+
+def _kind(module: nn.Module) -> Kind | None:
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return "linear"
+    # By name, so that transformers is not imported for models that do not come from it.
+    return "conv1d" if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else None
+
+
+def choose_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list[Layer]:
+    """Return the layers to route.
+
+    Args:
+        model: not routed yet.
+        patterns: globs over parameter names; None takes the attention projections and the first
+            matrix of every MLP, by their usual names.
+
+    Raises:
+        RequestError: the model is routed already, or nothing matches.
+    """
+    if any(isinstance(m, RoutedLinear | RoutedAttention) for m in model.modules()):
+        raise RequestError("the model is routed already; build from the merged model itself.")
+    layers = find_layers(model)
+    if patterns is None:
+        chosen = [layer for name, layer in layers.items() if _DEFAULT.search(f".{name}")]
+    else:
+        chosen = [
+            layer
+            for name, layer in layers.items()
+            if any(fnmatchcase(name, pattern) for pattern in patterns)
+        ]
+    if not chosen:
+        shown = ", ".join(list(layers)[:5]) or "none: it has no linear layer"
+        raise RequestError(
+            f"no layer to route: {'none has a usual name' if patterns is None else patterns}.\n"
+            f"Name layers by globs over parameter names. Layers: {shown} …"
+        )
+    return chosen
+
+
+def routed_costs(
+    model: nn.Module, experts: int, rank: int = 32, layers: Sequence[str] | None = None
+) -> RoutedCosts:
+    """Return what routing would add, from the model's shapes alone.
+
+    Args:
+        model: the merged model, on any device (meta too).
+        experts: T.
+        rank: ρ.
+        layers: as in `build_routed`.
+
+    Raises:
+        RequestError: nothing to route.
+    """
+    chosen = choose_layers(model, layers)
+    factors = nbytes = per_token = per_sample = routers = 0
+    parameters = dict(model.named_parameters())
+    for layer in chosen:
+        width = layer.out_features + layer.in_features
+        thin = layer_rank(layer, rank)
+        factors += experts * thin * width
+        nbytes += experts * thin * width * parameters[layer.name].element_size()
+        per_token += thin * width
+        per_sample += experts * layer.in_features
+        routers += experts * (layer.in_features + 1)
+    return RoutedCosts(
+        layers=len(chosen),
+        parameters=factors + routers,
+        nbytes=nbytes + 4 * routers,
+        multiply_adds_per_token=per_token,
+        multiply_adds_per_sample=per_sample,
+        model_parameters=sum(p.numel() for p in parameters.values()),
+        model_multiply_adds_per_token=sum(
+            layer.out_features * layer.in_features for layer in find_layers(model).values()
+        ),
+    )
+
+
+def layer_rank(layer: Layer, rank: int) -> int:
+    """Return the inner size of a layer's factors."""
+    return min(rank, layer.out_features, layer.in_features)

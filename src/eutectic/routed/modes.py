@@ -1,0 +1,110 @@
+"""How a routed model chooses its experts, in a `with` block, and how well it did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from eutectic.errors import RequestError, suggest
+from eutectic.routed.call import MODES, Decisions, Mode, Routing, Settings, applying
+from eutectic.routed.linear import Experts
+
+
+@contextmanager
+def routing(
+    routed: nn.Module,
+    *,
+    mode: Mode = "route",
+    expert: str | Sequence[str] | None = None,
+    temperature: float = 1.0,
+    layer: str | None = None,
+    record: bool = False,
+) -> Iterator[Decisions]:
+    """Choose how experts are chosen, in this thread (or task) and this block.
+
+    Args:
+        routed: from `build_routed` or `load_routed`.
+        mode: "route": each layer decides per sample. "oracle": the caller names the expert.
+            "base": experts off. "soft": all experts, weighted by softmax(scores / temperature).
+            "vote": one decision per sample for the whole network, from a first pass with the
+            experts off (every batch is run twice; a prompt's decision is kept while decoding).
+        expert: for "oracle", one name, or one per sample of each batch.
+        temperature: for "soft", above 0.
+        layer: for "vote", the parameter name of the layer that decides; None: the majority of all
+            layers, the first expert where votes are equal.
+        record: fill the yielded table (in "base" mode too, where routers decide without effect).
+
+    Yields:
+        Layer -> index of the expert per sample, batches in order, positions as in
+        `routed.routing.experts`; for "soft" the heaviest expert. Decoding steps that hold a
+        prompt's decision add nothing. Empty without `record` and in "oracle" mode.
+
+    Raises:
+        RequestError: not a routed model, an unknown mode, expert or layer, a temperature that is
+            not positive, an oracle without an expert.
+    """
+    handle = routing_of(routed)
+    if mode not in MODES:
+        raise RequestError(f"unknown mode '{mode}'.{suggest(mode, MODES)}\nModes: {MODES}.")
+    if not temperature > 0:
+        raise RequestError(f"temperature must be above 0, got {temperature}.")
+    if (mode == "oracle") != (expert is not None):
+        raise RequestError(
+            "oracle mode needs expert=, one name or one per sample."
+            if expert is None
+            else f"expert= belongs to oracle mode, got mode='{mode}'."
+        )
+    layers = [m.name for m in routed.modules() if isinstance(m, Experts)]
+    if layer is not None and layer not in layers:
+        raise RequestError(f"no routed layer '{layer}'.{suggest(layer, layers)}")
+    named = [expert] if isinstance(expert, str) else list(expert or ())
+    decisions = Decisions()
+    settings = Settings(
+        mode=mode,
+        experts=tuple(handle.index(name) for name in named),
+        temperature=temperature,
+        layer=layer,
+        decisions=decisions if record else None,
+    )
+    with applying(handle, settings):
+        yield decisions
+
+
+def routing_of(routed: nn.Module) -> Routing:
+    """Return the handle of a routed model, compiled or not.
+
+    Raises:
+        RequestError: the model is not routed.
+    """
+    handle = getattr(routed, "routing", None)
+    if not isinstance(handle, Routing):
+        raise RequestError(
+            f"{type(routed).__name__} is not a routed model; make one with eutectic.build_routed."
+        )
+    return handle
+
+
+def routing_accuracy(
+    decisions: dict[str, Tensor], labels: Sequence[int] | Tensor
+) -> dict[str, float]:
+    """Return, per layer, the share of samples sent to their own expert.
+
+    Args:
+        decisions: what `routing(…, record=True)` yielded.
+        labels: the right expert's index per sample, in the same order.
+
+    Raises:
+        RequestError: a layer decided for another number of samples.
+    """
+    right = torch.as_tensor(labels)
+    table: dict[str, float] = {}
+    for name, chosen in decisions.items():
+        if chosen.shape != right.shape:
+            raise RequestError(
+                f"'{name}' decided for {len(chosen)} samples, but there are {len(right)} labels."
+            )
+        table[name] = float((chosen == right).double().mean())
+    return table

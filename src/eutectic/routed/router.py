@@ -1,0 +1,188 @@
+"""Routers: from the mean input of each sample to a score per expert.
+
+Both are one linear map per layer, so that they share one interface and one way of being stored:
+scores = pooled Wᵀ + b, with `pooled` normalised first where the router says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from eutectic.errors import StatisticsError
+from eutectic.types import LayerStatistics
+
+RouterKind = Literal["discriminant", "prototype"]
+
+
+class Router(nn.Module):
+    """Scores of T experts for every sample; the largest wins.
+
+    The tensors stay float32 whatever the model is converted to: rounding them moves decisions.
+
+    Attributes:
+        weight: `[T, in]`.
+        bias: `[T]`.
+    """
+
+    kind: RouterKind
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.float())
+        self.register_buffer("bias", bias.float())
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return scores `[N, T]` of pooled inputs `[N, in]`, float32."""
+        raise AttributeError(f"{type(self).__name__} does not score")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                moved = fn(buffer)
+                self._buffers[name] = (
+                    moved if moved.dtype == torch.float32 else buffer.to(moved.device)
+                )
+        return self
+
+
+class PrototypeRouter(Router):
+    """Cosine of the pooled input with each expert's mean input: the published rule.
+
+    Reference: arXiv 2606.19164.
+    """
+
+    kind: RouterKind = "prototype"
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return cosines `[N, T]`; a pooled input of zero scores zero everywhere."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            unit = nn.functional.normalize(pooled.float(), dim=-1)
+            return nn.functional.linear(unit, self.weight, self.bias)
+
+
+class DiscriminantRouter(Router):
+    """Log-posteriors of the linear discriminant, up to a constant per sample."""
+
+    kind: RouterKind = "discriminant"
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """Return x̄ᵀΣ⁻¹p_t − ½ p_tᵀΣ⁻¹p_t, up to a term that all experts share, `[N, T]`."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            return nn.functional.linear(pooled.float(), self.weight, self.bias)
+
+
+def prototype_router(statistics: Sequence[LayerStatistics], where: str) -> PrototypeRouter:
+    """Return the published router: p_t = Σx / n, normalised.
+
+    Raises:
+        StatisticsError: an expert has no input sum, no tokens, or a prototype of zero norm.
+    """
+    rows: list[Tensor] = []
+    for t, entry in enumerate(statistics):
+        if entry.input_sum is None or entry.count < 1:
+            raise StatisticsError(
+                f"{where}, expert {t}: no input sum over at least one token, so no prototype.\n"
+                "Collect the statistics again, or route with another router."
+            )
+        rows.append(entry.input_sum.double() / entry.count)
+    prototypes = torch.stack(rows)
+    norms = prototypes.norm(dim=1)
+    if not bool(torch.isfinite(norms).all()) or float(norms.min()) == 0:
+        bad = [t for t, norm in enumerate(norms.tolist()) if not 0 < norm < float("inf")]
+        raise StatisticsError(
+            f"{where}: the prototypes of experts {bad} have norm zero or are not finite; no cosine "
+            "can be taken.\nLeave this layer out, or check the proxy data."
+        )
+    return PrototypeRouter(prototypes / norms.unsqueeze(1), torch.zeros(len(rows)))
+
+
+def discriminant_router(
+    statistics: Sequence[LayerStatistics], where: str, shrinkage: float | None = None
+) -> DiscriminantRouter:
+    """Return the linear discriminant of the experts' pooled inputs.
+
+    p_t is the mean pooled input of expert t and Σ the within-expert covariance, pooled over the
+    experts and shrunk towards a multiple of the identity: Σ = (1 − γ) S + γ tr(S)/in · I. γ is the
+    oracle-approximating shrinkage of S (Chen et al. 2010, arXiv 0907.4698), which needs no more
+    than tr S, tr S² and the number of samples.
+
+    Args:
+        statistics: per expert, with `pooled_sum`, `pooled_gram` and `sample_count`.
+        where: names the layer in messages.
+        shrinkage: γ in (0, 1] instead of the estimate.
+
+    Returns:
+        A router with W = (p_t − p̄)ᵀΣ⁻¹ and the matching bias; scores of one sample differ from
+        x̄ᵀΣ⁻¹p_t − ½ p_tᵀΣ⁻¹p_t by a constant over the experts. Where all samples of every expert
+        are equal (S = 0), Σ is the identity: the nearest mean wins.
+
+    Raises:
+        StatisticsError: pooled statistics are missing, not finite, or count too few samples.
+    """
+    means: list[Tensor] = []
+    scatter: Tensor | None = None
+    samples = 0
+    for t, entry in enumerate(statistics):
+        if not has_pooled(entry):
+            raise StatisticsError(
+                f"{where}, expert {t}: no pooled sums over at least one sample, which the "
+                "discriminant router needs.\nCollect again, or use router='prototype'."
+            )
+        assert entry.pooled_sum is not None and entry.pooled_gram is not None
+        total = entry.pooled_sum.double()
+        within = entry.pooled_gram.double() - torch.outer(total, total) / entry.sample_count
+        scatter = within if scatter is None else scatter + within
+        means.append(total / entry.sample_count)
+        samples += entry.sample_count
+    assert scatter is not None
+    degrees = samples - len(means)
+    if degrees < 1:
+        raise StatisticsError(
+            f"{where}: {samples} samples of {len(means)} experts leave no within-expert scatter.\n"
+            "Collect over more samples, or use router='prototype'."
+        )
+    covariance = shrunk(scatter / degrees, degrees, shrinkage)
+    prototypes = torch.stack(means)
+    if not bool(torch.isfinite(covariance).all() and torch.isfinite(prototypes).all()):
+        raise StatisticsError(f"{where}: NaN or Inf in the pooled statistics; collect again.")
+    centre = prototypes.mean(0)
+    offsets = prototypes - centre
+    weight = torch.cholesky_solve(offsets.T, torch.linalg.cholesky(covariance)).T
+    bias = -(weight @ centre) - 0.5 * (weight * offsets).sum(1)
+    return DiscriminantRouter(weight, bias)
+
+
+def has_pooled(entry: LayerStatistics) -> bool:
+    """Tell whether a layer's statistics suffice for the discriminant router."""
+    return (
+        entry.pooled_sum is not None and entry.pooled_gram is not None and entry.sample_count > 0
+    )
+
+
+def shrunk(covariance: Tensor, degrees: int, shrinkage: float | None = None) -> Tensor:
+    """Return (1 − γ) S + γ tr(S)/p · I, γ estimated where not given; the identity for S = 0."""
+    p = len(covariance)
+    identity = torch.eye(p, dtype=covariance.dtype)
+    trace = float(covariance.trace())
+    if trace <= 0:
+        return identity
+    square = float((covariance * covariance).sum())
+    gamma = shrinkage
+    if gamma is None:
+        excess = square - trace**2 / p
+        above = (1 - 2 / p) * square + trace**2
+        below = (degrees + 1 - 2 / p) * excess
+        gamma = min(1.0, above / below) if below > 0 else 1.0
+    return (1 - gamma) * covariance + gamma * trace / p * identity
+
+
+ROUTERS: dict[str, type[Router]] = {
+    "discriminant": DiscriminantRouter,
+    "prototype": PrototypeRouter,
+}

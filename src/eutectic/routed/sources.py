@@ -1,0 +1,142 @@
+"""Where the experts' weights and statistics come from, under the routed model's own names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from eutectic.checkpoint.experts import Expert, FullExpert, is_adapter, open_expert
+from eutectic.checkpoint.index import CheckpointIndex, open_index
+from eutectic.checkpoint.memory import StateDictReader
+from eutectic.checkpoint.names import align
+from eutectic.checkpoint.reader import CheckpointReader
+from eutectic.errors import RequestError, StatisticsError
+from eutectic.routed.layers import Layer
+from eutectic.types import LayerStatistics
+
+StateDict = Mapping[str, Tensor]
+
+
+class ExpertWeights:
+    """The weights of one expert; adapters are applied to their base."""
+
+    def __init__(self, name: str, expert: Expert, base: CheckpointReader | None) -> None:
+        self.name = name
+        self._expert = expert
+        self._base = base
+        self._from_model: dict[str, str] = {}
+
+    def align(self, names: Sequence[str]) -> None:
+        """Find the model's names in the base of an adapter."""
+        if self._base is not None:
+            mapping, _ = align(names, self._base.entries, expert=f"the base of '{self.name}'")
+            self._from_model = {name: key for key, name in mapping.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Return the stored weight under the model's name, float32.
+
+        Raises:
+            RequestError: the expert (or an adapter's base) has no such tensor.
+        """
+        key = self._from_model.get(name) if self._base is not None else name
+        entries = self._base.entries if self._base is not None else self._expert.entries
+        if key is None or key not in entries:
+            raise RequestError(
+                f"expert '{self.name}' has no tensor '{name}'.\n"
+                "If the model names its tensors otherwise in memory than in files, pass the "
+                "expert's state_dict()."
+            )
+        shape = entries[key].shape
+        if self._base is None:
+            return self._expert.weight(key, base=None, dtype=torch.float32).view(shape)
+        base = self._base.read(key).float()
+        if key not in self._expert.entries:
+            return base.view(shape)
+        return self._expert.weight(key, base=base, dtype=torch.float32).view(shape)
+
+
+@contextmanager
+def open_experts(
+    model: nn.Module,
+    experts: Mapping[str, StateDict | str | Path],
+    base: str | Path | None,
+) -> Iterator[list[ExpertWeights]]:
+    """Open every expert: a state dict, a checkpoint (read tensor by tensor), or a PEFT adapter.
+
+    Raises:
+        RequestError: no expert at all, or an adapter without `base`.
+        CheckpointError: a file cannot be read or belongs to another model.
+    """
+    if not experts:
+        raise RequestError("a routed model needs at least one expert, got none.")
+    own = StateDictReader({n: p.detach() for n, p in model.named_parameters()}, "the model")
+    names = list(own.entries)
+    with ExitStack() as stack:
+        opened: list[ExpertWeights] = []
+        index: CheckpointIndex | None = None
+        for name, source in experts.items():
+            if isinstance(source, Mapping):
+                reader = StateDictReader(source, f"expert '{name}'")
+                expert = FullExpert(reader, own.entries, label=f"expert '{name}'")
+                opened.append(ExpertWeights(name, expert, None))
+                continue
+            path = Path(source)
+            if not is_adapter(path):
+                reader = CheckpointReader(open_index(path))
+                stack.callback(reader.close)
+                expert = FullExpert(reader, own.entries, label=f"expert '{name}' ({path})")
+                opened.append(ExpertWeights(name, expert, None))
+                continue
+            if base is None:
+                raise RequestError(
+                    f"expert '{name}' is an adapter, whose weights need the model it was trained "
+                    "on.\nPass base=, the checkpoint before merging."
+                )
+            index = index or open_index(Path(base))
+            reader = CheckpointReader(index)
+            stack.callback(reader.close)
+            adapter = open_expert(path, index)
+            stack.callback(adapter.close)
+            weights = ExpertWeights(name, adapter, reader)
+            weights.align(names)
+            opened.append(weights)
+        yield opened
+
+
+def expert_statistics(
+    given: Mapping[str, Mapping[str, LayerStatistics]],
+    experts: Sequence[str],
+    layers: Sequence[Layer],
+    what: str,
+) -> list[dict[str, str]]:
+    """Return per expert how the layers are called in its statistics.
+
+    Raises:
+        RequestError: an expert has no statistics, or there are some for a name that is no expert.
+        StatisticsError: a layer has none; the first few are named.
+    """
+    lacking = [name for name in experts if name not in given]
+    unknown = [name for name in given if name not in experts]
+    if lacking or unknown:
+        lines = [f"{what} are missing for {lacking}."] if lacking else []
+        lines += [f"{what} are given for {unknown}, which are no experts."] if unknown else []
+        raise RequestError("\n".join([*lines, f"Experts: {', '.join(experts)}."]))
+    names = [layer.name for layer in layers]
+    found: list[dict[str, str]] = []
+    for expert in experts:
+        keys = list(given[expert])
+        mapping, _ = align(names, keys, expert=f"{what} of '{expert}'")
+        called = {name: key for key, name in mapping.items()}
+        missing = [name for name in names if name not in called]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise StatisticsError(
+                f"{what} of expert '{expert}' hold nothing for {', '.join(missing[:3])}{more}.\n"
+                "Collect them on this model, or choose layers that they cover."
+            )
+        found.append(called)
+    return found

@@ -1,0 +1,185 @@
+"""Adding statistics files over disjoint data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eutectic.errors import RequestError, StatisticsError
+from eutectic.statistics.gram import triangular_factor, truncate_factor
+from eutectic.statistics.store import (
+    EXAMPLES,
+    GRAM_NAMES,
+    INPUT_STATISTICS,
+    VECTORS,
+    StatisticsFile,
+    expand,
+    load_statistics,
+)
+from eutectic.statistics.sums import stored_form
+
+# What must agree for a sum to mean anything.
+_SETTINGS = (
+    "grams",
+    "output_gradients",
+    "fisher",
+    "block_fisher",
+    "labels",
+    "objective",
+    "rank",
+    "unmatched",
+    "dtype",
+)
+
+
+def add_statistics(
+    files: Sequence[str | Path | StatisticsFile], output: str | Path | None = None
+) -> StatisticsFile:
+    """Return the statistics of the union of disjoint data: all sums and counts added.
+
+    Equal to collecting over all data at once, up to rounding (and up to truncation where the files
+    keep `rank` directions only). Added in float64. Memory: the result.
+
+    Args:
+        files: statistics files, or paths of such, of one checkpoint.
+        output: file to write; without it the result stays in memory.
+
+    Raises:
+        RequestError: no files.
+        StatisticsError: a file is unusable; the files come from different checkpoints, mask
+            policies, labels or other settings, have different layers, or share examples.
+        OutputError: the output cannot be written.
+    """
+    opened = [f if isinstance(f, StatisticsFile) else load_statistics(f) for f in files]
+    if not opened:
+        raise RequestError("there are no statistics files to add.")
+    _check(opened)
+    names = list(opened[0].names)
+    owners = _owners(opened)
+    record = dict(opened[0].provenance)
+    record["layers"] = {name: _layer(opened, name, owners[name]) for name in names}
+    tensors: dict[str, Tensor] = {}
+    dtype = torch.float64 if record["settings"]["dtype"] == "float64" else torch.float32
+    for name in names:
+        for statistic in (*GRAM_NAMES, *VECTORS):
+            own = name == owners[name] if statistic in INPUT_STATISTICS else True
+            if own and opened[0].provenance["layers"][name]["same_as"] == name:
+                for stored, value in _add(opened, name, statistic).items():
+                    key = f"{name}/{stored}"
+                    tensors[key] = stored_form(key, value, dtype)
+    hashes = torch.cat([f.tensors[EXAMPLES] for f in opened]).sort().values
+    tensors[EXAMPLES] = hashes
+    record["data"] = {
+        "examples": len(hashes),
+        "fingerprint": sha256(hashes.numpy().tobytes()).hexdigest(),
+    }
+    record["unseen"] = [
+        name
+        for name, layer in record["layers"].items()
+        if layer["kind"] != "parameter" and layer["count"] == 0
+    ]
+    record["skipped"] = {k: v for f in opened for k, v in f.provenance["skipped"].items()}
+    record["versions"] = _versions(opened)
+    result = StatisticsFile(record, tensors)
+    return result if output is None else result.save(output)
+
+
+def _check(files: Sequence[StatisticsFile]) -> None:
+    first = files[0]
+    for other in files[1:]:
+        faults: list[str] = []
+        for what in ("checkpoint", "mask_policy"):
+            if first.provenance[what] != other.provenance[what]:
+                faults.append(f"{what}: {first.provenance[what]} and {other.provenance[what]}")
+        for what in _SETTINGS:
+            ours, theirs = (f.provenance["settings"].get(what) for f in (first, other))
+            if ours != theirs:
+                faults.append(f"{what}: {ours} and {theirs}")
+        faults += _layer_faults(first, other)
+        if faults:
+            raise StatisticsError(
+                f"{_name(first)} and {_name(other)} cannot be added:\n  - " + "\n  - ".join(faults)
+            )
+    seen: set[int] = set()
+    for file in files:
+        hashes = set(file.tensors[EXAMPLES].tolist())
+        if common := len(seen & hashes):
+            raise StatisticsError(
+                f"{_name(file)} shares {common} of its {len(hashes)} examples with the others.\n"
+                "They would count twice: add statistics of disjoint data only."
+            )
+        seen |= hashes
+
+
+def _layer_faults(first: StatisticsFile, other: StatisticsFile) -> list[str]:
+    missing = sorted(set(first.names) ^ set(other.names))
+    if missing:
+        return [f"layers: only one of them has '{missing[0]}' ({len(missing)} such layers)"]
+    ours, theirs = first.provenance["layers"], other.provenance["layers"]
+    keys = ("kind", "shape", "parameter", "same_as")
+    different = [n for n in first if any(ours[n][k] != theirs[n][k] for k in keys)]
+    return [f"'{n}': {ours[n]['shape']} and {theirs[n]['shape']}" for n in different[:3]]
+
+
+def _owners(files: Sequence[StatisticsFile]) -> dict[str, str]:
+    """Return whose input statistics each layer shares: as stored, if all files agree on it."""
+    tables = [{n: layer["inputs"] for n, layer in f.provenance["layers"].items()} for f in files]
+    agreed = all(table == tables[0] for table in tables)
+    return tables[0] if agreed else {name: name for name in tables[0]}
+
+
+def _layer(files: Sequence[StatisticsFile], name: str, owner: str) -> dict[str, Any]:
+    layers = [f.provenance["layers"][name] for f in files]
+    counts = {key: sum(layer[key] for layer in layers) for key in ("count", "sample_count")}
+    return {**layers[0], **counts, "inputs": owner}
+
+
+def _add(files: Sequence[StatisticsFile], name: str, statistic: str) -> dict[str, Tensor]:
+    """Return one statistic of one parameter, added over the files, in the form for storing."""
+
+    def get(file: StatisticsFile, stored: str) -> Tensor | None:
+        value = file.tensors.get(file.key(name, statistic, stored))
+        return None if value is None else value.double()
+
+    if statistic in VECTORS:
+        found = [value for f in files if (value := get(f, statistic)) is not None]
+        return {statistic: torch.stack(found).sum(0)} if found else {}
+    names = GRAM_NAMES[statistic]
+    dense = [value for f in files if (value := get(f, names.dense)) is not None]
+    factors = [value for f in files if (value := get(f, names.factor)) is not None]
+    diagonals = [value for f in files if (value := get(f, names.diagonal)) is not None]
+    diagonal = torch.stack(diagonals).sum(0) if diagonals else None
+    if not dense and not factors:
+        return {}
+    rank = files[0].provenance["settings"]["rank"]
+    if not dense:
+        factor = torch.cat(factors)
+        width = factor.shape[1]
+        if rank is not None and rank < width and len(factor) > rank and statistic != "block_fisher":
+            kept = truncate_factor(factor, rank)
+            rest = kept["diagonal"] + (0 if diagonal is None else diagonal)
+            return {names.factor: kept["factor"], names.diagonal: rest}
+        if len(factor) < width:
+            result = {names.factor: triangular_factor(factor)}
+            return result if diagonal is None else {**result, names.diagonal: diagonal}
+    total = torch.stack([*dense, *(expand(f, None) for f in factors)]).sum(0)
+    if diagonal is not None:
+        total.diagonal().add_(diagonal)
+    return {names.dense: total}
+
+
+def _versions(files: Sequence[StatisticsFile]) -> Mapping[str, str]:
+    found: dict[str, set[str]] = {}
+    for file in files:
+        for package, number in file.provenance["versions"].items():
+            found.setdefault(package, set()).add(number)
+    return {package: ", ".join(sorted(numbers)) for package, numbers in found.items()}
+
+
+def _name(file: StatisticsFile) -> str:
+    return "statistics in memory" if file.path is None else str(file.path)

@@ -1,0 +1,329 @@
+"""Collecting: run a model over proxy data and keep the sums that merging needs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import sha256
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from eutectic.checkpoint.memory import StateDictReader
+from eutectic.errors import OutputError, RequestError
+from eutectic.statistics.batches import (
+    Batch,
+    TokenMask,
+    Unmatched,
+    mask_policy,
+    sample_count,
+)
+from eutectic.statistics.container import entries_of, write_tensors
+from eutectic.statistics.likelihood import LogLikelihood, Objective
+from eutectic.statistics.partial import DataLog, Partial, Snapshot, identify, open_partial
+from eutectic.statistics.passes import Pass, run_pass
+from eutectic.statistics.plan import Plan, describe_layers, make_plan
+from eutectic.statistics.settings import Labels, Settings
+from eutectic.statistics.sites import is_encoder_decoder
+from eutectic.statistics.store import (
+    EXAMPLES,
+    FORMAT,
+    RECORD_KEY,
+    StatisticsFile,
+    load_statistics,
+)
+from eutectic.statistics.sums import PassSums
+
+Progress = Callable[[int, int | None], None]
+Counts = Mapping[str, Sequence[int]]
+
+
+def collect(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    output: str | Path | None = None,
+    grams: bool = True,
+    output_gradients: bool = False,
+    *,
+    fisher: bool = False,
+    block_fisher: bool = False,
+    labels: Labels = "data",
+    objective: Objective | LogLikelihood | Literal["auto"] = "auto",
+    max_examples: int | None = None,
+    layers: Sequence[str] | None = None,
+    convolutions: bool = False,
+    rank: int | None = None,
+    share_inputs: bool = True,
+    unmatched: Unmatched = "error",
+    token_mask: TokenMask | None = None,
+    seed: int = 0,
+    memory_bytes: int | None = None,
+    layers_per_pass: int | None = None,
+    output_gradient_limit: int = 16384,
+    block_limit: int = 4096,
+    dtype: torch.dtype = torch.float32,
+    fingerprint: str | None = None,
+    snapshot_seconds: float = 60.0,
+    progress: Progress | None = None,
+) -> StatisticsFile:
+    """Collect the statistics of one expert over its proxy data.
+
+    For every linear layer with inputs x `[in]` and output gradients y `[out]`, summed over tokens
+    that are not padding: the Gram Σ x xᵀ, Σ x, and with x̄ a sample's mean over its tokens Σ x̄ and
+    Σ x̄ x̄ᵀ; on request Σ y yᵀ; per parameter Σ g² or (vectors) Σ g gᵀ over examples, where g is one
+    example's gradient of log p(labels | input), averaged over the example's targets. Sums are
+    never divided; counts are kept beside them. Grams of `Conv1D` (GPT-2), whose weight is stored
+    `[in, out]`, are those of the linear map, `[in, in]` and `[out, out]`, as for `nn.Linear`;
+    diagonal Fisher has the parameter's own shape.
+
+    The model is put into evaluation mode and given back as it was. Products are formed in float32
+    and added in float64; stored in `dtype`. Layers that see the same tensor (query, key and value)
+    are summed once and stored once. A sum over fewer tokens than features is stored as a factor.
+
+    Padding: layers of the encoder, and keys and values of cross-attention, see `attention_mask`;
+    other layers of an encoder-decoder see `decoder_attention_mask` or the positions whose label is
+    not -100. Which mask fits is decided by length, and by the layer's path where both fit. Layers
+    of an image tower have no mask; of inputs `[samples, in]` every row counts.
+
+    Cost: one forward pass per batch and n·in² per layer; with output gradients one backward pass;
+    with Fisher statistics one forward and backward pass per example. Memory: 8 bytes times
+    2·in² + out² per layer; `memory_bytes` splits the layers over several passes.
+
+    Args:
+        model: any module; transformers and PEFT models are understood.
+        batches: mappings (passed as keywords), sequences or tensors, examples on the first axis.
+            Read once per pass; several passes need something that can be read again.
+        output: file to write. Without it the result stays in memory. A killed collection goes on
+            from `<output>.partial` when the same call is made again, and gives the same bytes.
+        grams: input Grams, input sums, pooled sums and Grams.
+        output_gradients: output-gradient Grams (K-FAC).
+        fisher: diagonal Fisher of every floating-point parameter.
+        block_fisher: block Fisher of vectors: norms, biases, (IA)³ vectors.
+        labels: "data": labels of the batch (empirical Fisher). "sample": labels drawn from the
+            model's predictions (true Fisher); unlabelled data are enough.
+        objective: what the logits stand for; "auto" asks the model's configuration and class. Or
+            a function (outputs, batch) -> log-likelihoods `[examples]`.
+        max_examples: stop after so many; default all, or 1000 when gradients are collected.
+        layers: globs over parameter names.
+        convolutions: ungrouped 1-D and 2-D convolutions too, as `[out, in·k·k]`.
+        rank: store Grams of layers wider than this as `rank` directions plus a diagonal.
+        share_inputs: detect layers that see the same inputs.
+        unmatched: what becomes of a layer whose inputs fit no mask: "error", "all" rows count (no
+            pooled statistics then), or "skip".
+        token_mask: function from a batch to `[samples, tokens]`, instead of `attention_mask`.
+        seed: of sampled labels; each example's labels depend on it and on the example alone.
+        memory_bytes: limit for the running sums.
+        layers_per_pass: limit for layers (groups with shared inputs) summed in one pass.
+        output_gradient_limit: layers with more outputs (a vocabulary) get no Σ y yᵀ, and are
+            listed as skipped.
+        block_limit: longer vectors get no block Fisher, and are listed as skipped.
+        dtype: of the stored sums, float32 or float64.
+        fingerprint: of the checkpoint; default that of the model's state dict.
+        snapshot_seconds: how often the unfinished state is saved.
+        progress: called with (batches done, batches in all or None).
+
+    Returns:
+        The statistics, a mapping from parameter name to `LayerStatistics` with `.provenance`. A
+        layer that saw no token has count 0, no Gram, and is listed under `unseen`.
+
+    Raises:
+        RequestError: arguments out of range, no batches, nothing to observe, no labels or logits
+            for gradients, batches that cannot be read twice where two passes are needed.
+        StatisticsError: inputs that fit no mask; layers that cease to share their inputs; data
+            that change between passes.
+        NumericalError: NaN or Inf, with the layer and the batch; nothing is written.
+        ResumeError: `<output>.partial` belongs to another collection.
+        OutputError: the output cannot be written.
+
+    References:
+        Merging by Matching Models in Task Parameter Subspaces, arXiv 2312.04339; Essential
+        Subspace Merging, arXiv 2602.20208 and 2606.19164 (prototypes).
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> statistics = collect(model, [torch.eye(2), torch.ones(1, 2)])
+        >>> statistics["weight"].dense_gram(), statistics["weight"].count
+        (tensor([[2., 1.],
+                [1., 2.]], dtype=torch.float64), 3)
+    """
+    settings = Settings(
+        grams=grams,
+        output_gradients=output_gradients,
+        fisher=fisher,
+        block_fisher=block_fisher,
+        labels=labels,
+        objective=objective,
+        max_examples=max_examples,
+        layers=None if layers is None else tuple(layers),
+        convolutions=convolutions,
+        rank=rank,
+        share_inputs=share_inputs,
+        unmatched=unmatched,
+        token_mask=token_mask,
+        seed=seed,
+        output_gradient_limit=output_gradient_limit,
+        block_limit=block_limit,
+        dtype=dtype,
+    )
+    settings.check()
+    first, batches, once = _peek(batches)
+    plan = make_plan(model, first, settings)
+    parts = plan.parts(settings, memory_bytes, layers_per_pass)
+    if once and len(parts) > 1:
+        raise RequestError(
+            f"{len(parts)} passes over the data are needed, but the batches can be read only once."
+            "\nPass a list or a data loader instead of an iterator, or allow more memory."
+        )
+    if fingerprint is None:
+        fingerprint = StateDictReader(model.state_dict()).fingerprint()
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "checkpoint": {"fingerprint": fingerprint},
+        "mask_policy": mask_policy(first, is_encoder_decoder(model), token_mask),
+        "settings": settings.describe(),
+        "versions": _versions(model),
+    }
+    path = None if output is None else Path(output)
+    partial = None if path is None else _begin(path, record, parts)
+    log, results = DataLog(), []
+    total = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore
+    report = _Report(progress, total, len(parts))
+    for index, part in enumerate(parts):
+        report.part = index
+        job = Pass(model, batches, part, settings, PassSums(part, settings), log, 0, report)
+        results.append(_one_pass(job, index, partial, snapshot_seconds, keep=len(parts) > 1))
+        log = job.log
+    return _finish(path, partial, plan, record, log, results)
+
+
+class _Report:
+    """Turns batches done in a pass into batches done in all."""
+
+    def __init__(self, progress: Progress | None, total: int | None, parts: int) -> None:
+        self.part = 0
+        self._progress, self._total, self._parts = progress, total, parts
+
+    def __call__(self, done: int) -> None:
+        if self._progress is None:
+            return
+        if self._total is None:
+            self._progress(done, None)
+        else:
+            self._progress(self.part * self._total + done, self._parts * self._total)
+
+
+def _one_pass(
+    job: Pass, index: int, partial: Partial | None, snapshot_seconds: float, keep: bool
+) -> tuple[Mapping[str, Tensor], Counts]:
+    """Run one pass, or take up what a killed run left of it."""
+    if partial is None:
+        run_pass(job)
+        return job.sums.tensors(job.settings), job.sums.counts()
+    snapshot = partial.load()
+    if snapshot is not None:
+        job.log = snapshot.log
+    if (finished := partial.load_pass(index)) is not None:
+        return finished
+    if snapshot is not None and snapshot.part == index:
+        job.sums.load(snapshot.sums)
+        job.start = snapshot.batches
+    last = time.monotonic()
+    report = job.after_batch
+    batches = 0
+
+    def after_batch(done: int) -> None:
+        nonlocal last, batches
+        batches = done
+        if done > job.start and time.monotonic() - last >= snapshot_seconds:
+            partial.save(Snapshot(index, done, job.sums.state(), job.log))
+            last = time.monotonic()
+        report(done)
+
+    job.after_batch = after_batch
+    run_pass(job)
+    if not keep:
+        return job.sums.tensors(job.settings), job.sums.counts()
+    partial.save(Snapshot(index, batches, {}, job.log))
+    partial.save_pass(index, job.sums.tensors(job.settings), job.sums.counts())
+    finished = partial.load_pass(index)
+    assert finished is not None
+    return finished
+
+
+def _peek(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch], bool]:
+    """Return the first batch, all batches, and whether they can be read only once."""
+    iterator = iter(batches)
+    first = next((batch for batch in iterator if sample_count(batch) > 0), None)
+    if first is None:
+        raise RequestError(
+            "there is no data: the batches are empty.\nNothing was collected and nothing written."
+        )
+    once = iterator is batches
+    return first, chain([first], iterator) if once else batches, once
+
+
+def _begin(path: Path, record: Mapping[str, Any], parts: Sequence[Plan]) -> Partial:
+    if path.is_dir() or not path.parent.is_dir():
+        why = "is a folder" if path.is_dir() else f"{path.parent} is no folder"
+        raise OutputError(f"{path}: cannot be written: {why}.")
+    observed = [
+        {
+            "layers": [[s.name, leader.name] for s, leader in part.leaders.items()],
+            "outputs": [s.name for s in part.gradient_sites],
+            "diagonal": list(part.diagonal),
+            "block": list(part.block),
+        }
+        for part in parts
+    ]
+    return open_partial(path, identify({**record, "parts": observed}))
+
+
+def _finish(
+    path: Path | None,
+    partial: Partial | None,
+    plan: Plan,
+    record: dict[str, Any],
+    log: DataLog,
+    results: Sequence[tuple[Mapping[str, Tensor], Counts]],
+) -> StatisticsFile:
+    hashes = torch.tensor(sorted(log.inputs), dtype=torch.int64)
+    counts = {name: tuple(pair) for _, part in results for name, pair in part.items()}
+    record["data"] = {
+        "examples": len(hashes),
+        "fingerprint": sha256(hashes.numpy().tobytes()).hexdigest(),
+    }
+    record["layers"] = describe_layers(plan, counts, len(hashes))
+    record["unseen"] = [
+        site.name for site in plan.leaders if not record["layers"][site.name]["count"]
+    ]
+    record["skipped"] = plan.skipped
+    source: dict[str, Mapping[str, Tensor]] = {
+        n: tensors for tensors, _ in results for n in tensors
+    }
+    if path is None or partial is None:
+        found = {name: tensors[name] for name, tensors in source.items()}
+        return StatisticsFile(record, found | {EXAMPLES: hashes})
+    entries = entries_of({EXAMPLES: hashes})
+    for tensors, _ in results:
+        entries += entries_of(tensors)
+    write_tensors(
+        path,
+        sorted(entries),
+        lambda name: hashes if name == EXAMPLES else source[name][name],
+        RECORD_KEY,
+        record,
+    )
+    partial.remove()
+    return load_statistics(path)
+
+
+def _versions(model: nn.Module) -> dict[str, str]:
+    """Return the versions of the packages that took part."""
+    makers = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    names = ["eutectic", "torch", *sorted(makers & {"transformers", "peft"})]
+    return {name: version(name) for name in names}

@@ -1,0 +1,65 @@
+"""From what the command line names to what `collect` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+
+from eutectic.statistics.batches import Batch
+from eutectic.statistics.encode import Columns, EncodedRows
+from eutectic.statistics.models import LoadedModel
+from eutectic.statistics.rows import read_rows
+
+DEFAULT_MAX_LENGTH = 512
+
+
+def open_batches(
+    source: str,
+    loaded: LoadedModel,
+    *,
+    columns: Columns,
+    batch_size: int,
+    max_length: int | None = None,
+    max_examples: int | None = None,
+    split: str | None = None,
+    trust_code: bool = False,
+) -> Iterable[Batch]:
+    """Return batches of a data set for a loaded model; see `rows.read_rows` for sources.
+
+    A function that yields mappings of tensors is taken to yield ready batches.
+
+    Raises:
+        RequestError, StatisticsError, MissingExtraError: as `read_rows` and `EncodedRows`.
+    """
+    rows = read_rows(source, split=split, trust_code=trust_code)
+    if not isinstance(rows, Sequence) and not hasattr(rows, "__getitem__"):
+        rows = list(rows)
+    assert isinstance(rows, Sequence) or hasattr(rows, "__len__")
+    if len(rows) and _is_batch(rows[0]):  # pyright: ignore
+        return rows
+    if max_examples is not None and len(rows) > max_examples:  # pyright: ignore
+        rows = list(islice(rows, max_examples))
+    return EncodedRows(
+        rows,  # pyright: ignore[reportArgumentType]
+        loaded.processor,
+        loaded.task,
+        columns,
+        batch_size,
+        max_length or _longest(loaded),
+        loaded.label_ids,
+    )
+
+
+def _is_batch(item: Any) -> bool:
+    return isinstance(item, Mapping) and any(isinstance(v, Tensor) for v in item.values())
+
+
+def _longest(loaded: LoadedModel) -> int:
+    limits = [
+        getattr(loaded.processor, "model_max_length", None),
+        getattr(loaded.model.config, "max_position_embeddings", None),
+    ]
+    return min([DEFAULT_MAX_LENGTH, *(n for n in limits if isinstance(n, int) and n > 0)])

@@ -1,0 +1,159 @@
+"""Rows into batches, by the checkpoint's own tokenizer or image processor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from eutectic.errors import RequestError, StatisticsError
+from eutectic.statistics.batches import IGNORED_LABEL
+from eutectic.statistics.rows import Row
+
+Task = Literal[
+    "text-classification", "feature-extraction", "image-classification", "causal-lm", "seq2seq"
+]
+TASKS: tuple[Task, ...] = (
+    "text-classification",
+    "feature-extraction",
+    "image-classification",
+    "causal-lm",
+    "seq2seq",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """Which column holds what; a name that is absent from the rows is no fault if not needed."""
+
+    text: str = "text"
+    text_pair: str = "text_pair"
+    label: str = "label"
+    source: str = "source"
+    target: str = "target"
+    image: str = "image"
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Batches of model inputs, encoded when they are read; the same on every reading.
+
+    Texts are padded on the right to the longest of a batch, and cut to `max_length` tokens.
+
+    Attributes:
+        rows: the data.
+        processor: tokenizer or image processor, as transformers makes them.
+        task: what the model is given.
+        columns: names of the columns.
+        batch_size: rows per batch.
+        max_length: tokens per text.
+        label_ids: class name -> index, from the model's configuration.
+    """
+
+    rows: Sequence[Row]
+    processor: Any
+    task: Task
+    columns: Columns
+    batch_size: int
+    max_length: int
+    label_ids: dict[str, int]
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(self.rows), self.batch_size):
+            stop = min(start + self.batch_size, len(self.rows))
+            yield self.encode([self.rows[i] for i in range(start, stop)], start)
+
+    def encode(self, rows: Sequence[Row], start: int) -> dict[str, Tensor]:
+        """Return one batch; `start` is the number of its first row, for messages.
+
+        Raises:
+            RequestError: a column that the task needs is missing.
+            StatisticsError: a label that the model does not know, or an unreadable image.
+        """
+        if self.task == "image-classification":
+            images = [_image(v) for v in self._column("image", rows, start)]
+            batch = dict(self.processor(images=images, return_tensors="pt"))
+            return batch | self._labels(rows, start)
+        if self.task == "seq2seq":
+            batch = self._texts(self._column("source", rows, start))
+            target = self._texts(self._column("target", rows, start), target=True)
+            return batch | {"labels": _masked(target["input_ids"], target["attention_mask"])}
+        texts = self._column("text", rows, start)
+        if self.task == "causal-lm":
+            batch = self._texts(texts)
+            return batch | {"labels": _masked(batch["input_ids"], batch["attention_mask"])}
+        pairs = None
+        if self.columns.text_pair in rows[0]:
+            pairs = self._column("text_pair", rows, start)
+        batch = self._texts(texts, pairs)
+        return batch | (self._labels(rows, start) if self.task == "text-classification" else {})
+
+    def _column(self, name: str, rows: Sequence[Row], start: int) -> list[Any]:
+        column = getattr(self.columns, name)
+        for number, row in enumerate(rows, start + 1):
+            if row.get(column) is None:
+                raise RequestError(
+                    f"row {number} has no column '{column}'; it has {', '.join(map(str, row))}.\n"
+                    f"Name the right one with --{name.replace('_', '-')}-column."
+                )
+        return [row[column] for row in rows]
+
+    def _texts(
+        self, texts: list[Any], pairs: list[Any] | None = None, target: bool = False
+    ) -> dict[str, Tensor]:
+        texts = [str(text) for text in texts]
+        options: dict[str, Any] = {"padding": True, "truncation": True, "return_tensors": "pt"}
+        options["max_length"] = self.max_length
+        if target:
+            return dict(self.processor(text_target=texts, **options))
+        if pairs is not None:
+            options["text_pair"] = [str(pair) for pair in pairs]
+        return dict(self.processor(texts, **options))
+
+    def _labels(self, rows: Sequence[Row], start: int) -> dict[str, Tensor]:
+        if self.columns.label not in rows[0]:
+            return {}
+        values = self._column("label", rows, start)
+        return {
+            "labels": torch.tensor([self._label(v, start + i) for i, v in enumerate(values, 1)])
+        }
+
+    def _label(self, value: Any, number: int) -> int | float | list[float]:
+        if isinstance(value, int | float | list):
+            return value
+        text = str(value)
+        if text in self.label_ids:
+            return self.label_ids[text]
+        if text.isdecimal():
+            return int(text)
+        try:
+            return float(text)
+        except ValueError:
+            known = ", ".join(list(self.label_ids)[:20])
+            raise StatisticsError(
+                f"row {number}: the model knows no label '{text}'.\nIts labels: {known}."
+            ) from None
+
+
+def _masked(tokens: Tensor, mask: Tensor) -> Tensor:
+    return tokens.masked_fill(mask == 0, IGNORED_LABEL)
+
+
+def _image(value: Any) -> Any:
+    """Return an image from a path, or the value itself when it is one already."""
+    if not isinstance(value, str | Path):
+        return value
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(value) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise StatisticsError(f"{value}: not a readable image ({error}).") from error

@@ -1,0 +1,150 @@
+"""A checkpoint as a running model with its tokenizer or image processor, from local files only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from eutectic.checkpoint.experts import is_adapter, open_expert
+from eutectic.checkpoint.index import open_index
+from eutectic.checkpoint.memory import StateDictReader
+from eutectic.checkpoint.reader import CheckpointReader
+from eutectic.errors import CheckpointError, MissingExtraError, RequestError
+from eutectic.statistics.encode import TASKS, Task
+
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_BY_ARCHITECTURE: Mapping[str, Task] = {
+    "ForSequenceClassification": "text-classification",
+    "ForImageClassification": "image-classification",
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForConditionalGeneration": "seq2seq",
+}
+_CLASSES: Mapping[Task, str] = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "feature-extraction": "AutoModel",
+    "image-classification": "AutoModelForImageClassification",
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, what it is for, what feeds it, and which checkpoint it is."""
+
+    model: nn.Module
+    task: Task
+    processor: Any
+    label_ids: dict[str, int]
+    fingerprint: str
+
+
+def load_model(
+    checkpoint: Path, base: Path | None = None, task: Task | None = None, device: str = "cpu"
+) -> LoadedModel:
+    """Load a checkpoint, or a PEFT adapter on its base, in float32.
+
+    Parameters of a LoRA model keep the base's names. The fingerprint is that of the checkpoint's
+    (the adapter's) files.
+
+    Args:
+        checkpoint: folder of a checkpoint or of an adapter.
+        base: the base's folder; for adapters only.
+        task: decides the model class; default by the architecture that the configuration names.
+        device: where to run it.
+
+    Raises:
+        CheckpointError: the folder is unusable, or its model needs code of its own.
+        RequestError: an adapter without a base, or an unknown task.
+        MissingExtraError: transformers or peft is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError("transformers", "hf", "running a checkpoint") from error
+    if task is not None and task not in TASKS:
+        raise RequestError(f"unknown task '{task}'; known are {', '.join(TASKS)}.")
+    adapter = is_adapter(checkpoint)
+    if adapter and base is None:
+        raise RequestError(f"{checkpoint}: is an adapter; name the base it belongs to with --base.")
+    if base is not None and not adapter:
+        raise RequestError(f"{checkpoint}: is a full checkpoint; --base is for adapters.")
+    folder = base if adapter and base is not None else checkpoint
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
+        chosen = task or _task(config, folder)
+        kind = getattr(transformers, _CLASSES[chosen])
+        model = kind.from_pretrained(folder, **_LOCAL).to(torch.float32)
+        processor = _processor(transformers, chosen, checkpoint, folder, config)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from error
+    if adapter:
+        model = _with_adapter(model, checkpoint)
+    labels = {str(k): int(v) for k, v in (getattr(config, "label2id", None) or {}).items()}
+    fingerprint = _fingerprint(checkpoint, base, model)
+    return LoadedModel(model.to(device), chosen, processor, labels, fingerprint)
+
+
+def _task(config: Any, folder: Path) -> Task:
+    architectures: list[str] = getattr(config, "architectures", None) or []
+    for name in architectures:
+        for ending, task in _BY_ARCHITECTURE.items():
+            if name.endswith(ending):
+                return task
+    if any(name.endswith("Model") for name in architectures):
+        return "feature-extraction"
+    raise RequestError(
+        f"{folder}: its configuration does not tell the task (architectures: {architectures}).\n"
+        f"Name one with --task: {', '.join(TASKS)}."
+    )
+
+
+def _processor(transformers: Any, task: Task, checkpoint: Path, folder: Path, config: Any) -> Any:
+    if task == "image-classification":
+        return transformers.AutoImageProcessor.from_pretrained(folder, **_LOCAL)
+    # Adapters may bring a tokenizer of their own.
+    own = (checkpoint / "tokenizer_config.json").exists()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint if own else folder, **_LOCAL)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        # Padding is masked, so any token will do.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingExtraError(
+            "peft", "adapters", f"running the adapter {adapter.name}"
+        ) from error
+    try:
+        return peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)  # pyright: ignore[reportArgumentType]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{adapter}: does not fit the base: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _fingerprint(checkpoint: Path, base: Path | None, model: nn.Module) -> str:
+    if base is None:
+        with CheckpointReader(open_index(checkpoint)) as reader:
+            return reader.fingerprint()
+    try:
+        expert = open_expert(checkpoint, open_index(base))
+    except CheckpointError:
+        # Adapters that are run but not merged as checkpoints, such as (IA)³.
+        return StateDictReader(model.state_dict()).fingerprint()
+    try:
+        return expert.fingerprint()
+    finally:
+        expert.close()

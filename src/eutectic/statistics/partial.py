@@ -1,0 +1,148 @@
+"""The unfinished state of a collection on disk, so that a killed one can go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eutectic.errors import OutputError, ResumeError, StatisticsError
+from eutectic.statistics.container import TensorFile, entries_of, write_tensors
+
+_KEY = "eutectic_collection"
+_SNAPSHOT = "snapshot.safetensors"
+
+
+@dataclass
+class DataLog:
+    """Which examples were seen.
+
+    Attributes:
+        inputs: a hash per example, without labels: two collections with a common hash overlap.
+        batches: running hash after each batch, labels included.
+    """
+
+    inputs: list[int] = field(default_factory=list)
+    batches: list[str] = field(default_factory=list)
+
+    def chain(self, index: int, everything: list[int]) -> str:
+        """Return the running hash after batch `index`, which holds these examples."""
+        before = self.batches[index - 1] if index else ""
+        return hashlib.sha256(f"{before}\0{everything}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where a collection stood: the pass, the batches done in it, the running sums, the data."""
+
+    part: int
+    batches: int
+    sums: Mapping[str, Tensor]
+    log: DataLog
+
+
+@dataclass(frozen=True)
+class Partial:
+    """The folder `<output>.partial` of one collection.
+
+    `snapshot.safetensors` holds the running sums of the current pass in full precision,
+    `pass-<n>.safetensors` what a finished pass gave.
+    """
+
+    folder: Path
+    identity: str
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Replace the snapshot."""
+        tensors = dict(snapshot.sums)
+        tensors["examples"] = torch.tensor(snapshot.log.inputs, dtype=torch.int64)
+        record = {
+            "identity": self.identity,
+            "part": snapshot.part,
+            "batches": snapshot.batches,
+            "log": snapshot.log.batches,
+        }
+        path = self.folder / _SNAPSHOT
+        write_tensors(path, entries_of(tensors), tensors.__getitem__, _KEY, record)
+
+    def load(self) -> Snapshot | None:
+        """Return the snapshot, or None when the collection had not come to one."""
+        path = self.folder / _SNAPSHOT
+        if not path.exists():
+            return None
+        file = _open(path, self.identity)
+        log = DataLog(file["examples"].tolist(), list(file.record["log"]))
+        sums = {name: file[name] for name in file if name != "examples"}
+        return Snapshot(file.record["part"], file.record["batches"], sums, log)
+
+    def save_pass(
+        self, part: int, tensors: Mapping[str, Tensor], counts: Mapping[str, Any]
+    ) -> None:
+        """Keep what a finished pass gave."""
+        record = {"identity": self.identity, "counts": dict(counts)}
+        path = self.folder / f"pass-{part:04d}.safetensors"
+        write_tensors(path, entries_of(tensors), tensors.__getitem__, _KEY, record)
+
+    def load_pass(self, part: int) -> tuple[Mapping[str, Tensor], dict[str, Any]] | None:
+        """Return what a pass gave, read when asked for, or None when it is not finished."""
+        path = self.folder / f"pass-{part:04d}.safetensors"
+        if not path.exists():
+            return None
+        file = _open(path, self.identity)
+        return file, file.record["counts"]
+
+    def remove(self) -> None:
+        """Delete the folder; the collection is finished."""
+        shutil.rmtree(self.folder)
+
+
+def open_partial(output: Path, identity: str) -> Partial:
+    """Create or take up the folder beside `output`.
+
+    Raises:
+        OutputError: it cannot be created.
+        ResumeError: it belongs to a collection of something else, or is not a collection's.
+    """
+    folder = output.with_name(f"{output.name}.partial")
+    try:
+        folder.mkdir(exist_ok=True)
+        strangers = [p.name for p in folder.iterdir() if not _own(p.name)]
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be created ({error.strerror}).") from error
+    if strangers:
+        raise ResumeError(
+            f"{folder}: holds '{strangers[0]}', which no collection wrote.\n"
+            "Choose another output, or remove the folder."
+        )
+    partial = Partial(folder, identity)
+    partial.load()
+    return partial
+
+
+def identify(description: Mapping[str, Any]) -> str:
+    """Return a hash of what is collected on what; equal for runs that may continue each other."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
+
+
+def _own(name: str) -> bool:
+    return name == _SNAPSHOT or name.startswith("pass-") or name.endswith(".tmp")
+
+
+def _open(path: Path, identity: str) -> TensorFile:
+    try:
+        file = TensorFile(path, _KEY)
+    except StatisticsError as error:
+        raise ResumeError(f"{error}\nRemove {path.parent} to start anew.") from error
+    if file.record.get("identity") != identity:
+        raise ResumeError(
+            f"{path.parent}: the unfinished collection in it has another model or other settings.\n"
+            "Repeat that one with its own arguments, or remove the folder to start anew."
+        )
+    return file

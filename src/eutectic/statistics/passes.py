@@ -1,0 +1,161 @@
+"""One pass over the data: forward, backward where asked, add up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from eutectic.errors import NumericalError, RequestError, ResumeError, StatisticsError
+from eutectic.statistics.batches import (
+    Batch,
+    call,
+    example_hashes,
+    examples,
+    sample_count,
+    transform,
+)
+from eutectic.statistics.hooks import evaluating, observing, requiring_gradients
+from eutectic.statistics.likelihood import evaluate, label_seeds
+from eutectic.statistics.partial import DataLog
+from eutectic.statistics.plan import Plan, device_of, make_layout
+from eutectic.statistics.record import Recorder
+from eutectic.statistics.settings import Settings
+from eutectic.statistics.sites import is_encoder_decoder
+from eutectic.statistics.sums import PassSums
+
+
+@dataclass
+class Pass:
+    """What one pass works with.
+
+    Attributes:
+        model: the model, on whatever device.
+        batches: the data.
+        plan: what to observe.
+        settings: what was asked for.
+        sums: where it is added up; already holding the first `start` batches.
+        log: which examples were seen, in this pass or an earlier one.
+        start: batches that a killed run had done.
+        after_batch: called with the number of batches done.
+    """
+
+    model: nn.Module
+    batches: Iterable[Batch]
+    plan: Plan
+    settings: Settings
+    sums: PassSums
+    log: DataLog
+    start: int
+    after_batch: Callable[[int], None]
+
+
+def run_pass(job: Pass) -> None:
+    """Add up the whole data.
+
+    Raises:
+        NumericalError: NaN or Inf, with the layer and the batch.
+        StatisticsError: the data differ from those of an earlier pass.
+        ResumeError: the data differ from those of the killed run that is being continued.
+    """
+    recorder = Recorder(job.plan.leaders, job.sums.inputs, job.sums.gradients)
+    weights = [site.weight for site in job.plan.gradient_sites]
+    done = seen = 0
+    with (
+        evaluating(job.model),
+        requiring_gradients([*weights, *job.plan.parameters]),
+        observing(job.model, job.plan.leaders, recorder),
+    ):
+        for batch in job.batches:
+            count = sample_count(batch)
+            if job.settings.limit is not None and seen + count > job.settings.limit:
+                count = job.settings.limit - seen
+                batch = examples(batch, 0, count)
+            if count == 0:
+                continue
+            hashes = _log(job, batch, done)
+            seen += count
+            if done >= job.start:
+                step = 1 if job.plan.parameters else count
+                for first in range(0, count, step):
+                    part = batch if step == count else examples(batch, first, first + step)
+                    _add(job, recorder, part, done, hashes[first : first + step])
+            done += 1
+            job.after_batch(done)
+            if seen == job.settings.limit:
+                break
+    if done < len(job.log.batches):
+        raise _changed(job, done)
+
+
+def _log(job: Pass, batch: Batch, index: int) -> list[int]:
+    """Note a batch's examples, or check them against an earlier pass; return their hashes."""
+    inputs, everything = example_hashes(batch, is_encoder_decoder(job.model))
+    link = job.log.chain(index, everything)
+    if index == len(job.log.batches):
+        job.log.batches.append(link)
+        job.log.inputs.extend(inputs)
+    elif job.log.batches[index] != link:
+        raise _changed(job, index)
+    return inputs
+
+
+def _changed(job: Pass, index: int) -> StatisticsError | ResumeError:
+    if index < job.start:
+        return ResumeError(
+            f"batch {index} is not what the unfinished collection saw: the data changed.\n"
+            "Restore the data and their order, or remove the .partial folder to start anew."
+        )
+    return StatisticsError(
+        f"batch {index} is not what the first pass over the data gave.\n"
+        "Several passes need batches that come in the same order every time: do not shuffle."
+    )
+
+
+def _add(job: Pass, recorder: Recorder, batch: Batch, index: int, hashes: list[int]) -> None:
+    device = device_of(job.model)
+    batch = transform(batch, lambda t: t.to(device))
+    recorder.begin(make_layout(job.model, batch, job.settings), index)
+    backward = bool(job.plan.gradient_sites or job.plan.parameters)
+    with torch.set_grad_enabled(backward):
+        outputs = call(job.model, batch)
+        recorder.end()
+        if backward:
+            _differentiate(job, recorder, outputs, batch, index, hashes)
+
+
+def _differentiate(
+    job: Pass, recorder: Recorder, outputs: object, batch: Batch, index: int, hashes: list[int]
+) -> None:
+    settings = job.settings
+    values = evaluate(
+        job.model,
+        outputs,
+        batch,
+        settings.objective,
+        settings.labels == "sample",
+        label_seeds(settings.seed, hashes),
+    )
+    if values.shape != (len(hashes),):
+        raise RequestError(
+            f"the objective must return one log-likelihood per example, [{len(hashes)}]; "
+            f"got {[*values.shape]}."
+        )
+    if not bool(torch.isfinite(values).all()):
+        raise NumericalError(
+            f"the log-likelihood of batch {index} is not finite.\n"
+            "Check its labels, and whether the model overflows in its dtype."
+        )
+    named = {**job.plan.diagonal, **job.plan.block}
+    edges = [output.edge for output in recorder.outputs]
+    gradients: list[Tensor | None] = [None] * (len(edges) + len(named))
+    if values.requires_grad and gradients:
+        targets = [*edges, *named.values()]
+        # Examples do not see one another, so the sum's gradients are each example's own.
+        gradients = list(torch.autograd.grad(values.sum(), targets, allow_unused=True))
+    recorder.add_gradients(gradients[: len(edges)])
+    for name, gradient in zip(named, gradients[len(edges) :], strict=True):
+        if gradient is not None:
+            job.sums.add_parameter_gradient(name, gradient, index)

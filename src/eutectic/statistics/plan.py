@@ -1,0 +1,207 @@
+"""What a run observes: found out before it starts, split into passes that fit the memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from eutectic.errors import RequestError
+from eutectic.statistics.batches import (
+    Batch,
+    Layout,
+    call,
+    examples,
+    layout,
+    sample_count,
+    transform,
+)
+from eutectic.statistics.hooks import evaluating, observing
+from eutectic.statistics.record import Probe
+from eutectic.statistics.settings import Settings
+from eutectic.statistics.sites import (
+    Site,
+    find_sites,
+    is_encoder_decoder,
+    named_parameters,
+    require_something,
+)
+
+_BYTES = 8  # of one number in a running sum
+
+
+@dataclass
+class Plan:
+    """What a run observes.
+
+    Attributes:
+        leaders: for each site, the site whose inputs it shares.
+        gradient_sites: sites whose output gradients are summed.
+        diagonal: parameters whose squared gradients are summed, by name.
+        block: parameters whose gradients' outer products are summed, by name.
+        aliases: names that stand for another name's weight.
+        skipped: name -> why something asked for is not collected.
+    """
+
+    leaders: dict[Site, Site]
+    gradient_sites: list[Site] = field(default_factory=list)
+    diagonal: dict[str, nn.Parameter] = field(default_factory=dict)
+    block: dict[str, nn.Parameter] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Parameters whose own gradients are needed."""
+        return [*self.diagonal.values(), *self.block.values()]
+
+    def parts(
+        self, settings: Settings, memory_bytes: int | None, layers_per_pass: int | None
+    ) -> list[Plan]:
+        """Split into plans whose running sums fit the memory, one pass over the data each.
+
+        Raises:
+            RequestError: one layer alone needs more than `memory_bytes`.
+        """
+        units = self._units(settings)
+        groups: list[list[tuple[Plan, int]]] = [[]]
+        for unit, need in units:
+            if memory_bytes is not None and need > memory_bytes:
+                raise RequestError(
+                    f"the sums of '{unit.first_name}' and what goes with it take {need:,} bytes, "
+                    f"more than the {memory_bytes:,} allowed.\n"
+                    "Allow more memory, or leave the layer out with layers=…."
+                )
+            full = groups[-1] and (
+                (memory_bytes is not None and sum(n for _, n in groups[-1]) + need > memory_bytes)
+                or (layers_per_pass is not None and len(groups[-1]) >= layers_per_pass)
+            )
+            if full:
+                groups.append([])
+            groups[-1].append((unit, need))
+        return [_join([unit for unit, _ in group]) for group in groups if group]
+
+    @property
+    def first_name(self) -> str:
+        """The name of the first thing observed."""
+        names = [*(s.name for s in self.leaders), *self.diagonal, *self.block]
+        return names[0] if names else ""
+
+    def _units(self, settings: Settings) -> list[tuple[Plan, int]]:
+        """Return the smallest plans that cannot be split, each with the bytes of its sums."""
+        units: list[tuple[Plan, int]] = []
+        groups: dict[Site, list[Site]] = {}
+        for site, leader in self.leaders.items():
+            groups.setdefault(leader, []).append(site)
+        wanted = set(self.gradient_sites)
+        for leader, members in groups.items():
+            outputs = [s for s in members if s in wanted]
+            # The Gram and the pooled Gram.
+            need = 2 * _BYTES * leader.shape[1] ** 2 if settings.grams else 0
+            need += sum(_BYTES * s.shape[0] ** 2 for s in outputs)
+            if need:
+                units.append((Plan(dict.fromkeys(members, leader), outputs), need))
+        for name, parameter in self.diagonal.items():
+            units.append((Plan({}, diagonal={name: parameter}), _BYTES * parameter.numel()))
+        for name, parameter in self.block.items():
+            units.append((Plan({}, block={name: parameter}), _BYTES * parameter.numel() ** 2))
+        return units
+
+
+def _join(units: Sequence[Plan]) -> Plan:
+    whole = Plan({})
+    for unit in units:
+        whole.leaders |= unit.leaders
+        whole.gradient_sites += unit.gradient_sites
+        whole.diagonal |= unit.diagonal
+        whole.block |= unit.block
+    return whole
+
+
+def make_plan(model: nn.Module, batch: Batch, settings: Settings) -> Plan:
+    """Return what is to be observed, after a forward pass of at most two examples.
+
+    The pass shows which layers are called, and which of them see the same inputs.
+
+    Raises:
+        RequestError: nothing is left to observe.
+    """
+    plan = Plan({})
+    vectors: dict[str, nn.Parameter] = {}
+    if settings.fisher:
+        plan.diagonal = named_parameters(model, settings.layers)
+    if settings.block_fisher:
+        parameters = named_parameters(model, settings.layers)
+        vectors = {n: p for n, p in parameters.items() if p.numel() == max(p.shape, default=0)}
+    for name, vector in vectors.items():
+        if vector.numel() <= settings.block_limit:
+            plan.block[name] = vector
+        else:
+            plan.skipped[name] = f"block_fisher: {vector.numel()} > {settings.block_limit} entries"
+    if not (settings.grams or settings.output_gradients):
+        return plan
+    sites = find_sites(model, settings.layers, settings.convolutions)
+    require_something(sites, len(plan.parameters), settings.layers)
+    device = device_of(model)
+    sample = transform(examples(batch, 0, min(2, sample_count(batch))), lambda t: t.to(device))
+    probe = Probe(make_layout(model, sample, settings))
+    with evaluating(model), observing(model, sites.found, probe), torch.no_grad():
+        call(model, sample)
+    plan.leaders = probe.leaders(sites.found, settings.share_inputs)
+    plan.aliases = {alias: name for alias, name in sites.aliases.items()}
+    plan.skipped |= sites.skipped | {s.name: "its inputs fit no mask" for s in probe.skipped}
+    if settings.output_gradients:
+        for site in plan.leaders:
+            if site.shape[0] <= settings.output_gradient_limit:
+                plan.gradient_sites.append(site)
+            else:
+                limit = f"{site.shape[0]} > {settings.output_gradient_limit} outputs"
+                plan.skipped[site.name] = f"output_gradient_gram: {limit}"
+    return plan
+
+
+def describe_layers(
+    plan: Plan, counts: Mapping[str, tuple[int, ...]], examples_seen: int
+) -> dict[str, dict[str, Any]]:
+    """Return the table of layers: kind, shapes, counts, and whose tensors are whose."""
+    layers: dict[str, dict[str, Any]] = {}
+    for site, leader in plan.leaders.items():
+        tokens, samples = counts.get(leader.name, counts.get(site.name, (0, 0)))
+        layers[site.name] = {
+            "kind": site.kind,
+            "shape": list(site.shape),
+            "parameter": list(site.weight.shape),
+            "count": tokens,
+            # Not pooled, but differentiated.
+            "sample_count": samples or (examples_seen if tokens else 0),
+            "inputs": leader.name,
+            "same_as": site.name,
+        }
+    for name, parameter in {**plan.diagonal, **plan.block}.items():
+        shape = list(parameter.shape)
+        entry = {"kind": "parameter", "shape": shape, "parameter": shape, "count": 0}
+        entry |= {"sample_count": examples_seen, "inputs": name, "same_as": name}
+        layers.setdefault(name, entry)
+    for alias, name in plan.aliases.items():
+        if name in layers:
+            layers[alias] = dict(layers[name])
+    return dict(sorted(layers.items()))
+
+
+def make_layout(model: nn.Module, batch: Batch, settings: Settings) -> Layout:
+    """Return the layout of a batch for this model."""
+    batch_first = all(
+        m.batch_first for m in model.modules() if isinstance(m, nn.MultiheadAttention)
+    )
+    return layout(
+        batch, is_encoder_decoder(model), settings.token_mask, batch_first, settings.unmatched
+    )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the model's inputs belong: the device of its first parameter."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device

@@ -1,0 +1,154 @@
+"""Proxy data as rows: jsonl, csv, parquet, image folders, `datasets` folders, Python functions."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eutectic.errors import MissingExtraError, RequestError, StatisticsError
+
+Row = Mapping[str, Any]
+
+_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+_KNOWN = "*.jsonl, *.csv, *.tsv, *.parquet, a folder of images, a folder written by `datasets`"
+
+
+def read_rows(
+    source: str, *, split: str | None = None, trust_code: bool = False
+) -> Sequence[Row] | Iterable[Any]:
+    """Return the rows of a data set, column -> value.
+
+    Args:
+        source: a file or folder, by its ending and content; or `module:function`, called without
+            arguments, which returns rows or ready batches of tensors.
+        split: the split of a `datasets` folder that has several.
+        trust_code: allow `module:function`, which runs code of that module.
+
+    Raises:
+        RequestError: an unknown kind of data, or a function without `trust_code`.
+        StatisticsError: a file is missing or damaged, with its line.
+        MissingExtraError: parquet and `datasets` folders need a package that is not installed.
+    """
+    path = Path(source)
+    if not path.exists() and _FUNCTION.fullmatch(source):
+        return _call(source, trust_code)
+    if not path.exists():
+        raise StatisticsError(f"{source}: no such file or folder.\nKnown data: {_KNOWN}.")
+    if path.is_dir():
+        marks = ("dataset_info.json", "state.json", "dataset_dict.json")
+        if any((path / mark).exists() for mark in marks):
+            return _saved_dataset(path, split)
+        return _image_folder(path)
+    readers = {
+        ".jsonl": _jsonl,
+        ".csv": lambda p: _csv(p, ","),
+        ".tsv": lambda p: _csv(p, "\t"),
+        ".parquet": _parquet,
+    }
+    if path.suffix.lower() not in readers:
+        raise RequestError(f"{source}: unknown kind of data '{path.suffix}'.\nKnown: {_KNOWN}.")
+    return readers[path.suffix.lower()](path)
+
+
+def _call(source: str, trust_code: bool) -> Iterable[Any]:
+    if not trust_code:
+        raise RequestError(
+            f"'{source}' runs Python code of the module it names.\n"
+            "Add --trust-code if you trust it, or check the path if you meant a file."
+        )
+    module, _, name = source.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise RequestError(f"'{source}' cannot be imported: {error}.") from error
+    return function()
+
+
+def _jsonl(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    # Not splitlines(): JSON strings may hold other line separators as they are.
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise StatisticsError(f"{path}, line {number}: not valid JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise StatisticsError(f"{path}, line {number}: not a JSON object.")
+        rows.append(row)
+    return rows
+
+
+def _csv(path: Path, delimiter: str) -> list[Row]:
+    lines = csv.DictReader(io.StringIO(_text(path)), delimiter=delimiter, strict=True)
+    rows: list[Row] = []
+    try:
+        for row in lines:
+            if None in row or None in row.values():
+                columns = len(lines.fieldnames or ())
+                raise StatisticsError(
+                    f"{path}, line {lines.line_num}: not the {columns} columns of the first line."
+                )
+            rows.append(row)
+    except csv.Error as error:
+        raise StatisticsError(f"{path}, line {lines.line_num}: {error}.") from error
+    return rows
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StatisticsError(f"{path}: cannot be read ({error}).") from error
+
+
+def _parquet(path: Path) -> Sequence[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise MissingExtraError("pyarrow", "eval", f"reading {path.name}") from error
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise StatisticsError(f"{path}: not a readable parquet file ({error}).") from error
+
+
+def _saved_dataset(path: Path, split: str | None) -> Sequence[Row]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtraError("datasets", "eval", f"reading {path.name}") from error
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise StatisticsError(f"{path}: not a readable dataset ({error}).") from error
+    if not isinstance(found, datasets.DatasetDict):
+        return found  # pyright: ignore[reportReturnType]
+    if split is None or split not in found:
+        raise RequestError(
+            f"{path}: has the splits {', '.join(found)}; name one of them with --split."
+        )
+    return found[split]  # pyright: ignore[reportReturnType]
+
+
+def _image_folder(path: Path) -> list[Row]:
+    """Return one row per image, in the order of names; the label is the folder it lies in."""
+    rows: list[Row] = []
+    for file in sorted(path.rglob("*")):
+        if file.suffix.lower() in _IMAGES and file.is_file():
+            row: dict[str, Any] = {"image": file}
+            if file.parent != path:
+                row["label"] = file.parent.name
+            rows.append(row)
+    if not rows:
+        raise StatisticsError(f"{path}: holds no images.\nKnown data: {_KNOWN}.")
+    return rows

@@ -1,0 +1,158 @@
+"""Guards how names become folders: local paths, ids served by a small hub, and clear refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from eutectic.checkpoint.hub import resolve
+from eutectic.checkpoint.index import open_index
+from eutectic.errors import CheckpointError, MissingExtraError
+
+SHA = "1" * 40
+WEIGHTS = save({"a": torch.ones(2)})
+REPOSITORIES = {
+    "org/new": {
+        "model.safetensors": WEIGHTS,
+        "pytorch_model.bin": b"old",
+        "config.json": b"{}",
+        "onnx/model.onnx": b"x",
+        "onnx/config.json": b"{}",
+    },
+    "org/old": {"pytorch_model.bin": b"old", "config.json": b"{}", "training_args.bin": b"x"},
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The few answers of the hub that a download needs."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Stay silent."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0].strip("/").split("/")
+        if path[:2] == ["api", "models"]:
+            self.api("/".join(path[2:4]), path[4:])
+            return
+        content = REPOSITORIES.get("/".join(path[:2]), {}).get("/".join(path[4:]))
+        if content is None:
+            self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+            return
+        etag = hashlib.sha256(content).hexdigest()
+        self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": SHA})
+
+    def api(self, model: str, rest: list[str]) -> None:
+        codes = {"org/gated": (403, "GatedRepo"), "org/none": (404, "RepoNotFound")}
+        if model in codes:
+            status, code = codes[model]
+            self.answer(status, b"{}", {"X-Error-Code": code})
+        elif rest[-1] == "gone":
+            self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        else:
+            files = REPOSITORIES[model].items()
+            tree = [{"type": "file", "path": n, "size": len(c), "oid": n} for n, c in files]
+            info = {"id": model, "sha": SHA, "siblings": [{"rfilename": n} for n, _ in files]}
+            self.answer(200, json.dumps(tree if rest[0] == "tree" else info).encode(), {})
+
+    def answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Serve REPOSITORIES, with an empty cache; yields the cache."""
+    constants = pytest.importorskip("huggingface_hub.constants")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(
+        constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        address + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield tmp_path / "cache"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def test_existing_paths_are_returned_as_they_are(tmp_path: Path) -> None:
+    assert resolve(tmp_path) == tmp_path
+    (tmp_path / "m.safetensors").write_bytes(WEIGHTS)
+    assert resolve(str(tmp_path / "m.safetensors")) == tmp_path / "m.safetensors"
+
+
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "/no/where", "a/b/c", "models/x.safetensors", "x.bin", "", "-x", "a b"]
+)
+def test_what_is_neither_path_nor_id(name: str) -> None:
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        resolve(name)
+
+
+def test_download_prefers_safetensors(hub: Path) -> None:
+    folder = resolve("org/new")
+    assert names_in(folder) == ["config.json", "model.safetensors"]
+    assert folder.is_relative_to(hub.resolve())
+    # The cache's links are accepted.
+    assert list(open_index(folder).entries) == ["a"]
+
+
+def test_download_takes_pickles_where_there_is_nothing_else(hub: Path) -> None:
+    assert names_in(resolve("org/old")) == ["config.json", "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "message"),
+    [
+        ("org/gated", None, "access on the hub is restricted"),
+        ("org/none", None, "neither a local path nor a model on the hub"),
+        ("org/new", "gone", "no revision 'gone'"),
+    ],
+)
+@pytest.mark.usefixtures("hub")
+def test_refusals_of_the_hub(name: str, revision: str | None, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        resolve(name, revision=revision)
+
+
+def test_offline_uses_the_cache_or_says_so(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    folder = resolve("org/new")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert resolve("org/new") == folder
+    with pytest.raises(CheckpointError, match="cannot be reached"):
+        resolve("org/old")
+
+
+def test_without_huggingface_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MissingExtraError, match=r"eutectic\[hf\]"):
+        resolve("org/new")

@@ -1,0 +1,140 @@
+"""Leading triplets: every route against the float64 SVD, with and without a gap."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eutectic.linalg.leading import (
+    complement,
+    explain_leading,
+    leading_singular,
+    leading_singular_stack,
+)
+from eutectic.linalg.lowrank import LowRank
+
+from .spectra import SPECTRA, distance, power_law, with_spectrum
+
+
+def product(triplets):
+    return (triplets.U * triplets.S) @ triplets.V.T
+
+
+def truncated(matrix, k, tolerance=None):
+    """Textbook best rank-k approximation, without singular values up to the tolerance."""
+    U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    if tolerance is not None:
+        k = min(k, int((S > tolerance * S[0]).sum()))
+    return (U[:, :k] * S[:k]) @ Vh[:k], S[:k]
+
+
+@pytest.mark.parametrize("shape", [(192, 192), (96, 250), (250, 96)])
+@pytest.mark.parametrize("k", [1, 3, 20, 60, 96])
+@pytest.mark.parametrize(
+    "spectrum", [s for s in SPECTRA if s not in ("equal", "repeated", "clustered")]
+)
+def test_agrees_with_the_svd(shape, k, spectrum):
+    matrix = with_spectrum(*shape, SPECTRA[spectrum](min(shape))).float()
+    ours = leading_singular(matrix, k, tolerance=1.3e-5)
+    dense, S = truncated(matrix, k, 1.3e-5)
+    assert len(ours.S) == len(S)
+    assert torch.allclose(ours.S, S, rtol=1e-4, atol=0)
+    assert distance(product(ours), dense) <= 1e-4
+
+
+@pytest.mark.parametrize("spectrum", ["equal", "repeated", "clustered"])
+@pytest.mark.parametrize("k", [2, 30, 48])
+def test_without_a_gap_some_valid_answer(spectrum, k):
+    """Where the cut falls inside a cluster, any choice from the cluster is right."""
+    matrix = with_spectrum(96, 120, SPECTRA[spectrum](96)).float()
+    ours = leading_singular(matrix, k)
+    expected = torch.linalg.svdvals(matrix.double())[:k]
+    assert torch.allclose(ours.S, expected, rtol=1e-5)
+    assert torch.allclose(ours.U.T @ ours.U, torch.eye(k).double(), atol=1e-5)
+    assert torch.allclose(ours.V.T @ ours.V, torch.eye(k).double(), atol=1e-5)
+    assert torch.allclose(matrix.double() @ ours.V, ours.U * ours.S, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [1e-30, 1e30])
+def test_huge_and_tiny_norms(norm):
+    matrix = with_spectrum(100, 80, power_law(80))
+    ours = leading_singular((matrix * norm).float(), 9)
+    assert distance(product(ours) / norm, truncated(matrix, 9)[0]) <= 1e-5
+
+
+def test_full_rank_request_of_a_deficient_matrix_keeps_orthonormal_vectors():
+    matrix = with_spectrum(20, 30, SPECTRA["deficient"](20)).float()
+    ours = leading_singular(matrix, 20)
+    assert ours.U.shape == (20, 20)
+    assert torch.allclose(ours.U.T @ ours.U, torch.eye(20).double(), atol=1e-6)
+    assert torch.allclose(ours.V.T @ ours.V, torch.eye(20).double(), atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+def test_zero_matrix_and_zero_triplets(precision):
+    zero = torch.zeros(6, 4)
+    assert leading_singular(zero, 3, tolerance=1e-6, precision=precision).U.shape == (6, 0)
+    assert torch.equal(leading_singular(zero, 3, precision=precision).S, torch.zeros(3).double())
+    assert leading_singular(torch.eye(4), 0, precision=precision).V.shape == (4, 0)
+
+
+def test_same_seed_same_bits_any_seed_same_answer():
+    matrix = with_spectrum(300, 320, power_law(300)).float()
+    first, again, other = (leading_singular(matrix, 6, seed=s) for s in (1, 1, 2))
+    assert torch.equal(first.U, again.U)
+    assert distance(product(other), product(first)) <= 1e-6
+
+
+def test_thin_factors_give_the_dense_result():
+    generator = torch.Generator().manual_seed(3)
+    left = torch.randn(70, 9, generator=generator)
+    right = torch.randn(9, 50, generator=generator)
+    ours = leading_singular(LowRank(left, right), 4)
+    assert distance(product(ours), truncated(left.double() @ right.double(), 4)[0]) <= 1e-6
+
+
+@pytest.mark.parametrize("shape", [(80, 100), (240, 80)])
+@pytest.mark.parametrize("c", [10, 70])
+def test_stack_orthogonal_to_a_subspace(shape, c):
+    generator = torch.Generator().manual_seed(5)
+    matrices = torch.randn(3, *shape, generator=generator)
+    P = torch.linalg.qr(torch.randn(shape[0], c, generator=generator)).Q
+    ours = leading_singular_stack(matrices, 5, orthogonal_to=P, tolerance=1e-5)
+    for matrix, triplets in zip(matrices.double(), ours, strict=True):
+        rest = matrix - P.double() @ (P.double().T @ matrix)
+        assert distance(product(triplets), truncated(rest, 5)[0]) <= 1e-5
+        assert float((P.double().T @ triplets.U).abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("c", [4, 30])
+def test_stack_takes_no_direction_from_the_rounding_of_a_projection(c):
+    P = torch.linalg.qr(torch.randn(40, c, generator=torch.Generator().manual_seed(1))).Q
+    inside = P @ with_spectrum(c, 50, power_law(c)).float()
+    (ours,) = leading_singular_stack([inside], 3, orthogonal_to=P, tolerance=1e-5)
+    assert len(ours.S) == 0
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(1, 40), data=st.data(), seed=st.integers(0, 2**16))
+def test_complement(n, data, seed):
+    c = data.draw(st.integers(0, n))
+    full = torch.linalg.qr(
+        torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    ).Q
+    joined = torch.cat([full[:, :c], complement(full[:, :c], seed)], 1)
+    assert torch.allclose(joined.T @ joined, torch.eye(n).double(), atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("shape", "k", "precision", "word"),
+    [
+        ((768, 768), 8, "fast", "Krylov"),
+        ((768, 768), 96, "fast", "corrected"),
+        ((768, 768), 500, "fast", "float64 eigenproblem"),
+        ((768, 768), 8, "exact", "SVD"),
+    ],
+)
+def test_explanation(shape, k, precision, word):
+    assert word in explain_leading(shape, k, precision)

@@ -1,0 +1,174 @@
+"""Polar factors: every route against the float64 SVD, on spectra that break naive kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eutectic.linalg.lowrank import LowRank
+from eutectic.linalg.polar import choose_route, explain_polar, polar
+
+from .spectra import SPECTRA, distance, geometric, power_law, with_spectrum
+
+SHAPES = [(40, 40), (90, 30), (30, 90)]
+ROUTES = ["gram", "halley", "products", None]
+
+
+def reference(matrix, support, tolerance):
+    """Textbook polar factor in float64."""
+    U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    kept = len(S) if support == "full" else int((S > tolerance * S[0]).sum())
+    return U[:, :kept] @ Vh[:kept], float(S[:kept].sum()), kept
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("support", ["numerical", "full"])
+def test_agrees_with_the_svd(route, shape, spectrum, support):
+    matrix = with_spectrum(*shape, SPECTRA[spectrum](30 if 30 in shape else 40)).float()
+    ours = polar(matrix, support=support, rank_tolerance=1.3e-5, route=route)
+    factor, nuclear_norm, rank = reference(matrix, support, 1.3e-5)
+    assert ours.rank == rank
+    assert distance(ours.factor, factor) <= 1e-4
+    assert ours.nuclear_norm == pytest.approx(nuclear_norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_full_support_of_ill_conditioned_float64(route):
+    matrix = with_spectrum(50, 40, geometric(40, 1e9))
+    ours = polar(matrix, support="full", route=route)
+    assert ours.rank == 40
+    assert distance(ours.factor, reference(matrix, "full", 0)[0]) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    "spectrum", [power_law(150), geometric(150, 1e4), torch.linspace(1, 0.8, 150).double()]
+)
+@pytest.mark.parametrize("route", ["gram", "halley"])
+def test_routes_do_not_fall_back_where_they_should_hold(spectrum, route):
+    ours = polar(with_spectrum(200, 150, spectrum).float(), support="full", route=route)
+    assert ours.route == route
+
+
+def test_newton_schulz_holds_on_moderate_condition():
+    matrix = with_spectrum(200, 150, geometric(150, 100)).float()
+    ours = polar(matrix, route="products")
+    assert ours.route == "products"
+    assert distance(ours.factor, reference(matrix, "full", 0)[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("norm", [1e-30, 1e30])
+def test_huge_and_tiny_norms(route, norm):
+    matrix = with_spectrum(40, 30, power_law(30))
+    ours = polar((matrix * norm).float(), route=route)
+    assert distance(ours.factor, reference(matrix, "full", 0)[0]) <= 1e-5
+    assert ours.nuclear_norm == pytest.approx(norm * float(power_law(30).sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+@pytest.mark.parametrize("shape", [(5, 3), (1, 4), (4, 1), (1, 1)])
+def test_zero_matrix(shape, precision):
+    ours = polar(torch.zeros(shape), precision=precision)
+    assert ours.rank == 0
+    assert ours.nuclear_norm == ours.mean_singular_value == 0
+    assert torch.equal(ours.factor, torch.zeros(shape))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1)])
+def test_one_row_or_column_is_normalised(shape, route):
+    vector = torch.arange(1.0, 8.0).reshape(shape)
+    ours = polar(vector, route=route)
+    assert torch.allclose(ours.factor, vector / vector.norm())
+    assert ours.nuclear_norm == pytest.approx(float(vector.norm()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype):
+    matrix = with_spectrum(40, 30, power_law(30)).to(dtype)
+    ours = polar(matrix)
+    assert ours.factor.dtype == dtype
+    assert torch.equal(ours.factor, polar(matrix.float()).factor.to(dtype))
+
+
+def test_numerical_support_drops_what_full_support_promotes():
+    matrix = with_spectrum(40, 40, power_law(40) * (torch.arange(40) < 10)).float()
+    assert polar(matrix).rank == 10
+    assert polar(matrix, support="full").rank == 40
+    assert polar(matrix).factor.norm() == pytest.approx(10**0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_input_is_not_modified(route):
+    matrix = with_spectrum(30, 20, power_law(20)).float()
+    copy = matrix.clone()
+    polar(matrix, route=route)
+    assert torch.equal(matrix, copy)
+
+
+@pytest.mark.parametrize("norm", [1e-30, 1.0, 1e15])
+def test_thin_factors_give_the_dense_result(norm):
+    generator = torch.Generator().manual_seed(3)
+    left = torch.randn(60, 8, generator=generator) * norm
+    right = torch.randn(8, 50, generator=generator) * norm
+    dense = polar(left.double() @ right.double(), rank_tolerance=1e-6)
+    thin = polar(LowRank(left, right))
+    assert isinstance(thin.factor, LowRank)
+    assert thin.rank == dense.rank == 8
+    assert distance(thin.factor.dense(), dense.factor) <= 1e-5
+    assert thin.nuclear_norm == pytest.approx(dense.nuclear_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("route", ["gram", "halley"])
+def test_thread_count_does_not_matter(route):
+    matrix = with_spectrum(300, 200, power_law(200)).float()
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(polar(matrix, route=route).factor)
+    finally:
+        torch.set_num_threads(before)
+    assert distance(*results) <= 1e-6
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    out=st.integers(1, 24),
+    inner=st.integers(1, 24),
+    exponent=st.floats(0, 2),
+    magnitude=st.integers(-30, 30),
+    seed=st.integers(0, 2**16),
+)
+def test_polar_properties(out, inner, exponent, magnitude, seed):
+    """Orthogonality, positivity of the Hermitian factor, nuclear norm, oddness."""
+    values = power_law(min(out, inner), exponent) * 10.0**magnitude
+    matrix = with_spectrum(out, inner, values, seed).float()
+    ours = polar(matrix)
+    assert ours.rank == min(out, inner)
+    tall = ours.factor if out >= inner else ours.factor.T
+    assert torch.allclose(tall.T @ tall, torch.eye(min(out, inner)), atol=1e-4)
+    hermitian = ours.factor.double().T @ matrix.double() / 10.0**magnitude
+    assert distance(hermitian, hermitian.T) <= 1e-4
+    assert float(torch.linalg.eigvalsh(hermitian).min()) >= -1e-4
+    assert ours.nuclear_norm == pytest.approx(float(values.sum()), rel=1e-5)
+    assert distance(-polar(-matrix).factor, ours.factor) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("shape", "device", "precision", "route", "word"),
+    [
+        ((64, 64), "cpu", "fast", "gram", "Gram"),
+        ((4096, 2048), "cpu", "fast", "halley", "QDWH"),
+        ((64, 64), "cuda", "fast", "products", "Newton"),
+        ((4096, 2048), "cpu", "exact", "svd", "SVD"),
+    ],
+)
+def test_choice_of_route(shape, device, precision, route, word):
+    assert choose_route(shape, device, precision) == route
+    assert word in explain_polar(shape, device, precision)

@@ -1,0 +1,100 @@
+"""TSV-M: parity with the formula written out, identities, and rank deficiency."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from eutectic.errors import MethodError
+from eutectic.methods import merge_matrices
+from eutectic.methods.singular import kept_per_expert
+
+
+def random_deltas(experts: int, out: int, inner: int, rank: int | None = None, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    if rank is None:
+        return torch.randn(experts, out, inner, generator=generator)
+    left = torch.randn(experts, out, rank, generator=generator)
+    return left @ torch.randn(experts, rank, inner, generator=generator)
+
+
+def textbook(deltas: Tensor, k: int) -> Tensor:
+    parts = [torch.linalg.svd(d, full_matrices=False) for d in deltas.double()]
+    polars = []
+    for blocks in ([U[:, :k] for U, _, _ in parts], [Vh[:k].T for _, _, Vh in parts]):
+        u, _, vh = torch.linalg.svd(torch.cat(blocks, 1), full_matrices=False)
+        polars.append(u @ vh)
+    return (polars[0] * torch.cat([S[:k] for _, S, _ in parts])) @ polars[1].T
+
+
+def error(ours: Tensor, reference: Tensor) -> float:
+    return float((ours.double() - reference.double()).norm() / reference.double().norm())
+
+
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+@pytest.mark.parametrize("experts", [1, 3, 8])
+@pytest.mark.parametrize("shape", [(40, 40), (24, 70), (70, 24), (140, 120)])
+def test_is_its_formula(shape, experts, precision):
+    deltas = random_deltas(experts, *shape)
+    ours = merge_matrices("tsv_m", deltas, precision=precision)
+    assert error(ours, textbook(deltas, min(shape) // experts)) <= 1e-4
+
+
+def test_rank_fraction():
+    deltas = random_deltas(2, 40, 30)
+    ours = merge_matrices("tsv_m", deltas, rank_fraction=0.1)
+    assert error(ours, textbook(deltas, 3)) <= 1e-5
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_one_expert_is_returned(rank):
+    deltas = random_deltas(1, 30, 20, rank)
+    assert error(merge_matrices("tsv_m", deltas), deltas[0]) <= 1e-5
+
+
+def test_null_directions_of_low_rank_experts_do_not_disturb():
+    """As many triplets are kept as an expert has, so more room changes nothing."""
+    deltas = random_deltas(3, 60, 50, rank=4)
+    assert error(merge_matrices("tsv_m", deltas), textbook(deltas, 4)) <= 1e-5
+
+
+def test_shared_directions_count_once():
+    """T copies: the leading int(r/T) triplets of the expert, with the shares of all added."""
+    delta = random_deltas(1, 30, 24)[0]
+    merged = merge_matrices("tsv_m", torch.stack([delta] * 3))
+    U, S, Vh = torch.linalg.svd(delta.double(), full_matrices=False)
+    assert error(merged, (U[:, :8] * S[:8]) @ Vh[:8]) <= 1e-5
+
+
+def test_more_experts_than_rank_gives_zero():
+    assert kept_per_expert(3, None, 5) == 0
+    assert torch.equal(merge_matrices("tsv_m", random_deltas(5, 3, 7)), torch.zeros(3, 7))
+
+
+def test_seed_and_tensor_name_change_nothing_but_rounding():
+    deltas = random_deltas(2, 200, 220, rank=3)
+    first = merge_matrices("tsv_m", deltas, rank_fraction=0.02, tensor="a", seed=1)
+    again = merge_matrices("tsv_m", deltas, rank_fraction=0.02, tensor="a", seed=1)
+    other = merge_matrices("tsv_m", deltas, rank_fraction=0.02, tensor="b", seed=2)
+    assert torch.equal(first, again)
+    assert error(other, first) <= 1e-5
+
+
+def test_thread_count_does_not_matter():
+    deltas = random_deltas(3, 150, 130)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(merge_matrices("tsv_m", deltas))
+    finally:
+        torch.set_num_threads(before)
+    assert error(*results) <= 1e-6
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.5])
+def test_bad_fraction(fraction):
+    with pytest.raises(MethodError, match="rank_fraction"):
+        merge_matrices("tsv_m", random_deltas(2, 4, 4), rank_fraction=fraction)
