@@ -1,4 +1,4 @@
-"""Inputs for every registered method, whatever it needs, in exact arithmetic where that is cheap."""
+"""Inputs for every registered method, with whatever it needs."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ class Case:
         )
 
     def run(self) -> Merged:
-        return run_method(
-            self.method, self.deltas, self.method.parse({}), self.context()
-        )
+        return run_method(self.method, self.deltas, self.method.parse({}), self.context())
 
     def merged(self) -> Tensor:
         return self.run().delta
@@ -142,9 +140,7 @@ def cases(draw: st.DrawFn, name: str) -> Case:
     rank = draw(st.none() | st.integers(1, 4))
     weights = draw(st.none() | st.just([0.5, 2.0, 1.25, 0.75]))
     seed = draw(st.integers(0, 2**31))
-    return make_case(
-        name, (rows, columns), experts=experts, rank=rank, weights=weights, seed=seed
-    )
+    return make_case(name, (rows, columns), experts=experts, rank=rank, weights=weights, seed=seed)
 
 
 def claiming(law: str) -> list[str]:

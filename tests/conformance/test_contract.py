@@ -1,10 +1,11 @@
-"""Every registered method keeps the contract: shapes and dtypes, purity, determinism, chunks, words."""
+"""Every registered method keeps the contract: shapes, dtypes, purity, determinism, chunks."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from eutectic.types import LayerStatistics
 from .cases import METHODS, Case, make_case, relative_error
 
 ELEMENTWISE = [name for name, method in METHODS.items() if method.elementwise]
+DOCS = Path(__file__).parents[2] / "docs" / "methods"
 SHAPES = [(1, 1), (1, 6), (6, 1), (5, 7), (7, 5), (6, 6)]
 
 
@@ -218,3 +220,12 @@ def test_words_for_tables_and_pages(name):
     for field in dataclasses.fields(method.parameters):
         assert f"{field.name}:" in (method.parameters.__doc__ or ""), field.name
 
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_its_page(name):
+    page = (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    assert page.startswith(f"# {name}\n")
+    assert "**When.**" in page and "**Source.**" in page
+    for field in dataclasses.fields(METHODS[name].parameters):
+        assert f"| `{field.name}` |" in page, field.name
+    assert f"({name}.md)" in (DOCS / "index.md").read_text(encoding="utf-8")

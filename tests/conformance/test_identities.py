@@ -17,9 +17,7 @@ SHAPES = [(6, 9), (9, 6), (8, 8), (1, 5), (5, 1)]
 
 
 def deltas(shape=(6, 9), experts=3, rank=None, seed=0, dtype=torch.float64) -> Tensor:
-    return make_case(
-        "average", shape, experts=experts, rank=rank, seed=seed, dtype=dtype
-    ).deltas
+    return make_case("average", shape, experts=experts, rank=rank, seed=seed, dtype=dtype).deltas
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -77,7 +75,9 @@ def test_dare_that_drops_nothing_is_task_arithmetic():
 def test_dare_ties_that_drops_nothing_is_ties_that_trims_nothing(aggregate):
     stack, w = deltas(), (0.5, 1.0, 2.0)
     more = {"density": 1.0, "aggregate": aggregate, "weights": w}
-    assert torch.equal(merge_matrices("dare_ties", stack, **more), merge_matrices("ties", stack, **more))
+    assert torch.equal(
+        merge_matrices("dare_ties", stack, **more), merge_matrices("ties", stack, **more)
+    )
 
 
 def test_ties_of_one_expert_that_trims_nothing_is_the_expert():

@@ -80,7 +80,9 @@ def test_neighbouring_numbers_are_told_apart(dtype):
 def test_the_smallest_and_the_largest_numbers(dtype):
     limits = torch.finfo(dtype)
     smallest = torch.nextafter(torch.zeros((), dtype=dtype), torch.ones((), dtype=dtype))
-    rows = torch.tensor([[0.0, float(smallest), -limits.tiny, -limits.max, float("inf")]], dtype=dtype)
+    rows = torch.tensor(
+        [[0.0, float(smallest), -limits.tiny, -limits.max, float("inf")]], dtype=dtype
+    )
     found = [thresholds_of(rows, k / 5).item() for k in (1, 2, 3, 4)]
     assert found == [float("inf"), limits.max, limits.tiny, float(smallest)]
 
@@ -90,14 +92,18 @@ def test_rows_do_not_mix():
     assert thresholds_of(rows, 0.3).tolist() == [7.0, 7000.0]
 
 
-@pytest.mark.parametrize(("density", "threshold"), [(0.0, float("inf")), (0.05, float("inf")), (1.0, 0.0)])
+@pytest.mark.parametrize(
+    ("density", "threshold"), [(0.0, float("inf")), (0.05, float("inf")), (1.0, 0.0)]
+)
 def test_nothing_and_everything(density, threshold):
     assert thresholds_of(torch.ones(2, 10), density).tolist() == [threshold] * 2
 
 
 def test_an_empty_stream():
     assert magnitude_thresholds(lambda: iter(()), 0.5).numel() == 0
-    assert magnitude_thresholds(lambda: iter([torch.ones(2, 0)]), 0.5).tolist() == [float("inf")] * 2
+    assert (
+        magnitude_thresholds(lambda: iter([torch.ones(2, 0)]), 0.5).tolist() == [float("inf")] * 2
+    )
 
 
 def test_chunks_in_strided_memory():

@@ -1,4 +1,4 @@
-"""Inputs for the tests of matching: deltas, statistics of every kind, and a plain dense solution."""
+"""Inputs for the tests of matching: deltas, statistics of every kind, a plain dense solution."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def test_numerical_support_ignores_a_border_of_zeros(method):
 def test_iso_c_keeps_the_nuclear_norm_of_a_low_rank_sum():
     deltas = random_deltas(6, 48, 48, rank=2)
     merged = merge_matrices("iso_c", deltas)
-    expected = torch.linalg.svdvals(deltas.sum(0).double()).sum()
+    expected = float(torch.linalg.svdvals(deltas.sum(0).double()).sum())
     assert float(torch.linalg.svdvals(merged.double()).sum()) == pytest.approx(expected, rel=1e-5)
 
 

@@ -8,7 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.methods.matching_cases import (
+from torch import Tensor
+
+from eutectic.errors import MethodError
+from eutectic.methods import get_method, merge_matrices
+from eutectic.types import LayerStatistics
+
+from .matching_cases import (
     EXPERTS,
     IN,
     MATRIX_OPERATORS,
@@ -21,11 +27,6 @@ from tests.methods.matching_cases import (
     mats,
     randn,
 )
-from torch import Tensor
-
-from eutectic.errors import MethodError
-from eutectic.methods import get_method, merge_matrices
-from eutectic.types import LayerStatistics
 
 # --- the solution -----------------------------------------------------------------------------
 

@@ -7,7 +7,12 @@ import math
 
 import pytest
 import torch
-from tests.methods.matching_cases import (
+
+from eutectic.errors import MethodError, NumericalError
+from eutectic.methods import merge_matrices
+from eutectic.types import LayerStatistics
+
+from .matching_cases import (
     EXPERTS,
     IN,
     MATRIX_OPERATORS,
@@ -19,10 +24,6 @@ from tests.methods.matching_cases import (
     mats,
     randn,
 )
-
-from eutectic.errors import MethodError, NumericalError
-from eutectic.methods import merge_matrices
-from eutectic.types import LayerStatistics
 
 # --- initial guesses ----------------------------------------------------------------------------
 

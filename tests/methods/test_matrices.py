@@ -1,4 +1,4 @@
-"""Guards the in-memory entry: what it takes, what it returns, and what it refuses in which words."""
+"""Guards the in-memory entry: what it takes, what it returns, what it refuses in which words."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def test_refusals(deltas, more, words):
 
 
 def test_matrix_methods_take_matrices():
-    with pytest.raises(MethodError, match=r"'iso_c' takes deltas \[T, out, in\], got shape \[2, 3\]"):
+    with pytest.raises(
+        MethodError, match=r"'iso_c' takes deltas \[T, out, in\], got shape \[2, 3\]"
+    ):
         merge_matrices("iso_c", torch.ones(2, 3))
 
 

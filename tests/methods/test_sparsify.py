@@ -80,9 +80,7 @@ def test_chunks_give_the_same_bytes(cuts):
     whole = merge_matrices("dare_linear", flat, experts=["a", "b"], tensor="w")
     parts, offset = [], 0
     for chunk in torch.tensor_split(flat, cuts, dim=1):
-        at = Context(
-            weights=context.weights, experts=context.experts, tensor="w", offset=offset
-        )
+        at = Context(weights=context.weights, experts=context.experts, tensor="w", offset=offset)
         parts.append(method.function(chunk, values, at))
         offset += chunk.shape[1]
     assert torch.equal(torch.cat(parts), whole)

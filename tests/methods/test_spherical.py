@@ -19,7 +19,9 @@ FIRST, SECOND, BASE = torch.randn(3, 4, 6, generator=GENERATOR, dtype=torch.floa
 
 def slerp(first: Tensor, second: Tensor, **more) -> Tensor:
     """Return the merged weight of two weights."""
-    return BASE + merge_matrices("slerp", torch.stack([first - BASE, second - BASE]), base=BASE, **more)
+    return BASE + merge_matrices(
+        "slerp", torch.stack([first - BASE, second - BASE]), base=BASE, **more
+    )
 
 
 def formula(first: Tensor, second: Tensor, t: float) -> Tensor:

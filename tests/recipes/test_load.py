@@ -251,8 +251,10 @@ words = st.sampled_from(
 )
 values = st.recursive(
     scalars,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(words | st.text(max_size=4) | st.integers(0, 3), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(words | st.text(max_size=4) | st.integers(0, 3), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 

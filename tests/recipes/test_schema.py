@@ -83,4 +83,6 @@ def test_a_rule_that_says_nothing_is_refused():
 
 def test_a_rule_may_say_one_thing():
     assert TensorRule(match="*", scale=0.5).treatment is None
-    assert TensorRule.model_validate({"match": "*", "treatment": "copy"}).treatment is Treatment.COPY
+    assert (
+        TensorRule.model_validate({"match": "*", "treatment": "copy"}).treatment is Treatment.COPY
+    )

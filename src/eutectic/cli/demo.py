@@ -102,9 +102,7 @@ def _show(summary: dict[str, dict[str, float]], names: list[str]) -> None:
     table.add_column("accuracy, % (scale)", no_wrap=True)
     for name in (*names, "mean", "of experts"):
         table.add_column(name, justify="right")
-    best = max(
-        (row["mean"] for name, row in summary.items() if name not in ("base", "experts"))
-    )
+    best = max((row["mean"] for name, row in summary.items() if name not in ("base", "experts")))
     for name, row in summary.items():
         cells: list[Any] = [f"{100 * row[key]:.1f}" for key in (*names, "mean", "share_of_experts")]
         style = "bold green" if row["mean"] == best and name != "experts" else None

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from eutectic.cli.collect import collect
 from eutectic.cli.console import set_debug
 from eutectic.cli.demo import demo
 from eutectic.cli.merge import merge
@@ -22,7 +23,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 the work failed, 2 the request is wrong. "
     "`eutectic --debug VERB …` shows tracebacks.",
 )
-for command in (merge, plan, methods, demo):
+for command in (merge, plan, collect, methods, demo):
     app.command()(command)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -32,6 +32,13 @@ def merge(
     restart: Annotated[
         bool, typer.Option(help="Discard an unfinished run instead of continuing it.")
     ] = False,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="λ,λ,… | START:STOP:COUNT",
+            help="Two experts only: merge with weights λ and 1−λ into OUTPUT/λ for each λ.",
+        ),
+    ] = None,
     json: words.Json = False,
 ) -> None:
     """Merge experts into one model.
@@ -45,12 +52,15 @@ def merge(
       eutectic merge --base ./base -m iso_c --scale 1.3 -o merged/ sst2=./sst2 mnli=./mnli
 
       eutectic merge --base ./base -m ties -p density=0.2 -o merged/ a=./a b=./b -w a=0.7
+
+      eutectic merge --base ./base -m mats --sweep 0:1:11 -o mixed/ wanted=./a helper=./b
     """
     from eutectic.execution.run import merge as run
 
-    recipe, options = words.request(
-        what, base, method, scale, param, weight, statistics, set_
-    )
+    recipe, options = words.request(what, base, method, scale, param, weight, statistics, set_)
+    if sweep is not None:
+        _sweep(recipe, output, words.mixtures(sweep), threads, memory, restart, options, json)
+        return
     with progress_bar("merging") as tell:
         report = run(
             recipe,
@@ -76,3 +86,32 @@ def merge(
     )
     out.print(table)
     out.print(f"[bold green]written[/] {report.output}", highlight=False, soft_wrap=True)
+
+
+def _sweep(
+    recipe: Path | None,
+    output: Path,
+    mixtures: list[float],
+    threads: int | None,
+    memory: str | None,
+    restart: bool,
+    options: dict[str, Any],
+    json: bool,
+) -> None:
+    from eutectic.execution.sweep import sweep
+
+    reports = sweep(
+        recipe,
+        output=output,
+        mixtures=mixtures,
+        threads=threads,
+        memory=memory,
+        restart=restart,
+        **options,
+    )
+    if json:
+        print_json({str(value): dataclasses.asdict(report) for value, report in reports.items()})
+        return
+    for value in mixtures:
+        state = f"{reports[value].seconds:.1f} s" if value in reports else "was finished"
+        out.print(f"λ = {value:<5.3g} {output / f'{value:.3g}'}  {state}", highlight=False)

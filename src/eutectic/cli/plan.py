@@ -70,7 +70,7 @@ def plan(
         )
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("tensor", overflow="ellipsis", no_wrap=True)
+    table.add_column("tensor", overflow="fold")
     for name in ("shape", "treatment", "method", "α"):
         table.add_column(name, no_wrap=True)
     if every:

@@ -10,7 +10,6 @@ import yaml
 
 from eutectic.cli.console import pairs
 from eutectic.errors import RequestError, suggest
-from eutectic.recipes.schema import Recipe
 
 What = Annotated[
     list[str] | None,
@@ -76,6 +75,8 @@ def request(
     recipe = None
     if "=" not in words[0]:
         recipe, words = Path(words[0]), words[1:]
+    from eutectic.recipes.schema import Recipe
+
     options = _values(settings or [], "--set")
     for key in options:
         if key not in Recipe.model_fields:
@@ -111,6 +112,25 @@ def _values(items: list[str], option: str) -> dict[str, Any]:
         except yaml.YAMLError:
             raise RequestError(f"{option} {name}: '{text}' is not a YAML value.") from None
     return found
+
+
+def mixtures(text: str) -> list[float]:
+    """Return the values of `0,0.3,1` or `0:1:11` (start, stop, how many).
+
+    Raises:
+        RequestError: the text has neither form.
+    """
+    try:
+        if ":" not in text:
+            return [float(part) for part in text.split(",")]
+        start, stop, count = text.split(":")
+        steps = int(count) - 1
+        low, high = float(start), float(stop)
+        return [round(low + (high - low) * i / steps, 6) for i in range(steps + 1)]
+    except (ValueError, ZeroDivisionError):
+        raise RequestError(
+            f"--sweep '{text}' must be numbers with commas, or START:STOP:COUNT such as 0:1:11."
+        ) from None
 
 
 def _experts(words: list[str], weights: list[str], statistics: list[str]) -> dict[str, Any]:

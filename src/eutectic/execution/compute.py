@@ -161,9 +161,7 @@ def _merge_elementwise(
             if stack is not None
             else (lambda: stream_chunks(planned, method, parameters, plan, inputs))
         )
-        context = dataclasses.replace(
-            context, state=method.prepare(chunks, parameters, context)
-        )
+        context = dataclasses.replace(context, state=method.prepare(chunks, parameters, context))
     in_weights = method.space(parameters) != "delta"
     for start, stop in _ranges(planned.elements, CHUNK):
         if not small:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 
-from eutectic.checkpoint.folder import copy_side_files
+from eutectic.checkpoint.folder import copy_side_files, module_weights
 from eutectic.checkpoint.layout import OutputFile, weight_index_bytes, weight_index_name
 from eutectic.checkpoint.writer import write_atomically
 from eutectic.execution.heads import write_expert_folders
@@ -57,7 +57,7 @@ def document(plan: Plan, inputs: Inputs, hashes: Mapping[str, str]) -> dict[str,
                 "method": t.method,
                 "scale": t.scale,
                 "reason": t.decision.reason,
-                "sha256": hashes.get(t.name, ""),
+                "sha256": hashes[t.name],
             }
             for t in plan.tensors
         },
@@ -92,6 +92,7 @@ def write_folder(
     if plan.recipe.side_files != "base":
         donor = inputs.experts[plan.recipe.side_files].folder or donor
     copy_side_files(donor, model)
+    copy_side_files(inputs.index.folder, model, module_weights(inputs.index.folder))
     write_expert_folders(plan, inputs, model, files)
     if plan.recipe.dtype is not None:
         for config in (model / "config.json", *model.glob("experts/*/config.json")):

@@ -164,4 +164,3 @@ def _side_files(inputs: Inputs, expert: Expert, folder: Path) -> None:
     copy_side_files(inputs.index.folder, folder)
     if expert.folder is not None and not expert.is_delta:
         copy_side_files(expert.folder, folder)
-

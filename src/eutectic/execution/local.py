@@ -112,10 +112,11 @@ def run_jobs(
 
 def _named(error: BaseException, job: Job) -> BaseException:
     """Say which tensor failed, unless the message does already."""
-    if isinstance(error, EutecticError) and job.name not in str(error):
-        return type(error)(f"{job.name}: {error}")
-    if not isinstance(error, EutecticError):
-        error.add_note(f"while merging {job.name}") if hasattr(error, "add_note") else None
+    if isinstance(error, EutecticError):
+        if job.name not in str(error):
+            error.args = (f"{job.name}: {error}",)
+    elif hasattr(error, "add_note"):  # Python 3.11
+        error.add_note(f"while merging {job.name}")
     return error
 
 

@@ -163,7 +163,7 @@ def merge_state_dicts(
     unknown = [name for name in {**weights, **(statistics or {})} if name not in experts]
     if unknown:
         raise RequestError(f"weights or statistics name experts that are not given: {unknown}.")
-    specs = {n: {"path": n, "weight": weights.get(n, 1.0)} for n in experts}
+    specs = {n: {"path": "memory", "weight": weights.get(n, 1.0)} for n in experts}
     values = {"base": "memory", "experts": specs, "method": method, "heads": "base", **options}
     if scale is not None:
         values["scale"] = scale
@@ -295,9 +295,9 @@ def _check_output(output: Path, work: Path) -> None:
         RequestError: it is a file, or a folder with something in it.
     """
     # os.path answers "no" where a folder above may not be searched; the last check tells.
-    if os.path.islink(output) or (os.path.exists(output) and not output.is_dir()):  # noqa: PTH
+    if os.path.islink(output) or (os.path.exists(output) and not output.is_dir()):  # noqa: PTH110, PTH114
         raise RequestError(f"{output} exists and is not a folder. Choose another output.")
-    occupied = os.path.exists(output) and any(output.iterdir())  # noqa: PTH
+    occupied = os.path.exists(output) and any(output.iterdir())  # noqa: PTH110
     if occupied and not ((work / JOURNAL).exists() and _complete(output, work)):
         raise RequestError(f"{output} is not empty.\nChoose another output, or remove it first.")
     for folder in (output.parent, *output.parent.parents):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from eutectic.linalg import lapack
-from eutectic.linalg.svd import Triplets, numerical_rank
+from eutectic.linalg.svd import numerical_rank
 
 # Eigenvalues of a Gram carry an error of about 1e-15·λ₁; at this floor of singular values that
 # is 1e-5 of them. What lies below cannot be trusted, only told apart from what lies far above.
@@ -41,18 +41,16 @@ def images(tall: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     return U.div_(S), S
 
 
-def gram_triplets(tall: Tensor, tolerance: float | None) -> Triplets | None:
-    """Return all triplets above `tolerance`·S₁ of `[m, n]`, m ≥ n, from the eigenproblem of MᵀM.
+def gram_pairs(tall: Tensor, tolerance: float | None) -> tuple[Tensor, Tensor] | None:
+    """Return singular values above `tolerance`·S₁ and right vectors of `[m, n]`, m ≥ n.
 
-    None when singular values below `GRAM_FLOOR`·S₁ would have to be kept or told apart, and for a
-    zero matrix. The entries of the matrix should be of order 1.
+    From the eigenproblem of MᵀM. None when singular values below `GRAM_FLOOR`·S₁ would have to be
+    kept or told apart, and for a zero matrix. The entries should be of order 1.
     """
-    eigenvalues, vectors = lapack.eigh(gram(tall))
-    values = eigenvalues.clamp_min(0).sqrt()
-    first, last = float(values[0]), float(values[-1])
+    eigenvalues, V = lapack.eigh(gram(tall))
+    S = eigenvalues.clamp_min(0).sqrt()
+    first, last = float(S[0]), float(S[-1])
     if first == 0 or (last < GRAM_FLOOR * first and (tolerance is None or tolerance < GRAM_FLOOR)):
         return None
-    kept = len(values) if tolerance is None else numerical_rank(values, tolerance)
-    V = vectors[:, :kept]
-    U, S = images(tall, V)
-    return Triplets(U, S, V)
+    kept = len(S) if tolerance is None else numerical_rank(S, tolerance)
+    return S[:kept], V[:, :kept]

@@ -28,7 +28,7 @@ from eutectic.linalg.svd import Triplets, magnitude, numerical_rank, thin_svd
 Precision = Literal["fast", "exact"]
 
 SMALL_SIDE = 64  # below this the whole eigenproblem is free
-KRYLOV_SHARE = 32
+KRYLOV_SHARE = 64
 KRYLOV_LIMIT = 5  # beyond 1/5 of the side the Krylov space costs more than the eigenproblem
 SUBSPACE_BOUND = 1e-6
 CORRECTIONS = 3

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from eutectic.linalg import lapack
-from eutectic.linalg.gram import GRAM_FLOOR, gram, gram_triplets
+from eutectic.linalg.gram import GRAM_FLOOR, gram, gram_pairs, images
 from eutectic.linalg.lowrank import LowRank
 from eutectic.linalg.qdwh import halley, newton_schulz, singular_bounds
 from eutectic.linalg.svd import default_tolerance, magnitude, numerical_rank, thin_svd
@@ -34,6 +34,7 @@ Route = Literal["svd", "gram", "halley", "products"]
 Matrix = TypeVar("Matrix", Tensor, LowRank)
 
 HALLEY_SIDE = 1280  # from here on products beat the eigenproblem's memory-bound reduction
+NARROW = 1e-2  # M(MᵀM)^-½ loses this much of eps: affordable in the input's own dtype
 CHECK_PROBES = 4
 CHECK_BOUND = 1e-5
 
@@ -174,12 +175,18 @@ def _by_svd(matrix: Tensor, support: Support, rank_tolerance: float) -> Polar[Te
 
 
 def _by_gram(matrix: Tensor, tolerance: float | None) -> Polar[Tensor] | None:
-    triplets = gram_triplets(matrix, tolerance)
-    if triplets is None:
+    pairs = gram_pairs(matrix, tolerance)
+    if pairs is None:
         return None
-    # Both factors have orthonormal columns: the last product loses nothing in the input's dtype.
-    factor = triplets.U.to(matrix.dtype) @ triplets.V.mT.to(matrix.dtype)
-    return Polar(factor, float(triplets.S.sum()), len(triplets.S), "gram")
+    S, V = pairs
+    if float(S[-1]) > NARROW * float(S[0]):
+        root = (V / S.sqrt()).to(matrix.dtype)
+        factor = matrix @ (root @ root.mT)
+    else:
+        # The first product cancels and needs float64; the second has orthonormal columns.
+        U, S = images(matrix, V)
+        factor = U.to(matrix.dtype) @ V.mT.to(matrix.dtype)
+    return Polar(factor, float(S.sum()), len(S), "gram")
 
 
 def _by_halley(matrix: Tensor, tolerance: float | None) -> Polar[Tensor] | None:

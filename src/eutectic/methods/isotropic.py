@@ -83,7 +83,7 @@ def _explain_iso_cts(shape: tuple[int, ...], parameters: Any, precision: Precisi
     summary="Sum of the task matrices with its spectrum made flat.",
     paper=PAPER,
     parameters=IsoCParameters,
-    laws={"permutation", "homogeneous", "zero", "rotation"},
+    laws={"permutation", "homogeneous", "zero", "absent", "rotation"},
     workspace=5.0,
     default_scale=_by_count(1.3, 1.0, 0.9),
     explain=_explain_iso_c,

@@ -83,6 +83,7 @@ def open_inputs(recipe: Recipe, source: Source | None = None) -> Inputs:
                 continue
             try:
                 from eutectic.statistics import load_statistics
+
                 statistics[name] = load_statistics(spec.statistics)
             except EutecticError as error:
                 faults.append(f"{source.at('experts', name)}statistics of '{name}': {error}")

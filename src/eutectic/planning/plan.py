@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from eutectic.checkpoint.experts import Expert
+from eutectic.checkpoint.folder import module_weights
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.names import AS_THEY_ARE, align
 from eutectic.errors import RecipeError
@@ -162,7 +162,9 @@ def _plan_tensor(
         return decision
     if entry.name in tied:
         decision = replace(decision, reason=f"tied to {tied[entry.name]}")
-    having = {n: e.entries[entry.name] for n, e in inputs.experts.items() if entry.name in e.entries}
+    having = {
+        n: e.entries[entry.name] for n, e in inputs.experts.items() if entry.name in e.entries
+    }
     lacking = [n for n, e in inputs.experts.items() if entry.name in e.missing]
     decision = _meet_experts(entry, decision, having, lacking, recipe, inputs, source)
     if isinstance(decision, str):
@@ -353,6 +355,9 @@ def _notes(
         notes.append(f"heads kept per expert: {listed}")
     if left_out:
         notes.append(f"heads left out of the output: {_some(list(left_out))}")
+    modules = module_weights(inputs.index.folder) if inputs.index is not None else ()
+    if modules:
+        notes.append(f"module weights copied from the base, not merged: {_some(modules)}")
     fallback = method.fallback(parameters)
     fallen = [t.name for t in tensors if "; no statistics of" in t.decision.reason]
     if fallen:

@@ -76,7 +76,9 @@ def decide(
             return f"{entry.name}: {entry.dtype} cannot be merged; use treatment copy or head."
     transpose = treatment is Treatment.MATRIX and _is_transposed(entry, config)
     stacked = treatment is Treatment.MATRIX and len(entry.shape) == 3 and default is not _CONV
-    parts = _parts(entry, split, transpose, stacked) if treatment is Treatment.MATRIX and split else ()
+    parts = (
+        _parts(entry, split, transpose, stacked) if treatment is Treatment.MATRIX and split else ()
+    )
     if isinstance(parts, str):
         return parts
     return Decision(treatment, reason, transpose, parts, stacked, scale)

@@ -111,7 +111,7 @@ def build_routed(
     )
     steps = accumulate if accumulate is not None else router == "discriminant"
     routing = Routing(names, router, steps, batch_first)
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     with open_experts(model, experts, base) as opened, torch.no_grad():
         for layer in chosen:
             entries = [

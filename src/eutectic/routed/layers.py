@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from eutectic.errors import RequestError
 from eutectic.routed.linear import RoutedAttention, RoutedLinear
 
-Kind = Literal["linear", "conv1d", "in_projection"]
+Kind = Literal["linear", "conv1d", "in_projection", "out_projection"]
 
 # Attention projections and the first matrix of the MLP, by the names of the common libraries.
 _DEFAULT = re.compile(
@@ -79,16 +79,17 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     inside_attention: set[str] = set()
     for path, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
-            inside_attention.add(f"{path}.out_proj")
             if module.in_proj_weight is not None:
+                inside_attention.add(f"{path}.out_proj")
                 rows, columns = module.in_proj_weight.shape
                 name = f"{path}.in_proj_weight"
                 found[name] = Layer(name, path, "in_projection", rows, columns)
-        elif path not in inside_attention and (kind := _kind(module)) is not None:
+        elif (kind := _kind(module)) is not None:
             weight = module.weight
             assert isinstance(weight, Tensor)
             if weight.is_floating_point():
                 rows, columns = (weight.mT if kind == "conv1d" else weight).shape
+                kind = "out_projection" if path in inside_attention else kind
                 name = f"{path}.weight"
                 found[name] = Layer(name, path, kind, rows, columns)
     return found
@@ -129,6 +130,13 @@ def choose_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> li
             f"no layer to route: {'none has a usual name' if patterns is None else patterns}.\n"
             f"Name layers by globs over parameter names. Layers: {shown} …"
         )
+    paths = {layer.path for layer in chosen}
+    for layer in chosen:
+        if layer.kind == "out_projection" and layer.path.rpartition(".")[0] not in paths:
+            raise RequestError(
+                f"'{layer.name}' can be routed only together with its in-projection, which torch "
+                "applies in one piece with it.\nAdd the in-projection, or leave this layer out."
+            )
     return chosen
 
 
@@ -148,7 +156,7 @@ def routed_costs(
     """
     chosen = choose_layers(model, layers)
     factors = nbytes = per_token = per_sample = routers = 0
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for layer in chosen:
         width = layer.out_features + layer.in_features
         thin = layer_rank(layer, rank)
@@ -163,7 +171,7 @@ def routed_costs(
         nbytes=nbytes + 4 * routers,
         multiply_adds_per_token=per_token,
         multiply_adds_per_sample=per_sample,
-        model_parameters=sum(p.numel() for p in parameters.values()),
+        model_parameters=sum(p.numel() for p in model.parameters()),
         model_multiply_adds_per_token=sum(
             layer.out_features * layer.in_features for layer in find_layers(model).values()
         ),

@@ -143,6 +143,11 @@ class Experts(nn.Module):
         return x.reshape(samples, rows // samples, x.shape[-1]), False
 
 
+# What torch.compiler.disable sets, without the seconds that importing the compiler takes: decisions
+# read context variables and dictionaries, which would be compiled anew for every layer.
+Experts.choose._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
 def _named(experts: tuple[int, ...], samples: int, device: torch.device, call: Call) -> Choice:
     if len(experts) == 1:
         return experts[0]

@@ -73,7 +73,8 @@ def open_experts(
     """
     if not experts:
         raise RequestError("a routed model needs at least one expert, got none.")
-    own = StateDictReader({n: p.detach() for n, p in model.named_parameters()}, "the model")
+    tensors = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
+    own = StateDictReader(tensors, "the model")
     names = list(own.entries)
     with ExitStack() as stack:
         opened: list[ExpertWeights] = []

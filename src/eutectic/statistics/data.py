@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -29,21 +29,18 @@ def open_batches(
 ) -> Iterable[Batch]:
     """Return batches of a data set for a loaded model; see `rows.read_rows` for sources.
 
-    A function that yields mappings of tensors is taken to yield ready batches.
+    A function that returns mappings of tensors is taken to yield ready batches.
 
     Raises:
         RequestError, StatisticsError, MissingExtraError: as `read_rows` and `EncodedRows`.
     """
     rows = read_rows(source, split=split, trust_code=trust_code)
-    if not isinstance(rows, Sequence) and not hasattr(rows, "__getitem__"):
-        rows = list(rows)
-    assert isinstance(rows, Sequence) or hasattr(rows, "__len__")
-    if len(rows) and _is_batch(rows[0]):  # pyright: ignore
+    if len(rows) and _is_batch(rows[0]):
         return rows
-    if max_examples is not None and len(rows) > max_examples:  # pyright: ignore
+    if max_examples is not None and len(rows) > max_examples:
         rows = list(islice(rows, max_examples))
     return EncodedRows(
-        rows,  # pyright: ignore[reportArgumentType]
+        rows,
         loaded.processor,
         loaded.task,
         columns,

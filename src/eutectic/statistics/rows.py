@@ -7,9 +7,9 @@ import importlib
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from eutectic.errors import MissingExtraError, RequestError, StatisticsError
 
@@ -20,14 +20,12 @@ _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _KNOWN = "*.jsonl, *.csv, *.tsv, *.parquet, a folder of images, a folder written by `datasets`"
 
 
-def read_rows(
-    source: str, *, split: str | None = None, trust_code: bool = False
-) -> Sequence[Row] | Iterable[Any]:
+def read_rows(source: str, *, split: str | None = None, trust_code: bool = False) -> Sequence[Any]:
     """Return the rows of a data set, column -> value.
 
     Args:
         source: a file or folder, by its ending and content; or `module:function`, called without
-            arguments, which returns rows or ready batches of tensors.
+            arguments, which returns all rows, or all batches as tensors.
         split: the split of a `datasets` folder that has several.
         trust_code: allow `module:function`, which runs code of that module.
 
@@ -57,7 +55,7 @@ def read_rows(
     return readers[path.suffix.lower()](path)
 
 
-def _call(source: str, trust_code: bool) -> Iterable[Any]:
+def _call(source: str, trust_code: bool) -> Sequence[Any]:
     if not trust_code:
         raise RequestError(
             f"'{source}' runs Python code of the module it names.\n"
@@ -68,7 +66,7 @@ def _call(source: str, trust_code: bool) -> Iterable[Any]:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise RequestError(f"'{source}' cannot be imported: {error}.") from error
-    return function()
+    return list(function())
 
 
 def _jsonl(path: Path) -> list[Row]:
@@ -132,12 +130,12 @@ def _saved_dataset(path: Path, split: str | None) -> Sequence[Row]:
     except (OSError, ValueError, KeyError) as error:
         raise StatisticsError(f"{path}: not a readable dataset ({error}).") from error
     if not isinstance(found, datasets.DatasetDict):
-        return found  # pyright: ignore[reportReturnType]
+        return cast(Sequence[Row], found)
     if split is None or split not in found:
         raise RequestError(
-            f"{path}: has the splits {', '.join(found)}; name one of them with --split."
+            f"{path}: has the splits {', '.join(map(str, found))}; name one of them with --split."
         )
-    return found[split]  # pyright: ignore[reportReturnType]
+    return cast(Sequence[Row], found[split])
 
 
 def _image_folder(path: Path) -> list[Row]:

@@ -1,0 +1,135 @@
+"""Jobs side by side under a memory limit.
+
+Guards: every job runs once; no more memory is admitted than allowed; a failure stops the rest, is
+raised as it is, and nothing hangs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eutectic.errors import CheckpointError, MissingExtraError, RecipeError
+from eutectic.execution.local import Job, run_jobs
+
+
+class Gauge:
+    """Notes how much memory running jobs hold together."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.held = self.peak = self.running = self.most = 0
+        self.ran: list[str] = []
+
+    def job(self, name: str, size: int, seconds: float = 1.0) -> Job:
+        def run(check: Callable[[], None]) -> None:
+            with self.lock:
+                self.held += size
+                self.running += 1
+                self.peak, self.most = max(self.peak, self.held), max(self.most, self.running)
+            threading.Event().wait(0.001)
+            check()
+            with self.lock:
+                self.held -= size
+                self.running -= 1
+                self.ran.append(name)
+
+        return Job(name, size, seconds, run)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.integers(0, 30), min_size=0, max_size=12), st.integers(1, 4), st.integers(10, 40)
+)
+def test_every_job_runs_once_and_memory_is_respected(
+    sizes: list[int], threads: int, memory: int
+) -> None:
+    gauge = Gauge()
+    told: list[str] = []
+    jobs = [gauge.job(f"j{i}", size, float(i % 3)) for i, size in enumerate(sizes)]
+    run_jobs(jobs, threads=threads, memory=memory, done=lambda job: told.append(job.name))
+    assert sorted(gauge.ran) == sorted(told) == sorted(job.name for job in jobs)
+    assert gauge.peak <= max([memory, *sizes])
+    assert gauge.most <= threads
+
+
+def test_longer_jobs_start_first() -> None:
+    gauge = Gauge()
+    jobs = [gauge.job("short", 1, 1.0), gauge.job("long", 1, 3.0), gauge.job("middle", 1, 2.0)]
+    run_jobs(jobs, threads=1, memory=10)
+    assert gauge.ran == ["long", "middle", "short"]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_first_error_stops_the_rest(threads: int) -> None:
+    gauge = Gauge()
+
+    def fail(check: Callable[[], None]) -> None:
+        raise CheckpointError("the file ends early")
+
+    jobs = [Job("bad", 1, 9.0, fail), *(gauge.job(f"j{i}", 1) for i in range(200))]
+    with pytest.raises(CheckpointError, match="bad: the file ends early"):
+        run_jobs(jobs, threads=threads, memory=2)
+    assert len(gauge.ran) < 200
+
+
+@pytest.mark.parametrize(
+    "error", [RecipeError(["one", "two"]), MissingExtraError("ray", "ray", "this"), ValueError("x")]
+)
+def test_errors_of_any_form_keep_their_kind_and_words(error: Exception) -> None:
+    text = str(error)
+
+    def fail(check: Callable[[], None]) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        run_jobs([Job("bad", 1, 1.0, fail)], threads=2, memory=1)
+    assert text in str(caught.value)
+
+
+def test_running_jobs_learn_that_another_failed() -> None:
+    entered = threading.Event()
+    stopped = threading.Event()
+
+    def endless(check: Callable[[], None]) -> None:
+        entered.set()
+        try:
+            while True:
+                check()
+                threading.Event().wait(0.001)
+        finally:
+            stopped.set()
+
+    def fail(check: Callable[[], None]) -> None:
+        assert entered.wait(30)
+        raise CheckpointError("gone")
+
+    with pytest.raises(CheckpointError):
+        run_jobs([Job("a", 1, 2.0, endless), Job("b", 1, 1.0, fail)], threads=2, memory=2)
+    assert stopped.is_set()
+
+
+def test_an_error_in_the_progress_report_is_raised() -> None:
+    def done(job: Job) -> None:
+        raise KeyError("broken bar")
+
+    with pytest.raises(KeyError):
+        run_jobs([Gauge().job("a", 1)], threads=1, memory=1, done=done)
+
+
+def test_jobs_compute_with_one_thread_and_the_setting_is_restored() -> None:
+    before = torch.get_num_threads()
+    seen: list[int] = []
+    torch.set_num_threads(2)
+    try:
+        job = Job("a", 1, 1.0, lambda check: seen.append(torch.get_num_threads()))
+        run_jobs([job], threads=1, memory=1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1]

@@ -1,0 +1,172 @@
+"""Routed models keep their identities on every architecture: oracle, mixed batches, padding."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+
+import pytest
+import torch
+from torch import nn
+
+from eutectic.routed import build_routed, routing, routing_accuracy
+
+from .world import EXPERTS, WORLDS, World, counted, output, single
+
+FULL = 64
+IN_TORCH = ["*in_proj_weight", "*linear?.weight"]
+LAYERS = {"torch": IN_TORCH, "torch_sequence_first": IN_TORCH}
+
+
+@cache
+def built(kind: str, rank: int = 4, router: str = "discriminant") -> tuple[World, nn.Module]:
+    world = WORLDS[kind]()
+    routed = build_routed(
+        world.merged,
+        world.state_dicts(),
+        world.statistics(),
+        world.statistics(of_merged=True),
+        rank=rank,
+        router=router,  # type: ignore[arg-type]
+        layers=LAYERS.get(kind, ["*"]),
+    )
+    return world, routed
+
+
+@pytest.mark.parametrize("kind", list(WORLDS))
+def test_oracle_routing_at_full_rank_reproduces_every_expert(kind: str):
+    world, routed = built(kind, FULL)
+    batch = world.mixed()
+    for name, expert in world.experts.items():
+        # Biases and norms are the merged model's, equal to the experts' here; so are embeddings.
+        with routing(routed, mode="oracle", expert=name):
+            y = counted(routed, batch)
+        expected = counted(expert, batch)
+        assert not torch.allclose(expected, counted(world.merged, batch), atol=1e-3)
+        torch.testing.assert_close(y, expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", list(WORLDS))
+def test_base_mode_is_the_merged_model(kind: str):
+    world, routed = built(kind)
+    batch = world.mixed()
+    with routing(routed, mode="base"):
+        y = counted(routed, batch)
+    torch.testing.assert_close(y, counted(world.merged, batch), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["route", "soft", "vote"])
+@pytest.mark.parametrize("kind", list(WORLDS))
+def test_a_mixed_padded_batch_equals_its_samples_alone(kind: str, mode: str):
+    world, routed = built(kind)
+    batch = world.mixed()
+    with routing(routed, mode=mode, record=True) as together:  # type: ignore[arg-type]
+        y = counted(routed, batch)
+    with routing(routed, mode=mode, record=True) as alone:  # type: ignore[arg-type]
+        expected = torch.cat([counted(routed, sample) for sample in single(batch)])
+    assert len({int(i) for i in torch.cat(list(together.values()))}) > 1
+    assert together.keys() == alone.keys()
+    for layer in together:
+        assert torch.equal(together[layer], alone[layer]), layer
+    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "torch", "torch_sequence_first"])
+def test_what_stands_in_the_padding_changes_nothing(kind: str):
+    world, routed = built(kind)
+    batch = world.mixed()
+    other = copy.deepcopy(batch)
+    other["input_ids"][batch["attention_mask"] == 0] = 39
+    torch.testing.assert_close(
+        counted(routed, other), counted(routed, batch), atol=1e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", list(WORLDS))
+def test_the_discriminant_router_finds_the_task(kind: str):
+    world, routed = built(kind)
+    with routing(routed, record=True) as decisions:
+        output(routed, world.mixed(30))
+    # Every architecture has a first layer whose inputs tell the tasks apart.
+    table = routing_accuracy(decisions, world.labels(30))
+    assert max(table.values()) > 0.9
+    assert len(table) == sum(1 for _ in decisions)
+
+
+@pytest.mark.parametrize("kind", list(WORLDS))
+def test_oracle_per_sample_equals_oracle_per_batch(kind: str):
+    world, routed = built(kind)
+    batch = world.mixed(2)
+    names = [EXPERTS[i] for i in world.labels(2)]
+    with routing(routed, mode="oracle", expert=names):
+        mixed = output(routed, batch)
+    for t, name in enumerate(EXPERTS):
+        with routing(routed, mode="oracle", expert=name):
+            alone = output(routed, batch)
+        rows = [n for n, label in enumerate(world.labels(2)) if label == t]
+        torch.testing.assert_close(mixed[rows], alone[rows], atol=1e-5, rtol=1e-4)
+
+
+def test_sharp_soft_routing_is_routing():
+    world, routed = built("bert")
+    batch = world.mixed()
+    with routing(routed, mode="soft", temperature=1e-6):
+        soft = counted(routed, batch)
+    torch.testing.assert_close(soft, counted(routed, batch), atol=1e-6, rtol=1e-5)
+
+
+def test_a_named_layer_votes_for_the_network():
+    world, routed = built("bert")
+    layer = "encoder.layer.0.intermediate.dense.weight"
+    batch = world.mixed()
+    with routing(routed, mode="base", record=True) as base:
+        output(routed, batch)
+    with routing(routed, mode="vote", layer=layer, record=True) as vote:
+        output(routed, batch)
+    assert all(torch.equal(chosen, base[layer]) for chosen in vote.values())
+
+
+def test_decisions_of_several_batches_are_joined():
+    world, routed = built("bert")
+    first, second = world.mixed(2), world.mixed(3, seed=7)
+    with routing(routed, record=True) as decisions:
+        output(routed, first)
+        output(routed, second)
+    assert {len(v) for v in decisions.values()} == {15}
+
+
+def test_autocast_and_bfloat16_stay_near():
+    world, routed = built("bert")
+    batch = world.mixed()
+    with routing(routed, mode="oracle", expert="b"):
+        exact = counted(routed, batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = counted(routed, batch)
+        half = copy.deepcopy(routed).to(torch.bfloat16)
+        with routing(half, mode="oracle", expert="b"):
+            low = counted(half, batch)
+    assert float((mixed.float() - exact).norm() / exact.norm()) < 0.03
+    assert float((low.float() - exact).norm() / exact.norm()) < 0.03
+    routers = [b for n, b in half.named_buffers() if ".router." in n]
+    assert routers and all(b.dtype == torch.float32 for b in routers)
+
+
+def test_gradients_flow_through_routed_layers():
+    world, routed = built("bert")
+    model = copy.deepcopy(routed)
+    weight = model.get_submodule("encoder.layer.0.attention.self.query").weight
+    model(**world.mixed()).last_hidden_state.square().mean().backward()
+    assert weight.grad is not None and float(weight.grad.abs().sum()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_models_agree():
+    world, routed = built("bert")
+    batch = world.mixed()
+    compiled = torch.compile(routed, backend="eager")
+    for mode in ("route", "base"):
+        with routing(routed, mode=mode):  # type: ignore[arg-type]
+            torch.testing.assert_close(
+                counted(compiled, batch), counted(routed, batch), atol=1e-5, rtol=1e-4
+            )

@@ -1,0 +1,225 @@
+"""Guards `eutectic collect` from end to end, on small checkpoints with real tokenizers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as hf
+import typer
+from tiny_models import assert_near, assert_same, bert, t5
+from tokenizers import Tokenizer, models, pre_tokenizers
+from typer.testing import CliRunner
+
+from eutectic.checkpoint.index import open_index
+from eutectic.checkpoint.reader import CheckpointReader
+from eutectic.cli.collect import collect as command
+from eutectic.statistics import collect, load_statistics
+
+# peft asks transformers by a name that is going away.
+OLD_NAMES = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghij"]
+TEXTS = ["a b c", "d", "e f g h", "b b", "c i j"]
+QUERY = "bert.encoder.layer.0.attention.self.query.weight"
+
+
+def run(*words: Any, code: int = 0) -> Any:
+    app = typer.Typer()
+    app.command()(command)
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output + result.stderr
+    return result
+
+
+def tokenizer() -> hf.PreTrainedTokenizerFast:
+    model = models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
+    core = Tokenizer(model)
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return hf.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]")
+
+
+@pytest.fixture
+def expert(tmp_path: Path) -> Path:
+    bert().save_pretrained(tmp_path / "expert")
+    tokenizer().save_pretrained(tmp_path / "expert")
+    return tmp_path / "expert"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "proxy.jsonl"
+    rows = [{"text": text, "label": i % 3} for i, text in enumerate(TEXTS)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_a_checkpoint_and_its_data(expert: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.stats.safetensors"
+    result = run(expert, "--data", data, "-o", output, "--fisher", "--batch-size", 2, "--json")
+    report = json.loads(result.stdout)
+    assert report["examples"] == 5 and report["unseen"] == []
+
+    found = load_statistics(output)
+    assert found[QUERY].count == sum(len(text.split()) for text in TEXTS)
+    assert found.fingerprint == CheckpointReader(open_index(expert)).fingerprint()
+    assert found[QUERY].fisher_diagonal is not None
+    batches = [
+        {**tokenizer()(text, return_tensors="pt"), "labels": torch.tensor([i % 3])}
+        for i, text in enumerate(TEXTS)
+    ]
+    assert_same(collect(bert(), batches, fisher=True), found, 1e-5)
+
+
+def test_a_person_reads_a_table(expert: Path, data: Path, tmp_path: Path) -> None:
+    result = run(expert, "--data", data, "-o", tmp_path / "x.safetensors", "--layers", "*query*")
+    assert "examples" in result.stdout and "written" in result.stdout
+    assert set(load_statistics(tmp_path / "x.safetensors").names) == {
+        QUERY,
+        QUERY.replace("0", "1"),
+    }
+
+
+def test_adding_with_and_without_collecting(expert: Path, data: Path, tmp_path: Path) -> None:
+    lines = data.read_text().splitlines()
+    parts = [tmp_path / "p0.jsonl", tmp_path / "p1.jsonl"]
+    parts[0].write_text("\n".join(lines[:2]))
+    parts[1].write_text("\n".join(lines[2:]))
+    first, second, whole = (tmp_path / f"{n}.safetensors" for n in "abc")
+    run(expert, "--data", parts[0], "-o", first)
+    run(expert, "--data", parts[1], "-o", second)
+    run(expert, "--data", data, "-o", whole)
+    run("--add", first, "--add", second, "-o", tmp_path / "sum.safetensors")
+    run(expert, "--data", parts[1], "--add", first, "-o", tmp_path / "both.safetensors")
+    for name in ("sum", "both"):
+        assert_same(load_statistics(whole), load_statistics(tmp_path / f"{name}.safetensors"), 1e-5)
+    assert not list(tmp_path.glob("*.collected*"))
+    result = run("--add", first, "--add", whole, "-o", tmp_path / "twice.safetensors", code=1)
+    assert "shares 2 of its 5 examples" in result.stderr
+
+
+@OLD_NAMES
+def test_a_lora_adapter_is_named_after_its_base(expert: Path, data: Path, tmp_path: Path) -> None:
+    base = bert()
+    config = peft.LoraConfig(r=2, target_modules=["query", "value"], init_lora_weights=False)
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(base, config)
+    adapted.save_pretrained(tmp_path / "lora")
+    output = tmp_path / "x.safetensors"
+    words = [tmp_path / "lora", "--data", data, "-o", output]
+    assert "--base" in run(*words, code=2).stderr
+    run(*words, "--base", expert, "--output-gradients")
+    found = load_statistics(output)
+    plain = hf.AutoModelForSequenceClassification.from_pretrained(expert)
+    assert set(found.names) == {n for n, m in named_linear(plain)}
+
+    merged = peft.PeftModel.from_pretrained(plain, str(tmp_path / "lora")).merge_and_unload()
+    batch = tokenizer()(TEXTS, padding=True, return_tensors="pt")
+    batch = {**batch, "labels": torch.arange(5) % 3}
+    expected = collect(merged, [batch], output_gradients=True)
+    assert_same(expected, found, 2e-5)
+
+
+def named_linear(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    return [
+        (f"{name}.weight", m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)
+    ]
+
+
+@OLD_NAMES
+def test_ia3_vectors_have_a_block_fisher() -> None:
+    model = t5()
+    config = peft.IA3Config(
+        task_type="SEQ_2_SEQ_LM",
+        target_modules=["k", "v", "wo"],
+        feedforward_modules=["wo"],
+        init_ia3_weights=True,
+    )
+    adapted = peft.get_peft_model(model, config)
+    batch = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 0]]), "labels": torch.tensor([[4], [5]])}
+    batch["attention_mask"] = (batch["input_ids"] > 0).long()
+    found = collect(adapted, [batch], grams=False, block_fisher=True, layers=["*ia3_l"])
+    name = "encoder.block.0.layer.0.SelfAttention.k.ia3_l"
+    assert len(found) == 2 * 3 + 2 * 5
+    gradients = []
+    for i in range(2):
+        adapted.zero_grad()
+        adapted(**{k: v[i : i + 1] for k, v in batch.items()}).loss.backward()
+        (vector,) = (
+            p for n, p in adapted.named_parameters() if n.startswith(f"base_model.model.{name}")
+        )
+        gradients.append(vector.grad.flatten().double().clone())
+    stack = torch.stack(gradients)
+    assert_near(found[name].block_fisher, stack.T @ stack, 1e-5)
+    assert found[name].sample_count == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["-o", "x"], 2, "name a CHECKPOINT and its --data"),
+        (["EXPERT", "-o", "x"], 2, "no data to run it on"),
+        (["EXPERT", "-o", "x", "--data", "DATA", "--task", "poetry"], 2, "unknown task 'poetry'"),
+        (["EXPERT", "-o", "x", "--data", "DATA", "--base", "EXPERT"], 2, "--base is for adapters"),
+        (["nowhere", "-o", "x", "--data", "DATA"], 1, "nowhere"),
+        (["EXPERT", "-o", "no/where/x", "--data", "DATA"], 1, "no folder"),
+        (["EXPERT", "-o", "x", "--data", "DATA", "--memory", "1KB"], 2, "more than the"),
+        (["EXPERT", "-o", "x", "--data", "DATA", "--labels", "mine"], 2, "labels must be one of"),
+    ],
+)
+def test_errors_in_a_few_lines(
+    expert: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"EXPERT": expert, "DATA": data}
+    result = run(*[names.get(word, word) for word in words], code=code)
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 4
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_causal_model_and_an_encoder_decoder(tmp_path: Path) -> None:
+    from tiny_models import gpt2
+
+    for name, model in (("gpt2", gpt2()), ("t5", t5())):
+        model.save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+    (tmp_path / "x.csv").write_text("text,source,target\na b c,a b,d\nd,d e f,g h\n")
+    for name, layer, count in (
+        ("gpt2", "transformer.h.0.attn.c_attn.weight", 4),
+        ("t5", "decoder.block.1.layer.2.DenseReluDense.wo.weight", 3),
+    ):
+        output = tmp_path / f"{name}.safetensors"
+        run(tmp_path / name, "--data", tmp_path / "x.csv", "-o", output, "--output-gradients")
+        found = load_statistics(output)
+        assert found[layer].count == count
+        assert found[layer].output_gradient_gram is not None
+
+
+def test_images(tmp_path: Path) -> None:
+    from PIL import Image
+
+    config = hf.ViTConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        image_size=8, patch_size=4, label2id={"cat": 0, "dog": 1}, id2label={0: "cat", 1: "dog"},
+    )  # fmt: skip
+    hf.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    hf.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    for name, color in (("cat/a.png", "red"), ("dog/b.png", "blue"), ("dog/c.png", "green")):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (10, 9), color).save(tmp_path / "images" / name)
+    output = tmp_path / "x.safetensors"
+    run(tmp_path / "vit", "--data", tmp_path / "images", "-o", output, "--output-gradients")
+    found = load_statistics(output)
+    layers = [n for n in found if found.provenance["layers"][n]["shape"] == [24, 16]]
+    assert len(layers) == 1 and found[layers[0]].count == 3 * 5
+    assert found["classifier.weight"].count == 3

@@ -1,0 +1,186 @@
+"""Guards data for the command line: every format gives the same rows, faults name their place."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from eutectic.errors import RequestError, StatisticsError
+from eutectic.statistics.encode import Columns, EncodedRows
+from eutectic.statistics.rows import read_rows
+
+ROWS = [{"text": "one,\u2028two", "label": "a"}, {"text": 'three "four"', "label": "b"}]
+
+
+def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
+    import datasets
+    import pandas
+
+    frame = pandas.DataFrame(ROWS)
+    lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
+    (tmp_path / "x.jsonl").write_text("\n".join([*lines, "", ""]), encoding="utf-8")
+    frame.to_csv(tmp_path / "x.csv", index=False)
+    frame.to_csv(tmp_path / "x.tsv", index=False, sep="\t")
+    frame.to_parquet(tmp_path / "x.parquet")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
+    splits.save_to_disk(tmp_path / "splits")
+
+    for name in ("x.jsonl", "x.csv", "x.tsv", "x.parquet", "saved"):
+        assert list(read_rows(str(tmp_path / name))) == ROWS, name
+    assert list(read_rows(str(tmp_path / "splits"), split="train")) == ROWS
+    with pytest.raises(RequestError, match="splits train; name one"):
+        read_rows(str(tmp_path / "splits"))
+
+
+def test_images_are_labelled_by_their_folder(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for name in ("cat/b.png", "cat/a.jpg", "dog/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    rows = read_rows(str(tmp_path))
+    assert [(r["image"].name, r["label"]) for r in rows] == [
+        ("a.jpg", "cat"),
+        ("b.png", "cat"),
+        ("c.png", "dog"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", '{"text": "a"}\n{"text": ', "line 2: not valid JSON"),
+        ("x.jsonl", "[1]\n", "line 1: not a JSON object"),
+        ("x.csv", "text,label\na,b\nc\n", "line 3: not the 2 columns"),
+        ("x.csv", "text,label\na,b,c\n", "line 2: not the 2 columns"),
+        ("x.csv", 'text\n"a\n', "line 1: unexpected end"),
+        ("x.parquet", "no parquet", "not a readable parquet file"),
+        ("x.csv", b"text\n\xff\xfe", "cannot be read"),
+    ],
+)
+def test_damaged_files_name_their_line(
+    tmp_path: Path, name: str, content: str | bytes, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(StatisticsError, match=message):
+        read_rows(str(path))
+
+
+def test_unknown_and_missing_data(tmp_path: Path) -> None:
+    (tmp_path / "x.xlsx").write_text("?")
+    with pytest.raises(RequestError, match=r"unknown kind of data '\.xlsx'"):
+        read_rows(str(tmp_path / "x.xlsx"))
+    with pytest.raises(StatisticsError, match="no such file"):
+        read_rows(str(tmp_path / "nothing.csv"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StatisticsError, match="holds no images"):
+        read_rows(str(tmp_path / "empty"))
+
+
+def test_code_runs_only_when_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "proxy_rows_module.py").write_text(
+        "raise_if_imported = True\ndef rows():\n    yield {'text': 'a'}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RequestError, match="--trust-code"):
+        read_rows("proxy_rows_module:rows")
+    assert "proxy_rows_module" not in sys.modules
+    assert read_rows("proxy_rows_module:rows", trust_code=True) == [{"text": "a"}]
+    with pytest.raises(RequestError, match="cannot be imported"):
+        read_rows("proxy_rows_module:others", trust_code=True)
+
+
+def fake_tokenizer(texts: Any = None, **options: Any) -> dict[str, torch.Tensor]:
+    """Splits at spaces; a token's id is its length."""
+    texts = options.get("text_target") if texts is None else texts
+    pairs = options.get("text_pair") or [""] * len(texts)
+    ids = [[len(w) for w in f"{t} {p}".split()] for t, p in zip(texts, pairs, strict=True)]
+    width = max(map(len, ids))
+    tensor = torch.tensor([row + [0] * (width - len(row)) for row in ids])
+    return {"input_ids": tensor, "attention_mask": (tensor > 0).long()}
+
+
+def encoded(rows: list[dict[str, Any]], task: str, **columns: str) -> EncodedRows:
+    return EncodedRows(
+        rows, fake_tokenizer, task, Columns(**columns), 2, 8, {"bad": 0, "good": 1}
+    )  # fmt: skip  # pyright: ignore[reportArgumentType]
+
+
+def test_batches_can_be_read_again_and_keep_their_order() -> None:
+    data = encoded([{"text": "a " * n, "label": 1} for n in (1, 2, 3)], "text-classification")
+    first, again = list(data), list(data)
+    assert len(data) == len(first) == 2
+    assert [b["input_ids"].shape[1] for b in first] == [2, 3]
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(first, again, strict=True) for k in a)
+
+
+def test_labels_by_name_index_or_number() -> None:
+    rows = [{"text": "a", "label": value} for value in ("good", 0)]
+    (batch,) = encoded(rows, "text-classification")
+    assert batch["labels"].tolist() == [1, 0]
+    (batch,) = encoded([{"text": "a", "label": "0.5"}], "text-classification")
+    assert batch["labels"].dtype == torch.float32
+    with pytest.raises(StatisticsError, match="row 1: the model knows no label 'ugly'.*\n.*bad"):
+        list(encoded([{"text": "a", "label": "ugly"}], "text-classification"))
+    (batch,) = encoded(rows, "feature-extraction")
+    assert "labels" not in batch
+
+
+def test_targets_at_padding_are_ignored() -> None:
+    rows = [{"source": "a b", "target": "c d e"}, {"source": "a", "target": "f"}]
+    (batch,) = encoded(rows, "seq2seq")
+    assert batch["labels"].tolist() == [[1, 1, 1], [1, -100, -100]]
+    (batch,) = encoded([{"text": "a b"}, {"text": "a"}], "causal-lm")
+    assert batch["labels"].tolist() == [[1, 1], [1, -100]]
+
+
+def test_pairs_and_columns_of_other_names() -> None:
+    rows = [{"premise": "a", "hypothesis": "b c", "gold": 1}]
+    names = {"text": "premise", "text_pair": "hypothesis", "label": "gold"}
+    (batch,) = encoded(rows, "text-classification", **names)
+    assert batch["input_ids"].shape == (1, 3) and batch["labels"].tolist() == [1]
+    with pytest.raises(RequestError, match="row 1 has no column 'text'.*premise.*\n.*--text"):
+        list(encoded(rows, "text-classification"))
+    ragged = [{"text": "a"}, {"text": "a"}, {"other": "b"}]
+    with pytest.raises(RequestError, match="row 3 has no column 'text'"):
+        list(encoded(ragged, "causal-lm"))
+
+
+def test_images_are_opened_and_faults_named(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("no image")
+
+    def processor(images: list[Any], return_tensors: str) -> dict[str, torch.Tensor]:
+        assert all(image.mode == "RGB" for image in images)
+        return {"pixel_values": torch.zeros(len(images), 3, 4, 4)}
+
+    def data(name: str) -> EncodedRows:
+        rows = [{"image": tmp_path / name, "label": "good"}]
+        columns = Columns()
+        return EncodedRows(rows, processor, "image-classification", columns, 2, 8, {"good": 1})
+
+    (batch,) = data("a.png")
+    assert batch["pixel_values"].shape == (1, 3, 4, 4) and batch["labels"].tolist() == [1]
+    with pytest.raises(StatisticsError, match=r"b\.png: not a readable image"):
+        list(data("b.png"))
+
+
+def test_ready_batches_of_a_function_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    from eutectic.statistics.data import open_batches
+
+    batches = [{"x": torch.ones(1, 2)}]
+    monkeypatch.setitem(sys.modules, "ready", SimpleNamespace(make=lambda: batches))
+    loaded: Any = SimpleNamespace(processor=None, model=None, task="causal-lm", label_ids={})
+    found = open_batches("ready:make", loaded, columns=Columns(), batch_size=2, trust_code=True)
+    assert list(found) == batches

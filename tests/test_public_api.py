@@ -1,0 +1,62 @@
+"""Guards the public names: none is lost, none is added by accident, and importing stays cheap."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import eutectic
+
+NAMES = [
+    "EutecticError",
+    "LayerStatistics",
+    "MergeReport",
+    "Merged",
+    "Treatment",
+    "build_routed",
+    "collect",
+    "load_routed",
+    "load_statistics",
+    "merge",
+    "merge_matrices",
+    "merge_state_dicts",
+    "methods",
+    "routing",
+]
+
+
+def test_all_is_locked():
+    assert eutectic.__all__ == NAMES
+    assert set(NAMES) <= set(dir(eutectic))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_can_be_imported(name):
+    assert getattr(eutectic, name).__doc__
+
+
+def test_other_names_are_refused():
+    with pytest.raises(AttributeError, match="module 'eutectic' has no attribute 'merg'"):
+        _ = eutectic.merg
+
+
+def test_the_version_is_the_packages():
+    from importlib.metadata import version
+
+    assert eutectic.__version__ == version("eutectic")
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import eutectic", ["torch", "transformers", "numpy", "pydantic"]),
+        ("import eutectic; eutectic.merge_matrices", ["transformers", "peft"]),
+        ("import eutectic; eutectic.merge", ["transformers", "peft", "datasets", "ray"]),
+    ],
+)
+def test_what_an_import_leaves_alone(code, absent):
+    check = f"{code}\nimport sys\nprint([name for name in {absent!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stderr
