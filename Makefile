@@ -60,7 +60,7 @@ bench-kernels: $(INSTALLED)
 	$(BIN)/python benchmarks/essential.py
 
 docs: $(INSTALLED_DOCS)
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf build dist demo-output .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -59,11 +59,13 @@ def by_svd(deltas: Tensor, inputs: Tensor) -> Tensor:
 
 
 def flattened(matrix: Tensor) -> Tensor:
+    """Return mean(σ) · U Vᵀ."""
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
     return S.mean() * (U @ Vh)
 
 
 def main() -> None:
+    """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)

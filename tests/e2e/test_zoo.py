@@ -19,8 +19,6 @@ import eutectic
 from helpers.folders import load
 from helpers.models import ZOO, forward, make_model, save_family
 
-pytest.importorskip("transformers")
-
 LAYOUTS = {"float32": (torch.float32, None), "bfloat16, sharded": (torch.bfloat16, "8KB")}
 
 # name pattern -> treatment; every pattern must match some tensor of the saved model.

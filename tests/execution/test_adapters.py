@@ -66,7 +66,7 @@ def family(
     adapters = {f"e{i}": folder / f"adapter{i}" for i in range(3)}
     full = {f"e{i}": folder / f"full{i}" for i in range(3)}
     for i, name in enumerate(adapters):
-        model = get_peft_model(make_model(kind), LoraConfig(**settings))
+        model: Any = get_peft_model(make_model(kind), LoraConfig(**settings))
         generator = torch.Generator().manual_seed(50 + i)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -119,9 +119,7 @@ def _assert_same_merge(
     base: Path, adapters: dict[str, Path], full: dict[str, Path], method: str, folder: Path
 ) -> None:
     for output, experts in (("by-adapter", adapters), ("by-checkpoint", full)):
-        eutectic.merge(
-            base=base, experts=experts, method=method, scale=0.6, output=folder / output
-        )
+        eutectic.merge(base=base, experts=experts, method=method, scale=0.6, output=folder / output)
     ours, theirs = load(folder / "by-adapter"), load(folder / "by-checkpoint")
     assert set(ours) == set(theirs)
     for name in theirs:

@@ -20,7 +20,7 @@ from eutectic.execution import compute, stages
 from helpers.folders import Tensors, make_base, make_expert
 from helpers.merging import merge_files
 
-ISO = {"method": "iso_c", "scale": 0.7}
+ISO: dict[str, Any] = {"method": "iso_c", "scale": 0.7}
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -211,7 +211,7 @@ def test_a_threshold_over_the_model_counts_a_missing_tensor_as_unchanged(tmp_pat
     base = {"w": randn(6, 5), "v": randn(9)}
     experts = family(base)
     del experts["e1"]["w"]
-    options = {"method": "ties", "scope": "model", "density": 1.0}
+    options: dict[str, Any] = {"method": "ties", "scope": "model", "density": 1.0}
     merged, _ = merge_files(tmp_path / "base", base, experts, **options, missing="base")
     stack = deltas(base, experts, "v")
     elected = stack.sum(0).sign()
@@ -272,9 +272,7 @@ def test_an_overflow_of_the_output_type_is_not_written_silently(tmp_path: Path) 
     base = {"w": torch.full((4, 4), 60000.0)}
     experts = {"a": {"w": torch.full((4, 4), 64000.0)}, "b": {"w": torch.full((4, 4), 64000.0)}}
     with pytest.raises(EutecticError, match=r"w: .*float16"):
-        merge_files(
-            tmp_path, base, experts, method="task_arithmetic", scale=1.0, dtype="float16"
-        )
+        merge_files(tmp_path, base, experts, method="task_arithmetic", scale=1.0, dtype="float16")
 
 
 @pytest.mark.parametrize("method", ["average", "linear", "task_arithmetic", "iso_c"])
@@ -311,7 +309,7 @@ def test_chunks_do_not_change_a_byte(
     base = {name: w.to(dtype) for name, w in make_base(width=24).items() if w.is_floating_point()}
     others = family(base, experts)
     weights = {name: 0.3 + 0.1 * i for i, name in enumerate(others)}
-    options = {"method": method, "scale": 0.9, "weights": weights, **parameters}
+    options: dict[str, Any] = {"method": method, "scale": 0.9, "weights": weights, **parameters}
     whole = eutectic.merge_state_dicts(base, others, **options)
     for size in (37, 256):
         monkeypatch.setattr(compute, "CHUNK", size)

@@ -124,10 +124,9 @@ def test_the_output_type_reaches_heads_and_configs(tmp_path: Path) -> None:
 
 
 def _save_bert(folder: Path, sharded: bool) -> tuple[Path, dict[str, Path]]:
-    from transformers import BertConfig, BertForSequenceClassification, BertModel
-
     from helpers.models import perturb
 
+    library: Any = pytest.importorskip("transformers")
     options: dict[str, Any] = {"max_shard_size": "8KB"} if sharded else {}
     sizes: dict[str, Any] = {
         "vocab_size": 40,
@@ -138,11 +137,12 @@ def _save_bert(folder: Path, sharded: bool) -> tuple[Path, dict[str, Path]]:
         "max_position_embeddings": 24,
     }
     torch.manual_seed(0)
-    base = BertModel(BertConfig(**sizes))
+    base = library.BertModel(library.BertConfig(**sizes))
     base.save_pretrained(folder / "base", **options)
     paths: dict[str, Path] = {}
     for i, labels in enumerate((2, 4)):
-        expert = BertForSequenceClassification(BertConfig(**sizes, num_labels=labels))
+        config = library.BertConfig(**sizes, num_labels=labels)
+        expert = library.BertForSequenceClassification(config)
         expert.bert.load_state_dict(base.state_dict())
         perturb(expert, 7 + i)
         paths[f"e{labels}"] = folder / f"e{labels}"
@@ -151,22 +151,22 @@ def _save_bert(folder: Path, sharded: bool) -> tuple[Path, dict[str, Path]]:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_classifiers_over_a_bare_encoder_load_in_transformers(sharded: bool, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
-    from transformers import BertForSequenceClassification, BertModel
-
+def test_classifiers_over_a_bare_encoder_load_in_transformers(
+    sharded: bool, tmp_path: Path
+) -> None:
+    library: Any = pytest.importorskip("transformers")
     base, experts = _save_bert(tmp_path, sharded)
     output = tmp_path / "merged"
     report = eutectic.merge(base=base, experts=experts, method="iso_c", output=output)
     assert any("prefix 'bert.'" in note for note in report.notes)
-    body, info = BertModel.from_pretrained(output, output_loading_info=True)
+    body, info = library.BertModel.from_pretrained(output, output_loading_info=True)
     assert not {k: v for k, v in info.items() if v}
     for name, path in experts.items():
-        model, info = BertForSequenceClassification.from_pretrained(
+        model, info = library.BertForSequenceClassification.from_pretrained(
             output / "experts" / name, output_loading_info=True
         )
         assert not {k: v for k, v in info.items() if v}
-        own = BertForSequenceClassification.from_pretrained(path)
+        own = library.BertForSequenceClassification.from_pretrained(path)
         assert model.config.num_labels == own.config.num_labels
         assert torch.equal(model.classifier.weight, own.classifier.weight)
         assert torch.equal(model.classifier.bias, own.classifier.bias)

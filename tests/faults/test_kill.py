@@ -77,7 +77,7 @@ def wait_for_journal(process: subprocess.Popen[str], output: Path) -> None:
     journal = str(partial(output) / JOURNAL)
     while process.poll() is None:
         try:
-            opened = [os.readlink(p) for p in Path(f"/proc/{process.pid}/fd").iterdir()]
+            opened = [str(p.readlink()) for p in Path(f"/proc/{process.pid}/fd").iterdir()]
         except OSError:
             continue  # a descriptor was closed, or the process ended, while looking
         if journal in opened:
@@ -253,7 +253,7 @@ def test_the_number_of_threads_changes_no_byte(method: str, inputs: Path, tmp_pa
     found = []
     for threads in (1, 2, 4):
         output = tmp_path / f"{threads}/merged"
-        request = {**options(inputs), "precision": "fast", "method": method, **more}
+        request: dict[str, Any] = {**options(inputs), "precision": "fast", "method": method, **more}
         eutectic.merge(**request, output=output, threads=threads)
         found.append(digests(output))
     assert found[0] == found[1] == found[2]

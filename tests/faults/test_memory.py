@@ -17,7 +17,7 @@ SLACK = 300_000_000
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["average", "ties", "iso_c", "tsv_m"])
+@pytest.mark.parametrize("method", ["average", "ties", "iso_c"])
 def test_peak_memory_stays_under_the_plan(method: str, large: Path) -> None:
     experts = [f"{name}={large / name}" for name in "abc"]
     request = ["--base", large / "base", "-m", method, "--threads", 2, "--json", *experts]
@@ -30,15 +30,16 @@ def test_peak_memory_stays_under_the_plan(method: str, large: Path) -> None:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base and three experts of 67 MB each, one of whose tensors makes up half."""
+    """A base and three experts of 134 MB each, so that reading them whole would show."""
     folder = tmp_path_factory.mktemp("large")
     generator = torch.Generator().manual_seed(0)
-    shapes = {"embed.weight": (8192, 1024), **{f"w{i}.weight": (1024, 1024) for i in range(8)}}
+    shapes = {"embed.weight": (24576, 1024), **{f"w{i}.weight": (1024, 1024) for i in range(8)}}
     base = {n: torch.randn(s, generator=generator) for n, s in shapes.items()}
     save(folder / "base", base)
     for i, name in enumerate("abc"):
         noise = torch.Generator().manual_seed(i + 1)
         save(
-            folder / name, {n: w + 0.1 * torch.randn(w.shape, generator=noise) for n, w in base.items()}
+            folder / name,
+            {n: w + 0.1 * torch.randn(w.shape, generator=noise) for n, w in base.items()},
         )
     return folder

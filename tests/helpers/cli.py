@@ -24,4 +24,6 @@ def invoke(*words: object) -> Answer:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert "Traceback" not in result.stderr
-    return Answer(result.exit_code, " ".join(result.stdout.split()), " ".join(result.stderr.split()))
+    return Answer(
+        result.exit_code, " ".join(result.stdout.split()), " ".join(result.stderr.split())
+    )

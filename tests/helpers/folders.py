@@ -47,7 +47,9 @@ def make_expert(base: Mapping[str, Tensor], seed: int, size: float = 0.1) -> Ten
     }
 
 
-def save(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> Path:
+def save(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
+) -> Path:
     """Save one safetensors file and a config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: t.contiguous() for name, t in tensors.items()}

@@ -6,36 +6,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-Model = Any  # transformers has no stubs for what a test needs of a PreTrainedModel
+# Typed as Any: transformers' own types know less than these calls need.
+Model = Any
+hf: Any = pytest.importorskip("transformers")
 
 
 def _bert() -> Model:
-    from transformers import BertConfig, BertForMaskedLM
-
-    return BertForMaskedLM(BertConfig(**_ENCODER, max_position_embeddings=24))
+    return hf.BertForMaskedLM(hf.BertConfig(**_ENCODER, max_position_embeddings=24))
 
 
 def _roberta() -> Model:
-    from transformers import RobertaConfig, RobertaForMaskedLM
-
-    return RobertaForMaskedLM(RobertaConfig(**_ENCODER, max_position_embeddings=24))
+    return hf.RobertaForMaskedLM(hf.RobertaConfig(**_ENCODER, max_position_embeddings=24))
 
 
 def _distilbert() -> Model:
-    from transformers import DistilBertConfig, DistilBertForMaskedLM
-
-    config = DistilBertConfig(
+    config = hf.DistilBertConfig(
         vocab_size=40, dim=16, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=24
     )
-    return DistilBertForMaskedLM(config)
+    return hf.DistilBertForMaskedLM(config)
 
 
 def _t5(feed_forward: str, tied: bool) -> Model:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(
+    config = hf.T5Config(
         vocab_size=40,
         d_model=16,
         d_kv=8,
@@ -46,25 +41,21 @@ def _t5(feed_forward: str, tied: bool) -> Model:
         tie_word_embeddings=tied,
         decoder_start_token_id=0,
     )
-    return T5ForConditionalGeneration(config)
+    return hf.T5ForConditionalGeneration(config)
 
 
 def _gpt2() -> Model:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=24, n_embd=16, n_layer=2, n_head=2))
+    return hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=40, n_positions=24, n_embd=16, n_layer=2, n_head=2)
+    )
 
 
 def _llama() -> Model:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig(**_DECODER, num_key_value_heads=1))
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**_DECODER, num_key_value_heads=1))
 
 
 def _qwen2_moe() -> Model:
-    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
-
-    config = Qwen2MoeConfig(
+    config = hf.Qwen2MoeConfig(
         **_DECODER,
         num_key_value_heads=2,
         num_experts=3,
@@ -72,21 +63,19 @@ def _qwen2_moe() -> Model:
         moe_intermediate_size=24,
         shared_expert_intermediate_size=16,
     )
-    return Qwen2MoeForCausalLM(config)
+    return hf.Qwen2MoeForCausalLM(config)
 
 
 def _mixtral() -> Model:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    return MixtralForCausalLM(
-        MixtralConfig(**_DECODER, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2)
+    return hf.MixtralForCausalLM(
+        hf.MixtralConfig(
+            **_DECODER, num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2
+        )
     )
 
 
 def _deepseek_v3() -> Model:
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
-    config = DeepseekV3Config(
+    config = hf.DeepseekV3Config(
         **_DECODER,
         num_key_value_heads=2,
         moe_intermediate_size=24,
@@ -102,33 +91,27 @@ def _deepseek_v3() -> Model:
         qk_nope_head_dim=4,
         v_head_dim=8,
     )
-    return DeepseekV3ForCausalLM(config)
+    return hf.DeepseekV3ForCausalLM(config)
 
 
 def _clip() -> Model:
-    from transformers import CLIPConfig, CLIPModel
-
     text = {**_ENCODER, "max_position_embeddings": 24, "projection_dim": 12, "eos_token_id": 39}
     vision = {**_VISION, "projection_dim": 12}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
+    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
 
 
 def _vit() -> Model:
-    from transformers import ViTConfig, ViTModel
-
-    return ViTModel(ViTConfig(**_VISION))
+    return hf.ViTModel(hf.ViTConfig(**_VISION))
 
 
 def _dinov2() -> Model:
-    from transformers import Dinov2Config, Dinov2Model
-
-    return Dinov2Model(Dinov2Config(**{k: v for k, v in _VISION.items() if k != "intermediate_size"}))
+    return hf.Dinov2Model(
+        hf.Dinov2Config(**{k: v for k, v in _VISION.items() if k != "intermediate_size"})
+    )
 
 
 def _whisper() -> Model:
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
-
-    config = WhisperConfig(
+    config = hf.WhisperConfig(
         vocab_size=40,
         num_mel_bins=8,
         d_model=16,
@@ -147,7 +130,7 @@ def _whisper() -> Model:
         suppress_tokens=None,
         begin_suppress_tokens=None,
     )
-    return WhisperForConditionalGeneration(config)
+    return hf.WhisperForConditionalGeneration(config)
 
 
 _ENCODER: dict[str, Any] = {

@@ -69,6 +69,11 @@ def test_huge_and_tiny_norms(route, norm):
     assert ours.nuclear_norm == pytest.approx(norm * float(power_law(30).sum()), rel=1e-6)
 
 
+def test_entries_at_the_end_of_the_range():
+    matrix = torch.eye(3) * 3.3e38
+    assert torch.allclose(polar(matrix).factor, torch.eye(3))
+
+
 @pytest.mark.parametrize("precision", ["fast", "exact"])
 @pytest.mark.parametrize("shape", [(5, 3), (1, 4), (4, 1), (1, 1)])
 def test_zero_matrix(shape, precision):

@@ -211,6 +211,20 @@ def test_a_layer_without_tokens_is_listed_with_count_zero() -> None:
     assert found["experts.0.weight"].pooled_gram is None
 
 
+def test_a_quantised_layer_and_an_attention_of_its_own_are_listed() -> None:
+    class Own(nn.MultiheadAttention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # pyright: ignore
+            return x
+
+    model = nn.Sequential(Own(4, 2), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].weight = nn.Parameter(model[2].weight.detach().char(), requires_grad=False)
+    model[2].forward = lambda x: x
+    found = collect(model, [torch.ones(2, 3, 4)])
+    assert list(found) == ["1.weight"]
+    assert "int8" in found.provenance["skipped"]["2.weight"]
+    assert "forward of its own" in found.provenance["skipped"]["0.out_proj.weight"]
+
+
 def test_inputs_that_fit_no_mask_are_refused_or_skipped() -> None:
     batch = {"inputs": torch.ones(2, 3, 4), "attention_mask": torch.ones(2, 3)}
     with pytest.raises(StatisticsError, match=r"experts\.0\.weight.*\[3, 4\].*mask \[2, 3\]"):
@@ -321,6 +335,11 @@ def test_shuffled_batches_are_noticed_on_the_second_pass() -> None:
         ({"labels": "mine"}, "labels must be one of data, sample"),
         ({"grams": False}, "nothing is asked for"),
         ({"layers": ["nothing.*"]}, "no layer matches"),
+        ({"layers": ["nothing.*"], "grams": False, "fisher": True}, "no layer matches"),
+        (
+            {"grams": False, "output_gradients": True, "output_gradient_limit": 2},
+            r"nothing to collect.*\n  - bert.*16 > 2 outputs",
+        ),
     ],
 )
 def test_requests_that_make_no_sense(arguments: dict, message: str) -> None:

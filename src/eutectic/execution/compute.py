@@ -108,14 +108,14 @@ def narrow(values: Tensor, planned: TensorPlan, plan: Plan) -> Tensor:
     """Return values in the output's dtype.
 
     Raises:
-        NumericalError: they are finite but beyond the range of float16, unless the recipe allows it.
+        NumericalError: they are finite but beyond float16's range, unless the recipe allows it.
     """
     result = values.to(planned.dtype)
     at_risk = planned.dtype == torch.float16 and values.dtype != torch.float16
     if at_risk and plan.recipe.nonfinite == "error" and finite(values) and not finite(result):
         raise NumericalError(
-            f"{planned.name}: merged values reach {float(values.abs().max()):.3g}, beyond the range "
-            "of float16.\nChoose dtype: bfloat16 or float32, or a smaller scale."
+            f"{planned.name}: merged values reach {float(values.abs().max()):.3g}, beyond the "
+            "range of float16.\nChoose dtype: bfloat16 or float32, or a smaller scale."
         )
     return result
 
@@ -156,11 +156,13 @@ def _merge_elementwise(
     if small:
         stack, base = _read_stack(planned, method, parameters, plan, inputs, 0, planned.elements)
     if method.prepare is not None and state is None:
-        chunks = (
-            (lambda: iter([stack]))
-            if stack is not None
-            else (lambda: stream_chunks(planned, method, parameters, plan, inputs))
-        )
+        whole = stack
+
+        def chunks() -> Iterator[Tensor]:
+            if whole is not None:
+                return iter([whole])
+            return stream_chunks(planned, method, parameters, plan, inputs)
+
         context = dataclasses.replace(context, state=method.prepare(chunks, parameters, context))
     in_weights = method.space(parameters) != "delta"
     for start, stop in _ranges(planned.elements, CHUNK):
@@ -325,11 +327,11 @@ def _merge_parts(
 def _run(method: Method, deltas: Tensor, parameters: Any, context: Context) -> Merged:
     try:
         return run_method(method, deltas, parameters, context)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise NumericalError(
             f"{context.tensor}: {method.name} cannot decompose this matrix ({error}).\n"
-            "If it holds NaN or Inf, repair the checkpoint, or give the tensor a rule with treatment "
-            "copy or vector."
+            "If it holds NaN or Inf, repair the checkpoint, or give the tensor a rule with "
+            "treatment copy or vector."
         ) from error
 
 

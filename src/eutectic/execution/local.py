@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -115,7 +116,7 @@ def _named(error: BaseException, job: Job) -> BaseException:
     if isinstance(error, EutecticError):
         if job.name not in str(error):
             error.args = (f"{job.name}: {error}",)
-    elif hasattr(error, "add_note"):  # Python 3.11
+    elif sys.version_info >= (3, 11):
         error.add_note(f"while merging {job.name}")
     return error
 

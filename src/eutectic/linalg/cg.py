@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from eutectic.linalg import lapack
+
 Status = Literal["converged", "iteration_limit", "stagnated", "breakdown", "non_finite"]
 LinearMap = Callable[[Tensor], Tensor]
 
@@ -164,9 +166,9 @@ def conjugate_gradients_by_eigenbasis(
         return conjugate_gradients(
             lambda x: x @ matrix, right_side, initial=initial, iterations=0, tolerance=tolerance
         )
-    eigenvalues, basis = torch.linalg.eigh(matrix)
+    eigenvalues, basis = lapack.eigh(matrix)
     coordinates = residual @ basis
-    weights = torch.linalg.vector_norm(coordinates, dim=0, dtype=torch.float64)
+    weights = lapack.column_norms(coordinates, torch.float64)
     spectrum = eigenvalues.double()
     row = conjugate_gradients(
         lambda v: spectrum * v,
@@ -200,11 +202,12 @@ def inner(a: Tensor, b: Tensor) -> float:
     if x.dtype == torch.float64:
         return float(torch.dot(x, y))
     total = torch.zeros((), dtype=torch.float64, device=a.device)
-    for left, right in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-        total += torch.dot(left.double(), right.double())
+    for start in range(0, len(x), CHUNK):
+        part = slice(start, start + CHUNK)
+        total += torch.dot(x[part].double(), y[part].double())
     return float(total)
 
 
 def norm(x: Tensor) -> float:
     """Return the Frobenius norm, summed in float64."""
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+    return lapack.norm(x, torch.float64)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from eutectic.errors import NumericalError
+from eutectic.linalg import lapack
 
 LARGEST_RIDGE = 1e-2  # relative to the mean diagonal; more would no longer be the same system
 LARGEST_NOISE = 1e-3  # a pivot above this share of its diagonal entry is never called noise
@@ -59,12 +59,13 @@ def ridged_cholesky(gram: Tensor, *, ridge: float, unit_roundoff: float) -> Ridg
     while True:
         matrix = gram.clone()
         matrix.diagonal().add_(rho * mean).add_(dead.to(matrix), alpha=mean)
-        factor, failed = torch.linalg.cholesky_ex(matrix)
-        pivots = factor.diagonal().square() / matrix.diagonal()
-        if not failed and (rho == largest or float(pivots.min()) >= sound):
-            return RidgedCholesky(factor, rho, rho > ridge, int(dead.sum()))
+        factor = lapack.cholesky(matrix)
+        if factor is not None:
+            pivots = factor.diagonal().square() / matrix.diagonal()
+            if rho == largest or float(pivots.min()) >= sound:
+                return RidgedCholesky(factor, rho, rho > ridge, int(dead.sum()))
         if rho == largest:
-            smallest = float(torch.linalg.eigvalsh(gram)[0])
+            smallest = float(lapack.eigh(gram)[0][-1])
             raise NumericalError(
                 "the summed Gram matrix is not positive semidefinite: its smallest eigenvalue is "
                 f"{smallest:.3g}, the mean of its diagonal {mean:.3g}.\n"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import NumericalError, StatisticsError
+from eutectic.linalg import lapack
 from eutectic.types import LayerStatistics
 
 
@@ -99,9 +100,9 @@ def _dense(statistics: LayerStatistics) -> Tensor:
 
 def _root(gram: Tensor) -> Tensor:
     """Return R with RᵀR = A: Cholesky, or the symmetric root of a semidefinite Gram."""
-    factor, fault = torch.linalg.cholesky_ex(gram, upper=True)
-    if int(fault) == 0:
-        return factor
+    lower = lapack.cholesky(gram)
+    if lower is not None:
+        return lower.T
     whole = _leading(gram, len(gram), 0.0)
     return (whole.directions * whole.eigenvalues.sqrt()).T
 
@@ -112,10 +113,10 @@ def _leading(matrix: Tensor, rank: int, tolerance: float) -> EssentialSubspace:
     Rounding of a stored Gram spreads eigenvalues around zero, so as much as lies below zero is
     not trusted above it either.
     """
-    values, vectors = torch.linalg.eigh(matrix)
-    if not len(values) or float(values[-1]) <= 0:
+    values, vectors = lapack.eigh(matrix)
+    if not len(values) or float(values[0]) <= 0:
         return EssentialSubspace(vectors[:, :0], values[:0])
     own_rounding = torch.finfo(values.dtype).eps * len(values)
-    floor = float(values[-1]) * max(tolerance, own_rounding) + 2 * max(0.0, -float(values[0]))
+    floor = float(values[0]) * max(tolerance, own_rounding) + 2 * max(0.0, -float(values[-1]))
     kept = min(rank, int((values > floor).sum()))
-    return EssentialSubspace(vectors.flip(1)[:, :kept], values.flip(0)[:kept])
+    return EssentialSubspace(vectors[:, :kept], values[:kept])

@@ -47,11 +47,11 @@ def solve_lower(lower: Tensor, right: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(lower, right, upper=False)
 
 
-def norm(tensor: Tensor) -> float:
-    """Return the Frobenius norm."""
-    return float(torch.linalg.vector_norm(tensor))
+def norm(tensor: Tensor, dtype: torch.dtype | None = None) -> float:
+    """Return the Frobenius norm, summed in `dtype`."""
+    return float(torch.linalg.vector_norm(tensor, dtype=dtype))
 
 
-def column_norms(matrix: Tensor) -> Tensor:
-    """Return the Euclidean norms of the columns `[n]`."""
-    return torch.linalg.vector_norm(matrix, dim=0)
+def column_norms(matrix: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the Euclidean norms of the columns `[n]`, summed in `dtype`."""
+    return torch.linalg.vector_norm(matrix, dim=0, dtype=dtype)

@@ -1,16 +1,18 @@
 """The polar factor U Vᵀ of a matrix M = U S Vᵀ, by the cheapest route that can be trusted.
 
-| route | what it does | taken when |
+| route | what it does | first choice for |
 |---|---|---|
-| `svd` | thin SVD in float64 | `precision="exact"`; whenever another route fails its check |
 | `gram` | float64 eigenproblem of the smaller Gram MᵀM | shorter side below `HALLEY_SIDE` |
 | `halley` | QDWH by Cholesky, first steps float64, the rest float32 | shorter side from there on |
 | `products` | scaled Newton–Schulz, matrix products only | accelerators |
+| `svd` | thin SVD in float64 | `precision="exact"` |
 
-A Gram squares the condition number. The `gram` route is trusted down to singular values of
-`GRAM_FLOOR`·S₁ and `halley` down to the same floor (both in float64, so 1e-16 / 1e-10 is left for
-what they keep). What lies below and has to be kept goes to the thin SVD. Against the float64 SVD
-the result agrees to 1e-4 in relative Frobenius norm; on spectra with condition below 1e5 to 1e-5.
+A route declines what it cannot do well, its result is checked on random vectors, and the next one
+takes over, the thin SVD last. Squaring M squares its condition: `gram` keeps singular values down
+to `GRAM_FLOOR`·S₁, `halley`, which uses the Gram only inside (I + cMᵀM)⁻¹, to `HALLEY_FLOOR`·S₁,
+`products`, all float32, to `PRODUCTS_FLOOR`·S₁. Smaller ones that have to be kept (full support,
+or a tighter tolerance) go to the thin SVD. Against the float64 SVD of the same input the result
+agrees to 1e-4 in relative Frobenius norm (measured: below 1e-5; `products` 1e-4).
 """
 
 from __future__ import annotations
@@ -23,9 +25,9 @@ import torch
 from torch import Tensor
 
 from eutectic.linalg import lapack
-from eutectic.linalg.gram import GRAM_FLOOR, gram, gram_pairs, images
+from eutectic.linalg.gram import gram, gram_pairs, images
 from eutectic.linalg.lowrank import LowRank
-from eutectic.linalg.qdwh import halley, newton_schulz, singular_bounds
+from eutectic.linalg.qdwh import Ends, halley, newton_schulz, spectrum_ends
 from eutectic.linalg.svd import default_tolerance, magnitude, numerical_rank, thin_svd
 
 Support = Literal["numerical", "full"]
@@ -35,6 +37,9 @@ Matrix = TypeVar("Matrix", Tensor, LowRank)
 
 HALLEY_SIDE = 1280  # from here on products beat the eigenproblem's memory-bound reduction
 NARROW = 1e-2  # M(MᵀM)^-½ loses this much of eps: affordable in the input's own dtype
+HALLEY_FLOOR = 3e-7  # of S₁: what a float64 Gram still shows, five times float32's rounding
+PRODUCTS_FLOOR = 1e-3  # Newton–Schulz in float32 loses eps·S₁/s in the direction of s
+MARGIN = 1.05  # estimates this near the rank tolerance are left to the eigenproblem
 CHECK_PROBES = 4
 CHECK_BOUND = 1e-5
 
@@ -97,7 +102,7 @@ def polar(
             factors: as many as the factors' inner size).
         rank_tolerance: None: eps of the dtype × max(out, in).
         precision: "fast" chooses a route by shape and device; "exact" takes the thin SVD.
-        route: take this one; its check and the fall-back to the SVD stay.
+        route: take this one first; its check and the fall-backs stay.
 
     Returns:
         The factor with nuclear norm and rank. A zero matrix has rank 0 and a zero factor under
@@ -108,10 +113,7 @@ def polar(
 
     Example:
         >>> flat = polar(torch.tensor([[3.0, 0.0], [0.0, -1.0]]))
-        >>> flat.factor
-        tensor([[ 1.,  0.],
-                [ 0., -1.]])
-        >>> flat.nuclear_norm, flat.rank
+        >>> round(flat.nuclear_norm, 6), flat.rank
         (4.0, 2)
     """
     if rank_tolerance is None:
@@ -127,18 +129,15 @@ def polar(
         work = work.float()
     unit = magnitude(work)
     chosen = route or choose_route(matrix.shape, matrix.device.type, precision)
-    found: Polar[Tensor] | None = None
-    if unit and chosen != "svd":
-        scaled = work / unit
-        tolerance = rank_tolerance if support == "numerical" else None
-        found = _FAST[chosen](scaled, tolerance)
-        if found is not None and not _is_polar(scaled, found.factor):
-            found = None
-    if found is None:
-        return _by_svd(matrix, support, rank_tolerance)
-    factor = found.factor.mT if wide else found.factor
-    norm = found.nuclear_norm * unit
-    return Polar(factor.to(matrix.dtype), norm, found.rank, found.route)
+    tolerance = rank_tolerance if support == "numerical" else None
+    scaled = work / (unit or 1.0)
+    for kernel in _FALLBACKS[chosen] if unit else ():
+        found = _KERNELS[kernel](scaled, tolerance)
+        if found is not None and _is_polar(scaled, found.factor):
+            factor = found.factor.mT if wide else found.factor
+            norm = found.nuclear_norm * unit
+            return Polar(factor.to(matrix.dtype), norm, found.rank, found.route)
+    return _by_svd(matrix, support, rank_tolerance)
 
 
 def choose_route(shape: tuple[int, ...] | torch.Size, device: str, precision: Precision) -> Route:
@@ -178,47 +177,72 @@ def _by_gram(matrix: Tensor, tolerance: float | None) -> Polar[Tensor] | None:
     pairs = gram_pairs(matrix, tolerance)
     if pairs is None:
         return None
-    S, V = pairs
-    if float(S[-1]) > NARROW * float(S[0]):
-        root = (V / S.sqrt()).to(matrix.dtype)
+    values, V = pairs
+    if float(values[-1]) > NARROW * float(values[0]):
+        root = (V / values.sqrt()).to(matrix.dtype)
         factor = matrix @ (root @ root.mT)
-    else:
-        # The first product cancels and needs float64; the second has orthonormal columns.
-        U, S = images(matrix, V)
-        factor = U.to(matrix.dtype) @ V.mT.to(matrix.dtype)
+        return Polar(factor, float(values.sum()), len(values), "gram")
+    # The first product cancels and needs float64; the second has orthonormal columns.
+    U, S = images(matrix, V)
+    factor = U.to(matrix.dtype) @ V.mT.to(matrix.dtype)
     return Polar(factor, float(S.sum()), len(S), "gram")
 
 
 def _by_halley(matrix: Tensor, tolerance: float | None) -> Polar[Tensor] | None:
     G = gram(matrix)
-    bounds = singular_bounds(G)
-    if bounds is None or bounds[1] < bounds[0] * max(GRAM_FLOOR, 2 * (tolerance or 0)):
-        return _by_gram(matrix, tolerance)
-    factor = halley(matrix, G, *bounds)
-    if factor is None:
+    ends = spectrum_ends(G)
+    if ends is None or float(ends.smallest[0]) < HALLEY_FLOOR * ends.largest:
         return None
-    return Polar(factor, _inner(factor, matrix), matrix.shape[1], "halley")
+    dropped = _dropped(ends, tolerance)
+    if dropped is None:
+        return None
+    factor = halley(matrix, G, ends.largest, float(ends.smallest[0]))
+    return None if factor is None else _without(factor, matrix, ends, dropped, "halley")
 
 
 def _by_products(matrix: Tensor, tolerance: float | None) -> Polar[Tensor] | None:
-    """Newton–Schulz cannot drop directions: what it returns stands only at full rank."""
-    norm = lapack.norm(matrix)
-    factor = newton_schulz(matrix / norm)
+    factor = newton_schulz(matrix / lapack.norm(matrix))
     if factor is None:
-        return _by_gram(matrix, tolerance)
+        return None
     hermitian = matrix.double().mT @ factor.double()
-    bounds = singular_bounds((hermitian + hermitian.mT) / 2)
-    # Of a positive definite H the estimates are square roots.
-    if bounds is None or bounds[1] ** 2 < bounds[0] ** 2 * max(1e-3, 2 * (tolerance or 0)):
-        return _by_gram(matrix, tolerance)
-    return Polar(factor, _inner(factor, matrix), matrix.shape[1], "products")
+    ends = spectrum_ends((hermitian + hermitian.mT) / 2)
+    if ends is None:
+        return None
+    # The Gram of H's root: its singular values are square roots of M's.
+    ends = Ends(ends.largest**2, ends.smallest**2, ends.vectors)
+    dropped = _dropped(ends, tolerance)
+    if dropped is None or float(ends.smallest[0]) < PRODUCTS_FLOOR * ends.largest:
+        return None
+    return _without(factor, matrix, ends, dropped, "products")
 
 
-_FAST = {"gram": _by_gram, "halley": _by_halley, "products": _by_products}
+def _dropped(ends: Ends, tolerance: float | None) -> int | None:
+    """Return how many directions lie below the tolerance; None when the ends cannot tell."""
+    limit = (tolerance or 0.0) * ends.largest
+    unclear = ((ends.smallest > limit / MARGIN) & (ends.smallest < limit * MARGIN)).any()
+    dropped = int((ends.smallest <= limit).sum())
+    return None if bool(unclear) or dropped == len(ends.smallest) else dropped
 
 
-def _inner(a: Tensor, b: Tensor) -> float:
-    return float(torch.sum(a * b, dtype=torch.float64))
+def _without(
+    factor: Tensor, matrix: Tensor, ends: Ends, dropped: int, route: Route
+) -> Polar[Tensor]:
+    """Take the last few directions out of a polar factor of full rank."""
+    norm = float(torch.sum(factor * matrix, dtype=torch.float64))
+    norm -= float(ends.smallest[:dropped].sum())
+    if dropped:
+        V = ends.vectors[:, :dropped].to(factor.dtype)
+        factor = factor - (factor @ V) @ V.mT
+    return Polar(factor, norm, matrix.shape[1] - dropped, route)
+
+
+_KERNELS = {"gram": _by_gram, "halley": _by_halley, "products": _by_products}
+_FALLBACKS: dict[Route, tuple[Literal["gram", "halley", "products"], ...]] = {
+    "svd": (),
+    "gram": ("gram", "halley"),
+    "halley": ("halley", "gram"),
+    "products": ("products", "gram", "halley"),
+}
 
 
 def _is_polar(matrix: Tensor, factor: Tensor) -> bool:

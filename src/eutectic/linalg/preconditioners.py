@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eutectic.linalg import lapack
 from eutectic.linalg.cg import LinearMap
 
 RELATIVE_RIDGE = 10  # in units of eps: keeps the factors of rank-deficient sums invertible
@@ -52,8 +53,8 @@ def _factor(gram: Tensor, dtype: torch.dtype) -> Tensor:
     mean = float(gram.diagonal().mean(dtype=torch.float64))
     ridge = RELATIVE_RIDGE * torch.finfo(dtype).eps
     while mean > 0 and ridge < 1:
-        factor, failed = torch.linalg.cholesky_ex(gram.double() / mean + ridge * identity)
-        if not failed:
+        factor = lapack.cholesky(gram.double() / mean + ridge * identity)
+        if factor is not None:
             return factor.to(dtype)
         ridge *= 10
     return identity.to(dtype)

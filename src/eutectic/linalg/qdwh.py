@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,35 +20,53 @@ from eutectic.linalg import lapack
 WIDE_WEIGHT = 100.0
 # A predicted distance to 1 that one Newton–Schulz step takes below float32's rounding.
 CLOSE = 1e-3
-PROBES = 4
-POWER_STEPS = 12
+PROBES = 12
+POWER_STEPS = 8
 
 
-def singular_bounds(gram: Tensor) -> tuple[float, float] | None:
-    """Estimate the largest and the smallest singular value of M from its float64 Gram MᵀM.
+@dataclass(frozen=True, eq=False)
+class Ends:
+    """Both ends of the singular spectrum of M.
+
+    Attributes:
+        largest: estimate of S₁, from below.
+        smallest: the last few singular values, ascending, from above.
+        vectors: their right singular vectors, one column each.
+    """
+
+    largest: float
+    smallest: Tensor
+    vectors: Tensor
+
+
+def spectrum_ends(gram: Tensor) -> Ends | None:
+    """Estimate both ends of the spectrum of M from its float64 Gram MᵀM.
 
     Block power iteration on the Gram, and on its inverse through one Cholesky factor, from a fixed
-    seed. Both are Rayleigh estimates from inside the spectrum: the first a few per cent low, the
-    second a few per cent high at worst. None when the Gram is not numerically positive definite.
+    seed, with a Rayleigh–Ritz step at the end. None when the Gram is not numerically positive
+    definite.
     """
     lower = lapack.cholesky(gram)
     if lower is None:
         return None
     generator = torch.Generator(device="cpu").manual_seed(0)
-    start = torch.randn(len(gram), PROBES, generator=generator, dtype=torch.float64)
+    width = min(PROBES, len(gram))
+    start = torch.randn(len(gram), width, generator=generator, dtype=torch.float64)
     start = start.to(gram.device)
-    largest = _power(lambda x: gram @ x, start)
-    inverse = _power(lambda x: torch.cholesky_solve(x, lower), start)
-    if not 0 < inverse < math.inf:
+    top, _ = _power(lambda x: gram @ x, start)
+    bottom, vectors = _power(lambda x: torch.cholesky_solve(x, lower), start)
+    if not bool(torch.isfinite(bottom).all()) or float(bottom[-1]) <= 0:
         return None
-    return math.sqrt(largest), 1 / math.sqrt(inverse)
+    return Ends(math.sqrt(float(top[0])), bottom.rsqrt(), vectors)
 
 
-def _power(apply: Callable[[Tensor], Tensor], vectors: Tensor) -> float:
-    """Return the largest norm that a symmetric map gives a unit vector of a Krylov-like block."""
+def _power(apply: Callable[[Tensor], Tensor], vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the leading Ritz values and vectors of a symmetric map after a few block steps."""
     for _ in range(POWER_STEPS):
-        vectors = apply(vectors / lapack.column_norms(vectors))
-    return float(lapack.column_norms(vectors).max())
+        vectors = lapack.orthonormal(apply(vectors))
+    small = vectors.mT @ apply(vectors)
+    values, rotation = lapack.eigh((small + small.mT) / 2)
+    return values, vectors @ rotation
 
 
 def halley_weights(low: float) -> tuple[float, float, float]:
@@ -84,8 +103,10 @@ def halley(matrix: Tensor, gram: Tensor, largest: float, smallest: float) -> Ten
         lower = lapack.cholesky(shifted)
         if lower is None:
             return None
-        inverse = torch.cholesky_inverse(lower)
-        x = torch.addmm(x, x, inverse, beta=b / c, alpha=a - b / c)
+        if c > WIDE_WEIGHT:  # an explicit inverse of this condition would lose c·eps
+            x = x * (b / c) + torch.cholesky_solve(x.mT, lower).mT * (a - b / c)
+        else:
+            x = torch.addmm(x, x, torch.cholesky_inverse(lower), beta=b / c, alpha=a - b / c)
         low = min(low * (a + b * low * low) / (1 + c * low * low), 1.0)
         if 1 - low > CLOSE:
             narrow = x.to(matrix.dtype) if halley_weights(low)[2] <= WIDE_WEIGHT else x

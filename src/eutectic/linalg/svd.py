@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -54,14 +55,19 @@ def numerical_rank(S: Tensor, tolerance: float) -> int:
 
 
 def magnitude(matrix: Tensor) -> float:
-    """Return the largest absolute entry (0 for an empty matrix); the unit kernels work in."""
-    return float(matrix.abs().max()) if matrix.numel() else 0.0
+    """Return the power of two next below the largest absolute entry; 0 for a zero matrix.
+
+    The unit that kernels work in. Dividing by it is exact, where dividing by the entry itself
+    would round: that much is visible in the polar factor of an ill-conditioned matrix.
+    """
+    largest = float(matrix.abs().max()) if matrix.numel() else 0.0
+    return math.ldexp(1.0, math.frexp(largest)[1] - 1) if largest else 0.0
 
 
 def thin_svd(matrix: Tensor) -> Triplets:
     """Return all min(out, in) singular triplets of `[out, in]`, computed in float64.
 
-    The matrix is divided by its largest entry first, so norms of 1e-30 and 1e30 are safe. A zero
+    The matrix is divided by its magnitude first, so norms of 1e-30 and 1e30 are safe. A zero
     matrix gives zero singular values and the first columns of identity matrices.
     """
     unit = magnitude(matrix) or 1.0

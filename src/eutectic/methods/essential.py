@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from eutectic.errors import StatisticsError
+from eutectic.linalg import lapack
 from eutectic.linalg.essential import EssentialSubspace, essential_subspace
 from eutectic.linalg.polar import polar
 from eutectic.methods.registry import Context, Parameters, Precision, register
@@ -169,7 +170,7 @@ def esm(deltas: Tensor, parameters: EssentialParameters, context: Context) -> Me
     exponents = parameters.resolved()
     experts, out_features, _ = weighted.shape
     k = parameters.rank(out_features, experts)
-    norms = weighted.flatten(1).norm(dim=1, dtype=torch.float64)
+    norms = lapack.column_norms(weighted.flatten(1).mT, torch.float64)
     shares = (norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny)) ** exponents.task_power
 
     left: list[Tensor] = []
@@ -190,7 +191,7 @@ def esm(deltas: Tensor, parameters: EssentialParameters, context: Context) -> Me
     if not any(kept):
         return Merged(torch.zeros_like(deltas[0]), record)
     columns = torch.cat(right)
-    column_norms = columns.norm(dim=0)
+    column_norms = lapack.column_norms(columns)
     columns = columns * (column_norms / column_norms.mean()) ** exponents.column_power
     tolerance = parameters.rank_tolerance
     if tolerance is None:

@@ -84,7 +84,7 @@ def _explain_iso_cts(shape: tuple[int, ...], parameters: Any, precision: Precisi
     paper=PAPER,
     parameters=IsoCParameters,
     laws={"permutation", "homogeneous", "zero", "absent", "rotation"},
-    workspace=5.0,
+    workspace=9.0,
     default_scale=_by_count(1.3, 1.0, 0.9),
     explain=_explain_iso_c,
 )
@@ -124,7 +124,7 @@ def iso_c(deltas: Tensor, parameters: IsoCParameters, context: Context) -> Tenso
     paper=PAPER,
     parameters=IsoCtsParameters,
     laws={"permutation", "homogeneous", "zero", "rotation"},
-    workspace=8.0,
+    workspace=14.0,
     default_scale=_by_count(1.5, 1.2, 1.1),
     explain=_explain_iso_cts,
 )
@@ -156,9 +156,14 @@ def iso_cts(deltas: Tensor, parameters: IsoCtsParameters, context: Context) -> T
     tolerance = _tolerance(deltas, parameters)
     how: dict[str, Any] = {"tolerance": tolerance, "precision": context.precision}
 
-    total = leading_singular(deltas.sum(0), min(deltas.shape[1:]), **how)
-    c, k = split_spectrum(len(total.S), parameters.common_fraction, len(deltas))
-    common = total.first(c)
+    total, rank, f = deltas.sum(0), min(deltas.shape[1:]), parameters.common_fraction
+    if tolerance is None:
+        c, k = split_spectrum(rank, f, len(deltas))
+        common = leading_singular(total, c, **how)
+    else:
+        supported = leading_singular(total, rank, **how)
+        c, k = split_spectrum(len(supported.S), f, len(deltas))
+        common = supported.first(c)
     tasks = leading_singular_stack(
         deltas, k, orthogonal_to=common.U, seed=context.seed_for("tasks"), **how
     )
@@ -186,7 +191,7 @@ def split_spectrum(rank: int, common_fraction: float, experts: int) -> tuple[int
     needs={"gram"},
     fallback="iso_c",
     laws={"permutation", "homogeneous", "zero", "rotation"},
-    workspace=8.0,
+    workspace=14.0,
     default_scale=_by_count(1.3, 1.0, 0.9),
     explain=_explain_iso_c,
 )

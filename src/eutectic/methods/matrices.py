@@ -67,7 +67,7 @@ def merge_matrices(
             shapes that do not fit, or something that the method needs and was not given.
         NumericalError: NaN or Inf in a delta.
 
-    Example:
+    Examples:
         >>> import torch
         >>> deltas = torch.stack([torch.eye(2), 3 * torch.eye(2)])
         >>> merge_matrices("average", deltas)
@@ -139,7 +139,7 @@ def has_statistic(statistics: LayerStatistics | None, need: str) -> bool:
 def methods() -> dict[str, dict[str, Any]]:
     """Return every method: name -> summary, family, paper, parameters, needs, experts.
 
-    Example:
+    Examples:
         >>> sorted(methods()["slerp"]["parameters"])
         ['t']
     """

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from eutectic.linalg import lapack
 from eutectic.linalg.cg import LinearMap
 from eutectic.methods.collected import (
     Gram,
@@ -98,9 +99,13 @@ def damped(system: System, damping: float) -> System:
     if matrix is not None:
         matrix = matrix.clone()
         matrix.diagonal().add_(ridge)
+
+    def apply(x: Tensor) -> Tensor:
+        return system.apply(x).add_(x, alpha=ridge)
+
     return replace(
         system,
-        apply=lambda x: system.apply(x).add_(x, alpha=ridge),
+        apply=apply,
         diagonal=system.diagonal + ridge,
         matrix=matrix,
         right=matrix if system.matrix is system.right else system.right,
@@ -109,9 +114,13 @@ def damped(system: System, damping: float) -> System:
 
 def scaled(system: System, factor: float) -> System:
     """Return the system with both sides multiplied: the same solution, without underflow."""
+
+    def apply(x: Tensor) -> Tensor:
+        return system.apply(x).mul_(factor)
+
     return replace(
         system,
-        apply=lambda x: system.apply(x).mul_(factor),
+        apply=apply,
         right_side=system.right_side * factor,
         diagonal=system.diagonal * factor,
         matrix=None,
@@ -174,7 +183,7 @@ def _loader(
 
     def of_task(t: int) -> Gram:
         delta = deltas[t]
-        square = float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
+        square = lapack.norm(delta, torch.float64) ** 2
         scale = context.weights[t] / square if square > 0 else 0.0
         remainder = (1 - off_diagonal) * scale * delta.square().sum(0)
         factor = delta * (scale * off_diagonal) ** 0.5

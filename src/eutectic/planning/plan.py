@@ -135,8 +135,8 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         if partial:
             raise RecipeError(
                 [
-                    f"method '{method.name}' looks at the whole model at once, but some expert lacks "
-                    f"{_some(partial)}. Choose missing: base, which counts it as unchanged."
+                    f"method '{method.name}' looks at the whole model at once, but some expert "
+                    f"lacks {_some(partial)}. Choose missing: base, which counts it as unchanged."
                 ],
                 source.name,
             )
@@ -208,8 +208,8 @@ def _meet_experts(
         listed = ", ".join(f"{n} {list(s)}" for n, s in shapes.items())
         if decision.treatment is Treatment.EMBEDDING:
             return (
-                f"{entry.name}: the base has {list(entry.shape)}, but {listed}. Tables of different "
-                "size cannot be merged row by row; add a rule with treatment copy or head."
+                f"{entry.name}: the base has {list(entry.shape)}, but {listed}. Tables of "
+                "different size cannot be merged row by row; add a rule: treatment copy or head."
             )
         return replace(decision, treatment=Treatment.HEAD, reason=f"shape differs: {listed}")
     if shapes and decision.treatment is Treatment.COPY and not entry.dtype.is_floating_point:
@@ -235,7 +235,7 @@ def _dtype_fault(entry: TensorEntry, having: Mapping[str, TensorEntry]) -> str |
         if dtype not in _FLOATS:
             return (
                 f"{entry.name}: {owner} holds {dtype}, which cannot be merged. Allowed: float16, "
-                "bfloat16, float32, float64; dequantise it first, or add a rule with treatment copy."
+                "bfloat16, float32, float64; dequantise it first, or add a rule: treatment copy."
             )
     return None
 

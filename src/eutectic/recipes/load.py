@@ -185,7 +185,7 @@ def _exists(path: Path) -> bool:
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
-    """Return the value if it is a mapping, else an empty one: the schema tells what it should be."""
+    """Return the value if it is a mapping, else an empty one: the schema has its own words."""
     return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
 
 

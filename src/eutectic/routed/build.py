@@ -114,9 +114,7 @@ def build_routed(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with open_experts(model, experts, base) as opened, torch.no_grad():
         for layer in chosen:
-            entries = [
-                statistics[n][c[layer.name]] for n, c in zip(names, called, strict=True)
-            ]
+            entries = [statistics[n][c[layer.name]] for n, c in zip(names, called, strict=True)]
             up, down, kept = thin_experts(layer, parameters[layer.name], opened, entries, rank)
             if min(kept) < up.shape[-1]:
                 routing.short[layer.name] = {
@@ -160,8 +158,7 @@ def thin_experts(
         up[t, :, :k] = directions.float()
         down[t, :k] = (directions.T @ residual.double()).float()
         kept.append(k)
-    to = {"device": parameter.device, "dtype": parameter.dtype}
-    return up.to(**to), down.to(**to), kept
+    return up.to(parameter), down.to(parameter), kept
 
 
 def _router(

@@ -79,7 +79,7 @@ def find_layers(model: nn.Module) -> dict[str, Layer]:
     inside_attention: set[str] = set()
     for path, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):
-            if module.in_proj_weight is not None:
+            if module.kdim == module.vdim == module.embed_dim:
                 inside_attention.add(f"{path}.out_proj")
                 rows, columns = module.in_proj_weight.shape
                 name = f"{path}.in_proj_weight"

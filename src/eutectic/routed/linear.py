@@ -173,10 +173,13 @@ class RoutedLinear(nn.Module):
     bias keep their names, so the state dict holds the base layer's own keys and `experts.*`.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, base: nn.Module, experts: Experts, transposed: bool) -> None:
         super().__init__()
-        self.weight = base.weight
-        self.bias = base.bias
+        self.register_parameter("weight", base._parameters["weight"])
+        self.register_parameter("bias", base._parameters["bias"])
         self.experts = experts
         self.transposed = transposed
         # Its presence keeps torch's fused encoder kernel off, which would read past this module.
@@ -218,18 +221,21 @@ class RoutedAttention(nn.Module):
     """
 
     _qkv_same_embed_dim = False  # tells torch's encoder layer not to take its fused kernel
+    in_proj_weight: nn.Parameter
+    in_proj_bias: nn.Parameter | None
 
     def __init__(self, base: nn.MultiheadAttention, experts: Experts) -> None:
         super().__init__()
-        if base.in_proj_weight is None or base.bias_k is not None or base.add_zero_attn:
+        packed = base.kdim == base.vdim == base.embed_dim
+        if not packed or base.bias_k is not None or base.add_zero_attn:
             raise RequestError(
                 f"'{experts.name}': attention with separate projections, bias_kv or zero_attn "
                 "cannot be routed.\nLeave it out of the routed layers."
             )
         self.embed_dim, self.num_heads = base.embed_dim, base.num_heads
         self.dropout, self.batch_first = base.dropout, base.batch_first
-        self.in_proj_weight = base.in_proj_weight
-        self.in_proj_bias = base.in_proj_bias
+        self.register_parameter("in_proj_weight", base._parameters["in_proj_weight"])
+        self.register_parameter("in_proj_bias", base._parameters["in_proj_bias"])
         self.out_proj = base.out_proj
         self.experts = experts
         self.register_forward_pre_hook(_stay_visible)

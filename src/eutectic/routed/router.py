@@ -160,9 +160,7 @@ def discriminant_router(
 
 def has_pooled(entry: LayerStatistics) -> bool:
     """Tell whether a layer's statistics suffice for the discriminant router."""
-    return (
-        entry.pooled_sum is not None and entry.pooled_gram is not None and entry.sample_count > 0
-    )
+    return entry.pooled_sum is not None and entry.pooled_gram is not None and entry.sample_count > 0
 
 
 def shrunk(covariance: Tensor, degrees: int, shrinkage: float | None = None) -> Tensor:

@@ -62,9 +62,7 @@ def save_routed(routed: nn.Module, folder: str | Path, **options: Any) -> None:
         if own is not None:
             own(routed, path, state_dict=weights, **options)
         else:
-            save_file(
-                {n: t.contiguous().clone() for n, t in weights.items()}, path / PLAIN_WEIGHTS
-            )
+            save_file({n: t.contiguous().clone() for n, t in weights.items()}, path / PLAIN_WEIGHTS)
         save_file(tensors, path / FACTORS)
         # Last: a folder without it is no finished routed model.
         (path / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
@@ -185,6 +183,11 @@ def _read_description(path: Path) -> dict[str, Any]:
         for key, kind in wanted.items()
         if not isinstance(description, dict) or not isinstance(description.get(key), kind)
     ]
+    if not bad and not all(
+        isinstance(item, dict) and {type(item.get("name")), type(item.get("path"))} == {str}
+        for item in description["layers"]
+    ):
+        bad = ["layers"]
     if bad or description["router"] not in ROUTERS:
         raise CheckpointError(f"{file}: damaged; {', '.join(bad) or 'router'} is not as expected.")
     if description["format"] != FORMAT:

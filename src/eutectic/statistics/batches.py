@@ -109,17 +109,14 @@ def _fit(
     lead: tuple[int, ...], mask: Tensor, batch_first: bool
 ) -> Callable[[Tensor], Tensor] | None:
     samples, length = mask.shape
-    shapes = {(samples, length): "plain", (samples * length,): "flat", (length, samples): "turned"}
-    if samples == length and not batch_first:
-        shapes[(samples, length)] = "turned"
-    found = shapes.get(lead)
-    if found == "turned":
+    turned = lead == (length, samples) and (samples != length or not batch_first)
+    if turned:
         return lambda t: t.transpose(0, 1)
-    if found is None and not (len(lead) > 2 and lead[0] == samples):
-        return None
-    if found is None and _product(lead[1:]) != length:
-        return None
-    return lambda t: t.reshape(samples, length, t.shape[-1])
+    flat = lead == (samples * length,)
+    nested = len(lead) > 1 and lead[0] == samples and _product(lead[1:]) == length
+    if flat or nested:
+        return lambda t: t.reshape(samples, length, t.shape[-1])
+    return None
 
 
 def _fit_samples(

@@ -232,23 +232,25 @@ def _one_pass(
     if snapshot is not None and snapshot.part == index:
         job.sums.load(snapshot.sums)
         job.start = snapshot.batches
-    last = time.monotonic()
-    report = job.after_batch
-    batches = 0
+    report, saved, pause, batches = job.after_batch, time.monotonic(), snapshot_seconds, 0
 
     def after_batch(done: int) -> None:
-        nonlocal last, batches
+        nonlocal saved, pause, batches
         batches = done
-        if done > job.start and time.monotonic() - last >= snapshot_seconds:
+        if done > job.start and (now := time.monotonic()) - saved >= pause:
             partial.save(Snapshot(index, done, job.sums.state(), job.log))
-            last = time.monotonic()
+            saved = time.monotonic()
+            if snapshot_seconds:
+                # Large sums take long to write: no more than a tenth of the time goes there.
+                pause = max(snapshot_seconds, 10 * (saved - now))
         report(done)
 
     job.after_batch = after_batch
     run_pass(job)
     if not keep:
         return job.sums.tensors(job.settings), job.sums.counts()
-    partial.save(Snapshot(index, batches, {}, job.log))
+    # The whole log first: later passes check the data against it.
+    partial.save(Snapshot(index, batches, job.sums.state(), job.log))
     partial.save_pass(index, job.sums.tensors(job.settings), job.sums.counts())
     finished = partial.load_pass(index)
     assert finished is not None

@@ -83,7 +83,9 @@ def _record(path: Path, key: str, metadata: Mapping[str, str]) -> dict[str, Any]
 
 
 def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
-    """Return name, dtype and shape of tensors in memory, in the order of names."""
+    """Return name, dtype and shape of tensors, those of a file without reading them."""
+    if isinstance(tensors, TensorFile):
+        return tensors.entries()
     return [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)]
 
 

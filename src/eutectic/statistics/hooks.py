@@ -142,9 +142,9 @@ def _open_attention(
             observer.observe(slots[slot], inputs, outputs)
 
     def forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        bias = module.in_proj_bias
-        if module.in_proj_weight is not None and query is key and key is value:
-            packed = nn.functional.linear(query, module.in_proj_weight, bias)
+        whole, bias = _packed(module)
+        if whole is not None and query is key and key is value:
+            packed = nn.functional.linear(query, whole, bias)
             show("qkv", query, packed)
             projected = list(packed.chunk(3, dim=-1))
         else:
@@ -163,11 +163,18 @@ def _open_attention(
     return forward
 
 
+def _packed(module: nn.MultiheadAttention) -> tuple[Tensor | None, Tensor | None]:
+    """Return the packed in-projection's weight and bias; typed as PyTorch uses them."""
+    weight: Tensor | None = getattr(module, "in_proj_weight", None)
+    bias: Tensor | None = getattr(module, "in_proj_bias", None)
+    return weight, bias
+
+
 def _parts(module: nn.MultiheadAttention) -> tuple[Tensor, ...]:
-    if module.in_proj_weight is not None:
-        return module.in_proj_weight.chunk(3)
-    parts = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
-    return tuple(p for p in parts if p is not None)
+    whole, _ = _packed(module)
+    if whole is not None:
+        return whole.chunk(3)
+    return (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
 
 
 def _twin(module: nn.MultiheadAttention) -> nn.MultiheadAttention:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from eutectic.errors import NumericalError, RequestError, ResumeError, StatisticsError
 from eutectic.statistics.batches import (
@@ -152,7 +153,7 @@ def _differentiate(
     edges = [output.edge for output in recorder.outputs]
     gradients: list[Tensor | None] = [None] * (len(edges) + len(named))
     if values.requires_grad and gradients:
-        targets = [*edges, *named.values()]
+        targets = [*edges, *(get_gradient_edge(p) for p in named.values())]
         # Examples do not see one another, so the sum's gradients are each example's own.
         gradients = list(torch.autograd.grad(values.sum(), targets, allow_unused=True))
     recorder.add_gradients(gradients[: len(edges)])

@@ -27,7 +27,6 @@ from eutectic.statistics.sites import (
     find_sites,
     is_encoder_decoder,
     named_parameters,
-    require_something,
 )
 
 _BYTES = 8  # of one number in a running sum
@@ -64,9 +63,19 @@ class Plan:
         """Split into plans whose running sums fit the memory, one pass over the data each.
 
         Raises:
-            RequestError: one layer alone needs more than `memory_bytes`.
+            RequestError: one layer alone needs more than `memory_bytes`; nothing is left to
+                observe.
         """
         units = self._units(settings)
+        if not units:
+            none = "the model has no linear layer"
+            if settings.layers is not None:
+                none = f"no layer matches {list(settings.layers)}"
+            reasons = "".join(f"\n  - {name}: {why}" for name, why in self.skipped.items())
+            raise RequestError(
+                f"nothing to collect: {none} that could be observed as asked.{reasons}\n"
+                "Layers are chosen by globs over parameter names: '*.attention.*.weight'."
+            )
         groups: list[list[tuple[Plan, int]]] = [[]]
         for unit, need in units:
             if memory_bytes is not None and need > memory_bytes:
@@ -125,9 +134,6 @@ def make_plan(model: nn.Module, batch: Batch, settings: Settings) -> Plan:
     """Return what is to be observed, after a forward pass of at most two examples.
 
     The pass shows which layers are called, and which of them see the same inputs.
-
-    Raises:
-        RequestError: nothing is left to observe.
     """
     plan = Plan({})
     vectors: dict[str, nn.Parameter] = {}
@@ -144,7 +150,6 @@ def make_plan(model: nn.Module, batch: Batch, settings: Settings) -> Plan:
     if not (settings.grams or settings.output_gradients):
         return plan
     sites = find_sites(model, settings.layers, settings.convolutions)
-    require_something(sites, len(plan.parameters), settings.layers)
     device = device_of(model)
     sample = transform(examples(batch, 0, min(2, sample_count(batch))), lambda t: t.to(device))
     probe = Probe(make_layout(model, sample, settings))

@@ -10,8 +10,6 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from eutectic.errors import RequestError
-
 Kind = Literal["linear", "conv1d", "convolution", "in_projection", "out_projection"]
 Role = Literal["encoder", "decoder", "cross", "image", "text"]
 
@@ -19,7 +17,17 @@ _CROSS = re.compile(r"encdec|cross_?att|encoder_?att", re.IGNORECASE)
 _KEYS_AND_VALUES = re.compile(r"(k|v|key|value)(_proj)?(\.base_layer)?$")
 _IMAGE = re.compile(r"(^|[._])(vision|visual|image|multi_modal)")
 # Modules that adapters add beside the layer they adapt; their inputs are not a base weight's.
-_ADAPTER_PART = re.compile(r"\.(lora_[A-Z]|lora_\w+|original_module)(\.|$)")
+_ADAPTER_PART = re.compile(r"\.(lora_\w+|original_module)(\.|$)")
+
+
+_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
 
 
 @dataclass(eq=False)
@@ -69,9 +77,6 @@ def find_sites(
         model: any module, a PEFT model included.
         patterns: globs over parameter names; None observes all layers.
         convolutions: observe convolutions as `[out, in·k·k]`.
-
-    Raises:
-        RequestError: no layer is left to observe.
     """
     sites = Sites([], {}, {})
     by_weight: dict[tuple[int, str], Site] = {}
@@ -119,17 +124,6 @@ def named_parameters(model: nn.Module, patterns: Sequence[str] | None) -> dict[s
     return found
 
 
-def require_something(sites: Sites, parameters: int, patterns: Sequence[str] | None) -> None:
-    """Raise RequestError when neither a layer nor a parameter is left to observe."""
-    if sites.found or parameters:
-        return
-    asked = f"no layer matches {list(patterns)}" if patterns else "the model has no linear layer"
-    raise RequestError(
-        f"nothing to collect: {asked}.\n"
-        "Layers are chosen by globs over parameter names, such as '*.attention.*.weight'."
-    )
-
-
 def as_matrix(site: Site, inputs: Tensor) -> Tensor:
     """Return the inputs with features last: patches of a convolution, else unchanged.
 
@@ -143,14 +137,26 @@ def as_matrix(site: Site, inputs: Tensor) -> Tensor:
     if inputs.ndim == module.weight.ndim - 1:
         inputs = inputs.unsqueeze(0)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padding: list[int] = list(module._reversed_padding_repeated_twice)
-    inputs = nn.functional.pad(inputs, padding, mode=mode)
+    inputs = nn.functional.pad(inputs, _padding(module), mode=mode)
     kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
     if isinstance(module, nn.Conv1d):
         inputs = inputs.unsqueeze(2)
         kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
     patches = nn.functional.unfold(inputs, kernel, dilation=dilation, stride=stride)
     return patches.transpose(1, 2)
+
+
+def _padding(module: nn.Conv1d | nn.Conv2d) -> list[int]:
+    """Return the padding as `nn.functional.pad` takes it: last axis first, before and after."""
+    sides: list[int] = []
+    for axis in reversed(range(len(module.kernel_size))):
+        if isinstance(module.padding, str):
+            span = module.dilation[axis] * (module.kernel_size[axis] - 1)
+            total = span if module.padding == "same" else 0
+            sides += [total // 2, total - total // 2]
+        else:
+            sides += [module.padding[axis]] * 2
+    return sides
 
 
 def output_rows(site: Site, outputs: Tensor) -> Tensor:
@@ -192,7 +198,7 @@ def _candidates(model: nn.Module, convolutions: bool, skipped: dict[str, str]) -
             yield Site(
                 name, path, module, "conv1d", role, (weight.shape[1], weight.shape[0]), weight
             )
-        elif convolutions and isinstance(module, nn.modules.conv._ConvNd):
+        elif convolutions and isinstance(module, _CONVOLUTIONS):
             weight = module.weight
             if not isinstance(module, nn.Conv1d | nn.Conv2d) or module.groups != 1:
                 skipped[name] = "grouped, transposed or 3-D convolution"
@@ -203,8 +209,9 @@ def _candidates(model: nn.Module, convolutions: bool, skipped: dict[str, str]) -
 
 def _attention_sites(path: str, module: nn.MultiheadAttention, role: Role) -> Iterator[Site]:
     prefix = f"{path}." if path else ""
-    if module.in_proj_weight is not None:
-        name, weight = canonical_name(f"{prefix}in_proj_weight"), module.in_proj_weight
+    weight: Tensor | None = getattr(module, "in_proj_weight", None)
+    if weight is not None:
+        name = canonical_name(f"{prefix}in_proj_weight")
         shape = (weight.shape[0], weight.shape[1])
         yield Site(name, path, module, "in_projection", role, shape, weight)
         for part in "qkv":
@@ -212,10 +219,10 @@ def _attention_sites(path: str, module: nn.MultiheadAttention, role: Role) -> It
             yield Site(f"{name}[{part}]", path, module, "in_projection", role, third, weight)
     else:
         for part in "qkv":
-            weight = getattr(module, f"{part}_proj_weight")
+            own: Tensor = getattr(module, f"{part}_proj_weight")
             name = canonical_name(f"{prefix}{part}_proj_weight")
-            shape = (weight.shape[0], weight.shape[1])
-            yield Site(name, path, module, "in_projection", role, shape, weight)
+            shape = (own.shape[0], own.shape[1])
+            yield Site(name, path, module, "in_projection", role, shape, own)
     out = module.out_proj
     name = canonical_name(f"{prefix}out_proj.weight")
     shape = (out.out_features, out.in_features)

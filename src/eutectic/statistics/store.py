@@ -149,8 +149,6 @@ class StatisticsFile(Mapping[str, LayerStatistics]):
 
     def entries(self) -> list[Entry]:
         """Return name, dtype and shape of every stored tensor, without reading them."""
-        if isinstance(self.tensors, TensorFile):
-            return self.tensors.entries()
         return entries_of(self.tensors)
 
     def save(self, path: str | Path) -> StatisticsFile:

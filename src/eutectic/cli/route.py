@@ -1,0 +1,220 @@
+"""`eutectic route`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from eutectic.cli.console import out, pairs, print_json, progress_bar, verb
+from eutectic.errors import RequestError
+from eutectic.recipes.units import format_bytes
+
+
+@verb
+def route(
+    merged: Annotated[
+        Path, typer.Argument(help="The merged model's folder, or a routed model's to inspect it.")
+    ],
+    experts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME=EXPERT…", help="Experts: folders or LoRA adapters."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the routed model.")
+    ] = None,
+    statistics: Annotated[
+        list[str] | None,
+        typer.Option("--statistics", "-s", metavar="NAME=FILE", help="Statistics of an expert."),
+    ] = None,
+    router_statistics: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="Statistics of the merged model on a task's data."),
+    ] = None,
+    router_data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DATA", help="Proxy data of a task: collects the router's statistics now."
+        ),
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of every expert, ρ.")] = 32,
+    router: Annotated[
+        str | None,
+        typer.Option(help="discriminant or prototype (default: as the statistics allow)."),
+    ] = None,
+    accumulate: Annotated[
+        bool | None,
+        typer.Option(help="Decide by the evidence of all layers so far (default: discriminant)."),
+    ] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Parameters whose layers are routed.")
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="The base before merging; for adapters only.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch, collecting.")] = 16,
+    export: Annotated[
+        Path | None, typer.Option(help="Folder for PEFT LoRA adapters on the merged model.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show sizes and costs; build nothing.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Build a routed model: the merged one, and thin experts that each sample is routed to.
+
+    Without experts the folder is a routed model, to be shown or exported.
+
+    Examples:
+
+      eutectic route merged/ sst2=./sst2 mnli=./mnli -s sst2=sst2.stats.safetensors
+      -s mnli=mnli.stats.safetensors --router-data sst2=sst2.jsonl --router-data mnli=mnli.jsonl
+      --rank 32 -o routed/
+
+      eutectic route merged/ sst2=./sst2 mnli=./mnli --dry-run
+
+      eutectic route routed/ --export adapters/
+    """
+    from eutectic.routed import build_routed, export_lora, routed_costs
+    from eutectic.routed.store import load_model
+
+    if not experts:
+        _show(merged, export, json)
+        return
+    named = pairs(experts, "expert")
+    model = load_model(merged)
+    costs = routed_costs(model, len(named), rank, layers)
+    if dry_run:
+        _report({"costs": dataclasses.asdict(costs)}, json)
+        return
+    if output is None and export is None:
+        raise RequestError("name a folder to write with --output or --export, or use --dry-run.")
+    for folder in (output, export):
+        if folder is not None and folder.exists() and any(folder.iterdir()):
+            raise RequestError(f"{folder}: not empty; name a new folder.")
+    routed = build_routed(
+        model,
+        named,
+        _open_statistics(statistics, "--statistics"),
+        _router_statistics(merged, router_statistics, router_data, layers, batch_size),
+        rank=rank,
+        router=router,  # pyright: ignore[reportArgumentType]
+        layers=layers,
+        accumulate=accumulate,
+        base=base,
+    )
+    report: dict[str, Any] = {
+        "costs": dataclasses.asdict(costs),
+        "experts": list(routed.routing.experts),  # pyright: ignore[reportAttributeAccessIssue]
+        "router": routed.routing.router,  # pyright: ignore[reportAttributeAccessIssue]
+        "short": routed.routing.short,  # pyright: ignore[reportAttributeAccessIssue]
+    }
+    if output is not None:
+        _save(routed, merged, output)
+        report["output"] = str(output)
+    if export is not None:
+        export_lora(routed, export)
+        report["export"] = str(export)
+    _report(report, json)
+
+
+def _show(folder: Path, export: Path | None, json: bool) -> None:
+    from eutectic.routed import export_lora, load_routed
+    from eutectic.routed.store import experts_of
+
+    routed = load_routed(folder)
+    layers = experts_of(routed)
+    report: dict[str, Any] = {
+        "experts": list(routed.routing.experts),
+        "router": routed.routing.router,
+        "accumulate": routed.routing.accumulate,
+        "layers": {path: experts.up.shape[2] for path, experts in layers.items()},
+        "short": routed.routing.short,
+    }
+    if export is not None:
+        export_lora(routed, export)
+        report["export"] = str(export)
+    _report(report, json)
+
+
+def _open_statistics(items: list[str] | None, option: str) -> dict[str, Any]:
+    from eutectic.statistics import load_statistics
+
+    return {name: load_statistics(path) for name, path in pairs(items or [], option).items()}
+
+
+def _router_statistics(
+    merged: Path,
+    files: list[str] | None,
+    data: list[str] | None,
+    layers: list[str] | None,
+    batch_size: int,
+) -> dict[str, Any] | None:
+    """Return the merged model's statistics: read, or collected on every task's data."""
+    if files and data:
+        raise RequestError("give --router-statistics or --router-data, not both.")
+    if files:
+        return _open_statistics(files, "--router-statistics")
+    if not data:
+        return None
+    from eutectic.statistics import collect
+    from eutectic.statistics.data import open_batches
+    from eutectic.statistics.encode import Columns
+    from eutectic.statistics.models import load_model
+
+    loaded = load_model(merged)
+    found: dict[str, Any] = {}
+    for name, source in pairs(data, "--router-data").items():
+        batches = open_batches(source, loaded, columns=Columns(), batch_size=batch_size)
+        with progress_bar(f"collecting {name}") as tell:
+            found[name] = collect(
+                loaded.model,
+                batches,
+                progress=lambda done, total: tell(done, total or done + 1, f"batch {done}"),
+            )
+    return found
+
+
+def _save(routed: Any, merged: Path, output: Path) -> None:
+    from eutectic.checkpoint.folder import copy_side_files, side_files
+
+    routed.save_pretrained(output)
+    own = {path.name for path in output.iterdir()}
+    copy_side_files(merged, output, [name for name in side_files(merged) if name not in own])
+
+
+def _report(report: dict[str, Any], json: bool) -> None:
+    if json:
+        print_json(report)
+        return
+    table = Table.grid(padding=(0, 2))
+    costs = report.get("costs")
+    if costs:
+        share = costs["parameters"] / costs["model_parameters"]
+        work = costs["multiply_adds_per_token"] / costs["model_multiply_adds_per_token"]
+        table.add_row("routed layers", str(costs["layers"]))
+        table.add_row(
+            "adds",
+            f"{costs['parameters']:,} parameters (+{share:.1%}), {format_bytes(costs['nbytes'])}",
+        )
+        table.add_row(
+            "per token", f"{costs['multiply_adds_per_token']:,} multiply-adds (+{work:.1%})"
+        )
+    if "experts" in report:
+        table.add_row("experts", ", ".join(report["experts"]))
+        table.add_row("router", report["router"])
+    for path, rank in report.get("layers", {}).items():
+        table.add_row(path, f"rank {rank}")
+    if report.get("short"):
+        table.add_row(
+            "note",
+            f"{len(report['short'])} layers have experts with fewer directions than the "
+            "rank: too few tokens, or nothing left to add",
+        )
+    out.print(table)
+    for key in ("output", "export"):
+        if key in report:
+            out.print(f"[bold green]written[/] {report[key]}", highlight=False, soft_wrap=True)

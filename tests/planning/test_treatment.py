@@ -1,0 +1,112 @@
+"""Which treatment a tensor takes, from its name, shape and type.
+
+Guards the default rules, their order, and the layouts (transposed, stacked, fused) that follow.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from eutectic.checkpoint.index import TensorEntry
+from eutectic.checkpoint.memory import StateDictReader
+from eutectic.planning.ties import tied_to
+from eutectic.planning.treatment import Decision, decide
+from eutectic.recipes.schema import TensorRule
+from eutectic.types import Treatment
+
+
+def entry(name: str, *shape: int, dtype: torch.dtype = torch.float32) -> TensorEntry:
+    return TensorEntry(name, dtype, shape, "model.safetensors", 0, 0)
+
+
+def decided(found: TensorEntry, *rules: dict[str, Any], **config: Any) -> Decision:
+    decision = decide(found, [TensorRule(**rule) for rule in rules], config)
+    assert isinstance(decision, Decision), decision
+    return decision
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "treatment"),
+    [
+        ("layer.bias", (8,), "vector"),
+        ("logit_scale", (), "vector"),
+        ("gone.weight", (0, 4), "copy"),
+        ("layer.weight", (8, 4), "matrix"),
+        ("router.weight", (1, 4), "vector"),
+        ("embed_tokens.weight", (8, 4), "embedding"),
+        ("transformer.wte.weight", (8, 4), "embedding"),
+        ("shared.weight", (8, 4), "embedding"),
+        ("mlp.shared_expert.up_proj.weight", (8, 4), "matrix"),
+        ("self_attention.relative_attention_bias.weight", (32, 4), "embedding"),
+        ("cls_token", (1, 1, 4), "embedding"),
+        ("pos_embed", (1, 5, 4), "embedding"),
+        ("conv.weight", (8, 4, 3), "conv"),
+        ("patch_embed.proj.weight", (8, 3, 4, 4), "conv"),
+        ("mlp.experts.down_proj", (3, 8, 4), "matrix"),
+        ("text_projection.weight", (8, 4), "vector"),
+        ("lm_head.weight", (8, 4), "matrix"),
+    ],
+)
+def test_defaults(name: str, shape: tuple[int, ...], treatment: str) -> None:
+    assert decided(entry(name, *shape)).treatment.value == treatment
+
+
+def test_integers_are_copied_whatever_their_name() -> None:
+    assert decided(entry("layer.weight", 8, 4, dtype=torch.int64)).treatment.value == "copy"
+
+
+def test_the_first_rule_that_says_something_decides() -> None:
+    rules = [
+        {"match": "*.weight", "scale": 0.5},
+        {"match": "a.*", "treatment": "copy", "scale": 2.0},
+        {"match": "*", "treatment": "vector", "split": 2},
+    ]
+    decision = decided(entry("a.weight", 8, 4), *rules)
+    assert (decision.treatment.value, decision.scale, decision.split) == ("copy", 0.5, ())
+    assert decided(entry("b.bias", 8), *rules).scale is None
+
+
+def test_conv1d_is_transposed_in_its_models_alone() -> None:
+    found = entry("h.0.attn.c_attn.weight", 4, 12)
+    assert decided(found, model_type="gpt2").transpose
+    assert not decided(found, model_type="llama").transpose
+    assert not decided(entry("h.0.mlp.gate.weight", 4, 12), model_type="gpt2").transpose
+
+
+@pytest.mark.parametrize(
+    ("found", "config", "heights"),
+    [
+        (entry("qkv.weight", 12, 5), {}, (4, 4, 4)),
+        (entry("h.0.attn.c_attn.weight", 5, 12), {"model_type": "gpt2"}, (4, 4, 4)),
+        (entry("experts.gate_up_proj", 2, 12, 5), {}, (4, 4, 4)),
+        (entry("conv.weight", 12, 5, 3), {}, (4, 4, 4)),
+        (entry("conv.weight", 12, 5, 2, 2), {}, (4, 4, 4)),
+    ],
+)
+def test_a_fused_tensor_is_cut_along_its_outputs(
+    found: TensorEntry, config: dict[str, Any], heights: tuple[int, ...]
+) -> None:
+    rule = {"match": "*", "treatment": "matrix", "split": 3}
+    assert decided(found, rule, **config).split == heights
+    wrong = decide(found, [TensorRule(match="*", treatment=Treatment.MATRIX, split=5)], config)
+    assert wrong == f"{found.name}: 12 rows cannot be split into 5 equal parts."
+    wrong = decide(found, [TensorRule(match="*", treatment=Treatment.MATRIX, split=[4, 4])], config)
+    assert wrong == f"{found.name}: split [4, 4] adds up to 8, the tensor has 12 rows."
+
+
+def test_rules_that_cannot_be() -> None:
+    matrix = [TensorRule(match="*", treatment=Treatment.MATRIX)]
+    assert "needs 2 dimensions" in str(decide(entry("b", 4), matrix, {}))
+    vector = [TensorRule(match="*", treatment=Treatment.VECTOR)]
+    assert "cannot be merged" in str(decide(entry("b", 4, dtype=torch.int64), vector, {}))
+
+
+def test_tables_that_are_stored_twice_are_recognised() -> None:
+    table = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    held = {"model.embed_tokens.weight": table, "lm_head.weight": table.clone(), "w": table}
+    assert tied_to(StateDictReader(held)) == {"lm_head.weight": "model.embed_tokens.weight"}
+    untied = {"model.embed_tokens.weight": table, "lm_head.weight": table + 1}
+    assert tied_to(StateDictReader(untied)) == {}
