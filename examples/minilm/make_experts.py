@@ -1,6 +1,6 @@
 """Make the experts of the demo: one LoRA adapter of all-MiniLM-L6-v2 for each task.
 
-    python examples/minilm/make_experts.py            # every task; about ten minutes on one thread
+    python examples/minilm/make_experts.py            # every task; minutes for each
     python examples/minilm/make_experts.py --task spam --task movie
 
 For each task a logistic head is fitted on the base's mean-pooled features and then frozen; the
@@ -187,7 +187,7 @@ def save_adapter(model: nn.Module, head: nn.Linear, folder: Path) -> None:
     assert isinstance(model, PeftModel)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    # Only with this argument does peft leave the paths of this machine's base out of the config.
+    # The base was loaded from a folder of this machine, which would be written as its name.
     model.peft_config["default"].base_model_name_or_path = BASE_NAME
     model.save_pretrained(partial, save_embedding_layers=False)
     # The card that peft writes is a form with nothing filled in.

@@ -231,6 +231,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Force every file below a folder, and the folders' listings, to the disk."""
+    for path in [folder, *folder.rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def _reserve(descriptor: int, size: int) -> None:
     allocate = getattr(os, "posix_fallocate", None)  # absent on macOS
     if allocate is not None:

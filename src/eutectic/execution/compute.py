@@ -18,7 +18,7 @@ from eutectic.methods.linear import finite
 from eutectic.methods.matrices import run_method
 from eutectic.planning.cost import CHUNK
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.plan import Plan, TensorPlan
+from eutectic.planning.plan import Plan, TensorPlan, stored_name
 from eutectic.types import LayerStatistics, Merged, Treatment
 
 Emit = Callable[[int, Tensor], None]
@@ -208,18 +208,20 @@ def _read_stack(
 
 
 def _delta(expert: Expert, planned: TensorPlan, start: int, stop: int, base: Tensor) -> Tensor:
-    if _lacks(expert, planned.name):
+    name = stored_name(expert, planned.name, planned.seed_name)
+    if _lacks(expert, name):
         return torch.zeros_like(base)
-    return expert.delta(planned.name, start, stop, base=base, dtype=planned.compute)
+    return expert.delta(name, start, stop, base=base, dtype=planned.compute)
 
 
 def _weight(
     expert: Expert, planned: TensorPlan, start: int, stop: int, base: Tensor | None
 ) -> Tensor:
-    if _lacks(expert, planned.name):
+    name = stored_name(expert, planned.name, planned.seed_name)
+    if _lacks(expert, name):
         assert base is not None
         return base
-    return expert.weight(planned.name, start, stop, base=base, dtype=planned.compute)
+    return expert.weight(name, start, stop, base=base, dtype=planned.compute)
 
 
 def _lacks(expert: Expert, name: str) -> bool:

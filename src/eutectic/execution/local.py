@@ -92,7 +92,7 @@ def run_jobs(
                     held -= job.peak_bytes
                     state.notify_all()
 
-    with _one_intra_op_thread():
+    with one_intra_op_thread():
         workers = [threading.Thread(target=work, daemon=True) for _ in range(max(1, threads))]
         for worker in workers:
             worker.start()
@@ -122,7 +122,8 @@ def _named(error: BaseException, job: Job) -> BaseException:
 
 
 @contextmanager
-def _one_intra_op_thread() -> Iterator[None]:
+def one_intra_op_thread() -> Iterator[None]:
+    """Compute with one thread inside the block, so that rounding depends on nothing else."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from eutectic.checkpoint.layout import OutputFile, layout_like
 from eutectic.checkpoint.memory import MemoryWriter
-from eutectic.checkpoint.writer import CheckpointWriter, sync_folder
+from eutectic.checkpoint.writer import CheckpointWriter, sync_folder, sync_tree
 from eutectic.errors import OutputError, RequestError
 from eutectic.execution.finish import PROVENANCE, document, stated_recipe, write_folder
 from eutectic.execution.stages import Limits, Progress, hashes, records_of, run_stages
@@ -215,6 +215,7 @@ def _to_folder(
             provenance = document(plan, inputs, hashes(journal))
             try:
                 write_folder(plan, inputs, model, files, provenance, records_of(journal))
+                sync_tree(model)
             except OSError as error:
                 where = error.filename or model
                 raise OutputError(f"{where}: cannot be written ({error.strerror}).") from error
@@ -273,7 +274,8 @@ def recipe_from(
         # Paths of the file are resolved by now; lines no longer describe the whole.
         stated = checked.model_dump(mode="json", exclude_unset=True)
         return check_recipe({**stated, **_sorted_options(options, stated)}), source
-    return check_recipe(_sorted_options({**(recipe or {}), **options})), Source()
+    stated = dict(recipe or {})
+    return check_recipe({**stated, **_sorted_options(options, stated)}), Source()
 
 
 def _sorted_options(
@@ -300,6 +302,10 @@ def _check_output(output: Path, work: Path) -> None:
     occupied = os.path.exists(output) and any(output.iterdir())  # noqa: PTH110
     if occupied and not ((work / JOURNAL).exists() and _complete(output, work)):
         raise RequestError(f"{output} is not empty.\nChoose another output, or remove it first.")
+    if os.path.ismount(output):
+        raise RequestError(
+            f"{output} is a mount point and cannot be replaced. Name a folder in it."
+        )
     for folder in (output.parent, *output.parent.parents):
         if folder.exists():
             if not os.access(folder, os.W_OK | os.X_OK):

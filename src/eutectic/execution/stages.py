@@ -22,7 +22,7 @@ from eutectic.execution.compute import (
     narrow,
     stream_chunks,
 )
-from eutectic.execution.local import Job, run_jobs
+from eutectic.execution.local import Job, one_intra_op_thread, run_jobs
 from eutectic.methods import get_method
 from eutectic.planning.cost import CHUNK, tensor_cost
 from eutectic.planning.inputs import Inputs
@@ -84,7 +84,8 @@ def run_stages(
     """
     compared = [t for t in plan.tensors if is_compared(t, plan)]
     plain = [t for t in plan.tensors if not is_compared(t, plan)]
-    state = model_state(plan, inputs)
+    with one_intra_op_thread():
+        state = model_state(plan, inputs)
 
     def merge_one(planned: TensorPlan, emit: Emit) -> Outcome:
         if planned.method == "copy":

@@ -84,7 +84,7 @@ def _explain_iso_cts(shape: tuple[int, ...], parameters: Any, precision: Precisi
     paper=PAPER,
     parameters=IsoCParameters,
     laws={"permutation", "homogeneous", "zero", "absent", "rotation"},
-    workspace=9.0,
+    workspace=lambda count: 1.5 + 18 / count,
     default_scale=_by_count(1.3, 1.0, 0.9),
     explain=_explain_iso_c,
 )
@@ -124,7 +124,7 @@ def iso_c(deltas: Tensor, parameters: IsoCParameters, context: Context) -> Tenso
     paper=PAPER,
     parameters=IsoCtsParameters,
     laws={"permutation", "homogeneous", "zero", "rotation"},
-    workspace=14.0,
+    workspace=lambda count: 1.5 + 28 / count,
     default_scale=_by_count(1.5, 1.2, 1.1),
     explain=_explain_iso_cts,
 )
@@ -191,7 +191,7 @@ def split_spectrum(rank: int, common_fraction: float, experts: int) -> tuple[int
     needs={"gram"},
     fallback="iso_c",
     laws={"permutation", "homogeneous", "zero", "rotation"},
-    workspace=14.0,
+    workspace=lambda count: 1.5 + 28 / count,
     default_scale=_by_count(1.3, 1.0, 0.9),
     explain=_explain_iso_c,
 )

@@ -110,7 +110,7 @@ class Method:
     needs: Callable[[Any], Set[str]]
     laws: frozenset[str]
     fallback: Callable[[Any], str]
-    workspace: float
+    workspace: Callable[[int], float]
     products: float
     default_scale: Callable[[int], float]
     finish: Callable[[Mapping[str, float], Any], Mapping[str, float]] | None
@@ -172,7 +172,7 @@ def register(
     needs: Set[str] | Callable[[Any], Set[str]] = frozenset(),
     laws: Set[str] = frozenset(),
     fallback: str | Callable[[Any], str] = "average",
-    workspace: float = 3.0,
+    workspace: float | Callable[[int], float] = 3.0,
     products: float = 10.0,
     default_scale: float | Callable[[int], float] = 1.0,
     finish: Callable[[Mapping[str, float], Any], Mapping[str, float]] | None = None,
@@ -203,7 +203,8 @@ def register(
             holds it to them.
         fallback: method for tensors that lack what is needed; its own name when the function
             handles the lack itself.
-        workspace: scratch memory, in multiples of one float32 stack of deltas.
+        workspace: scratch memory, in multiples of the stack of deltas, or a function of the count of
+            experts.
         products: time, in matrix products `[out, in] @ [in, in]` per expert (smaller side), for
             the plan's estimate; element-wise methods are estimated from their bytes.
         default_scale: α when the user names none, or a function of the number of experts.
@@ -234,7 +235,7 @@ def register(
             needs=_constant(needs),
             laws=frozenset(laws),
             fallback=_constant(fallback),
-            workspace=workspace,
+            workspace=_constant(workspace),
             products=products,
             default_scale=_constant(default_scale),
             finish=finish,

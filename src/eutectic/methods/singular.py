@@ -41,7 +41,7 @@ def _explain(shape: tuple[int, ...], parameters: TsvMParameters, precision: Prec
     paper="Task singular vectors: reducing task interference in model merging, arXiv 2412.00081",
     parameters=TsvMParameters,
     laws={"permutation", "homogeneous", "zero", "single", "rotation"},
-    workspace=16.0,
+    workspace=lambda count: 1.5 + 32 / count,
     explain=_explain,
 )
 def tsv_m(deltas: Tensor, parameters: TsvMParameters, context: Context) -> Tensor:

@@ -19,7 +19,7 @@ from eutectic.recipes.units import format_bytes
 from eutectic.types import Treatment
 
 CHUNK = 1 << 17  # entries of one tensor merged at a time: 8 experts' chunks fit the cache
-PROCESS_BYTES = 400_000_000  # interpreter, torch and its allocator's slack
+PROCESS_BYTES = 450_000_000  # interpreter, torch and its allocator's slack
 MEMORY_SHARE = 0.6
 
 
@@ -66,7 +66,7 @@ def tensor_cost(planned: TensorPlan, plan: Plan, inputs: Inputs) -> Cost:
         small = min(rows, held // max(rows, 1))
         work = method.products * count * 2 * planned.elements * small / rates.flops
     stack = held * count * width
-    peak = int(stack * (1 + method.workspace) + held * (4 * width + planned.dtype.itemsize))
+    peak = int(stack * (1 + method.workspace(count)) + held * (4 * width + planned.dtype.itemsize))
     read = (base_bytes + expert_bytes) * passes
     moved = (read + write_bytes) / rates.bytes_per_second
     return Cost(read, write_bytes, peak, moved + work)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
+from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.folder import module_weights
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.names import AS_THEY_ARE, align
@@ -162,10 +164,13 @@ def _plan_tensor(
         return decision
     if entry.name in tied:
         decision = replace(decision, reason=f"tied to {tied[entry.name]}")
+    partner = tied.get(entry.name, entry.name)
     having = {
-        n: e.entries[entry.name] for n, e in inputs.experts.items() if entry.name in e.entries
+        n: e.entries[own]
+        for n, e in inputs.experts.items()
+        if (own := stored_name(e, entry.name, partner)) in e.entries
     }
-    lacking = [n for n, e in inputs.experts.items() if entry.name in e.missing]
+    lacking = [n for n, e in inputs.experts.items() if n not in having and entry.name in e.missing]
     decision = _meet_experts(entry, decision, having, lacking, recipe, inputs, source)
     if isinstance(decision, str):
         return decision
@@ -190,6 +195,11 @@ def _plan_tensor(
         compute=torch.float64 if wide else torch.float32,
         seed_name=tied.get(entry.name, entry.name),
     )
+
+
+def stored_name(expert: Expert, name: str, partner: str) -> str:
+    """Return under which name an expert stores a tensor: its tied partner's, if it dropped it."""
+    return name if name in expert.entries else partner
 
 
 def _meet_experts(
@@ -358,11 +368,20 @@ def _notes(
     modules = module_weights(inputs.index.folder) if inputs.index is not None else ()
     if modules:
         notes.append(f"module weights copied from the base, not merged: {_some(modules)}")
+    idle = [r.match for r in recipe.tensors if not _matches_any(r.match, inputs)]
+    if idle:
+        notes.append(f"rules that match no tensor of the base: {_some(idle)}")
+    if inputs.index is not None and inputs.index.skipped:
+        notes.append(f"entries of the base that are no tensors: {_some(inputs.index.skipped)}")
     fallback = method.fallback(parameters)
     fallen = [t.name for t in tensors if "; no statistics of" in t.decision.reason]
     if fallen:
         notes.append(f"without statistics, merged by {fallback}: {_some(fallen)}")
     return notes
+
+
+def _matches_any(pattern: str, inputs: Inputs) -> bool:
+    return any(fnmatchcase(name, pattern) for name in inputs.base.entries)
 
 
 def _some(names: Sequence[str], limit: int = 4) -> str:
