@@ -12,6 +12,7 @@ from eutectic.cli.demo import demo
 from eutectic.cli.merge import merge
 from eutectic.cli.methods import methods
 from eutectic.cli.plan import plan
+from eutectic.cli.route import route
 
 app = typer.Typer(
     name="eutectic",
@@ -23,7 +24,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 the work failed, 2 the request is wrong. "
     "`eutectic --debug VERB …` shows tracebacks.",
 )
-for command in (merge, plan, collect, methods, demo):
+for command in (merge, plan, collect, route, methods, demo):
     app.command()(command)
 
 
