@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import sys
@@ -255,6 +256,11 @@ def merged_by(plan: Plan) -> dict[str, int]:
 
 def peak_bytes() -> int:
     """Return the largest resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike ru_maxrss, it does not start at the parent process's peak
+        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if match:
+            return int(match[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

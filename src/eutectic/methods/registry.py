@@ -203,8 +203,8 @@ def register(
             holds it to them.
         fallback: method for tensors that lack what is needed; its own name when the function
             handles the lack itself.
-        workspace: scratch memory, in multiples of the stack of deltas, or a function of the count of
-            experts.
+        workspace: scratch memory, in multiples of the stack of deltas, or a function of the number
+            of experts.
         products: time, in matrix products `[out, in] @ [in, in]` per expert (smaller side), for
             the plan's estimate; element-wise methods are estimated from their bytes.
         default_scale: α when the user names none, or a function of the number of experts.
