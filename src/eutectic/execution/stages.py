@@ -204,7 +204,7 @@ def _stage(
 
 
 def _bytes_of(values: Tensor) -> memoryview:
-    return memoryview(values.view(torch.uint8).numpy())
+    return values.view(torch.uint8).numpy().data
 
 
 def _hash_of(writer: Sink, planned: TensorPlan) -> str:
