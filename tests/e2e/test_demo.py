@@ -20,15 +20,16 @@ import torch
 @pytest.mark.timeout(900)
 def test_demo_merges_real_experts(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "eutectic.cli.main", "demo", "--json", "-o", str(tmp_path)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     mean = {name.split(" ")[0]: 100 * row["mean"] for name, row in result["rows"].items()}
-    assert mean["experts"] - mean["base"] > 5
-    assert mean["experts"] - mean["average"] > 5
+    # Measured: 89.0, 77.4, 77.5, 77.7, 80.5. Task arithmetic and the average are too close to order.
+    assert mean["experts"] - mean["base"] > 8
+    assert mean["experts"] - mean["average"] > 8
+    assert mean["iso_c"] - mean["average"] > 1.5
     assert mean["iso_c"] - mean["task_arithmetic"] > 1.5
-    assert mean["task_arithmetic"] - mean["average"] > 1.5
 
     from transformers import AutoModel
 
