@@ -73,35 +73,34 @@ def merge_tensor(
     Raises:
         NumericalError: NaN or Inf in an expert, named, unless the recipe allows it.
     """
-    method = get_method(planned.method)
-    parameters = plan.parameters if method is plan.method else method.parameters()
+    method, parameters = _method_of(planned, plan)
     if method.elementwise:
         return _merge_elementwise(planned, method, parameters, plan, inputs, emit, state)
-    outcome = Outcome()
-    squares = 0.0
-    for start, delta, record in _merge_matrices(planned, method, parameters, plan, inputs):
-        squares += float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
-        if record:
-            outcome.record.update(record)
+
+    def emit_weight(start: int, delta: Tensor) -> None:
         base = _read_base(planned, inputs, start, start + delta.numel())
         emit(start, narrow(torch.add(base, delta, alpha=planned.scale), planned, plan))
-    outcome.norm = math.sqrt(squares)
-    return outcome
+
+    return merge_delta(planned, plan, inputs, emit_weight)
 
 
 def merge_delta(planned: TensorPlan, plan: Plan, inputs: Inputs, emit: Emit) -> Outcome:
-    """Emit the merged delta itself, before α, in the dtype of the arithmetic."""
-    method = get_method(planned.method)
-    parameters = plan.parameters if method is plan.method else method.parameters()
+    """Emit the merged delta of a matrix itself, before α, in the dtype of the arithmetic."""
+    method, parameters = _method_of(planned, plan)
     outcome = Outcome()
     squares = 0.0
     for start, delta, record in _merge_matrices(planned, method, parameters, plan, inputs):
         squares += float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
-        if record:
-            outcome.record.update(record)
+        outcome.record.update(record)
         emit(start, delta)
     outcome.norm = math.sqrt(squares)
     return outcome
+
+
+def _method_of(planned: TensorPlan, plan: Plan) -> tuple[Method, Any]:
+    """Return the method that merges a tensor: the recipe's, or a fall-back at its defaults."""
+    method = get_method(planned.method)
+    return method, plan.parameters if method is plan.method else method.parameters()
 
 
 def narrow(values: Tensor, planned: TensorPlan, plan: Plan) -> Tensor:

@@ -370,7 +370,7 @@ def _notes(
         notes.append(f"module weights copied from the base, not merged: {_some(modules)}")
     idle = [r.match for r in recipe.tensors if not _matches_any(r.match, inputs)]
     if idle:
-        notes.append(f"rules that match no tensor of the base: {_some(idle)}")
+        notes.append(f"rules that match no tensor: {_some(idle)}")
     if inputs.index is not None and inputs.index.skipped:
         notes.append(f"entries of the base that are no tensors: {_some(inputs.index.skipped)}")
     fallback = method.fallback(parameters)
@@ -381,7 +381,8 @@ def _notes(
 
 
 def _matches_any(pattern: str, inputs: Inputs) -> bool:
-    return any(fnmatchcase(name, pattern) for name in inputs.base.entries)
+    held = (inputs.base.entries, *(expert.extra for expert in inputs.experts.values()))
+    return any(fnmatchcase(name, pattern) for names in held for name in names)
 
 
 def _some(names: Sequence[str], limit: int = 4) -> str:
