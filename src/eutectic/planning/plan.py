@@ -373,6 +373,10 @@ def _notes(
         notes.append(f"rules that match no tensor: {_some(idle)}")
     if inputs.index is not None and inputs.index.skipped:
         notes.append(f"entries of the base that are no tensors: {_some(inputs.index.skipped)}")
+    for name, statistics in inputs.statistics.items():
+        collected_from = getattr(statistics, "fingerprint", None)  # plain mappings have none
+        if collected_from and collected_from != inputs.experts[name].fingerprint():
+            notes.append(f"statistics of '{name}' were collected from another checkpoint")
     fallback = method.fallback(parameters)
     fallen = [t.name for t in tensors if "; no statistics of" in t.decision.reason]
     if fallen:

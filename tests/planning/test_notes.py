@@ -1,0 +1,43 @@
+"""What a plan tells beside its table: statistics of another checkpoint, rules without effect."""
+
+from __future__ import annotations
+
+import torch
+
+from eutectic.planning.inputs import in_memory_inputs
+from eutectic.planning.plan import make_plan
+from eutectic.recipes.load import check_recipe
+from eutectic.types import LayerStatistics
+
+BASE = {"layer.weight": torch.zeros(4, 3), "layer.bias": torch.zeros(4)}
+EXPERT = {
+    "layer.weight": torch.ones(4, 3),
+    "layer.bias": torch.ones(4),
+    "classifier.weight": torch.ones(2, 4),
+}
+LAYER = LayerStatistics(gram=torch.eye(3), count=5)
+
+
+class Collected(dict[str, LayerStatistics]):
+    """Statistics that know their checkpoint."""
+
+    fingerprint = "of another checkpoint"
+
+
+def notes(statistics: dict[str, LayerStatistics], **keys: object) -> str:
+    inputs = in_memory_inputs(BASE, {"a": EXPERT}, {"a": statistics})
+    values = {"base": "memory", "experts": {"a": "memory"}, "method": "regmean", **keys}
+    return "\n".join(make_plan(check_recipe(values), inputs).notes)
+
+
+def test_statistics_of_another_checkpoint_are_named() -> None:
+    assert "statistics of 'a' were collected from another" in notes(
+        Collected({"layer.weight": LAYER})
+    )
+    assert "another checkpoint" not in notes({"layer.weight": LAYER})
+
+
+def test_rules_that_match_nothing_are_named() -> None:
+    rules = [{"match": m, "treatment": "head"} for m in ("*classifier*", "*typo*")]
+    text = notes({"layer.weight": LAYER}, tensors=rules)
+    assert "rules that match no tensor: *typo*" in text
