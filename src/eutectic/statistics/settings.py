@@ -43,11 +43,6 @@ class Settings:
         return self.output_gradients or self.fisher or self.block_fisher
 
     @property
-    def per_example(self) -> bool:
-        """Whether gradients of parameters are needed, one example at a time."""
-        return self.fisher or self.block_fisher
-
-    @property
     def limit(self) -> int | None:
         """How many examples are used."""
         if self.max_examples is None and self.gradients:
