@@ -9,6 +9,7 @@
     └── RequestError         exit code 2: the request itself is wrong
         ├── MethodError      an unknown method, or a parameter out of range
         ├── RecipeError      a recipe that cannot be carried out; lists every fault
+        ├── TaskError        tasks that cannot be evaluated; lists every fault
         └── ResumeError      the unfinished output belongs to another request
 
 A message is two or three lines: what happened and where; what was got and what is allowed;
@@ -71,6 +72,10 @@ class RecipeError(RequestError):
         count = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''}"
         lines = "\n".join(f"  - {fault}" for fault in self.faults)
         super().__init__(f"{where} cannot be carried out ({count}):\n{lines}")
+
+
+class TaskError(RecipeError):
+    """Tasks that cannot be evaluated, with all of their faults."""
 
 
 class ResumeError(RequestError):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from eutectic.cli.console import out, print_json, progress_bar, verb
 from eutectic.errors import EutecticError, RequestError
+
+if TYPE_CHECKING:
+    from eutectic.evaluation import Prepared
 
 # Scales that suit these adapters; see examples/minilm/README.md.
 MERGES: tuple[tuple[str, float], ...] = (
@@ -23,6 +27,7 @@ MERGES: tuple[tuple[str, float], ...] = (
     ("iso_cts", 0.7),
 )
 KEPT = "iso_c"
+MAX_TOKENS = 48
 
 
 @verb
@@ -48,17 +53,29 @@ def demo(
 
       eutectic demo -o demo-output
     """
-    from eutectic.evaluation.probes import load_probe_task, probe_accuracies
+    from eutectic.evaluation import Task, load_model, prepare
+    from eutectic.evaluation.schema import Part
     from eutectic.execution.run import merge
 
     examples = examples or _examples()
     base = base or _base()
     names = sorted(p.name for p in (examples / "experts").iterdir() if p.is_dir())
     experts = {name: examples / "experts" / name for name in names}
-    tasks, base_tasks = (
-        [load_probe_task(n, examples / "tasks" / f"{n}.jsonl", experts[n] / head) for n in names]
-        for head in ("head.safetensors", "base_head.safetensors")
-    )
+    prepared = [
+        prepare(
+            Task(
+                name=name,
+                kind="text-classification",
+                data={"test": Part(path=str(examples / "tasks" / f"{name}.jsonl"))},
+                head=str(experts[name] / "head.safetensors"),
+                base_head=str(experts[name] / "base_head.safetensors"),
+                max_length=MAX_TOKENS,
+            ),
+            "test",
+            base,
+        )
+        for name in names
+    ]
     kept = output / "merged"
     if kept.exists():
         shutil.rmtree(kept)
@@ -66,21 +83,20 @@ def demo(
     steps = 1 + len(names) + len(MERGES)
     with tempfile.TemporaryDirectory() as scratch, progress_bar("demo") as tell:
         tell(0, steps, "base")
-        rows["base"] = probe_accuracies(base, base_tasks)
+        rows["base"] = _accuracies(load_model(base, prepared[0].task), prepared, base=True)
         rows["experts"] = {}
-        for step, (name, task) in enumerate(zip(names, tasks, strict=True), start=1):
+        for step, split in enumerate(prepared, start=1):
+            name = split.task.name
             tell(step, steps, f"expert {name}")
-            folder = Path(scratch) / name
-            merge(
-                base=str(base), experts={name: str(experts[name])}, method="average", output=folder
-            )
-            rows["experts"].update(probe_accuracies(folder, [task]))
+            model = load_model(experts[name], split.task, base=base)
+            rows["experts"].update(_accuracies(model, [split]))
         for step, (method, scale) in enumerate(MERGES, start=1 + len(names)):
             tell(step, steps, method)
             folder = kept if method == KEPT else Path(scratch) / method
             paths = {n: str(p) for n, p in experts.items()}
             merge(base=str(base), experts=paths, method=method, scale=scale, output=folder)
-            rows[f"{method} ({scale:g})"] = probe_accuracies(folder, tasks)
+            model = load_model(folder, prepared[0].task)
+            rows[f"{method} ({scale:g})"] = _accuracies(model, prepared)
     summary = {name: _with_means(row, rows["experts"]) for name, row in rows.items()}
     if json:
         print_json({"rows": summary, "merged": str(kept)})
@@ -91,6 +107,17 @@ def demo(
         f"  from transformers import AutoModel\n  model = AutoModel.from_pretrained('{kept}')",
         highlight=False,
     )
+
+
+def _accuracies(
+    model: Any, prepared: Sequence[Prepared], *, base: bool = False
+) -> dict[str, float]:
+    from eutectic.evaluation import load_head, outputs, score
+
+    return {
+        split.task.name: score(outputs(model, split, load_head(split.task, base=base)), split).value
+        for split in prepared
+    }
 
 
 def _with_means(row: dict[str, float], experts: dict[str, float]) -> dict[str, float]:

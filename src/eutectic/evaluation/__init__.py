@@ -1,1 +1,35 @@
-"""Measuring merged models on tasks."""
+"""Measuring models on tasks."""
+
+from eutectic.evaluation.models import (
+    checkpoint_tensors,
+    file_keys,
+    head_tensors,
+    load_model,
+    put_tensors,
+)
+from eutectic.evaluation.outputs import Head, Score, load_head, outputs, score
+from eutectic.evaluation.prepare import Prepared, prepare
+from eutectic.evaluation.results import Results, results_schema
+from eutectic.evaluation.run import evaluate
+from eutectic.evaluation.schema import Task
+from eutectic.evaluation.tasks import load_tasks
+
+__all__ = [
+    "Head",
+    "Prepared",
+    "Results",
+    "Score",
+    "Task",
+    "checkpoint_tensors",
+    "evaluate",
+    "file_keys",
+    "head_tensors",
+    "load_head",
+    "load_model",
+    "load_tasks",
+    "outputs",
+    "prepare",
+    "put_tensors",
+    "results_schema",
+    "score",
+]

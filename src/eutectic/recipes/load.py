@@ -2,49 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from pydantic import ValidationError
 
 from eutectic.errors import MethodError, RecipeError, suggest
 from eutectic.methods import get_method
-from eutectic.recipes.schema import ExpertSpec, Recipe, TensorRule
-
-Location = tuple[str | int, ...]
-
-# What PyYAML raises on a text that it cannot read: its own errors on syntax, and whatever Python
-# raises while a value is built (`2020-13-45`, `!!int x`, brackets a thousand deep).
-_UNREADABLE = (
-    yaml.YAMLError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    OverflowError,
-    RecursionError,
-)
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a recipe came from, so that later faults can name a line too."""
-
-    name: str = "the request"
-    folder: Path = field(default_factory=Path)
-    lines: Mapping[Location, int] = field(default_factory=dict[Location, int])
-
-    def at(self, *location: str | int) -> str:
-        """Return `line N: ` of the deepest known part of a location, or nothing."""
-        for end in range(len(location), 0, -1):
-            line = self.lines.get(location[:end])
-            if line is not None:
-                return f"line {line}: "
-        return ""
+from eutectic.recipes.document import Location, Source, by_line, read_document, sentence
+from eutectic.recipes.schema import SCALE_TAGS, ExpertSpec, Recipe, ScaleSearch, TensorRule
 
 
 def load_recipe(path: str | Path) -> tuple[Recipe, Source]:
@@ -54,23 +21,8 @@ def load_recipe(path: str | Path) -> tuple[Recipe, Source]:
         RecipeError: listing every fault of the schema, the method's parameters and the paths,
             each with its line.
     """
-    path = Path(path)
-    duplicates: list[str] = []
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values: object = yaml.safe_load(text)
-        lines = _lines(node, duplicates) if node is not None else {}
-    except OSError as error:
-        raise RecipeError([f"{path}: {error.strerror or error}"], "the recipe") from None
-    except UnicodeDecodeError:
-        raise RecipeError([f"{path} is not a UTF-8 text file."], "the recipe") from None
-    except _UNREADABLE as error:
-        raise RecipeError([f"not valid YAML: {error}"], f"recipe {path}") from None
-    source = Source(f"recipe {path}", path.parent, lines)
-    if not isinstance(values, Mapping):
-        raise RecipeError(["a recipe is a mapping with base, experts and method."], source.name)
-    return check_recipe(_mapping(cast(object, values)), source, duplicates), source
+    values, source, duplicates = read_document(path, "a recipe", "base, experts and method")
+    return check_recipe(values, source, duplicates), source
 
 
 def check_recipe(
@@ -97,7 +49,7 @@ def check_recipe(
             f"expert.{suggest(recipe.side_files, ['base', *recipe.experts])}"
         )
     if faults or recipe is None:
-        raise RecipeError(sorted(faults, key=_line_of), source.name)
+        raise RecipeError(sorted(faults, key=by_line), source.name)
     return _resolve_paths(recipe, source)
 
 
@@ -107,11 +59,6 @@ def _paths_as_text(value: object) -> object:
         items = cast("Mapping[object, object]", value).items()
         return {key: _paths_as_text(inner) for key, inner in items}
     return str(value) if isinstance(value, Path) else value
-
-
-def _line_of(fault: str) -> int:
-    match = re.match(r"line (\d+): ", fault)
-    return int(match[1]) if match else 0
 
 
 def _method_faults(values: Mapping[str, Any], source: Source) -> list[str]:
@@ -141,7 +88,7 @@ def _method_faults(values: Mapping[str, Any], source: Source) -> list[str]:
 def _path_faults(values: Mapping[str, Any], source: Source) -> list[str]:
     faults: list[str] = []
     for where, path in _paths(values):
-        if _is_local(path) and not _exists(_inside(path, source)):
+        if (_is_local(path) or where == ("scale", "tasks")) and not _exists(_inside(path, source)):
             faults.append(f"{source.at(*where)}{'.'.join(map(str, where))}: no such file: {path}")
     return faults
 
@@ -156,6 +103,7 @@ def _paths(values: Mapping[str, Any]) -> list[tuple[Location, str]]:
             found.append((("experts", name, "statistics"), inner.get("statistics")))
         else:
             found.append((("experts", name), spec))
+    found.append((("scale", "tasks"), _mapping(values.get("scale")).get("tasks")))
     return [(where, path) for where, path in found if isinstance(path, str)]
 
 
@@ -198,57 +146,22 @@ def _resolve_paths(recipe: Recipe, source: Source) -> Recipe:
         )
         for name, spec in recipe.experts.items()
     }
-    base = _resolve(recipe.base, source)
-    return recipe.model_copy(update={"base": base, "experts": experts})
+    update: dict[str, Any] = {"base": _resolve(recipe.base, source), "experts": experts}
+    if isinstance(recipe.scale, ScaleSearch) and recipe.scale.tasks is not None:
+        tasks = str(_inside(recipe.scale.tasks, source))
+        update["scale"] = recipe.scale.model_copy(update={"tasks": tasks})
+    return recipe.model_copy(update=update)
 
 
 def _sentence(item: Any, source: Source) -> str:
     location: Location = tuple(part for part in item["loc"])
-    where = source.at(*location)
-    name = ".".join(str(part) for part in location)
-    if item["type"] == "extra_forbidden":
-        known = _known_keys(location)
-        return f"{where}unknown key '{name}'.{suggest(str(location[-1]), known)}"
-    if item["type"] == "missing":
-        return f"{where}'{name}' is missing."
-    if location and location[-1] == "[key]":
-        name = f"the key '{location[-2]}'" if len(location) > 1 else "a key"
-    message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    got = item.get("input")
-    shown = f", got {got!r}" if isinstance(got, (str, int, float, bool)) else ""
-    return f"{where}{name}: {message[0].lower()}{message[1:]}{shown}."
+    if location[:1] == ("scale",) and location[1:2] and location[1] in SCALE_TAGS:
+        item = {**item, "loc": (location[0], *location[2:])}
+    return sentence(item, source, _known_keys)
 
 
 def _known_keys(location: Location) -> list[str]:
-    nested = {"experts": ExpertSpec, "tensors": TensorRule}
-    model = nested.get(str(location[0]), Recipe) if len(location) > 2 else Recipe
+    nested = {"experts": ExpertSpec, "tensors": TensorRule, "scale": ScaleSearch}
+    depth = 1 if location[0] == "scale" else 2
+    model = nested.get(str(location[0]), Recipe) if len(location) > depth else Recipe
     return list(model.model_fields)
-
-
-def _lines(root: yaml.Node, duplicates: list[str]) -> dict[Location, int]:
-    """Map every location of a YAML document to its line, and note keys that stand twice."""
-    lines: dict[Location, int] = {}
-    above: list[yaml.Node] = []
-
-    def visit(node: yaml.Node, path: Location) -> None:
-        if any(node is outer for outer in above):
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: an alias is part of itself")
-        above.append(node)
-        if path:
-            lines.setdefault(path, node.start_mark.line + 1)
-        if isinstance(node, yaml.MappingNode):
-            names: set[str] = set()
-            for key, value in cast("list[tuple[yaml.Node, yaml.Node]]", node.value):
-                name, line = str(cast(object, key.value)), key.start_mark.line + 1
-                if name in names:
-                    duplicates.append(f"line {line}: key '{name}' stands twice.")
-                names.add(name)
-                lines[(*path, name)] = line
-                visit(value, (*path, name))
-        elif isinstance(node, yaml.SequenceNode):
-            for position, value in enumerate(cast("list[yaml.Node]", node.value)):
-                visit(value, (*path, position))
-        above.pop()
-
-    visit(root, ())
-    return lines

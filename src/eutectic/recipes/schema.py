@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
@@ -18,6 +19,7 @@ from eutectic.types import Treatment
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def _kind_of_split(value: object) -> str:
@@ -71,6 +73,56 @@ class TensorRule(_Strict):
         return self
 
 
+class ScaleSearch(_Strict):
+    """A search for α in place of its value. `scale: auto` is short for `{search: gram}`.
+
+    Attributes:
+        search: what is optimised: `validation` a metric on labelled data, `divergence` the
+            distance of the merged model's outputs from each expert's on unlabelled data, `gram`
+            the error of layer outputs, in closed form from statistics.
+        tasks: file of tasks (YAML) with the data; `gram` takes none.
+        compare: of `divergence`: outputs (KL of class or next-token probabilities, distance of
+            predicted numbers), or features before the head.
+        range: smallest and largest α.
+        points: number of values of the first, logarithmic grid.
+        tolerance: relative precision of α at which the golden section around the best one stops.
+    """
+
+    search: Literal["validation", "divergence", "gram"]
+    tasks: str | None = None
+    compare: Literal["outputs", "features"] = "outputs"
+    range: tuple[PositiveFinite, PositiveFinite] = (0.02, 3.0)
+    points: Annotated[int, Field(ge=3, le=1000)] = 11
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.05
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ScaleSearch:
+        if self.search == "gram":
+            idle = sorted(self.model_fields_set - {"search"})
+            if idle:
+                raise ValueError(f"search: gram is a closed form and takes no {', '.join(idle)}")
+        elif self.tasks is None:
+            raise ValueError(f"search: {self.search} needs tasks, a file that names the data")
+        if self.search == "validation" and "compare" in self.model_fields_set:
+            raise ValueError("search: validation takes no compare")
+        if self.range[0] >= self.range[1]:
+            raise ValueError("range is [smallest, largest]")
+        return self
+
+
+SCALE_TAGS = ("<number>", "<search>")  # pydantic's words in locations, left out of messages
+
+
+def _kind_of_scale(value: object) -> str:
+    return SCALE_TAGS[isinstance(value, (Mapping, ScaleSearch))]
+
+
+Scale = Annotated[
+    Annotated[Finite, Tag(SCALE_TAGS[0])] | Annotated[ScaleSearch, Tag(SCALE_TAGS[1])],
+    Discriminator(_kind_of_scale),
+]
+
+
 class Recipe(_Strict):
     """What to merge, and how.
 
@@ -79,7 +131,7 @@ class Recipe(_Strict):
         experts: name -> path, or name -> {path, weight, statistics}.
         method: a name from `eutectic methods`.
         parameters: the method's own parameters.
-        scale: α; None takes the method's default.
+        scale: α, or a search for it; None takes the method's default.
         scale_tensors: what α multiplies: every merged tensor, or matrices only.
         dtype: of the output's floating tensors; None keeps each tensor's own.
         seed: of all random numbers.
@@ -89,6 +141,8 @@ class Recipe(_Strict):
         missing: a base tensor that some expert lacks is an error, counts as unchanged (`base`),
             or is merged from those that have it (`available`).
         nonfinite: NaN or Inf in an expert is an error, or allowed through.
+        statistics_of: statistics must have been collected on the `expert` itself, or may come from
+            `any` checkpoint.
         side_files: "base", or the expert whose config and tokenizer files are copied.
     """
 
@@ -96,7 +150,7 @@ class Recipe(_Strict):
     experts: Annotated[dict[Name, ExpertSpec], Field(min_length=1)]
     method: str
     parameters: dict[str, Any] = Field(default_factory=dict)
-    scale: Finite | None = None
+    scale: Scale | None = None
     scale_tensors: Literal["all", "matrix"] = "all"
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
     seed: Annotated[int, Field(ge=0)] = 0
@@ -106,6 +160,7 @@ class Recipe(_Strict):
     missing: Literal["error", "base", "available"] = "error"
     nonfinite: Literal["error", "allow"] = "error"
     side_files: str = "base"
+    statistics_of: Literal["expert", "any"] = "expert"
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -114,3 +169,20 @@ class Recipe(_Strict):
             return value
         specs = cast("dict[Any, Any]", value)
         return {n: {"path": s} if isinstance(s, str) else s for n, s in specs.items()}
+
+    @field_validator("scale", mode="before")
+    @classmethod
+    def _auto(cls, value: Any) -> Any:
+        if value == "auto":
+            return {"search": "gram"}
+        if isinstance(value, str) and not _is_number(value):
+            raise ValueError("a scale is a number, auto, or {search: …, tasks: …}")
+        return value
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

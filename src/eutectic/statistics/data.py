@@ -45,7 +45,7 @@ def open_batches(
         loaded.task,
         columns,
         batch_size,
-        max_length or _longest(loaded),
+        max_length or longest_input(loaded.processor, loaded.model.config),
         loaded.label_ids,
     )
 
@@ -54,9 +54,10 @@ def _is_batch(item: Any) -> bool:
     return isinstance(item, Mapping) and any(isinstance(v, Tensor) for v in item.values())
 
 
-def _longest(loaded: LoadedModel) -> int:
+def longest_input(processor: Any, config: Any) -> int:
+    """Return how many tokens a model takes, and its tokenizer allows; at most 512."""
     limits = [
-        getattr(loaded.processor, "model_max_length", None),
-        getattr(loaded.model.config, "max_position_embeddings", None),
+        getattr(processor, "model_max_length", None),
+        getattr(config, "max_position_embeddings", None),
     ]
     return min([DEFAULT_MAX_LENGTH, *(n for n in limits if isinstance(n, int) and n > 0)])

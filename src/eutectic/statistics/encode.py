@@ -78,7 +78,7 @@ class EncodedRows:
             StatisticsError: a label that the model does not know, or an unreadable image.
         """
         if self.task == "image-classification":
-            images = [_image(v) for v in self._column("image", rows, start)]
+            images = [open_image(v) for v in self._column("image", rows, start)]
             batch = dict(self.processor(images=images, return_tensors="pt"))
             return batch | self._labels(rows, start)
         if self.task == "seq2seq":
@@ -146,8 +146,12 @@ def _masked(tokens: Tensor, mask: Tensor) -> Tensor:
     return tokens.masked_fill(mask == 0, IGNORED_LABEL)
 
 
-def _image(value: Any) -> Any:
-    """Return an image from a path, or the value itself when it is one already."""
+def open_image(value: Any) -> Any:
+    """Return an image from a path, or the value itself when it is one already.
+
+    Raises:
+        StatisticsError: the file is not a readable image.
+    """
     if not isinstance(value, str | Path):
         return value
     from PIL import Image, UnidentifiedImageError

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from eutectic.checkpoint.experts import is_adapter, open_expert
+from eutectic.checkpoint.ia3 import is_ia3, open_ia3
 from eutectic.checkpoint.index import open_index
 from eutectic.checkpoint.memory import StateDictReader
 from eutectic.checkpoint.reader import CheckpointReader
@@ -81,7 +82,7 @@ def load_model(
         chosen = task or _task(config, folder)
         kind = getattr(transformers, _CLASSES[chosen])
         model = kind.from_pretrained(folder, **_LOCAL).to(torch.float32)
-        processor = _processor(transformers, chosen, checkpoint, folder, config)
+        processor = load_processor(transformers, chosen, checkpoint, folder, config)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from error
@@ -106,7 +107,10 @@ def _task(config: Any, folder: Path) -> Task:
     )
 
 
-def _processor(transformers: Any, task: Task, checkpoint: Path, folder: Path, config: Any) -> Any:
+def load_processor(
+    transformers: Any, task: Task, checkpoint: Path, folder: Path, config: Any
+) -> Any:
+    """Return the image processor, or the tokenizer with right padding, of a checkpoint."""
     if task == "image-classification":
         return transformers.AutoImageProcessor.from_pretrained(folder, **_LOCAL)
     # Adapters may bring a tokenizer of their own.
@@ -139,10 +143,13 @@ def _fingerprint(checkpoint: Path, base: Path | None, model: nn.Module) -> str:
     if base is None:
         with CheckpointReader(open_index(checkpoint)) as reader:
             return reader.fingerprint()
+    if is_ia3(checkpoint):
+        with CheckpointReader(open_ia3(checkpoint)) as reader:
+            return reader.fingerprint()
     try:
         expert = open_expert(checkpoint, open_index(base))
     except CheckpointError:
-        # Adapters that are run but not merged as checkpoints, such as (IA)³.
+        # Adapters that are run but not merged as checkpoints.
         return StateDictReader(model.state_dict()).fingerprint()
     try:
         return expert.fingerprint()

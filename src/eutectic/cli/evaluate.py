@@ -1,0 +1,181 @@
+"""`eutectic evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from eutectic.cli.console import out, pairs, progress_bar, verb
+from eutectic.errors import RequestError, suggest
+
+if TYPE_CHECKING:
+    from eutectic.evaluation.results import Figures, Results
+
+_CHOICES = {
+    "--split": ("proxy", "validation", "test"),
+    "--dtype": ("float32", "bfloat16"),
+    "--routing": ("route", "oracle", "base"),
+}
+_PERCENT = {"accuracy", "macro_f1", "exact_match"}
+_TASKS_ACROSS = 6
+
+
+@verb
+def evaluate(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME=]MODEL…", help="Merged or routed models' folders."),
+    ] = None,
+    tasks: Annotated[Path, typer.Option("--tasks", "-t", help="File of tasks (YAML).")] = ...,  # type: ignore[assignment]
+    base: Annotated[
+        Path | None, typer.Option(help="The base: measured too, and the base of adapters.")
+    ] = None,
+    expert: Annotated[
+        list[str] | None,
+        typer.Option("--expert", "-e", metavar="NAME=EXPERT", help="An expert, for its own tasks."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="results.json to write.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="proxy, validation or test.")] = "test",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score the first rows only.")] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, or bfloat16: autocast, faster, 2-3 digits.")
+    ] = "float32",
+    routing: Annotated[
+        str, typer.Option(help="Of routed models: route, oracle (the task's expert) or base.")
+    ] = "route",
+    proxy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK=DATA", help="Data given to `collect`: must share no row with the split."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+    resamples: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 1000,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Allow tasks that are Python functions.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+) -> None:
+    """Measure a base, experts and merged models on tasks, with 95 % bootstrap intervals.
+
+    Each finished pair of checkpoint and task is kept in OUTPUT.outcomes.jsonl; a killed run is
+    continued by the same command, and what changed since is measured again.
+
+    Examples:
+
+      eutectic evaluate merged/ --tasks tasks.yaml --base ./base -e sst2=./sst2 -e mnli=./mnli
+      -o results.json
+
+      eutectic evaluate iso=merged/ routed/ --tasks tasks.yaml --split validation --limit 500
+    """
+    from eutectic.evaluation.run import evaluate as run
+
+    for option, value in (("--split", split), ("--dtype", dtype), ("--routing", routing)):
+        if value not in _CHOICES[option]:
+            allowed = _CHOICES[option]
+            raise RequestError(
+                f"{option} is one of {', '.join(allowed)}; got '{value}'.{suggest(value, allowed)}"
+            )
+    with progress_bar("evaluating") as tell:
+        results = run(
+            tasks,
+            base=base,
+            experts=pairs(expert or [], "--expert"),
+            models=_named(models or []),
+            output=output,
+            split=split,  # pyright: ignore[reportArgumentType]
+            batch_size=batch_size,
+            limit=limit,
+            dtype=dtype,  # pyright: ignore[reportArgumentType]
+            routing=routing,  # pyright: ignore[reportArgumentType]
+            proxy={name: [path] for name, path in pairs(proxy or [], "--proxy").items()},
+            seed=seed,
+            resamples=resamples,
+            trust_code=trust_code,
+            progress=tell,
+        )
+    if json:
+        typer.echo(results.model_dump_json(indent=1))
+        return
+    show(results)
+    if output is not None:
+        out.print(f"[bold green]written[/] {output}", highlight=False, soft_wrap=True)
+
+
+def _named(words: Sequence[str]) -> dict[str, str]:
+    return pairs([w if "=" in w else f"{w.rstrip('/')}={w}" for w in words], "model")
+
+
+def show(results: Results) -> None:
+    """Print checkpoints as rows: tasks across where few, then means, normalised figures, NAI."""
+    rows = [mean.checkpoint for mean in results.means]
+    cells = {
+        ("experts" if _is_expert(results, r.checkpoint) else r.checkpoint, r.task): r
+        for r in results.results
+    }
+    metrics = {task.name: task.metric for task in results.tasks}
+    for start in range(0, len(results.tasks), _TASKS_ACROSS):
+        table = _table()
+        chosen = results.tasks[start : start + _TASKS_ACROSS]
+        for task in chosen:
+            table.add_column(task.name, justify="right", overflow="fold")
+        for row in rows:
+            shown = [cells.get((row, task.name)) for task in chosen]
+            values = zip(shown, chosen, strict=True)
+            table.add_row(row, *(_value(cell, metrics[task.name]) for cell, task in values))
+        out.print(table)
+        out.print()
+    table = _table()
+    for title in ("mean [95 %]", "of the expert", "NAI [95 %]", "tasks"):
+        table.add_column(title, justify="right")
+    common = set(metrics.values())
+    metric = common.pop() if len(common) == 1 else ""
+    for mean in results.means:
+        table.add_row(
+            mean.checkpoint,
+            _with_interval(mean.value, mean.interval, 100 if metric in _PERCENT else 1),
+            "" if mean.normalized is None else f"{100 * mean.normalized:.1f} %",
+            _with_interval(mean.nai, mean.nai_interval, 1),
+            str(len(mean.tasks)),
+        )
+    out.print(table)
+    names = ", ".join(dict.fromkeys(metrics.values()))
+    out.print(f"{names}; split {results.split}, n = {_counts(results)}", style="dim")
+
+
+def _table() -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("", overflow="fold", max_width=24)
+    return table
+
+
+def _is_expert(results: Results, name: str) -> bool:
+    return any(c.name == name and c.role == "expert" for c in results.checkpoints)
+
+
+def _value(cell: Figures | None, metric: str) -> str:
+    if cell is None or cell.value is None:
+        return "–"
+    return f"{100 * cell.value:.1f}" if metric in _PERCENT else f"{cell.value:.4g}"
+
+
+def _with_interval(value: float | None, interval: tuple[float, float] | None, unit: int) -> str:
+    if value is None:
+        return "–"
+    digits = 1 if unit == 100 else 3
+    if interval is None:
+        return f"{unit * value:.{digits}f}"
+    low, high = (f"{unit * v:.{digits}f}" for v in interval)
+    return f"{unit * value:.{digits}f} \\[{low}, {high}]"
+
+
+def _counts(results: Results) -> str:
+    sizes = sorted({task.n for task in results.tasks})
+    return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"

@@ -1,0 +1,125 @@
+"""Percentile bootstrap over rows, paired across checkpoints, and the figures built on it."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from eutectic.evaluation.metrics import (
+    LOWER_IS_BETTER,
+    Array,
+    Outcomes,
+    metric_value,
+    resampled_values,
+)
+from eutectic.evaluation.results import Mean, Result
+from eutectic.evaluation.schema import Task
+
+CONFIDENCE = (2.5, 97.5)
+_BLOCK_ELEMENTS = 1 << 21
+
+
+@dataclass(frozen=True)
+class Draws:
+    """A figure and its bootstrap replicates `[resamples]`; NaN where undefined."""
+
+    value: float
+    replicates: Array
+
+    def interval(self) -> tuple[float, float] | None:
+        """Return the percentile interval over the replicates that are defined, or None."""
+        known = self.replicates[np.isfinite(self.replicates)]
+        if np.isfinite(self.value) and len(known):
+            low, high = np.percentile(known, CONFIDENCE)
+            return float(low), float(high)
+        return None
+
+
+def draw(task: Task, outcomes: Outcomes, seed: int, resamples: int) -> Draws:
+    """Return the task's metric and its replicates.
+
+    Rows are drawn with replacement, by a generator of (seed, task name) alone: every checkpoint is
+    scored on the same resamples, so that ratios and differences are paired. Time and memory:
+    resamples × rows, in blocks.
+    """
+    rows = len(outcomes.predictions)
+    generator = np.random.default_rng([seed, zlib.crc32(task.name.encode())])
+    step = max(1, _BLOCK_ELEMENTS // rows)
+    blocks = [
+        resampled_values(
+            task.metric_name,
+            outcomes,
+            generator.integers(0, rows, (min(step, resamples - start), rows)),
+        )
+        for start in range(0, resamples, step)
+    ]
+    replicates = np.concatenate(blocks) if blocks else np.empty(0)
+    return Draws(metric_value(task.metric_name, outcomes), replicates)
+
+
+def compare(
+    task: Task, own: Draws, expert: Draws | None, base: Draws | None
+) -> tuple[Draws, Draws]:
+    """Return the value normalised by the expert's, and NAI = (own − base) / (expert − base)."""
+    if expert is None:
+        return _undefined(own), _undefined(own)
+    if task.metric_name in LOWER_IS_BETTER:
+        normalized = _quotient(expert, own)
+    else:
+        normalized = _quotient(own, expert)
+    if base is None:
+        return normalized, _undefined(own)
+    return normalized, _quotient(_difference(own, base), _difference(expert, base))
+
+
+def result(checkpoint: str, task: Task, n: int, figures: Sequence[Draws]) -> Result:
+    """Return the record of (value, normalised, NAI) of one checkpoint on one task."""
+    return Result(checkpoint=checkpoint, task=task.name, n=n, **_described(figures))
+
+
+def mean(checkpoint: str, tasks: Sequence[Task], figures: Mapping[str, Sequence[Draws]]) -> Mean:
+    """Return the means over tasks; each replicate averages one resample of every task.
+
+    The mean of values is undefined when some metrics are better high and others better low; a mean
+    of normalised values or NAI is undefined when one of them is.
+    """
+    lower = {task.metric_name in LOWER_IS_BETTER for task in tasks}
+    together: list[Draws] = []
+    for position in range(3):
+        parts = [figures[task.name][position] for task in tasks]
+        value = float(np.mean([part.value for part in parts]))
+        replicates = np.mean([part.replicates for part in parts], axis=0)
+        together.append(Draws(value, replicates))
+    if len(lower) > 1:
+        together[0] = _undefined(together[0])
+    names = tuple(task.name for task in tasks)
+    return Mean(checkpoint=checkpoint, tasks=names, **_described(together))
+
+
+def _described(figures: Sequence[Draws]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, figure in zip(("value", "normalized", "nai"), figures, strict=True):
+        found[key] = figure.value if np.isfinite(figure.value) else None
+        found["interval" if key == "value" else f"{key}_interval"] = figure.interval()
+    return found
+
+
+def _undefined(like: Draws) -> Draws:
+    return Draws(float("nan"), np.full(len(like.replicates), np.nan))
+
+
+def _difference(left: Draws, right: Draws) -> Draws:
+    return Draws(left.value - right.value, left.replicates - right.replicates)
+
+
+def _quotient(left: Draws, right: Draws) -> Draws:
+    value = left.value / right.value if right.value != 0 else float("nan")
+    unknown = np.full(len(left.replicates), np.nan)
+    replicates = np.divide(
+        left.replicates, right.replicates, out=unknown, where=right.replicates != 0
+    )
+    return Draws(value, replicates)

@@ -1,0 +1,59 @@
+"""Tasks that are a Python function: code that runs, so only when the caller allows it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eutectic.errors import RequestError
+from eutectic.evaluation.metrics import Outcomes
+from eutectic.evaluation.schema import Task
+from eutectic.statistics.rows import Row
+
+
+def call_function(
+    task: Task, folder: Path, rows: Sequence[Row], base: Path | None, *, trust_code: bool
+) -> Outcomes:
+    """Return what `function(folder, rows, **options)` says: one number per row, higher is better.
+
+    Without data it is called with no rows and says how many numbers there are. Adapters also get
+    `base=`.
+
+    Raises:
+        RequestError: without `trust_code`; no such function; another number of values than rows.
+    """
+    name = str(task.function)
+    if not trust_code:
+        raise RequestError(
+            f"task '{task.name}' runs the Python code of '{name}'.\n"
+            "Add --trust-code (trust_code=True) if you trust it."
+        )
+    further: dict[str, Any] = {} if base is None else {"base": str(base)}
+    values = _function(task, name)(str(folder), list(rows), **further, **task.options)
+    numbers = np.array([float(value) for value in values], dtype=np.float64)
+    if not len(numbers) or (rows and len(numbers) != len(rows)) or not np.isfinite(numbers).all():
+        raise RequestError(
+            f"task '{task.name}': '{name}' gave {len(numbers)} values for {len(rows)} rows; it "
+            "must give one finite number per row."
+        )
+    return Outcomes(numbers, np.ones(len(numbers)))
+
+
+def _function(task: Task, name: str) -> Callable[..., Any]:
+    where, _, attribute = name.rpartition(":")
+    try:
+        if not where.endswith(".py"):
+            return getattr(importlib.import_module(where), attribute)
+        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"no module in {where}")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, attribute)
+    except (ImportError, AttributeError, OSError, ValueError) as error:
+        raise RequestError(f"task '{task.name}': '{name}' cannot be imported: {error}.") from None

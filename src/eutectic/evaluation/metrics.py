@@ -1,0 +1,162 @@
+"""Metrics over many resamples at once; the definitions are scikit-learn's and scipy's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+METRICS_OF_KIND: Mapping[str, tuple[str, ...]] = {
+    "text-classification": ("accuracy", "macro_f1", "matthews"),
+    "pair-classification": ("accuracy", "macro_f1", "matthews"),
+    "image-classification": ("accuracy", "macro_f1", "matthews"),
+    "regression": ("pearson", "spearman"),
+    "sequence-to-sequence": ("exact_match",),
+    "language-model": ("loss", "perplexity"),
+    "function": ("mean",),
+}
+LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+_BLOCK_ELEMENTS = 1 << 21
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What a model did with each row, in the order of the data.
+
+    Attributes:
+        predictions: `[n]`: class, predicted number, 1/0 for right and wrong, or summed negative
+            log-likelihood.
+        references: `[n]`: class, number, 1, or number of predicted tokens.
+    """
+
+    predictions: Array
+    references: Array
+
+
+def metric_value(metric: str, outcomes: Outcomes) -> float:
+    """Return the metric over all rows; NaN where it is undefined (a constant under Pearson)."""
+    everything = np.arange(len(outcomes.predictions))[None]
+    return float(_METRICS[metric](outcomes.predictions, outcomes.references, everything)[0])
+
+
+def resampled_values(metric: str, outcomes: Outcomes, rows: NDArray[np.int64]) -> Array:
+    """Return the metric of each resample, `[resamples]`; `rows` is `[resamples, n]`."""
+    step = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1]))
+    compute = _METRICS[metric]
+    blocks = [rows[i : i + step] for i in range(0, len(rows), step)]
+    return np.concatenate(
+        [compute(outcomes.predictions, outcomes.references, block) for block in blocks]
+    )
+
+
+def per_example(metric: str, outcomes: Outcomes) -> Array:
+    """Return what each row contributes, `[n]`.
+
+    1 or 0 for right and wrong; for regression the squared error; for language models the mean
+    negative log-likelihood of the row's tokens.
+    """
+    predictions, references = outcomes.predictions, outcomes.references
+    if metric in ("loss", "perplexity"):
+        return _ratio(predictions, references)
+    if metric in ("pearson", "spearman"):
+        return (predictions - references) ** 2
+    if metric in ("exact_match", "mean"):
+        return predictions
+    return (predictions == references).astype(np.float64)
+
+
+def _mean(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:
+    return predictions[rows].mean(axis=1)
+
+
+def _accuracy(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:
+    return (predictions == references).astype(np.float64)[rows].mean(axis=1)
+
+
+def _loss(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:
+    return _ratio(predictions[rows].sum(axis=1), references[rows].sum(axis=1))
+
+
+def _perplexity(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:
+    with np.errstate(over="ignore"):
+        return np.exp(_loss(predictions, references, rows))
+
+
+def _macro_f1(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:
+    """Mean over classes that occur among predictions or references of 2TP / (2TP + FP + FN)."""
+    right, predicted, actual = _counts(predictions, references, rows)
+    total = predicted + actual
+    return _ratio((2 * _ratio(right, total)).sum(axis=1), (total > 0).sum(axis=1))
+
+
+def _matthews(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:
+    """(c·s − Σ p_k t_k) / √((s² − Σ p_k²)(s² − Σ t_k²)), 0 where a factor is 0."""
+    right, predicted, actual = _counts(predictions, references, rows)
+    size = float(rows.shape[1])
+    covariance = right.sum(axis=1) * size - (predicted * actual).sum(axis=1)
+    variance_p = size**2 - (predicted**2).sum(axis=1)
+    variance_a = size**2 - (actual**2).sum(axis=1)
+    return _ratio(covariance, np.sqrt(variance_p * variance_a))
+
+
+def _counts(
+    predictions: Array, references: Array, rows: NDArray[np.int64]
+) -> tuple[Array, Array, Array]:
+    """Return how often each class is predicted rightly, predicted, and true: `[resamples, C]`."""
+    classes, codes = np.unique(np.concatenate([predictions, references]), return_inverse=True)
+    predicted, actual = codes[: len(predictions)], codes[len(predictions) :]
+    matched = np.where(predicted == actual, actual, len(classes))
+
+    def count(values: NDArray[np.int64]) -> Array:
+        width = len(classes) + 1
+        shifted = values[rows] + width * np.arange(len(rows))[:, None]
+        table = np.bincount(shifted.ravel(), minlength=width * len(rows)).reshape(-1, width)
+        return table[:, :-1].astype(np.float64)
+
+    return count(matched), count(predicted), count(actual)
+
+
+def _pearson(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:
+    return _correlation(predictions[rows], references[rows])
+
+
+def _spearman(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:
+    return _correlation(_ranks(predictions[rows]), _ranks(references[rows]))
+
+
+def _ranks(values: Array) -> Array:
+    """Return average ranks along the last axis."""
+    ranked = np.empty_like(values)
+    for i, row in enumerate(values):
+        _, codes, counts = np.unique(row, return_inverse=True, return_counts=True)
+        ranked[i] = (np.cumsum(counts) - (counts - 1) / 2)[codes]
+    return ranked
+
+
+def _correlation(left: Array, right: Array) -> Array:
+    left = left - left.mean(axis=1, keepdims=True)
+    right = right - right.mean(axis=1, keepdims=True)
+    norms = np.sqrt((left**2).sum(axis=1) * (right**2).sum(axis=1))
+    return _ratio((left * right).sum(axis=1), norms, undefined=np.nan)
+
+
+def _ratio(numerator: Array, denominator: Array, undefined: float = 0.0) -> Array:
+    found = np.full(np.shape(numerator), undefined)
+    return np.divide(numerator, denominator, out=found, where=denominator > 0)
+
+
+_METRICS: Mapping[str, Callable[[Array, Array, NDArray[np.int64]], Array]] = {
+    "accuracy": _accuracy,
+    "macro_f1": _macro_f1,
+    "matthews": _matthews,
+    "pearson": _pearson,
+    "spearman": _spearman,
+    "exact_match": _mean,
+    "mean": _mean,
+    "loss": _loss,
+    "perplexity": _perplexity,
+}

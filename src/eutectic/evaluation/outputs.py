@@ -1,0 +1,242 @@
+"""What a model makes of a prepared split, and the score of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from eutectic.errors import CheckpointError, NumericalError, RequestError
+from eutectic.evaluation.metrics import Array, Outcomes, metric_value, per_example
+from eutectic.evaluation.prepare import Prepared, normal_text
+from eutectic.evaluation.schema import Task
+from eutectic.statistics.batches import IGNORED_LABEL
+from eutectic.statistics.hooks import evaluating
+
+Precision = Literal["float32", "bfloat16"]
+Tell = Callable[[int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A linear map of pooled features: `weight` [outputs, hidden], `bias` [outputs]."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """How well a model did on a split.
+
+    Attributes:
+        value: of the metric; NaN where it is undefined (a constant under Pearson).
+        metric: its name.
+        per_example: `[n]` float64, in the order of the rows: 1 or 0 for right and wrong; squared
+            error for regression; mean negative log-likelihood per token for language models.
+        outcomes: predictions and references, from which any resample can be scored.
+    """
+
+    value: float
+    metric: str
+    per_example: Array
+    outcomes: Outcomes
+
+
+def load_head(task: Task, *, base: bool = False) -> Head | None:
+    """Return the task's linear head in float32 (`base`: the base's, where it has one of its own).
+
+    None when the task's models have heads of their own.
+
+    Raises:
+        CheckpointError: the file is missing or does not hold `weight` [outputs, hidden].
+    """
+    path = (task.base_head if base else None) or task.head
+    if path is None:
+        return None
+    try:
+        tensors = load_file(path)
+        weight = tensors["weight"].float()
+        bias = tensors["bias"].float() if "bias" in tensors else torch.zeros(len(weight))
+        if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+            raise ValueError(f"weight {list(weight.shape)} and bias {list(bias.shape)}")
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise CheckpointError(
+            f"task '{task.name}': {Path(path)} is no head: {error}.\n"
+            "Wanted: a safetensors file with `weight` [outputs, hidden] and `bias` [outputs]."
+        ) from None
+    return Head(weight, bias)
+
+
+@torch.inference_mode()
+def outputs(
+    model: nn.Module,
+    prepared: Prepared,
+    head: Head | None = None,
+    *,
+    dtype: Precision = "float32",
+    progress: Tell | None = None,
+) -> Tensor:
+    """Return what `model` makes of each row, in the order of the rows, on the CPU.
+
+    - with a linear head in the task: weight·feature + bias `[n, outputs]`, or the pooled features
+      `[n, hidden]` when `head` is None;
+    - classification and regression: logits `[n, outputs]`;
+    - language models: `[n, 2]` float64, the summed negative log-likelihood of the tokens after the
+      first, and their number;
+    - sequence to sequence: token ids `[n, length]` of greedy decoding, −100 after their end.
+
+    Evaluation mode during the call; the model's mode is put back. float32 except for token ids.
+
+    Args:
+        model: of the class that `load_model` chooses for the task.
+        prepared: from `prepare`, with the same tokenizer.
+        head: applied to pooled features.
+        dtype: `bfloat16` runs the model under autocast: faster, and accurate to 2–3 digits.
+        progress: told the number of rows after each batch.
+
+    Raises:
+        RequestError: a head for a task that has none, or of another width.
+        NumericalError: the outputs hold NaN or Inf.
+    """
+    if head is not None and prepared.task.head is None:
+        raise RequestError(f"task '{prepared.task.name}' has no `head`; its models have their own.")
+    compute = _computation(prepared, head)
+    device = next(model.parameters()).device
+    found: list[Tensor] = []
+    enabled = dtype == "bfloat16"
+    with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+        for batch in prepared.batches:
+            placed = {name: values.to(device) for name, values in batch.items()}
+            found.append(compute(model, placed).cpu())
+            if progress is not None:
+                progress(len(found[-1]))
+    together = _concatenated(found)
+    if together.is_floating_point() and not bool(torch.isfinite(together).all()):
+        raise NumericalError(
+            f"task '{prepared.task.name}': the model's outputs hold NaN or Inf.\n"
+            "Look for them in its weights; a scale that is too large causes them too."
+        )
+    result = torch.empty_like(together)
+    result[prepared.order] = together
+    return result
+
+
+def score(results: Tensor, prepared: Prepared) -> Score:
+    """Return the task's metric of what `outputs` returned.
+
+    Raises:
+        RequestError: the split has no labels.
+    """
+    metric = prepared.task.metric_name
+    outcomes = outcomes_of(results, prepared)
+    return Score(metric_value(metric, outcomes), metric, per_example(metric, outcomes), outcomes)
+
+
+def outcomes_of(results: Tensor, prepared: Prepared) -> Outcomes:
+    """Return predictions and references, row by row.
+
+    Raises:
+        RequestError: the split has no labels.
+    """
+    kind = prepared.task.kind
+    if kind == "language-model":
+        return Outcomes(results[:, 0].double().numpy(), results[:, 1].double().numpy())
+    if len(prepared.references) != len(prepared):
+        raise RequestError(
+            f"task '{prepared.task.name}': the split '{prepared.split}' has no labels to score."
+        )
+    if kind == "sequence-to-sequence":
+        tokenizer = prepared.processor
+        ids = results.masked_fill(results == IGNORED_LABEL, tokenizer.pad_token_id or 0)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        pairs = zip(texts, prepared.references, strict=True)
+        right = [float(normal_text(text) == reference) for text, reference in pairs]
+        return Outcomes(np.array(right), np.ones(len(right)))
+    references = np.array(prepared.references, dtype=np.float64)
+    if kind == "regression":
+        return Outcomes(results.reshape(len(results), -1)[:, 0].double().numpy(), references)
+    return Outcomes(results.argmax(-1).double().numpy(), references)
+
+
+def _computation(
+    prepared: Prepared, head: Head | None
+) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
+    task = prepared.task
+    if task.kind == "language-model":
+        return _likelihood
+    if task.kind == "sequence-to-sequence":
+        return lambda model, batch: _generated(model, batch, prepared.generate_tokens)
+    if task.head is None:
+        return lambda model, batch: model(**batch).logits.float()
+
+    def through_head(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        features = _features(model, batch, task)
+        if head is None:
+            return features
+        if head.weight.shape[1] != features.shape[1]:
+            raise RequestError(
+                f"task '{task.name}': the head takes {head.weight.shape[1]} features, the model "
+                f"gives {features.shape[1]}."
+            )
+        weight, bias = head.weight.to(features.device), head.bias.to(features.device)
+        with torch.autocast(features.device.type, enabled=False):
+            return features @ weight.T + bias
+
+    return through_head
+
+
+def _features(model: Any, batch: dict[str, Tensor], task: Task) -> Tensor:
+    if task.pooling == "pooler" and hasattr(model, "get_image_features"):
+        found = model.get_image_features(**batch)
+        # A tensor before transformers 5, an output object since.
+        features = found if isinstance(found, Tensor) else found.pooler_output
+    else:
+        output = model(**batch)
+        if task.pooling == "pooler":
+            features = output.pooler_output
+        elif task.pooling == "cls":
+            features = output.last_hidden_state[:, 0]
+        else:
+            features = _mean(output.last_hidden_state.float(), batch.get("attention_mask"))
+    features = features.float()
+    return nn.functional.normalize(features, dim=-1) if task.normalize else features
+
+
+def _mean(states: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return states.mean(1)
+    weights = mask.unsqueeze(-1).to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1)
+
+
+def _likelihood(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    batch = dict(batch)
+    labels = batch.pop("labels")[:, 1:]
+    logits = model(**batch).logits[:, :-1]
+    losses = nn.functional.cross_entropy(
+        logits.float().transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none"
+    )
+    counts = (labels != IGNORED_LABEL).sum(1)
+    return torch.stack([losses.double().sum(1), counts.double()], dim=1)
+
+
+def _generated(model: Any, batch: dict[str, Tensor], tokens: int) -> Tensor:
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    # The first position is the decoder's start token.
+    return model.generate(**inputs, max_new_tokens=tokens, do_sample=False, num_beams=1)[:, 1:]
+
+
+def _concatenated(found: list[Tensor]) -> Tensor:
+    if found[0].ndim == 2 and len({tensor.shape[1] for tensor in found}) > 1:
+        width = max(tensor.shape[1] for tensor in found)
+        pad = nn.functional.pad
+        found = [pad(t, (0, width - t.shape[1]), value=IGNORED_LABEL) for t in found]
+    return torch.cat(found)

@@ -1,0 +1,237 @@
+"""A split, encoded once: batches of rows of like length, kept in memory for many models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eutectic.errors import CheckpointError, MissingExtraError, RequestError, TaskError, suggest
+from eutectic.evaluation.rows import data_hash, split_rows
+from eutectic.evaluation.schema import Split, Task
+from eutectic.statistics.batches import IGNORED_LABEL
+from eutectic.statistics.data import longest_input
+from eutectic.statistics.encode import open_image
+from eutectic.statistics.models import load_processor
+from eutectic.statistics.rows import Row
+
+BATCH_SIZE = 64
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+_CLASSES = ("text-classification", "pair-classification", "image-classification")
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The rows of one split as model inputs.
+
+    Attributes:
+        task: the task.
+        split: the split.
+        batches: model inputs, rows of like length together, without labels (language models and
+            sequence to sequence: with `labels`, −100 where padded).
+        order: `[n]`, the row that each row of the concatenated batches is.
+        references: what is true, row by row: class indices, numbers, or normalised target texts.
+        data_hash: identity of the rows and their answers.
+        processor: the tokenizer or image processor.
+        generate_tokens: how many tokens to generate at most; one more than the longest target.
+    """
+
+    task: Task
+    split: Split
+    batches: tuple[dict[str, Tensor], ...]
+    order: Tensor
+    references: tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
+    data_hash: str
+    processor: Any = field(repr=False)
+    generate_tokens: int = 0
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
+def prepare(
+    task: Task,
+    split: Split,
+    folder: str | Path,
+    *,
+    batch_size: int = BATCH_SIZE,
+    limit: int | None = None,
+    label_ids: Mapping[str, int] | None = None,
+) -> Prepared:
+    """Read and encode a split for models with the tokenizer (or image processor) of `folder`.
+
+    Texts are cut to `task.max_length` tokens, sorted by their number of tokens and padded on the
+    right to the longest of their batch. Time: one tokenization; memory: the token ids, or the pixel
+    values `[n, channels, height, width]` in float32.
+
+    Args:
+        task: not of the kind `function`.
+        split: `proxy`, `validation` or `test`.
+        folder: a checkpoint's folder: configuration, and tokenizer or image processor.
+        batch_size: rows per batch; changes results by rounding only.
+        limit: take the first rows only.
+        label_ids: class name -> index, where the task names none; None: of the configuration.
+
+    Raises:
+        RequestError: no such split, no rows, a missing column.
+        TaskError: labels that neither the task nor the configuration knows.
+        CheckpointError: no usable tokenizer in `folder`.
+        MissingExtraError: transformers is not installed.
+    """
+    rows = split_rows(task, split, limit)
+    processor, config = _open(task, Path(folder))
+    references = references_of(task, rows, label_ids or config.label2id or {})
+    digest = data_hash(task, rows)
+    generate = 0
+    if task.kind == "image-classification":
+        batches, order = _images(task, rows, processor, batch_size)
+    else:
+        limit_tokens = task.max_length or longest_input(processor, config)
+        encode = _Texts(task, rows, processor, limit_tokens)
+        batches, order = encode.batches(batch_size)
+        generate = encode.longest_target + 1
+    return Prepared(
+        task, split, batches, torch.tensor(order), references, digest, processor, generate
+    )
+
+
+def references_of(
+    task: Task, rows: Sequence[Row], label_ids: Mapping[str, int]
+) -> tuple[int, ...] | tuple[float, ...] | tuple[str, ...]:
+    """Return the answers: class indices, numbers, texts; none (`()`) for language models.
+
+    Raises:
+        TaskError: a label is no known class, or not a number; lists up to ten.
+    """
+    if task.kind in ("language-model", "function"):
+        return ()
+    if task.kind == "sequence-to-sequence":
+        return tuple(normal_text(str(row[task.columns.target])) for row in rows)
+    values: list[Any] = [row.get(task.columns.label) for row in rows]
+    if all(value is None for value in values):
+        return ()  # a proxy split needs no labels
+    if task.labels is not None:
+        label_ids = {name: i for i, name in enumerate(task.labels)}
+    known = {str(name): int(i) for name, i in label_ids.items()}
+    found: list[Any] = []
+    faults: list[str] = []
+    for number, value in enumerate(values, 1):
+        try:
+            found.append(float(value) if task.kind == "regression" else _class(value, known))
+        except (TypeError, ValueError):
+            names = "a number" if task.kind == "regression" else ", ".join(list(known)[:20])
+            faults.append(
+                f"row {number}: the label {value!r} is none of {names}."
+                f"{suggest(str(value), list(known))}"
+            )
+    if faults:
+        raise TaskError(faults[:10], f"task '{task.name}'")
+    return tuple(found)
+
+
+def normal_text(text: str) -> str:
+    """Return a text with runs of white space made one blank: what exact match compares."""
+    return " ".join(text.split())
+
+
+def _class(value: Any, known: Mapping[str, int]) -> int:
+    text = str(value)
+    if text in known:
+        return known[text]
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError(text)
+    return int(value)
+
+
+def _open(task: Task, folder: Path) -> tuple[Any, Any]:
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError("transformers", "hf", "Evaluating models") from None
+    if task.kind == "function":
+        raise RequestError(f"task '{task.name}' is a function; it reads its rows itself.")
+    kind = {
+        "image-classification": "image-classification",
+        "language-model": "causal-lm",
+        "sequence-to-sequence": "seq2seq",
+    }.get(task.kind, "text-classification")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
+        return load_processor(transformers, kind, folder, folder, config), config  # pyright: ignore[reportArgumentType]
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{folder}: no configuration and tokenizer for task '{task.name}': {reason}"
+        ) from None
+
+
+def _images(
+    task: Task, rows: Sequence[Row], processor: Any, batch_size: int
+) -> tuple[tuple[dict[str, Tensor], ...], list[int]]:
+    batches: list[dict[str, Tensor]] = []
+    for start in range(0, len(rows), batch_size):
+        images = [
+            open_image(row[task.columns.image]).convert("RGB")
+            for row in rows[start : start + batch_size]
+        ]
+        batches.append(
+            {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"]}
+        )
+    return tuple(batches), list(range(len(rows)))
+
+
+class _Texts:
+    """Token ids of all rows, before they are sorted and padded."""
+
+    def __init__(self, task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> None:
+        self.task = task
+        self.tokenizer = tokenizer
+        options: dict[str, Any] = {"truncation": True, "max_length": max_length}
+        columns = task.columns
+        first = columns.source if task.kind == "sequence-to-sequence" else columns.text
+        texts = [str(row[first]) for row in rows]
+        pairs = None
+        paired = ("pair-classification", "text-classification", "regression")
+        if task.kind in paired and rows[0].get(columns.text_pair) is not None:
+            pairs = [str(row[columns.text_pair]) for row in rows]
+        self.inputs: dict[str, list[list[int]]] = dict(tokenizer(texts, pairs, **options))
+        self.targets: list[list[int]] | None = None
+        if task.kind == "sequence-to-sequence":
+            answers = [str(row[columns.target]) for row in rows]
+            self.targets = tokenizer(text_target=answers, **options)["input_ids"]
+        self.longest_target = max(map(len, self.targets)) if self.targets else 0
+
+    def batches(self, batch_size: int) -> tuple[tuple[dict[str, Tensor], ...], list[int]]:
+        ids = self.inputs["input_ids"]
+        # The longest first: if memory is short, that shows at once.
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        return tuple(self._batch(chunk) for chunk in chunks), order
+
+    def _batch(self, chosen: Sequence[int]) -> dict[str, Tensor]:
+        fill = {
+            "input_ids": self.tokenizer.pad_token_id or 0,
+            "token_type_ids": getattr(self.tokenizer, "pad_token_type_id", 0),
+        }
+        batch = {
+            name: padded([values[i] for i in chosen], fill.get(name, 0))
+            for name, values in self.inputs.items()
+        }
+        if self.targets is not None:
+            batch["labels"] = padded([self.targets[i] for i in chosen], IGNORED_LABEL)
+        elif self.task.kind == "language-model":
+            batch["labels"] = batch["input_ids"].masked_fill(
+                batch["attention_mask"] == 0, IGNORED_LABEL
+            )
+        return batch
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    """Return `[n, longest]` int64, filled on the right."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64)

@@ -1,0 +1,98 @@
+"""The results of an evaluation: the published schema of results.json."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Interval = Annotated[
+    tuple[float, float] | None, Field(description="Percentiles 2.5 and 97.5 of the bootstrap.")
+]
+SCHEMA_ID = "urn:eutectic:results:1"
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CheckpointRecord(_Record):
+    """One checkpoint that was evaluated."""
+
+    name: str
+    role: Literal["base", "expert", "model"]
+    path: str
+    fingerprint: str = Field(description="Identity of the weights; see `checkpoint.content`.")
+    routing: Literal["route", "oracle", "base"] | None = Field(
+        description="How the experts of a routed model were chosen; null for other models."
+    )
+
+
+class TaskRecord(_Record):
+    """One task that was evaluated."""
+
+    name: str
+    kind: str
+    expert: str = Field(description="The expert that figures are normalised by.")
+    metric: str
+    higher_is_better: bool
+    split: Literal["proxy", "validation", "test"]
+    n: int = Field(description="Rows scored.")
+    data_hash: str = Field(description="SHA-256 over the rows' inputs and answers, in order.")
+    splits: dict[str, int] = Field(description="Different rows per split; they are disjoint.")
+
+
+class Figures(_Record):
+    """A metric with what is derived from it; null where undefined or a reference is missing."""
+
+    value: float | None
+    interval: Interval
+    normalized: float | None = Field(
+        description="value / expert's value; expert's value / value where lower is better."
+    )
+    normalized_interval: Interval
+    nai: float | None = Field(description="(value - base) / (expert - base).")
+    nai_interval: Interval
+
+
+class Result(Figures):
+    """One checkpoint on one task."""
+
+    checkpoint: str
+    task: str
+    n: int
+
+
+class Mean(Figures):
+    """One checkpoint over its tasks; the experts together, each on its own tasks, are `experts`."""
+
+    checkpoint: str
+    tasks: tuple[str, ...]
+
+
+class Results(_Record):
+    """A whole evaluation."""
+
+    schema_version: Literal[1] = 1
+    split: Literal["proxy", "validation", "test"]
+    limit: int | None = Field(description="Only so many rows of each split were scored.")
+    dtype: Literal["float32", "bfloat16"]
+    seed: int = Field(description="Of the bootstrap; all checkpoints share its resamples.")
+    resamples: int
+    versions: dict[str, str]
+    checkpoints: tuple[CheckpointRecord, ...]
+    tasks: tuple[TaskRecord, ...]
+    results: tuple[Result, ...]
+    means: tuple[Mean, ...]
+
+
+def results_schema() -> dict[str, Any]:
+    """Return the JSON schema of results.json, as published in docs/schemas."""
+    schema = Results.model_json_schema(mode="serialization")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA_ID, **schema}
+
+
+def schema_text() -> str:
+    """Return the published file's text."""
+    return json.dumps(results_schema(), indent=1, ensure_ascii=False) + "\n"

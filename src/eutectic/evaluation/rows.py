@@ -1,0 +1,167 @@
+"""The rows of a task's splits: shares of a file, identities of rows, proof that splits differ."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from eutectic.errors import RequestError, TaskError
+from eutectic.evaluation.schema import SPLITS, Part, Split, Task
+from eutectic.statistics.encode import open_image
+from eutectic.statistics.rows import Row, read_rows
+
+INPUTS: Mapping[str, tuple[str, ...]] = {
+    "text-classification": ("text", "text_pair"),
+    "pair-classification": ("text", "text_pair"),
+    "regression": ("text", "text_pair"),
+    "image-classification": ("image",),
+    "sequence-to-sequence": ("source",),
+    "language-model": ("text",),
+}
+_OPTIONAL = {"text-classification": ("text_pair",), "regression": ("text_pair",)}
+ANSWERS: Mapping[str, str] = {
+    "text-classification": "label",
+    "pair-classification": "label",
+    "regression": "label",
+    "image-classification": "label",
+    "sequence-to-sequence": "target",
+}
+
+
+def split_rows(task: Task, split: Split, limit: int | None = None) -> list[Row]:
+    """Return the rows of one split in the order of the file, the first `limit` of them.
+
+    Raises:
+        RequestError: the task has no such split, a column is missing, or no row is left.
+        StatisticsError, MissingExtraError: as `read_rows`.
+    """
+    part = task.data.get(split)
+    if part is None:
+        raise RequestError(
+            f"task '{task.name}' has no split '{split}'; it has {', '.join(task.data) or 'none'}."
+        )
+    rows = _part_rows(task, split, part)
+    if not rows:
+        raise RequestError(f"task '{task.name}': the split '{split}' ({part.path}) has no rows.")
+    return rows if limit is None else rows[:limit]
+
+
+def row_key(task: Task, row: Row) -> bytes:
+    """Return the identity of a row's inputs, 16 bytes; labels and further columns play no part.
+
+    Texts count after Unicode NFKC, case folding and collapsing of white space; images as their
+    pixels in RGB, whatever the file; rows of functions as all of their columns.
+    """
+    digest = hashlib.sha256()
+    for value in _inputs(task, row):
+        digest.update(value)
+        digest.update(b"\0")
+    return digest.digest()[:16]
+
+
+def data_hash(task: Task, rows: Sequence[Row]) -> str:
+    """Return the identity of rows in order, with the inputs as they stand and the answers."""
+    digest = hashlib.sha256()
+    answer = ANSWERS.get(task.kind)
+    for row in rows:
+        digest.update(row_key(task, row))
+        texts = [c for c in INPUTS.get(task.kind, ()) if c != "image"]
+        for column in (*texts, *([answer] if answer else [])):
+            digest.update(f"{row.get(getattr(task.columns, column))!r}\0".encode())
+    return digest.hexdigest()
+
+
+def check_disjoint(task: Task, further_proxy: Sequence[str] = ()) -> dict[str, int]:
+    """Return split -> number of rows; the splits share no row.
+
+    Args:
+        task: the task; all of its splits are read.
+        further_proxy: files that count as proxy too, such as those given to `collect`.
+
+    Raises:
+        TaskError: two splits share rows; names how many, and one of them.
+    """
+    found: dict[str, dict[bytes, Row]] = {}
+    for split in SPLITS:
+        rows = split_rows(task, split) if split in task.data else []
+        found[split] = {row_key(task, row): row for row in rows}
+    for path in further_proxy:
+        rows = _checked(task, read_rows(path), path)
+        found["proxy"].update({row_key(task, row): row for row in rows})
+    faults: list[str] = []
+    for i, first in enumerate(SPLITS):
+        for second in SPLITS[i + 1 :]:
+            shared = found[first].keys() & found[second].keys()
+            if shared:
+                example = _shown(task, found[second][min(shared)])
+                faults.append(
+                    f"{first} and {second} share {len(shared)} of {len(found[second])} different "
+                    f"{second} rows, such as {example}."
+                )
+    if faults:
+        raise TaskError(faults, f"task '{task.name}'")
+    return {split: len(rows) for split, rows in found.items() if rows}
+
+
+def _part_rows(task: Task, split: Split, part: Part) -> list[Row]:
+    rows = _checked(task, read_rows(part.path, split=part.subset), part.path)
+    if part.share is None:
+        return rows
+    start = 0.0
+    for earlier in SPLITS[: SPLITS.index(split)]:
+        other = task.data.get(earlier)
+        if other is not None and (other.path, other.subset) == (part.path, part.subset):
+            start += other.share or 0.0
+    stop = start + part.share
+    # By content, so that equal rows fall on the same side and added rows move no other.
+    return [row for row in rows if start <= _position(row_key(task, row)) < stop]
+
+
+def _position(key: bytes) -> float:
+    return int.from_bytes(key[:6], "big") / 2**48
+
+
+def _checked(task: Task, rows: Sequence[Any], path: str) -> list[Row]:
+    """Return the rows as a list, all with the columns that the task needs."""
+    wanted = [c for c in INPUTS.get(task.kind, ()) if c not in _OPTIONAL.get(task.kind, ())]
+    if task.kind in ANSWERS and "proxy" not in _splits_of(task, path):
+        wanted.append(ANSWERS[task.kind])
+    listed = list(rows)
+    for number, row in enumerate(listed, 1):
+        for column in wanted:
+            name = getattr(task.columns, column)
+            if row.get(name) is None:
+                raise RequestError(
+                    f"task '{task.name}': {path}, row {number} has no column '{name}'; it has "
+                    f"{', '.join(map(str, row))}.\nName the right one in the task: "
+                    f"columns: {{{column}: NAME}}."
+                )
+    return listed
+
+
+def _splits_of(task: Task, path: str) -> set[str]:
+    named = {split for split, part in task.data.items() if part.path == path}
+    return named or {"proxy"}
+
+
+def _inputs(task: Task, row: Row) -> list[bytes]:
+    if task.kind == "function":
+        return [f"{key}={_plain(value)}".encode() for key, value in sorted(row.items())]
+    values = [row.get(getattr(task.columns, column)) for column in INPUTS[task.kind]]
+    if task.kind == "image-classification":
+        image = open_image(values[0]).convert("RGB")
+        return [str(image.size).encode(), image.tobytes()]
+    return [_plain(value).encode() for value in values if value is not None]
+
+
+def _plain(value: Any) -> str:
+    return " ".join(unicodedata.normalize("NFKC", str(value)).casefold().split())
+
+
+def _shown(task: Task, row: Row) -> str:
+    columns = INPUTS.get(task.kind)
+    names = [getattr(task.columns, c) for c in columns] if columns else list(row)
+    text = " / ".join(str(row[name]) for name in names if row.get(name) is not None)
+    return repr(text if len(text) <= 80 else f"{text[:79]}…")

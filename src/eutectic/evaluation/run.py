@@ -1,0 +1,308 @@
+"""Evaluation of checkpoints over tasks: every pair once, kept as it is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eutectic.checkpoint.experts import is_adapter
+from eutectic.checkpoint.writer import write_atomically
+from eutectic.errors import NumericalError, RequestError, suggest
+from eutectic.evaluation.bootstrap import Draws, compare, draw, mean, result
+from eutectic.evaluation.functions import call_function
+from eutectic.evaluation.journal import Journal
+from eutectic.evaluation.metrics import LOWER_IS_BETTER, Outcomes
+from eutectic.evaluation.outputs import Precision, load_head, outcomes_of, outputs
+from eutectic.evaluation.prepare import BATCH_SIZE, Prepared, prepare
+from eutectic.evaluation.results import CheckpointRecord, Results, TaskRecord
+from eutectic.evaluation.rows import check_disjoint, data_hash, split_rows
+from eutectic.evaluation.schema import Split, Task
+from eutectic.evaluation.sources import (
+    Checkpoint,
+    RoutingMode,
+    Sources,
+    fingerprint,
+    pair_identity,
+    processor_hash,
+    versions,
+)
+from eutectic.evaluation.tasks import load_tasks
+
+Progress = Callable[[float, float, str], None]
+Folder = str | Path
+EXPERTS_MEAN = "experts"
+
+
+def evaluate(
+    tasks: Folder | Mapping[str, Task],
+    *,
+    base: Folder | None = None,
+    experts: Mapping[str, Folder] | None = None,
+    models: Sequence[Folder] | Mapping[str, Folder] = (),
+    output: Folder | None = None,
+    split: Split = "test",
+    batch_size: int = BATCH_SIZE,
+    limit: int | None = None,
+    dtype: Precision = "float32",
+    routing: RoutingMode = "route",
+    proxy: Mapping[str, Sequence[Folder]] | None = None,
+    seed: int = 0,
+    resamples: int = 1000,
+    trust_code: bool = False,
+    progress: Progress | None = None,
+) -> Results:
+    """Measure checkpoints on tasks, with bootstrap intervals and figures relative to the experts.
+
+    NAI(t) = (m − m_base) / (m_expert − m_base) with m the task's metric; normalised is
+    m / m_expert (m_expert / m where lower is better). Intervals are 95 % percentiles over resamples
+    of rows, the same resamples for all checkpoints; tasks are taken as given. One model is in
+    memory at a time. A finished (checkpoint, task) pair is kept in `<output>.outcomes.jsonl`: a
+    killed run loses at most one, and pairs whose inputs changed are computed again.
+
+    Args:
+        tasks: a YAML file, or what `load_tasks` returned.
+        base: the base: evaluated, and the base of adapters.
+        experts: name -> folder, each evaluated on the tasks that are its own.
+        models: merged or routed models, as folders or name -> folder.
+        output: results.json; None writes nothing.
+        split: `proxy`, `validation` or `test`.
+        batch_size: rows per batch.
+        limit: score the first rows only.
+        dtype: `bfloat16` runs models under autocast.
+        routing: of routed models: `route`, `oracle` (the task's expert) or `base` (experts off).
+        proxy: task -> files that count as its proxy data, such as those given to `collect`.
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
+        trust_code: allow tasks of the kind `function`, which run Python code.
+        progress: told finished rows, all rows, and what is being done.
+
+    Raises:
+        TaskError: faults of the tasks; splits that share rows.
+        RequestError: nothing to evaluate, unknown names, missing columns.
+        CheckpointError: a checkpoint that cannot be loaded, or lacks the task's head.
+        NumericalError: NaN or Inf in a model's outputs.
+        MissingExtraError: transformers is not installed.
+    """
+    known = dict(tasks) if isinstance(tasks, Mapping) else load_tasks(tasks)
+    sources = _sources(known, base, experts or {}, models, routing)
+    further = proxy or {}
+    for name in further:
+        if name not in known:
+            raise RequestError(f"no task '{name}' for the proxy data.{suggest(name, list(known))}")
+    counted = {
+        name: check_disjoint(task, [str(path) for path in further.get(name, ())])
+        for name, task in known.items()
+    }
+    run = _Run(sources, split, limit, batch_size, dtype, trust_code, progress)
+    pairs = _pairs(sources, known)
+    run.total = sum(_rows(task, split, limit, counted) for _, task in pairs)
+    with Journal(None if output is None else Path(output)) as journal:
+        outcomes = {(c.name, t.name): run.pair(c, t, journal) for c, t in pairs}
+    results = _summary(sources, known, pairs, outcomes, run, counted, seed, resamples)
+    if output is not None:
+        write_atomically(Path(output), (results.model_dump_json(indent=1) + "\n").encode())
+    return results
+
+
+@dataclass
+class _Run:
+    """What stays in memory between pairs: encoded splits, and the last model."""
+
+    sources: Sources
+    split: Split
+    limit: int | None
+    batch_size: int
+    dtype: Precision
+    trust_code: bool
+    progress: Progress | None
+    total: int = 0
+    done: int = 0
+    prepared: dict[tuple[str, str, str], Prepared] = field(default_factory=dict[Any, Any])
+    hashes: dict[str, str] = field(default_factory=dict[str, str])
+    loaded: tuple[Any, Any] = (None, None)
+
+    def pair(self, checkpoint: Checkpoint, task: Task, journal: Journal) -> Outcomes:
+        """Return the outcomes of one pair, from the journal if it is finished."""
+        self._tell(0, checkpoint, task)
+        rows = split_rows(task, self.split, self.limit) if task.data else []
+        if task.name not in self.hashes:
+            self.hashes[task.name] = data_hash(task, rows)
+        settings = [self.split, self.limit, self.dtype]
+        pair = pair_identity(self.sources, checkpoint, task, self.hashes[task.name], settings)
+        found = journal.get(pair)
+        if found is None:
+            compute = self._function if task.kind == "function" else self._model
+            found = compute(checkpoint, task)
+            journal.add(pair, checkpoint.name, task.name, found)
+        elif self.progress is not None:
+            self._tell(len(found.predictions), checkpoint, task)
+        return found
+
+    def _function(self, checkpoint: Checkpoint, task: Task) -> Outcomes:
+        rows = split_rows(task, self.split, self.limit) if task.data else []
+        base = self.sources.base if is_adapter(checkpoint.folder) else None
+        found = call_function(task, checkpoint.folder, rows, base, trust_code=self.trust_code)
+        self._tell(len(rows), checkpoint, task)
+        return found
+
+    def _model(self, checkpoint: Checkpoint, task: Task) -> Outcomes:
+        ready = self._prepared(checkpoint, task)
+        # Tasks with linear heads share one encoder; others have a head each.
+        key = (checkpoint.name, "encoder" if task.head is not None else task.name)
+        if self.loaded[0] != key:
+            self.loaded = (None, None)  # the old model's memory first
+            self.loaded = (key, self.sources.load(checkpoint, task))
+        model = self.loaded[1]
+        head = load_head(task, base=checkpoint.role == "base")
+        with self.sources.routed_as_asked(model, checkpoint, task):
+            try:
+                found = outputs(
+                    model,
+                    ready,
+                    head,
+                    dtype=self.dtype,
+                    progress=lambda rows: self._tell(rows, checkpoint, task),
+                )
+            except NumericalError as error:
+                raise NumericalError(f"{checkpoint.name}: {error}") from None
+        return outcomes_of(found, ready)
+
+    def _prepared(self, checkpoint: Checkpoint, task: Task) -> Prepared:
+        folder = self.sources.processor(checkpoint, task)
+        labels = self.sources.label_ids(checkpoint, task)
+        key = (task.name, processor_hash(folder), str(sorted(labels.items())))
+        if key not in self.prepared:
+            self.prepared[key] = prepare(
+                task,
+                self.split,
+                folder,
+                batch_size=self.batch_size,
+                limit=self.limit,
+                label_ids=labels,
+            )
+        return self.prepared[key]
+
+    def _tell(self, rows: int, checkpoint: Checkpoint, task: Task) -> None:
+        self.done += rows
+        if self.progress is not None:
+            self.progress(self.done, max(self.total, self.done), f"{checkpoint.name}, {task.name}")
+
+
+def _sources(
+    tasks: Mapping[str, Task],
+    base: Folder | None,
+    experts: Mapping[str, Folder],
+    models: Sequence[Folder] | Mapping[str, Folder],
+    routing: RoutingMode,
+) -> Sources:
+    named = dict(models) if isinstance(models, Mapping) else {str(m).rstrip("/"): m for m in models}
+    wanted = [task.expert_name for task in tasks.values()]
+    for name in experts:
+        if name not in wanted:
+            raise RequestError(
+                f"the expert '{name}' has no task.{suggest(name, wanted)}\n"
+                f"Tasks are of the experts: {', '.join(dict.fromkeys(wanted))}."
+            )
+    reserved = [name for name in named if name in ("base", EXPERTS_MEAN) or name in experts]
+    if reserved:
+        raise RequestError(f"the name '{reserved[0]}' is taken; write another as NAME=FOLDER.")
+    taken = [name for name in experts if name in ("base", EXPERTS_MEAN)]
+    if taken:
+        raise RequestError(f"an expert cannot be called '{taken[0]}'; tables use that name.")
+    found = [Checkpoint("base", "base", Path(base))] if base is not None else []
+    found += [Checkpoint(name, "expert", Path(path)) for name, path in experts.items()]
+    found += [Checkpoint(name, "model", Path(path)) for name, path in named.items()]
+    if not found:
+        raise RequestError("nothing to evaluate: name a base, experts or models.")
+    for checkpoint in found:
+        if not checkpoint.folder.is_dir():
+            raise RequestError(f"{checkpoint.folder}: no such folder ({checkpoint.name}).")
+    folders = {name: Path(path) for name, path in experts.items()}
+    return Sources(None if base is None else Path(base), folders, tuple(found), routing)
+
+
+def _pairs(sources: Sources, tasks: Mapping[str, Task]) -> list[tuple[Checkpoint, Task]]:
+    return [
+        (checkpoint, task)
+        for checkpoint in sources.checkpoints
+        for task in tasks.values()
+        if checkpoint.role != "expert" or task.expert_name == checkpoint.name
+    ]
+
+
+def _rows(
+    task: Task, split: Split, limit: int | None, counted: Mapping[str, Mapping[str, int]]
+) -> int:
+    if split not in task.data and task.kind != "function":
+        raise RequestError(
+            f"task '{task.name}' has no split '{split}'; it has {', '.join(task.data)}."
+        )
+    rows = counted[task.name].get(split, 0)
+    return rows if limit is None else min(limit, rows)
+
+
+def _summary(
+    sources: Sources,
+    tasks: Mapping[str, Task],
+    pairs: Sequence[tuple[Checkpoint, Task]],
+    outcomes: Mapping[tuple[str, str], Outcomes],
+    run: _Run,
+    counted: Mapping[str, dict[str, int]],
+    seed: int,
+    resamples: int,
+) -> Results:
+    draws = {(c.name, t.name): draw(t, outcomes[c.name, t.name], seed, resamples) for c, t in pairs}
+    figures: dict[str, dict[str, tuple[Draws, Draws, Draws]]] = {}
+    for checkpoint, task in pairs:
+        own = draws[checkpoint.name, task.name]
+        expert = draws.get((task.expert_name, task.name))
+        relative = compare(task, own, expert, draws.get(("base", task.name)))
+        row = EXPERTS_MEAN if checkpoint.role == "expert" else checkpoint.name
+        figures.setdefault(row, {})[task.name] = (own, *relative)
+    records = [
+        result(
+            c.name,
+            t,
+            len(outcomes[c.name, t.name].predictions),
+            figures[EXPERTS_MEAN if c.role == "expert" else c.name][t.name],
+        )
+        for c, t in pairs
+    ]
+    means = [mean(row, [tasks[name] for name in found], found) for row, found in figures.items()]
+    scored = {r.task: r.n for r in records}
+    return Results(
+        split=run.split,
+        limit=run.limit,
+        dtype=run.dtype,
+        seed=seed,
+        resamples=resamples,
+        versions=versions(),
+        checkpoints=tuple(
+            CheckpointRecord(
+                name=c.name,
+                role=c.role,
+                path=str(c.folder),
+                fingerprint=fingerprint(c.folder, sources.base),
+                routing=sources.routing if c.routed else None,
+            )
+            for c in sources.checkpoints
+        ),
+        tasks=tuple(
+            TaskRecord(
+                name=t.name,
+                kind=t.kind,
+                expert=t.expert_name,
+                metric=t.metric_name,
+                higher_is_better=t.metric_name not in LOWER_IS_BETTER,
+                split=run.split,
+                n=scored.get(t.name, 0),
+                data_hash=run.hashes.get(t.name, ""),
+                splits=counted[t.name],
+            )
+            for t in tasks.values()
+        ),
+        results=tuple(records),
+        means=tuple(means),
+    )

@@ -1,0 +1,161 @@
+"""What a file of tasks may say. Unknown keys are refused; see `tasks.py` for files and lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from eutectic.errors import suggest
+from eutectic.evaluation.metrics import METRICS_OF_KIND
+from eutectic.recipes.schema import Name
+
+Kind = Literal[
+    "text-classification",
+    "pair-classification",
+    "regression",
+    "image-classification",
+    "sequence-to-sequence",
+    "language-model",
+    "function",
+]
+Split = Literal["proxy", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("proxy", "validation", "test")
+Pooling = Literal["mean", "cls", "pooler"]
+WITH_HEAD = ("text-classification", "pair-classification", "regression", "image-classification")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Part(_Strict):
+    """The rows of one split.
+
+    Attributes:
+        path: jsonl, csv, tsv, parquet, folder of images, or folder written by `datasets`.
+        share: this share of the rows, chosen by the hash of their inputs; None takes them all.
+        subset: the split inside a `datasets` folder that has several.
+    """
+
+    path: str
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    subset: str | None = None
+
+
+class ColumnNames(_Strict):
+    """Which column holds what."""
+
+    text: str = "text"
+    text_pair: str = "text_pair"
+    label: str = "label"
+    source: str = "source"
+    target: str = "target"
+    image: str = "image"
+
+
+class TaskSpec(_Strict):
+    """One task: data with known answers, a kind of model, a metric.
+
+    Attributes:
+        kind: what the model does.
+        data: split -> file, or {path, share, subset}; a file alone is the split `test`.
+        columns: names of columns, where they are not the usual ones.
+        metric: None takes the kind's first; see `metrics.METRICS_OF_KIND`.
+        expert: the expert whose head and accuracy the task refers to; None: the task's own name.
+        labels: class names in the order of the model's outputs; None: as its configuration says.
+        max_length: tokens per input; None: what the model takes, at most 512.
+        head: safetensors file with `weight` [outputs, hidden] and `bias` [outputs], applied to
+            pooled features; None: the model has a head of its own.
+        base_head: the same for the base, where it differs.
+        pooling: of features for `head`: mean over unmasked tokens, the first token, or the model's
+            own pooled output (for CLIP: the projected image embedding).
+        normalize: scale features to length 1 before the head.
+        head_tensors: shell patterns over tensor names that count as the expert's head, besides
+            those that the base lacks or has in another shape.
+        function: `module:function` or `file.py:function`, for the kind `function`.
+        options: keyword arguments of the function.
+    """
+
+    kind: Kind
+    data: Annotated[dict[Split, Part], Field(default_factory=dict[Split, Part])]
+    columns: ColumnNames = ColumnNames()
+    metric: str | None = None
+    expert: Name | None = None
+    labels: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    max_length: Annotated[int, Field(ge=1)] | None = None
+    head: str | None = None
+    base_head: str | None = None
+    pooling: Pooling = "mean"
+    normalize: bool = False
+    head_tensors: tuple[str, ...] = ()
+    function: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _label_names(cls, value: Any) -> Any:
+        # YAML reads unquoted `no` and `1` as other things than names; those are kept as text.
+        return [str(v) for v in cast("list[Any]", value)] if isinstance(value, list) else value
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _paths_alone(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"test": value}
+        if not isinstance(value, Mapping):
+            return value
+        parts = cast("Mapping[Any, Any]", value)
+        return {s: {"path": p} if isinstance(p, str) else p for s, p in parts.items()}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TaskSpec:
+        known = METRICS_OF_KIND[self.kind]
+        if self.metric is not None and self.metric not in known:
+            raise ValueError(
+                f"metric '{self.metric}' is none of {self.kind}: {', '.join(known)}."
+                f"{suggest(self.metric, known)}"
+            )
+        is_function = self.kind == "function"
+        if is_function != (self.function is not None):
+            raise ValueError("`function` and the kind 'function' belong together")
+        if self.options and not is_function:
+            raise ValueError("`options` are for the kind 'function'")
+        if not is_function and not self.data:
+            raise ValueError("'data' is missing")
+        if self.head is None and (self.base_head or self.normalize or self.pooling != "mean"):
+            raise ValueError("base_head, pooling and normalize need `head`")
+        if self.head is not None and self.kind not in WITH_HEAD:
+            raise ValueError(f"`head` is not for the kind '{self.kind}'")
+        shares: dict[tuple[str, str | None], list[float | None]] = {}
+        for part in self.data.values():
+            shares.setdefault((part.path, part.subset), []).append(part.share)
+        for (path, _), found in shares.items():
+            if len(found) > 1 and (
+                None in found or sum(map(float, filter(None, found))) > 1.000001
+            ):
+                raise ValueError(f"splits of one file ({path}) need shares of at most 1 in sum")
+        return self
+
+
+class Task(TaskSpec):
+    """A checked task with its name; paths are absolute or relative to the working folder."""
+
+    name: str
+
+    @property
+    def expert_name(self) -> str:
+        """The expert that the task belongs to."""
+        return self.expert or self.name
+
+    @property
+    def metric_name(self) -> str:
+        """The metric in force."""
+        return self.metric or METRICS_OF_KIND[self.kind][0]
+
+
+class TaskFile(_Strict):
+    """The whole file."""
+
+    tasks: Annotated[dict[Name, TaskSpec], Field(min_length=1)]

@@ -1,0 +1,82 @@
+"""Files of tasks: every fault at once, with its line; shares; splits that share rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from eutectic.errors import TaskError
+from eutectic.evaluation import load_tasks
+from eutectic.evaluation.rows import check_disjoint, row_key, split_rows
+from evaluation import world
+
+
+def test_all_faults_together_with_lines(tmp_path: Path):
+    (tmp_path / "t.yaml").write_text(
+        "tasks:\n  a:\n    kind: text-clasification\n    data: x.jsonl\n"
+        "  b:\n    kind: regression\n    data: {test: {path: x.jsonl, shares: 0.5}}\n    heads: y\n"
+        "  c:\n    kind: language-model\n    data: x.jsonl\n    metric: acuracy\n"
+    )
+    with pytest.raises(TaskError) as error:
+        load_tasks(tmp_path / "t.yaml")
+    text = str(error.value)
+    assert "line 3: tasks.a.kind" in text
+    assert "line 7: unknown key 'tasks.b.data.test.shares'. Did you mean 'share'?" in text
+    assert "line 8: unknown key 'tasks.b.heads'. Did you mean 'head'?" in text
+    assert "line 9: tasks.c: metric 'acuracy' is none of language-model: loss, perplexity" in text
+
+
+def test_missing_files_are_named_with_lines(tmp_path: Path):
+    path = tmp_path / "t.yaml"
+    path.write_text("tasks:\n  a:\n    kind: regression\n    data: gone.jsonl\n    head: h.st\n")
+    with pytest.raises(TaskError, match=r"line 4: tasks.a.data.test: no such file: gone.jsonl"):
+        load_tasks(path)
+
+
+def test_shares_part_a_file_by_content(tmp_path: Path):
+    texts = world.sentences(400)
+    world.jsonl(tmp_path / "d.jsonl", [{"text": t, "label": 0} for t in [*texts, texts[0].upper()]])
+    shares = {"proxy": 0.2, "validation": 0.3, "test": 0.5}
+    data = {s: {"path": "d.jsonl", "share": v} for s, v in shares.items()}
+    spec = {"kind": "text-classification", "data": data}
+    task = load_tasks(world.tasks(tmp_path / "t.yaml", a=spec))["a"]
+    found = {s: split_rows(task, s) for s in shares}  # type: ignore[arg-type]
+    assert sum(map(len, found.values())) == 401
+    for split, share in shares.items():
+        assert abs(len(found[split]) / 401 - share) < 0.08
+    assert check_disjoint(task)["proxy"] <= len(found["proxy"])
+
+
+def test_shared_rows_are_refused_with_count_and_example(tmp_path: Path):
+    world.jsonl(
+        tmp_path / "a.jsonl", [{"text": "One  Fish", "label": 0}, {"text": "x", "label": 1}]
+    )
+    world.jsonl(tmp_path / "b.jsonl", [{"text": "one ﬁsh", "label": 1}, {"text": "y", "label": 0}])
+    data = {"validation": "a.jsonl", "test": "b.jsonl"}
+    path = world.tasks(tmp_path / "t.yaml", a={"kind": "text-classification", "data": data})
+    task = load_tasks(path)["a"]
+    with pytest.raises(TaskError, match="validation and test share 1 of 2 .* such as 'one ﬁsh'"):
+        check_disjoint(task)
+
+
+def test_data_given_to_collect_count_as_proxy(tmp_path: Path):
+    world.jsonl(tmp_path / "a.jsonl", [{"text": "x", "label": 0}])
+    proxy = world.jsonl(tmp_path / "p.jsonl", [{"text": "X "}])
+    path = world.tasks(tmp_path / "t.yaml", a={"kind": "text-classification", "data": "a.jsonl"})
+    task = load_tasks(path)["a"]
+    assert check_disjoint(task) == {"test": 1}
+    with pytest.raises(TaskError, match="proxy and test share 1 of 1"):
+        check_disjoint(task, [str(proxy)])
+
+
+def test_equal_pixels_are_one_row_whatever_the_file(tmp_path: Path):
+    from PIL import Image
+
+    world.images(tmp_path / "i", 1)
+    png = next((tmp_path / "i").rglob("*.png"))
+    with Image.open(png) as image:
+        image.save(tmp_path / "same.bmp")
+    path = world.tasks(tmp_path / "t.yaml", a={"kind": "image-classification", "data": "i"})
+    task = load_tasks(path)["a"]
+    assert row_key(task, {"image": png}) == row_key(task, {"image": tmp_path / "same.bmp"})
