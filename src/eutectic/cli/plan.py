@@ -45,6 +45,7 @@ def plan(
     from eutectic.planning.cost import check_memory, plan_cost, tensor_cost
     from eutectic.planning.inputs import open_inputs
     from eutectic.planning.plan import make_plan
+    from eutectic.recipes.schema import ScaleSearch
 
     recipe, options = words.request(what, base, method, scale, param, weight, statistics, set_)
     checked, source = recipe_from(recipe, options)
@@ -54,12 +55,15 @@ def plan(
         check_memory(made, inputs, limit)
         total = plan_cost(made, inputs, count)
         costs = {t.name: tensor_cost(t, made, inputs) for t in made.tensors}
-    rows = [_row(t, costs[t.name], made, explain) for t in made.tensors]
+    searched = made.recipe.scale if isinstance(made.recipe.scale, ScaleSearch) else None
+    scale_text = f"{made.scale:g}" if searched is None else f"by {searched.search}"
+    rows = [_row(t, costs[t.name], made, explain, searched is not None) for t in made.tensors]
     if json:
         print_json(
             {
                 "method": made.method.name,
-                "scale": made.scale,
+                "scale": made.scale if searched is None else None,
+                "search": None if searched is None else searched.model_dump(mode="json"),
                 "threads": count,
                 "memory_limit_bytes": limit,
                 "cost": vars(total),
@@ -76,7 +80,8 @@ def plan(
     if every:
         table.add_column("why")
     for row in rows if every else _grouped(rows):
-        alpha = f"{row['scale']:g}" if row["method"] != "copy" else ""
+        alpha = "searched" if row["scale"] is None else f"{row['scale']:g}"
+        alpha = alpha if row["method"] != "copy" else ""
         shape = "×".join(map(str, row["shape"])) or "small"
         cells = [row["name"], shape, row["treatment"], row["method"], alpha]
         table.add_row(*cells, *([row["why"]] if every else []))
@@ -87,21 +92,21 @@ def plan(
     for note in made.notes:
         out.print(f"[dim]note[/] {note}", highlight=False)
     out.print(
-        f"{made.method.name}, scale {made.scale:g}: reads {format_bytes(total.read_bytes)}, writes "
+        f"{made.method.name}, scale {scale_text}: reads {format_bytes(total.read_bytes)}, writes "
         f"{format_bytes(total.write_bytes)}, peak about {format_bytes(total.peak_bytes)} of "
         f"{format_bytes(limit)} allowed, about {_duration(total.seconds)} on {count} threads.",
         highlight=False,
     )
 
 
-def _row(planned: Any, cost: Any, made: Any, explain: bool) -> dict[str, Any]:
+def _row(planned: Any, cost: Any, made: Any, explain: bool, searched: bool) -> dict[str, Any]:
     return {
         "name": planned.name,
         "shape": list(planned.entry.shape),
         "dtype": str(planned.dtype).removeprefix("torch."),
         "treatment": planned.decision.treatment.value,
         "method": planned.method,
-        "scale": planned.scale,
+        "scale": planned.scale if not (searched and planned.tunable) else None,
         "why": planned.decision.reason,
         "peak_bytes": cost.peak_bytes,
         "read_bytes": cost.read_bytes,

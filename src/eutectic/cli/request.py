@@ -23,7 +23,13 @@ Base = Annotated[str | None, typer.Option(help="The model that all experts start
 MethodName = Annotated[
     str | None, typer.Option("--method", "-m", help="Method; see `eutectic methods`.")
 ]
-Scale = Annotated[float | None, typer.Option(help="α: how much of the merged delta is added.")]
+Scale = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NUMBER | auto",
+        help="α: how much of the merged delta is added; auto: in closed form from statistics.",
+    ),
+]
 Parameter = Annotated[
     list[str] | None,
     typer.Option("--param", "-p", metavar="NAME=VALUE", help="A parameter of the method."),
@@ -55,7 +61,7 @@ def request(
     what: list[str] | None,
     base: str | None,
     method: str | None,
-    scale: float | None,
+    scale: str | None,
     parameters: list[str] | None,
     weights: list[str] | None,
     statistics: list[str] | None,
@@ -85,6 +91,8 @@ def request(
                 f"--set names '{key}', which is no key of a recipe.{suggest(key, known)}\n"
                 f"Keys: {', '.join(known)}. Parameters of the method go after --param."
             )
+    if scale is not None:
+        _check_scale(scale)
     options.update(
         {k: v for k, v in {"base": base, "method": method, "scale": scale}.items() if v is not None}
     )
@@ -112,6 +120,17 @@ def _values(items: list[str], option: str) -> dict[str, Any]:
         except yaml.YAMLError:
             raise RequestError(f"{option} {name}: '{text}' is not a YAML value.") from None
     return found
+
+
+def _check_scale(text: str) -> None:
+    if text == "auto":
+        return
+    try:
+        float(text)
+    except ValueError:
+        raise RequestError(
+            f"--scale '{text}' must be a number or auto. Searches with data: eutectic tune."
+        ) from None
 
 
 def mixtures(text: str) -> list[float]:

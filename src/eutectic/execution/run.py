@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -25,13 +25,22 @@ from eutectic.checkpoint.memory import MemoryWriter
 from eutectic.checkpoint.writer import CheckpointWriter, sync_folder, sync_tree
 from eutectic.errors import OutputError, RequestError
 from eutectic.execution.finish import PROVENANCE, document, stated_recipe, write_folder
-from eutectic.execution.stages import Limits, Progress, hashes, records_of, run_stages
+from eutectic.execution.stages import (
+    Limits,
+    Progress,
+    hashes,
+    records_of,
+    refuse_search,
+    run_scaled,
+    run_stages,
+)
+from eutectic.execution.unscaled import Choose, Chooser, unscaled_merge
 from eutectic.planning.cost import check_memory, default_memory, default_threads, treatments
 from eutectic.planning.inputs import Inputs, Statistics, in_memory_inputs, open_inputs
 from eutectic.planning.journal import JOURNAL, Finished, Journal, request_identity
-from eutectic.planning.plan import Plan, make_plan
+from eutectic.planning.plan import Plan, make_plan, with_scale
 from eutectic.recipes.load import Source, check_recipe, load_recipe
-from eutectic.recipes.schema import Recipe
+from eutectic.recipes.schema import Recipe, ScaleSearch
 from eutectic.recipes.units import parse_bytes
 
 
@@ -51,6 +60,7 @@ class MergeReport:
         resumed: whether an unfinished run was continued.
         seconds: wall-clock time.
         peak_bytes: the largest resident memory of this process so far.
+        search: how α was chosen, where the recipe asks for a search.
     """
 
     output: Path
@@ -64,6 +74,7 @@ class MergeReport:
     resumed: bool
     seconds: float
     peak_bytes: int
+    search: Mapping[str, Any] | None = field(default=None, repr=False)
 
 
 def merge(
@@ -74,6 +85,7 @@ def merge(
     memory: str | int | None = None,
     restart: bool = False,
     progress: Progress | None = None,
+    choose: Chooser | None = None,
     **options: Any,
 ) -> MergeReport:
     """Merge checkpoints from files to files, streamed tensor by tensor.
@@ -86,6 +98,8 @@ def merge(
         memory: limit, such as "4GB" (default: 60 % of what is available).
         restart: discard an unfinished run instead of resuming it.
         progress: called with (seconds done, seconds in all, tensor), both estimates.
+        choose: chooses α where the recipe asks for a search (default, in `eutectic.merge`:
+            `eutectic.tuning.choose_scale`).
         **options: keys of a recipe (`base`, `experts`, `method`, `scale`, `dtype`, …), which win
             over those of `recipe`; other keys are the method's parameters.
 
@@ -112,7 +126,14 @@ def merge(
         plan = make_plan(checked, inputs, source)
         check_memory(plan, inputs, memory)
         limits = Limits(threads, memory, progress)
-        records, resumed = _to_folder(plan, inputs, output, work, limits, restart)
+        find = None
+        if isinstance(checked.scale, ScaleSearch) and choose is not None:
+            find = choose(plan, inputs)
+        else:
+            refuse_search(plan)
+        plan, records, resumed, search = _to_folder(
+            plan, inputs, output, work, limits, restart, find
+        )
     return MergeReport(
         output=output,
         method=plan.method.name,
@@ -125,6 +146,7 @@ def merge(
         resumed=resumed,
         seconds=time.perf_counter() - started,
         peak_bytes=peak_bytes(),
+        search=search,
     )
 
 
@@ -198,31 +220,74 @@ class _Recollection:
 
 
 def _to_folder(
-    plan: Plan, inputs: Inputs, output: Path, work: Path, limits: Limits, restart: bool
-) -> tuple[dict[str, Any], bool]:
-    """Write the model into the work folder and move it to its name when it is complete."""
+    plan: Plan,
+    inputs: Inputs,
+    output: Path,
+    work: Path,
+    limits: Limits,
+    restart: bool,
+    find: Choose | None,
+) -> tuple[Plan, dict[str, Any], bool, dict[str, Any] | None]:
+    """Write the model into the work folder and move it to its name when it is complete.
+
+    `find` chooses α when the deltas are known. Returns the plan with α, records, whether a run was
+    continued, and the search.
+    """
     identity = request_identity(plan, inputs)
-    model = work / "model"
+    search = None
     with Journal(work, identity, restart=restart) as journal:
-        if not (journal.resumed and _complete(output, work)):
-            files = layout_for(plan, inputs)
+        if journal.resumed and _complete(output, work):
+            if find is not None:
+                made = json.loads((output / PROVENANCE).read_text(encoding="utf-8"))
+                search = made["search"]
+                plan = with_scale(plan, made["scale"], made["notes"][-1])
+        elif find is None:
 
             def scratch(layout: OutputFile) -> CheckpointWriter:
                 return CheckpointWriter(work, [layout], resume=(work / layout.name).exists())
 
-            with CheckpointWriter(model, files, resume=model.exists()) as writer:
+            def write(writer: CheckpointWriter) -> None:
                 run_stages(plan, inputs, writer, journal, limits, scratch)
-                writer.sync()
-            provenance = document(plan, inputs, hashes(journal))
-            try:
-                write_folder(plan, inputs, model, files, provenance, records_of(journal))
-                sync_tree(model)
-            except OSError as error:
-                where = error.filename or model
-                raise OutputError(f"{where}: cannot be written ({error.strerror}).") from error
-            _move(model, output)
+
+            _write_model(plan, inputs, output, work, journal, write, search)
+        else:
+            with unscaled_merge(work, plan, inputs, journal, limits) as unscaled:
+                choice = find(unscaled)
+                search, factors, deltas = choice.record, unscaled.factors, unscaled.deltas
+                plan = chosen = with_scale(plan, choice.scale, choice.note)
+
+                def write(writer: CheckpointWriter) -> None:
+                    run_scaled(factors, chosen, inputs, deltas, writer, journal, limits)
+
+                _write_model(plan, inputs, output, work, journal, write, search)
         shutil.rmtree(work)  # while the lock is held
-        return records_of(journal), journal.resumed
+        return plan, records_of(journal), journal.resumed, search
+
+
+def _write_model(
+    plan: Plan,
+    inputs: Inputs,
+    output: Path,
+    work: Path,
+    journal: Journal,
+    write: Callable[[CheckpointWriter], None],
+    search: Mapping[str, Any] | None,
+) -> None:
+    model = work / "model"
+    files = layout_for(plan, inputs)
+    with CheckpointWriter(model, files, resume=model.exists()) as writer:
+        write(writer)
+        writer.sync()
+    provenance = document(plan, inputs, hashes(journal))
+    if search is not None:
+        provenance["search"] = search
+    try:
+        write_folder(plan, inputs, model, files, provenance, records_of(journal))
+        sync_tree(model)
+    except OSError as error:
+        where = error.filename or model
+        raise OutputError(f"{where}: cannot be written ({error.strerror}).") from error
+    _move(model, output)
 
 
 def layout_for(plan: Plan, inputs: Inputs) -> list[OutputFile]:

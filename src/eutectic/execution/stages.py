@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.layout import OutputFile
+from eutectic.errors import RequestError
 from eutectic.execution.compute import (
     Emit,
     Outcome,
     context_for,
     copy_tensor,
-    merge_delta,
     merge_tensor,
+    merge_unscaled,
     narrow,
+    read_base,
+    scaled,
     stream_chunks,
 )
 from eutectic.execution.local import Job, one_intra_op_thread, run_jobs
@@ -28,6 +31,7 @@ from eutectic.planning.cost import CHUNK, tensor_cost
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.journal import Finished
 from eutectic.planning.plan import Plan, TensorPlan
+from eutectic.recipes.schema import ScaleSearch
 from eutectic.types import Treatment
 
 Progress = Callable[[float, float, str], None]
@@ -82,8 +86,11 @@ def run_stages(
     Methods that compare layers (`finish`) go through a scratch file of merged deltas: their
     matrices are merged once, and scaled when all norms are known.
     """
+    refuse_search(plan)
     compared = [t for t in plan.tensors if is_compared(t, plan)]
     plain = [t for t in plan.tensors if not is_compared(t, plan)]
+    total = sum(tensor_cost(t, plan, inputs).seconds for t in plan.tensors)
+    tally = _Tally(limits.progress, total)
     with one_intra_op_thread():
         state = model_state(plan, inputs)
 
@@ -93,34 +100,144 @@ def run_stages(
         own = state if planned.method == plan.method.name else None
         return merge_tensor(planned, plan, inputs, emit, own)
 
+    _stage("merge", plain, merge_one, plan, inputs, writer, journal, limits, tally)
+    if compared:
+        with scratch(delta_layout(compared)) as deltas:
+            factors = _delta_stage(compared, plan, inputs, deltas, journal, limits, tally, state)
+            _scale_stage(compared, factors, plan, inputs, deltas, writer, journal, limits, tally)
+
+
+def run_unscaled(
+    plan: Plan, inputs: Inputs, deltas: Sink, journal: Ledger, limits: Limits
+) -> Mapping[str, float]:
+    """Merge every tensor that is not copied into `deltas`, before α.
+
+    `deltas` holds what `merge_unscaled` emits, laid out by `delta_layout`.
+
+    Returns:
+        Tensor -> factor of its delta besides α, for methods that compare layers.
+    """
+    merged = merged_tensors(plan)
+    total = sum(tensor_cost(t, plan, inputs).seconds for t in merged)
+    with one_intra_op_thread():
+        state = model_state(plan, inputs)
+    tally = _Tally(limits.progress, total)
+    return _delta_stage(merged, plan, inputs, deltas, journal, limits, tally, state)
+
+
+def run_scaled(
+    factors: Mapping[str, float],
+    plan: Plan,
+    inputs: Inputs,
+    deltas: Sink,
+    writer: Sink,
+    journal: Ledger,
+    limits: Limits,
+) -> None:
+    """Write every tensor of the plan from the deltas of `run_unscaled`: the bytes of `run_stages`.
+
+    `plan` names the scale by now; see `with_scale`.
+    """
+    refuse_search(plan)
+    merged = merged_tensors(plan)
+    copied = [t for t in plan.tensors if t.method == "copy"]
     total = sum(tensor_cost(t, plan, inputs).seconds for t in plan.tensors)
     tally = _Tally(limits.progress, total)
-    _stage("merge", plain, merge_one, plan, inputs, writer, journal, limits, tally)
-    if not compared:
-        return
-    assert plan.method.finish is not None
-    layout = OutputFile(DELTAS, tuple((t.name, t.compute, t.entry.shape) for t in compared))
-    with scratch(layout) as deltas:
 
-        def delta_one(planned: TensorPlan, emit: Emit) -> Outcome:
-            return merge_delta(planned, plan, inputs, emit)
+    def copy_one(planned: TensorPlan, emit: Emit) -> Outcome:
+        return copy_tensor(planned, plan, inputs, emit)
 
-        _stage("delta", compared, delta_one, plan, inputs, deltas, journal, limits, tally)
-        norms = {t.name: journal.finished["delta", t.name].norm for t in compared}
-        factors = plan.method.finish(norms, plan.parameters)
+    _stage("merge", copied, copy_one, plan, inputs, writer, journal, limits, tally)
+    _scale_stage(merged, factors, plan, inputs, deltas, writer, journal, limits, tally)
 
-        def apply_one(planned: TensorPlan, emit: Emit) -> Outcome:
-            alpha = planned.scale * factors.get(planned.name, 1.0)
-            for start in range(0, planned.elements, CHUNK):
-                stop = min(planned.elements, start + CHUNK)
-                base = inputs.base.read(planned.name, start, stop).to(planned.compute)
-                delta = deltas.read_back(planned.name, start, stop)
-                emit(start, narrow(torch.add(base, delta, alpha=alpha), planned, plan))
-            done = journal.finished["delta", planned.name]
-            record = {**done.record, "layer_factor": factors.get(planned.name, 1.0)}
-            return Outcome(done.norm, record)
 
-        _stage("merge", compared, apply_one, plan, inputs, writer, journal, limits, tally)
+def merged_tensors(plan: Plan) -> list[TensorPlan]:
+    """Return the tensors that are not copied."""
+    return [t for t in plan.tensors if t.method != "copy"]
+
+
+def delta_layout(tensors: Sequence[TensorPlan]) -> OutputFile:
+    """Return the layout of a scratch file of merged deltas, in the dtype of the arithmetic."""
+    return OutputFile(DELTAS, tuple((t.name, t.compute, t.entry.shape) for t in tensors))
+
+
+def refuse_search(plan: Plan) -> None:
+    """Refuse a plan whose scale is still to be searched.
+
+    Raises:
+        RequestError: it is.
+    """
+    if isinstance(plan.recipe.scale, ScaleSearch):
+        raise RequestError(
+            f"the scale is a search ({plan.recipe.scale.search}), and this takes a number.\n"
+            "Search with eutectic tune, or merge with eutectic merge or eutectic.merge."
+        )
+
+
+def _delta_stage(
+    tensors: Sequence[TensorPlan],
+    plan: Plan,
+    inputs: Inputs,
+    deltas: Sink,
+    journal: Ledger,
+    limits: Limits,
+    tally: _Tally,
+    state: Any,
+) -> Mapping[str, float]:
+    """Merge tensors before α and return the factors of those that are compared."""
+
+    def delta_one(planned: TensorPlan, emit: Emit) -> Outcome:
+        own = state if planned.method == plan.method.name else None
+        return merge_unscaled(planned, plan, inputs, emit, own)
+
+    _stage("delta", tensors, delta_one, plan, inputs, deltas, journal, limits, tally)
+    compared = [t.name for t in tensors if is_compared(t, plan)]
+    if plan.method.finish is None or not compared:
+        return {}
+    norms = {name: journal.finished["delta", name].norm for name in compared}
+    factors = plan.method.finish(norms, plan.parameters)
+    return {name: factors.get(name, 1.0) for name in compared}
+
+
+def _scale_stage(
+    tensors: Sequence[TensorPlan],
+    factors: Mapping[str, float],
+    plan: Plan,
+    inputs: Inputs,
+    deltas: Sink,
+    writer: Sink,
+    journal: Ledger,
+    limits: Limits,
+    tally: _Tally,
+) -> None:
+    """Write W₀ + α·Δ from merged deltas."""
+
+    def apply_one(planned: TensorPlan, emit: Emit) -> Outcome:
+        alpha = planned.scale * factors.get(planned.name, 1.0)
+        for start, stop in ranges_of(planned):
+            base = read_base(planned, inputs, start, stop)
+            merged = deltas.read_back(planned.name, start, stop)
+            emit(start, narrow(scaled(base, merged, planned, plan, alpha), planned, plan))
+        done = journal.finished["delta", planned.name]
+        record = dict(done.record)
+        if planned.name in factors:
+            record["layer_factor"] = factors[planned.name]
+        return Outcome(done.norm, record)
+
+    _stage("merge", tensors, apply_one, plan, inputs, writer, journal, limits, tally)
+
+
+def ranges_of(planned: TensorPlan) -> Iterator[tuple[int, int]]:
+    """Yield flat ranges of at most `CHUNK` entries that end where a matrix of a stack ends.
+
+    Vectorised kernels may round the last few entries of a range differently; with the ends of
+    these ranges, the result has the bytes of a merge in one go.
+    """
+    blocks = planned.entry.shape[0] if planned.decision.stacked else 1
+    size = planned.elements // blocks
+    for first in range(0, planned.elements, max(size, 1)):
+        for start in range(first, first + size, CHUNK):
+            yield start, min(first + size, start + CHUNK)
 
 
 def is_compared(planned: TensorPlan, plan: Plan) -> bool:

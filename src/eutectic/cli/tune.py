@@ -1,0 +1,158 @@
+"""`eutectic tune`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from eutectic.cli import request as words
+from eutectic.cli.console import out, print_json, progress_bar, verb
+from eutectic.errors import RequestError
+
+BAR = 24
+
+
+@verb
+def tune(
+    what: words.What = None,
+    search: Annotated[
+        str | None,
+        typer.Option(
+            metavar="validation | divergence | gram",
+            help="What to optimise (default: what the recipe says).",
+        ),
+    ] = None,
+    tasks: Annotated[
+        Path | None, typer.Option(help="Tasks (YAML) with validation or proxy data.")
+    ] = None,
+    range_: Annotated[
+        str | None, typer.Option("--range", metavar="LOW:HIGH", help="Range of α (0.02:3).")
+    ] = None,
+    points: Annotated[int | None, typer.Option(help="Values on the first grid (11).")] = None,
+    tolerance: Annotated[float | None, typer.Option(help="Relative precision (0.05).")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the model at the best α there.")
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Keep deltas and measurements there, for further searches."),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the curve into a .png, .svg or .pdf file.")
+    ] = None,
+    base: words.Base = None,
+    method: words.MethodName = None,
+    param: words.Parameter = None,
+    weight: words.Weight = None,
+    statistics: words.StatisticsFile = None,
+    set_: words.Set = None,
+    threads: words.Threads = None,
+    memory: words.Memory = None,
+    restart: Annotated[
+        bool, typer.Option(help="Discard an unfinished run, or what --work keeps.")
+    ] = False,
+    json: words.Json = False,
+) -> None:
+    """Search the scale α of a merge and show the curve.
+
+    The experts are merged once; every α is tried in one loaded model. `validation` uses labels,
+    `divergence` unlabelled proxy data, `gram` statistics only: it is a closed form and runs no
+    model. Test data are never touched.
+
+    Examples:
+
+      eutectic tune recipe.yaml --search divergence --tasks tasks.yaml
+
+      eutectic tune recipe.yaml --search validation --tasks tasks.yaml -o merged/ --plot curve.png
+
+      eutectic tune --base ./base -m iso_c --search gram a=./a b=./b -s a=a.stats -s b=b.stats
+    """
+    from eutectic.tuning import tune as run
+    from eutectic.tuning.plot import check_plot, plot_curve
+
+    recipe, options = words.request(what, base, method, None, param, weight, statistics, set_)
+    asked = {
+        "search": search,
+        "tasks": None if tasks is None else str(tasks),
+        "range": None if range_ is None else _range(range_),
+        "points": points,
+        "tolerance": tolerance,
+    }
+    if plot is not None:
+        check_plot(plot)
+    with progress_bar("tuning") as tell:
+        report = run(
+            recipe,
+            search={key: value for key, value in asked.items() if value is not None},
+            output=output,
+            work=work,
+            threads=threads,
+            memory=memory,
+            restart=restart,
+            progress=tell,
+            **options,
+        )
+    if plot is not None:
+        plot_curve(report.search, plot)
+    if json:
+        print_json(
+            {
+                "method": report.method,
+                "scale": report.scale,
+                "output": None if output is None else str(output),
+                "notes": report.notes,
+                **report.search,
+            }
+        )
+        return
+    out.print(curve_table(report.search))
+    out.print(f"[dim]objective[/] {report.search['objective']}", highlight=False)
+    for note in report.notes:
+        out.print(f"[dim]note[/] {note}", highlight=False)
+    out.print(f"[bold green]α = {report.scale:g}[/] for {report.method}", highlight=False)
+    for title, path in (("written", output), ("drawn", plot)):
+        if path is not None:
+            out.print(f"[bold green]{title}[/] {path}", highlight=False, soft_wrap=True)
+
+
+def curve_table(search: Mapping[str, Any]) -> Table:
+    """Return the curve as a table with one bar per α."""
+    points = search["points"]
+    names = list(points[0]["parts"])
+    values = [p["value"] for p in points if p["value"] is not None]
+    top = max((abs(v) for v in values), default=0.0)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("α", justify="right", no_wrap=True)
+    table.add_column("objective", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for name in names if len(names) <= 8 else ():
+        table.add_column(name, justify="right", no_wrap=True)
+    for point in points:
+        value = point["value"]
+        best = point["scale"] == search["scale"]
+        length = 0 if value is None or top == 0 else round(BAR * abs(value) / top)
+        cells = [_shown(point["parts"].get(name)) for name in names] if len(names) <= 8 else []
+        table.add_row(
+            f"{point['scale']:.3g}",
+            _shown(value),
+            "█" * length + (" ◀" if best else ""),
+            *cells,
+            style="bold green" if best else None,
+        )
+    return table
+
+
+def _shown(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _range(text: str) -> list[float]:
+    try:
+        low, high = (float(part) for part in text.split(":"))
+    except ValueError:
+        raise RequestError(f"--range '{text}' must be LOW:HIGH such as 0.02:3.") from None
+    return [low, high]

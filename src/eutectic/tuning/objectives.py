@@ -1,0 +1,231 @@
+"""Objectives that run the model: a metric with labels, a divergence without."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eutectic.errors import NumericalError
+from eutectic.evaluation.metrics import LOWER_IS_BETTER
+from eutectic.evaluation.outputs import score
+from eutectic.execution.stages import Ledger
+from eutectic.execution.unscaled import Choice, Choose, Unscaled
+from eutectic.planning.inputs import Inputs
+from eutectic.planning.journal import Finished
+from eutectic.planning.plan import Plan
+from eutectic.recipes.schema import ScaleSearch
+from eutectic.tuning.divergence import feature_distance, kl_divergence
+from eutectic.tuning.inplace import Bodies, Lazily, round_tensors, set_scale, share_bodies
+from eutectic.tuning.record import record_of
+from eutectic.tuning.search import Measured, search_scale
+from eutectic.tuning.tasks import TuningTask, open_tasks
+from eutectic.types import Treatment
+
+STAGE = "scale"  # of measurements in the journal
+
+
+def prepare_objective(search: ScaleSearch, plan: Plan, inputs: Inputs) -> Choose:
+    """Return the search over data; tasks are opened and checked now.
+
+    Raises:
+        RequestError: the tasks lack something, see `open_tasks`.
+    """
+    tasks = open_tasks(search, plan, inputs)
+    idle = [name for name in plan.recipe.experts if name not in {t.expert for t in tasks}]
+
+    def choose(unscaled: Unscaled) -> Choice:
+        progress = unscaled.limits.progress
+
+        def tell(done: int, total: int, scale: float) -> None:
+            if progress is not None:
+                progress(done, total, f"α = {scale:.3g}")
+
+        labelled = search.search == "validation"
+        memory = _Memory(unscaled.journal, search, tasks)
+
+        def load() -> Callable[[float], Measured]:
+            references = _references(search, tasks, inputs)
+            if labelled:
+                memory.add("experts", Measured(1.0, references))
+            return _objective(tasks, references, _metric if labelled else _divergence, unscaled)
+
+        objective = _remembered(load, memory)
+        curve = search_scale(
+            objective,
+            low=search.range[0],
+            high=search.range[1],
+            points=search.points,
+            tolerance=search.tolerance,
+            maximise=labelled,
+            tell=tell,
+        )
+        record = {
+            **record_of(search.search, curve),
+            "range": list(search.range),
+            "tolerance": search.tolerance,
+            "tasks": {t.task.name: t.described() for t in tasks},
+        }
+        if labelled:
+            record["experts"] = dict(memory.get("experts").parts)
+        elif search.compare == "features":
+            record["compare"] = "features"
+        note = (
+            f"scale {curve.scale:g} chosen by {search.search} on the "
+            f"{tasks[0].prepared.split} splits of {', '.join(t.task.name for t in tasks)}: "
+            f"{len(curve.points)} values of α, best {curve.value:.4g}"
+        )
+        if curve.at_edge:
+            note += "; it is at the edge of the range, so a wider one may be better"
+        if idle:
+            note += f"; experts without a task had no say: {', '.join(idle)}"
+        return Choice(curve.scale, note, record)
+
+    return choose
+
+
+Measure = Callable[[TuningTask, Any, Any], tuple[float, float]]
+
+
+def _references(search: ScaleSearch, tasks: list[TuningTask], inputs: Inputs) -> dict[str, Any]:
+    """Run every expert once; return what the merged model is held against, task by task."""
+    references: dict[str, Any] = {}
+    for task in tasks:
+        model = task.expert_model(inputs)
+        if search.search == "validation":
+            references[task.task.name] = score(task.outputs(model), task.prepared).value
+        else:
+            references[task.task.name] = task.comparable(model)
+    return references
+
+
+def _metric(task: TuningTask, expert: float, model: Any) -> tuple[float, float]:
+    """Return the metric, and its share of the expert's, larger being better."""
+    found = score(task.outputs(model), task.prepared)
+    value = found.value
+    if found.metric in LOWER_IS_BETTER:
+        return value, expert / value if value > 0 else math.nan
+    if math.isnan(value):  # a correlation with constant predictions
+        value = 0.0
+    return value, value / expert if expert > 0 else value
+
+
+def _divergence(task: TuningTask, expert: Tensor, model: Any) -> tuple[float, float]:
+    as_numbers = task.as_features or task.task.kind == "regression"
+    compare = feature_distance if as_numbers else kl_divergence
+    value = compare(expert, task.comparable(model))
+    return value, value
+
+
+def _objective(
+    tasks: list[TuningTask],
+    references: Mapping[str, Any],
+    measure: Measure,
+    unscaled: Unscaled,
+) -> Callable[[float], Measured]:
+    """Return α -> mean over tasks, in models that are loaded now."""
+    merged = {t.name: t for t in unscaled.plan.tensors if t.method != "copy"}
+    dtypes = {name: t.dtype for name, t in merged.items()}
+    base = Lazily(merged, lambda name: unscaled.base(merged[name]))
+    deltas, fixed = (
+        Lazily(
+            [n for n, t in merged.items() if t.tunable is tunable],
+            lambda name: unscaled.delta(merged[name]),
+        )
+        for tunable in (True, False)
+    )
+    bodies = _load_bodies(tasks, unscaled)
+    for model, keys in bodies.parts:
+        for name in fixed:  # a rule names their α
+            alpha = merged[name].scale
+            set_scale(model, base, {name: fixed[name]}, alpha, keys=keys, dtypes=dtypes)
+
+    def objective(scale: float) -> Measured:
+        for model, keys in bodies.parts:
+            set_scale(model, base, deltas, scale, keys=keys, dtypes=dtypes)
+        parts: dict[str, float] = {}
+        values: list[float] = []
+        for task, model in zip(tasks, bodies.models, strict=True):
+            name = task.task.name
+            try:
+                parts[name], value = measure(task, references[name], model)
+            except NumericalError:  # the model overflows at this α: the worst value
+                parts[name], value = math.nan, math.nan
+            values.append(value)
+        return Measured(sum(values) / len(values), parts)
+
+    return objective
+
+
+def _load_bodies(tasks: list[TuningTask], unscaled: Unscaled) -> Bodies:
+    """Load the base once per head; what the plan keeps per expert is not part of the body."""
+    common = {
+        t.name: t.entry.shape
+        for t in unscaled.plan.tensors
+        if t.decision.treatment is not Treatment.HEAD
+    }
+    bare: nn.Module | None = None
+    models: list[nn.Module] = []
+    shapes: list[dict[str, tuple[int, ...]]] = []
+    for task in tasks:
+        if task.task.head is None:
+            model = task.body_model(unscaled.inputs)
+        else:
+            model = bare = bare or task.body_model(unscaled.inputs)
+        models.append(model)
+        patterns = task.task.head_tensors
+        shapes.append(
+            {k: s for k, s in common.items() if not any(fnmatchcase(k, p) for p in patterns)}
+        )
+    if unscaled.plan.recipe.dtype is not None:
+        for model in {id(m): m for m in models}.values():
+            round_tensors(model, getattr(torch, unscaled.plan.recipe.dtype))
+    return share_bodies(models, shapes)
+
+
+class _Memory:
+    """What a search measured, in the journal beside the deltas, under the identity of its data."""
+
+    def __init__(self, journal: Ledger, search: ScaleSearch, tasks: list[TuningTask]) -> None:
+        described = [search.search, search.compare, [t.identity() for t in tasks]]
+        self._identity = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+        self._journal = journal
+
+    def __contains__(self, name: str) -> bool:
+        return (STAGE, self._key(name)) in self._journal.finished
+
+    def get(self, name: str) -> Measured:
+        """Return what was added under a name."""
+        found = self._journal.finished[STAGE, self._key(name)]
+        return Measured(found.norm, found.record)
+
+    def add(self, name: str, measured: Measured) -> None:
+        """Keep a measurement."""
+        finished = Finished("", measured.value, dict(measured.parts))
+        self._journal.add(STAGE, self._key(name), finished)
+
+    def _key(self, name: str) -> str:
+        return f"{self._identity}:{name}"
+
+
+def _remembered(
+    load: Callable[[], Callable[[float], Measured]], memory: _Memory
+) -> Callable[[float], Measured]:
+    """Return the objective; it is loaded only when an α comes that is not remembered."""
+    loaded: list[Callable[[float], Measured]] = []
+
+    def objective(scale: float) -> Measured:
+        name = repr(scale)
+        if name not in memory:
+            if not loaded:
+                loaded.append(load())
+            memory.add(name, loaded[0](scale))
+        return memory.get(name)
+
+    return objective

@@ -1,0 +1,72 @@
+"""The curve of a search as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from eutectic.errors import MissingExtraError, OutputError, RequestError
+
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: Path) -> None:
+    """Find out before any work whether a picture can be drawn there.
+
+    Raises:
+        RequestError: the file's ending names no known format, or its folder does not exist.
+        MissingExtraError: matplotlib is not installed.
+    """
+    if path.suffix not in FORMATS:
+        raise RequestError(f"{path}: a plot's name ends with {', '.join(FORMATS)}.")
+    if not path.parent.is_dir():
+        raise RequestError(f"{path}: there is no folder {path.parent}.")
+    _figure()
+
+
+def plot_curve(search: Mapping[str, Any], path: Path) -> None:
+    """Draw the objective, and each task's part of it, against α on a logarithmic axis.
+
+    Args:
+        search: `search` of a report or of `eutectic.json`.
+        path: a .png, .svg or .pdf file.
+
+    Raises:
+        RequestError: as `check_plot`.
+        MissingExtraError: matplotlib is not installed.
+        OutputError: the file cannot be written.
+    """
+    check_plot(path)
+    figure = _figure()(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    points = search["points"]
+    scales = [p["scale"] for p in points]
+    for name in points[0]["parts"]:
+        # None, where a value was not finite, leaves a gap.
+        values = [_number(p["parts"].get(name)) for p in points]
+        axes.plot(scales, values, linewidth=0.8, alpha=0.6, label=name)
+    mean = [_number(p["value"]) for p in points]
+    axes.plot(scales, mean, "o-", color="black", markersize=3, label="objective")
+    axes.axvline(search["scale"], color="tab:red", linestyle="--", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xlabel(f"α (best: {search['scale']:g})")
+    axes.set_ylabel(search["objective"], fontsize="small", wrap=True)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small")
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}).") from None
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise MissingExtraError("matplotlib", "plots", "Plotting the curve") from None
+    return Figure

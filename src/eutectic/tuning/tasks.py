@@ -1,0 +1,175 @@
+"""The tasks of a search: data that may be used, models with their heads, the experts' outputs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from eutectic.errors import RequestError
+from eutectic.evaluation.models import load_model
+from eutectic.evaluation.outputs import Head, load_head, outputs
+from eutectic.evaluation.prepare import Prepared, prepare
+from eutectic.evaluation.rows import check_disjoint
+from eutectic.evaluation.schema import Task
+from eutectic.evaluation.tasks import load_tasks
+from eutectic.planning.inputs import Inputs
+from eutectic.planning.plan import Plan
+from eutectic.recipes.schema import ScaleSearch
+
+Split = Literal["proxy", "validation"]
+GENERATIVE = ("language-model", "sequence-to-sequence")
+POSITIONS = 512  # of one task whose next-token distributions are compared: vocabularies are large
+
+
+@dataclass(frozen=True)
+class TuningTask:
+    """One task, ready to be measured.
+
+    Attributes:
+        task: the task; with `compare: features`, as one whose models are bare encoders.
+        prepared: its split.
+        head: linear head, or None: the model's own, or features.
+        rows: split -> number of rows, of all splits, which share none.
+        as_features: features are compared, not predictions.
+    """
+
+    task: Task
+    prepared: Prepared
+    head: Head | None
+    rows: Mapping[str, int]
+    as_features: bool
+
+    @property
+    def expert(self) -> str:
+        """The expert that the task belongs to."""
+        return self.task.expert_name
+
+    def outputs(self, model: nn.Module) -> Tensor:
+        """Return what the metric needs of a model."""
+        return outputs(model, self.prepared, self.head)
+
+    def comparable(self, model: nn.Module) -> Tensor:
+        """Return logits or features `[n, …]`; of generative models, logits at some positions."""
+        if self.task.kind in GENERATIVE:
+            return _token_logits(model, self.prepared)
+        return self.outputs(model)
+
+    def expert_model(self, inputs: Inputs) -> nn.Module:
+        """Load the expert itself."""
+        return load_model(_expert(inputs, self.expert), self.task, base=_base(inputs))
+
+    def body_model(self, inputs: Inputs) -> nn.Module:
+        """Load the base with the expert's head, for deltas to be added to its body."""
+        base, expert = _base(inputs), _expert(inputs, self.expert)
+        return load_model(base, self.task, base=base, expert=expert)
+
+    def described(self) -> dict[str, Any]:
+        """Return what the record says of the task's data."""
+        return {
+            "split": self.prepared.split,
+            "rows": len(self.prepared),
+            "data_hash": self.prepared.data_hash,
+            "disjoint": dict(self.rows),
+        }
+
+    def identity(self) -> list[Any]:
+        """Return what decides its outputs besides the models."""
+        head = hashlib.sha256()
+        for values in (self.head.weight, self.head.bias) if self.head is not None else ():
+            head.update(values.contiguous().numpy().tobytes())
+        stated = self.task.model_dump(mode="json", exclude={"data"})
+        return [self.prepared.data_hash, stated, head.hexdigest()]
+
+
+def open_tasks(search: ScaleSearch, plan: Plan, inputs: Inputs) -> list[TuningTask]:
+    """Read, check and encode the data of a search. Test data are looked at for overlap only.
+
+    Raises:
+        RequestError: a task without the split that is wanted or without an expert of the recipe, or
+            splits that share rows.
+    """
+    assert search.tasks is not None
+    split: Split = "validation" if search.search == "validation" else "proxy"
+    found = load_tasks(search.tasks)
+    faults = [_fault(task, split, search, plan) for task in found.values()]
+    listed = [fault for fault in faults if fault]
+    if listed:
+        raise RequestError(
+            f"{search.tasks} cannot be used to choose the scale:\n" + "\n".join(listed)
+        )
+    features = search.compare == "features"
+    tasks: list[TuningTask] = []
+    for task in found.values():
+        rows = check_disjoint(task)
+        if features:  # the head's name is never opened: without a head, outputs are features
+            task = task.model_copy(update={"head": task.head or "features"})
+        head = None if features else load_head(task)
+        prepared = prepare(task, split, _base(inputs))
+        tasks.append(TuningTask(task, prepared, head, rows, features))
+    return tasks
+
+
+def _fault(task: Task, split: str, search: ScaleSearch, plan: Plan) -> str | None:
+    if task.kind == "function":
+        return f"  - task '{task.name}' is a function, which reads its data itself."
+    if task.expert_name not in plan.recipe.experts:
+        return (
+            f"  - task '{task.name}' belongs to '{task.expert_name}', which is none of the "
+            f"experts: {', '.join(plan.recipe.experts)}. Name it: expert: NAME."
+        )
+    if split not in task.data:
+        return f"  - task '{task.name}' has no split '{split}'; it has {', '.join(task.data)}."
+    if search.compare == "features" and task.kind in GENERATIVE:
+        return f"  - task '{task.name}' ({task.kind}) has no features; leave out compare."
+    return None
+
+
+def _base(inputs: Inputs) -> Path:
+    assert inputs.index is not None  # only merges from files search
+    return inputs.index.folder
+
+
+def _expert(inputs: Inputs, name: str) -> Path:
+    folder = inputs.experts[name].folder
+    if folder is None:
+        raise RequestError(f"expert '{name}' is no folder, so that it cannot be run.")
+    return folder
+
+
+@torch.inference_mode()
+def _token_logits(model: Any, prepared: Prepared) -> Tensor:
+    """Return next-token logits `[positions, vocabulary]` at evenly spread known positions."""
+    counted = [_predicted(batch, prepared) for batch in prepared.batches]
+    total = sum(int(mask.sum()) for mask in counted)
+    step = max(1, -(-total // POSITIONS))
+    found: list[Tensor] = []
+    seen = 0
+    for batch, mask in zip(prepared.batches, counted, strict=True):
+        count = int(mask.sum())
+        chosen = [i for i in range(count) if (seen + i) % step == 0]
+        seen += count
+        if not chosen:
+            continue
+        given = dict(batch)
+        if prepared.task.kind == "language-model":
+            given.pop("labels")
+        device = next(model.parameters()).device
+        logits = model(**{name: v.to(device) for name, v in given.items()}).logits
+        if prepared.task.kind == "language-model":
+            logits = logits[:, :-1]
+        found.append(logits[mask.to(device)][chosen].float().cpu())
+    return torch.cat(found)
+
+
+def _predicted(batch: Mapping[str, Tensor], prepared: Prepared) -> Tensor:
+    """Return which positions predict a token: `[n, length]`, without the last for causal models."""
+    from eutectic.statistics.batches import IGNORED_LABEL
+
+    labels = batch["labels"]
+    return (labels[:, 1:] if prepared.task.kind == "language-model" else labels) != IGNORED_LABEL

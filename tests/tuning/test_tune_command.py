@@ -1,0 +1,99 @@
+"""`eutectic tune` as users run it."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import typer.testing
+import yaml
+
+from eutectic.cli.main import app
+from eutectic.tuning import plot
+
+pytest.importorskip("transformers")
+from tuning import world  # noqa: E402 - after the check that transformers is there
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = world.build(tmp_path_factory.mktemp("world"))
+    recipe = {
+        "base": "./base",
+        "experts": {name: f"./{name}" for name in world.CLASSES},
+        "method": "iso_c",
+        "scale": {"search": "divergence", "tasks": "tasks.yaml", "points": 5, "tolerance": 0.2},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+def run(*words):
+    return typer.testing.CliRunner().invoke(app, [*map(str, words)], env={"COLUMNS": "160"})
+
+
+def test_the_curve_as_a_table_and_as_json(folder, tmp_path):
+    shown = run("tune", folder / "recipe.yaml", "--work", tmp_path / "work")
+    assert shown.exit_code == 0, shown.output
+    told = run("tune", folder / "recipe.yaml", "--work", tmp_path / "work", "--json")
+    record = json.loads(told.stdout)
+    assert f"α = {record['scale']:g}" in shown.stdout and "█" in shown.stdout
+    assert shown.stdout.count("◀") == 1 and "left" in shown.stdout
+    assert len(record["points"]) >= 5 and record["search"] == "divergence"
+
+
+def test_options_win_over_the_recipe(folder, tmp_path):
+    words = ("--search", "validation", "--tasks", folder / "tasks.yaml", "--range", "0.1:2")
+    words = (*words, "--points", 4, "--tolerance", 0.3, "-o", tmp_path / "out", "--json")
+    result = run("tune", folder / "recipe.yaml", *words)
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    made = json.loads((tmp_path / "out" / "eutectic.json").read_text())
+    assert record["search"] == "validation" and record["range"] == [0.1, 2.0]
+    assert made["search"]["points"] == record["points"] and made["scale"] == record["scale"]
+
+
+def test_merge_searches_and_plan_says_so(folder, tmp_path):
+    planned = run("plan", folder / "recipe.yaml")
+    assert planned.exit_code == 0 and "scale by divergence" in planned.stdout
+    assert "searched" in planned.stdout
+    result = run("merge", folder / "recipe.yaml", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "chosen by divergence" in " ".join(result.stdout.split())
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--range", "2"), "--range '2' must be LOW:HIGH"),
+        (("--search", "grid"), "scale.search: should be 'validation', 'divergence' or 'gram'"),
+        (("--plot", "curve.txt"), "a plot's name ends with .png, .svg, .pdf"),
+        (("--tasks", "nowhere.yaml"), "scale.tasks: no such file: nowhere.yaml"),
+        (("--set", "scale=1.0"), "not a search"),
+    ],
+)
+def test_refusals(folder, words, message):
+    result = run("tune", folder / "recipe.yaml", *words)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.split())
+
+
+def test_a_plot_without_matplotlib_is_refused_first(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("tune", folder / "recipe.yaml", "--plot", tmp_path / "curve.png")
+    assert result.exit_code == 1
+    assert "pip install 'eutectic[plots]'" in " ".join(result.stderr.split())
+
+
+def test_a_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    points = [
+        {"scale": s, "value": v, "parts": {"a": v, "b": v}}
+        for s, v in ((0.1, 1.0), (1.0, 0.5), (3.0, None))
+    ]
+    search = {"scale": 1.0, "objective": "of a test", "points": points}
+    for ending in plot.FORMATS:
+        plot.plot_curve(search, tmp_path / f"curve{ending}")
+        assert (tmp_path / f"curve{ending}").stat().st_size > 1000
