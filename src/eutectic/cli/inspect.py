@@ -1,0 +1,195 @@
+"""`eutectic inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from eutectic.cli import request as words
+from eutectic.cli.console import out, pairs, print_json, progress_bar, verb
+from eutectic.errors import RequestError
+
+if TYPE_CHECKING:
+    from eutectic.reporting import Inspection
+
+MODELS_PER_TABLE = 3
+
+
+@verb
+def inspect(
+    what: words.What = None,
+    base: words.Base = None,
+    merged: Annotated[
+        list[str] | None,
+        typer.Option("--merged", "-m", metavar="NAME=FOLDER", help="A merged model; repeatable."),
+    ] = None,
+    statistics: words.StatisticsFile = None,
+    results: Annotated[
+        Path | None, typer.Option(help="results.json of `eutectic evaluate`, for NAI.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="GLOB", help="Only tensors with such names.")
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(help="Leading singular triplets to compare (default: side/experts).", min=1),
+    ] = None,
+    error: Annotated[
+        float, typer.Option(help="Relative error that defines the merged subspace.")
+    ] = 0.05,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write everything as JSON there.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Draw PNGs into this folder.")
+    ] = None,
+    json: words.Json = False,
+) -> None:
+    """Show how experts and merged models relate: norms, spectra, interference, alignment.
+
+    SAR is the share of an expert's update that lies in the merged model's subspace, from 0 to 1.
+
+    Examples:
+
+      eutectic inspect --base ./base --merged iso_c=./merged sst2=./sst2 mnli=./mnli
+
+      eutectic inspect recipe.yaml -m iso_c=./merged -m ta=./ta --results results.json --plot plots
+
+      eutectic inspect recipe.yaml --layers '*.layer.0.*' -o inspection.json
+    """
+    from eutectic.reporting import inspect as run
+
+    recipe, experts = _experts(what or [], pairs(statistics or [], "--statistics"))
+    if recipe is None and base is None:
+        raise RequestError(
+            "without a recipe, --base must be given.\n"
+            "Example: eutectic inspect --base B --merged iso_c=FOLDER a=PATH b=PATH"
+        )
+    with progress_bar("inspecting") as tell:
+        found = run(
+            recipe,
+            base=base,
+            experts=experts or None,
+            merged=pairs(merged or [], "--merged"),
+            results=results,
+            layers=layers,
+            rank=rank,
+            error=error,
+            output=output,
+            plots=plot,
+            progress=tell,
+        )
+    if json:
+        print_json(found.model_dump(mode="json"))
+        return
+    _show(found)
+    for title, path in (("written", output), ("drawn into", plot)):
+        if path is not None:
+            out.print(f"[bold green]{title}[/] {path}", highlight=False, soft_wrap=True)
+
+
+def _experts(
+    items: Sequence[str], statistics: Mapping[str, str]
+) -> tuple[str | None, dict[str, dict[str, str]]]:
+    """Return the recipe, if one is named, and the experts on the command line."""
+    if not items:
+        raise RequestError(
+            "nothing to inspect.\nName a recipe, or experts: eutectic inspect --base B "
+            "--merged iso_c=FOLDER a=PATH b=PATH"
+        )
+    recipe = items[0] if "=" not in items[0] else None
+    rest = list(items if recipe is None else items[1:])
+    experts = {name: {"path": path} for name, path in pairs(rest, "expert").items()}
+    for name, path in statistics.items():
+        if name not in experts:
+            raise RequestError(
+                f"--statistics names '{name}', which is not an expert on the command line."
+            )
+        experts[name]["statistics"] = path
+    return recipe, experts
+
+
+def _show(found: Inspection) -> None:
+    tasks = found.summary.tasks
+    by_data = any(task.by == "activation" for task in tasks.values())
+    table = _table("task", "‖Δ‖", "‖Δ‖/‖W₀‖", "stable rank", "eff. rank")
+    table.add_column("interferes most", no_wrap=True)
+    for name, task in tasks.items():
+        other = "–" if task.most_interfering is None else task.most_interfering
+        mark = " σ" if by_data and task.by == "singular" else ""
+        table.add_row(
+            _cut(name),
+            _number(task.norm),
+            _number(task.relative_norm),
+            _number(task.stable_rank),
+            _number(task.effective_rank),
+            _cut(other) + ("" if task.interference is None else f" {task.interference:.3f}{mark}"),
+        )
+    out.print(table)
+    names = list(found.merged)
+    for start in range(0, len(names), MODELS_PER_TABLE):
+        out.print()
+        out.print(_alignment(found, names[start : start + MODELS_PER_TABLE]))
+    if len(tasks) > 1:
+        out.print(f"[dim]interferes[/] {_MEANING[by_data]}", highlight=False)
+    for note in found.notes:
+        out.print(f"[dim]note[/] {note}", highlight=False)
+    correlation = found.summary.correlation
+    if correlation is not None:
+        overall = correlation.overall
+        out.print(
+            f"[bold]SAR against NAI[/]: Pearson {_number(overall.pearson)}, Spearman "
+            f"{_number(overall.spearman)} over {overall.count} points",
+            highlight=False,
+        )
+
+
+_MEANING = {
+    True: "how much the other moves outputs on the task's data; 1: as much as the task itself; "
+    "σ: without statistics, singular task interference",
+    False: "singular task interference of the two over Σσ (measured on outputs with --statistics)",
+}
+
+
+def _alignment(found: Inspection, names: Sequence[str]) -> Table:
+    models = [found.summary.merged[name] for name in names]
+    with_nai = found.summary.correlation is not None
+    headers: list[str] = []
+    for name in names:
+        headers += [f"SAR {_cut(name)}", *(["NAI"] if with_nai else [])]
+    table = _table("task", *headers)
+    for task in found.experts:
+        cells: list[str] = []
+        for model in models:
+            cells.append(_number(model.task_sar[task]))
+            cells += [_number(model.nai.get(task))] if with_nai else []
+        table.add_row(_cut(task), *cells)
+    means: list[str] = []
+    for model in models:
+        means += [_number(model.sar), *([_number(model.mean_nai)] if with_nai else [])]
+    table.add_row("mean", *means, style="bold")
+    ranks: list[str] = []
+    for model in models:
+        ranks += [f"{model.rank:.1f}", *([""] if with_nai else [])]
+    table.add_row("rank q", *ranks, style="dim")
+    return table
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _cut(name: str, length: int = 22) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def _number(value: float | None) -> Any:
+    return "–" if value is None else f"{value:.3g}" if abs(value) >= 10 else f"{value:.3f}"

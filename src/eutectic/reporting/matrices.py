@@ -1,0 +1,188 @@
+"""The matrices of a base, its experts and merged models, read one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from eutectic.checkpoint.experts import Expert
+from eutectic.errors import NumericalError, RequestError
+from eutectic.linalg import lapack
+from eutectic.linalg.lowrank import LowRank
+from eutectic.methods.linear import finite
+from eutectic.planning.collected import lacks, read
+from eutectic.planning.inputs import Inputs
+from eutectic.planning.plan import Plan, TensorPlan, stored_name
+from eutectic.types import LayerStatistics, Treatment
+
+_GRAM = frozenset({"gram"})
+
+
+@dataclass(frozen=True, eq=False)
+class LayerMatrices:
+    """One matrix of the model in every checkpoint, as the linear map [out, in] that methods see.
+
+    Attributes:
+        name: the tensor, with `[block][part]` for stacks and fused matrices.
+        base_norm: ‖W₀‖_F.
+        deltas: expert -> Δ_t.
+        factors: expert -> thin factors of Δ_t, for adapters that store them.
+        merged: merged model -> Δ_M, the scale included.
+        records: expert -> statistics with a Gram, for experts that have them here.
+    """
+
+    name: str
+    base_norm: float
+    deltas: Mapping[str, Tensor]
+    factors: Mapping[str, LowRank]
+    merged: Mapping[str, Tensor]
+    records: Mapping[str, LayerStatistics]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        rows, columns = next(iter(self.deltas.values())).shape
+        return rows, columns
+
+
+def selected_layers(
+    plan: Plan, merged: Mapping[str, Expert], pattern: str | None
+) -> list[TensorPlan]:
+    """Return the plan's matrices, or those whose name matches a shell pattern.
+
+    Raises:
+        RequestError: no matrix is left, or a merged model lacks some of them.
+    """
+    every = [t for t in plan.tensors if t.decision.treatment is Treatment.MATRIX]
+    chosen = [t for t in every if pattern is None or fnmatchcase(t.name, pattern)]
+    if not chosen:
+        raise RequestError(
+            "no matrix to inspect: no expert changes one."
+            if not every
+            else f"--layers '{pattern}' matches none of {len(every)} matrices, such as "
+            f"{every[0].name}."
+        )
+    for name, model in merged.items():
+        absent = [t.name for t in chosen if not _holds(model, t)]
+        if absent:
+            raise RequestError(
+                f"merged model '{name}' lacks {len(absent)} of {len(chosen)} matrices, or has "
+                f"them in another shape, such as {absent[0]}.\n"
+                "Name a merge of this base, or leave those layers out with --layers."
+            )
+    return chosen
+
+
+def stream_matrices(
+    planned: TensorPlan, plan: Plan, inputs: Inputs, merged: Mapping[str, Expert]
+) -> Iterator[LayerMatrices]:
+    """Yield every matrix of one tensor: blocks of a stack, parts of a fused matrix, or itself.
+
+    Memory: one block of the base, of every expert and of every merged model.
+
+    Raises:
+        NumericalError: NaN or Inf in one of them.
+    """
+    blocks = planned.entry.shape[0] if planned.decision.stacked else 1
+    size = planned.elements // blocks
+    records = _records(planned, plan, inputs)
+    factors = {} if planned.decision.stacked else _factors(planned, inputs)
+    for block in range(blocks):
+        start = block * size
+        base = inputs.base.read(planned.name, start, start + size).to(planned.compute)
+        read_one = _Reader(planned, base, start)
+        weight = read_one.as_map(base)
+        deltas = {n: read_one.delta(n, inputs.experts[n]) for n in planned.experts}
+        models = {n: read_one.delta(n, model) for n, model in merged.items()}
+        suffix = f"[{block}]" if blocks > 1 else ""
+        for label, rows in _parts(planned, len(weight)):
+            yield LayerMatrices(
+                planned.name + suffix + label,
+                lapack.norm(weight[rows], torch.float64),
+                {n: delta[rows] for n, delta in deltas.items()},
+                {n: LowRank(f.left[rows], f.right) for n, f in factors.items()},
+                {n: delta[rows] for n, delta in models.items()},
+                records,
+            )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads one block of a tensor as the difference from the base."""
+
+    planned: TensorPlan
+    base: Tensor
+    start: int
+
+    def delta(self, label: str, model: Expert) -> Tensor:
+        name = stored_name(model, self.planned.name, self.planned.seed_name)
+        if not model.is_delta and name not in model.entries:
+            return self.as_map(torch.zeros_like(self.base))  # counts as unchanged
+        stop = self.start + self.base.numel()
+        flat = model.delta(name, self.start, stop, base=self.base, dtype=self.planned.compute)
+        if not finite(flat):
+            raise NumericalError(
+                f"{self.planned.name}: NaN or Inf in '{label}' or in the base.\n"
+                "Repair the checkpoint, or leave the layer out with --layers."
+            )
+        return self.as_map(flat)
+
+    def as_map(self, values: Tensor) -> Tensor:
+        shape = self.planned.entry.shape
+        rows = shape[-2] if self.planned.decision.stacked else shape[0]
+        matrix = values.view(rows, -1)
+        return matrix.mT if self.planned.decision.transpose else matrix
+
+
+def _holds(model: Expert, planned: TensorPlan) -> bool:
+    name = stored_name(model, planned.name, planned.seed_name)
+    if name not in model.entries:
+        return model.is_delta
+    return model.entries[name].shape == planned.entry.shape
+
+
+def _parts(planned: TensorPlan, rows: int) -> Iterator[tuple[str, slice]]:
+    if not planned.decision.split:
+        yield "", slice(0, rows)
+    start = 0
+    for part, height in enumerate(planned.decision.split):
+        yield f"[{part}]", slice(start, start + height)
+        start += height
+
+
+def _factors(planned: TensorPlan, inputs: Inputs) -> dict[str, LowRank]:
+    """Return the factors of adapters whose rank is low enough to be worth it."""
+    found: dict[str, LowRank] = {}
+    for name in planned.experts:
+        expert = inputs.experts[name]
+        pair = expert.factors(stored_name(expert, planned.name, planned.seed_name))
+        if pair is None:
+            continue
+        left, right = pair
+        if planned.decision.transpose:
+            left, right = right.mT, left.mT
+        if 4 * left.shape[1] <= min(len(left), right.shape[1]):
+            found[name] = LowRank(left, right)
+    return found
+
+
+def _records(planned: TensorPlan, plan: Plan, inputs: Inputs) -> dict[str, LayerStatistics]:
+    if planned.decision.stacked:
+        return {}  # the blocks see different inputs
+    found: dict[str, LayerStatistics] = {}
+    for name in planned.experts:
+        statistics = inputs.statistics.get(name, {})
+        inside = plan.statistics_names.get(name, {}).get(planned.name)
+        if inside is None or lacks(statistics, inside, _GRAM):
+            continue
+        found[name] = read(statistics, inside, _GRAM)
+    return found
+
+
+def work_of(layers: Sequence[TensorPlan]) -> list[float]:
+    """Return the relative cost of each tensor: its entries times the shorter side of a matrix."""
+    return [float(t.elements * min(t.entry.shape[-2:])) for t in layers]

@@ -1,0 +1,271 @@
+"""An inspection as pictures. matplotlib is loaded here, when it is needed."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from eutectic.checkpoint.writer import write_atomically
+from eutectic.errors import MissingExtraError, RequestError
+from eutectic.reporting.schema import Inspection, Layer, Pairs, Spectrum
+
+PANELS = 6
+NUMBERED = 10  # pair tables of up to so many experts carry their numbers
+ROW_INCHES = 0.2
+_LEGEND = {"loc": "outside right upper", "fontsize": 8, "frameon": False}
+
+
+def check_plots(folder: Path) -> None:
+    """Find out before any work whether pictures can be drawn there.
+
+    Raises:
+        RequestError: the folder is a file, or lies in no folder.
+        MissingExtraError: matplotlib is not installed.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"{folder}: is a file; plots are written to a folder.")
+    if not folder.absolute().parent.is_dir():
+        raise RequestError(f"{folder}: there is no folder {folder.parent}.")
+    _figure(1, 1)
+
+
+def draw(found: Inspection, folder: Path) -> list[Path]:
+    """Write PNGs of spectra, norms, interference and, with merged models, of SAR (and NAI).
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OutputError: a file cannot be written.
+    """
+    folder.mkdir(exist_ok=True)
+    figures: dict[str, Any] = {"spectra": _spectra(found), "norms": _norms(found)}
+    if len(found.experts) > 1:
+        figures["interference"] = _interference(found)
+    if found.merged:
+        figures["alignment"] = _alignment(found)
+    if found.summary.correlation is not None and found.summary.correlation.overall.count:
+        figures["sar_nai"] = _scatter(found)
+    paths: list[Path] = []
+    for name, figure in figures.items():
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=130)
+        paths.append(folder / f"{name}.png")
+        write_atomically(paths[-1], buffer.getvalue())
+    return paths
+
+
+def _spectra(found: Inspection) -> Any:
+    """Singular values of a few layers, spread over the depth of the model."""
+    shown = _spread(found.layers, PANELS)
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = _figure(3.4 * columns + 1.8, 2.7 * rows + 0.5)
+    for place, layer in enumerate(shown):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        for index, (name, spectrum) in enumerate(layer.experts.items()):
+            _curve(axes, spectrum, color=_colour(index), linewidth=0.9, label=name)
+        _curve(axes, layer.sum, color="black", linewidth=1.6, label="sum ΣΔ")
+        for index, (name, spectrum) in enumerate(layer.merged.items()):
+            style = ("--", "-.", ":")[index % 3]
+            _curve(axes, spectrum, color=_dark(index), linestyle=style, linewidth=2, label=name)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_title(f"{_short(layer.name)}  [{layer.shape[0]}×{layer.shape[1]}]", fontsize=8)
+        axes.grid(alpha=0.25)
+        axes.tick_params(labelsize=7)
+    figure.suptitle(
+        "Singular values of task matrices and merged deltas (scale included)", fontsize=11
+    )
+    figure.supxlabel("index i of the singular value", fontsize=9)
+    figure.supylabel("singular value σᵢ (units of the weights)", fontsize=9)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), **_LEGEND)
+    return figure
+
+
+def _norms(found: Inspection) -> Any:
+    """Norm of each expert's update per layer, in units of the base's norm."""
+    figure = _figure(max(7.0, 0.17 * len(found.layers) + 2.5), 5.0)
+    axes = figure.add_subplot()
+    positions = range(len(found.layers))
+
+    def curve(spectra: Sequence[Spectrum], **style: Any) -> None:
+        values = [s.relative_norm or math.nan for s in spectra]  # zero has no logarithm
+        axes.plot(positions, values, markersize=3, **style)
+
+    for index, name in enumerate(found.experts):
+        own = [layer.experts[name] for layer in found.layers]
+        curve(own, marker="o", color=_colour(index), linewidth=0.9, label=name)
+    for index, name in enumerate(found.merged):
+        own = [layer.merged[name] for layer in found.layers]
+        curve(own, marker="s", color=_dark(index), linewidth=1.8, linestyle="--", label=name)
+    axes.set_yscale("log")
+    axes.set_ylabel("‖Δ‖_F / ‖W₀‖_F")
+    _layer_ticks(axes, found.layers, axis="x")
+    axes.grid(alpha=0.25)
+    axes.set_title("Size of updates per layer, relative to the base's weights", fontsize=11)
+    figure.legend(**_LEGEND)
+    return figure
+
+
+def _interference(found: Inspection) -> Any:
+    """Pair tables over the whole model."""
+    pairs = found.summary.interference
+    tables: list[tuple[str, Pairs, str, float, float]] = [
+        ("cosine of task vectors", pairs.cosine, "RdBu_r", -1, 1),
+        ("overlap of leading left\nsingular vectors", pairs.overlap_left, "viridis", 0, 1),
+        ("overlap of leading right\nsingular vectors", pairs.overlap_right, "viridis", 0, 1),
+        ("share of sign conflicts", pairs.sign_conflicts, "RdBu_r", 0, 1),
+        ("singular task interference\nover Σσ", pairs.singular, "viridis", 0, _top(pairs.singular)),
+    ]
+    if pairs.activation is not None:
+        title = "output of the row's update on the\ncolumn's data, over its own"
+        tables.append((title, pairs.activation, "viridis", 0, _top(pairs.activation, 1.0)))
+    names = list(found.experts)
+    side = max(2.6, 0.42 * len(names) + 1.0)
+    figure = _figure(3 * (side + 0.9), 2 * (side + 0.6) + 0.4)
+    for place, (title, table, colours, low, high) in enumerate(tables):
+        axes = figure.add_subplot(2, 3, place + 1)
+        image = _heat(axes, table, names, colours, low, high)
+        axes.set_title(title, fontsize=9)
+        figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
+    figure.suptitle("Interference between experts, over the inspected layers", fontsize=11)
+    return figure
+
+
+def _alignment(found: Inspection) -> Any:
+    """SAR per layer and task, one panel per merged model."""
+    names, models = list(found.experts), list(found.merged)
+    height = min(60.0, max(3.6, ROW_INCHES * len(found.layers) + 1.6))
+    figure = _figure(2.6 + len(models) * max(1.8, 0.34 * len(names) + 0.5), height)
+    panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    tables = {
+        model: [[layer.alignment[model].ratio[n] for n in names] for layer in found.layers]
+        for model in models
+    }
+    known = [v for table in tables.values() for row in table for v in row if v is not None]
+    low = min(0.9, math.floor(10 * min(known, default=0)) / 10)
+    image = None
+    for axes, model in zip(panels, models, strict=True):
+        image = _image(axes, tables[model], "viridis", low, 1)
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+        mean = found.summary.merged[model].sar
+        axes.set_title(model if mean is None else f"{model}\nmean {mean:.3f}", fontsize=9)
+    _layer_ticks(panels[0], found.layers, axis="y")
+    bar = figure.colorbar(image, ax=list(panels), shrink=min(1.0, 4 / height))
+    bar.set_label(f"SAR at relative error {found.error:g}", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    figure.suptitle("Subspace alignment per layer and task", fontsize=11)
+    return figure
+
+
+def _scatter(found: Inspection) -> Any:
+    """Mean SAR against NAI: a colour per method, a marker per task."""
+    assert found.summary.correlation is not None
+    figure = _figure(7.5, 4.8)
+    axes = figure.add_subplot()
+    markers = "osD^v<>pPX*hH8d"
+    for index, (model, own) in enumerate(found.summary.merged.items()):
+        for place, task in enumerate(found.experts):
+            x, y = own.task_sar[task], own.nai.get(task)
+            if x is not None and y is not None:
+                marker = markers[place % len(markers)]
+                axes.plot(x, y, marker, color=_dark(index), markersize=7, alpha=0.75)
+        axes.plot([], [], "s", color=_dark(index), label=model)
+    for place, task in enumerate(found.experts):
+        axes.plot([], [], markers[place % len(markers)], color="grey", label=task)
+    axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")
+    axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")
+    overall = found.summary.correlation.overall
+    axes.set_title(
+        f"Alignment and accuracy: Pearson {_text(overall.pearson)}, Spearman "
+        f"{_text(overall.spearman)}, {overall.count} points",
+        fontsize=10,
+    )
+    axes.set_xlabel("SAR, mean over layers")
+    axes.set_ylabel("NAI (0: the base, 1: the expert)")
+    axes.grid(alpha=0.25)
+    figure.legend(**_LEGEND)
+    return figure
+
+
+def _curve(axes: Any, spectrum: Spectrum, **style: Any) -> None:
+    axes.plot(spectrum.positions, spectrum.values, **style)
+
+
+def _heat(
+    axes: Any, table: Pairs, names: Sequence[str], colours: str, low: float, high: float
+) -> Any:
+    image = _image(axes, table, colours, low, high)
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    if len(names) <= NUMBERED:
+        for s, row in enumerate(table):
+            for t, value in enumerate(row):
+                if value is not None:
+                    shade = (value - low) / (high - low)
+                    dark = 0.25 < shade < 0.75 if colours == "RdBu_r" else shade > 0.6
+                    colour = "black" if dark else "white"
+                    axes.text(t, s, _shown(value), ha="center", va="center", fontsize=6, c=colour)
+    return image
+
+
+def _image(axes: Any, table: Sequence[Sequence[float | None]], colours: str, *limits: float) -> Any:
+    values = [[math.nan if v is None else v for v in row] for row in table]
+    axes.set_facecolor("lightgrey")  # what is not defined
+    return axes.imshow(
+        values, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto", interpolation="none"
+    )
+
+
+def _layer_ticks(axes: Any, layers: Sequence[Layer], axis: str) -> None:
+    step = math.ceil(len(layers) / 120)
+    places = list(range(0, len(layers), step))
+    names = [_short(layers[i].name) for i in places]
+    if axis == "x":
+        axes.set_xticks(places, names, rotation=90, fontsize=6)
+    else:
+        axes.set_yticks(places, names, fontsize=7)
+
+
+def _short(name: str, length: int = 40) -> str:
+    name = name.replace(".weight", "")
+    return name if len(name) <= length else "…" + name[1 - length :]
+
+
+def _spread(layers: Sequence[Layer], count: int) -> list[Layer]:
+    if len(layers) <= count:
+        return list(layers)
+    return [layers[round(i * (len(layers) - 1) / (count - 1))] for i in range(count)]
+
+
+def _top(table: Pairs, least: float = 0.0) -> float:
+    return max([least, *(v for row in table for v in row if v is not None)]) or 1.0
+
+
+def _text(value: float | None) -> str:
+    return "–" if value is None else _shown(value)
+
+
+def _shown(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}"  # no minus before zero
+
+
+def _colour(index: int) -> Any:
+    return f"C{index % 10}"
+
+
+def _dark(index: int) -> str:
+    return ("#b30000", "#00429d", "#006d2c", "#6a3d9a", "#8c510a", "#333333")[index % 6]
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtraError("matplotlib", "plots", "Plotting an inspection") from None
+    figure: Any = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
