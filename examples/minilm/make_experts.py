@@ -88,7 +88,9 @@ class Encoder:
         return (states * mask).sum(1) / mask.sum(1)
 
     @torch.no_grad()
-    def features(self, examples: list[Example], autocast: bool = False) -> Tensor:
+    def features(
+        self, examples: list[Example], autocast: bool = False, max_tokens: int = EVALUATION_TOKENS
+    ) -> Tensor:
         """Return the features of all examples, in their order; bfloat16 inside if asked to."""
         self.model.eval()
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].text))
@@ -96,7 +98,7 @@ class Encoder:
         for start in range(0, len(order), 64):
             chosen = order[start : start + 64]
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-                pooled = self.pool([examples[i].text for i in chosen], EVALUATION_TOKENS)
+                pooled = self.pool([examples[i].text for i in chosen], max_tokens)
             for index, row in zip(chosen, pooled, strict=True):
                 result[index] = row
         return torch.stack(result)
@@ -161,7 +163,9 @@ def train_adapter(
         {"params": list(head.parameters()), "lr": recipe.head_learning_rate},
     ]
     optimiser = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, recipe))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: learning_rate_share(step, recipe.steps, recipe.warm_up_steps)
+    )
     source = batches(train, recipe.batch_size, recipe.seed)
     for step in range(recipe.steps):
         batch = next(source)
@@ -180,11 +184,11 @@ def train_adapter(
     return head.requires_grad_(False)
 
 
-def _rate(step: int, recipe: Recipe) -> float:
+def learning_rate_share(step: int, steps: int, warm_up_steps: int) -> float:
     """Return the share of the learning rate: a linear warm-up, then a cosine to zero."""
-    if step < recipe.warm_up_steps:
-        return (step + 1) / recipe.warm_up_steps
-    progress = (step - recipe.warm_up_steps) / (recipe.steps - recipe.warm_up_steps)
+    if step < warm_up_steps:
+        return (step + 1) / warm_up_steps
+    progress = (step - warm_up_steps) / (steps - warm_up_steps)
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -211,7 +215,7 @@ def save_adapter(model: nn.Module, head: nn.Linear, base_head: nn.Linear, folder
     config = json.loads(config_file.read_text())
     # A set in memory: its order on disk would differ from run to run.
     config["target_modules"] = sorted(config["target_modules"])
-    _write(config_file, json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_whole(config_file, json.dumps(config, indent=2, sort_keys=True) + "\n")
     for name, layer in (("head", head), ("base_head", base_head)):
         save_file(
             {"weight": layer.weight.contiguous(), "bias": layer.bias.contiguous()},
@@ -243,9 +247,9 @@ def make_expert(name: str, task: Task, split: Split, recipe: Recipe, output: Pat
     measured["expert_train"] = accuracy(expert.features(seen, autocast=True), head, seen)
     measured["expert_test"] = accuracy(expert.features(unseen, autocast=True), head, unseen)
     test = stratified(split.test, TEST_TEXTS)
-    _write_jsonl(output / "tasks" / f"{name}.jsonl", [example._asdict() for example in test])
+    write_jsonl(output / "tasks" / f"{name}.jsonl", [example._asdict() for example in test])
     proxy = train[:PROXY_TEXTS]
-    _write_jsonl(output / "proxy" / f"{name}.jsonl", [{"text": text} for text, _ in proxy])
+    write_jsonl(output / "proxy" / f"{name}.jsonl", [{"text": text} for text, _ in proxy])
     return {
         "description": task.description,
         "source": task.source,
@@ -271,11 +275,12 @@ def _digest(split: Split) -> str:
     return hashlib.sha256(rows.encode()).hexdigest()
 
 
-def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _write(path: Path, content: str) -> None:
+def write_whole(path: Path, content: str) -> None:
     """Write a file that is either whole or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -318,7 +323,7 @@ def main() -> None:
         split = load_split(TASKS[name], arguments.cache.resolve())
         record[name] = make_expert(name, TASKS[name], split, recipe, arguments.output)
         ordered = {task: record[task] for task in TASKS if task in record}
-        _write(record_file, json.dumps(ordered, indent=2, ensure_ascii=False) + "\n")
+        write_whole(record_file, json.dumps(ordered, indent=2, ensure_ascii=False) + "\n")
         logger.info("%s: %s", name, record[name]["accuracy"])
 
 

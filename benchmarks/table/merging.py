@@ -1,0 +1,166 @@
+"""Rows of the table, and the merged deltas behind them: each merge is one run of the command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from table.suite import Batches, Inputs, Suite
+from torch import Tensor, nn
+
+import eutectic
+
+PROXIES = 128
+
+
+@dataclass(frozen=True)
+class Row:
+    """One static method of the table.
+
+    Attributes:
+        method: registered name.
+        parameters: of the method.
+        seeded: whether its result depends on the proxy sample (or on random numbers).
+        start: where the search for α begins.
+        fixed: α is not searched (an average has none).
+        init: name of the row whose α and method are the initial merge of a linear system.
+    """
+
+    method: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    seeded: bool = False
+    start: float = 1.0
+    fixed: bool = False
+    init: str | None = None
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the method reads statistics files."""
+        return self.seeded and not self.method.startswith("dare")
+
+
+ROWS: dict[str, Row] = {
+    "average": Row("average", fixed=True),
+    "task_arithmetic": Row("task_arithmetic", start=0.2),
+    "ties": Row("ties", {"density": 0.2}, start=0.5),
+    "dare": Row("dare_linear", {"density": 0.2}, seeded=True, start=0.2),
+    "fisher": Row("fisher", seeded=True),
+    "regmean": Row("regmean", {"off_diagonal": 0.9}, seeded=True),
+    "mats_task_arithmetic": Row(
+        "mats", {"operator": "kfac"}, seeded=True, init="task_arithmetic"
+    ),
+    "mats_iso_c": Row("mats", {"operator": "kfac"}, seeded=True, init="iso_c"),
+    "tsv_m": Row("tsv_m", start=0.5),
+    "iso_c": Row("iso_c", start=0.7),
+    "iso_cts": Row("iso_cts", start=0.7),
+    "esm_roberta": Row("esm", {"preset": "roberta"}, seeded=True, start=0.5),
+    "esm_vit": Row("esm", {"preset": "vit"}, seeded=True, start=0.1),
+    "iso_a": Row("iso_a", seeded=True, start=0.7),
+}  # fmt: skip
+
+
+def collect_statistics(
+    suite: Suite, work: Path, seed: int, count: int = PROXIES
+) -> dict[str, Path]:
+    """Collect every expert's statistics on its proxies, labels sampled: unlabelled data suffice."""
+    files: dict[str, Path] = {}
+    for task, folder in suite.experts.items():
+        file = work / "statistics" / f"{folder.parent.name}-{count}-{seed}" / f"{task}.safetensors"
+        files[task] = file
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            weights = load_file(folder / "model.safetensors")
+            set_weights(suite.model, weights)
+            collect_on(suite, task, suite.proxies(task, seed, count), file, gradients=True)
+    return files
+
+
+def collect_on(suite: Suite, task: str, batches: Batches, file: Path, gradients: bool) -> None:
+    """Run the suite's model, as it is, over one task's proxies."""
+
+    def log_likelihoods(outputs: Any, batch: Any) -> Tensor:
+        scores = suite.heads[task](suite.pool(outputs, batch)).log_softmax(1)
+        # Labels drawn from the model: unlabelled data suffice. Equal inputs draw equal labels.
+        seed = int(next(iter(batch.values())).double().sum())
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
+        return scores.gather(1, drawn).squeeze(1)
+
+    eutectic.collect(
+        suite.model,
+        batches.inputs,
+        file,
+        output_gradients=gradients,
+        fisher=gradients,
+        objective=log_likelihoods if gradients else "auto",
+        layers=suite.layers,
+    )
+
+
+@torch.no_grad()
+def set_weights(model: nn.Module, weights: Inputs) -> None:
+    """Put a checkpoint's tensors into the model."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+
+
+@dataclass(frozen=True)
+class MergedRow:
+    """A merge at α = 1: its deltas, and what making them cost."""
+
+    base: Mapping[str, Tensor]
+    deltas: Mapping[str, Tensor]
+    seconds: float
+    peak_bytes: int
+    records: Mapping[str, Any]
+
+
+def merge_row(
+    suite: Suite, row: Row, work: Path, seed: int, statistics: Mapping[str, Path] | None,
+    init: tuple[str, float] | None = None,
+) -> MergedRow:  # fmt: skip
+    """Merge from files to files in a process of its own, and take the deltas from the output."""
+    folder = work / "merged" / suite.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    parameters = dict(row.parameters)
+    if row.method.startswith("dare"):
+        parameters["seed"] = seed
+    if init is not None:
+        parameters |= {"init": init[0], "init_scale": init[1]}
+    experts: dict[str, dict[str, str]] = {
+        task: {"path": str(path)} for task, path in suite.experts.items()
+    }
+    for task, file in (statistics or {}).items():
+        experts[task]["statistics"] = str(file)
+    recipe = {
+        "base": str(suite.base),
+        "experts": experts,
+        "method": row.method,
+        "parameters": parameters,
+        "scale": 1.0,
+        "dtype": "float32",
+    }  # fmt: skip
+    file = folder / "recipe.json"
+    file.write_text(json.dumps(recipe))
+    command = [sys.executable, "-m", "eutectic.cli.main", "merge", str(file)]
+    command += ["-o", str(folder / "out"), "--json"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{row.method}: {done.stderr}")
+    report = json.loads(done.stdout)
+    base = load_file(suite.base / "model.safetensors")
+    merged = load_file(folder / "out" / "model.safetensors")
+    names = {name for name, _ in suite.model.named_parameters()}
+    deltas = {name: merged[name] - base[name] for name in names}
+    deltas = {name: delta for name, delta in deltas.items() if delta.any()}
+    shutil.rmtree(folder)
+    return MergedRow(base, deltas, report["seconds"], report["peak_bytes"], report["records"])

@@ -1,0 +1,107 @@
+"""Routed rows: two routers and the oracle, at two ranks, on two merged bases."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from table.merging import ROWS, collect_on, collect_statistics, merge_row
+from table.suite import Suite, correct, set_parameters
+
+import eutectic
+from eutectic.routed import routing_accuracy
+from eutectic.statistics import load_statistics
+
+RANKS = (8, 32)
+BASES = ("esm_roberta", "iso_a")
+ROUTERS: tuple[Literal["prototype", "discriminant"], ...] = ("prototype", "discriminant")
+
+
+def routed_rows(
+    suite: Suite, work: Path, results: Path, seed: int, count: int = 128
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Yield (name, how to compute it): oracle, and each router, for each base and rank."""
+    for base in BASES:
+
+        @cache
+        def merged(base: str = base) -> dict[str, Any]:
+            return _merged(suite, base, work, results, seed, count)
+
+        for rank in RANKS:
+            for mode in ("oracle", *ROUTERS):
+                yield (
+                    f"routed-{base}-{rank}-{mode}",
+                    lambda rank=rank, mode=mode, merged=merged: _test(suite, merged(), rank, mode),
+                )
+
+
+def _merged(
+    suite: Suite, base: str, work: Path, results: Path, seed: int, count: int
+) -> dict[str, Any]:
+    """Put the merged base into the suite's model; return the statistics of experts and of it."""
+    files = collect_statistics(suite, work, seed, count)
+    row = merge_row(suite, ROWS[base], work, seed, files)
+    scale = json.loads((results / f"{base}-0.json").read_text())["scale"]
+    seen: dict[str, Any] = {}
+    set_parameters(suite.model, row.base, row.deltas, scale)
+    for task in suite.tasks:
+        file = work / "statistics" / f"merged-{suite.name}-{base}-{count}-{seed}-{task}.safetensors"
+        file.unlink(missing_ok=True)
+        collect_on(suite, task, suite.proxies(task, seed, count), file, gradients=False)
+        seen[task] = load_statistics(file)
+    return {
+        "experts": {task: load_statistics(file) for task, file in files.items()},
+        "merged": seen,
+        "row": row,
+        "scale": scale,
+    }
+
+
+def _test(suite: Suite, merged: dict[str, Any], rank: int, mode: str) -> dict[str, Any]:
+    """Test accuracy, and for a router the share of decisions that are right, layer by layer."""
+    set_parameters(suite.model, merged["row"].base, merged["row"].deltas, merged["scale"])
+    router: Any = "discriminant" if mode == "oracle" else mode
+    model = eutectic.build_routed(
+        suite.model,
+        experts={task: _state(folder) for task, folder in suite.experts.items()},
+        statistics=merged["experts"],
+        router_statistics=merged["merged"] if router == "discriminant" else None,
+        rank=rank,
+        router=router,
+    )
+    test: dict[str, float] = {}
+    layers: dict[str, dict[str, float]] = {}
+    for index, task in enumerate(suite.tasks):
+        if mode == "oracle":
+            with eutectic.routing(model, mode="oracle", expert=task):
+                right = correct(suite, model, task, "test")
+        else:
+            right = correct(suite, model, task, "test")
+            layers[task] = _decisions(suite, model, task, index)
+        test[task] = 100 * right.float().mean().item()
+    return {"test": test, "decisions": layers, "scale": merged["scale"], "rank": rank}
+
+
+def _decisions(suite: Suite, model: Any, task: str, index: int) -> dict[str, float]:
+    """Share of a task's validation examples sent to their own expert, layer by layer."""
+    right: dict[str, int] = {}
+    seen = 0
+    for inputs in suite.splits[task]["validation"].inputs:
+        size = len(next(iter(inputs.values())))
+        with torch.inference_mode(), eutectic.routing(model, record=True) as decisions:
+            model(**inputs)
+        shares = routing_accuracy(decisions, torch.full((size,), index))
+        for layer, share in shares.items():
+            right[layer] = right.get(layer, 0) + share * size
+        seen += size
+    return {layer: value / seen for layer, value in right.items()}
+
+
+def _state(folder: Path) -> Any:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")

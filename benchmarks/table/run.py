@@ -1,0 +1,255 @@
+"""The table of a suite: base, experts, every static method at its best and at a label-free α,
+and the routed models; accuracy with what each merge cost. Resumable: one JSON file per result.
+
+    python benchmarks/table/run.py text --work DIR --regime hard --tasks 8 --seeds 3
+
+α is searched on the validation split only (labelled), or by the divergence from the experts on
+the proxy sample, or in closed form from the Grams (both label-free). Test data are read once per
+row and α. A row that depends on the proxy sample is repeated for further samples at the α that
+validation chose for the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent)]
+
+from table.merging import ROWS, MergedRow, Row, collect_statistics, merge_row, set_weights
+from table.routing import routed_rows
+from table.show import write_table
+from table.suite import (
+    Batches,
+    Suite,
+    accuracies,
+    logits,
+    mean,
+    normalised,
+    set_parameters,
+)
+
+from eutectic.statistics import load_statistics
+from eutectic.tuning.divergence import kl_divergence
+from eutectic.tuning.output_error import closed_form_scale, output_terms
+from eutectic.tuning.search import Measured, ScaleCurve, search_scale
+
+VALIDATION_TEXTS = 150
+DIVERGENCE_PROXIES = 64
+LABEL_FREE = ("task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts", "esm_roberta", "iso_a")
+
+
+def load_suite(arguments: argparse.Namespace) -> Suite:
+    """Import the suite that is asked for, and shorten its validation split."""
+    sys.path[:0] = [str(HERE.parent / arguments.suite)]
+    from suite import load_suite as load
+
+    suite = load(arguments.work, arguments.regime, arguments.tasks)
+    splits = {
+        task: {**both, "validation": head_of(both["validation"], VALIDATION_TEXTS)}
+        for task, both in suite.splits.items()
+    }
+    return replace(suite, splits=splits)
+
+
+def head_of(batches: Batches, count: int) -> Batches:
+    """The first examples of a split, in its own order."""
+    keep = batches.order < count
+    inputs, start = [], 0
+    for batch in batches.inputs:
+        size = len(next(iter(batch.values())))
+        chosen = keep[start : start + size]
+        if chosen.any():
+            inputs.append({name: value[chosen] for name, value in batch.items()})
+        start += size
+    return Batches(inputs, batches.order[keep], batches.labels[:count])
+
+
+def cached(file: Path, compute: Callable[[], Any]) -> Any:
+    """Return the JSON of a file, computing and writing it first where it is missing."""
+    if not file.is_file():
+        value = compute()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(value, indent=1) + "\n")
+        partial.replace(file)
+    return json.loads(file.read_text())
+
+
+def fixed_models(suite: Suite, results: Path) -> dict[str, dict[str, float]]:
+    """Test accuracy of the base and of every expert on its own task."""
+    from safetensors.torch import load_file
+
+    def of_base() -> dict[str, float]:
+        set_weights(suite.model, load_file(suite.base / "model.safetensors"))
+        return accuracies(suite, suite.model, "test")
+
+    def of_experts() -> dict[str, float]:
+        found: dict[str, float] = {}
+        for task, folder in suite.experts.items():
+            set_weights(suite.model, load_file(folder / "model.safetensors"))
+            only = replace(suite, experts={task: folder})
+            found |= accuracies(only, suite.model, "test")
+        return found
+
+    return {
+        "base": cached(results / "base.json", of_base),
+        "experts": cached(results / "experts.json", of_experts),
+    }
+
+
+def by_validation(suite: Suite, merged: MergedRow, start: float) -> ScaleCurve:
+    """Labelled search: mean validation accuracy."""
+
+    def objective(scale: float) -> Measured:
+        set_parameters(suite.model, merged.base, merged.deltas, scale)
+        values = accuracies(suite, suite.model, "validation")
+        return Measured(mean(values), values)
+
+    return _search(objective, start, maximise=True)
+
+
+def by_divergence(suite: Suite, merged: MergedRow, start: float, seed: int) -> ScaleCurve:
+    """Label-free search: mean KL from every expert's predictions on its own proxies."""
+    from safetensors.torch import load_file
+
+    proxies = {task: suite.proxies(task, seed, DIVERGENCE_PROXIES) for task in suite.tasks}
+    wanted = {}
+    for task, folder in suite.experts.items():
+        set_weights(suite.model, load_file(folder / "model.safetensors"))
+        wanted[task] = logits(suite, suite.model, task, proxies[task])
+
+    def objective(scale: float) -> Measured:
+        set_parameters(suite.model, merged.base, merged.deltas, scale)
+        values = {
+            task: kl_divergence(wanted[task], logits(suite, suite.model, task, proxies[task]))
+            for task in suite.tasks
+        }
+        return Measured(mean(values), values)
+
+    return _search(objective, start, maximise=False)
+
+
+def _search(objective: Callable[[float], Measured], start: float, maximise: bool) -> ScaleCurve:
+    """A factor of four to each side of a guess, and further if the best α is at an edge."""
+    low, high = start / 4, start * 4
+    curve = search_scale(objective, low=low, high=high, points=5, tolerance=0.12, maximise=maximise)
+    if curve.at_edge:
+        low, high = (low / 8, low * 1.5) if curve.scale < start else (high / 1.5, high * 8)
+        curve = search_scale(
+            objective, low=low, high=high, points=4, tolerance=0.12, maximise=maximise
+        )
+    return curve
+
+
+def by_grams(suite: Suite, merged: MergedRow, files: Mapping[str, Path]) -> float:
+    """The closed form from Grams, over all matrices."""
+    from safetensors import safe_open
+
+    statistics = [load_statistics(files[task]) for task in suite.tasks]
+    opened = [safe_open(f / "model.safetensors", "pt") for f in suite.experts.values()]
+    names = [n for n in merged.deltas if all(n in s and s[n].count for s in statistics)]
+
+    def terms() -> Iterable[Any]:
+        for name in names:
+            own = [file.get_tensor(name) - merged.base[name] for file in opened]
+            yield output_terms(own, merged.deltas[name], [s[name] for s in statistics])
+
+    return closed_form_scale(terms()).scale
+
+
+def static_row(
+    suite: Suite, name: str, row: Row, work: Path, results: Path, seed: int
+) -> dict[str, Any]:
+    """One static method for one proxy sample."""
+    init = None
+    if row.init is not None:
+        chosen = json.loads((results / f"{row.init}-0.json").read_text())["scale"]
+        init = (ROWS[row.init].method, chosen)
+    files = collect_statistics(suite, work, seed)
+    merged = merge_row(suite, row, work, seed, files if row.needs_statistics else None, init)
+    record: dict[str, Any] = {
+        "row": name,
+        "seed": seed,
+        "parameters": dict(row.parameters),
+        "seconds": merged.seconds,
+        "peak_bytes": merged.peak_bytes,
+        "scale": 1.0,
+    }
+
+    def test(scale: float) -> dict[str, float]:
+        set_parameters(suite.model, merged.base, merged.deltas, scale)
+        return accuracies(suite, suite.model, "test")
+
+    if not row.fixed:
+        if seed == 0:
+            curve = by_validation(suite, merged, row.start)
+            record |= {"scale": curve.scale, "curve": curve.as_record()}
+        else:
+            record["scale"] = json.loads((results / f"{name}-0.json").read_text())["scale"]
+    record["test"] = test(record["scale"])
+    if row.init is not None and record["scale"] != 1:
+        record["test_at_one"] = test(1.0)
+    if name in LABEL_FREE and seed == 0:
+        closed = by_grams(suite, merged, files)
+        curve = by_divergence(suite, merged, row.start, seed)
+        record["grams"] = {"scale": closed, "test": test(closed)}
+        record["divergence"] = {
+            "scale": curve.scale, "curve": curve.as_record(), "test": test(curve.scale)
+        }  # fmt: skip
+    return record
+
+
+def main() -> None:
+    """Fill what is missing and write the table."""
+    parser = argparse.ArgumentParser(description="Make a suite's table of methods.")
+    parser.add_argument("suite", choices=["text", "glyphs"])
+    parser.add_argument("--work", type=Path, required=True, help="folder of the suite's experts")
+    parser.add_argument("--regime", default="hard", help="kind or hard (text)")
+    parser.add_argument(
+        "--tasks", type=int, default=8, help="the first so many tasks; 6: the miniature"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="proxy samples")
+    parser.add_argument("--rows", nargs="*", help="default: all; 'routed' for the routed models")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    suite = load_suite(arguments)
+    results = arguments.work / "results" / suite.name
+    fixed = fixed_models(suite, results)
+    print(f"base {mean(fixed['base']):.1f}, experts {mean(fixed['experts']):.1f}", flush=True)
+    chosen = arguments.rows if arguments.rows is not None else [*ROWS, "routed"]
+    for name in (n for n in ROWS if n in chosen):
+        for seed in range(arguments.seeds if ROWS[name].seeded else 1):
+            start = time.monotonic()
+            file = results / f"{name}-{seed}.json"
+            row = cached(
+                file,
+                lambda: static_row(suite, name, ROWS[name], arguments.work, results, seed),  # noqa: B023
+            )
+            share = normalised(row["test"], fixed["experts"])
+            print(
+                f"{name} {seed}: α {row['scale']:.3g}, {mean(row['test']):.1f}, {share:.1f} % "
+                f"({time.monotonic() - start:.0f} s)",
+                flush=True,
+            )
+    if "routed" in chosen:
+        for seed in range(arguments.seeds):
+            for name, compute in routed_rows(suite, arguments.work, results, seed):
+                row = cached(results / f"{name}-{seed}.json", compute)
+                share = normalised(row["test"], fixed["experts"])
+                print(f"{name} {seed}: {mean(row['test']):.1f}, {share:.1f} %", flush=True)
+    print(write_table(results))
+
+
+if __name__ == "__main__":
+    main()

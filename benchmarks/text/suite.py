@@ -1,0 +1,72 @@
+"""The text suite as a record that tables are made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from experts import BASE, load_head
+from sources import SIX, TASKS
+from table.suite import SPLITS, Batches, Inputs, Suite
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+MAX_TOKENS = 32
+BATCH = 64
+
+
+def load_suite(work: Path, regime: str, count: int) -> Suite:
+    """Read what `experts.py` has made: the first tasks, or the miniature's if `count` is six."""
+    tasks = SIX if count == len(SIX) else tuple(TASKS)[:count]
+    tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
+    model = AutoModel.from_pretrained(
+        BASE, local_files_only=True, add_pooling_layer=False, dtype=torch.float32
+    ).eval()
+    folders = {task: work / "tasks" / task for task in tasks}
+
+    def rows(task: str, split: str) -> list[dict[str, Any]]:
+        lines = (folders[task] / f"{split}.jsonl").read_text("utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def proxies(task: str, seed: int, count: int) -> Batches:
+        train = rows(task, "train")
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(train), generator=generator)[:count].tolist()
+        return encode(tokenizer, [train[i] for i in chosen])
+
+    return Suite(
+        name=f"text-{regime}-{len(tasks)}",
+        base=BASE,
+        experts={task: work / regime / task for task in tasks},
+        model=model,
+        pool=pool,
+        heads={task: load_head(folder / "head.safetensors") for task, folder in folders.items()},
+        splits={
+            task: {split: encode(tokenizer, rows(task, split)) for split in SPLITS}
+            for task in tasks
+        },
+        layers=("encoder.*",),
+        proxies=proxies,
+    )
+
+
+def encode(tokenizer: Any, rows: list[dict[str, Any]]) -> Batches:
+    """Tokenise and batch by length."""
+    ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=MAX_TOKENS)
+    order = sorted(range(len(rows)), key=lambda i: len(ids["input_ids"][i]))
+    batches: list[Inputs] = []
+    for start in range(0, len(order), BATCH):
+        chosen = order[start : start + BATCH]
+        picked = {"input_ids": [ids["input_ids"][i] for i in chosen]}
+        batches.append(dict(tokenizer.pad(picked, return_tensors="pt")))
+    labels = torch.tensor([row["label"] for row in rows])
+    return Batches(batches, torch.tensor(order), labels)
+
+
+def pool(outputs: Any, inputs: Inputs) -> Tensor:
+    """Mean over the tokens that are not padding."""
+    states: Tensor = outputs.last_hidden_state.float()
+    mask = inputs["attention_mask"].unsqueeze(-1).float()
+    return (states * mask).sum(1) / mask.sum(1)
