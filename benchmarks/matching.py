@@ -5,10 +5,11 @@
 
 Both sides go from the statistics in memory to the merged matrix. The other side is the published
 procedure: tensors flattened through NumPy into `scipy.sparse.linalg.cg` over a `LinearOperator`,
-float32, Grams of the forward-only system summed beforehand. Runs alternate; ratios of CPU time
-are reported, which a busy machine leaves alone. The Grams come from tokens whose covariance has a
-power-law spectrum, common up to a random factor per direction and expert. With `--tokens` below
-the number of inputs our side gets the factor that the statistics hold then, the other the Gram.
+Grams of the forward-only system summed beforehand; in float32 as published, and in float64 (NumPy's
+own) where `--dtypes` says so. Runs alternate; ratios of CPU time are reported, which a busy machine
+leaves alone. The Grams come from tokens whose covariance has a power-law spectrum, common up to a
+random factor per direction and expert. With `--tokens` below the number of inputs our side gets the
+triangular factor that the statistics hold then, the other the Gram.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
 from eutectic.methods import merge_matrices
+from eutectic.statistics.gram import triangular_factor
 from eutectic.types import LayerStatistics, Merged
 
 TOLERANCE = 1e-5
@@ -46,16 +49,22 @@ class Layer:
         self.input_grams = [x.T @ x for x in self.factors]
         self.output_grams = [x.T @ x for x in _tokens(out, experts, power, generator, rows)]
 
+        self.triangles = [
+            triangular_factor(x.double()).float() if len(x) < inputs else None for x in self.factors
+        ]
+
     def statistics(self) -> list[LayerStatistics]:
-        """Return the Grams as the package takes them."""
+        """Return the Grams as statistics files hold them."""
         return [
             LayerStatistics(
-                gram=None if 2 * len(x) < len(a) else a,
-                gram_factor=x if 2 * len(x) < len(a) else None,
+                gram=a if triangle is None else None,
+                gram_factor=triangle,
                 output_gradient_gram=h,
                 count=1,
             )
-            for x, a, h in zip(self.factors, self.input_grams, self.output_grams, strict=True)
+            for triangle, a, h in zip(
+                self.triangles, self.input_grams, self.output_grams, strict=True
+            )
         ]
 
 
@@ -74,11 +83,14 @@ def _tokens(
     return inputs
 
 
-def scipy_route(layer: Layer, operator: str, iterations: int) -> tuple[Tensor, int]:
+def scipy_route(
+    layer: Layer, operator: str, iterations: int, dtype: torch.dtype
+) -> tuple[Tensor, int]:
     """Return the merged delta and the number of matrix-vector products of the published way."""
-    grams, outputs = layer.input_grams, layer.output_grams
-    weights = [(layer.base + delta).T for delta in layer.deltas]
-    start = (layer.base + SCALE * layer.deltas.sum(0)).T
+    grams = [gram.to(dtype) for gram in layer.input_grams]
+    outputs = [gram.to(dtype) for gram in layer.output_grams]
+    weights = [(layer.base + delta).T.to(dtype) for delta in layer.deltas]
+    start = (layer.base + SCALE * layer.deltas.sum(0)).T.to(dtype)
     kfac = operator == "kfac"
     right = sum(
         a @ w @ h if kfac else a @ w for a, w, h in zip(grams, weights, outputs, strict=True)
@@ -91,10 +103,10 @@ def scipy_route(layer: Layer, operator: str, iterations: int) -> tuple[Tensor, i
     def multiply(vector: np.ndarray) -> np.ndarray:
         nonlocal products
         products += 1
-        x = torch.from_numpy(vector).reshape(shape).float()
+        x = torch.from_numpy(vector).reshape(shape).to(dtype)
         if summed is not None:
             return (summed @ x).flatten().numpy()
-        total = torch.zeros(shape)
+        total = torch.zeros(shape, dtype=dtype)
         for a, h in zip(grams, outputs, strict=True):
             total += a @ x @ h
         return total.flatten().numpy()
@@ -145,7 +157,7 @@ def timed(run: Callable[[], object]) -> tuple[float, object]:
 
 
 def compare(
-    layer: Layer, operator: str, limit: int, preconditioner: str, repeats: int
+    layer: Layer, operator: str, limit: int, preconditioner: str, repeats: int, dtype: torch.dtype
 ) -> dict[str, object]:
     """Alternate both routes; return the median ratio and what each delivered.
 
@@ -155,7 +167,7 @@ def compare(
     ours, theirs = [], []
     merged, delta, products = None, None, 0
     for _ in range(repeats):
-        seconds, pair = timed(lambda: scipy_route(layer, operator, limit))
+        seconds, pair = timed(lambda: scipy_route(layer, operator, limit, dtype))
         theirs.append(seconds)
         delta, products = pair  # type: ignore[misc]
         seconds, merged = timed(lambda: our_route(layer, operator, limit, preconditioner, space))
@@ -165,6 +177,7 @@ def compare(
     return {
         "system": "K-FAC" if operator == "kfac" else "forward-only",
         "preconditioner": preconditioner,
+        "scipy_dtype": str(dtype).removeprefix("torch."),
         "limit": limit,
         "ratio": statistics.median(ratios),
         "ratios": ratios,
@@ -193,14 +206,14 @@ def table(rows: list[dict[str, object]]) -> str:
     """Return the rows in Markdown."""
     lines = [
         "| system | preconditioner | limit | ours: steps, residual, CPU s "
-        "| SciPy: products, residual, CPU s | faster by | difference |",
+        "| SciPy: dtype, products, residual, CPU s | faster by | difference |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         lines.append(
             "| {system} | {preconditioner} | {limit} "
             "| {iterations}, {residual:.1e}, {seconds:.2f} "
-            "| {scipy_products}, {scipy_residual:.1e}, {scipy_seconds:.2f} "
+            "| {scipy_dtype}, {scipy_products}, {scipy_residual:.1e}, {scipy_seconds:.2f} "
             "| {ratio:.2f}× | {difference:.1e} |".format(**row)
         )
     return "\n".join(lines)
@@ -237,6 +250,9 @@ def main() -> None:
     parser.add_argument("--power", type=float, default=1.0, help="exponent of the spectrum")
     parser.add_argument("--tokens", type=int, help="tokens per expert (default: 2·IN)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--dtypes", nargs="+", default=("float32",), choices=("float32", "float64"), help="SciPy's"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--systems", nargs="+", default=("gram", "kfac"))
     parser.add_argument("--skip", nargs="*", default=(), choices=("same", "equal", "curves"))
@@ -251,11 +267,13 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for operator in arguments.systems:
         if "same" not in arguments.skip:
-            for limit in arguments.iterations:
-                rows.append(compare(layer, operator, limit, "none", arguments.repeats))
+            for limit, name in product(arguments.iterations, arguments.dtypes):
+                dtype = getattr(torch, name)
+                rows.append(compare(layer, operator, limit, "none", arguments.repeats, dtype))
         if "equal" not in arguments.skip:
-            rows.append(compare(layer, operator, arguments.limit, "kronecker", 1))
-    print(f"{arguments.shape[0]}×{arguments.shape[1]}, T = {arguments.experts}\n")
+            rows.append(compare(layer, operator, arguments.limit, "kronecker", 1, torch.float32))
+    tokens = arguments.tokens or 2 * arguments.shape[1]
+    print(f"{arguments.shape[0]}×{arguments.shape[1]}, T = {arguments.experts}, {tokens} tokens\n")
     print(table(rows))
     data: dict[str, list[float]] = {}
     if "curves" not in arguments.skip:

@@ -17,6 +17,8 @@ NAMES = [
     "Treatment",
     "build_routed",
     "collect",
+    "evaluate",
+    "inspect",
     "load_routed",
     "load_statistics",
     "merge",
@@ -24,6 +26,7 @@ NAMES = [
     "merge_state_dicts",
     "methods",
     "routing",
+    "tune",
 ]
 
 

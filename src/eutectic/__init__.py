@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eutectic.errors import EutecticError
-    from eutectic.execution import MergeReport, merge, merge_state_dicts
+    from eutectic.evaluation import evaluate
+    from eutectic.execution import MergeReport, merge_state_dicts
     from eutectic.methods import merge_matrices, methods
+    from eutectic.reporting import inspect
     from eutectic.routed import build_routed, load_routed, routing
     from eutectic.statistics import collect, load_statistics
+    from eutectic.tuning import merge, tune
     from eutectic.types import LayerStatistics, Merged, Treatment
 
 __version__ = version("eutectic")
@@ -33,13 +36,16 @@ _HOMES = {
     "Treatment": "eutectic.types",
     "build_routed": "eutectic.routed",
     "collect": "eutectic.statistics",
+    "evaluate": "eutectic.evaluation",
+    "inspect": "eutectic.reporting",
     "load_routed": "eutectic.routed",
     "load_statistics": "eutectic.statistics",
-    "merge": "eutectic.execution",
+    "merge": "eutectic.tuning",
     "merge_matrices": "eutectic.methods",
     "merge_state_dicts": "eutectic.execution",
     "methods": "eutectic.methods",
     "routing": "eutectic.routed",
+    "tune": "eutectic.tuning",
 }
 
 __all__ = [
@@ -50,6 +56,8 @@ __all__ = [
     "Treatment",
     "build_routed",
     "collect",
+    "evaluate",
+    "inspect",
     "load_routed",
     "load_statistics",
     "merge",
@@ -57,6 +65,7 @@ __all__ = [
     "merge_state_dicts",
     "methods",
     "routing",
+    "tune",
 ]
 
 

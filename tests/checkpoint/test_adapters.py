@@ -175,7 +175,7 @@ def test_weights_as_pickle_and_identity(tmp_path: Path) -> None:
 
 Q = factors("enc.q", 4, 6)
 REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
-    "IA3": (Q, {"peft_type": "IA3"}, "kind 'IA3'"),
+    "IA3": (Q, {"peft_type": "IA3"}, "with other .IA.³ adapters only"),
     "no kind": (Q, {"peft_type": None}, "kind None"),
     "DoRA": (Q, {"use_dora": True}, "use_dora"),
     "DoRA, by its tensors": (
@@ -348,7 +348,7 @@ def test_dora_and_ia3_of_peft_are_refused(tmp_path: Path) -> None:
     entries = StateDictReader(base).entries
     dora = LoraConfig(target_modules=["query"], use_dora=True)
     ia3 = IA3Config(target_modules=["query"], feedforward_modules=[])
-    for config, reason in ((dora, "use_dora"), (ia3, "'IA3'")):
+    for config, reason in ((dora, "use_dora"), (ia3, "with other .IA.³ adapters only")):
         folder = tmp_path / str(config.peft_type)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of peft, about names that transformers deprecates

@@ -11,6 +11,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+import eutectic
 from eutectic.cli.route import route
 from eutectic.routed import load_routed
 from eutectic.statistics import collect
@@ -82,3 +83,66 @@ def test_requests_that_cannot_be_met_end_with_2(folder: Path, tmp_path: Path):
         assert run(*words).exit_code == 2, words
     assert run(folder / "merged").exit_code == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_the_routers_statistics_are_collected_on_the_merged_model(folder: Path, tmp_path: Path):
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(20)}
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="w0", unk_token="w0")
+    fast.save_pretrained(folder / "merged")
+    generator = torch.Generator().manual_seed(0)
+    texts: dict[str, list[str]] = {}
+    asked = [folder / "merged", *(f"{n}={folder / n}" for n in EXPERTS)]
+    for t, name in enumerate(EXPERTS):
+        ids = torch.randint(1 + 6 * t, 7 + 6 * t, (24, 5), generator=generator)
+        texts[name] = [" ".join(f"w{i}" for i in row) for row in ids.tolist()]
+        rows = [json.dumps({"text": text}) for text in texts[name]]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+        asked += ["-s", f"{name}={folder / name}.stats.safetensors"]
+        asked += ["--router-data", f"{name}={tmp_path / name}.jsonl"]
+    result = run(
+        *asked,
+        "--rank",
+        4,
+        "--batch-size",
+        5,
+        "--max-length",
+        8,
+        "-o",
+        tmp_path / "routed",
+        "--json",
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["router"] == "discriminant"
+    routed = load_routed(tmp_path / "routed")
+    right = 0
+    for t, name in enumerate(EXPERTS):
+        batch = fast(texts[name], return_tensors="pt")
+        batch.pop("token_type_ids", None)
+        with eutectic.routing(routed, record=True) as decisions, torch.no_grad():
+            routed(**batch)
+        last = list(decisions)[-1]
+        right += int((torch.as_tensor(decisions[last]) == t).sum())
+    assert right >= 0.9 * 24 * len(EXPERTS)
+
+    swapped = list(asked)
+    for i, word in enumerate(swapped):
+        if isinstance(word, str) and word.startswith("a=") and "stats" in word:
+            swapped[i] = word.replace("a.stats", "b.stats")
+    refused = run(*swapped, "-o", tmp_path / "swapped")
+    assert refused.exit_code == 1
+    assert "collected on another checkpoint" in refused.stderr
+    assert not (tmp_path / "swapped").exists()
+    accepted = run(*swapped, "-o", tmp_path / "swapped", "--statistics-of", "any", "--rank", 2)
+    assert accepted.exit_code == 0, accepted.output
+
+
+def test_router_statistics_of_an_expert_are_refused(folder: Path, tmp_path: Path):
+    words = [w.replace("b.merged", "b.stats") if isinstance(w, str) else w for w in request(folder)]
+    refused = run(*words, "-o", tmp_path / "routed")
+    assert refused.exit_code == 1
+    assert "the router's data of 'b'" in refused.stderr

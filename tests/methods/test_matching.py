@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eutectic.errors import MethodError
 from eutectic.methods import get_method, merge_matrices
+from eutectic.methods.grams import Gram
 from eutectic.types import LayerStatistics
 
 from .matching_cases import (
@@ -364,3 +365,41 @@ def test_the_kronecker_preconditioner_needs_a_quarter_of_the_applications(power,
         assert record["status"] == "converged" and record["residuals"][-1] <= 1e-5
         counts[preconditioner] = record["applications"]
     assert counts["kronecker"] <= counts["none"] / 4
+
+
+@pytest.mark.parametrize("off_diagonal", [1.0, 0.7])
+def test_kfac_by_triangular_factors_is_kfac_by_grams(off_diagonal):
+    out, n, rows = 6, 600, 520
+    generator = torch.Generator().manual_seed(2)
+    deltas = torch.randn(EXPERTS, out, n, generator=generator, dtype=torch.float64)
+    dense, factored = [], []
+    for _ in range(EXPERTS):
+        factor = torch.randn(rows, n, generator=generator, dtype=torch.float64).triu()
+        outputs = torch.randn(9, out, generator=generator, dtype=torch.float64)
+        common = {"output_gradient_gram": outputs.T @ outputs, "count": rows}
+        dense.append(LayerStatistics(gram=factor.T @ factor, **common))
+        factored.append(LayerStatistics(gram_factor=factor, **common))
+    options = {"operator": "kfac", "iterations": 5, "off_diagonal": off_diagonal}
+    expected = merge_matrices("mats", deltas, statistics=dense, **options)
+    found = merge_matrices("mats", deltas, statistics=factored, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_a_gram_multiplies_alike_in_every_form():
+    generator = torch.Generator().manual_seed(3)
+    n, rows = 40, 12
+    x, left = (torch.randn(5, k, generator=generator, dtype=torch.float64) for k in (n, 5))
+    for factor in (
+        torch.randn(rows, n, generator=generator, dtype=torch.float64),
+        torch.randn(rows, n, generator=generator, dtype=torch.float64).triu(),
+    ):
+        remainder = torch.rand(n, generator=generator, dtype=torch.float64)
+        whole = 0.3 * factor.T @ factor + remainder.diag()
+        forms = (Gram(None, factor, remainder, 0.0, 0.3), Gram(whole / 2, None, None, 0.0, 2.0))
+        for form in (*forms, *(form.cheapest() for form in forms)):
+            torch.testing.assert_close(form.dense(), whole)
+            torch.testing.assert_close(form.diagonal(), whole.diagonal())
+            for h in (None, left):
+                expected = 1 + 0.5 * (x if h is None else h @ x) @ whole
+                found = form.add_product(torch.ones_like(x), x, left=h, scale=0.5)
+                torch.testing.assert_close(found, expected)

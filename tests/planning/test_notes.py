@@ -1,4 +1,4 @@
-"""What a plan tells beside its table: statistics of another checkpoint, rules without effect."""
+"""What a plan tells beside its table: statistics of unknown origin, rules without effect."""
 
 from __future__ import annotations
 
@@ -30,11 +30,9 @@ def notes(statistics: dict[str, LayerStatistics], **keys: object) -> str:
     return "\n".join(make_plan(check_recipe(values), inputs).notes)
 
 
-def test_statistics_of_another_checkpoint_are_named() -> None:
-    assert "statistics of 'a' were collected from another" in notes(
-        Collected({"layer.weight": LAYER})
-    )
-    assert "another checkpoint" not in notes({"layer.weight": LAYER})
+def test_statistics_of_unknown_origin_are_named() -> None:
+    assert "do not prove that they are of this expert" in notes(Collected({"layer.weight": LAYER}))
+    assert "of this expert" not in notes({"layer.weight": LAYER})
 
 
 def test_rules_that_match_nothing_are_named() -> None:

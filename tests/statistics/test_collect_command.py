@@ -123,6 +123,42 @@ def test_a_lora_adapter_is_named_after_its_base(expert: Path, data: Path, tmp_pa
     assert_same(expected, found, 2e-5)
 
 
+@OLD_NAMES
+def test_an_ia3_adapter_is_collected_and_merged_again(tmp_path: Path) -> None:
+    import eutectic
+
+    t5().save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "x.csv").write_text("source,target\na b,d\ne f,g h\nc,a\n")
+    experts = {}
+    for seed, name in enumerate("ab"):
+        config = peft.IA3Config(
+            task_type="SEQ_2_SEQ_LM", target_modules=["k", "wo"], feedforward_modules=["wo"]
+        )
+        adapted = peft.get_peft_model(t5(), config)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for key, parameter in adapted.named_parameters():
+                if "ia3_l" in key:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        adapted.save_pretrained(tmp_path / name)
+        output = tmp_path / f"{name}.safetensors"
+        options = ["--data", tmp_path / "x.csv", "--block-fisher", "--layers", "*.ia3_l"]
+        run(tmp_path / name, "--base", tmp_path / "base", *options, "-o", output)
+        experts[name] = {"path": tmp_path / name, "statistics": output}
+    options = {"method": "mats", "operator": "block", "base": tmp_path / "base"}
+    report = eutectic.merge(experts=experts, output=tmp_path / "merged", **options)
+    assert set(report.merged_by) == {"mats"}
+    assert all("residuals" in record["matrix"] for record in report.records.values())
+    assert not any("prove" in note for note in report.notes)
+    experts["a"]["statistics"], experts["b"]["statistics"] = (
+        experts["b"]["statistics"],
+        experts["a"]["statistics"],
+    )
+    with pytest.raises(eutectic.EutecticError, match="another checkpoint"):
+        eutectic.merge(experts=experts, output=tmp_path / "swapped", **options)
+
+
 def named_linear(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     return [
         (f"{name}.weight", m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)

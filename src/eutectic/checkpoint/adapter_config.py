@@ -66,6 +66,11 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     path = folder / CONFIG_NAME
     raw = read_json_object(path)
     kind = raw.get("peft_type")
+    if kind == "IA3":
+        raise CheckpointError(
+            f"{folder}: an (IA)³ adapter merges with other (IA)³ adapters only, as vectors.\n"
+            "Merge it into its base with peft (merge_and_unload), save that, and name the result."
+        )
     if kind != "LORA":
         raise CheckpointError(
             f"{folder}: an adapter of the kind {kind!r} cannot be merged; only 'LORA' can.\n"

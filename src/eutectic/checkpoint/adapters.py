@@ -21,8 +21,8 @@ from eutectic.checkpoint.names import Alignment, align, check_inside
 from eutectic.checkpoint.reader import CheckpointReader, file_identity
 from eutectic.errors import CheckpointError
 
-_WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
-_ROOT = "base_model.model."
+WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+ROOT = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?")
 # A wrapper that PEFT puts between a module and its parameters, in some versions and situations.
 _WRAPPER = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.[^.]+$)")
@@ -66,9 +66,9 @@ class AdapterReader:
         self._label = str(folder)
         lora = read_adapter_config(folder)
         self.config: Mapping[str, Any] = lora.raw
-        name = next((n for n in _WEIGHT_NAMES if (folder / n).exists()), None)
+        name = next((n for n in WEIGHT_NAMES if (folder / n).exists()), None)
         if name is None:
-            raise CheckpointError(f"{folder}: has {CONFIG_NAME} but no {_WEIGHT_NAMES[0]}.")
+            raise CheckpointError(f"{folder}: has {CONFIG_NAME} but no {WEIGHT_NAMES[0]}.")
         check_inside(folder, name)
         self._reader = CheckpointReader(open_index(folder / name))
         self._weights_name = name
@@ -200,7 +200,7 @@ class AdapterReader:
         """Group the file's keys by the parameter they act on, in the adapted model's own names."""
         targets: dict[str, _Target] = {}
         for key in self._reader.entries:
-            own = key.removeprefix(_ROOT)
+            own = key.removeprefix(ROOT)
             factor = _FACTOR.fullmatch(own)
             if factor:
                 module = factor["module"]

@@ -61,3 +61,43 @@ def _windows(count: int, width: int) -> list[tuple[int, int]]:
         return [(0, count)]
     middle = (count - width) // 2
     return [(0, width), (middle, middle + width), (count - width, count)]
+
+
+_SAMPLE_WINDOWS = 2
+_SAMPLE_WIDTH = 8
+_SAMPLE_TOLERANCE = 1e-6  # of float32: an adapter's weight is computed, not stored
+
+
+def sample_ranges(count: int) -> list[tuple[int, int]]:
+    """Return the few flat ranges of a tensor of `count` elements that a sample holds."""
+    if count <= _SAMPLE_WINDOWS * _SAMPLE_WIDTH:
+        return [(0, count)]
+    gaps = _SAMPLE_WINDOWS + 1
+    starts = [(i * (count - _SAMPLE_WIDTH)) // gaps for i in range(1, gaps)]
+    return [(start, start + _SAMPLE_WIDTH) for start in starts]
+
+
+def sample_of(weight: Tensor) -> Tensor:
+    """Return a few values of a tensor, 1-D, on the CPU."""
+    flat = weight.detach().reshape(-1)
+    return torch.cat([flat[start:stop] for start, stop in sample_ranges(len(flat))]).cpu()
+
+
+def same_content(first: Tensor, second: Tensor) -> bool:
+    """Tell whether two samples of a tensor's content can come from one tensor.
+
+    They are compared in the coarser of their dtypes, so that a copy in half precision counts as
+    the same and a fine-tune does not.
+    """
+    if first.shape != second.shape:
+        return False
+    coarse = max((first.dtype, second.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    x, y = first.to(coarse).double(), second.to(coarse).double()
+    if torch.finfo(coarse).eps > torch.finfo(torch.float32).eps:
+        return bool(x.nan_to_num().equal(y.nan_to_num()))
+    largest = float(x.nan_to_num().abs().max()) if x.numel() else 0.0
+    return bool(
+        torch.allclose(
+            x, y, rtol=_SAMPLE_TOLERANCE, atol=_SAMPLE_TOLERANCE * largest, equal_nan=True
+        )
+    )

@@ -9,10 +9,13 @@ import typer
 from eutectic.cli.collect import collect
 from eutectic.cli.console import set_debug
 from eutectic.cli.demo import demo
+from eutectic.cli.evaluate import evaluate
+from eutectic.cli.inspect import inspect
 from eutectic.cli.merge import merge
 from eutectic.cli.methods import methods
 from eutectic.cli.plan import plan
 from eutectic.cli.route import route
+from eutectic.cli.tune import tune
 
 app = typer.Typer(
     name="eutectic",
@@ -24,7 +27,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 the work failed, 2 the request is wrong. "
     "`eutectic --debug VERB …` shows tracebacks.",
 )
-for command in (merge, plan, collect, route, methods, demo):
+for command in (merge, tune, plan, inspect, collect, route, evaluate, methods, demo):
     app.command()(command)
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from eutectic.cli import request as words
 from eutectic.cli.console import out, print_json, progress_bar, verb
+from eutectic.cli.outcomes import summary
 from eutectic.recipes.units import format_bytes
 
 
@@ -55,7 +56,7 @@ def merge(
 
       eutectic merge --base ./base -m mats --sweep 0:1:11 -o mixed/ wanted=./a helper=./b
     """
-    from eutectic.execution.run import merge as run
+    from eutectic.tuning import merge as run
 
     recipe, options = words.request(what, base, method, scale, param, weight, statistics, set_)
     if sweep is not None:
@@ -78,6 +79,8 @@ def merge(
     table.add_row("method", f"{report.method}, scale {report.scale:g}")
     table.add_row("tensors", ", ".join(f"{n} {name}" for name, n in report.tensors.items()))
     table.add_row("merged by", ", ".join(f"{name} {n}" for name, n in report.merged_by.items()))
+    for label, text in summary(report.records):
+        table.add_row(label, text)
     for note in report.notes:
         table.add_row("note", note)
     resumed = ", continued" if report.resumed else ""

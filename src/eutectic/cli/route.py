@@ -56,6 +56,12 @@ def route(
         Path | None, typer.Option(help="The base before merging; for adapters only.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch, collecting.")] = 16,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per text, collecting (default: at most 512).")
+    ] = None,
+    statistics_of: Annotated[
+        str, typer.Option(help="expert, or any: accept statistics of another checkpoint.")
+    ] = "expert",
     export: Annotated[
         Path | None, typer.Option(help="Folder for PEFT LoRA adapters on the merged model.")
     ] = None,
@@ -87,6 +93,8 @@ def route(
     named = pairs(experts, "expert")
     model = load_model(merged)
     costs = routed_costs(model, len(named), rank, layers)
+    if statistics_of not in ("expert", "any"):
+        raise RequestError(f"--statistics-of is expert or any, got '{statistics_of}'.")
     if dry_run:
         _report({"costs": dataclasses.asdict(costs)}, json)
         return
@@ -99,12 +107,13 @@ def route(
         model,
         named,
         _open_statistics(statistics, "--statistics"),
-        _router_statistics(merged, router_statistics, router_data, layers, batch_size),
+        _router_statistics(merged, router_statistics, router_data, layers, batch_size, max_length),
         rank=rank,
         router=router,  # pyright: ignore[reportArgumentType]
         layers=layers,
         accumulate=accumulate,
         base=base,
+        statistics_of=statistics_of,  # pyright: ignore[reportArgumentType]
     )
     report: dict[str, Any] = {
         "costs": dataclasses.asdict(costs),
@@ -152,6 +161,7 @@ def _router_statistics(
     data: list[str] | None,
     layers: list[str] | None,
     batch_size: int,
+    max_length: int | None,
 ) -> dict[str, Any] | None:
     """Return the merged model's statistics: read, or collected on every task's data."""
     if files and data:
@@ -160,19 +170,25 @@ def _router_statistics(
         return _open_statistics(files, "--router-statistics")
     if not data:
         return None
+    from eutectic.routed.layers import choose_layers
     from eutectic.statistics import collect
     from eutectic.statistics.data import open_batches
     from eutectic.statistics.encode import Columns
     from eutectic.statistics.models import load_model
 
     loaded = load_model(merged)
+    routed = [layer.name for layer in choose_layers(loaded.model, layers)]
     found: dict[str, Any] = {}
     for name, source in pairs(data, "--router-data").items():
-        batches = open_batches(source, loaded, columns=Columns(), batch_size=batch_size)
+        batches = open_batches(
+            source, loaded, columns=Columns(), batch_size=batch_size, max_length=max_length
+        )
         with progress_bar(f"collecting {name}") as tell:
             found[name] = collect(
                 loaded.model,
                 batches,
+                layers=routed,
+                fingerprint=loaded.fingerprint,
                 progress=lambda done, total: tell(done, total or done + 1, f"batch {done}"),
             )
     return found

@@ -17,9 +17,10 @@ from eutectic.methods import Context, Method, get_method
 from eutectic.methods.linear import finite
 from eutectic.methods.matrices import run_method
 from eutectic.planning.cost import CHUNK
+from eutectic.planning.evidence import part_statistics, statistics_of
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan, TensorPlan, stored_name
-from eutectic.types import LayerStatistics, Merged, Treatment
+from eutectic.types import Merged, Treatment
 
 Emit = Callable[[int, Tensor], None]
 
@@ -75,19 +76,48 @@ def merge_tensor(
     """
     method, parameters = _method_of(planned, plan)
     if method.elementwise:
-        return _merge_elementwise(planned, method, parameters, plan, inputs, emit, state)
+        chunks = _merge_elementwise(planned, method, parameters, plan, inputs, state)
+        for start, result, base in chunks:
+            emit(start, narrow(scaled(base, result, planned, plan, planned.scale), planned, plan))
+        return Outcome()
 
     def emit_weight(start: int, delta: Tensor) -> None:
-        base = _read_base(planned, inputs, start, start + delta.numel())
-        emit(start, narrow(torch.add(base, delta, alpha=planned.scale), planned, plan))
+        base = read_base(planned, inputs, start, start + delta.numel())
+        emit(start, narrow(scaled(base, delta, planned, plan, planned.scale), planned, plan))
 
-    return merge_delta(planned, plan, inputs, emit_weight)
+    return merge_unscaled(planned, plan, inputs, emit_weight)
 
 
-def merge_delta(planned: TensorPlan, plan: Plan, inputs: Inputs, emit: Emit) -> Outcome:
-    """Emit the merged delta of a matrix itself, before α, in the dtype of the arithmetic."""
+def scaled(
+    base: Tensor | None, merged: Tensor, planned: TensorPlan, plan: Plan, alpha: float
+) -> Tensor:
+    """Return W₀ + α·Δ from what `merge_unscaled` emits; `base` may be absent where α = 1."""
+    if not holds_weight(planned, plan):
+        assert base is not None
+        return torch.add(base, merged, alpha=alpha)
+    return merged if alpha == 1 or base is None else torch.lerp(base, merged, alpha)
+
+
+def holds_weight(planned: TensorPlan, plan: Plan) -> bool:
+    """Tell whether a tensor's method gives the merged weight W₀ + Δ itself, instead of Δ."""
+    method, parameters = _method_of(planned, plan)
+    return method.elementwise and method.space(parameters) != "delta"
+
+
+def merge_unscaled(
+    planned: TensorPlan, plan: Plan, inputs: Inputs, emit: Emit, state: Any = None
+) -> Outcome:
+    """Emit the merged delta itself, before α, in the dtype of the arithmetic.
+
+    Methods that work on weights give W₀ + Δ, see `holds_weight`. Arguments as for `merge_tensor`.
+    """
     method, parameters = _method_of(planned, plan)
     outcome = Outcome()
+    if method.elementwise:
+        chunks = _merge_elementwise(planned, method, parameters, plan, inputs, state)
+        for start, result, _ in chunks:
+            emit(start, result)
+        return outcome
     squares = 0.0
     for start, delta, record in _merge_matrices(planned, method, parameters, plan, inputs):
         squares += float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
@@ -146,9 +176,9 @@ def _merge_elementwise(
     parameters: Any,
     plan: Plan,
     inputs: Inputs,
-    emit: Emit,
     state: Any,
-) -> Outcome:
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """Yield (flat start, merged delta or weight, base or None) of each chunk."""
     context = context_for(planned, plan, state)
     small = planned.elements <= CHUNK
     stack, base = None, None
@@ -163,19 +193,13 @@ def _merge_elementwise(
             return stream_chunks(planned, method, parameters, plan, inputs)
 
         context = dataclasses.replace(context, state=method.prepare(chunks, parameters, context))
-    in_weights = method.space(parameters) != "delta"
     for start, stop in _ranges(planned.elements, CHUNK):
         if not small:
             stack, base = _read_stack(planned, method, parameters, plan, inputs, start, stop)
         assert stack is not None
         result = method.function(stack, parameters, dataclasses.replace(context, offset=start))
         assert isinstance(result, Tensor)
-        if not in_weights and base is not None:
-            result = torch.add(base, result, alpha=planned.scale)
-        elif planned.scale != 1 and base is not None:
-            result = torch.lerp(base, result, planned.scale)
-        emit(start, narrow(result, planned, plan))
-    return Outcome()
+        yield start, result, base
 
 
 def _read_stack(
@@ -193,20 +217,21 @@ def _read_stack(
     full = all(not e.is_delta and planned.name in e.entries for e in experts)
     base = None
     if not (in_weights and full and planned.scale == 1):
-        base = _read_base(planned, inputs, start, stop)
+        base = read_base(planned, inputs, start, stop)
     stack = torch.empty(len(experts), stop - start, dtype=planned.compute)
     for row, expert in enumerate(experts):
         if in_weights:
             stack[row] = _weight(expert, planned, start, stop, base)
         else:
             assert base is not None
-            stack[row] = _delta(expert, planned, start, stop, base)
+            stack[row] = read_delta(expert, planned, start, stop, base)
     if plan.recipe.nonfinite == "error":
         _check_finite(stack, planned, base)
     return stack, base
 
 
-def _delta(expert: Expert, planned: TensorPlan, start: int, stop: int, base: Tensor) -> Tensor:
+def read_delta(expert: Expert, planned: TensorPlan, start: int, stop: int, base: Tensor) -> Tensor:
+    """Read a flat range of an expert's Δ_t in the dtype of the arithmetic; `base` is that range."""
     name = stored_name(expert, planned.name, planned.seed_name)
     if _lacks(expert, name):
         return torch.zeros_like(base)
@@ -228,7 +253,8 @@ def _lacks(expert: Expert, name: str) -> bool:
     return not expert.is_delta and name not in expert.entries
 
 
-def _read_base(planned: TensorPlan, inputs: Inputs, start: int, stop: int) -> Tensor:
+def read_base(planned: TensorPlan, inputs: Inputs, start: int, stop: int) -> Tensor:
+    """Read a flat range of the base in the dtype of the arithmetic."""
     return inputs.base.read(planned.name, start, stop).to(planned.compute)
 
 
@@ -250,23 +276,22 @@ def _merge_matrices(
     planned: TensorPlan, method: Method, parameters: Any, plan: Plan, inputs: Inputs
 ) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
     """Yield (flat start, merged flat delta, record) of each matrix in a tensor, in file order."""
-    shape = planned.entry.shape
-    blocks = shape[0] if planned.decision.stacked else 1
+    blocks = planned.entry.shape[0] if planned.decision.stacked else 1
     size = planned.elements // blocks
     for block in range(blocks):
         start = block * size
-        base = _read_base(planned, inputs, start, start + size)
+        base = read_base(planned, inputs, start, start + size)
         stack = torch.empty(len(planned.experts), size, dtype=planned.compute)
         for row, name in enumerate(planned.experts):
-            stack[row] = _delta(inputs.experts[name], planned, start, start + size, base)
+            stack[row] = read_delta(inputs.experts[name], planned, start, start + size, base)
         if plan.recipe.nonfinite == "error":
             _check_finite(stack, planned, base)
-        matrix_shape = _matrix_shape(planned)
-        deltas = stack.view(len(stack), *matrix_shape)
-        weight = base.view(matrix_shape)
+        shape = matrix_shape(planned)
+        deltas = stack.view(len(stack), *shape)
+        weight = base.view(shape)
         initial = None
         if inputs.initial is not None and method is plan.method:
-            initial = _delta(inputs.initial, planned, start, start + size, base).view(matrix_shape)
+            initial = read_delta(inputs.initial, planned, start, start + size, base).view(shape)
         if planned.decision.transpose:
             deltas, weight = deltas.mT, weight.mT
             initial = None if initial is None else initial.mT
@@ -291,7 +316,7 @@ def _merge_parts(
     suffix: str,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Merge one matrix `[T, out, in]`, part by part where it is a fused one."""
-    statistics = _statistics(planned, plan, inputs)
+    statistics = statistics_of(planned, plan, inputs)
     context = context_for(planned, plan)
     heights = planned.decision.split
     if not heights:
@@ -316,7 +341,7 @@ def _merge_parts(
             tensor=context.tensor + label,
             base=weight[rows],
             initial=None if initial is None else initial[rows],
-            statistics=_rows_of(statistics, rows),
+            statistics=part_statistics(planned, plan, inputs, statistics, rows),
         )
         result = _run(method, deltas[:, rows], parameters, own)
         merged.append(result.delta)
@@ -336,7 +361,8 @@ def _run(method: Method, deltas: Tensor, parameters: Any, context: Context) -> M
         ) from error
 
 
-def _matrix_shape(planned: TensorPlan) -> tuple[int, ...]:
+def matrix_shape(planned: TensorPlan) -> tuple[int, ...]:
+    """Return the shape of one matrix of a tensor, as the file lays it out."""
     shape = planned.entry.shape
     if planned.decision.stacked:
         return shape[1:]
@@ -347,42 +373,10 @@ def _matrix_shape(planned: TensorPlan) -> tuple[int, ...]:
 
 def matrix_shapes(planned: TensorPlan) -> list[tuple[int, int]]:
     """Return [out, in] of each matrix that a method sees of this tensor."""
-    *_, rows, columns = _matrix_shape(planned)
+    *_, rows, columns = matrix_shape(planned)
     if planned.decision.transpose:
         rows, columns = columns, rows
     return [(height, columns) for height in planned.decision.split or (rows,)]
-
-
-def _statistics(
-    planned: TensorPlan, plan: Plan, inputs: Inputs
-) -> tuple[LayerStatistics | None, ...] | None:
-    if not inputs.statistics or planned.decision.stacked:
-        return None
-    found: list[LayerStatistics | None] = []
-    for expert in planned.experts:
-        inside = plan.statistics_names.get(expert, {}).get(planned.name)
-        found.append(None if inside is None else inputs.statistics[expert][inside])
-    return tuple(found)
-
-
-def _rows_of(
-    statistics: tuple[LayerStatistics | None, ...] | None, rows: slice
-) -> tuple[LayerStatistics | None, ...] | None:
-    """Return the statistics of some output rows of a fused matrix."""
-    if statistics is None:
-        return None
-
-    def cut(record: LayerStatistics | None) -> LayerStatistics | None:
-        if record is None:
-            return None
-        outer, fisher = record.output_gradient_gram, record.fisher_diagonal
-        return dataclasses.replace(
-            record,
-            output_gradient_gram=None if outer is None else outer[rows, rows],
-            fisher_diagonal=None if fisher is None else fisher[rows],
-        )
-
-    return tuple(cut(record) for record in statistics)
 
 
 def _ranges(length: int, step: int) -> Iterator[tuple[int, int]]:

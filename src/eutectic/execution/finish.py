@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import yaml
 
+from eutectic.checkpoint.adapter_config import CONFIG_NAME
+from eutectic.checkpoint.adapters import WEIGHT_NAMES
 from eutectic.checkpoint.folder import copy_side_files, module_weights
 from eutectic.checkpoint.layout import OutputFile, weight_index_bytes, weight_index_name
 from eutectic.checkpoint.writer import write_atomically
@@ -92,6 +94,8 @@ def write_folder(
     if plan.recipe.side_files != "base":
         donor = inputs.experts[plan.recipe.side_files].folder or donor
     copy_side_files(donor, model)
+    if files[0].name == WEIGHT_NAMES[0]:  # (IA)³ vectors: the output is an adapter again
+        copy_side_files(donor, model, [CONFIG_NAME])
     copy_side_files(inputs.index.folder, model, module_weights(inputs.index.folder))
     write_expert_folders(plan, inputs, model, files)
     if plan.recipe.dtype is not None:

@@ -2,61 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from eutectic.errors import MethodError, NumericalError
+from eutectic.methods.grams import Gram, roundoff, scaled_off_diagonal
 from eutectic.methods.linear import finite
 from eutectic.methods.matrices import has_statistic
 from eutectic.methods.registry import Context
 from eutectic.types import LayerStatistics
-
-
-@dataclass(frozen=True)
-class Gram:
-    """A positive semidefinite `[in, in]` matrix: `matrix`, or FᵀF + diag(`remainder`).
-
-    Attributes:
-        matrix: the dense form, or None.
-        factor: F `[k, in]`, when there is no dense form.
-        remainder: `[in]`, beside the factor.
-        unit_roundoff: eps of the dtype it was stored in.
-    """
-
-    matrix: Tensor | None
-    factor: Tensor | None
-    remainder: Tensor | None
-    unit_roundoff: float
-
-    def dense(self) -> Tensor:
-        """Return the matrix `[in, in]`."""
-        if self.matrix is not None:
-            return self.matrix
-        if self.factor is None or self.remainder is None:
-            raise ValueError("a Gram holds a matrix, or a factor and a remainder")
-        gram = self.factor.T @ self.factor
-        gram.diagonal().add_(self.remainder)
-        return gram
-
-    def diagonal(self) -> Tensor:
-        """Return the diagonal `[in]`."""
-        if self.factor is None or self.remainder is None:
-            return self.dense().diagonal()
-        return self.factor.square().sum(0) + self.remainder
-
-    def cheapest(self) -> Gram:
-        """Return the form with the cheaper products: a factor has to be thin to pay."""
-        if self.factor is None or 2 * len(self.factor) < self.factor.shape[1]:
-            return self
-        return Gram(self.dense(), None, None, self.unit_roundoff)
-
-    def add_product(self, total: Tensor, x: Tensor) -> Tensor:
-        """Add X·A `[out, in]` to `total` and return it; through the factor if that is all."""
-        if self.factor is None or self.remainder is None:
-            return total.addmm_(x, self.dense())
-        return total.addmm_(x @ self.factor.T, self.factor).addcmul_(x, self.remainder)
 
 
 def participants(context: Context) -> list[int]:
@@ -132,18 +86,14 @@ def input_gram(
     rows = len(entry.gram_factor)
     _check(entry.gram_factor, "gram_factor", (rows, size), context, t)
     stored = entry.gram_factor.to(like)
-    remainder = torch.zeros(size, dtype=like.dtype, device=like.device)
+    remainder = None
     if entry.gram_diagonal is not None:
         _check(entry.gram_diagonal, "gram_diagonal", (size,), context, t)
         remainder = entry.gram_diagonal.to(like) * factor
     if off_diagonal != 1:
-        remainder = remainder + (1 - off_diagonal) * factor * stored.square().sum(0)
-    return Gram(
-        None,
-        stored * (factor * off_diagonal) ** 0.5,
-        remainder,
-        torch.finfo(entry.gram_factor.dtype).eps,
-    )
+        own = (1 - off_diagonal) * factor * stored.square().sum(0)
+        remainder = own if remainder is None else remainder + own
+    return Gram(None, stored, remainder, roundoff(entry.gram_factor), factor * off_diagonal)
 
 
 def dense_gram(
@@ -159,10 +109,10 @@ def dense_gram(
 ) -> Gram:
     """Return a stored square matrix as a Gram; see `input_gram`."""
     _check(stored, name, (size, size), context, t)
-    matrix = stored.to(like) * (factor * off_diagonal)
+    matrix = stored.to(like)
     if off_diagonal != 1:
-        matrix.diagonal().copy_(stored.diagonal().to(like) * factor)
-    return Gram(matrix, None, None, torch.finfo(stored.dtype).eps)
+        matrix = scaled_off_diagonal(matrix, off_diagonal)
+    return Gram(matrix, None, None, roundoff(stored), factor)
 
 
 def square_statistic(context: Context, t: int, need: str) -> Tensor:

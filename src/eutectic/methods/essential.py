@@ -145,8 +145,9 @@ def esm(deltas: Tensor, parameters: EssentialParameters, context: Context) -> Me
     between layers, (‖Δ‖ / mean of like layers)^p_layer, needs all norms and is applied afterwards
     by the engine through `finish`; a group is the tensor's name without its layer numbers.
 
-    Shapes: deltas `[T, out, in]` float32 or float64 -> `[out, in]`; arithmetic in float64. Cost: T
-    eigenproblems of min(out, in) at most, and two polar factors of `[out, kT]` and `[kT, in]`.
+    Shapes: deltas `[T, out, in]` float32 or float64 -> `[out, in]`; eigenproblems in float64, the
+    rest in the dtype of the deltas (`precision="exact"`: all float64). Cost: T eigenproblems of
+    min(out, in) at most, and two polar factors of `[out, kT]` and `[kT, in]`.
     T = 1 gives the expert's factors flattened, not the expert. A zero delta contributes nothing;
     all deltas zero give zero.
 
@@ -173,15 +174,18 @@ def esm(deltas: Tensor, parameters: EssentialParameters, context: Context) -> Me
     norms = lapack.column_norms(weighted.flatten(1).mT, torch.float64)
     shares = (norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny)) ** exponents.task_power
 
+    # Eigenproblems are float64; what they give is rounded to the deltas' own precision.
+    dtype = torch.float64 if context.precision == "exact" else deltas.dtype
     left: list[Tensor] = []
     right: list[Tensor] = []
     kept: list[int] = []
     for t, delta in enumerate(weighted):
         subspace = _subspace(delta, t, k, parameters, context)
         scales = _eigenvalue_scales(subspace.eigenvalues, exponents.eigenvalue_power)
-        left.append(subspace.directions * scales)
-        coordinates = subspace.directions.T @ delta.double()
-        right.append(coordinates * (scales * shares[t]).unsqueeze(1))
+        directions = subspace.directions.to(dtype)
+        left.append(directions * scales.to(dtype))
+        coordinates = directions.T @ delta.to(dtype)
+        right.append(coordinates * (scales * shares[t]).to(dtype).unsqueeze(1))
         kept.append(len(scales))
 
     record: dict[str, Any] = {"rank": k, "directions": kept}

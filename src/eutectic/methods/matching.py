@@ -98,6 +98,8 @@ def _explain(shape: tuple[int, ...], parameters: MatsParameters, precision: Prec
     needs=_needs,
     fallback="mats",
     workspace=6.0,
+    # Of float64 deltas, and where float32 stagnates.
+    statistics_copies=lambda p: 1.0 if p.operator == "kfac" else 0.0,
     products=60.0,
     explain=_explain,
     laws={"permutation", "homogeneous", "zero", "absent", "rotation"},

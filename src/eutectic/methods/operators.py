@@ -12,7 +12,6 @@ from torch import Tensor
 from eutectic.linalg import lapack
 from eutectic.linalg.cg import LinearMap
 from eutectic.methods.collected import (
-    Gram,
     dense_gram,
     divisor,
     fisher_diagonal,
@@ -20,6 +19,7 @@ from eutectic.methods.collected import (
     participants,
     square_statistic,
 )
+from eutectic.methods.grams import Gram, roundoff
 from eutectic.methods.registry import Context
 
 Operator = Literal["gram", "kfac", "diagonal_fisher", "block", "task_gram", "identity"]
@@ -185,9 +185,10 @@ def _loader(
         delta = deltas[t]
         square = lapack.norm(delta, torch.float64) ** 2
         scale = context.weights[t] / square if square > 0 else 0.0
-        remainder = (1 - off_diagonal) * scale * delta.square().sum(0)
-        factor = delta * (scale * off_diagonal) ** 0.5
-        return Gram(None, factor, remainder, torch.finfo(deltas.dtype).eps)
+        remainder = None
+        if off_diagonal != 1:
+            remainder = (1 - off_diagonal) * scale * delta.square().sum(0)
+        return Gram(None, delta, remainder, roundoff(deltas), scale * off_diagonal)
 
     if operator == "block":
         return block
@@ -225,11 +226,15 @@ def _gram_system(deltas: Tensor, context: Context, load: _Load, dense: bool) -> 
         gram = load(t)
         unit_roundoff = max(unit_roundoff, gram.unit_roundoff)
         gram.add_product(right_side, deltas[t])
-        if gram.factor is not None and gram.remainder is not None:
-            factors.append(gram.factor)
-            remainder += gram.remainder
-        else:
-            matrix = gram.dense() if matrix is None else matrix.add_(gram.dense())
+        if gram.factor is not None:
+            factors.append(gram.factor * gram.scale**0.5)
+            if gram.remainder is not None:
+                remainder += gram.remainder
+            continue
+        if matrix is None:
+            matrix = torch.zeros(size, size, dtype=deltas.dtype, device=deltas.device)
+        assert gram.matrix is not None
+        matrix.add_(gram.matrix, alpha=gram.scale)
     rows = sum(len(f) for f in factors)
     if matrix is None and not dense and 2 * rows < size:
         total = Gram(None, torch.cat(factors), remainder, unit_roundoff)
@@ -265,7 +270,8 @@ def _kfac_system(
 ) -> System:
     """X -> ΣH_t·X·A_t.
 
-    Expert by expert: products of stacked matrices take as long and T times the memory. The
+    Expert by expert: products of stacked matrices take as long and T times the memory. The stored
+    Grams are multiplied as they are, by their factors where that takes fewer products. The
     nearest Kronecker product has the factors Σ tr(A_t)H_t and Σ tr(H_t)A_t, the partial traces
     of the operator, which are exact when the experts' Grams are multiples of each other.
     """
@@ -282,27 +288,31 @@ def _kfac_system(
             factor=1 / divisor(context, t, "output_gradient_gram", normalize_counts),
             off_diagonal=off_diagonal,
             like=deltas,
-        ).dense()
+        )
         for t in members
     ]
     left_diagonals = torch.stack([h.diagonal() for h in outputs])
     right_diagonals = torch.stack([g.diagonal() for g in grams])
 
+    def add(total: Tensor, k: int, x: Tensor) -> None:
+        output = outputs[k]
+        grams[k].add_product(total, x, left=output.matrix, scale=output.scale)
+
     def apply(x: Tensor) -> Tensor:
         total = torch.zeros_like(x)
-        for output, gram in zip(outputs, grams, strict=True):
-            gram.add_product(total, output @ x)
+        for k in range(len(members)):
+            add(total, k, x)
         return total
 
     right_side = torch.zeros_like(deltas[0])
-    for t, output, gram in zip(members, outputs, grams, strict=True):
-        gram.add_product(right_side, output @ deltas[t])
+    for k, t in enumerate(members):
+        add(right_side, k, deltas[t])
     left = right = None
     if dense:
         left = torch.zeros(out, out, dtype=deltas.dtype, device=deltas.device)
         right = torch.zeros(size, size, dtype=deltas.dtype, device=deltas.device)
         for k, (output, gram) in enumerate(zip(outputs, grams, strict=True)):
-            left.add_(output, alpha=float(right_diagonals[k].sum()))
+            left.add_(output.dense(), alpha=float(right_diagonals[k].sum()))
             right.add_(gram.dense(), alpha=float(left_diagonals[k].sum()))
     return System(
         apply,

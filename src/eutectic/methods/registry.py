@@ -111,6 +111,7 @@ class Method:
     laws: frozenset[str]
     fallback: Callable[[Any], str]
     workspace: Callable[[int], float]
+    statistics_copies: Callable[[Any], float]
     products: float
     default_scale: Callable[[int], float]
     finish: Callable[[Mapping[str, float], Any], Mapping[str, float]] | None
@@ -173,6 +174,7 @@ def register(
     laws: Set[str] = frozenset(),
     fallback: str | Callable[[Any], str] = "average",
     workspace: float | Callable[[int], float] = 3.0,
+    statistics_copies: float | Callable[[Any], float] = 0.0,
     products: float = 10.0,
     default_scale: float | Callable[[int], float] = 1.0,
     finish: Callable[[Mapping[str, float], Any], Mapping[str, float]] | None = None,
@@ -205,6 +207,8 @@ def register(
             handles the lack itself.
         workspace: scratch memory, in multiples of the stack of deltas, or a function of the number
             of experts.
+        statistics_copies: how many float64 copies of each expert's Grams it may hold beside the
+            stored ones, or a function of the parameters; for the plan's estimate.
         products: time, in matrix products `[out, in] @ [in, in]` per expert (smaller side), for
             the plan's estimate; element-wise methods are estimated from their bytes.
         default_scale: α when the user names none, or a function of the number of experts.
@@ -236,6 +240,7 @@ def register(
             laws=frozenset(laws),
             fallback=_constant(fallback),
             workspace=_constant(workspace),
+            statistics_copies=_constant(statistics_copies),
             products=products,
             default_scale=_constant(default_scale),
             finish=finish,

@@ -151,8 +151,7 @@ def reason_to_rest(
 ) -> str | None:
     """Say why this tensor has to take another rule, or return None."""
     if operator in ("gram", "kfac", "task_gram") and deltas.ndim != 3:
-        shape = list(deltas.shape[1:])
-        return f"operator '{operator}' is for matrices, this tensor has shape {shape}"
+        return f"operator '{operator}' is for matrices, this tensor is none"
     return lack(NEEDS[operator], context, normalize_counts)
 
 

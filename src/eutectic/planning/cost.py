@@ -13,6 +13,7 @@ import torch
 
 from eutectic.errors import RecipeError
 from eutectic.methods import get_method
+from eutectic.planning.collected import PARTS, wanted
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan, TensorPlan
 from eutectic.recipes.units import format_bytes
@@ -21,6 +22,7 @@ from eutectic.types import Treatment
 CHUNK = 1 << 17  # entries of one tensor merged at a time: 8 experts' chunks fit the cache
 PROCESS_BYTES = 450_000_000  # interpreter, torch and its allocator's slack
 MEMORY_SHARE = 0.6
+SUMS = 4  # square matrices in float64 beside each other: a sum, its factor, their workspace
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,38 @@ def tensor_cost(planned: TensorPlan, plan: Plan, inputs: Inputs) -> Cost:
         work = method.products * count * 2 * planned.elements * small / rates.flops
     stack = held * count * width
     peak = int(stack * (1 + method.workspace(count)) + held * (4 * width + planned.dtype.itemsize))
-    read = (base_bytes + expert_bytes) * passes
+    collected, scratch = _statistics_bytes(planned, plan, inputs)
+    peak += collected + scratch
+    read = (base_bytes + expert_bytes) * passes + collected
     moved = (read + write_bytes) / rates.bytes_per_second
     return Cost(read, write_bytes, peak, moved + work)
+
+
+def _statistics_bytes(planned: TensorPlan, plan: Plan, inputs: Inputs) -> tuple[int, int]:
+    """Return bytes of the statistics that a job reads, and of what its method makes of them.
+
+    The latter: a few square matrices in float64, and as many copies of every expert's Grams as
+    the method says.
+    """
+    method = get_method(planned.method)
+    parameters = plan.parameters if method is plan.method else method.parameters()
+    only = wanted(method, parameters)
+    shape = planned.entry.shape
+    if not (only and inputs.statistics) or planned.decision.stacked or not shape:
+        return 0, 0
+    collected = 0
+    for expert in planned.experts:
+        size = getattr(inputs.statistics.get(expert), "read_bytes", None)
+        if callable(size):
+            own = plan.statistics_names.get(expert, {})
+            names = [own.get(planned.name + part) for part in ("", *PARTS)]
+            collected += sum(int(size(name, only)) for name in names if name is not None)  # pyright: ignore[reportArgumentType]
+    sides = (shape[0], planned.elements // max(shape[0], 1))
+    if planned.decision.treatment is not Treatment.MATRIX:
+        sides = (0, planned.elements) if "block_fisher" in only else (0, 0)
+    copies = method.statistics_copies(parameters) * len(planned.experts)
+    square = sum(side * side for side in sides) * torch.float64.itemsize
+    return collected, int(square * copies + SUMS * max(sides) ** 2 * torch.float64.itemsize)
 
 
 def plan_cost(plan: Plan, inputs: Inputs, threads: int) -> Cost:

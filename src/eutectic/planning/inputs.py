@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from eutectic.checkpoint.experts import Expert, expert_in_memory, is_adapter, open_expert
+from eutectic.checkpoint.experts import (
+    Expert,
+    FullExpert,
+    expert_in_memory,
+    is_adapter,
+    open_expert,
+)
 from eutectic.checkpoint.hub import resolve
+from eutectic.checkpoint.ia3 import identity_adapter, is_ia3, open_ia3
 from eutectic.checkpoint.index import CheckpointIndex, open_index
 from eutectic.checkpoint.memory import StateDictReader
 from eutectic.checkpoint.reader import CheckpointReader
@@ -29,8 +37,9 @@ class Inputs:
     """The opened base, experts and statistics of one merge. A context manager that closes them.
 
     Attributes:
-        base: reader of the base's tensors.
-        index: the base's folder, or None in memory.
+        base: reader of the base's tensors; where the experts are (IA)³ adapters, the adapter
+            that changes nothing.
+        index: the base's folder and layout (the first adapter's), or None in memory.
         experts: name -> expert, in the recipe's order.
         statistics: name -> statistics, for experts that have a file.
         initial: a merged checkpoint that an iterative method starts from.
@@ -69,13 +78,20 @@ def open_inputs(recipe: Recipe, source: Source | None = None) -> Inputs:
             raise RecipeError(
                 [f"{source.at('base')}base: {error}", *_other_faults(recipe, source)], source.name
             ) from None
-        base = stack.enter_context(CheckpointReader(index))
+        base: BaseReader = stack.enter_context(CheckpointReader(index))
         faults: list[str] = []
+        vectors = _only_vectors(recipe)
+        if vectors:
+            try:
+                tables = {name: open_ia3(path) for name, path in vectors.items()}
+                base, index = identity_adapter(tables, base)
+            except (EutecticError, OSError) as error:
+                raise RecipeError([f"{source.at('experts')}{error}"], source.name) from None
         experts: dict[str, Expert] = {}
         statistics: dict[str, Statistics] = {}
         for name, spec in recipe.experts.items():
             try:
-                experts[name] = open_expert(resolve(spec.path), index)
+                experts[name] = _open_expert(resolve(spec.path), index, bool(vectors))
                 stack.callback(experts[name].close)
             except (EutecticError, OSError) as error:
                 faults.append(f"{source.at('experts', name)}expert '{name}': {error}")
@@ -87,7 +103,7 @@ def open_inputs(recipe: Recipe, source: Source | None = None) -> Inputs:
                 statistics[name] = load_statistics(spec.statistics)
             except EutecticError as error:
                 faults.append(f"{source.at('experts', name)}statistics of '{name}': {error}")
-        initial = _open_initial(recipe, index, source, faults)
+        initial = _open_initial(recipe, index, bool(vectors), source, faults)
         if initial is not None:
             stack.callback(initial.close)
         if faults:
@@ -109,6 +125,24 @@ def in_memory_inputs(
     return Inputs(reader, None, opened, statistics)
 
 
+def _only_vectors(recipe: Recipe) -> dict[str, Path]:
+    """Return the experts' folders if all are (IA)³ adapters, else nothing."""
+    try:
+        paths = {name: resolve(spec.path) for name, spec in recipe.experts.items()}
+        return paths if all(is_ia3(path) for path in paths.values()) else {}
+    except (EutecticError, OSError):
+        return {}  # reported expert by expert
+
+
+def _open_expert(path: Path, index: CheckpointIndex, vectors: bool) -> Expert:
+    if not vectors:
+        return open_expert(path, index)
+    table = open_ia3(path)
+    return FullExpert(
+        CheckpointReader(table), index.entries, label=str(path), config=table.config, folder=path
+    )
+
+
 def _other_faults(recipe: Recipe, source: Source) -> list[str]:
     """Open the experts by themselves, so that their faults are not hidden by the base's."""
     faults: list[str] = []
@@ -123,7 +157,7 @@ def _other_faults(recipe: Recipe, source: Source) -> list[str]:
 
 
 def _open_initial(
-    recipe: Recipe, index: CheckpointIndex, source: Source, faults: list[str]
+    recipe: Recipe, index: CheckpointIndex, vectors: bool, source: Source, faults: list[str]
 ) -> Expert | None:
     """Open `parameters.init` where it names a checkpoint instead of a method."""
     init = recipe.parameters.get("init")
@@ -137,7 +171,7 @@ def _open_initial(
     if not path.exists():
         return None  # a word of the method's own, or a mistake that its parameters report
     try:
-        return open_expert(path, index)
+        return _open_expert(path, index, vectors)
     except EutecticError as error:
         faults.append(f"{source.at('parameters', 'init')}init: {error}")
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,15 +13,22 @@ import torch
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.folder import module_weights
 from eutectic.checkpoint.index import TensorEntry
-from eutectic.checkpoint.names import AS_THEY_ARE, align
+from eutectic.checkpoint.names import AS_THEY_ARE
 from eutectic.errors import RecipeError
 from eutectic.methods import Method, get_method
-from eutectic.methods.matrices import has_statistic
+from eutectic.planning.collected import (
+    PARTS,
+    is_packed,
+    lacks,
+    statistics_faults,
+    statistics_names,
+    unknown_origin,
+)
 from eutectic.planning.inputs import Inputs, Statistics
 from eutectic.planning.ties import tied_to
 from eutectic.planning.treatment import Decision, decide
 from eutectic.recipes.load import Source
-from eutectic.recipes.schema import Recipe
+from eutectic.recipes.schema import Recipe, ScaleSearch
 from eutectic.types import Treatment
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -39,6 +47,7 @@ class TensorPlan:
         dtype: of the output.
         compute: dtype of the arithmetic.
         seed_name: name that seeds random numbers; a tied tensor shares its partner's.
+        tunable: α is the recipe's, which a search may choose, not that of a rule.
     """
 
     entry: TensorEntry
@@ -49,6 +58,7 @@ class TensorPlan:
     dtype: torch.dtype
     compute: torch.dtype
     seed_name: str
+    tunable: bool = False
 
     @property
     def name(self) -> str:
@@ -69,7 +79,7 @@ class Plan:
         recipe: what was asked for.
         method: the method's table entry.
         parameters: its checked parameters.
-        scale: α where no rule says otherwise.
+        scale: α where no rule says otherwise; while it is to be searched, the method's default.
         tensors: one entry per tensor of the output, in file order.
         heads: expert -> tensors kept for it alone.
         left_out: tensors of the base that the output does not hold (`heads: drop`).
@@ -99,7 +109,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
     values = dict(recipe.parameters)
     parameters = method.parse(values)
     scale = recipe.scale
-    if scale is None:
+    if scale is None or isinstance(scale, ScaleSearch):
         scale = method.default_scale(len(inputs.experts))
     faults: list[str] = []
     notes = [
@@ -108,7 +118,9 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         if e.alignment != AS_THEY_ARE
     ]
     _check_kinship(inputs, source, faults)
-    names = {n: _statistics_names(s, inputs) for n, s in inputs.statistics.items()}
+    names = {n: statistics_names(s, inputs) for n, s in inputs.statistics.items()}
+    if recipe.statistics_of == "expert":
+        faults += statistics_faults(inputs, names)
     tied = tied_to(inputs.base)
     tensors: list[TensorPlan] = []
     for entry in inputs.base.entries.values():
@@ -148,6 +160,16 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
     return Plan(
         recipe, method, parameters, scale, tuple(tensors), heads, left_out, names, tuple(notes)
     )
+
+
+def with_scale(plan: Plan, scale: float, note: str) -> Plan:
+    """Return the plan with a number in place of a search for α; rules keep theirs.
+
+    `note` says where the number came from.
+    """
+    tensors = tuple(replace(t, scale=scale) if t.tunable else t for t in plan.tensors)
+    recipe = plan.recipe.model_copy(update={"scale": scale})
+    return replace(plan, recipe=recipe, scale=scale, tensors=tensors, notes=(*plan.notes, note))
 
 
 def _plan_tensor(
@@ -271,19 +293,39 @@ def _with_method(
     needs = {n for n in method.needs(parameters) if n != "base"}
     if chosen == method.name and needs:
         lacking = _experts_without(planned, needs, statistics, names)
+        if lacking and is_packed(planned.name):
+            parts = [_experts_without(planned, needs, statistics, names, p) for p in PARTS]
+            lacking = list(dict.fromkeys(name for part in parts for name in part))
+            if not lacking:
+                reason += "; query, key and value saw different inputs"
+                planned, lacking = _in_parts(planned)
         if lacking:
             chosen = method.fallback(parameters)
             reason += f"; no statistics of {', '.join(lacking)}"
     alpha = planned.decision.scale
+    plain = recipe.scale_tensors == "matrix" and treatment is not Treatment.MATRIX
+    tunable = alpha is None and not plain
     if alpha is None:
-        plain = recipe.scale_tensors == "matrix" and treatment is not Treatment.MATRIX
         alpha = 1.0 if plain else scale
     return replace(
         planned,
         method=chosen,
         scale=alpha,
+        tunable=tunable,
         decision=replace(planned.decision, reason=reason),
     )
+
+
+def _in_parts(planned: TensorPlan) -> tuple[TensorPlan, list[str]]:
+    """Split a packed in-projection into query, key and value, whose statistics are apart.
+
+    A rule may cut them further. One that cuts across them leaves no expert with statistics.
+    """
+    third = planned.entry.shape[0] // len(PARTS)
+    heights = planned.decision.split or (third,) * len(PARTS)
+    if not {third, 2 * third} <= set(accumulate(heights)):
+        return planned, list(planned.experts)
+    return replace(planned, decision=replace(planned.decision, split=heights)), []
 
 
 def _experts_without(
@@ -291,20 +333,16 @@ def _experts_without(
     needs: set[str],
     statistics: Mapping[str, Statistics],
     names: Mapping[str, Mapping[str, str]],
+    part: str = "",
 ) -> list[str]:
+    """Return the experts that lack what is needed of a tensor, or of a part of it."""
     lacking: list[str] = []
     for expert in planned.experts:
-        inside = names.get(expert, {}).get(planned.name)
-        record = None if inside is None else statistics[expert].get(inside)
-        if not all(has_statistic(record, need) for need in needs):
+        own = names.get(expert, {})
+        candidates = {own.get(planned.name + part), own.get(planned.name)}
+        if all(lacks(statistics.get(expert, {}), name, needs) for name in candidates):
             lacking.append(expert)
     return lacking
-
-
-def _statistics_names(statistics: Statistics, inputs: Inputs) -> dict[str, str]:
-    """Return base name -> name in the statistics file, whichever prefix either carries."""
-    mapping, _ = align(list(inputs.base.entries), list(statistics))
-    return {base: own for own, base in mapping.items()}
 
 
 def _check_kinship(inputs: Inputs, source: Source, faults: list[str]) -> None:
@@ -374,9 +412,11 @@ def _notes(
     if inputs.index is not None and inputs.index.skipped:
         notes.append(f"entries of the base that are no tensors: {_some(inputs.index.skipped)}")
     for name, statistics in inputs.statistics.items():
-        collected_from = getattr(statistics, "fingerprint", None)  # plain mappings have none
-        if collected_from and collected_from != inputs.experts[name].fingerprint():
-            notes.append(f"statistics of '{name}' were collected from another checkpoint")
+        if unknown_origin(statistics, inputs.experts[name]):
+            notes.append(
+                f"statistics of '{name}' do not prove that they are of this expert; they may be "
+                "of another checkpoint"
+            )
     fallback = method.fallback(parameters)
     fallen = [t.name for t in tensors if "; no statistics of" in t.decision.reason]
     if fallen:

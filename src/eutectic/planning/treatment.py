@@ -55,7 +55,7 @@ def decide(
     treatment decides it. Likewise for `split` and `scale`. Without a rule:
 
     1. integers and booleans, and empty tensors: copy;
-    2. fewer than two dimensions: vector;
+    2. fewer than two dimensions, and (IA)³ vectors: vector;
     3. four and more dimensions, and three unless the name says stacked experts or a table: conv;
     4. lookup tables (`*embed*`, `wte`, `shared`, relative attention bias, class tokens): embedding;
        matrices of one row or column, and `text_projection`: vector;
@@ -95,6 +95,8 @@ def _default(entry: TensorEntry) -> tuple[Treatment, str]:
         return Treatment.COPY, "empty"
     if len(shape) < 2:
         return Treatment.VECTOR, "bias, norm or scalar"
+    if entry.name.endswith(".ia3_l"):
+        return Treatment.VECTOR, "(IA)³ vector"
     table = _TABLE.search(entry.name) is not None
     if len(shape) > 3 or (len(shape) == 3 and not table and not _STACKED.search(entry.name)):
         return Treatment.CONV, "convolution kernel"

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MethodType
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,13 @@ from eutectic.routed.router import (
     has_pooled,
     prototype_router,
 )
-from eutectic.routed.sources import ExpertWeights, StateDict, expert_statistics, open_experts
+from eutectic.routed.sources import (
+    ExpertWeights,
+    StateDict,
+    check_origin,
+    expert_statistics,
+    open_experts,
+)
 from eutectic.types import LayerStatistics
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -41,6 +47,7 @@ def build_routed(
     accumulate: bool | None = None,
     base: str | Path | None = None,
     shrinkage: float | None = None,
+    statistics_of: Literal["expert", "any"] = "expert",
 ) -> Model:
     """Return a copy of a merged model whose layers keep, per expert, what merging lost.
 
@@ -70,6 +77,8 @@ def build_routed(
             Default: yes for the discriminant, no for prototypes (as published).
         base: the checkpoint before merging; only adapters need it.
         shrinkage: of the discriminant's covariance, in (0, 1]; default: estimated.
+        statistics_of: `expert`: statistics must have been collected on the expert itself, and the
+            router's on this model; `any`: they may come from any checkpoint.
 
     Returns:
         The routed copy. `routed.routing.short` tells, layer by layer, the experts whose tokens or
@@ -79,8 +88,8 @@ def build_routed(
     Raises:
         RequestError: nothing to route, an expert without statistics or without a layer's tensor,
             an adapter without `base`, a rank below 1, or a model that is routed already.
-        StatisticsError: statistics of another model or without what the router needs, a prototype
-            of zero norm.
+        StatisticsError: statistics of another model or checkpoint or without what the router
+            needs, a prototype of zero norm.
         NumericalError: NaN or Inf in an expert's weights.
 
     Reference: arXiv 2606.19164 (experts and the prototype router).
@@ -114,6 +123,15 @@ def build_routed(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with open_experts(model, experts, base) as opened, torch.no_grad():
         for layer in chosen:
+            if statistics_of == "expert":
+                for source, own in zip(opened, called, strict=True):
+                    where = f"'{layer.name}', expert '{source.name}'"
+                    weight = source.read(layer.name)
+                    check_origin(statistics[source.name], own[layer.name], weight, where)
+            if statistics_of == "expert" and router_statistics is not None:
+                for n, own in zip(names, routes_called, strict=True):
+                    where = f"'{layer.name}', the router's data of '{n}'"
+                    check_origin(routes[n], own[layer.name], parameters[layer.name], where)
             entries = [statistics[n][c[layer.name]] for n, c in zip(names, called, strict=True)]
             up, down, kept = thin_experts(layer, parameters[layer.name], opened, entries, rank)
             if min(kept) < up.shape[-1]:

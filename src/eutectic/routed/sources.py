@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from eutectic.checkpoint.content import same_content, sample_of
 from eutectic.checkpoint.experts import Expert, FullExpert, is_adapter, open_expert
 from eutectic.checkpoint.index import CheckpointIndex, open_index
 from eutectic.checkpoint.memory import StateDictReader
@@ -141,3 +142,28 @@ def expert_statistics(
             )
         found.append(called)
     return found
+
+
+def check_origin(
+    statistics: Mapping[str, LayerStatistics], called: str, weight: Tensor, where: str
+) -> None:
+    """Refuse statistics that say that they were collected with other weights.
+
+    Files keep a few values of every weight; statistics that keep none are taken as they are.
+
+    Args:
+        statistics: a file, or any mapping.
+        called: the layer's name in them.
+        weight: the layer's weight where they should have been collected.
+        where: the layer and the expert, for the message.
+
+    Raises:
+        StatisticsError: the weights differ.
+    """
+    samples: Mapping[str, Tensor] = getattr(statistics, "samples", None) or {}
+    sample = samples.get(called)
+    if sample is not None and not same_content(sample, sample_of(weight)):
+        raise StatisticsError(
+            f"{where}: the statistics were collected on another checkpoint.\n"
+            "Collect them on this one, or accept them with statistics_of='any'."
+        )

@@ -27,6 +27,7 @@ from eutectic.statistics.likelihood import LogLikelihood, Objective
 from eutectic.statistics.partial import DataLog, Partial, Snapshot, identify, open_partial
 from eutectic.statistics.passes import Pass, run_pass
 from eutectic.statistics.plan import Plan, describe_layers, make_plan
+from eutectic.statistics.samples import sample_weights
 from eutectic.statistics.settings import Labels, Settings
 from eutectic.statistics.sites import is_encoder_decoder
 from eutectic.statistics.store import (
@@ -187,6 +188,7 @@ def collect(
         "mask_policy": mask_policy(first, is_encoder_decoder(model), token_mask),
         "settings": settings.describe(),
         "versions": _versions(model),
+        "samples": sample_weights(model, plan),
     }
     path = None if output is None else Path(output)
     partial = None if path is None else _begin(path, record, parts)

@@ -62,6 +62,10 @@ class TensorFile(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._tensors
 
+    def nbytes(self, name: str) -> int:
+        """Return the bytes of one tensor."""
+        return self._tensors[name].nbytes
+
     def entries(self) -> list[Entry]:
         """Return name, dtype and shape of every tensor, in the order of the file."""
         return [(t.name, t.dtype, t.shape) for t in self._tensors.values()]

@@ -65,8 +65,8 @@ class StatisticsFile(Mapping[str, LayerStatistics]):
 
     Attributes:
         provenance: what the file says about itself: `checkpoint`, `data`, `mask_policy`,
-            `settings`, `versions`, `unseen` (layers that saw no token), `skipped` (name -> why),
-            `layers` (name -> counts, shape, kind, whose inputs it shares).
+            `samples`, `settings`, `versions`, `unseen` (layers that saw no token), `skipped` (name
+            -> why), `layers` (name -> counts, shape, kind, whose inputs it shares).
         path: the file, or None in memory.
     """
 
@@ -99,6 +99,19 @@ class StatisticsFile(Mapping[str, LayerStatistics]):
     def fingerprint(self) -> str:
         """The fingerprint of the checkpoint that the statistics were collected on."""
         return str(self.provenance["checkpoint"]["fingerprint"])
+
+    @property
+    def samples(self) -> dict[str, Tensor]:
+        """A few values of each parameter that the statistics were collected with.
+
+        Empty in files that were written before samples were kept.
+        """
+        return {
+            name: torch.tensor(sample["values"], dtype=torch.float64).to(
+                getattr(torch, sample["dtype"])
+            )
+            for name, sample in self.provenance.get("samples", {}).items()
+        }
 
     def read(self, name: str, only: Collection[str] | None = None) -> LayerStatistics:
         """Return the statistics of one parameter.
@@ -140,6 +153,18 @@ class StatisticsFile(Mapping[str, LayerStatistics]):
         if statistic in GRAM_NAMES:
             keys = [GRAM_NAMES[statistic].dense, GRAM_NAMES[statistic].factor]
         return any(self.key(name, statistic, key) in self.tensors for key in keys)
+
+    def read_bytes(self, name: str, only: Collection[str]) -> int:
+        """Return how many bytes `read` takes from the file; nothing in memory."""
+        if name not in self._layers or not isinstance(self.tensors, TensorFile):
+            return 0
+        total = 0
+        for statistic in only:
+            gram = GRAM_NAMES.get(statistic)
+            for stored in vars(gram).values() if gram is not None else [statistic]:
+                key = self.key(name, statistic, stored)
+                total += self.tensors.nbytes(key) if key in self.tensors else 0
+        return total
 
     def key(self, name: str, statistic: str, stored: str) -> str:
         """Return the name of the tensor that holds a statistic of a parameter."""

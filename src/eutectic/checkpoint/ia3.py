@@ -1,0 +1,129 @@
+"""PEFT (IA)³ folders as experts: their vectors are the tensors, and vectors of ones the base.
+
+An (IA)³ vector multiplies the outputs of a layer (`[out, 1]`), or the inputs of a feed-forward one
+(`[1, in]`); one that is all ones changes nothing, so Δ_t = l_t − 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from eutectic.checkpoint.adapter_config import CONFIG_NAME
+from eutectic.checkpoint.adapters import ROOT, WEIGHT_NAMES
+from eutectic.checkpoint.content import TensorSource
+from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index, read_json_object
+from eutectic.checkpoint.memory import StateDictReader
+from eutectic.checkpoint.names import align, check_inside
+from eutectic.errors import CheckpointError
+
+_SUFFIX = ".ia3_l"
+Shapes = dict[str, tuple[int, ...]]
+
+
+def is_ia3(path: Path) -> bool:
+    """Return whether `path` is a folder with a PEFT (IA)³ adapter."""
+    config = path / CONFIG_NAME
+    return config.is_file() and read_json_object(config).get("peft_type") == "IA3"
+
+
+def open_ia3(folder: Path) -> CheckpointIndex:
+    """Return the table of an (IA)³ adapter's tensors: vectors, and modules saved in full.
+
+    Raises:
+        CheckpointError: no weights, or no vector among them.
+    """
+    name = next((n for n in WEIGHT_NAMES if (folder / n).exists()), None)
+    if name is None:
+        raise CheckpointError(f"{folder}: has {CONFIG_NAME} but no {WEIGHT_NAMES[0]}.")
+    check_inside(folder, name)
+    index = replace(open_index(folder / name), config=read_json_object(folder / CONFIG_NAME))
+    if not _vectors(index):
+        raise CheckpointError(f"{folder}: holds no vector ('…{_SUFFIX}'); it is no (IA)³ adapter.")
+    return index
+
+
+def identity_adapter(
+    adapters: Mapping[str, CheckpointIndex], base: TensorSource
+) -> tuple[StateDictReader, CheckpointIndex]:
+    """Return the adapter that changes nothing, and its layout: that of the first adapter.
+
+    Vectors of ones; modules that the adapters save in full come from the base.
+
+    Args:
+        adapters: expert -> its table.
+        base: the model that all adapters act on.
+
+    Raises:
+        CheckpointError: the adapters train different vectors, a vector fits no layer of the base,
+            or a module that is saved in full is not in the base (a head).
+    """
+    (first, index), *others = adapters.items()
+    vectors = _vectors(index)
+    for name, other in others:
+        differing = _first_difference(vectors, _vectors(other))
+        if differing is not None:
+            raise CheckpointError(
+                f"experts '{first}' and '{name}' train different vectors, such as "
+                f"'{differing}'.\n(IA)³ adapters merge if their target_modules and "
+                "feedforward_modules agree."
+            )
+    entries = base.entries
+    modules = {name: f"{name.removeprefix(ROOT).removesuffix(_SUFFIX)}.weight" for name in vectors}
+    saved = [name for name in index.entries if name not in vectors]
+    own = [*dict.fromkeys(modules.values()), *(name.removeprefix(ROOT) for name in saved)]
+    called = {key: name for key, name in align(entries, own, expert=str(index.folder))[0].items()}
+    tensors: dict[str, Tensor] = {}
+    for name, entry in index.entries.items():
+        if name in vectors:
+            _check_vector(entry, entries.get(called.get(modules[name], "")), index.folder)
+            tensors[name] = torch.ones(entry.shape, dtype=entry.dtype)
+            continue
+        key = called.get(name.removeprefix(ROOT), "")
+        if key not in entries or entries[key].shape != entry.shape:
+            raise CheckpointError(
+                f"{index.folder}: saves '{name}' in full, a head that the base lacks or has in "
+                "another shape; heads of (IA)³ adapters cannot be kept apart.\nMerge adapters "
+                "without modules_to_save, or apply them with peft (merge_and_unload) first."
+            )
+        tensors[name] = base.read(key).view(entry.shape)
+    return StateDictReader(tensors, "the identity adapter"), _as_safetensors(index)
+
+
+def _vectors(index: CheckpointIndex) -> Shapes:
+    return {n: e.shape for n, e in index.entries.items() if n.endswith(_SUFFIX)}
+
+
+def _first_difference(ours: Shapes, theirs: Shapes) -> str | None:
+    names = sorted(ours.keys() | theirs.keys())
+    return next((name for name in names if ours.get(name) != theirs.get(name)), None)
+
+
+def _check_vector(vector: TensorEntry, weight: TensorEntry | None, folder: Path) -> None:
+    """Refuse a vector whose layer the base lacks, or has in another size."""
+    length = max(vector.shape, default=0)
+    if weight is None or vector.numel != length:
+        raise CheckpointError(
+            f"{folder}: '{vector.name}' {list(vector.shape)} belongs to no layer of the base.\n"
+            "The adapter was trained on another base."
+        )
+    # `Conv1D` keeps [in, out]; kernels [out, in, k, k].
+    sizes = (*weight.shape[:2], math.prod(weight.shape[1:]))
+    if length not in sizes:
+        raise CheckpointError(
+            f"{folder}: '{vector.name}' has {length} entries, the base's layer "
+            f"{list(weight.shape)}.\nThe adapter was trained on another base."
+        )
+
+
+def _as_safetensors(index: CheckpointIndex) -> CheckpointIndex:
+    """Return the table as if it lay in the file that PEFT looks for first."""
+    file = WEIGHT_NAMES[0]
+    metadata = {file: next(iter(index.metadata.values()), {})}
+    entries = {n: replace(e, file=file) for n, e in index.entries.items()}
+    return replace(index, entries=entries, files=(file,), metadata=metadata, config={})

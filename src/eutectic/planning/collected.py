@@ -1,0 +1,145 @@
+"""Statistics as a plan sees them: whose they are, which tensor they belong to, what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eutectic.checkpoint.content import same_content, sample_ranges
+from eutectic.checkpoint.experts import Expert
+from eutectic.checkpoint.names import align
+from eutectic.errors import CheckpointError
+from eutectic.methods import Method, get_method
+from eutectic.methods.matrices import has_statistic
+from eutectic.methods.registry import all_methods
+from eutectic.planning.inputs import BaseReader, Inputs, Statistics
+from eutectic.types import LayerStatistics
+
+PARTS = ("[q]", "[k]", "[v]")
+_PACKED = "in_proj_weight"
+
+
+def statistics_names(statistics: Statistics, inputs: Inputs) -> dict[str, str]:
+    """Return base name -> name in the statistics, whichever prefix either carries.
+
+    A packed in-projection has up to four names: its own, and those of its three parts, which are
+    kept apart where query, key and value see different inputs.
+    """
+    names = list(inputs.base.entries)
+    names += [name + part for name in names if is_packed(name) for part in PARTS]
+    mapping, _ = align(names, list(statistics))
+    return {base: own for own, base in mapping.items()}
+
+
+def is_packed(name: str) -> bool:
+    """Tell whether a tensor is the in-projection of `nn.MultiheadAttention`, rows q, k, v."""
+    return name.endswith(_PACKED)
+
+
+def lacks(statistics: Statistics, name: str | None, needs: Iterable[str]) -> bool:
+    """Tell whether statistics hold nothing under a name, or not all that is needed."""
+    if name is None or name not in statistics:
+        return True
+    has = getattr(statistics, "has", None)
+    if callable(has):  # a file tells from its header
+        return not all(has(name, need) for need in needs)
+    return not all(has_statistic(statistics[name], need) for need in needs)
+
+
+def wanted(method: Method, parameters: Any) -> frozenset[str]:
+    """Return the statistics that a method may ask for, its initial guess included."""
+    needs = set(method.needs(parameters))
+    init = getattr(parameters, "init", None)
+    if init in all_methods():
+        guess = get_method(init)
+        needs |= guess.needs(guess.parameters())
+    return frozenset(needs - {"base"})
+
+
+def read(statistics: Statistics, name: str, only: frozenset[str]) -> LayerStatistics:
+    """Return one entry; of a file, no more than is asked for."""
+    reader: Callable[..., LayerStatistics] | None = getattr(statistics, "read", None)
+    return statistics[name] if reader is None else reader(name, only)
+
+
+def statistics_faults(inputs: Inputs, names: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Return what is wrong with statistics that say what they were collected on, in words."""
+    faults: list[str] = []
+    for expert, statistics in inputs.statistics.items():
+        faults += _layout_faults(expert, statistics, names[expert], inputs)
+        differing, compared = _differing(statistics, inputs.experts[expert], inputs.base)
+        if differing:
+            faults.append(
+                f"the statistics of '{expert}' were collected on another checkpoint: "
+                f"{len(differing)} of {compared} tensors have other values there, such as "
+                f"{differing[0]}. Collect them on this expert, or accept them with "
+                "statistics_of: any."
+            )
+    return faults
+
+
+def unknown_origin(statistics: Statistics, expert: Expert) -> bool:
+    """Tell whether nothing proves that statistics belong to an expert, nor that they do not."""
+    fingerprint = getattr(statistics, "fingerprint", None)  # plain mappings have none
+    if fingerprint is None or getattr(statistics, "samples", None):
+        return False
+    return fingerprint != expert.fingerprint()
+
+
+def _layout_faults(
+    expert: str, statistics: Statistics, names: Mapping[str, str], inputs: Inputs
+) -> list[str]:
+    provenance = getattr(statistics, "provenance", None)
+    if provenance is None:
+        return []
+    faults: list[str] = []
+    for base, own in names.items():
+        shape = tuple(provenance["layers"][own]["parameter"])
+        entry = inputs.base.entries.get(base.partition("[")[0])
+        # A tied copy is described by the weight it is tied to.
+        if entry is not None and entry.shape != shape:
+            faults.append(
+                f"the statistics of '{expert}' are of another layout: {own} is {list(shape)} "
+                f"there, {list(entry.shape)} in the base."
+            )
+    return faults
+
+
+def _differing(statistics: Statistics, expert: Expert, base: BaseReader) -> tuple[list[str], int]:
+    """Return the tensors whose samples differ from the expert's, and how many were compared."""
+    samples: Mapping[str, Tensor] = getattr(statistics, "samples", None) or {}
+    mapping, _ = align(list(base.entries), list(samples))
+    differing: list[str] = []
+    compared = 0
+    for own, name in mapping.items():
+        held = expert.entries.get(name)
+        if held is None and not expert.is_delta:
+            continue  # a tied copy that the file leaves out
+        if held is not None and held.shape != base.entries[name].shape:
+            continue  # a head
+        try:
+            values = _sample(expert, name, base)
+        except CheckpointError:
+            continue
+        compared += 1
+        if not same_content(samples[own], values):
+            differing.append(name)
+    return differing, compared
+
+
+def _sample(expert: Expert, name: str, base: BaseReader) -> Tensor:
+    ranges = sample_ranges(base.entries[name].numel)
+    if not expert.is_delta:
+        return torch.cat([expert.read(name, start, stop) for start, stop in ranges])
+    if name not in expert.entries:
+        return torch.cat([base.read(name, start, stop) for start, stop in ranges])
+    wide = torch.float32
+    return torch.cat(
+        [
+            expert.weight(name, a, b, base=base.read(name, a, b).to(wide), dtype=wide)
+            for a, b in ranges
+        ]
+    )

@@ -1,0 +1,69 @@
+"""Samples of the weights that statistics were collected with, by which they are recognised.
+
+A fingerprint depends on which tensors a file happens to hold (tied copies, heads, prefixes) and on
+its dtype; a few values of each observed parameter do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from eutectic.checkpoint.content import sample_of
+from eutectic.statistics.plan import Plan
+
+
+def sample_weights(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
+    """Return parameter name -> dtype and a few values, in a form for JSON.
+
+    Layers under a LoRA adapter count with their effective weight W₀ + ΔW. Parameters whose
+    effective weight cannot be told (other kinds of adapter) are left out.
+    """
+    wrappers = _wrappers(model)
+    parameters: dict[str, tuple[Tensor, nn.Module | None]] = {}
+    for site in plan.leaders:
+        name = site.name.partition("[")[0]
+        parameters.setdefault(name, (site.weight, wrappers.get(site.module)))
+    for name, parameter in {**plan.diagonal, **plan.block}.items():
+        parameters.setdefault(name, (parameter, None))
+    adapted = {id(m.weight): w for m, w in wrappers.items() if isinstance(m.weight, Tensor)}
+    samples: dict[str, dict[str, Any]] = {}
+    for name, (weight, wrapper) in parameters.items():
+        effective = _effective(weight.detach(), wrapper or adapted.get(id(weight)))
+        if effective is not None:
+            samples[name] = {
+                "dtype": str(effective.dtype).removeprefix("torch."),
+                "values": sample_of(effective).double().tolist(),
+            }
+    return dict(sorted(samples.items()))
+
+
+def _wrappers(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Return layer -> the adapter around it."""
+    found: Iterable[tuple[Any, nn.Module]] = (
+        (getattr(module, "base_layer", None), module) for module in model.modules()
+    )
+    return {layer: module for layer, module in found if isinstance(layer, nn.Module)}
+
+
+def _effective(weight: Tensor, wrapper: Any) -> Tensor | None:
+    """Return what a layer computes with: its weight, with the change that LoRA makes to it."""
+    scales_activations = any(".ia3_l." in f".{n}" for n, _ in _parameters(wrapper))
+    if wrapper is None or getattr(wrapper, "merged", False) or scales_activations:
+        return weight
+    if not callable(getattr(wrapper, "get_delta_weight", None)):
+        return None
+    try:
+        deltas = [wrapper.get_delta_weight(name) for name in wrapper.active_adapters]
+    except (AttributeError, KeyError, NotImplementedError, RuntimeError):
+        return None
+    total = weight.float()
+    for delta in deltas:
+        total = total + delta.detach().float()
+    return total
+
+
+def _parameters(module: nn.Module | None) -> Iterable[tuple[str, nn.Parameter]]:
+    return () if module is None else module.named_parameters()

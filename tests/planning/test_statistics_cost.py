@@ -1,0 +1,53 @@
+"""Statistics count in a plan's bytes: what is read, and the copies that a method makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+import eutectic
+from eutectic.planning.cost import tensor_cost
+from eutectic.planning.inputs import open_inputs
+from eutectic.planning.plan import make_plan
+from eutectic.recipes.load import check_recipe
+from helpers.folders import save
+
+OUT, IN = 24, 40
+
+
+def cost(folder: Path, **parameters: object) -> tuple[int, int]:
+    """Return bytes read and held for the matrix."""
+    experts = {n: {"path": folder / n, "statistics": folder / f"{n}.stats"} for n in "ab"}
+    values = {"base": folder / "base", "experts": experts, "method": "mats"}
+    recipe = check_recipe({**values, "parameters": parameters})
+    with open_inputs(recipe) as inputs:
+        plan = make_plan(recipe, inputs)
+        matrix = next(t for t in plan.tensors if t.name == "weight")
+        found = tensor_cost(matrix, plan, inputs)
+    return found.read_bytes, found.peak_bytes
+
+
+def test_grams_and_their_copies_are_counted(tmp_path: Path) -> None:
+    model = torch.nn.Linear(IN, OUT)
+    base = {k: v.clone() for k, v in model.state_dict().items()}
+    save(tmp_path / "base", base)
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        model.load_state_dict({k: v + 0.1 * torch.randn_like(v) for k, v in base.items()})
+        save(tmp_path / name, model.state_dict())
+        eutectic.collect(
+            model,
+            [torch.randn(3 * IN, IN)],
+            tmp_path / f"{name}.stats",
+            output_gradients=True,
+            objective=lambda outputs, batch: -outputs.square().sum(1),
+        )
+    plain_read, plain_peak = cost(tmp_path, operator="identity")
+    gram_read, gram_peak = cost(tmp_path, operator="gram")
+    kfac_read, kfac_peak = cost(tmp_path, operator="kfac")
+    assert gram_read - plain_read == 2 * 4 * IN * IN
+    assert kfac_read - gram_read == 2 * 4 * OUT * OUT
+    assert gram_peak - plain_peak >= 2 * 4 * IN * IN + 8 * IN * IN
+    copies = 2 * 8 * (IN * IN + OUT * OUT)
+    assert kfac_peak - gram_peak == copies + (kfac_read - gram_read)
