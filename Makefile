@@ -57,7 +57,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 bench-kernels: $(INSTALLED)
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/kernels.py --output build/kernels
 
 docs: $(INSTALLED_DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1,27 +1,34 @@
 """Spectral methods against a textbook implementation, in interleaved pairs.
 
-    python benchmarks/kernels.py [--quick] [--json FILE] [--threads 2] [--pairs N]
+    python benchmarks/kernels.py [--quick] [--output STEM] [--threads 2] [--pairs N]
         [--only METHOD:OUTxIN]
 
 The textbook is written below with plain `torch.linalg.svd` in float32, T + 1 or T + 3 times per
 matrix as the official codes do. Ours and the textbook alternate, so that a busy machine troubles
 both; the table gives the median of the pairs' ratios and their range. One matrix product
-`[out, in]·[in, min(out, in)]` in float32 is timed beside each pair as a unit of cost.
+`[out, in]·[in, min(out, in)]` in float32 is timed beside each pair as a unit of cost. More tables
+show what the building blocks cost in that unit, which says how far a target can be reached at all,
+and how time grows with the side and with the number of experts. `--output` writes all of it to
+STEM.md and STEM.json. A full run takes about ten minutes on two quiet cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from eutectic.linalg.gram import gram
 from eutectic.methods import merge_matrices
 from eutectic.methods.isotropic import split_spectrum
 
@@ -97,24 +104,25 @@ def _textbook_assemble(blocks: list[tuple[Tensor, Tensor, Tensor]], flat: bool) 
 TEXTBOOK = {"iso_c": textbook_iso_c, "iso_cts": textbook_iso_cts, "tsv_m": textbook_tsv_m}
 
 
-def make_deltas(case: Case) -> Tensor:
-    """Return `[T, out, in]` task matrices with the case's spectrum and a shared part.
+@functools.lru_cache(maxsize=1)
+def make_deltas(out: int, inner: int, spectrum: str, experts: int) -> Tensor:
+    """Return `[T, out, in]` task matrices with the named spectrum and a shared part.
 
     "power": s_i = i^-0.7; "flat": s_i from 1 to 0.8. A third of the energy is common to all
     experts, as in fine-tuned models.
     """
     generator = torch.Generator().manual_seed(7)
-    n = min(case.out, case.inner)
+    n = min(out, inner)
     index = torch.arange(1, n + 1, dtype=torch.float32)
-    S = index**-0.7 if case.spectrum == "power" else 1 - 0.2 * index / n
+    S = index**-0.7 if spectrum == "power" else 1 - 0.2 * index / n
 
     def draw() -> Tensor:
-        left = torch.linalg.qr(torch.randn(case.out, n, generator=generator)).Q
-        right = torch.linalg.qr(torch.randn(case.inner, n, generator=generator)).Q
+        left = torch.linalg.qr(torch.randn(out, n, generator=generator)).Q
+        right = torch.linalg.qr(torch.randn(inner, n, generator=generator)).Q
         return (left * S) @ right.T
 
     shared = draw()
-    return torch.stack([0.58 * shared + 0.81 * draw() for _ in range(case.experts)])
+    return torch.stack([0.58 * shared + 0.81 * draw() for _ in range(experts)])
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -126,7 +134,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 def measure(case: Case, pairs: int) -> Row:
     """Time `pairs` interleaved pairs of one case."""
-    deltas = make_deltas(case)
+    deltas = make_deltas(case.out, case.inner, case.spectrum, case.experts)
     square = torch.randn(case.inner, min(case.out, case.inner))
     ours: list[float] = []
     textbook: list[float] = []
@@ -135,7 +143,7 @@ def measure(case: Case, pairs: int) -> Row:
 
     def run_ours() -> None:
         # The textbook flattens every direction; so do we here, to compare like with like.
-        full = {} if case.method == "tsv_m" else {"support": "full"}
+        full: dict[str, Any] = {} if case.method == "tsv_m" else {"support": "full"}
         results["ours"] = merge_matrices(case.method, deltas, **full)
 
     def run_textbook() -> None:
@@ -163,33 +171,94 @@ def measure(case: Case, pairs: int) -> Row:
 
 
 def cases(quick: bool) -> list[Case]:
-    """Return the rows of the table: targets, growth with size, growth with T."""
+    """Return the rows of the table: growth with T and with size first, then the targets.
+
+    Rows that share their task matrices follow each other.
+    """
+    methods = tuple(TEXTBOOK)
     if quick:
-        shapes = [(192, 192), (192, 768), (576, 192)]
-        rows = [Case(m, *s, spectrum) for m in TEXTBOOK for s in shapes for spectrum in SPECTRA]
-        return rows + [Case("tsv_m", 192, 192, "power", experts=t) for t in (2, 4, 16)]
-    rows: list[Case] = []
+        rows = [Case(m, 96, 96, "power", experts=t) for t in (2, 4, 16) for m in methods]
+        rows += [Case(m, n, n, "power") for n in (96, 192) for m in methods]
+        shapes = [(s, (192, 768)) for s in SPECTRA] + [(s, (576, 192)) for s in SPECTRA]
+        return rows + [Case(m, *shape, spectrum) for spectrum, shape in shapes for m in methods]
+    rows = [Case(m, 768, 768, "power", experts=t) for t in (2, 4, 16) for m in methods]
+    rows += [Case(m, n, n, "power") for n in (256, 512, 1024) for m in methods]
     for spectrum in SPECTRA:
-        for shape in ((768, 768), (3072, 768), (768, 3072)):
-            rows.append(Case("iso_c", *shape, spectrum, target=2))
-        for method in ("iso_cts", "tsv_m"):
-            for shape in ((768, 3072), (2304, 768)):
-                rows.append(Case(method, *shape, spectrum, target=4))
-        rows.append(Case("iso_c", 2048, 2048, spectrum, target=4))
-        for method in ("iso_cts", "tsv_m"):
-            rows.append(Case(method, 2048, 2048, spectrum, target=8))
-    rows.append(Case("iso_c", 4096, 4096, "power", target=4))
-    rows += [Case(m, n, n, "power") for m in TEXTBOOK for n in (256, 512, 1024)]
-    rows += [Case(m, 768, 768, "power", experts=t) for m in TEXTBOOK for t in (2, 4, 8, 16)]
-    return rows
+        rows += [Case(m, 768, 768, spectrum, target=2 if m == "iso_c" else None) for m in methods]
+        rows.append(Case("iso_c", 3072, 768, spectrum, target=2))
+        rows += [Case(m, 768, 3072, spectrum, target=2 if m == "iso_c" else 4) for m in methods]
+        rows += [Case(m, 2304, 768, spectrum, target=4) for m in ("iso_cts", "tsv_m")]
+    for spectrum in SPECTRA:
+        rows += [Case(m, 2048, 2048, spectrum, target=4 if m == "iso_c" else 8) for m in methods]
+    return [*rows, Case("iso_c", 4096, 4096, "power", target=4)]
 
 
 def pair_count(case: Case, asked: int | None) -> int:
-    """Return how many pairs a case gets: fewer where one SVD takes a minute."""
+    """Return how many pairs a case gets: fewer where the textbook takes long."""
     if asked is not None:
         return asked
     side = min(case.out, case.inner)
-    return 1 if side >= 4096 else 3 if side >= 2048 else 5
+    if side < 2048:
+        return 5 if case.out != case.inner or side < 1024 else 3
+    return 1 if side > 2048 else 3 if case.method == "iso_c" else 2
+
+
+def unit_costs(side: int) -> dict[str, float]:
+    """Return what the building blocks cost at one side, in float32 products of that side."""
+    x = torch.randn(side, side, generator=torch.Generator().manual_seed(3))
+    narrow = x.T @ x / side + 0.1 * torch.eye(side)
+    wide = narrow.double()
+    blocks: dict[str, Callable[[], object]] = {
+        "float32 SVD": lambda: torch.linalg.svd(x, full_matrices=False),
+        "float64 eigh": lambda: torch.linalg.eigh(wide),
+        "float32 eigh": lambda: torch.linalg.eigh(narrow),
+        "float64 Gram": lambda: gram(x),
+        "float64 Cholesky": lambda: torch.linalg.cholesky(wide),
+        "float32 Cholesky inverse": lambda: torch.cholesky_inverse(torch.linalg.cholesky(narrow)),
+    }
+    repeats = 5 if side < 2048 else 2
+
+    def best(run: Callable[[], object]) -> float:
+        return min(seconds(run) for _ in range(repeats))
+
+    unit = best(lambda: x @ x)
+    return {name: best(run) / unit for name, run in blocks.items()}
+
+
+def unit_table(costs: dict[int, dict[str, float]]) -> str:
+    """Return the costs of the building blocks as a Markdown table."""
+    names = list(next(iter(costs.values())))
+    lines = [f"| products at side | {' | '.join(names)} |", "|" + "---|" * (len(names) + 1)]
+    for side, values in costs.items():
+        lines.append(f"| {side} | {' | '.join(f'{values[name]:.1f}' for name in names)} |")
+    return "\n".join(lines)
+
+
+def growth_table(rows: Sequence[Row]) -> str:
+    """Return how seconds grow with the side (at T = 8) and with T, power-law spectra.
+
+    The exponent p of time ~ n^p or T^p is that between the first and the last entry.
+    """
+    lines = ["| method | grows with | at | ours s | textbook s | exponents |", "|" + "---|" * 6]
+    square = [row for row in rows if row.case.out == row.case.inner]
+    square = [row for row in square if row.case.spectrum == "power"]
+    for method in TEXTBOOK:
+        own = [row for row in square if row.case.method == method]
+        by_side = {row.case.out: row for row in own if row.case.experts == EXPERTS}
+        counts = [row.case.out for row in own if row.case.experts != EXPERTS]
+        by_count = {row.case.experts: row for row in own if row.case.out in counts}
+        for name, series in (("side", by_side), ("T", by_count)):
+            if len(series) < 2:
+                continue
+            at = sorted(series)
+            cells = [method, name, ", ".join(map(str, at))]
+            exponents: list[str] = []
+            for attribute in ("ours_seconds", "textbook_seconds"):
+                times = [float(getattr(series[x], attribute)) for x in at]
+                cells.append(", ".join(f"{t:.3f}" for t in times))
+                exponents.append(f"{math.log(times[-1] / times[0]) / math.log(at[-1] / at[0]):.1f}")
+            lines.append(f"| {' | '.join(cells)} | {' and '.join(exponents)} |")
+    return "\n".join(lines)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -213,9 +282,9 @@ def table(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, seconds")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--output", type=Path, help="stem of the .md and .json to write")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, help="pairs per case")
     parser.add_argument("--only", help="method:OUTxIN, to run a part of the table")
@@ -227,13 +296,25 @@ def main() -> None:
         chosen = [
             c for c in chosen if method in ("", c.method) and shape in ("", f"{c.out}x{c.inner}")
         ]
+    costs = {side: unit_costs(side) for side in ((192,) if arguments.quick else (768, 2048))}
+    print(unit_table(costs), "\n", flush=True)
     rows: list[Row] = []
     print(table([]))
     for case in chosen:
         rows.append(measure(case, pair_count(case, arguments.pairs)))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    print("\n" + growth_table(rows))
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        text = "\n\n".join([table(rows), unit_table(costs), growth_table(rows)]) + "\n"
+        arguments.output.with_suffix(".md").write_text(text)
+        record = {
+            "threads": arguments.threads,
+            "torch": torch.__version__,
+            "unit_costs": costs,
+            "rows": [asdict(row) for row in rows],
+        }
+        arguments.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Merge a ViT-B/32-shaped model, files to file, paired against the textbook SVD in the same engine.
 
-    python benchmarks/vit_files.py --folder /tmp/vit
+    python benchmarks/vit_files.py --folder vit [--pairs 3] [--layers 12]
 
 Builds a base and eight experts (88 million parameters each, float32, deterministic; power-law task
 matrices), then merges them by Iso-C, Iso-CTS and TSV-M with our kernels and with plain
@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 WIDTH, LAYERS, TASKS = 768, 12, 8
 METHODS = ("iso_c", "iso_cts", "tsv_m")
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
+def shapes(layers: int) -> dict[str, tuple[int, ...]]:
     """Return the tensors of OpenCLIP's ViT-B/32 image encoder."""
     table: dict[str, tuple[int, ...]] = {
         "visual.class_embedding": (WIDTH,),
@@ -42,7 +42,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
         "visual.ln_post.weight": (WIDTH,),
         "visual.ln_post.bias": (WIDTH,),
     }
-    for layer in range(LAYERS):
+    for layer in range(layers):
         prefix = f"visual.transformer.resblocks.{layer}."
         table[f"{prefix}attn.in_proj_weight"] = (3 * WIDTH, WIDTH)
         table[f"{prefix}attn.in_proj_bias"] = (3 * WIDTH,)
@@ -56,7 +56,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return table
 
 
-def build(folder: Path) -> None:
+def build(folder: Path, layers: int) -> None:
     """Write the base and the experts, unless they are there."""
     for number in range(TASKS + 1):
         target = folder / ("base" if number == 0 else f"e{number}")
@@ -65,7 +65,7 @@ def build(folder: Path) -> None:
         target.mkdir(parents=True, exist_ok=True)
         base, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(number)
         tensors = {}
-        for key, shape in shapes().items():
+        for key, shape in shapes(layers).items():
             value = 0.03 * torch.randn(shape, generator=base)
             if number:
                 delta = torch.randn(shape, generator=own)
@@ -140,14 +140,16 @@ def one_run(folder: Path, method: str, threads: int) -> None:
     CheckpointReader.read = timed(CheckpointReader.read, "reading")  # type: ignore[method-assign]
     CheckpointWriter.write = timed(CheckpointWriter.write, "writing")  # type: ignore[method-assign]
     register_textbook()
-    output = folder / "out"
+    output = folder / "out" / method
     shutil.rmtree(output, ignore_errors=True)
     experts = {f"e{t}": str(folder / f"e{t}") for t in range(1, TASKS + 1)}
     report = merge(
         base=str(folder / "base"),
         experts=experts,
         method=method,
+        parameters={"support": "full"} if method in ("iso_c", "iso_cts") else {},  # as theirs
         scale=1.0,
+        restart=True,
         output=output,
         threads=threads,
     )
@@ -166,11 +168,24 @@ def spawn(folder: Path, method: str, threads: int) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def difference(folder: Path, method: str) -> float:
+    """Return the relative distance between the matrices merged by ours and by the textbook."""
+    total = reference = 0.0
+    files = [folder / "base", folder / "out" / method, folder / "out" / f"textbook_{method}"]
+    base, ours, textbook = (load_file(path / "model.safetensors") for path in files)
+    for name, start in base.items():
+        if start.ndim == 2:
+            total += float((ours[name] - textbook[name]).double().square().sum())
+            reference += float((textbook[name] - start).double().square().sum())
+    return (total / reference) ** 0.5
+
+
 def main() -> None:
     """Build, run in turns, print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="for models (4 GB)")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=LAYERS, help="fewer for a quick look")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--run", help=argparse.SUPPRESS)
@@ -178,16 +193,21 @@ def main() -> None:
     if arguments.run:
         one_run(arguments.folder, arguments.run, arguments.threads)
         return
-    build(arguments.folder)
-    print("| method | ours s | textbook s | textbook / ours | peak | read / compute / write |")
-    print("|---|---|---|---|---|---|")
+    # Models of another depth are another folder: what is there is used again.
+    folder = arguments.folder / f"layers-{arguments.layers}"
+    build(folder, arguments.layers)
+    print(
+        "| method | ours s | textbook s | textbook / ours | peak | read / compute / write "
+        "| difference |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for method in arguments.methods:
         pairs = [
             (
-                spawn(arguments.folder, method, arguments.threads),
-                spawn(arguments.folder, f"textbook_{method}", arguments.threads),
+                spawn(folder, method, arguments.threads),
+                spawn(folder, f"textbook_{method}", arguments.threads),
             )
-            for _ in range(arguments.repeats)
+            for _ in range(arguments.pairs)
         ]
         ratios = sorted(theirs["seconds"] / ours["seconds"] for ours, theirs in pairs)
         shares = pairs[0][0]["shares"]
@@ -198,9 +218,10 @@ def main() -> None:
             f"{statistics.median(ratios):.1f} ({ratios[0]:.1f}–{ratios[-1]:.1f})",
             f"{max(o['peak_bytes'] for o, _ in pairs) / 1e9:.2f} GB",
             " / ".join(f"{100 * shares[k]:.0f} %" for k in ("reading", "computing", "writing")),
+            f"{difference(folder, method):.0e}",
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
-    shutil.rmtree(arguments.folder / "out", ignore_errors=True)
+    shutil.rmtree(folder / "out", ignore_errors=True)
 
 
 if __name__ == "__main__":

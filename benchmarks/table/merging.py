@@ -132,8 +132,6 @@ def merge_row(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     parameters = dict(row.parameters)
-    if row.method.startswith("dare"):
-        parameters["seed"] = seed
     if init is not None:
         parameters |= {"init": init[0], "init_scale": init[1]}
     experts: dict[str, dict[str, str]] = {
@@ -147,6 +145,7 @@ def merge_row(
         "method": row.method,
         "parameters": parameters,
         "scale": 1.0,
+        "seed": seed,
         "dtype": "float32",
     }  # fmt: skip
     file = folder / "recipe.json"

@@ -13,7 +13,7 @@ from eutectic.linalg.polar import choose_route, explain_polar, polar
 from .spectra import SPECTRA, distance, geometric, power_law, with_spectrum
 
 SHAPES = [(40, 40), (90, 30), (30, 90)]
-ROUTES = ["gram", "halley", "products", None]
+ROUTES = ["gram", "halley", "mixed", "products", None]
 
 
 def reference(matrix, support, tolerance):
@@ -45,12 +45,35 @@ def test_full_support_of_ill_conditioned_float64(route):
 
 
 @pytest.mark.parametrize(
-    "spectrum", [power_law(150), geometric(150, 1e4), torch.linspace(1, 0.8, 150).double()]
+    ("route", "spectrum"),
+    [
+        ("gram", power_law(150)),
+        ("gram", geometric(150, 1e4)),
+        ("mixed", geometric(150, 1e4)),
+        ("mixed", power_law(150)),
+        ("halley", torch.linspace(1, 0.8, 150).double()),
+        ("halley", geometric(150, 10)),
+    ],
 )
-@pytest.mark.parametrize("route", ["gram", "halley"])
-def test_routes_do_not_fall_back_where_they_should_hold(spectrum, route):
-    ours = polar(with_spectrum(200, 150, spectrum).float(), support="full", route=route)
+@pytest.mark.parametrize("shape", [(150, 150), (200, 150), (150, 900)])
+def test_routes_do_not_fall_back_where_they_should_hold(shape, spectrum, route):
+    matrix = with_spectrum(*shape, spectrum).float()
+    ours = polar(matrix, support="full", route=route)
     assert ours.route == route
+    assert distance(ours.factor, reference(matrix, "full", 0)[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("spectrum", [geometric(150, 30), geometric(150, 1e3), power_law(150)])
+def test_halley_declines_what_float32_steps_would_spoil(spectrum):
+    matrix = with_spectrum(200, 150, spectrum).float()
+    assert polar(matrix, route="halley").route == "gram"
+
+
+def test_halley_declines_a_tolerance_inside_its_spectrum():
+    matrix = with_spectrum(200, 150, geometric(150, 10)).float()
+    ours = polar(matrix, rank_tolerance=0.2, route="halley")
+    assert ours.route == "gram"
+    assert ours.rank == reference(matrix, "numerical", 0.2)[2]
 
 
 def test_newton_schulz_holds_on_moderate_condition():
@@ -128,9 +151,12 @@ def test_thin_factors_give_the_dense_result(norm):
     assert thin.nuclear_norm == pytest.approx(dense.nuclear_norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("route", ["gram", "halley"])
-def test_thread_count_does_not_matter(route):
-    matrix = with_spectrum(300, 200, power_law(200)).float()
+@pytest.mark.parametrize(
+    "spectrum", [power_law(200), geometric(200, 11), torch.linspace(1, 0.8, 200).double()]
+)
+@pytest.mark.parametrize("route", ["gram", "halley", "mixed"])
+def test_thread_count_does_not_matter(route, spectrum):
+    matrix = with_spectrum(300, 200, spectrum).float()
     before = torch.get_num_threads()
     try:
         results = []
@@ -169,7 +195,8 @@ def test_polar_properties(out, inner, exponent, magnitude, seed):
     ("shape", "device", "precision", "route", "word"),
     [
         ((64, 64), "cpu", "fast", "gram", "Gram"),
-        ((4096, 2048), "cpu", "fast", "halley", "QDWH"),
+        ((768, 768), "cpu", "fast", "halley", "Halley"),
+        ((4096, 2048), "cpu", "fast", "mixed", "float64 at first"),
         ((64, 64), "cuda", "fast", "products", "Newton"),
         ((4096, 2048), "cpu", "exact", "svd", "SVD"),
     ],

@@ -1,4 +1,4 @@
-"""Gram matrices in float64, and what their eigenproblem says about the matrix itself."""
+"""Gram matrices, in float64 by default, and what their eigenproblem says about the matrix."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from eutectic.linalg.svd import numerical_rank
 # a few 1e-4 of λ and was measured to disturb vectors and polar factors by less than 1e-5. What lies
 # below cannot be trusted, only told apart from what lies far above.
 GRAM_FLOOR = 1e-6
-BLOCK_SIDE = 512
+BLOCK_SIDE = 256
 PANEL_BYTES = 64 << 20
 
 
-def gram(tall: Tensor) -> Tensor:
-    """Return MᵀM `[n, n]` in float64 for `[m, n]` of any floating dtype.
+def gram(tall: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return MᵀM `[n, n]`, formed in `dtype`, for `[m, n]` of any floating dtype.
 
-    Only the upper blocks are multiplied; rows are converted panel by panel, so that no float64
+    Only the upper blocks are multiplied; rows are converted panel by panel, so that no wider
     copy of a long matrix exists.
     """
     m, n = tall.shape
-    rows = max(n, PANEL_BYTES // (8 * max(n, 1)))
+    rows = max(n, PANEL_BYTES // (dtype.itemsize * max(n, 1)))
     edges = [*range(0, n, BLOCK_SIDE), n] if n > BLOCK_SIDE else [0, n]
-    result = torch.zeros(n, n, dtype=torch.float64, device=tall.device)
+    result = torch.zeros(n, n, dtype=dtype, device=tall.device)
     for start in range(0, m, rows):
-        panel = tall[start : start + rows].double()
+        panel = tall[start : start + rows].to(dtype)
         for low, high in zip(edges[:-1], edges[1:], strict=True):
             result[low:high, low:].addmm_(panel[:, low:high].mT, panel[:, low:])
     for low, high in zip(edges[:-1], edges[1:], strict=True):
@@ -42,13 +42,13 @@ def images(tall: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     return U.div_(S), S
 
 
-def gram_pairs(tall: Tensor, tolerance: float | None) -> tuple[Tensor, Tensor] | None:
-    """Return singular values above `tolerance`·S₁ and right vectors of `[m, n]`, m ≥ n.
+def gram_pairs(squared: Tensor, tolerance: float | None) -> tuple[Tensor, Tensor] | None:
+    """Return singular values above `tolerance`·S₁ and right vectors of M, from MᵀM in float64.
 
-    From the eigenproblem of MᵀM. None when singular values below `GRAM_FLOOR`·S₁ would have to be
+    None when singular values below `GRAM_FLOOR`·S₁ would have to be
     kept or told apart, and for a zero matrix. The entries should be of order 1.
     """
-    eigenvalues, V = lapack.eigh(gram(tall))
+    eigenvalues, V = lapack.eigh(squared)
     S = eigenvalues.clamp_min(0).sqrt()
     first, last = float(S[0]), float(S[-1])
     if first == 0 or (last < GRAM_FLOOR * first and (tolerance is None or tolerance < GRAM_FLOOR)):

@@ -2,22 +2,35 @@
 
 | route | what it does | first choice for |
 |---|---|---|
-| `gram` | float64 eigenproblem of the smaller Gram MᵀM | shorter side below `HALLEY_SIDE` |
-| `halley` | QDWH by Cholesky, first steps float64, the rest float32 | shorter side from there on |
+| `halley` | QDWH steps by Cholesky on the float64 Gram | shorter side from `HALLEY_SIDE` on |
+| `gram` | float64 eigenproblem of the smaller Gram MᵀM | shorter sides below that |
+| `mixed` | `halley`, else with its first steps in float64 | from `MIXED_SIDE` on |
 | `products` | scaled Newton–Schulz, matrix products only | accelerators |
 | `svd` | thin SVD in float64 | `precision="exact"` |
 
 A route declines what it cannot do well, its result is checked on random vectors, and the next one
-takes over, the thin SVD last. Squaring M squares its condition: `gram` keeps singular values down
-to `GRAM_FLOOR`·S₁, `halley`, which uses the Gram only inside (I + cMᵀM)⁻¹, to `HALLEY_FLOOR`·S₁,
-`products`, all float32, to `PRODUCTS_FLOOR`·S₁. Smaller ones that have to be kept (full support,
-or a tighter tolerance) go to the thin SVD. Against the float64 SVD of the same input the result
-agrees to 1e-4 in relative Frobenius norm (measured: below 1e-5; `products` 1e-4).
+takes over, the thin SVD last. `halley` runs its steps in the input's dtype and keeps to a
+condition of `CONDITION` (nearly flat spectra, blocks of singular vectors), which one Cholesky
+decomposition certifies. Squaring M squares its condition: `gram` keeps singular values down to
+`GRAM_FLOOR`·S₁, `mixed` to `MIXED_FLOOR`·S₁, `products`, all
+float32, to `PRODUCTS_FLOOR`·S₁. Smaller ones that have to be kept
+(full support, or a tighter tolerance) go to the thin SVD. Against the float64 SVD of the same input
+the result agrees to 1e-4 in relative Frobenius norm (measured: below 1e-5; `products` 1e-4), for
+any number of threads to 1e-6.
+
+Why not cheaper still, counted in float32 products of side 768 on two cores: a float32 SVD takes 15,
+a float64 eigenproblem 12, a float64 Gram 1.4 for every n rows, a Halley step 3 in float32. From a
+condition of about 100 on, where two steps are needed, they would have to run in float64, at
+over twice the cost, for any number of threads to agree to 1e-6; a condition of 1e4 needs three. So
+falling spectra take the eigenproblem (below `MIXED_SIDE`), and a square matrix
+with one gains little on the SVD. `benchmarks/kernels.py` prints these costs.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar, overload
 
@@ -27,17 +40,20 @@ from torch import Tensor
 from eutectic.linalg import lapack
 from eutectic.linalg.gram import gram, gram_pairs, images
 from eutectic.linalg.lowrank import LowRank
-from eutectic.linalg.qdwh import Ends, halley, newton_schulz, spectrum_ends
+from eutectic.linalg.qdwh import Ends, halley, halley_wide, newton_schulz, spectrum_ends
 from eutectic.linalg.svd import default_tolerance, magnitude, numerical_rank, thin_svd
 
 Support = Literal["numerical", "full"]
 Precision = Literal["fast", "exact"]
-Route = Literal["svd", "gram", "halley", "products"]
+Route = Literal["svd", "gram", "halley", "mixed", "products"]
+Gram = Callable[[], Tensor]
 Matrix = TypeVar("Matrix", Tensor, LowRank)
 
-HALLEY_SIDE = 1280  # from here on products beat the eigenproblem's memory-bound reduction
+HALLEY_SIDE = 128  # below, the eigenproblem is as cheap
+MIXED_SIDE = 1280  # from here on float64 steps beat the eigenproblem's memory-bound reduction
+MIXED_FLOOR = 3e-7  # of S₁: what a float64 Gram still shows, five times float32's rounding
+CONDITION = 12  # to here I + cG and its inverse in float32 disturb the factor by less than 1e-6
 NARROW = 1e-2  # M(MᵀM)^-½ loses this much of eps: affordable in the input's own dtype
-HALLEY_FLOOR = 3e-7  # of S₁: what a float64 Gram still shows, five times float32's rounding
 PRODUCTS_FLOOR = 1e-3  # Newton–Schulz in float32 loses eps·S₁/s in the direction of s
 MARGIN = 1.05  # estimates this near the rank tolerance are left to the eigenproblem
 CHECK_PROBES = 4
@@ -108,8 +124,9 @@ def polar(
         The factor with nuclear norm and rank. A zero matrix has rank 0 and a zero factor under
         numerical support; under full support its factor is an arbitrary partial isometry.
 
-    Cost, with n the shorter side and m the longer: `gram` 4mn² + about 9n³ flops in float64,
-    `halley` about 12n³ float64-equivalent products; scratch 4 matrices of float64.
+    Cost, with n the shorter side and m the longer: the Gram mn² in float64 and one product 2mn²;
+    besides, `gram` about 9n³ flops in float64, `halley` about 6n³ in the input's dtype for each of
+    one or two steps. Scratch: four matrices of float64.
 
     Example:
         >>> flat = polar(torch.tensor([[3.0, 0.0], [0.0, -1.0]]))
@@ -131,8 +148,9 @@ def polar(
     chosen = route or choose_route(matrix.shape, matrix.device.type, precision)
     tolerance = rank_tolerance if support == "numerical" else None
     scaled = work / (unit or 1.0)
+    squared = functools.cache(lambda: gram(scaled))  # routes share it
     for kernel in _FALLBACKS[chosen] if unit else ():
-        found = _KERNELS[kernel](scaled, tolerance)
+        found = _KERNELS[kernel](scaled, squared, tolerance)
         if found is not None and _is_polar(scaled, found.factor):
             factor = found.factor.mT if wide else found.factor
             norm = found.nuclear_norm * unit
@@ -146,7 +164,9 @@ def choose_route(shape: tuple[int, ...] | torch.Size, device: str, precision: Pr
         return "svd"
     if device != "cpu":
         return "products"
-    return "gram" if min(shape) < HALLEY_SIDE else "halley"
+    if min(shape) >= MIXED_SIDE:
+        return "mixed"
+    return "halley" if min(shape) >= HALLEY_SIDE else "gram"
 
 
 def explain_polar(
@@ -158,7 +178,10 @@ def explain_polar(
     reasons = {
         "svd": "thin SVD in float64 (exact precision)",
         "gram": f"float64 Gram eigenproblem of side {side} (shorter side below {HALLEY_SIDE})",
-        "halley": f"QDWH by Cholesky of side {side} (shorter side from {HALLEY_SIDE} on)",
+        "halley": f"Halley steps by Cholesky of side {side} (condition up to {CONDITION}, "
+        "else float64 Gram eigenproblem)",
+        "mixed": f"Halley steps by Cholesky of side {side} (float64 at first beyond condition "
+        f"{CONDITION}: shorter side from {MIXED_SIDE} on)",
         "products": f"Newton–Schulz products (on {device})",
     }
     fallback = "" if route == "svd" else "; thin SVD if its check fails"
@@ -173,8 +196,18 @@ def _by_svd(matrix: Tensor, support: Support, rank_tolerance: float) -> Polar[Te
     return Polar(factor, float(triplets.S.sum()), len(triplets.S), "svd")
 
 
-def _by_gram(matrix: Tensor, tolerance: float | None) -> Polar[Tensor] | None:
-    pairs = gram_pairs(matrix, tolerance)
+def _by_halley(matrix: Tensor, squared: Gram, tolerance: float | None) -> Polar[Tensor] | None:
+    if tolerance is not None and tolerance * CONDITION >= 1:
+        return None
+    factor = halley(matrix, squared(), 1 / CONDITION)
+    if factor is None:
+        return None
+    norm = float(torch.sum(factor * matrix, dtype=torch.float64))
+    return Polar(factor, norm, matrix.shape[1], "halley")
+
+
+def _by_gram(matrix: Tensor, squared: Gram, tolerance: float | None) -> Polar[Tensor] | None:
+    pairs = gram_pairs(squared(), tolerance)
     if pairs is None:
         return None
     values, V = pairs
@@ -188,19 +221,19 @@ def _by_gram(matrix: Tensor, tolerance: float | None) -> Polar[Tensor] | None:
     return Polar(factor, float(S.sum()), len(S), "gram")
 
 
-def _by_halley(matrix: Tensor, tolerance: float | None) -> Polar[Tensor] | None:
-    G = gram(matrix)
+def _by_mixed(matrix: Tensor, squared: Gram, tolerance: float | None) -> Polar[Tensor] | None:
+    G = squared()
     ends = spectrum_ends(G)
-    if ends is None or float(ends.smallest[0]) < HALLEY_FLOOR * ends.largest:
+    if ends is None or float(ends.smallest[0]) < MIXED_FLOOR * ends.largest:
         return None
     dropped = _dropped(ends, tolerance)
     if dropped is None:
         return None
-    factor = halley(matrix, G, ends.largest, float(ends.smallest[0]))
-    return None if factor is None else _without(factor, matrix, ends, dropped, "halley")
+    factor = halley_wide(matrix, G, ends.largest, float(ends.smallest[0]))
+    return None if factor is None else _without(factor, matrix, ends, dropped, "mixed")
 
 
-def _by_products(matrix: Tensor, tolerance: float | None) -> Polar[Tensor] | None:
+def _by_products(matrix: Tensor, squared: Gram, tolerance: float | None) -> Polar[Tensor] | None:
     factor = newton_schulz(matrix / lapack.norm(matrix))
     if factor is None:
         return None
@@ -236,12 +269,13 @@ def _without(
     return Polar(factor, norm, matrix.shape[1] - dropped, route)
 
 
-_KERNELS = {"gram": _by_gram, "halley": _by_halley, "products": _by_products}
-_FALLBACKS: dict[Route, tuple[Literal["gram", "halley", "products"], ...]] = {
+_KERNELS = {"halley": _by_halley, "mixed": _by_mixed, "gram": _by_gram, "products": _by_products}
+_FALLBACKS: dict[Route, tuple[Literal["halley", "mixed", "gram", "products"], ...]] = {
     "svd": (),
-    "gram": ("gram", "halley"),
+    "gram": ("gram",),
     "halley": ("halley", "gram"),
-    "products": ("products", "gram", "halley"),
+    "mixed": ("halley", "mixed", "gram"),
+    "products": ("products", "gram"),
 }
 
 
@@ -251,7 +285,8 @@ def _is_polar(matrix: Tensor, factor: Tensor) -> bool:
     probes = torch.randn(matrix.shape[1], CHECK_PROBES, generator=generator, dtype=matrix.dtype)
     probes = probes.to(matrix.device)
     image, shift = factor @ probes, matrix @ probes
-    isometric = lapack.norm(factor @ (factor.mT @ image) - image)
-    asymmetric = lapack.norm(factor.mT @ shift - matrix.mT @ image)
+    returned, turned = (factor.mT @ torch.cat([image, shift], 1)).split(CHECK_PROBES, 1)
+    isometric = lapack.norm(factor @ returned - image)
+    asymmetric = lapack.norm(turned - matrix.mT @ image)
     limit = CHECK_BOUND * math.sqrt(matrix.shape[1])
     return isometric <= limit * lapack.norm(image) and asymmetric <= limit * lapack.norm(shift)

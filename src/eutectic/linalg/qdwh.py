@@ -1,4 +1,4 @@
-"""Polar factors by iterations: dynamically weighted Halley, and scaled Newton–Schulz.
+"""Polar factors by iterations: dynamically weighted Halley on the Gram, and Newton–Schulz.
 
 QDWH: Nakatsukasa, Bai, Gygi, "Optimizing Halley's iteration for computing the matrix polar
 decomposition", SIAM J. Matrix Anal. Appl. 31 (2010). Newton–Schulz scaling: Chen and Chow,
@@ -15,13 +15,18 @@ import torch
 from torch import Tensor
 
 from eutectic.linalg import lapack
+from eutectic.linalg.gram import gram
 
+HALLEY_STEPS = 4
 # Above this weight the Cholesky form loses sqrt(weight)·eps, so those steps run in float64.
 WIDE_WEIGHT = 100.0
 # A predicted distance to 1 that one Newton–Schulz step takes below float32's rounding.
 CLOSE = 1e-3
+# Largest distance (root mean square) of G from I for 1, 2, 3 terms of G^-½.
+SERIES = (1e-3, 0.01, 0.04)
 PROBES = 12
 POWER_STEPS = 8
+TOP_STEPS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,30 +44,30 @@ class Ends:
     vectors: Tensor
 
 
-def spectrum_ends(gram: Tensor) -> Ends | None:
+def spectrum_ends(squared: Tensor) -> Ends | None:
     """Estimate both ends of the spectrum of M from its float64 Gram MᵀM.
 
     Block power iteration on the Gram, and on its inverse through one Cholesky factor, from a fixed
     seed, with a Rayleigh–Ritz step at the end. None when the Gram is not numerically positive
     definite.
     """
-    lower = lapack.cholesky(gram)
+    lower = lapack.cholesky(squared)
     if lower is None:
         return None
     generator = torch.Generator(device="cpu").manual_seed(0)
-    width = min(PROBES, len(gram))
-    start = torch.randn(len(gram), width, generator=generator, dtype=torch.float64)
-    start = start.to(gram.device)
-    top, _ = _power(lambda x: gram @ x, start)
-    bottom, vectors = _power(lambda x: torch.cholesky_solve(x, lower), start)
+    width = min(PROBES, len(squared))
+    start = torch.randn(len(squared), width, generator=generator, dtype=torch.float64)
+    start = start.to(squared)
+    top, _ = _power(lambda x: squared @ x, start, POWER_STEPS)
+    bottom, vectors = _power(lambda x: torch.cholesky_solve(x, lower), start, POWER_STEPS)
     if not bool(torch.isfinite(bottom).all()) or float(bottom[-1]) <= 0:
         return None
     return Ends(math.sqrt(float(top[0])), bottom.rsqrt(), vectors)
 
 
-def _power(apply: Callable[[Tensor], Tensor], vectors: Tensor) -> tuple[Tensor, Tensor]:
+def _power(apply: Callable[[Tensor], Tensor], vectors: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Return the leading Ritz values and vectors of a symmetric map after a few block steps."""
-    for _ in range(POWER_STEPS):
+    for _ in range(steps):
         vectors = lapack.orthonormal(apply(vectors))
     small = vectors.mT @ apply(vectors)
     values, rotation = lapack.eigh((small + small.mT) / 2)
@@ -79,7 +84,93 @@ def halley_weights(low: float) -> tuple[float, float, float]:
     return a, b, a + b - 1
 
 
-def halley(matrix: Tensor, gram: Tensor, largest: float, smallest: float) -> Tensor | None:
+def halley(matrix: Tensor, squared: Tensor, low: float) -> Tensor | None:
+    """Return the polar factor of `[m, n]`, m ≥ n, or None if its condition is above 1/low.
+
+    Each step multiplies M from the right by a function of its Gram G: (b/c)I + (a − b/c)K with
+    K = (I + cG)⁻¹ by Cholesky. The steps are gathered in one `[n, n]` matrix, and the next Gram is
+    a polynomial in G and K as well, so M itself is multiplied once.
+
+    Args:
+        matrix: M, float32 or float64.
+        squared: MᵀM.
+        low: what the smallest singular value must exceed, relative to the largest.
+
+    Cost, in the matrix's dtype: two Cholesky decompositions of side n to bound the smallest
+    singular value; for each step a Cholesky inverse and two products; one product of M's size.
+    """
+    g = squared.to(matrix.dtype)
+    scale = 1.05 * _largest(g)
+    g = g / scale**2
+    low = _lower_bound(g, low / 1.05)
+    if not low:
+        return None
+    gathered = None
+    for _ in range(HALLEY_STEPS):
+        a, b, c = halley_weights(low)
+        shifted = g * c
+        shifted.diagonal().add_(1)
+        lower = lapack.cholesky(shifted)
+        if lower is None:
+            return None
+        K = torch.cholesky_inverse(lower)
+        first, second = b / c, a - b / c
+        step = K * second
+        step.diagonal().add_(first)
+        gathered = step if gathered is None else gathered @ step
+        # G·step² with GK = (I − K)/c
+        g = first * first * g + (second * second - 2 * first * second) / c * K
+        g -= second * second / c * gram(K, K.dtype)
+        g.diagonal().add_(2 * first * second / c)
+        root = inverse_root(g)
+        if root is not None:
+            return matrix @ ((gathered @ root) / scale)
+        low = min(low * (a + b * low * low) / (1 + c * low * low), 1.0)
+    return None
+
+
+def inverse_root(near: Tensor) -> Tensor | None:
+    """Return G^-½ by its series around I; None when G is too far from I."""
+    excess = near.clone()
+    excess.diagonal().sub_(1)
+    distance = lapack.norm(excess) / math.sqrt(len(excess))
+    if not distance <= SERIES[-1]:
+        return None
+    root = excess * -0.5
+    if distance > SERIES[1]:
+        inner = excess * (-5 / 16)
+        inner.diagonal().add_(3 / 8)
+        root.addmm_(excess, excess @ inner)
+    elif distance > SERIES[0]:
+        root += 3 / 8 * gram(excess, excess.dtype)
+    root.diagonal().add_(1)
+    return root
+
+
+def _largest(squared: Tensor) -> float:
+    """Estimate the largest singular value from the Gram, from below and within a few percent."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    probes = torch.randn(len(squared), PROBES, generator=generator).to(squared)
+    values, _ = _power(lambda x: squared @ x, probes, TOP_STEPS)
+    return math.sqrt(float(values[0]))
+
+
+def _lower_bound(squared: Tensor, low: float) -> float:
+    """Return 4·low or low, the larger that lies below all singular values; 0 if neither does.
+
+    G − l²I has a Cholesky factor if and only if it is positive definite.
+    """
+    proven = 0.0
+    for bound in (low, 4 * low):
+        shifted = squared.clone()
+        shifted.diagonal().sub_(bound**2)
+        if lapack.cholesky(shifted) is None:
+            break
+        proven = bound
+    return proven
+
+
+def halley_wide(matrix: Tensor, squared: Tensor, largest: float, smallest: float) -> Tensor | None:
     """Return the polar factor of `[m, n]` with m ≥ n and full column rank, or None.
 
     X ← (b/c)X + (a − b/c)·X(I + cXᵀX)⁻¹ by Cholesky. The first steps, while their weight c is
@@ -87,13 +178,13 @@ def halley(matrix: Tensor, gram: Tensor, largest: float, smallest: float) -> Ten
 
     Args:
         matrix: M, float32 or float64.
-        gram: MᵀM in float64.
+        squared: MᵀM in float64.
         largest: estimate of the largest singular value.
         smallest: estimate of the smallest.
     """
     scale = 1.05 * largest
     low = min(0.8 * smallest / scale, 1.0)
-    x, g = matrix.double() / scale, gram / scale**2
+    x, g = matrix.double() / scale, squared / scale**2
     while 1 - low > CLOSE:
         a, b, c = halley_weights(low)
         if c <= WIDE_WEIGHT:
