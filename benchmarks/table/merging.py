@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -61,8 +62,8 @@ ROWS: dict[str, Row] = {
     "tsv_m": Row("tsv_m", start=0.5),
     "iso_c": Row("iso_c", start=0.7),
     "iso_cts": Row("iso_cts", start=0.7),
-    "esm_roberta": Row("esm", {"preset": "roberta"}, seeded=True, start=0.5),
-    "esm_vit": Row("esm", {"preset": "vit"}, seeded=True, start=0.1),
+    "esm_roberta": Row("esm", {"preset": "roberta"}, seeded=True, start=1.0),
+    "esm_vit": Row("esm", {"preset": "vit"}, seeded=True, start=0.3),
     "iso_a": Row("iso_a", seeded=True, start=0.7),
 }  # fmt: skip
 
@@ -128,7 +129,7 @@ def merge_row(
     init: tuple[str, float] | None = None,
 ) -> MergedRow:  # fmt: skip
     """Merge from files to files in a process of its own, and take the deltas from the output."""
-    folder = work / "merged" / suite.name
+    folder = work / "merged" / f"{suite.name}-{row.method}-{os.getpid()}"  # two runs may share it
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     parameters = dict(row.parameters)

@@ -53,3 +53,7 @@ def test_every_kind_of_shortfall_is_told() -> None:
     assert "1 took 'average': every Gram is zero" in text
     assert "such as e" in text
     assert summary({}) == []
+
+
+def test_a_layers_factor_is_no_system():
+    assert summary({"w": {"matrix": {"rank": 3}, "factor": 1.25}}) == []

@@ -188,8 +188,9 @@ def test_the_eigenbasis_gives_the_same_iterates(out, n, steps, rank, seed):
     assert fast.status == plain.status
     assert fast.iterations == plain.iterations
     torch.testing.assert_close(fast.solution, plain.solution, rtol=1e-6, atol=1e-6)
+    # Below the tolerance a residual is what rounding makes of it.
     torch.testing.assert_close(
-        torch.tensor(fast.residuals), torch.tensor(plain.residuals), rtol=1e-3, atol=1e-8
+        torch.tensor(fast.residuals), torch.tensor(plain.residuals), rtol=1e-3, atol=1e-7
     )
 
 

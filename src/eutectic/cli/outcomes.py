@@ -44,6 +44,8 @@ def _each(records: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]
     """Yield (tensor, record) of every matrix; parts of a tensor carry theirs in brackets."""
     for tensor, parts in records.items():
         for part, record in parts.items():
+            if not isinstance(record, Mapping):
+                continue  # a layer's factor, which belongs to the tensor and to no system
             yield (tensor if part == "matrix" else f"{tensor}{part}"), record
 
 

@@ -1,0 +1,116 @@
+"""Does subspace alignment tell accuracy? Mean SAR against NAI, over the rows of a table.
+
+    python benchmarks/table/alignment.py text --work DIR --regime hard --tasks 8
+
+Reads the results of `run.py` and merges each row again; a task with a gain below two points has an
+NAI that is mostly noise, and is left out. Writes `alignment.json` and `alignment.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent)]
+
+from table.merging import ROWS, MergedRow, collect_statistics, merge_row
+from table.run import cached, load_suite
+from table.suite import Suite
+
+from eutectic.reporting import correlate, subspace_alignment_ratio
+
+SMALLEST_GAIN = 2.0
+
+
+def alignments(suite: Suite, merged: MergedRow) -> dict[str, float]:
+    """Mean SAR over the matrices, task by task."""
+    opened = [safe_open(f / "model.safetensors", "pt") for f in suite.experts.values()]
+    names = [name for name, delta in merged.deltas.items() if delta.ndim == 2]
+    ratios: list[Tensor] = []
+    for name in names:
+        own = torch.stack([file.get_tensor(name) - merged.base[name] for file in opened])
+        ratios.append(subspace_alignment_ratio(merged.deltas[name], own))
+    values = torch.stack(ratios).nanmean(0)
+    return dict(zip(suite.tasks, values.tolist(), strict=True))
+
+
+def main() -> None:
+    """Measure, correlate, draw."""
+    parser = argparse.ArgumentParser(description="Correlate alignment with accuracy.")
+    parser.add_argument("suite", choices=["text", "glyphs"])
+    parser.add_argument("--work", type=Path, required=True, help="folder of the suite's experts")
+    parser.add_argument("--regime", default="hard")
+    parser.add_argument("--tasks", type=int, default=8)
+    arguments = parser.parse_args()
+    suite = load_suite(arguments)
+    results = arguments.work / "results" / suite.name
+    base, experts = (json.loads((results / f"{n}.json").read_text()) for n in ("base", "experts"))
+    kept = [task for task in suite.tasks if experts[task] - base[task] >= SMALLEST_GAIN]
+    files = collect_statistics(suite, arguments.work, 0)
+    sar: dict[str, dict[str, float]] = {}
+    nai: dict[str, dict[str, float]] = {}
+    for name, row in ROWS.items():
+        file = results / f"{name}-0.json"
+        if not file.is_file():
+            continue
+
+        def measure(row=row) -> dict[str, float]:  # noqa: ANN001
+            init = None
+            if row.init is not None:
+                scale = json.loads((results / f"{row.init}-0.json").read_text())["scale"]
+                init = (ROWS[row.init].method, scale)
+            used = files if row.needs_statistics else None
+            return alignments(suite, merge_row(suite, row, arguments.work, 0, used, init))
+
+        found = cached(results / "alignment" / f"{name}.json", measure)
+        test = json.loads(file.read_text())["test"]
+        sar[name] = {task: found[task] for task in kept}
+        nai[name] = {
+            task: (test[task] - base[task]) / (experts[task] - base[task]) for task in kept
+        }
+        print(name, f"SAR {sum(sar[name].values()) / len(kept):.3f}", flush=True)
+    outcome = correlate(sar, nai)
+    document = {
+        "tasks": kept,
+        "sar": sar,
+        "nai": nai,
+        "over_tasks_and_methods": vars(outcome.overall),
+        "over_means_of_methods": vars(outcome.means),
+    }
+    (results / "alignment.json").write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps({k: document[k] for k in list(document)[3:]}, indent=1))
+    draw(sar, nai, results / "alignment.png")
+
+
+def draw(
+    sar: dict[str, dict[str, float]], nai: dict[str, dict[str, float]], file: Path
+) -> None:  # fmt: skip
+    """One point per method and task, and the methods' means."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    colours = plt.get_cmap("tab20")
+    for index, name in enumerate(sar):
+        x, y = list(sar[name].values()), list(nai[name].values())
+        axes.scatter(x, y, color=colours(index), s=14, alpha=0.6)
+        axes.scatter(
+            [sum(x) / len(x)], [sum(y) / len(y)], color=colours(index), s=90, marker="D", label=name
+        )
+    axes.axhline(0, color="grey", linewidth=0.6)
+    axes.set(xlabel="mean subspace alignment ratio", ylabel="normalised accuracy improvement")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, title="diamonds: means")
+    figure.savefig(file, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
