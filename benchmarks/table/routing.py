@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from table.merging import ROWS, collect_on, collect_statistics, merge_row
+from table.merging import PROXIES, ROWS, collect_on, collect_statistics, merge_row
 from table.suite import Suite, correct, set_parameters
 
 import eutectic
@@ -17,26 +17,34 @@ from eutectic.routed import routing_accuracy
 from eutectic.statistics import load_statistics
 
 RANKS = (8, 32)
-BASES = ("esm_roberta", "iso_a")
+BASES = ("esm_vit", "iso_a")
 ROUTERS: tuple[Literal["prototype", "discriminant"], ...] = ("prototype", "discriminant")
 
 
 def routed_rows(
-    suite: Suite, work: Path, results: Path, seed: int, count: int = 128
+    suite: Suite, work: Path, results: Path, seed: int, counts: Sequence[int]
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Yield (name, how to compute it): oracle, and each router, for each base and rank."""
+    """Yield (name, how to compute it): oracle, and each router, for each base and rank.
+
+    `counts` asks for smaller samples too: the same base from the full sample, rank and routers
+    from so many examples a task.
+    """
+
+    @cache
+    def merged(base: str, count: int) -> dict[str, Any]:
+        return _merged(suite, base, work, results, seed, count)
+
+    def row(base: str, rank: int, mode: str, count: int) -> Callable[[], dict[str, Any]]:
+        return lambda: _test(suite, merged(base, count), rank, mode)
+
     for base in BASES:
-
-        @cache
-        def merged(base: str = base) -> dict[str, Any]:
-            return _merged(suite, base, work, results, seed, count)
-
         for rank in RANKS:
             for mode in ("oracle", *ROUTERS):
-                yield (
-                    f"routed-{base}-{rank}-{mode}",
-                    lambda rank=rank, mode=mode, merged=merged: _test(suite, merged(), rank, mode),
-                )
+                yield f"routed-{base}-{rank}-{mode}", row(base, rank, mode, PROXIES)
+    for count in counts:
+        for mode in ("oracle", *ROUTERS):
+            name = f"routed-{BASES[-1]}-{RANKS[-1]}-{mode}-p{count}"
+            yield name, row(BASES[-1], RANKS[-1], mode, count)
 
 
 def _merged(
@@ -44,7 +52,7 @@ def _merged(
 ) -> dict[str, Any]:
     """Put the merged base into the suite's model; return the statistics of experts and of it."""
     files = collect_statistics(suite, work, seed, count)
-    row = merge_row(suite, ROWS[base], work, seed, files)
+    row = merge_row(suite, ROWS[base], work, seed, collect_statistics(suite, work, seed))
     scale = json.loads((results / f"{base}-0.json").read_text())["scale"]
     seen: dict[str, Any] = {}
     set_parameters(suite.model, row.base, row.deltas, scale)

@@ -220,6 +220,9 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=3, help="proxy samples")
     parser.add_argument("--rows", nargs="*", help="default: all; 'routed' for the routed models")
+    parser.add_argument(
+        "--counts", type=int, nargs="*", default=[], help="smaller proxy samples for the routers"
+    )
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -244,7 +247,9 @@ def main() -> None:
             )
     if "routed" in chosen:
         for seed in range(arguments.seeds):
-            for name, compute in routed_rows(suite, arguments.work, results, seed):
+            for name, compute in routed_rows(
+                suite, arguments.work, results, seed, arguments.counts
+            ):
                 row = cached(results / f"{name}-{seed}.json", compute)
                 share = normalised(row["test"], fixed["experts"])
                 print(f"{name} {seed}: {mean(row['test']):.1f}, {share:.1f} %", flush=True)
