@@ -93,18 +93,18 @@ def prepare_task(name: str, work: Path, recipe: Recipe) -> Splits:
 
 def write_tasks(work: Path, recipe: Recipe) -> None:
     """Write `tasks.yaml`, the suite as `eutectic evaluate` and `eutectic tune` take it."""
-    lines: list[str] = []
+    lines = ["tasks:"]
     for name in TASKS:
         folder = work / "tasks" / name
         if (folder / "task.json").is_file():
             lines += [
-                f"{name}:",
-                "  kind: text-classification",
-                "  data: {"
+                f"  {name}:",
+                "    kind: text-classification",
+                "    data: {"
                 + ", ".join(f"{s}: tasks/{name}/{s}.jsonl" for s in ("proxy", "validation", "test"))
                 + "}",
-                f"  head: tasks/{name}/head.safetensors",
-                f"  max_length: {recipe.max_tokens}",
+                f"    head: tasks/{name}/head.safetensors",
+                f"    max_length: {recipe.max_tokens}",
             ]
     write_whole(work / "tasks.yaml", "\n".join(lines) + "\n")
 

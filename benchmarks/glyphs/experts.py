@@ -1,0 +1,115 @@
+"""Make the experts: the base fine-tuned on each task under a frozen head.
+
+    python benchmarks/glyphs/experts.py --work DIR [--task mnist …]
+
+A task's head is a logistic regression on the base's pooled features and stays frozen; base, experts
+and merges all use it. Writes `DIR/heads/<task>.safetensors`, `DIR/experts/<task>/` and the test
+accuracies of base and expert in `DIR/experts/<task>/accuracy.json`. Finished tasks are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from data import TASKS, load_task, seeded, write
+from model import embed, features, load_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+RATE, STEPS, WARMUP, BATCH = 5e-4, 200, 20, 32
+RIDGE = 1e-3  # of the head, per class weight
+
+
+def fit_head(inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Return weight [classes, hidden] and bias of the ridge-penalised logistic regression."""
+    mean, spread = inputs.mean(0), inputs.std(0).clamp_min(1e-3)
+    x = (inputs - mean) / spread
+    count = int(labels.max()) + 1
+    weight = torch.zeros(count, inputs.shape[1], requires_grad=True)
+    bias = torch.zeros(count, requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=150, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        loss = F.cross_entropy(x @ weight.T + bias, labels) + RIDGE * weight.square().sum()
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    scaled = weight.detach() / spread
+    return {"weight": scaled, "bias": bias.detach() - scaled @ mean}
+
+
+def head_of(work: Path, task: str, base: nn.Module) -> dict[str, Tensor]:
+    """Return the task's frozen head, fitting and writing it first if it is missing."""
+    path = work / "heads" / f"{task}.safetensors"
+    if not path.exists():
+        tensors = load_task(work, task)
+        write(fit_head(features(base, tensors["train_images"]), tensors["train_labels"]), path)
+    return load_file(path)
+
+
+def accuracy(model: nn.Module, head: dict[str, Tensor], images: Tensor, labels: Tensor) -> float:
+    """Return the share of images whose largest logit is their label's."""
+    scores = F.linear(features(model, images), head["weight"], head["bias"])
+    return (scores.argmax(1) == labels).float().mean().item()
+
+
+def fine_tune(
+    model: nn.Module, head: dict[str, Tensor], task: str, data: dict[str, Tensor]
+) -> None:
+    """Train every parameter of the body, in bfloat16 products, with warm-up and cosine."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0)
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP, total_iters=WARMUP)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS - WARMUP)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], [WARMUP])
+    generator = seeded("fine-tune", task)
+    for _ in range(STEPS):
+        chosen = torch.randint(len(data["train_labels"]), (BATCH,), generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            pooled = embed(model, data["train_images"][chosen].float() / 255)
+        scores = F.linear(pooled, head["weight"], head["bias"])
+        optimizer.zero_grad()
+        F.cross_entropy(scores, data["train_labels"][chosen]).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
+
+def make_expert(work: Path, task: str) -> None:
+    """Fine-tune and write one expert, unless it is there."""
+    folder = work / "experts" / task
+    if folder.exists():
+        return
+    start = time.monotonic()
+    model, data = load_model(work / "base"), load_task(work, task)
+    head = head_of(work, task, model)
+    test = data["test_images"], data["test_labels"]
+    before = accuracy(model, head, *test)
+    fine_tune(model, head, task, data)
+    record = {"task": task, "base": before, "expert": accuracy(model, head, *test)}
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    (part / "accuracy.json").write_text(json.dumps(record, indent=1) + "\n")
+    part.rename(folder)
+    print(f"{task:12s} base {record['base']:.3f} expert {record['expert']:.3f} "
+          f"{time.monotonic() - start:.0f} s", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--task", action="append", choices=TASKS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in arguments.task or TASKS:
+        make_expert(arguments.work, name)
