@@ -44,7 +44,7 @@ def alignments(suite: Suite, merged: MergedRow) -> dict[str, float]:
 def main() -> None:
     """Measure, correlate, draw."""
     parser = argparse.ArgumentParser(description="Correlate alignment with accuracy.")
-    parser.add_argument("suite", choices=["text", "glyphs"])
+    parser.add_argument("suite", choices=["text", "glyphs", "adapters"])
     parser.add_argument("--work", type=Path, required=True, help="folder of the suite's experts")
     parser.add_argument("--regime", default="hard")
     parser.add_argument("--tasks", type=int, default=8)

@@ -55,10 +55,13 @@ ROWS: dict[str, Row] = {
     "dare": Row("dare_linear", {"density": 0.2}, seeded=True, start=0.2),
     "fisher": Row("fisher", seeded=True),
     "regmean": Row("regmean", {"off_diagonal": 0.9}, seeded=True),
-    "mats_task_arithmetic": Row(
-        "mats", {"operator": "kfac"}, seeded=True, init="task_arithmetic"
-    ),
-    "mats_iso_c": Row("mats", {"operator": "kfac"}, seeded=True, init="iso_c"),
+    **{
+        f"mats_{init}_{steps}": Row(
+            "mats", {"operator": "kfac", "iterations": steps}, seeded=True, init=init
+        )
+        for init in ("task_arithmetic", "iso_c")
+        for steps in (10, 100)
+    },
     "tsv_m": Row("tsv_m", start=0.5),
     "iso_c": Row("iso_c", start=0.7),
     "iso_cts": Row("iso_cts", start=0.7),

@@ -212,7 +212,7 @@ def static_row(
 def main() -> None:
     """Fill what is missing and write the table."""
     parser = argparse.ArgumentParser(description="Make a suite's table of methods.")
-    parser.add_argument("suite", choices=["text", "glyphs"])
+    parser.add_argument("suite", choices=["text", "glyphs", "adapters"])
     parser.add_argument("--work", type=Path, required=True, help="folder of the suite's experts")
     parser.add_argument("--regime", default="hard", help="kind or hard (text)")
     parser.add_argument(
