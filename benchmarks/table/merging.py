@@ -55,6 +55,9 @@ ROWS: dict[str, Row] = {
     "dare": Row("dare_linear", {"density": 0.2}, seeded=True, start=0.2),
     "fisher": Row("fisher", seeded=True),
     "regmean": Row("regmean", {"off_diagonal": 0.9}, seeded=True),
+    "tsv_m": Row("tsv_m", start=0.5),
+    "iso_c": Row("iso_c", start=0.7),
+    "iso_cts": Row("iso_cts", start=0.7),
     **{
         f"mats_{init}_{steps}": Row(
             "mats", {"operator": "kfac", "iterations": steps}, seeded=True, init=init
@@ -62,9 +65,6 @@ ROWS: dict[str, Row] = {
         for init in ("task_arithmetic", "iso_c")
         for steps in (10, 100)
     },
-    "tsv_m": Row("tsv_m", start=0.5),
-    "iso_c": Row("iso_c", start=0.7),
-    "iso_cts": Row("iso_cts", start=0.7),
     "esm_roberta": Row("esm", {"preset": "roberta"}, seeded=True, start=1.0),
     "esm_vit": Row("esm", {"preset": "vit"}, seeded=True, start=0.3),
     "iso_a": Row("iso_a", seeded=True, start=0.7),

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,9 @@ def cached(file: Path, compute: Callable[[], Any]) -> Any:
     if not file.is_file():
         value = compute()
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(value, indent=1) + "\n")
-        partial.replace(file)
+        unfinished = file.with_suffix(".partial")
+        unfinished.write_text(json.dumps(value, indent=1) + "\n")
+        unfinished.replace(file)
     return json.loads(file.read_text())
 
 
@@ -168,14 +169,15 @@ def by_grams(suite: Suite, merged: MergedRow, files: Mapping[str, Path]) -> floa
 
 
 def static_row(
-    suite: Suite, name: str, row: Row, work: Path, results: Path, seed: int
+    suite: Suite, name: str, row: Row, work: Path, results: Path, seed: int, label_free: bool
 ) -> dict[str, Any]:
     """One static method for one proxy sample."""
     init = None
     if row.init is not None:
         chosen = json.loads((results / f"{row.init}-0.json").read_text())["scale"]
         init = (ROWS[row.init].method, chosen)
-    files = collect_statistics(suite, work, seed)
+    free = label_free and name in LABEL_FREE and seed == 0
+    files = collect_statistics(suite, work, seed) if free or row.needs_statistics else {}
     merged = merge_row(suite, row, work, seed, files if row.needs_statistics else None, init)
     record: dict[str, Any] = {
         "row": name,
@@ -199,7 +201,7 @@ def static_row(
     record["test"] = test(record["scale"])
     if row.init is not None and record["scale"] != 1:
         record["test_at_one"] = test(1.0)
-    if name in LABEL_FREE and seed == 0:
+    if free:
         closed = by_grams(suite, merged, files)
         curve = by_divergence(suite, merged, row.start, seed)
         record["grams"] = {"scale": closed, "test": test(closed)}
@@ -223,6 +225,7 @@ def main() -> None:
     parser.add_argument(
         "--counts", type=int, nargs="*", default=[], help="smaller proxy samples for the routers"
     )
+    parser.add_argument("--labelled-only", action="store_true", help="no label-free α")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -235,10 +238,17 @@ def main() -> None:
         for seed in range(arguments.seeds if ROWS[name].seeded else 1):
             start = time.monotonic()
             file = results / f"{name}-{seed}.json"
-            row = cached(
-                file,
-                lambda: static_row(suite, name, ROWS[name], arguments.work, results, seed),  # noqa: B023
+            compute = partial(
+                static_row,
+                suite,
+                name,
+                ROWS[name],
+                arguments.work,
+                results,
+                seed,
+                not arguments.labelled_only,
             )
+            row = cached(file, compute)
             share = normalised(row["test"], fixed["experts"])
             print(
                 f"{name} {seed}: α {row['scale']:.3g}, {mean(row['test']):.1f}, {share:.1f} % "
