@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", default=("gram", "kfac"))
     parser.add_argument("--skip", nargs="*", default=(), choices=("same", "equal", "curves"))
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/matching"))
+    parser.add_argument("--output", type=Path, default=Path("build/matching"))
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.shape, arguments.curve_shape = (96, 192), (48, 96)
