@@ -55,8 +55,12 @@ def load_suite(arguments: argparse.Namespace) -> Suite:
     from suite import load_suite as load
 
     suite = load(arguments.work, arguments.regime, arguments.tasks)
+    tested: int | None = getattr(arguments, "test_texts", None)
     splits = {
-        task: {**both, "validation": head_of(both["validation"], VALIDATION_TEXTS)}
+        task: {
+            "validation": head_of(both["validation"], VALIDATION_TEXTS),
+            "test": both["test"] if tested is None else head_of(both["test"], tested),
+        }
         for task, both in suite.splits.items()
     }
     return replace(suite, splits=splits)
@@ -226,6 +230,7 @@ def main() -> None:
         "--counts", type=int, nargs="*", default=[], help="smaller proxy samples for the routers"
     )
     parser.add_argument("--labelled-only", action="store_true", help="no label-free α")
+    parser.add_argument("--test-texts", type=int, help="of every task; default: all")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
