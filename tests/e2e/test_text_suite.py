@@ -29,8 +29,11 @@ def run(script: str, *arguments: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="the texts are Debian packages")
+@pytest.mark.skipif(
+    "EUTECTIC_SUITES" not in os.environ, reason="minutes of training: set EUTECTIC_SUITES=1"
+)
 def test_merging_separates_on_real_tasks(tmp_path: Path) -> None:
     work = ["--work", str(tmp_path)]
     tasks = [word for name in SIX for word in ("--task", name)]
