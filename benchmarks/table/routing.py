@@ -22,7 +22,12 @@ ROUTERS: tuple[Literal["prototype", "discriminant"], ...] = ("prototype", "discr
 
 
 def routed_rows(
-    suite: Suite, work: Path, results: Path, seed: int, counts: Sequence[int]
+    suite: Suite,
+    work: Path,
+    results: Path,
+    seed: int,
+    counts: Sequence[int],
+    bases: Sequence[str] = BASES,
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Yield (name, how to compute it): oracle, and each router, for each base and rank.
 
@@ -37,7 +42,7 @@ def routed_rows(
     def row(base: str, rank: int, mode: str, count: int) -> Callable[[], dict[str, Any]]:
         return lambda: _test(suite, merged(base, count), rank, mode)
 
-    for base in BASES:
+    for base in bases:
         for rank in RANKS:
             for mode in ("oracle", *ROUTERS):
                 yield f"routed-{base}-{rank}-{mode}", row(base, rank, mode, PROXIES)

@@ -27,7 +27,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
 from table.merging import ROWS, MergedRow, Row, collect_statistics, merge_row, set_weights
-from table.routing import routed_rows
+from table.routing import BASES, routed_rows
 from table.show import write_table
 from table.suite import (
     Batches,
@@ -229,6 +229,9 @@ def main() -> None:
     parser.add_argument(
         "--counts", type=int, nargs="*", default=[], help="smaller proxy samples for the routers"
     )
+    parser.add_argument(
+        "--bases", nargs="*", default=BASES, help="rows whose merge the routed models stand on"
+    )
     parser.add_argument("--labelled-only", action="store_true", help="no label-free α")
     parser.add_argument("--test-texts", type=int, help="of every task; default: all")
     parser.add_argument("--threads", type=int, default=2)
@@ -263,7 +266,7 @@ def main() -> None:
     if "routed" in chosen:
         for seed in range(arguments.seeds):
             for name, compute in routed_rows(
-                suite, arguments.work, results, seed, arguments.counts
+                suite, arguments.work, results, seed, arguments.counts, arguments.bases
             ):
                 row = cached(results / f"{name}-{seed}.json", compute)
                 share = normalised(row["test"], fixed["experts"])
