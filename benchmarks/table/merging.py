@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from table.suite import Batches, Inputs, Suite
 from torch import Tensor, nn
 
 import eutectic
+from eutectic.reporting import subspace_alignment_ratio
 
 PROXIES = 128
 
@@ -69,6 +71,22 @@ ROWS: dict[str, Row] = {
     "esm_vit": Row("esm", {"preset": "vit"}, seeded=True, start=0.3),
     "iso_a": Row("iso_a", seeded=True, start=0.7),
 }  # fmt: skip
+
+
+def dense_expert(base: Path, adapter: Path, folder: Path) -> Path:
+    """Make an adapter dense by merging it alone into the base, once."""
+    if not folder.is_dir():
+        settings = ("-m", "task_arithmetic", "--scale", "1", "-o", str(folder))
+        _merge("--base", str(base), *settings, f"{adapter.name}={adapter}")
+    return folder
+
+
+def _merge(*arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "eutectic.cli.main", "merge", *arguments, "--json"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    return json.loads(done.stdout)
 
 
 def collect_statistics(
@@ -139,7 +157,7 @@ def merge_row(
     if init is not None:
         parameters |= {"init": init[0], "init_scale": init[1]}
     experts: dict[str, dict[str, str]] = {
-        task: {"path": str(path)} for task, path in suite.experts.items()
+        task: {"path": str(suite.adapters.get(task, path))} for task, path in suite.experts.items()
     }
     for task, file in (statistics or {}).items():
         experts[task]["statistics"] = str(file)
@@ -154,12 +172,7 @@ def merge_row(
     }  # fmt: skip
     file = folder / "recipe.json"
     file.write_text(json.dumps(recipe))
-    command = [sys.executable, "-m", "eutectic.cli.main", "merge", str(file)]
-    command += ["-o", str(folder / "out"), "--json"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{row.method}: {done.stderr}")
-    report = json.loads(done.stdout)
+    report = _merge(str(file), "-o", str(folder / "out"))
     base = load_file(suite.base / "model.safetensors")
     merged = load_file(folder / "out" / "model.safetensors")
     names = {name for name, _ in suite.model.named_parameters()}
@@ -167,3 +180,15 @@ def merge_row(
     deltas = {name: delta for name, delta in deltas.items() if delta.any()}
     shutil.rmtree(folder)
     return MergedRow(base, deltas, report["seconds"], report["peak_bytes"], report["records"])
+
+
+def alignments(suite: Suite, merged: MergedRow) -> dict[str, float]:
+    """Mean SAR over the matrices, task by task."""
+    opened = [safe_open(f / "model.safetensors", "pt") for f in suite.experts.values()]
+    names = [name for name, delta in merged.deltas.items() if delta.ndim == 2]
+    ratios: list[Tensor] = []
+    for name in names:
+        own = torch.stack([file.get_tensor(name) - merged.base[name] for file in opened])
+        ratios.append(subspace_alignment_ratio(merged.deltas[name], own))
+    values = torch.stack(ratios).nanmean(0)
+    return dict(zip(suite.tasks, values.tolist(), strict=True))

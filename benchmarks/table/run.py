@@ -26,7 +26,15 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
-from table.merging import ROWS, MergedRow, Row, collect_statistics, merge_row, set_weights
+from table.merging import (
+    ROWS,
+    MergedRow,
+    Row,
+    alignments,
+    collect_statistics,
+    merge_row,
+    set_weights,
+)
 from table.routing import BASES, routed_rows
 from table.show import write_table
 from table.suite import (
@@ -183,6 +191,8 @@ def static_row(
     free = label_free and name in LABEL_FREE and seed == 0
     files = collect_statistics(suite, work, seed) if free or row.needs_statistics else {}
     merged = merge_row(suite, row, work, seed, files if row.needs_statistics else None, init)
+    if seed == 0:
+        cached(results / "alignment" / f"{name}.json", lambda: alignments(suite, merged))
     record: dict[str, Any] = {
         "row": name,
         "seed": seed,

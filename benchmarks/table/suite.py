@@ -6,7 +6,7 @@ A suite's folder `benchmarks/<name>/suite.py` fills the record; nothing here kno
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -45,6 +45,8 @@ class Suite:
         splits: task -> split -> batches.
         layers: globs of the parameters that fine-tuning changes.
         proxies: (task, seed, count) -> batches of examples drawn from the training side.
+        adapters: task -> what the merging command is given instead of `experts[task]`, where the
+            expert is an adapter and `experts[task]` the same made dense, to be measured.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Suite:
     splits: Mapping[str, Mapping[str, Batches]]
     layers: tuple[str, ...]
     proxies: Callable[[str, int, int], Batches]
+    adapters: Mapping[str, Path] = field(default_factory=dict[str, Path])
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from experts import BASE, load_head
 from sources import SIX, TASKS
+from table.merging import dense_expert
 from table.suite import SPLITS, Batches, Inputs, Suite
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
@@ -25,6 +26,8 @@ def load_suite(work: Path, regime: str, count: int) -> Suite:
         BASE, local_files_only=True, add_pooling_layer=False, dtype=torch.float32
     ).eval()
     folders = {task: work / "tasks" / task for task in tasks}
+    trained = {task: work / regime / task for task in tasks}
+    adapters = {t: f for t, f in trained.items() if (f / "adapter_config.json").is_file()}
 
     def rows(task: str, split: str) -> list[dict[str, Any]]:
         lines = (folders[task] / f"{split}.jsonl").read_text("utf-8").splitlines()
@@ -39,7 +42,13 @@ def load_suite(work: Path, regime: str, count: int) -> Suite:
     return Suite(
         name=f"text-{regime}-{len(tasks)}",
         base=BASE,
-        experts={task: work / regime / task for task in tasks},
+        experts={
+            task: dense_expert(BASE, folder, work / f"{regime}-dense" / task)
+            if task in adapters
+            else folder
+            for task, folder in trained.items()
+        },
+        adapters=adapters,
         model=model,
         pool=pool,
         heads={task: load_head(folder / "head.safetensors") for task, folder in folders.items()},
