@@ -64,9 +64,10 @@ def load_suite(arguments: argparse.Namespace) -> Suite:
 
     suite = load(arguments.work, arguments.regime, arguments.tasks)
     tested: int | None = getattr(arguments, "test_texts", None)
+    chosen_on: int = getattr(arguments, "validation_texts", VALIDATION_TEXTS)
     splits = {
         task: {
-            "validation": head_of(both["validation"], VALIDATION_TEXTS),
+            "validation": head_of(both["validation"], chosen_on),
             "test": both["test"] if tested is None else head_of(both["test"], tested),
         }
         for task, both in suite.splits.items()
@@ -244,6 +245,9 @@ def main() -> None:
     )
     parser.add_argument("--labelled-only", action="store_true", help="no label-free α")
     parser.add_argument("--test-texts", type=int, help="of every task; default: all")
+    parser.add_argument(
+        "--validation-texts", type=int, default=VALIDATION_TEXTS, help="of every task, to choose α"
+    )
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
