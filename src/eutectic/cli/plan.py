@@ -41,7 +41,7 @@ def plan(
 
       eutectic plan --base ./base -m iso_c --explain sst2=./sst2 mnli=./mnli
     """
-    from eutectic.execution.run import limits_of, recipe_from
+    from eutectic.execution.request import limits_of, recipe_from
     from eutectic.planning.cost import check_memory, plan_cost, tensor_cost
     from eutectic.planning.inputs import open_inputs
     from eutectic.planning.plan import make_plan
@@ -117,13 +117,14 @@ def _row(planned: Any, cost: Any, made: Any, explain: bool, searched: bool) -> d
 
 
 def _route(planned: Any, made: Any) -> str:
-    from eutectic.execution.compute import matrix_shapes
-    from eutectic.methods import get_method
+    from eutectic.planning.plan import method_of
+    from eutectic.planning.values import matrix_shapes
 
-    method = get_method(planned.method) if planned.method != "copy" else None
-    if method is None or method.explain is None or planned.decision.treatment.value != "matrix":
+    if planned.method == "copy" or planned.decision.treatment.value != "matrix":
         return ""
-    parameters = made.parameters if method is made.method else method.parameters()
+    method, parameters = method_of(planned, made)
+    if method.explain is None:
+        return ""
     shapes = dict.fromkeys(matrix_shapes(planned))
     texts = [
         method.explain((len(planned.experts), *shape), parameters, made.recipe.precision)

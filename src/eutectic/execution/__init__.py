@@ -1,5 +1,6 @@
 """Carrying out a plan: streamed, journalled, resumable."""
 
-from eutectic.execution.run import MergeReport, merge, merge_state_dicts
+from eutectic.execution.in_memory import merge_state_dicts
+from eutectic.execution.run import MergeReport, merge
 
 __all__ = ["MergeReport", "merge", "merge_state_dicts"]

@@ -16,9 +16,9 @@ from eutectic.checkpoint.folder import copy_side_files
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.layout import SHARD_INDEX_NAME, OutputFile, weight_index_bytes
 from eutectic.checkpoint.writer import CheckpointWriter, write_atomically
-from eutectic.planning.cost import CHUNK
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
+from eutectic.planning.values import flat_ranges
 
 EXPERTS = "experts"
 
@@ -109,8 +109,8 @@ def _write_heads(
     (folder / file.name).unlink(missing_ok=True)
     with CheckpointWriter(folder, [file], resume=True) as writer:
         for head, (own, kind, _) in zip(heads, entries, strict=True):
-            for start in range(0, max(head.numel, 1), CHUNK):
-                values = _head_values(inputs, expert, head, start, min(head.numel, start + CHUNK))
+            for start, stop in flat_ranges(head.numel):
+                values = _head_values(inputs, expert, head, start, stop)
                 writer.write(own, start, values.to(kind))
         writer.sync()
     return file
@@ -141,9 +141,7 @@ def _write_variant(
     ):
         kept = [(k, s) for k, _, s in file.entries if k not in own]
         for (key, shape), (spelled, _, _) in zip(kept, shard.entries, strict=True):
-            elements = math.prod(shape)
-            for start in range(0, max(elements, 1), CHUNK):
-                stop = min(elements, start + CHUNK)
+            for start, stop in flat_ranges(math.prod(shape)):
                 writer.write(spelled, start, merged.read_back(key, start, stop))
         writer.sync()
 

@@ -16,21 +16,22 @@ from eutectic.errors import RequestError
 from eutectic.execution.compute import (
     Emit,
     Outcome,
-    context_for,
     copy_tensor,
     merge_tensor,
     merge_unscaled,
     narrow,
-    read_base,
     scaled,
-    stream_chunks,
 )
+from eutectic.execution.elementwise import stream_chunks
 from eutectic.execution.local import Job, one_intra_op_thread, run_jobs
+from eutectic.execution.stacks import context_for
 from eutectic.methods import get_method
-from eutectic.planning.cost import CHUNK, tensor_cost
+from eutectic.planning.cost import tensor_cost
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.journal import Finished
-from eutectic.planning.plan import Plan, TensorPlan
+from eutectic.planning.plan import Plan
+from eutectic.planning.tensors import TensorPlan
+from eutectic.planning.values import block_ranges, flat_ranges, read_base
 from eutectic.recipes.schema import ScaleSearch
 from eutectic.types import Treatment
 
@@ -214,7 +215,7 @@ def _scale_stage(
 
     def apply_one(planned: TensorPlan, emit: Emit) -> Outcome:
         alpha = planned.scale * factors.get(planned.name, 1.0)
-        for start, stop in ranges_of(planned):
+        for start, stop in block_ranges(planned):
             base = read_base(planned, inputs, start, stop)
             merged = deltas.read_back(planned.name, start, stop)
             emit(start, narrow(scaled(base, merged, planned, plan, alpha), planned, plan))
@@ -225,19 +226,6 @@ def _scale_stage(
         return Outcome(done.norm, record)
 
     _stage("merge", tensors, apply_one, plan, inputs, writer, journal, limits, tally)
-
-
-def ranges_of(planned: TensorPlan) -> Iterator[tuple[int, int]]:
-    """Yield flat ranges of at most `CHUNK` entries that end where a matrix of a stack ends.
-
-    Vectorised kernels may round the last few entries of a range differently; with the ends of
-    these ranges, the result has the bytes of a merge in one go.
-    """
-    blocks = planned.entry.shape[0] if planned.decision.stacked else 1
-    size = planned.elements // blocks
-    for first in range(0, planned.elements, max(size, 1)):
-        for start in range(first, first + size, CHUNK):
-            yield start, min(first + size, start + CHUNK)
 
 
 def is_compared(planned: TensorPlan, plan: Plan) -> bool:
@@ -326,9 +314,8 @@ def _bytes_of(values: Tensor) -> memoryview:
 
 def _hash_of(writer: Sink, planned: TensorPlan) -> str:
     digest = hashlib.sha256()
-    for start in range(0, max(planned.elements, 1), CHUNK):
-        values = writer.read_back(planned.name, start, min(planned.elements, start + CHUNK))
-        digest.update(_bytes_of(values))
+    for start, stop in flat_ranges(planned.elements):
+        digest.update(_bytes_of(writer.read_back(planned.name, start, stop)))
     return digest.hexdigest()
 
 

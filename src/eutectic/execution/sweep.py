@@ -9,7 +9,8 @@ from typing import Any
 
 from eutectic.errors import RequestError
 from eutectic.execution.finish import PROVENANCE
-from eutectic.execution.run import MergeReport, merge, recipe_from
+from eutectic.execution.request import recipe_from
+from eutectic.execution.run import MergeReport, merge
 from eutectic.methods import get_method
 from eutectic.recipes.schema import Recipe
 

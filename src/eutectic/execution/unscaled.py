@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.writer import CheckpointWriter
-from eutectic.execution.compute import holds_weight, read_base
+from eutectic.execution.compute import holds_weight
 from eutectic.execution.stages import (
     Ledger,
     Limits,
@@ -21,10 +21,11 @@ from eutectic.execution.stages import (
     merged_tensors,
     run_unscaled,
 )
-from eutectic.planning.cost import CHUNK
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.journal import Journal, request_identity
-from eutectic.planning.plan import Plan, TensorPlan
+from eutectic.planning.plan import Plan
+from eutectic.planning.tensors import TensorPlan
+from eutectic.planning.values import flat_ranges, read_base
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,7 @@ class Unscaled:
         """Return Δ, so that the merged tensor is W₀ + α·Δ, in the tensor's shape."""
         flat = torch.empty(planned.elements, dtype=planned.compute)
         weights = holds_weight(planned, self.plan)
-        for start in range(0, planned.elements, CHUNK):
-            stop = min(planned.elements, start + CHUNK)
+        for start, stop in flat_ranges(planned.elements):
             chunk = self.deltas.read_back(planned.name, start, stop)
             if weights:
                 chunk = chunk - read_base(planned, self.inputs, start, stop)

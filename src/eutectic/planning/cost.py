@@ -15,11 +15,12 @@ from eutectic.errors import RecipeError
 from eutectic.methods import get_method
 from eutectic.planning.collected import PARTS, wanted
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.plan import Plan, TensorPlan
+from eutectic.planning.plan import Plan, method_of
+from eutectic.planning.tensors import TensorPlan
+from eutectic.planning.values import CHUNK, blocks_of
 from eutectic.recipes.units import format_bytes
 from eutectic.types import Treatment
 
-CHUNK = 1 << 17  # entries of one tensor merged at a time: 8 experts' chunks fit the cache
 PROCESS_BYTES = 450_000_000  # interpreter, torch and its allocator's slack
 MEMORY_SHARE = 0.6
 SUMS = 4  # square matrices in float64 beside each other: a sum, its factor, their workspace
@@ -62,8 +63,7 @@ def tensor_cost(planned: TensorPlan, plan: Plan, inputs: Inputs) -> Cost:
         passes = passes if planned.elements > CHUNK else 1
         work = planned.elements * count * width * 4 * passes / rates.bytes_per_second
     else:
-        blocks = planned.entry.shape[0] if planned.decision.stacked else 1
-        held = planned.elements // max(blocks, 1)
+        blocks, held = blocks_of(planned)
         rows = planned.entry.shape[0 if blocks == 1 else 1] if planned.entry.shape else 1
         small = min(rows, held // max(rows, 1))
         work = method.products * count * 2 * planned.elements * small / rates.flops
@@ -82,8 +82,7 @@ def _statistics_bytes(planned: TensorPlan, plan: Plan, inputs: Inputs) -> tuple[
     The latter: a few square matrices in float64, and as many copies of every expert's Grams as
     the method says.
     """
-    method = get_method(planned.method)
-    parameters = plan.parameters if method is plan.method else method.parameters()
+    method, parameters = method_of(planned, plan)
     only = wanted(method, parameters)
     shape = planned.entry.shape
     if not (only and inputs.statistics) or planned.decision.stacked or not shape:

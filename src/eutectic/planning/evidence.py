@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from eutectic.methods import get_method
 from eutectic.planning.collected import PARTS, is_packed, read, wanted
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.plan import Plan, TensorPlan
+from eutectic.planning.plan import Plan, method_of
+from eutectic.planning.tensors import TensorPlan
 from eutectic.types import LayerStatistics
 
 Evidence = tuple[LayerStatistics | None, ...] | None
@@ -21,8 +21,7 @@ def statistics_of(planned: TensorPlan, plan: Plan, inputs: Inputs, part: str = "
     """
     if not inputs.statistics or planned.decision.stacked:
         return None
-    method = get_method(planned.method)
-    only = wanted(method, plan.parameters if method is plan.method else method.parameters())
+    only = wanted(*method_of(planned, plan))
     found: list[LayerStatistics | None] = []
     for expert in planned.experts:
         inside = plan.statistics_names.get(expert, {}).get(planned.name + part)

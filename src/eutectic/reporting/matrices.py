@@ -16,7 +16,9 @@ from eutectic.linalg.lowrank import LowRank
 from eutectic.methods.linear import finite
 from eutectic.planning.collected import lacks, read
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.plan import Plan, TensorPlan, stored_name
+from eutectic.planning.plan import Plan
+from eutectic.planning.tensors import TensorPlan, stored_name
+from eutectic.planning.values import as_map, blocks_of, read_base, read_delta, row_parts
 from eutectic.types import LayerStatistics, Treatment
 
 _GRAM = frozenset({"gram"})
@@ -87,19 +89,18 @@ def stream_matrices(
     Raises:
         NumericalError: NaN or Inf in one of them.
     """
-    blocks = planned.entry.shape[0] if planned.decision.stacked else 1
-    size = planned.elements // blocks
+    blocks, size = blocks_of(planned)
     records = _records(planned, plan, inputs)
     factors = {} if planned.decision.stacked else _factors(planned, inputs)
     for block in range(blocks):
         start = block * size
-        base = inputs.base.read(planned.name, start, start + size).to(planned.compute)
-        read_one = _Reader(planned, base, start)
-        weight = read_one.as_map(base)
-        deltas = {n: read_one.delta(n, inputs.experts[n]) for n in planned.experts}
-        models = {n: read_one.delta(n, model) for n, model in merged.items()}
+        base = read_base(planned, inputs, start, start + size)
+        weight = as_map(base, planned)
+        experts = {n: inputs.experts[n] for n in planned.experts}
+        deltas = {n: _map_of(n, e, planned, start, base) for n, e in experts.items()}
+        models = {n: _map_of(n, m, planned, start, base) for n, m in merged.items()}
         suffix = f"[{block}]" if blocks > 1 else ""
-        for label, rows in _parts(planned, len(weight)):
+        for label, rows in row_parts(planned, len(weight)):
             yield LayerMatrices(
                 planned.name + suffix + label,
                 lapack.norm(weight[rows], torch.float64),
@@ -110,32 +111,15 @@ def stream_matrices(
             )
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Reads one block of a tensor as the difference from the base."""
-
-    planned: TensorPlan
-    base: Tensor
-    start: int
-
-    def delta(self, label: str, model: Expert) -> Tensor:
-        name = stored_name(model, self.planned.name, self.planned.seed_name)
-        if not model.is_delta and name not in model.entries:
-            return self.as_map(torch.zeros_like(self.base))  # counts as unchanged
-        stop = self.start + self.base.numel()
-        flat = model.delta(name, self.start, stop, base=self.base, dtype=self.planned.compute)
-        if not finite(flat):
-            raise NumericalError(
-                f"{self.planned.name}: NaN or Inf in '{label}' or in the base.\n"
-                "Repair the checkpoint, or leave the layer out with --layers."
-            )
-        return self.as_map(flat)
-
-    def as_map(self, values: Tensor) -> Tensor:
-        shape = self.planned.entry.shape
-        rows = shape[-2] if self.planned.decision.stacked else shape[0]
-        matrix = values.view(rows, -1)
-        return matrix.mT if self.planned.decision.transpose else matrix
+def _map_of(label: str, model: Expert, planned: TensorPlan, start: int, base: Tensor) -> Tensor:
+    """Read one block of a model as the map Δ [out, in]; `base` is that block, flat."""
+    flat = read_delta(model, planned, start, start + base.numel(), base)
+    if not finite(flat):
+        raise NumericalError(
+            f"{planned.name}: NaN or Inf in '{label}' or in the base.\n"
+            "Repair the checkpoint, or leave the layer out with --layers."
+        )
+    return as_map(flat, planned)
 
 
 def _holds(model: Expert, planned: TensorPlan) -> bool:
@@ -143,15 +127,6 @@ def _holds(model: Expert, planned: TensorPlan) -> bool:
     if name not in model.entries:
         return model.is_delta
     return model.entries[name].shape == planned.entry.shape
-
-
-def _parts(planned: TensorPlan, rows: int) -> Iterator[tuple[str, slice]]:
-    if not planned.decision.split:
-        yield "", slice(0, rows)
-    start = 0
-    for part, height in enumerate(planned.decision.split):
-        yield f"[{part}]", slice(start, start + height)
-        start += height
 
 
 def _factors(planned: TensorPlan, inputs: Inputs) -> dict[str, LowRank]:

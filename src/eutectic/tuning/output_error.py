@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import NumericalError, RequestError
-from eutectic.execution.compute import matrix_shape, read_delta
 from eutectic.execution.unscaled import Unscaled
 from eutectic.methods.matrices import has_statistic
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.plan import Plan, TensorPlan
+from eutectic.planning.plan import Plan
+from eutectic.planning.tensors import TensorPlan
+from eutectic.planning.values import as_map, read_delta
 from eutectic.statistics.store import StatisticsFile
 from eutectic.types import LayerStatistics, Treatment
 
@@ -151,16 +152,10 @@ def measured_layers(
 
         def read(name: str, planned: TensorPlan = planned, base: Tensor = base) -> Tensor:
             flat = read_delta(inputs.experts[name], planned, 0, planned.elements, base)
-            return _as_map(flat, planned)
+            return as_map(flat, planned)
 
-        merged = _as_map(unscaled.delta(planned), planned)
+        merged = as_map(unscaled.delta(planned).flatten(), planned)
         yield output_terms(map(read, planned.experts), merged, statistics, weights)
-
-
-def _as_map(values: Tensor, planned: TensorPlan) -> Tensor:
-    """Return a tensor as the linear map [out, in] that the Gram belongs to."""
-    matrix = values.view(matrix_shape(planned))
-    return matrix.mT if planned.decision.transpose else matrix
 
 
 def _has_gram(planned: TensorPlan, expert: str, plan: Plan, inputs: Inputs) -> bool:

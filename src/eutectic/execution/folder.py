@@ -1,0 +1,150 @@
+"""The output folder: refused beforehand, written aside, and moved to its name when complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eutectic.checkpoint.layout import OutputFile, layout_like
+from eutectic.checkpoint.writer import CheckpointWriter, sync_folder, sync_tree
+from eutectic.errors import OutputError, RequestError
+from eutectic.execution.finish import PROVENANCE, document, stated_recipe, write_folder
+from eutectic.execution.stages import (
+    Limits,
+    hashes,
+    records_of,
+    run_scaled,
+    run_stages,
+)
+from eutectic.execution.unscaled import Choose, unscaled_merge
+from eutectic.planning.inputs import Inputs
+from eutectic.planning.journal import JOURNAL, Journal, request_identity
+from eutectic.planning.plan import Plan, with_scale
+
+
+def check_output(output: Path, work: Path) -> None:
+    """Refuse an output that exists, before any work.
+
+    Raises:
+        RequestError: it is a file, or a folder with something in it.
+    """
+    # os.path answers "no" where a folder above may not be searched; the last check tells.
+    if os.path.islink(output) or (os.path.exists(output) and not output.is_dir()):  # noqa: PTH110, PTH114
+        raise RequestError(f"{output} exists and is not a folder. Choose another output.")
+    occupied = os.path.exists(output) and any(output.iterdir())  # noqa: PTH110
+    if occupied and not ((work / JOURNAL).exists() and _complete(output, work)):
+        raise RequestError(f"{output} is not empty.\nChoose another output, or remove it first.")
+    if os.path.ismount(output):
+        raise RequestError(
+            f"{output} is a mount point and cannot be replaced. Name a folder in it."
+        )
+    for folder in (output.parent, *output.parent.parents):
+        if folder.exists():
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise RequestError(f"{folder} cannot be written. Choose another output.")
+            return
+
+
+def write_to_folder(
+    plan: Plan,
+    inputs: Inputs,
+    output: Path,
+    work: Path,
+    limits: Limits,
+    restart: bool,
+    find: Choose | None,
+) -> tuple[Plan, dict[str, Any], bool, dict[str, Any] | None]:
+    """Write the model into the work folder and move it to its name when it is complete.
+
+    `find` chooses α when the deltas are known. Returns the plan with α, records, whether a run was
+    continued, and the search.
+    """
+    identity = request_identity(plan, inputs)
+    search = None
+    with Journal(work, identity, restart=restart) as journal:
+        if journal.resumed and _complete(output, work):
+            if find is not None:
+                made = json.loads((output / PROVENANCE).read_text(encoding="utf-8"))
+                search = made["search"]
+                plan = with_scale(plan, made["scale"], made["notes"][-1])
+        elif find is None:
+
+            def scratch(layout: OutputFile) -> CheckpointWriter:
+                return CheckpointWriter(work, [layout], resume=(work / layout.name).exists())
+
+            def write(writer: CheckpointWriter) -> None:
+                run_stages(plan, inputs, writer, journal, limits, scratch)
+
+            _write_model(plan, inputs, output, work, journal, write, search)
+        else:
+            with unscaled_merge(work, plan, inputs, journal, limits) as unscaled:
+                choice = find(unscaled)
+                search, factors, deltas = choice.record, unscaled.factors, unscaled.deltas
+                plan = chosen = with_scale(plan, choice.scale, choice.note)
+
+                def write(writer: CheckpointWriter) -> None:
+                    run_scaled(factors, chosen, inputs, deltas, writer, journal, limits)
+
+                _write_model(plan, inputs, output, work, journal, write, search)
+        shutil.rmtree(work)  # while the lock is held
+        return plan, records_of(journal), journal.resumed, search
+
+
+def _write_model(
+    plan: Plan,
+    inputs: Inputs,
+    output: Path,
+    work: Path,
+    journal: Journal,
+    write: Callable[[CheckpointWriter], None],
+    search: Mapping[str, Any] | None,
+) -> None:
+    model = work / "model"
+    files = _layout(plan, inputs)
+    with CheckpointWriter(model, files, resume=model.exists()) as writer:
+        write(writer)
+        writer.sync()
+    provenance = document(plan, inputs, hashes(journal))
+    if search is not None:
+        provenance["search"] = search
+    try:
+        write_folder(plan, inputs, model, files, provenance, records_of(journal))
+        sync_tree(model)
+    except OSError as error:
+        where = error.filename or model
+        raise OutputError(f"{where}: cannot be written ({error.strerror}).") from error
+    _move(model, output)
+
+
+def _layout(plan: Plan, inputs: Inputs) -> list[OutputFile]:
+    """Return the output's files: the base's, in the recipe's dtype, with the recipe inside."""
+    if inputs.index is None:
+        raise RequestError("a merge into files needs a base in files.")
+    dtype = getattr(torch, plan.recipe.dtype) if plan.recipe.dtype else None
+    recipe = json.dumps(stated_recipe(plan), sort_keys=True)
+    return layout_like(
+        inputs.index, dtype, {"eutectic": version("eutectic"), "recipe": recipe}, drop=plan.left_out
+    )
+
+
+def _complete(output: Path, work: Path) -> bool:
+    """Tell whether a run was killed between moving its model and removing its work folder."""
+    moved = output.is_dir() and any(output.iterdir()) and not (work / "model").exists()
+    return moved and (output / PROVENANCE).exists()
+
+
+def _move(model: Path, output: Path) -> None:
+    try:
+        os.rename(model, output)  # noqa: PTH104 - replaces an empty folder in one step
+        sync_folder(output.parent)
+    except OSError as error:
+        raise OutputError(
+            f"the merge is complete in {model}, but cannot be moved to {output}: {error.strerror}."
+        ) from None

@@ -1,0 +1,87 @@
+"""The public entry: a merge of state dicts in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from eutectic.checkpoint.memory import MemoryWriter
+from eutectic.errors import RequestError
+from eutectic.execution.request import limits_of, sorted_options
+from eutectic.execution.stages import Limits, run_stages
+from eutectic.planning.inputs import Statistics, in_memory_inputs
+from eutectic.planning.journal import Finished
+from eutectic.planning.plan import make_plan
+from eutectic.recipes.load import check_recipe
+
+
+def merge_state_dicts(
+    base: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    *,
+    method: str,
+    scale: float | None = None,
+    weights: Mapping[str, float] | None = None,
+    statistics: Mapping[str, Statistics] | None = None,
+    threads: int | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Merge state dicts in memory by the same plan and arithmetic as files.
+
+    Args:
+        base: name -> tensor of the base model.
+        experts: name -> state dict.
+        method: a name from `eutectic.methods()`.
+        scale: α (default: the method's).
+        weights: name -> w_t (default 1).
+        statistics: name -> statistics, for methods that use data.
+        threads: jobs side by side.
+        **options: other keys of a recipe (`tensors`, `dtype`, `missing`, …) or the method's
+            parameters.
+
+    Returns:
+        The merged state dict: the base's keys, order, shapes and dtypes, in new memory. Heads are
+        the base's.
+
+    Raises:
+        RequestError: the request is wrong.
+        NumericalError: NaN or Inf in an expert.
+    """
+    weights = dict(weights or {})
+    unknown = [name for name in {**weights, **(statistics or {})} if name not in experts]
+    if unknown:
+        raise RequestError(f"weights or statistics name experts that are not given: {unknown}.")
+    specs = {n: {"path": "memory", "weight": weights.get(n, 1.0)} for n in experts}
+    values = {"base": "memory", "experts": specs, "method": method, "heads": "base", **options}
+    if scale is not None:
+        values["scale"] = scale
+    recipe = check_recipe(sorted_options(values))
+    inputs = in_memory_inputs(base, experts, statistics or {})
+    plan = make_plan(recipe, inputs)
+    entries = [(t.name, t.dtype, t.entry.shape) for t in plan.tensors]
+    sink = MemoryWriter(entries)
+    count, memory = limits_of(threads, None)
+    run_stages(
+        plan,
+        inputs,
+        sink,
+        _Recollection(),
+        Limits(count, memory),
+        lambda layout: nullcontext(MemoryWriter(layout.entries)),
+    )
+    return sink.tensors
+
+
+class _Recollection:
+    """The ledger of a merge in memory: it ends with the process."""
+
+    durable = False
+
+    def __init__(self) -> None:
+        self.finished: dict[tuple[str, str], Finished] = {}
+
+    def add(self, stage: str, tensor: str, finished: Finished) -> None:
+        self.finished[stage, tensor] = finished

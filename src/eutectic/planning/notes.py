@@ -1,0 +1,80 @@
+"""What a user should know of a plan, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from eutectic.checkpoint.folder import module_weights
+from eutectic.checkpoint.index import TensorEntry
+from eutectic.checkpoint.names import AS_THEY_ARE
+from eutectic.methods import Method
+from eutectic.planning.collected import unknown_origin
+from eutectic.planning.inputs import Inputs
+from eutectic.planning.tensors import TensorPlan
+from eutectic.recipes.schema import Recipe
+
+
+def notes_on(
+    tensors: Sequence[TensorPlan],
+    heads: Mapping[str, tuple[TensorEntry, ...]],
+    left_out: Sequence[str],
+    recipe: Recipe,
+    inputs: Inputs,
+    method: Method,
+    parameters: Any,
+) -> list[str]:
+    """Return alignments, tensors that nobody changes, heads, idle rules and fall-backs."""
+    notes = [
+        f"expert '{n}': {e.alignment}"
+        for n, e in inputs.experts.items()
+        if e.alignment != AS_THEY_ARE
+    ]
+    absent = [t.name for t in tensors if t.decision.reason == "no expert has it"]
+    if absent:
+        notes.append(f"copied from the base, since no expert has them: {some(absent)}")
+    for name, expert in inputs.experts.items():
+        if expert.extra and recipe.heads != "per_expert":
+            notes.append(
+                f"expert '{name}' has tensors that the base lacks, left out because of heads: "
+                f"{recipe.heads}: {some(list(expert.extra))}"
+            )
+        missing = [k for k in expert.missing if k not in absent]
+        if missing:
+            notes.append(f"expert '{name}' lacks (missing: {recipe.missing}): {some(missing)}")
+    if heads:
+        listed = "; ".join(f"{n}: {some([e.name for e in own])}" for n, own in heads.items())
+        notes.append(f"heads kept per expert: {listed}")
+    if left_out:
+        notes.append(f"heads left out of the output: {some(list(left_out))}")
+    modules = module_weights(inputs.index.folder) if inputs.index is not None else ()
+    if modules:
+        notes.append(f"module weights copied from the base, not merged: {some(modules)}")
+    idle = [r.match for r in recipe.tensors if not _matches_any(r.match, inputs)]
+    if idle:
+        notes.append(f"rules that match no tensor: {some(idle)}")
+    if inputs.index is not None and inputs.index.skipped:
+        notes.append(f"entries of the base that are no tensors: {some(inputs.index.skipped)}")
+    for name, statistics in inputs.statistics.items():
+        if unknown_origin(statistics, inputs.experts[name]):
+            notes.append(
+                f"statistics of '{name}' do not prove that they are of this expert; they may be "
+                "of another checkpoint"
+            )
+    fallback = method.fallback(parameters)
+    fallen = [t.name for t in tensors if "; no statistics of" in t.decision.reason]
+    if fallen:
+        notes.append(f"without statistics, merged by {fallback}: {some(fallen)}")
+    return notes
+
+
+def _matches_any(pattern: str, inputs: Inputs) -> bool:
+    held = (inputs.base.entries, *(expert.extra for expert in inputs.experts.values()))
+    return any(fnmatchcase(name, pattern) for names in held for name in names)
+
+
+def some(names: Sequence[str], limit: int = 4) -> str:
+    """Return the first names, and how many more there are."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
