@@ -245,6 +245,8 @@ def test_results_and_their_relations(family: Path):
     assert low <= merged <= high and high - low == pytest.approx(
         2 * 1.96 * np.sqrt(merged * (1 - merged) / 40), rel=0.35
     )
+    expected = np.sqrt(merged * (1 - merged) / 40)
+    assert found["m"].standard_error == pytest.approx(expected, rel=0.2)
     assert json.loads((family / "r.json").read_text()) == json.loads(results.model_dump_json())
 
 

@@ -24,13 +24,13 @@ SMALL: dict[str, Any] = {
 }
 
 
-def tokenizer() -> Any:
+def tokenizer(end: str = " </s>") -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     fast = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     fast.pre_tokenizer = pre_tokenizers.Whitespace()
     fast.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+        single=f"$A{end}", pair=f"$A{end} $B{end}", special_tokens=[("</s>", 1)]
     )
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=fast, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"

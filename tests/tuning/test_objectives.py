@@ -194,7 +194,7 @@ FAULTS = [
     ),
     (
         lambda t: t["left"].update(kind="function", function="json:loads"),
-        "is a function, which reads its data itself",
+        "is of the kind function, which reads its data itself",
     ),
 ]
 

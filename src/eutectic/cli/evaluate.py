@@ -20,7 +20,7 @@ _CHOICES = {
     "--dtype": ("float32", "bfloat16"),
     "--routing": ("route", "oracle", "base"),
 }
-_PERCENT = {"accuracy", "macro_f1", "exact_match"}
+_PERCENT = {"accuracy", "macro_f1", "exact_match", "acc", "acc_norm"}
 _TASKS_ACROSS = 6
 
 
@@ -59,7 +59,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
     resamples: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 1000,
     trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Allow tasks that are Python functions.")
+        bool, typer.Option("--trust-code", help="Allow tasks that run Python code of yours.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:

@@ -30,6 +30,11 @@ class Draws:
     value: float
     replicates: Array
 
+    def error(self) -> float | None:
+        """Return the standard error: the deviation of the replicates that are defined, or None."""
+        known = self.replicates[np.isfinite(self.replicates)]
+        return float(known.std(ddof=1)) if np.isfinite(self.value) and len(known) > 1 else None
+
     def interval(self) -> tuple[float, float] | None:
         """Return the percentile interval over the replicates that are defined, or None."""
         known = self.replicates[np.isfinite(self.replicates)]
@@ -51,14 +56,14 @@ def draw(task: Task, outcomes: Outcomes, seed: int, resamples: int) -> Draws:
     step = max(1, _BLOCK_ELEMENTS // rows)
     blocks = [
         resampled_values(
-            task.metric_name,
+            task.formula,
             outcomes,
             generator.integers(0, rows, (min(step, resamples - start), rows)),
         )
         for start in range(0, resamples, step)
     ]
     replicates = np.concatenate(blocks) if blocks else np.empty(0)
-    return Draws(metric_value(task.metric_name, outcomes), replicates)
+    return Draws(metric_value(task.formula, outcomes), replicates)
 
 
 def compare(
@@ -67,7 +72,7 @@ def compare(
     """Return the value normalised by the expert's, and NAI = (own − base) / (expert − base)."""
     if expert is None:
         return _undefined(own), _undefined(own)
-    if task.metric_name in LOWER_IS_BETTER:
+    if task.formula in LOWER_IS_BETTER:
         normalized = _quotient(expert, own)
     else:
         normalized = _quotient(own, expert)
@@ -87,7 +92,7 @@ def mean(checkpoint: str, tasks: Sequence[Task], figures: Mapping[str, Sequence[
     The mean of values is undefined when some metrics are better high and others better low; a mean
     of normalised values or NAI is undefined when one of them is.
     """
-    lower = {task.metric_name in LOWER_IS_BETTER for task in tasks}
+    lower = {task.formula in LOWER_IS_BETTER for task in tasks}
     together: list[Draws] = []
     for position in range(3):
         parts = [figures[task.name][position] for task in tasks]
@@ -105,6 +110,7 @@ def _described(figures: Sequence[Draws]) -> dict[str, Any]:
     for key, figure in zip(("value", "normalized", "nai"), figures, strict=True):
         found[key] = figure.value if np.isfinite(figure.value) else None
         found["interval" if key == "value" else f"{key}_interval"] = figure.interval()
+    found["standard_error"] = figures[0].error()
     return found
 
 

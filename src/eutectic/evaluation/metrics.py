@@ -18,6 +18,7 @@ METRICS_OF_KIND: Mapping[str, tuple[str, ...]] = {
     "sequence-to-sequence": ("exact_match",),
     "language-model": ("loss", "perplexity"),
     "function": ("mean",),
+    "lm-eval": ("acc",),  # and whatever else the harness averages over rows; see `Task.formula`
 }
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 _BLOCK_ELEMENTS = 1 << 21

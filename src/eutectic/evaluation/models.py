@@ -25,6 +25,7 @@ _CLASSES: Mapping[str, str] = {
     "image-classification": "AutoModelForImageClassification",
     "sequence-to-sequence": "AutoModelForSeq2SeqLM",
     "language-model": "AutoModelForCausalLM",
+    "lm-eval": "AutoModelForCausalLM",
 }
 EXPERTS = "experts"  # the folder of a merged model that holds one loadable folder per expert
 _PROBE = 1 << 20  # above the values of fresh weights, and exact in float32 for as many keys again

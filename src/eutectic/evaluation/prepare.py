@@ -70,7 +70,7 @@ def prepare(
     values `[n, channels, height, width]` in float32.
 
     Args:
-        task: not of the kind `function`.
+        task: not of the kinds `function` and `lm-eval`.
         split: `proxy`, `validation` or `test`.
         folder: a checkpoint's folder: configuration, and tokenizer or image processor.
         batch_size: rows per batch; changes results by rounding only.
@@ -134,6 +134,16 @@ def references_of(
     return tuple(found)
 
 
+def open_tokenizer(folder: Path, task: Task) -> Any:
+    """Return the tokenizer of a language model's folder.
+
+    Raises:
+        CheckpointError: no usable tokenizer in `folder`.
+        MissingExtraError: transformers is not installed.
+    """
+    return _processor(folder, task, "causal-lm")[0]
+
+
 def normal_text(text: str) -> str:
     """Return a text with runs of white space made one blank: what exact match compares."""
     return " ".join(text.split())
@@ -149,17 +159,21 @@ def _class(value: Any, known: Mapping[str, int]) -> int:
 
 
 def _open(task: Task, folder: Path) -> tuple[Any, Any]:
-    try:
-        import transformers
-    except ImportError:
-        raise MissingExtraError("transformers", "hf", "Evaluating models") from None
-    if task.kind == "function":
-        raise RequestError(f"task '{task.name}' is a function; it reads its rows itself.")
+    if task.kind in ("function", "lm-eval"):
+        raise RequestError(f"task '{task.name}' ({task.kind}) reads its rows itself.")
     kind = {
         "image-classification": "image-classification",
         "language-model": "causal-lm",
         "sequence-to-sequence": "seq2seq",
     }.get(task.kind, "text-classification")
+    return _processor(folder, task, kind)
+
+
+def _processor(folder: Path, task: Task, kind: str) -> tuple[Any, Any]:
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtraError("transformers", "hf", "Evaluating models") from None
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
         return load_processor(transformers, kind, folder, folder, config), config  # pyright: ignore[reportArgumentType]

@@ -48,6 +48,7 @@ class Figures(_Record):
 
     value: float | None
     interval: Interval
+    standard_error: float | None = Field(description="Of the value, by the bootstrap.")
     normalized: float | None = Field(
         description="value / expert's value; expert's value / value where lower is better."
     )

@@ -82,7 +82,13 @@ def check_disjoint(task: Task, further_proxy: Sequence[str] = ()) -> dict[str, i
 
     Raises:
         TaskError: two splits share rows; names how many, and one of them.
+        RequestError: proxy files for a task whose rows lm-evaluation-harness has.
     """
+    if further_proxy and task.kind == "lm-eval":
+        raise RequestError(
+            f"task '{task.name}' takes its rows from lm-evaluation-harness; they cannot be "
+            f"compared with {further_proxy[0]}."
+        )
     found: dict[str, dict[bytes, Row]] = {}
     for split in SPLITS:
         rows = split_rows(task, split) if split in task.data else []

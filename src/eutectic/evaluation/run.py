@@ -12,10 +12,16 @@ from eutectic.checkpoint.writer import write_atomically
 from eutectic.errors import NumericalError, RequestError, suggest
 from eutectic.evaluation.bootstrap import Draws, compare, draw, mean, result
 from eutectic.evaluation.functions import call_function
+from eutectic.evaluation.harness import (
+    HarnessRows,
+    harness_version,
+    read_harness,
+    run_harness,
+)
 from eutectic.evaluation.journal import Journal
 from eutectic.evaluation.metrics import LOWER_IS_BETTER, Outcomes
 from eutectic.evaluation.outputs import Precision, load_head, outcomes_of, outputs
-from eutectic.evaluation.prepare import BATCH_SIZE, Prepared, prepare
+from eutectic.evaluation.prepare import BATCH_SIZE, Prepared, open_tokenizer, prepare
 from eutectic.evaluation.results import CheckpointRecord, Results, TaskRecord
 from eutectic.evaluation.rows import check_disjoint, data_hash, split_rows
 from eutectic.evaluation.schema import Split, Task
@@ -75,7 +81,8 @@ def evaluate(
         proxy: task -> files that count as its proxy data, such as those given to `collect`.
         seed: of the bootstrap.
         resamples: of the bootstrap.
-        trust_code: allow tasks of the kind `function`, which run Python code.
+        trust_code: allow tasks of the kind `function`, and harness tasks of one's own, which run
+            Python code.
         progress: told finished rows, all rows, and what is being done.
 
     Raises:
@@ -83,7 +90,7 @@ def evaluate(
         RequestError: nothing to evaluate, unknown names, missing columns.
         CheckpointError: a checkpoint that cannot be loaded, or lacks the task's head.
         NumericalError: NaN or Inf in a model's outputs.
-        MissingExtraError: transformers is not installed.
+        MissingExtraError: transformers, or lm-eval where a task needs it, is not installed.
     """
     known = dict(tasks) if isinstance(tasks, Mapping) else load_tasks(tasks)
     sources = _sources(known, base, experts or {}, models, routing)
@@ -121,23 +128,46 @@ class _Run:
     done: int = 0
     prepared: dict[tuple[str, str, str], Prepared] = field(default_factory=dict[Any, Any])
     hashes: dict[str, str] = field(default_factory=dict[str, str])
+    harness: dict[str, HarnessRows] = field(default_factory=dict[str, HarnessRows])
     loaded: tuple[Any, Any] = (None, None)
 
     def pair(self, checkpoint: Checkpoint, task: Task, journal: Journal) -> Outcomes:
         """Return the outcomes of one pair, from the journal if it is finished."""
         self._tell(0, checkpoint, task)
-        rows = split_rows(task, self.split, self.limit) if task.data else []
         if task.name not in self.hashes:
-            self.hashes[task.name] = data_hash(task, rows)
+            self.hashes[task.name] = self._data_hash(task)
         settings = [self.split, self.limit, self.dtype]
         pair = pair_identity(self.sources, checkpoint, task, self.hashes[task.name], settings)
         found = journal.get(pair)
         if found is None:
-            compute = self._function if task.kind == "function" else self._model
-            found = compute(checkpoint, task)
+            compute = {"function": self._function, "lm-eval": self._harness}
+            found = compute.get(task.kind, self._model)(checkpoint, task)
             journal.add(pair, checkpoint.name, task.name, found)
         elif self.progress is not None:
             self._tell(len(found.predictions), checkpoint, task)
+        return found
+
+    def _data_hash(self, task: Task) -> str:
+        if task.kind == "lm-eval":
+            rows = read_harness(task, self.limit, trust_code=self.trust_code)
+            self.harness[task.name] = rows
+            return rows.data_hash
+        return data_hash(task, split_rows(task, self.split, self.limit) if task.data else [])
+
+    def _harness(self, checkpoint: Checkpoint, task: Task) -> Outcomes:
+        model = self._loaded(checkpoint, task)
+        tokenizer = open_tokenizer(self.sources.processor(checkpoint, task), task)
+        with self.sources.routed_as_asked(model, checkpoint, task):
+            found = run_harness(
+                task,
+                self.harness[task.name],
+                model,
+                tokenizer,
+                batch_size=self.batch_size,
+                dtype=self.dtype,
+                trust_code=self.trust_code,
+            )
+        self._tell(len(found.predictions), checkpoint, task)
         return found
 
     def _function(self, checkpoint: Checkpoint, task: Task) -> Outcomes:
@@ -149,12 +179,7 @@ class _Run:
 
     def _model(self, checkpoint: Checkpoint, task: Task) -> Outcomes:
         ready = self._prepared(checkpoint, task)
-        # Tasks with linear heads share one encoder; others have a head each.
-        key = (checkpoint.name, "encoder" if task.head is not None else task.name)
-        if self.loaded[0] != key:
-            self.loaded = (None, None)  # the old model's memory first
-            self.loaded = (key, self.sources.load(checkpoint, task))
-        model = self.loaded[1]
+        model = self._loaded(checkpoint, task)
         head = load_head(task, base=checkpoint.role == "base")
         with self.sources.routed_as_asked(model, checkpoint, task):
             try:
@@ -168,6 +193,14 @@ class _Run:
             except NumericalError as error:
                 raise NumericalError(f"{checkpoint.name}: {error}") from None
         return outcomes_of(found, ready)
+
+    def _loaded(self, checkpoint: Checkpoint, task: Task) -> Any:
+        # Tasks with linear heads share one encoder; others have a head each.
+        key = (checkpoint.name, "encoder" if task.head is not None else task.name)
+        if self.loaded[0] != key:
+            self.loaded = (None, None)  # the old model's memory first
+            self.loaded = (key, self.sources.load(checkpoint, task))
+        return self.loaded[1]
 
     def _prepared(self, checkpoint: Checkpoint, task: Task) -> Prepared:
         folder = self.sources.processor(checkpoint, task)
@@ -235,10 +268,9 @@ def _pairs(sources: Sources, tasks: Mapping[str, Task]) -> list[tuple[Checkpoint
 def _rows(
     task: Task, split: Split, limit: int | None, counted: Mapping[str, Mapping[str, int]]
 ) -> int:
-    if split not in task.data and task.kind != "function":
-        raise RequestError(
-            f"task '{task.name}' has no split '{split}'; it has {', '.join(task.data)}."
-        )
+    own = ("test",) if task.kind == "lm-eval" else tuple(task.data)
+    if split not in own and task.kind != "function":
+        raise RequestError(f"task '{task.name}' has no split '{split}'; it has {', '.join(own)}.")
     rows = counted[task.name].get(split, 0)
     return rows if limit is None else min(limit, rows)
 
@@ -278,7 +310,7 @@ def _summary(
         dtype=run.dtype,
         seed=seed,
         resamples=resamples,
-        versions=versions(),
+        versions=versions() | harness_version(tasks.values()),
         checkpoints=tuple(
             CheckpointRecord(
                 name=c.name,
@@ -295,7 +327,7 @@ def _summary(
                 kind=t.kind,
                 expert=t.expert_name,
                 metric=t.metric_name,
-                higher_is_better=t.metric_name not in LOWER_IS_BETTER,
+                higher_is_better=t.formula not in LOWER_IS_BETTER,
                 split=run.split,
                 n=scored.get(t.name, 0),
                 data_hash=run.hashes.get(t.name, ""),

@@ -19,6 +19,7 @@ Kind = Literal[
     "sequence-to-sequence",
     "language-model",
     "function",
+    "lm-eval",
 ]
 Split = Literal["proxy", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("proxy", "validation", "test")
@@ -55,6 +56,24 @@ class ColumnNames(_Strict):
     image: str = "image"
 
 
+class HarnessOptions(_Strict):
+    """What lm-evaluation-harness is asked for.
+
+    Attributes:
+        tasks: names of its tasks or groups; the rows of all are pooled.
+        num_fewshot: examples in the prompt; None: what each task says.
+        limit: the first rows of each of its tasks only.
+        filter: which of its filters, where a task has several.
+        include_path: folder with further tasks, which may run Python code.
+    """
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
+    filter: str | None = None
+    include_path: str | None = None
+
+
 class TaskSpec(_Strict):
     """One task: data with known answers, a kind of model, a metric.
 
@@ -76,6 +95,7 @@ class TaskSpec(_Strict):
             those that the base lacks or has in another shape.
         function: `module:function` or `file.py:function`, for the kind `function`.
         options: keyword arguments of the function.
+        harness: for the kind `lm-eval`, which brings its rows and metrics itself.
     """
 
     kind: Kind
@@ -92,6 +112,7 @@ class TaskSpec(_Strict):
     head_tensors: tuple[str, ...] = ()
     function: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
+    harness: HarnessOptions | None = None
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -112,7 +133,8 @@ class TaskSpec(_Strict):
     @model_validator(mode="after")
     def _fits_together(self) -> TaskSpec:
         known = METRICS_OF_KIND[self.kind]
-        if self.metric is not None and self.metric not in known:
+        is_harness = self.kind == "lm-eval"
+        if self.metric is not None and self.metric not in known and not is_harness:
             raise ValueError(
                 f"metric '{self.metric}' is none of {self.kind}: {', '.join(known)}."
                 f"{suggest(self.metric, known)}"
@@ -122,7 +144,11 @@ class TaskSpec(_Strict):
             raise ValueError("`function` and the kind 'function' belong together")
         if self.options and not is_function:
             raise ValueError("`options` are for the kind 'function'")
-        if not is_function and not self.data:
+        if is_harness != (self.harness is not None):
+            raise ValueError("`harness` and the kind 'lm-eval' belong together")
+        if is_harness and self.data:
+            raise ValueError("`data` is not for the kind 'lm-eval', which brings its own rows")
+        if not is_function and not is_harness and not self.data:
             raise ValueError("'data' is missing")
         if self.head is None and (self.base_head or self.normalize or self.pooling != "mean"):
             raise ValueError("base_head, pooling and normalize need `head`")
@@ -153,6 +179,11 @@ class Task(TaskSpec):
     def metric_name(self) -> str:
         """The metric in force."""
         return self.metric or METRICS_OF_KIND[self.kind][0]
+
+    @property
+    def formula(self) -> str:
+        """How the metric is computed from outcomes, by its name in `metrics`."""
+        return "mean" if self.kind == "lm-eval" else self.metric_name
 
 
 class TaskFile(_Strict):

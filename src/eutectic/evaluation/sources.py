@@ -33,6 +33,7 @@ _ROUTED_HEADS = {
     "regression": ("ForSequenceClassification",),
     "image-classification": ("ForImageClassification",),
     "language-model": ("ForCausalLM", "LMHeadModel"),
+    "lm-eval": ("ForCausalLM", "LMHeadModel"),
     "sequence-to-sequence": ("ForConditionalGeneration",),
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from eutectic.errors import TaskError
-from eutectic.evaluation.schema import ColumnNames, Part, Task, TaskFile, TaskSpec
+from eutectic.evaluation.schema import ColumnNames, HarnessOptions, Part, Task, TaskFile, TaskSpec
 from eutectic.recipes.document import Location, Source, by_line, read_document, sentence
 
 
@@ -43,6 +43,8 @@ def _known_keys(location: Location) -> list[str]:
         return list(Part.model_fields)
     if inside[:1] == ["columns"] and len(inside) > 1:
         return list(ColumnNames.model_fields)
+    if inside[:1] == ["harness"] and len(inside) > 1:
+        return list(HarnessOptions.model_fields)
     return list(TaskSpec.model_fields)
 
 
@@ -55,6 +57,8 @@ def _path_faults(name: str, spec: TaskSpec, source: Source) -> list[str]:
         for key, value in (("head", spec.head), ("base_head", spec.base_head))
         if value is not None
     ]
+    if spec.harness is not None and spec.harness.include_path is not None:
+        named.append((("tasks", name, "harness", "include_path"), spec.harness.include_path))
     if spec.function is not None and ".py:" in spec.function:
         file = spec.function.rpartition(":")[0]
         named.append((("tasks", name, "function"), file))
@@ -72,6 +76,8 @@ def _resolved(name: str, spec: TaskSpec, folder: Path) -> Task:
     for key in ("head", "base_head"):
         if values[key] is not None:
             values[key] = str(_inside(values[key], folder))
+    if values["harness"] is not None and values["harness"]["include_path"] is not None:
+        values["harness"]["include_path"] = str(_inside(values["harness"]["include_path"], folder))
     if spec.function is not None and ".py:" in spec.function:
         values["function"] = str(_inside(spec.function, folder))
     return Task.model_validate(values)

@@ -116,8 +116,8 @@ def open_tasks(search: ScaleSearch, plan: Plan, inputs: Inputs) -> list[TuningTa
 
 
 def _fault(task: Task, split: str, search: ScaleSearch, plan: Plan) -> str | None:
-    if task.kind == "function":
-        return f"  - task '{task.name}' is a function, which reads its data itself."
+    if task.kind in ("function", "lm-eval"):
+        return f"  - task '{task.name}' is of the kind {task.kind}, which reads its data itself."
     if task.expert_name not in plan.recipe.experts:
         return (
             f"  - task '{task.name}' belongs to '{task.expert_name}', which is none of the "
