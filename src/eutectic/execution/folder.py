@@ -16,13 +16,8 @@ from eutectic.checkpoint.layout import OutputFile, layout_like
 from eutectic.checkpoint.writer import CheckpointWriter, sync_folder, sync_tree
 from eutectic.errors import OutputError, RequestError
 from eutectic.execution.finish import PROVENANCE, document, stated_recipe, write_folder
-from eutectic.execution.stages import (
-    Limits,
-    hashes,
-    records_of,
-    run_scaled,
-    run_stages,
-)
+from eutectic.execution.jobs import Limits, hashes, records_of
+from eutectic.execution.stages import run_scaled, run_stages
 from eutectic.execution.unscaled import Choose, unscaled_merge
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.journal import JOURNAL, Journal, request_identity

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from eutectic.checkpoint.memory import MemoryWriter
 from eutectic.errors import RequestError
+from eutectic.execution.jobs import Limits
 from eutectic.execution.request import limits_of, sorted_options
-from eutectic.execution.stages import Limits, run_stages
+from eutectic.execution.stages import run_stages
 from eutectic.planning.inputs import Statistics, in_memory_inputs
 from eutectic.planning.journal import Finished
 from eutectic.planning.plan import make_plan

@@ -14,8 +14,9 @@ from typing import Any
 
 from eutectic.errors import RequestError
 from eutectic.execution.folder import check_output, write_to_folder
+from eutectic.execution.jobs import Limits, Progress
 from eutectic.execution.request import limits_of, recipe_from
-from eutectic.execution.stages import Limits, Progress, refuse_search
+from eutectic.execution.stages import refuse_search
 from eutectic.execution.unscaled import Chooser
 from eutectic.planning.cost import check_memory, treatments
 from eutectic.planning.inputs import open_inputs

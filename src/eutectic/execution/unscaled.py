@@ -13,14 +13,8 @@ from torch import Tensor
 
 from eutectic.checkpoint.writer import CheckpointWriter
 from eutectic.execution.compute import holds_weight
-from eutectic.execution.stages import (
-    Ledger,
-    Limits,
-    Sink,
-    delta_layout,
-    merged_tensors,
-    run_unscaled,
-)
+from eutectic.execution.jobs import Ledger, Limits, Sink
+from eutectic.execution.stages import delta_layout, merged_tensors, run_unscaled
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.journal import Journal, request_identity
 from eutectic.planning.plan import Plan

@@ -12,9 +12,9 @@ from typing import Any, ParamSpec, TypeVar
 
 from eutectic.errors import RequestError
 from eutectic.execution import run
+from eutectic.execution.jobs import Limits, Progress
 from eutectic.execution.request import limits_of, recipe_from
 from eutectic.execution.run import MergeReport
-from eutectic.execution.stages import Limits, Progress
 from eutectic.execution.unscaled import Choice, unscaled_folder
 from eutectic.planning.cost import check_memory
 from eutectic.planning.inputs import open_inputs

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eutectic.errors import NumericalError
 from eutectic.evaluation.metrics import LOWER_IS_BETTER
 from eutectic.evaluation.outputs import score
-from eutectic.execution.stages import Ledger
+from eutectic.execution.jobs import Ledger
 from eutectic.execution.unscaled import Choice, Choose, Unscaled
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.journal import Finished
