@@ -1,15 +1,14 @@
-"""An inspection as pictures. matplotlib is loaded here, when it is needed."""
+"""An inspection as pictures."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eutectic.checkpoint.writer import write_atomically
-from eutectic.errors import MissingExtraError, RequestError
+from eutectic.errors import RequestError
+from eutectic.reporting.figure import new_figure, save_figure
 from eutectic.reporting.schema import Inspection, Layer, Pairs, Spectrum
 
 PANELS = 6
@@ -29,7 +28,7 @@ def check_plots(folder: Path) -> None:
         raise RequestError(f"{folder}: is a file; plots are written to a folder.")
     if not folder.absolute().parent.is_dir():
         raise RequestError(f"{folder}: there is no folder {folder.parent}.")
-    _figure(1, 1)
+    new_figure(1, 1)
 
 
 def draw(found: Inspection, folder: Path) -> list[Path]:
@@ -49,10 +48,8 @@ def draw(found: Inspection, folder: Path) -> list[Path]:
         figures["sar_nai"] = _scatter(found)
     paths: list[Path] = []
     for name, figure in figures.items():
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=130)
         paths.append(folder / f"{name}.png")
-        write_atomically(paths[-1], buffer.getvalue())
+        save_figure(figure, paths[-1], dpi=130)
     return paths
 
 
@@ -61,7 +58,7 @@ def _spectra(found: Inspection) -> Any:
     shown = _spread(found.layers, PANELS)
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
-    figure = _figure(3.4 * columns + 1.8, 2.7 * rows + 0.5)
+    figure = new_figure(3.4 * columns + 1.8, 2.7 * rows + 0.5)
     for place, layer in enumerate(shown):
         axes = figure.add_subplot(rows, columns, place + 1)
         for index, (name, spectrum) in enumerate(layer.experts.items()):
@@ -86,7 +83,7 @@ def _spectra(found: Inspection) -> Any:
 
 def _norms(found: Inspection) -> Any:
     """Norm of each expert's update per layer, in units of the base's norm."""
-    figure = _figure(max(7.0, 0.17 * len(found.layers) + 2.5), 5.0)
+    figure = new_figure(max(7.0, 0.17 * len(found.layers) + 2.5), 5.0)
     axes = figure.add_subplot()
     positions = range(len(found.layers))
 
@@ -124,7 +121,7 @@ def _interference(found: Inspection) -> Any:
         tables.append((title, pairs.activation, "viridis", 0, _top(pairs.activation, 1.0)))
     names = list(found.experts)
     side = max(2.6, 0.42 * len(names) + 1.0)
-    figure = _figure(3 * (side + 0.9), 2 * (side + 0.6) + 0.4)
+    figure = new_figure(3 * (side + 0.9), 2 * (side + 0.6) + 0.4)
     for place, (title, table, colours, low, high) in enumerate(tables):
         axes = figure.add_subplot(2, 3, place + 1)
         image = _heat(axes, table, names, colours, low, high)
@@ -138,7 +135,7 @@ def _alignment(found: Inspection) -> Any:
     """SAR per layer and task, one panel per merged model."""
     names, models = list(found.experts), list(found.merged)
     height = min(60.0, max(3.6, ROW_INCHES * len(found.layers) + 1.6))
-    figure = _figure(2.6 + len(models) * max(1.8, 0.34 * len(names) + 0.5), height)
+    figure = new_figure(2.6 + len(models) * max(1.8, 0.34 * len(names) + 0.5), height)
     panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
     tables = {
         model: [[layer.alignment[model].ratio[n] for n in names] for layer in found.layers]
@@ -163,7 +160,7 @@ def _alignment(found: Inspection) -> Any:
 def _scatter(found: Inspection) -> Any:
     """Mean SAR against NAI: a colour per method, a marker per task."""
     assert found.summary.correlation is not None
-    figure = _figure(7.5, 4.8)
+    figure = new_figure(7.5, 4.8)
     axes = figure.add_subplot()
     markers = "osD^v<>pPX*hH8d"
     for index, (model, own) in enumerate(found.summary.merged.items()):
@@ -258,14 +255,3 @@ def _colour(index: int) -> Any:
 
 def _dark(index: int) -> str:
     return ("#b30000", "#00429d", "#006d2c", "#6a3d9a", "#8c510a", "#333333")[index % 6]
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtraError("matplotlib", "plots", "Plotting an inspection") from None
-    figure: Any = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure

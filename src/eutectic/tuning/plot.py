@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eutectic.errors import MissingExtraError, OutputError, RequestError
+from eutectic.errors import RequestError
+from eutectic.reporting.figure import new_figure, save_figure
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -22,7 +23,7 @@ def check_plot(path: Path) -> None:
         raise RequestError(f"{path}: a plot's name ends with {', '.join(FORMATS)}.")
     if not path.parent.is_dir():
         raise RequestError(f"{path}: there is no folder {path.parent}.")
-    _figure()
+    new_figure(1, 1)
 
 
 def plot_curve(search: Mapping[str, Any], path: Path) -> None:
@@ -38,7 +39,7 @@ def plot_curve(search: Mapping[str, Any], path: Path) -> None:
         OutputError: the file cannot be written.
     """
     check_plot(path)
-    figure = _figure()(figsize=(6.4, 4.0), layout="constrained")
+    figure = new_figure(6.4, 4.0)
     axes = figure.add_subplot()
     points = search["points"]
     scales = [p["scale"] for p in points]
@@ -54,19 +55,8 @@ def plot_curve(search: Mapping[str, Any], path: Path) -> None:
     axes.set_ylabel(search["objective"], fontsize="small", wrap=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small")
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror}).") from None
+    save_figure(figure, path, dpi=150)
 
 
 def _number(value: float | None) -> float:
     return float("nan") if value is None else value
-
-
-def _figure() -> Any:
-    try:
-        from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise MissingExtraError("matplotlib", "plots", "Plotting the curve") from None
-    return Figure
