@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,32 @@ def test_images(tmp_path: Path, kind: str):
     assert found.shape == (9, 3)
     assert sorted(ready.references) == [0] * 3 + [1] * 3 + [2] * 3
     assert score(found, ready).metric == "accuracy"
+
+
+def test_maps_of_grey_pictures_are_averaged(tmp_path: Path):
+    from PIL import Image
+
+    model = world.make("pyramid")
+    folder = world.save(model, tmp_path / "m")
+    pictures = world.images(tmp_path / "i", 6)
+    weight, bias = torch.randn(3, 16), torch.randn(3)
+    save_file({"weight": weight, "bias": bias}, tmp_path / "h.safetensors")
+    spec = {"kind": "image-classification", "data": "i", "head": "h.safetensors"}
+    task = _one(tmp_path, **spec, labels=list(LABELS))
+    ready = prepare(task, "test", folder, batch_size=4)
+    found = outputs(load_model(folder, task), ready, load_head(task))
+    grey = [
+        np.array(Image.open(p).convert("L").resize((8, 8), Image.Resampling.BILINEAR))
+        for p in sorted(pictures.rglob("*.png"), key=lambda p: (p.parent.name, p.name))
+    ]
+    inputs = torch.tensor(np.stack(grey))[:, None].float() / 255
+    with torch.no_grad():
+        maps = model(inputs).last_hidden_state
+    assert torch.allclose(found, maps.flatten(2).mean(2) @ weight.T + bias, atol=1e-5)
+    with pytest.raises(RequestError, match="no first token"):
+        outputs(
+            load_model(folder, task), replace(ready, task=_one(tmp_path, **spec, pooling="cls"))
+        )
 
 
 def test_language_model_loss_and_perplexity(tmp_path: Path, texts: Path):

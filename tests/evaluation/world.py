@@ -61,6 +61,14 @@ def make(kind: str, labels: Sequence[str] = ("no", "maybe", "yes"), seed: int = 
                 projection_dim=12,
             )
         )
+    elif kind == "pyramid":  # a grey picture in, maps out
+        stages: dict[str, Any] = {
+            "hidden_sizes": [8, 16], "depths": [1, 1], "num_attention_heads": [1, 2],
+            "sr_ratios": [1, 1], "patch_sizes": [3, 3], "strides": [2, 2], "mlp_ratios": [2, 2],
+        }  # fmt: skip
+        model = hf.PvtV2Model(
+            hf.PvtV2Config(image_size=8, num_channels=1, num_encoder_blocks=2, **stages)
+        )
     elif kind == "t5":
         config = hf.T5Config(
             vocab_size=30, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
@@ -84,7 +92,8 @@ def save(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
     if "pixel_values" in str(type(model).main_input_name) or type(model).__name__ == "CLIPModel":
         size = {"height": 8, "width": 8}
-        hf.ViTImageProcessor(size=size).save_pretrained(folder)
+        grey = getattr(model.config, "num_channels", 3) == 1
+        hf.ViTImageProcessor(size=size, do_normalize=not grey).save_pretrained(folder)
     else:
         tokenizer().save_pretrained(folder)
     return folder

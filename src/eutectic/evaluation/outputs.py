@@ -203,6 +203,8 @@ def _features(model: Any, batch: dict[str, Tensor], task: Task) -> Tensor:
         if task.pooling == "pooler":
             features = output.pooler_output
         elif task.pooling == "cls":
+            if output.last_hidden_state.ndim != 3:
+                raise RequestError(f"task '{task.name}': the model has no first token; pool: mean.")
             features = output.last_hidden_state[:, 0]
         else:
             features = _mean(output.last_hidden_state.float(), batch.get("attention_mask"))
@@ -211,6 +213,8 @@ def _features(model: Any, batch: dict[str, Tensor], task: Task) -> Tensor:
 
 
 def _mean(states: Tensor, mask: Tensor | None) -> Tensor:
+    if states.ndim == 4:  # maps of pyramids and convolutional networks: [n, hidden, height, width]
+        return states.mean((2, 3))
     if mask is None:
         return states.mean(1)
     weights = mask.unsqueeze(-1).to(states.dtype)

@@ -16,7 +16,7 @@ from eutectic.evaluation.rows import data_hash, split_rows
 from eutectic.evaluation.schema import Split, Task
 from eutectic.statistics.batches import IGNORED_LABEL
 from eutectic.statistics.data import longest_input
-from eutectic.statistics.encode import open_image
+from eutectic.statistics.encode import image_mode, open_image
 from eutectic.statistics.models import load_processor
 from eutectic.statistics.rows import Row
 
@@ -89,7 +89,7 @@ def prepare(
     digest = data_hash(task, rows)
     generate = 0
     if task.kind == "image-classification":
-        batches, order = _images(task, rows, processor, batch_size)
+        batches, order = _images(task, rows, processor, batch_size, image_mode(config))
     else:
         limit_tokens = task.max_length or longest_input(processor, config)
         encode = _Texts(task, rows, processor, limit_tokens)
@@ -185,13 +185,12 @@ def _processor(folder: Path, task: Task, kind: str) -> tuple[Any, Any]:
 
 
 def _images(
-    task: Task, rows: Sequence[Row], processor: Any, batch_size: int
+    task: Task, rows: Sequence[Row], processor: Any, batch_size: int, mode: str
 ) -> tuple[tuple[dict[str, Tensor], ...], list[int]]:
     batches: list[dict[str, Tensor]] = []
     for start in range(0, len(rows), batch_size):
         images = [
-            open_image(row[task.columns.image]).convert("RGB")
-            for row in rows[start : start + batch_size]
+            open_image(row[task.columns.image], mode) for row in rows[start : start + batch_size]
         ]
         batches.append(
             {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"]}

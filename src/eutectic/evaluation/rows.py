@@ -157,7 +157,7 @@ def _inputs(task: Task, row: Row) -> list[bytes]:
         return [f"{key}={_plain(value)}".encode() for key, value in sorted(row.items())]
     values = [row.get(getattr(task.columns, column)) for column in INPUTS[task.kind]]
     if task.kind == "image-classification":
-        image = open_image(values[0]).convert("RGB")
+        image = open_image(values[0])
         return [str(image.size).encode(), image.tobytes()]
     return [_plain(value).encode() for value in values if value is not None]
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from eutectic.statistics.batches import Batch
-from eutectic.statistics.encode import Columns, EncodedRows
+from eutectic.statistics.encode import Columns, EncodedRows, image_mode
 from eutectic.statistics.models import LoadedModel
 from eutectic.statistics.rows import read_rows
 
@@ -47,6 +47,7 @@ def open_batches(
         batch_size,
         max_length or longest_input(loaded.processor, loaded.model.config),
         loaded.label_ids,
+        image_mode(loaded.model.config),
     )
 
 

@@ -52,6 +52,7 @@ class EncodedRows:
         batch_size: rows per batch.
         max_length: tokens per text.
         label_ids: class name -> index, from the model's configuration.
+        image_mode: of the pictures that the model takes; see `image_mode`.
     """
 
     rows: Sequence[Row]
@@ -61,6 +62,7 @@ class EncodedRows:
     batch_size: int
     max_length: int
     label_ids: dict[str, int]
+    image_mode: str = "RGB"
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
@@ -78,7 +80,8 @@ class EncodedRows:
             StatisticsError: a label that the model does not know, or an unreadable image.
         """
         if self.task == "image-classification":
-            images = [open_image(v) for v in self._column("image", rows, start)]
+            column = self._column("image", rows, start)
+            images = [open_image(v, self.image_mode) for v in column]
             batch = dict(self.processor(images=images, return_tensors="pt"))
             return batch | self._labels(rows, start)
         if self.task == "seq2seq":
@@ -146,18 +149,24 @@ def _masked(tokens: Tensor, mask: Tensor) -> Tensor:
     return tokens.masked_fill(mask == 0, IGNORED_LABEL)
 
 
-def open_image(value: Any) -> Any:
-    """Return an image from a path, or the value itself when it is one already.
+def image_mode(config: Any) -> str:
+    """Return what pictures a model takes: grey (`L`) where its configuration has one channel."""
+    seen = getattr(config, "vision_config", None) or config
+    return "L" if getattr(seen, "num_channels", None) == 1 else "RGB"
+
+
+def open_image(value: Any, mode: str = "RGB") -> Any:
+    """Return an image from a path, or from an image, in a mode of Pillow's.
 
     Raises:
         StatisticsError: the file is not a readable image.
     """
     if not isinstance(value, str | Path):
-        return value
+        return value.convert(mode) if hasattr(value, "convert") else value
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(value) as image:
-            return image.convert("RGB")
+            return image.convert(mode)
     except (OSError, UnidentifiedImageError) as error:
         raise StatisticsError(f"{value}: not a readable image ({error}).") from error
