@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from data import TASKS, load_task, seeded, write
-from model import embed, features, load_model
+from model import embed, features, load_model, save
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -98,7 +98,7 @@ def make_expert(work: Path, task: str) -> None:
     record = {"task": task, "base": before, "expert": accuracy(model, head, *test)}
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
+    save(model, part)
     (part / "accuracy.json").write_text(json.dumps(record, indent=1) + "\n")
     part.rename(folder)
     print(f"{task:12s} base {record['base']:.3f} expert {record['expert']:.3f} "

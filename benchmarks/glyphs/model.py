@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -36,6 +37,13 @@ def new_model(seed: int = 0, **changes: object) -> PvtV2Model:
 def load_model(folder: Path | str) -> PvtV2Model:
     """Return the model of a folder (`config.json`, `model.safetensors`) in evaluation mode."""
     return PvtV2Model.from_pretrained(folder, local_files_only=True).eval()
+
+
+def save(model: PvtV2Model, folder: Path) -> None:
+    """Write the model, and how it takes pictures: as they are, in [0, 1]."""
+    model.save_pretrained(folder)
+    told = {"image_processor_type": "ViTImageProcessor", "do_resize": False, "do_normalize": False}
+    (folder / "preprocessor_config.json").write_text(json.dumps(told, indent=1) + "\n")
 
 
 def embed(model: nn.Module, images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from data import distort, seeded, write
-from model import HIDDEN, embed, new_model
+from model import HIDDEN, embed, new_model, save
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -95,7 +95,7 @@ def pretrain(work: Path, steps: int = STEPS) -> None:
             right = accuracy(network, tensors)
             print(f"step {step + 1}/{steps} loss {loss.item():.3f} "
                   f"validation {right:.3f} {rate:.0f} images/s", flush=True)  # fmt: skip
-    body.save_pretrained(work / "base.part")
+    save(body, work / "base.part")
     (work / "base.part").rename(work / "base")
 
 
