@@ -85,9 +85,17 @@ def test_ends_after_as_many_steps_as_there_are_eigenvalues():
 
 def test_the_last_residual_is_recomputed_from_its_definition():
     A, b = spd(15, 4).float(), randn(4, 15).float()
+    for limit, tolerance in ((30, 0.0), (100, 1e-5)):  # out of steps near rounding, and converged
+        result = conjugate_gradients(lambda x: x @ A, b, iterations=limit, tolerance=tolerance)
+        assert result.residuals[-1] == norm(b - result.solution @ A) / norm(b)
+        assert result.applications > result.iterations
+
+
+def test_early_stopping_costs_no_further_application():
+    A, b = spd(60, 4, 1e6).float(), randn(4, 60).float()
     result = conjugate_gradients(lambda x: x @ A, b, iterations=7)
-    assert result.residuals[-1] == norm(b - result.solution @ A) / norm(b)
-    assert result.applications == 8  # from zero: seven steps and the check
+    assert (result.status, result.applications) == ("iteration_limit", 7)
+    assert result.residuals[-1] == pytest.approx(norm(b - result.solution @ A) / norm(b), rel=1e-3)
 
 
 def test_starting_at_the_solution_takes_no_step():

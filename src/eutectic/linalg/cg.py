@@ -27,7 +27,8 @@ class CGResult:
         iterations: steps taken.
         applications: how often the operator was applied, checks of the true residual included.
         residuals: ‖b − C(x_k)‖/‖b‖ before each step and after the last. The entries come from
-            CG's recurrence; the last one is recomputed from its definition.
+            CG's recurrence; the last one is recomputed from its definition, unless the steps ran
+            out above √eps, far from where rounding parts the two.
         status: why it stopped.
             converged: the recomputed residual is at most the tolerance.
             iteration_limit: the steps ran out, which is early stopping.
@@ -74,7 +75,7 @@ def conjugate_gradients(
         The result record. It never raises: the caller decides what a status means. b = 0 gives
         x = 0. On a rank-deficient consistent system x keeps x₀'s part in the null space.
 
-    Cost: one application of C (and of M⁻¹) a step and one or two besides; five tensors of memory.
+    Cost: one application of C (and of M⁻¹) a step and at most two besides; five tensors of memory.
     """
     b_norm = norm(right_side)
     x = torch.zeros_like(right_side) if initial is None else initial.to(right_side, copy=True)
@@ -96,7 +97,7 @@ def conjugate_gradients(
             break
         done = curve[-1] <= tolerance
         if done or steps == iterations:
-            if steps:
+            if steps and (done or curve[-1] < torch.finfo(x.dtype).eps ** 0.5):
                 r = right_side - operator(x)
                 applications += 1
                 curve[-1] = norm(r) / b_norm

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-PANEL = 256  # rows of a trapezoidal factor multiplied at once: what lies left of them is zero
+PANEL = 320  # rows of a trapezoidal factor multiplied at once: what lies left of them is zero
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,14 @@ class Gram:
         if self.matrix is not None:
             x = x if left is None else left @ x
             return total.addmm_(x, self.matrix, alpha=scale * self.scale)
+        # X·Fᵀ as a whole, so that H meets one matrix of k columns.
+        shadow = torch.cat([x[:, start:] @ rows.T for start, rows in self._panels], dim=1)
+        shadow = shadow if left is None else left @ shadow
+        first = 0
         for start, rows in self._panels:
-            shadow = x[:, start:] @ rows.T
-            shadow = shadow if left is None else left @ shadow
-            total[:, start:].addmm_(shadow, rows, alpha=scale * self.scale)
+            own = shadow[:, first : first + len(rows)]
+            total[:, start:].addmm_(own, rows, alpha=scale * self.scale)
+            first += len(rows)
         if self.remainder is not None:
             x = x if left is None else left @ x
             total.addcmul_(x, self.remainder, value=scale)

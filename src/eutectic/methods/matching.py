@@ -118,8 +118,8 @@ def mats(deltas: Tensor, parameters: MatsParameters, context: Context) -> Merged
     to zero (if the guess is zero then, as all but a given one are).
 
     Precision: float32 tensors with float64 inner products; float64 throughout for float64 deltas,
-    `precision="exact"`, and from where float32 stagnates above the tolerance. The last entry of
-    the residual curve is recomputed from the definition.
+    `precision="exact"`, and from where float32 stagnates above the tolerance. Success is claimed
+    on a residual that is recomputed from the definition.
 
     Spaces: from the same point the iterates for the delta and for the weight are the same up to
     rounding, whatever the rank, because their residuals are equal. Only the stopping test
