@@ -9,7 +9,10 @@ from torch import Tensor
 
 from eutectic.errors import NumericalError, StatisticsError
 from eutectic.linalg import lapack
+from eutectic.linalg.gram import gram
 from eutectic.types import LayerStatistics
+
+PANEL = 256  # rows multiplied at once where part of a product is known beforehand
 
 
 @dataclass(frozen=True)
@@ -78,33 +81,57 @@ def essential_subspace(
     limit = min(rank, tokens) if tokens else rank
     factored = statistics.gram is None and statistics.gram_diagonal is None
     if factored and min(out_features, len(stored)) <= in_features:
-        shift = stored.to(weight) @ weight.T
-        if out_features <= len(shift):
-            return _leading(shift.T @ shift, limit, tolerance)
+        root = stored.to(weight)
     else:
-        gram = _dense(statistics).to(weight)
+        matrix = _dense(statistics).to(weight)
         if out_features <= in_features:
-            return _leading(weight @ gram @ weight.T, limit, tolerance)
-        shift = _root(gram) @ weight.T
-    inner = _leading(shift @ shift.T, limit, tolerance)
+            return _leading(_lower_product(weight @ matrix, weight.T), limit, tolerance)
+        root = _root(matrix)
+    shift = _trapezoidal_product(root, weight.T)
+    if out_features <= len(shift):
+        return _leading(gram(shift), limit, tolerance)
+    inner = _leading(gram(shift.T), limit, tolerance)
     return EssentialSubspace(
         shift.T @ (inner.directions / inner.eigenvalues.sqrt()), inner.eigenvalues
     )
 
 
 def _dense(statistics: LayerStatistics) -> Tensor:
-    gram = statistics.dense_gram()
-    assert gram is not None  # checked by the caller
-    return gram
+    dense = statistics.dense_gram()
+    assert dense is not None  # checked by the caller
+    return dense
 
 
-def _root(gram: Tensor) -> Tensor:
+def _root(matrix: Tensor) -> Tensor:
     """Return R with RᵀR = A: Cholesky, or the symmetric root of a semidefinite Gram."""
-    lower = lapack.cholesky(gram)
+    lower = lapack.cholesky(matrix)
     if lower is not None:
         return lower.T
-    whole = _leading(gram, len(gram), 0.0)
+    whole = _leading(matrix, len(matrix), 0.0)
     return (whole.directions * whole.eigenvalues.sqrt()).T
+
+
+def _lower_product(left: Tensor, right: Tensor) -> Tensor:
+    """Return the blocks on and below the diagonal of a product that is symmetric."""
+    product = left.new_zeros(len(left), right.shape[1])
+    for start in range(0, len(left), PANEL):
+        stop = start + PANEL
+        torch.mm(left[start:stop], right[:, :stop], out=product[start:stop, :stop])
+    return product
+
+
+def _trapezoidal_product(root: Tensor, right: Tensor) -> Tensor:
+    """Return R·B, skipping what lies below the diagonal of R where that is zero.
+
+    Cholesky factors and the factors that a collection stores are upper trapezoidal.
+    """
+    if len(root) <= PANEL or bool(root[PANEL:, :PANEL].any()) or bool(root.tril(-1).any()):
+        return root @ right
+    product = right.new_empty(len(root), right.shape[1])
+    for start in range(0, len(root), PANEL):
+        rows = root[start : start + PANEL, start:]
+        torch.mm(rows, right[start:], out=product[start : start + PANEL])
+    return product
 
 
 def _leading(matrix: Tensor, rank: int, tolerance: float) -> EssentialSubspace:
