@@ -13,7 +13,7 @@ from eutectic.linalg.polar import choose_route, explain_polar, polar
 from .spectra import SPECTRA, distance, geometric, power_law, with_spectrum
 
 SHAPES = [(40, 40), (90, 30), (30, 90)]
-ROUTES = ["gram", "halley", "mixed", "products", None]
+ROUTES = ["gram", "halley", "products", None]
 
 
 def reference(matrix, support, tolerance):
@@ -48,9 +48,8 @@ def test_full_support_of_ill_conditioned_float64(route):
     ("route", "spectrum"),
     [
         ("gram", power_law(150)),
+        ("gram", geometric(150, 1e3)),
         ("gram", geometric(150, 1e4)),
-        ("mixed", geometric(150, 1e4)),
-        ("mixed", power_law(150)),
         ("halley", torch.linspace(1, 0.8, 150).double()),
         ("halley", geometric(150, 10)),
     ],
@@ -152,9 +151,15 @@ def test_thin_factors_give_the_dense_result(norm):
 
 
 @pytest.mark.parametrize(
-    "spectrum", [power_law(200), geometric(200, 11), torch.linspace(1, 0.8, 200).double()]
+    "spectrum",
+    [
+        power_law(200),
+        geometric(200, 11),
+        geometric(200, 3e3),
+        torch.linspace(1, 0.8, 200).double(),
+    ],
 )
-@pytest.mark.parametrize("route", ["gram", "halley", "mixed"])
+@pytest.mark.parametrize("route", ["gram", "halley"])
 def test_thread_count_does_not_matter(route, spectrum):
     matrix = with_spectrum(300, 200, spectrum).float()
     before = torch.get_num_threads()
@@ -196,7 +201,7 @@ def test_polar_properties(out, inner, exponent, magnitude, seed):
     [
         ((64, 64), "cpu", "fast", "gram", "Gram"),
         ((768, 768), "cpu", "fast", "halley", "Halley"),
-        ((4096, 2048), "cpu", "fast", "mixed", "float64 at first"),
+        ((4096, 2048), "cpu", "fast", "halley", "Gram eigenproblem"),
         ((64, 64), "cuda", "fast", "products", "Newton"),
         ((4096, 2048), "cpu", "exact", "svd", "SVD"),
     ],

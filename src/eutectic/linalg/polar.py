@@ -4,26 +4,19 @@
 |---|---|---|
 | `halley` | QDWH steps by Cholesky on the float64 Gram | shorter side from `HALLEY_SIDE` on |
 | `gram` | float64 eigenproblem of the smaller Gram MᵀM | shorter sides below that |
-| `mixed` | `halley`, else with its first steps in float64 | from `MIXED_SIDE` on |
 | `products` | scaled Newton–Schulz, matrix products only | accelerators |
 | `svd` | thin SVD in float64 | `precision="exact"` |
 
 A route declines what it cannot do well, its result is checked on random vectors, and the next one
-takes over, the thin SVD last. `halley` runs its steps in the input's dtype and keeps to a
-condition of `CONDITION` (nearly flat spectra, blocks of singular vectors), which one Cholesky
+takes over: `gram` after `halley` and `products`, the thin SVD last. `halley` runs its steps in the
+input's dtype and keeps to a condition of `CONDITION` (nearly flat spectra), which one Cholesky
 decomposition certifies. Squaring M squares its condition: `gram` keeps singular values down to
-`GRAM_FLOOR`·S₁, `mixed` to `MIXED_FLOOR`·S₁, `products`, all
-float32, to `PRODUCTS_FLOOR`·S₁. Smaller ones that have to be kept
+`GRAM_FLOOR`·S₁, `products`, all float32, to `PRODUCTS_FLOOR`·S₁. Smaller ones that have to be kept
 (full support, or a tighter tolerance) go to the thin SVD. Against the float64 SVD of the same input
 the result agrees to 1e-4 in relative Frobenius norm (measured: below 1e-5; `products` 1e-4), for
 any number of threads to 1e-6.
 
-Why not cheaper still, counted in float32 products of side 768 on two cores: a float32 SVD takes 15,
-a float64 eigenproblem 12, a float64 Gram 1.4 for every n rows, a Halley step 3 in float32. From a
-condition of about 100 on, where two steps are needed, they would have to run in float64, at
-over twice the cost, for any number of threads to agree to 1e-6; a condition of 1e4 needs three. So
-falling spectra take the eigenproblem (below `MIXED_SIDE`), and a square matrix
-with one gains little on the SVD. `benchmarks/kernels.py` prints these costs.
+Why not cheaper still: docs/linear_algebra.md counts it.
 """
 
 from __future__ import annotations
@@ -40,20 +33,19 @@ from torch import Tensor
 from eutectic.linalg import lapack
 from eutectic.linalg.gram import gram, gram_pairs, images
 from eutectic.linalg.lowrank import LowRank
-from eutectic.linalg.qdwh import Ends, halley, halley_wide, newton_schulz, spectrum_ends
+from eutectic.linalg.qdwh import Ends, halley, newton_schulz, spectrum_ends
 from eutectic.linalg.svd import default_tolerance, magnitude, numerical_rank, thin_svd
 
 Support = Literal["numerical", "full"]
 Precision = Literal["fast", "exact"]
-Route = Literal["svd", "gram", "halley", "mixed", "products"]
+Route = Literal["svd", "gram", "halley", "products"]
 Gram = Callable[[], Tensor]
 Matrix = TypeVar("Matrix", Tensor, LowRank)
 
 HALLEY_SIDE = 128  # below, the eigenproblem is as cheap
-MIXED_SIDE = 1280  # from here on float64 steps beat the eigenproblem's memory-bound reduction
-MIXED_FLOOR = 3e-7  # of S₁: what a float64 Gram still shows, five times float32's rounding
 CONDITION = 12  # to here I + cG and its inverse in float32 disturb the factor by less than 1e-6
-NARROW = 1e-2  # M(MᵀM)^-½ loses this much of eps: affordable in the input's own dtype
+ROUNDING = 5e-6  # what M·(MᵀM)^-½ may lose when it is multiplied in the input's own dtype
+NARROW = 1e-4  # S_n/S₁ from which the eigenvalues of a float64 Gram are exact enough for (MᵀM)^-½
 PRODUCTS_FLOOR = 1e-3  # Newton–Schulz in float32 loses eps·S₁/s in the direction of s
 MARGIN = 1.05  # estimates this near the rank tolerance are left to the eigenproblem
 CHECK_PROBES = 4
@@ -164,8 +156,6 @@ def choose_route(shape: tuple[int, ...] | torch.Size, device: str, precision: Pr
         return "svd"
     if device != "cpu":
         return "products"
-    if min(shape) >= MIXED_SIDE:
-        return "mixed"
     return "halley" if min(shape) >= HALLEY_SIDE else "gram"
 
 
@@ -180,8 +170,6 @@ def explain_polar(
         "gram": f"float64 Gram eigenproblem of side {side} (shorter side below {HALLEY_SIDE})",
         "halley": f"Halley steps by Cholesky of side {side} (condition up to {CONDITION}, "
         "else float64 Gram eigenproblem)",
-        "mixed": f"Halley steps by Cholesky of side {side} (float64 at first beyond condition "
-        f"{CONDITION}: shorter side from {MIXED_SIDE} on)",
         "products": f"Newton–Schulz products (on {device})",
     }
     fallback = "" if route == "svd" else "; thin SVD if its check fails"
@@ -211,7 +199,7 @@ def _by_gram(matrix: Tensor, squared: Gram, tolerance: float | None) -> Polar[Te
     if pairs is None:
         return None
     values, V = pairs
-    if float(values[-1]) > NARROW * float(values[0]):
+    if _narrow(values, matrix.dtype):
         root = (V / values.sqrt()).to(matrix.dtype)
         factor = matrix @ (root @ root.mT)
         return Polar(factor, float(values.sum()), len(values), "gram")
@@ -221,16 +209,15 @@ def _by_gram(matrix: Tensor, squared: Gram, tolerance: float | None) -> Polar[Te
     return Polar(factor, float(S.sum()), len(S), "gram")
 
 
-def _by_mixed(matrix: Tensor, squared: Gram, tolerance: float | None) -> Polar[Tensor] | None:
-    G = squared()
-    ends = spectrum_ends(G)
-    if ends is None or float(ends.smallest[0]) < MIXED_FLOOR * ends.largest:
-        return None
-    dropped = _dropped(ends, tolerance)
-    if dropped is None:
-        return None
-    factor = halley_wide(matrix, G, ends.largest, float(ends.smallest[0]))
-    return None if factor is None else _without(factor, matrix, ends, dropped, "mixed")
+def _narrow(values: Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether M·(MᵀM)^-½ may be multiplied in the input's dtype.
+
+    Its rounding is about eps·‖M‖·‖(MᵀM)^-½‖, spread over all n directions.
+    """
+    if float(values[-1]) < NARROW * float(values[0]):
+        return False
+    spread = lapack.norm(values) * lapack.norm(1 / values) / len(values)
+    return torch.finfo(dtype).eps * spread <= ROUNDING
 
 
 def _by_products(matrix: Tensor, squared: Gram, tolerance: float | None) -> Polar[Tensor] | None:
@@ -269,12 +256,11 @@ def _without(
     return Polar(factor, norm, matrix.shape[1] - dropped, route)
 
 
-_KERNELS = {"halley": _by_halley, "mixed": _by_mixed, "gram": _by_gram, "products": _by_products}
-_FALLBACKS: dict[Route, tuple[Literal["halley", "mixed", "gram", "products"], ...]] = {
+_KERNELS = {"halley": _by_halley, "gram": _by_gram, "products": _by_products}
+_FALLBACKS: dict[Route, tuple[Literal["halley", "gram", "products"], ...]] = {
     "svd": (),
     "gram": ("gram",),
     "halley": ("halley", "gram"),
-    "mixed": ("halley", "mixed", "gram"),
     "products": ("products", "gram"),
 }
 

@@ -18,10 +18,6 @@ from eutectic.linalg import lapack
 from eutectic.linalg.gram import gram
 
 HALLEY_STEPS = 4
-# Above this weight the Cholesky form loses sqrt(weight)·eps, so those steps run in float64.
-WIDE_WEIGHT = 100.0
-# A predicted distance to 1 that one Newton–Schulz step takes below float32's rounding.
-CLOSE = 1e-3
 # Largest distance (root mean square) of G from I for 1, 2, 3 terms of G^-½.
 SERIES = (1e-3, 0.01, 0.04)
 PROBES = 12
@@ -168,41 +164,6 @@ def _lower_bound(squared: Tensor, low: float) -> float:
             break
         proven = bound
     return proven
-
-
-def halley_wide(matrix: Tensor, squared: Tensor, largest: float, smallest: float) -> Tensor | None:
-    """Return the polar factor of `[m, n]` with m ≥ n and full column rank, or None.
-
-    X ← (b/c)X + (a − b/c)·X(I + cXᵀX)⁻¹ by Cholesky. The first steps, while their weight c is
-    large, run in float64; the others in the input's dtype.
-
-    Args:
-        matrix: M, float32 or float64.
-        squared: MᵀM in float64.
-        largest: estimate of the largest singular value.
-        smallest: estimate of the smallest.
-    """
-    scale = 1.05 * largest
-    low = min(0.8 * smallest / scale, 1.0)
-    x, g = matrix.double() / scale, squared / scale**2
-    while 1 - low > CLOSE:
-        a, b, c = halley_weights(low)
-        if c <= WIDE_WEIGHT:
-            x = x.to(matrix.dtype)
-        shifted = g.to(x.dtype) * c
-        shifted.diagonal().add_(1)
-        lower = lapack.cholesky(shifted)
-        if lower is None:
-            return None
-        if c > WIDE_WEIGHT:  # an explicit inverse of this condition would lose c·eps
-            x = x * (b / c) + torch.cholesky_solve(x.mT, lower).mT * (a - b / c)
-        else:
-            x = torch.addmm(x, x, torch.cholesky_inverse(lower), beta=b / c, alpha=a - b / c)
-        low = min(low * (a + b * low * low) / (1 + c * low * low), 1.0)
-        if 1 - low > CLOSE:
-            narrow = x.to(matrix.dtype) if halley_weights(low)[2] <= WIDE_WEIGHT else x
-            g = narrow.mT @ narrow
-    return newton_schulz(x.to(matrix.dtype), low=low)
 
 
 def newton_schulz(matrix: Tensor, *, low: float = 1e-3, steps: int = 40) -> Tensor | None:
