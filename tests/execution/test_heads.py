@@ -124,25 +124,16 @@ def test_the_output_type_reaches_heads_and_configs(tmp_path: Path) -> None:
 
 
 def _save_bert(folder: Path, sharded: bool) -> tuple[Path, dict[str, Path]]:
+    from helpers.configs import tiny_model
     from helpers.models import perturb
 
-    library: Any = pytest.importorskip("transformers")
     options: dict[str, Any] = {"max_shard_size": "8KB"} if sharded else {}
-    sizes: dict[str, Any] = {
-        "vocab_size": 40,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "max_position_embeddings": 24,
-    }
     torch.manual_seed(0)
-    base = library.BertModel(library.BertConfig(**sizes))
+    base = tiny_model("BertModel")
     base.save_pretrained(folder / "base", **options)
     paths: dict[str, Path] = {}
     for i, labels in enumerate((2, 4)):
-        config = library.BertConfig(**sizes, num_labels=labels)
-        expert = library.BertForSequenceClassification(config)
+        expert = tiny_model("BertForSequenceClassification", num_labels=labels)
         expert.bert.load_state_dict(base.state_dict())
         perturb(expert, 7 + i)
         paths[f"e{labels}"] = folder / f"e{labels}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.types import LayerStatistics
+from helpers.configs import tiny_model
 
 EXPERTS = ("a", "b", "c")
 # Lookup tables, and what torch's attention applies without calling the module.
@@ -127,50 +128,14 @@ def world(make: Callable[[], nn.Module], batch: Callable[[int, int, int], Batch]
 
 
 def bert() -> World:
-    from transformers import BertConfig, BertModel
-
-    config = BertConfig(
-        vocab_size=40,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=24,
-    )
-    return world(lambda: BertModel(config), texts)
+    return world(lambda: tiny_model("BertModel"), texts)
 
 
 def gpt2() -> World:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=40,
-        n_positions=32,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    return world(lambda: GPT2LMHeadModel(config), texts)
+    return world(lambda: tiny_model("GPT2LMHeadModel", pad_token_id=0), texts)
 
 
 def t5() -> World:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(
-        vocab_size=40,
-        d_model=16,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_heads=2,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-
     def batch(task: int, samples: int, seed: int) -> Batch:
         source = texts(task, samples, seed)
         target = texts(task, samples, seed + 50, length=6)
@@ -180,27 +145,16 @@ def t5() -> World:
             "decoder_attention_mask": target["attention_mask"],
         }
 
-    return world(lambda: T5ForConditionalGeneration(config), batch)
+    return world(lambda: tiny_model("T5ForConditionalGeneration"), batch)
 
 
 def clip_vision() -> World:
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    config = CLIPVisionConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=8,
-        patch_size=4,
-    )
-
     def batch(task: int, samples: int, seed: int) -> Batch:
         g = torch.Generator().manual_seed(100 * seed + task)
         shift = torch.tensor([1.0, -1.0, 0.0])[task]
         return {"pixel_values": torch.randn(samples, 3, 8, 8, generator=g) + 2 * shift}
 
-    return world(lambda: CLIPVisionModel(config), batch)
+    return world(lambda: tiny_model("CLIPVisionModel"), batch)
 
 
 class TorchEncoder(nn.Module):

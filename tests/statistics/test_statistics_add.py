@@ -40,7 +40,7 @@ def test_factors_stay_factors_while_tokens_are_few() -> None:
     parts = [collect(model, batched(DATA[i : i + 1], 1)) for i in (1, 2, 4)]
     total = add_statistics(parts)
     layer = total["bert.encoder.layer.1.output.dense.weight"]
-    assert layer.gram_factor is not None and layer.gram_factor.shape == (7, 24)
+    assert layer.gram_factor is not None and layer.gram_factor.shape == (7, 32)
     assert_same(collect(model, batched([DATA[1], DATA[2], DATA[4]], 3)), total, 1e-5)
 
 

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import transformers as hf
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from eutectic.statistics import StatisticsFile
+from helpers.configs import tiny_model
 
 VOCABULARY = 40
 LENGTHS = (7, 4, 1, 5, 2, 6)
 Example = dict[str, Tensor]
 
 
-def seeded(make: Any, *args: Any) -> nn.Module:
+def seeded(name: str, **changes: Any) -> nn.Module:
     torch.manual_seed(0)
-    model = make(*args)
+    model = tiny_model(name, **changes)
     with torch.no_grad():
         for parameter in model.parameters():
             # Away from the tiny default scale, so that every layer matters.
@@ -28,84 +28,27 @@ def seeded(make: Any, *args: Any) -> nn.Module:
 
 
 def bert(**changes: Any) -> nn.Module:
-    config = hf.BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=16,
-        num_labels=3,
-        **changes,
-    )
-    return seeded(hf.BertForSequenceClassification, config)
+    return seeded("BertForSequenceClassification", num_labels=3, **changes)
 
 
 def t5() -> nn.Module:
-    config = hf.T5Config(
-        vocab_size=VOCABULARY,
-        d_model=16,
-        d_kv=8,
-        d_ff=24,
-        num_layers=2,
-        num_heads=2,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-    )
-    return seeded(hf.T5ForConditionalGeneration, config)
+    return seeded("T5ForConditionalGeneration")
 
 
 def bart() -> nn.Module:
-    config = hf.BartConfig(
-        vocab_size=VOCABULARY,
-        d_model=16,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=24,
-        decoder_ffn_dim=24,
-        max_position_embeddings=16,
-        pad_token_id=1,
-        bos_token_id=2,
-        eos_token_id=3,
-        decoder_start_token_id=3,
-        forced_eos_token_id=3,
-    )
-    return seeded(hf.BartForConditionalGeneration, config)
+    return seeded("BartForConditionalGeneration")
 
 
 def gpt2() -> nn.Module:
-    config = hf.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=16, bos_token_id=0,
-        eos_token_id=0,
-    )  # fmt: skip
-    return seeded(hf.GPT2LMHeadModel, config)
+    return seeded("GPT2LMHeadModel")
 
 
 def llama() -> nn.Module:
-    config = hf.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    return seeded(hf.LlamaForCausalLM, config)
+    return seeded("LlamaForCausalLM")
 
 
 def clip_vision() -> nn.Module:
-    config = hf.CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-        projection_dim=12,
-    )
-    return seeded(hf.CLIPVisionModelWithProjection, config)
+    return seeded("CLIPVisionModelWithProjection")
 
 
 MODELS = {

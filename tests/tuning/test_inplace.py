@@ -14,6 +14,7 @@ from eutectic.tuning.inplace import Lazily, set_scale, share_bodies
 from eutectic.tuning.tasks import _token_logits
 
 hf = pytest.importorskip("transformers")
+from helpers.configs import tiny_model  # noqa: E402
 from tuning import world  # noqa: E402 - after the check that transformers is there
 
 
@@ -58,11 +59,7 @@ def test_bodies_are_held_once():
 def test_next_token_logits(tmp_path, monkeypatch, positions):
     monkeypatch.setattr("eutectic.tuning.tasks.POSITIONS", positions)
     torch.manual_seed(0)
-    model = hf.GPT2LMHeadModel(
-        hf.GPT2Config(
-            vocab_size=40, n_positions=24, n_embd=16, n_layer=1, n_head=2, initializer_range=0.3
-        )
-    ).eval()
+    model = tiny_model("GPT2LMHeadModel", n_layer=1, initializer_range=0.3).eval()
     model.save_pretrained(tmp_path)
     words = world.tokenizer()
     words.save_pretrained(tmp_path)

@@ -12,17 +12,11 @@ import yaml
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from helpers.configs import tiny_model
+
 WORDS = ["[PAD]", "[UNK]", *(f"w{i}" for i in range(38))]
 CLASSES = {"left": 3, "right": 2}
-SIZES: dict[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 24,
-    "initializer_range": 0.3,
-}
+WIDE = {"initializer_range": 0.3}  # far from the tiny default, so that answers differ
 
 
 def tokenizer() -> hf.PreTrainedTokenizerFast:
@@ -53,13 +47,13 @@ def answers(model: Any, rows: list[str]) -> list[int]:
 def build(folder: Path) -> Path:
     """Write `base`, experts `left` and `right`, data, `tasks.yaml` and `heads.yaml`."""
     torch.manual_seed(0)
-    base = hf.BertModel(hf.BertConfig(**SIZES))
+    base = tiny_model("BertModel", **WIDE)
     base.save_pretrained(folder / "base")
     tokenizer().save_pretrained(folder / "base")
     tasks: dict[str, Any] = {}
     for number, (name, classes) in enumerate(CLASSES.items(), 1):
         torch.manual_seed(number)
-        model = hf.BertForSequenceClassification(hf.BertConfig(**SIZES, num_labels=classes))
+        model = tiny_model("BertForSequenceClassification", num_labels=classes, **WIDE)
         state = {f"bert.{k}": v + 0.15 * torch.randn_like(v) for k, v in base.state_dict().items()}
         model.load_state_dict(state, strict=False)
         model.classifier.weight.data.normal_(std=2.0)
