@@ -70,7 +70,7 @@ class RecipeError(RequestError):
     def __init__(self, faults: Sequence[str], where: str = "the recipe") -> None:
         self.faults = list(faults)
         count = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''}"
-        lines = "\n".join(f"  - {fault}" for fault in self.faults)
+        lines = "\n".join("  - " + fault.replace("\n", "\n    ") for fault in self.faults)
         super().__init__(f"{where} cannot be carried out ({count}):\n{lines}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -17,13 +18,25 @@ def test_the_list_names_every_method(eutectic):
 
 
 @pytest.mark.parametrize("name", methods())
-def test_a_page_has_formula_and_parameters(eutectic, name):
+def test_a_page_has_formula_and_parameters(eutectic, name, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     result = eutectic("methods", name)
     assert result.exit_code == 0
     assert result.stdout.startswith(f"{name}: ")
     assert "Return" in result.stdout
+    lines = result.stdout.splitlines()
     for parameter in methods()[name]["parameters"]:
-        assert parameter in result.stdout
+        line = next(line for line in lines if line.startswith(f"{parameter} "))
+        assert len(re.split(r" {2,}", line.strip())) == 4, "name, type, default and meaning"
+
+
+def test_types_and_bounds_are_shown(eutectic, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    page = " ".join(eutectic("methods", "ties").stdout.split())
+    assert "density float ≥ 0, ≤ 1 0.2 fraction of entries kept per expert." in page
+    assert "scope tensor | model tensor" in page
+    page = " ".join(eutectic("methods", "tsv_m").stdout.split())
+    assert "rank_fraction float > 0, ≤ 1 | null null share of the min(out, in)" in page
 
 
 def test_json(eutectic):

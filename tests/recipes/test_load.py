@@ -206,9 +206,9 @@ def test_a_file_that_is_no_text(folder):
 
 
 def test_a_file_that_is_not_there(folder):
-    with pytest.raises(RecipeError, match="No such file or directory"):
+    with pytest.raises(RecipeError, match="no such file"):
         load_recipe(folder / "nothing.yaml")
-    with pytest.raises(RecipeError, match="Is a directory"):
+    with pytest.raises(RecipeError, match="is a folder, not a YAML file"):
         load_recipe(folder)
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -56,7 +57,8 @@ def verb(command: _Command) -> _Command:
             if _settings["debug"]:
                 raise
             err.print("[bold red]error:[/] ", end="")
-            err.print(f"{error.filename}: {error.strerror}.", markup=False, soft_wrap=True)
+            where = "" if error.filename is None else f"{error.filename}: "
+            err.print(f"{where}{error.strerror or error}.", markup=False, soft_wrap=True)
             raise typer.Exit(EutecticError.exit_code) from None
         except KeyboardInterrupt:
             err.print("interrupted; the same command continues where it stopped.")
@@ -101,6 +103,16 @@ def progress_bar(title: str) -> Iterator[Callable[[float, float, str], None]]:
             bar.update(task, completed=done, total=total, current=current[-40:])
 
         yield tell
+
+
+def tell(label: str, text: object) -> None:
+    """Print a remark under a dim label; brackets in it are no markup."""
+    out.print(f"[dim]{label}[/] {escape(str(text))}", highlight=False)
+
+
+def tell_done(label: str, path: object) -> None:
+    """Print what was made, on one line however long."""
+    out.print(f"[bold green]{label}[/] {escape(str(path))}", highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

@@ -57,7 +57,7 @@ def demo(
     from eutectic.evaluation.schema import Part
     from eutectic.execution.run import merge
 
-    examples = examples or _examples()
+    examples = _examples() if examples is None else _checked(examples)
     base = base or _base()
     names = sorted(p.name for p in (examples / "experts").iterdir() if p.is_dir())
     experts = {name: examples / "experts" / name for name in names}
@@ -147,6 +147,15 @@ def _examples() -> Path:
         "the demo's experts are not here: they are in the source repository, not in the package.\n"
         "Run `make demo` in a clone, or name the folder with --examples."
     )
+
+
+def _checked(examples: Path) -> Path:
+    if not (examples / "experts").is_dir():
+        raise RequestError(
+            f"{examples}: holds no folder 'experts'.\n"
+            "Name the folder examples/minilm of a clone with --examples."
+        )
+    return examples
 
 
 def _base() -> Path:

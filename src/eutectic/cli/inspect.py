@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from eutectic.cli import request as words
-from eutectic.cli.console import out, pairs, print_json, progress_bar, verb
+from eutectic.cli.console import out, pairs, print_json, progress_bar, tell, tell_done, verb
 from eutectic.errors import RequestError
 
 if TYPE_CHECKING:
@@ -63,13 +63,19 @@ def inspect(
     """
     from eutectic.reporting import inspect as run
 
-    recipe, experts = _experts(what or [], pairs(statistics or [], "--statistics"))
+    if not what:
+        raise RequestError(
+            "nothing to inspect.\nName a recipe, or experts: eutectic inspect --base B "
+            "--merged iso_c=FOLDER a=PATH b=PATH"
+        )
+    recipe, rest = words.split_recipe(what)
+    experts = words.named_experts(rest, [], statistics or [])
     if recipe is None and base is None:
         raise RequestError(
             "without a recipe, --base must be given.\n"
             "Example: eutectic inspect --base B --merged iso_c=FOLDER a=PATH b=PATH"
         )
-    with progress_bar("inspecting") as tell:
+    with progress_bar("inspecting") as bar:
         found = run(
             recipe,
             base=base,
@@ -81,7 +87,7 @@ def inspect(
             error=error,
             output=output,
             plots=plot,
-            progress=tell,
+            progress=bar,
         )
     if json:
         print_json(found.model_dump(mode="json"))
@@ -89,28 +95,7 @@ def inspect(
     _show(found)
     for title, path in (("written", output), ("drawn into", plot)):
         if path is not None:
-            out.print(f"[bold green]{title}[/] {path}", highlight=False, soft_wrap=True)
-
-
-def _experts(
-    items: Sequence[str], statistics: Mapping[str, str]
-) -> tuple[str | None, dict[str, dict[str, str]]]:
-    """Return the recipe, if one is named, and the experts on the command line."""
-    if not items:
-        raise RequestError(
-            "nothing to inspect.\nName a recipe, or experts: eutectic inspect --base B "
-            "--merged iso_c=FOLDER a=PATH b=PATH"
-        )
-    recipe = items[0] if "=" not in items[0] else None
-    rest = list(items if recipe is None else items[1:])
-    experts = {name: {"path": path} for name, path in pairs(rest, "expert").items()}
-    for name, path in statistics.items():
-        if name not in experts:
-            raise RequestError(
-                f"--statistics names '{name}', which is not an expert on the command line."
-            )
-        experts[name]["statistics"] = path
-    return recipe, experts
+            tell_done(title, path)
 
 
 def _show(found: Inspection) -> None:
@@ -135,9 +120,9 @@ def _show(found: Inspection) -> None:
         out.print()
         out.print(_alignment(found, names[start : start + MODELS_PER_TABLE]))
     if len(tasks) > 1:
-        out.print(f"[dim]interferes[/] {_MEANING[by_data]}", highlight=False)
+        tell("interferes", _MEANING[by_data])
     for note in found.notes:
-        out.print(f"[dim]note[/] {note}", highlight=False)
+        tell("note", note)
     correlation = found.summary.correlation
     if correlation is not None:
         overall = correlation.overall

@@ -24,7 +24,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    epilog="Exit codes: 0 done, 1 the work failed, 2 the request is wrong. "
+    epilog="First steps: the examples of `eutectic merge --help`, or `eutectic demo` in a clone. "
+    "Exit codes: 0 done, 1 the work failed, 2 the request is wrong. "
     "`eutectic --debug VERB …` shows tracebacks.",
 )
 for command in (merge, tune, plan, inspect, collect, route, evaluate, methods, demo):

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from eutectic.cli import request as words
-from eutectic.cli.console import out, print_json, progress_bar, verb
+from eutectic.cli.console import out, print_json, progress_bar, tell_done, verb
 from eutectic.cli.outcomes import summary
 from eutectic.recipes.units import format_bytes
 
@@ -80,15 +81,15 @@ def merge(
     table.add_row("tensors", ", ".join(f"{n} {name}" for name, n in report.tensors.items()))
     table.add_row("merged by", ", ".join(f"{name} {n}" for name, n in report.merged_by.items()))
     for label, text in summary(report.records):
-        table.add_row(label, text)
+        table.add_row(label, escape(text))
     for note in report.notes:
-        table.add_row("note", note)
+        table.add_row("note", escape(note))
     resumed = ", continued" if report.resumed else ""
     table.add_row(
         "took", f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_bytes)}{resumed}"
     )
     out.print(table)
-    out.print(f"[bold green]written[/] {report.output}", highlight=False, soft_wrap=True)
+    tell_done("written", report.output)
 
 
 def _sweep(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from typing import Annotated
+import json as encoding
+import re
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from eutectic.cli.console import out, print_json, verb
+
+_BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 @verb
@@ -42,16 +47,51 @@ def methods(
         for key, entry in table.items():
             listing.add_row(key, entry["summary"], ", ".join(entry["needs"]))
         out.print(listing)
+        out.print(
+            "\nneeds: statistics of every expert, which `eutectic collect` makes. "
+            "One method's page: `eutectic methods NAME`.",
+            style="dim",
+        )
         return
     entry = table[name]
     out.print(f"[bold]{name}[/]: {entry['summary']}", highlight=False)
     out.print(f"[dim]{entry['paper']}[/]\n", highlight=False)
     out.print(inspect.cleandoc(entry["description"]), markup=False, highlight=False)
     if entry["parameters"]:
+        kind = get_method(name).parameters
+        hints, meanings = get_type_hints(kind, include_extras=True), _meanings(kind)
         parameters = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("parameter", "type", "default"):
+        for column in ("parameter", "type", "default", "meaning"):
             parameters.add_column(column)
         for key, value in entry["parameters"].items():
-            parameters.add_row(key, str(value["type"]), repr(value["default"]))
+            default = encoding.dumps(value["default"]).strip('"')
+            parameters.add_row(
+                key, *map(escape, (_type(hints[key]), default, meanings.get(key, "")))
+            )
         out.print()
         out.print(parameters)
+
+
+def _type(hint: Any) -> str:
+    """Return a type in words: `float ≥ 0, ≤ 1`, `mean | sum`."""
+    if get_origin(hint) is Annotated:
+        inner, *marks = get_args(hint)
+        bounds = [
+            f"{sign} {getattr(mark, name)}"
+            for mark in marks
+            for name, sign in _BOUNDS.items()
+            if hasattr(mark, name)
+        ]
+        return " ".join([_type(inner), ", ".join(bounds)])
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, get_args(hint)))
+    if get_args(hint):
+        return " | ".join(map(_type, get_args(hint)))
+    return "null" if hint is type(None) else hint.__name__
+
+
+def _meanings(kind: type) -> dict[str, str]:
+    """Return parameter -> its line under `Attributes:` in the class's docstring."""
+    _, _, attributes = inspect.cleandoc(kind.__doc__ or "").partition("Attributes:\n")
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", attributes, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}

@@ -6,10 +6,11 @@ import re
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from eutectic.cli import request as words
-from eutectic.cli.console import out, print_json, verb
+from eutectic.cli.console import out, print_json, tell, verb
 from eutectic.recipes.units import format_bytes
 
 
@@ -31,7 +32,7 @@ def plan(
     ] = False,
     json: words.Json = False,
 ) -> None:
-    """Show what a merge would do, from headers alone: nothing is read, nothing is written.
+    """Show what a merge would do, from the files' headers: quick, and nothing is written.
 
     Every fault of the recipe is reported at once, with its line.
 
@@ -83,14 +84,14 @@ def plan(
         alpha = "searched" if row["scale"] is None else f"{row['scale']:g}"
         alpha = alpha if row["method"] != "copy" else ""
         shape = "×".join(map(str, row["shape"])) or "small"
-        cells = [row["name"], shape, row["treatment"], row["method"], alpha]
-        table.add_row(*cells, *([row["why"]] if every else []))
+        cells = [escape(row["name"]), shape, row["treatment"], row["method"], alpha]
+        table.add_row(*cells, *([escape(row["why"])] if every else []))
     out.print(table)
     if explain:
         for text in dict.fromkeys(row["route"] for row in rows if row["route"]):
-            out.print(f"[dim]route[/] {text}", highlight=False)
+            tell("route", text)
     for note in made.notes:
-        out.print(f"[dim]note[/] {note}", highlight=False)
+        tell("note", note)
     out.print(
         f"{made.method.name}, scale {scale_text}: reads {format_bytes(total.read_bytes)}, writes "
         f"{format_bytes(total.write_bytes)}, peak about {format_bytes(total.peak_bytes)} of "

@@ -50,7 +50,9 @@ Set = Annotated[
         help="Any other key of a recipe: dtype, heads, missing, seed, precision, scale_tensors …",
     ),
 ]
-Threads = Annotated[int | None, typer.Option(help="Tensors merged side by side.", min=1)]
+Threads = Annotated[
+    int | None, typer.Option(help="Tensors merged side by side (default: one per core).", min=1)
+]
 Memory = Annotated[
     str | None, typer.Option(help="Limit, such as 4GB (default: 60 % of what is available).")
 ]
@@ -78,9 +80,7 @@ def request(
             "nothing to merge.\nName a recipe, or experts: eutectic merge --base B -m iso_c "
             "-o out/ a=PATH b=PATH"
         )
-    recipe = None
-    if "=" not in words[0]:
-        recipe, words = Path(words[0]), words[1:]
+    recipe, words = split_recipe(words)
     from eutectic.recipes.schema import Recipe
 
     options = _values(settings or [], "--set")
@@ -98,7 +98,7 @@ def request(
     )
     if parameters:
         options["parameters"] = _values(parameters, "--param")
-    experts = _experts(words, weights or [], statistics or [])
+    experts = named_experts(words, weights or [], statistics or [])
     if experts:
         options["experts"] = experts
     if recipe is None:
@@ -152,7 +152,31 @@ def mixtures(text: str) -> list[float]:
         ) from None
 
 
-def _experts(words: list[str], weights: list[str], statistics: list[str]) -> dict[str, Any]:
+def split_recipe(words: list[str]) -> tuple[Path | None, list[str]]:
+    """Return the recipe file, if the first word is one, and the words that name experts.
+
+    Raises:
+        RequestError: the first word is a folder without a name.
+    """
+    if "=" in words[0]:
+        return None, words
+    recipe = Path(words[0])
+    if recipe.is_dir():
+        raise RequestError(
+            f"'{recipe}' is a folder, not a recipe (YAML).\n"
+            f"Experts are given with a name each: NAME={recipe}"
+        )
+    return recipe, words[1:]
+
+
+def named_experts(
+    words: list[str], weights: list[str], statistics: list[str]
+) -> dict[str, dict[str, Any]]:
+    """Return expert -> path, weight and statistics, as a recipe would have them.
+
+    Raises:
+        RequestError: a word has no name, or an option names no expert of the command line.
+    """
     experts: dict[str, dict[str, Any]] = {
         name: {"path": path} for name, path in pairs(words, "expert").items()
     }
@@ -164,6 +188,8 @@ def _experts(words: list[str], weights: list[str], statistics: list[str]) -> dic
             if name not in experts:
                 raise RequestError(
                     f"{option} names '{name}', which is not an expert on the command line."
+                    f"{suggest(name, list(experts))}\n"
+                    f"Experts here: {', '.join(experts) or 'none; in a recipe, it stands there'}."
                 )
             experts[name][key] = value
     return experts

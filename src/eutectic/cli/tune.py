@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from eutectic.cli import request as words
-from eutectic.cli.console import out, print_json, progress_bar, verb
+from eutectic.cli.console import out, print_json, progress_bar, tell, tell_done, verb
 from eutectic.errors import RequestError
 
 BAR = 24
@@ -30,10 +30,15 @@ def tune(
         Path | None, typer.Option(help="Tasks (YAML) with validation or proxy data.")
     ] = None,
     range_: Annotated[
-        str | None, typer.Option("--range", metavar="LOW:HIGH", help="Range of α (0.02:3).")
+        str | None,
+        typer.Option("--range", metavar="LOW:HIGH", help="Range of α (default: 0.02:3)."),
     ] = None,
-    points: Annotated[int | None, typer.Option(help="Values on the first grid (11).")] = None,
-    tolerance: Annotated[float | None, typer.Option(help="Relative precision (0.05).")] = None,
+    points: Annotated[
+        int | None, typer.Option(help="Values on the first grid (default: 11).")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Relative precision (default: 0.05).")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the model at the best α there.")
     ] = None,
@@ -84,7 +89,7 @@ def tune(
     }
     if plot is not None:
         check_plot(plot)
-    with progress_bar("tuning") as tell:
+    with progress_bar("tuning") as bar:
         report = run(
             recipe,
             search={key: value for key, value in asked.items() if value is not None},
@@ -93,7 +98,7 @@ def tune(
             threads=threads,
             memory=memory,
             restart=restart,
-            progress=tell,
+            progress=bar,
             **options,
         )
     if plot is not None:
@@ -110,13 +115,13 @@ def tune(
         )
         return
     out.print(curve_table(report.search))
-    out.print(f"[dim]objective[/] {report.search['objective']}", highlight=False)
+    tell("objective", report.search["objective"])
     for note in report.notes:
-        out.print(f"[dim]note[/] {note}", highlight=False)
+        tell("note", note)
     out.print(f"[bold green]α = {report.scale:g}[/] for {report.method}", highlight=False)
     for title, path in (("written", output), ("drawn", plot)):
         if path is not None:
-            out.print(f"[bold green]{title}[/] {path}", highlight=False, soft_wrap=True)
+            tell_done(title, path)
 
 
 def curve_table(search: Mapping[str, Any]) -> Table:

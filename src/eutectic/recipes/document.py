@@ -66,10 +66,19 @@ def read_document(
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values: object = yaml.safe_load(text)
         lines = _lines(node, duplicates) if node is not None else {}
+    except FileNotFoundError:
+        raise error([f"{path}: no such file."], f"the {noun}") from None
+    except IsADirectoryError:
+        raise error([f"{path}: is a folder, not a YAML file."], f"the {noun}") from None
     except OSError as fault:
-        raise error([f"{path}: {fault.strerror or fault}"], f"the {noun}") from None
+        raise error([f"{path}: {fault.strerror or fault}."], f"the {noun}") from None
     except UnicodeDecodeError:
         raise error([f"{path} is not a UTF-8 text file."], f"the {noun}") from None
+    except yaml.MarkedYAMLError as fault:
+        mark = fault.problem_mark or fault.context_mark
+        where = "" if mark is None else f"line {mark.line + 1}: "
+        what = ", ".join(part for part in (fault.context, fault.problem) if part)
+        raise error([f"{where}not valid YAML: {what}."], f"{noun} {path}") from None
     except _UNREADABLE as fault:
         raise error([f"not valid YAML: {fault}"], f"{noun} {path}") from None
     source = Source(f"{noun} {path}", path.parent, lines)
