@@ -85,6 +85,38 @@ def test_requests_that_cannot_be_met_end_with_2(folder: Path, tmp_path: Path):
     assert not (tmp_path / "new").exists()
 
 
+def test_what_will_be_refused_is_before_data_are_run_through_the_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("collected")
+
+    monkeypatch.setattr("eutectic.statistics.collect", never)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    data = [f"{name}={tmp_path / name}.jsonl" for name in EXPERTS]
+    for name in EXPERTS:
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "a"}')
+    experts = [f"{n}={folder / n}" for n in EXPERTS]
+    statistics = [f"{n}={folder / n}.stats.safetensors" for n in EXPERTS]
+
+    def refused(experts: list[str], statistics: list[str], data: list[str], message: str) -> None:
+        words: list[Any] = [folder / "merged", *experts, "-o", tmp_path / "new"]
+        words += [w for item in statistics for w in ("-s", item)]
+        words += [w for item in data for w in ("--router-data", item)]
+        result = run(*words)
+        assert result.exit_code in (1, 2), result.output
+        assert message in result.stderr and "multiply-adds" in result.stdout
+        assert not (tmp_path / "new").exists()
+
+    refused(experts, statistics, data[:2], "the experts are a, b, c")
+    refused(experts, statistics, [*data, "d=x.jsonl"], "names a, b, c, d")
+    refused(experts, statistics[:2], data, "statistics are missing for ['c']")
+    refused([*experts[:2], f"c={adapter}"], statistics, data, "'c' is an adapter")
+    refused([*experts[:2], f"c={tmp_path / 'nothing'}"], statistics, data, "nothing")
+
+
 def test_the_routers_statistics_are_collected_on_the_merged_model(folder: Path, tmp_path: Path):
     tokenizers = pytest.importorskip("tokenizers")
     from transformers import PreTrainedTokenizerFast

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -164,6 +165,32 @@ def test_exported_routers_decide_as_the_routed_model(tmp_path: Path):
     with routing(routed, record=True) as decisions:
         output(routed, batch)
     assert torch.equal(scores.argmax(1), decisions[f"{layer}.weight"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_documented_router_serves_a_mixed_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    world = bert()
+    routed = build(world)
+    export_lora(routed, tmp_path / "adapters")
+    page = (Path(__file__).parents[2] / "docs" / "routing.md").read_text("utf-8")
+    serving = page.split("## Serving")[1]
+    code = serving.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(code, "docs/routing.md", "exec"), names)
+    batch = world.mixed(3)
+    assert len(set(batch["attention_mask"].sum(1).tolist())) > 1
+    chosen = names["choose"](batch)
+    with routing(routed, record=True) as decisions:
+        output(routed, batch)
+    assert chosen == [EXPERTS[t] for t in decisions[f"{names['LAYER']}.weight"]]
+    assert set(chosen) == set(EXPERTS)
+    with routing(routed, mode="oracle", expert=chosen), torch.no_grad():
+        expected = output(routed, batch)
+    found = names["answer"](batch).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_what_cannot_be_exported_is_refused(tmp_path: Path):

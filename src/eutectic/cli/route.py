@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from eutectic.cli.console import out, pairs, print_json, progress_bar, verb
@@ -85,29 +86,39 @@ def route(
       eutectic route routed/ --export adapters/
     """
     from eutectic.routed import build_routed, export_lora, routed_costs
+    from eutectic.routed.layers import choose_layers
+    from eutectic.routed.sources import expert_statistics, open_experts
     from eutectic.routed.store import load_model
 
     if not experts:
         _show(merged, export, json)
         return
     named = pairs(experts, "expert")
-    model = load_model(merged)
-    costs = routed_costs(model, len(named), rank, layers)
     if statistics_of not in ("expert", "any"):
         raise RequestError(f"--statistics-of is expert or any, got '{statistics_of}'.")
+    if router not in (None, "discriminant", "prototype"):
+        raise RequestError(f"--router is discriminant or prototype, got '{router}'.")
+    if not dry_run:
+        _check_folders(output, export)
+    model = load_model(merged)
+    costs = dataclasses.asdict(routed_costs(model, len(named), rank, layers))
+    if dry_run or not json:
+        _report({"costs": costs}, json)
     if dry_run:
-        _report({"costs": dataclasses.asdict(costs)}, json)
         return
-    if output is None and export is None:
-        raise RequestError("name a folder to write with --output or --export, or use --dry-run.")
-    for folder in (output, export):
-        if folder is not None and folder.exists() and any(folder.iterdir()):
-            raise RequestError(f"{folder}: not empty; name a new folder.")
+    # Everything that can be refused is, before data are run through the model.
+    of_experts = _open_statistics(statistics, "--statistics")
+    expert_statistics(of_experts, list(named), choose_layers(model, layers), "statistics")
+    with open_experts(model, named, base):
+        pass
+    of_router = _router_statistics(
+        merged, list(named), router_statistics, router_data, layers, batch_size, max_length
+    )
     routed = build_routed(
         model,
         named,
-        _open_statistics(statistics, "--statistics"),
-        _router_statistics(merged, router_statistics, router_data, layers, batch_size, max_length),
+        of_experts,
+        of_router,
         rank=rank,
         router=router,  # pyright: ignore[reportArgumentType]
         layers=layers,
@@ -116,7 +127,7 @@ def route(
         statistics_of=statistics_of,  # pyright: ignore[reportArgumentType]
     )
     report: dict[str, Any] = {
-        "costs": dataclasses.asdict(costs),
+        **({"costs": costs} if json else {}),
         "experts": list(routed.routing.experts),  # pyright: ignore[reportAttributeAccessIssue]
         "router": routed.routing.router,  # pyright: ignore[reportAttributeAccessIssue]
         "short": routed.routing.short,  # pyright: ignore[reportAttributeAccessIssue]
@@ -149,6 +160,14 @@ def _show(folder: Path, export: Path | None, json: bool) -> None:
     _report(report, json)
 
 
+def _check_folders(output: Path | None, export: Path | None) -> None:
+    if output is None and export is None:
+        raise RequestError("name a folder to write with --output or --export, or use --dry-run.")
+    for folder in (output, export):
+        if folder is not None and folder.exists() and any(folder.iterdir()):
+            raise RequestError(f"{folder}: not empty; name a new folder.")
+
+
 def _open_statistics(items: list[str] | None, option: str) -> dict[str, Any]:
     from eutectic.statistics import load_statistics
 
@@ -157,6 +176,7 @@ def _open_statistics(items: list[str] | None, option: str) -> dict[str, Any]:
 
 def _router_statistics(
     merged: Path,
+    experts: list[str],
     files: list[str] | None,
     data: list[str] | None,
     layers: list[str] | None,
@@ -176,13 +196,22 @@ def _router_statistics(
     from eutectic.statistics.encode import Columns
     from eutectic.statistics.models import load_model
 
+    sources = pairs(data, "--router-data")
+    if set(sources) != set(experts):
+        raise RequestError(
+            f"--router-data names {', '.join(sources)}; the experts are {', '.join(experts)}.\n"
+            "Give the proxy data of every expert's task."
+        )
     loaded = load_model(merged)
     routed = [layer.name for layer in choose_layers(loaded.model, layers)]
-    found: dict[str, Any] = {}
-    for name, source in pairs(data, "--router-data").items():
-        batches = open_batches(
+    opened = {
+        name: open_batches(
             source, loaded, columns=Columns(), batch_size=batch_size, max_length=max_length
         )
+        for name, source in sources.items()
+    }
+    found: dict[str, Any] = {}
+    for name, batches in opened.items():
         with progress_bar(f"collecting {name}") as tell:
             found[name] = collect(
                 loaded.model,
@@ -220,7 +249,7 @@ def _report(report: dict[str, Any], json: bool) -> None:
             "per token", f"{costs['multiply_adds_per_token']:,} multiply-adds (+{work:.1%})"
         )
     if "experts" in report:
-        table.add_row("experts", ", ".join(report["experts"]))
+        table.add_row("experts", escape(", ".join(report["experts"])))
         table.add_row("router", report["router"])
     for path, rank in report.get("layers", {}).items():
         table.add_row(path, f"rank {rank}")
@@ -233,4 +262,5 @@ def _report(report: dict[str, Any], json: bool) -> None:
     out.print(table)
     for key in ("output", "export"):
         if key in report:
-            out.print(f"[bold green]written[/] {report[key]}", highlight=False, soft_wrap=True)
+            path = escape(report[key])
+            out.print(f"[bold green]written[/] {path}", highlight=False, soft_wrap=True)
