@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,13 @@ def test_all_is_locked():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_can_be_imported(name):
     assert getattr(eutectic, name).__doc__
+
+
+def test_every_name_is_in_the_reference():
+    text = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
+    shown = {line.rpartition(".")[2] for line in text.splitlines() if line.startswith("::: ")}
+    assert set(NAMES) - {"EutecticError"} <= shown
+    assert "::: eutectic.errors" in text
 
 
 def test_other_names_are_refused():
