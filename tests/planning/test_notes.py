@@ -39,3 +39,13 @@ def test_rules_that_match_nothing_are_named() -> None:
     rules = [{"match": m, "treatment": "head"} for m in ("*classifier*", "*typo*")]
     text = notes({"layer.weight": LAYER}, tensors=rules)
     assert "rules that match no tensor: *typo*" in text
+
+
+def test_a_method_without_its_statistics_says_what_to_do() -> None:
+    inputs = in_memory_inputs(BASE, {"a": EXPERT}, {})
+    values = {"base": "memory", "experts": {"a": "memory"}}
+    for method, rule in (("esm", "tsv_m"), ("regmean", "regmean's own rule for such tensors")):
+        text = "\n".join(make_plan(check_recipe({**values, "method": method}), inputs).notes)
+        assert f"without statistics, merged by {rule}: layer.weight" in text
+        assert f"{method} needs them: collect them (eutectic collect)" in text
+    assert "eutectic collect" not in notes({"layer.weight": LAYER})

@@ -65,7 +65,13 @@ def notes_on(
     fallback = method.fallback(parameters)
     fallen = [t.name for t in tensors if "; no statistics of" in t.decision.reason]
     if fallen:
-        notes.append(f"without statistics, merged by {fallback}: {some(fallen)}")
+        rule = fallback if fallback != method.name else f"{fallback}'s own rule for such tensors"
+        notes.append(f"without statistics, merged by {rule}: {some(fallen)}")
+        if not inputs.statistics:
+            notes.append(
+                f"no expert has statistics, and {method.name} needs them: "
+                "collect them (eutectic collect) and name them with --statistics, or in the recipe"
+            )
     return notes
 
 
