@@ -2,10 +2,11 @@
 
     python benchmarks/glyphs/experts.py --work DIR [--task mnist …]
 
-A task's head are the prototypes of its classes in the base's features, from four images a class, and
-stays frozen; base, experts and merges all use it. It plays the part of a text-made zero-shot head: the
-base does the task, but far from as well as an expert. Writes `DIR/heads/<task>.safetensors`, `DIR/experts/<task>/` and the test
-accuracies of base and expert in `DIR/experts/<task>/accuracy.json`. Finished tasks are skipped.
+The head of a task are prototypes of its classes in the base's features, from 16 images a class; it
+stays frozen, and base, experts and merges all use it. It plays the part of a zero-shot head made of
+class names: the base does the task, but far from as well as an expert. Writes
+`DIR/heads/<task>.safetensors`, `DIR/experts/<task>/` and the test accuracies of base and expert in
+`DIR/experts/<task>/accuracy.json`. Finished tasks are skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 RATE, STEPS, WARMUP, BATCH = 5e-4, 300, 30, 64
-SHOTS, SHARPNESS = 4, 20.0  # of the heads
+SHOTS, SHARPNESS = 16, 20.0  # of the heads
 
 
 def prototype_head(inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
