@@ -32,7 +32,9 @@ def check_output(output: Path, work: Path) -> None:
     """
     # os.path answers "no" where a folder above may not be searched; the last check tells.
     if os.path.islink(output) or (os.path.exists(output) and not output.is_dir()):  # noqa: PTH110, PTH114
-        raise RequestError(f"{output} exists and is a file or a link. Choose another output.")
+        raise RequestError(
+            f"{output} exists and is a file or a link, not a folder. Choose another output."
+        )
     occupied = os.path.exists(output) and any(output.iterdir())  # noqa: PTH110
     if occupied and not ((work / JOURNAL).exists() and _complete(output, work)):
         raise RequestError(f"{output} is not empty.\nChoose another output, or remove it first.")
