@@ -200,7 +200,15 @@ def test_ia3_vectors_have_a_block_fisher() -> None:
         (["EXPERT", "-o", "x"], 2, "no data to run it on"),
         (["EXPERT", "-o", "x", "--data", "DATA", "--task", "poetry"], 2, "unknown task 'poetry'"),
         (["EXPERT", "-o", "x", "--data", "DATA", "--base", "EXPERT"], 2, "--base is for adapters"),
-        (["nowhere", "-o", "x", "--data", "DATA"], 1, "nowhere"),
+        (["nowhere", "-o", "x", "--data", "DATA"], 1, "nowhere: no such folder"),
+        (["EXPERT", "-o", "x", "--data", "DATA", "--device", "mars"], 2, "--device mars cannot"),
+        (["EXPERT", "-o", "x", "--data", "WRONG", "--fisher"], 1, "row 1: label 7 is none of"),
+        (["EXPERT", "-o", "x", "--data", "NONE", "--fisher"], 2, "need 'labels' in every batch"),
+        (
+            ["EXPERT", "-o", "x", "--data", "DATA", "--task", "causal-lm", "--output-gradients"],
+            2,
+            "does not hold cls.predictions",
+        ),
         (["EXPERT", "-o", "no/where/x", "--data", "DATA"], 1, "no folder"),
         (["EXPERT", "-o", "x", "--data", "DATA", "--memory", "1KB"], 2, "more than the"),
         (["EXPERT", "-o", "x", "--data", "DATA", "--labels", "mine"], 2, "labels must be one of"),
@@ -216,11 +224,25 @@ def test_errors_in_a_few_lines(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names = {"EXPERT": expert, "DATA": data}
+    (tmp_path / "wrong.jsonl").write_text('{"text": "a", "label": 7}')
+    (tmp_path / "none.jsonl").write_text('{"text": "a"}')
+    names = {"EXPERT": expert, "DATA": data, "WRONG": "wrong.jsonl", "NONE": "none.jsonl"}
     result = run(*[names.get(word, word) for word in words], code=code)
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) <= 4
-    assert not (tmp_path / "x").exists()
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_grams_need_no_labels_no_head_and_not_even_tokens(expert: Path, tmp_path: Path) -> None:
+    data = tmp_path / "texts.jsonl"
+    data.write_text("\n".join(json.dumps({"text": t, "label": "?"}) for t in ("", "a b", "c")))
+    output = tmp_path / "x.safetensors"
+    words = [expert, "--data", data, "-o", output, "--batch-size", 1, "--json"]
+    report = json.loads(run(*words, "--task", "causal-lm").stdout)
+    assert "cls.predictions.bias" in report["made_up"]
+    assert load_statistics(output)[QUERY].count == 3  # the empty text has none
+    drawn = run(*words, "--output-gradients", "--labels", "sample")
+    assert json.loads(drawn.stdout)["made_up"] == []
 
 
 def test_a_causal_model_and_an_encoder_decoder(tmp_path: Path) -> None:
@@ -259,3 +281,23 @@ def test_images(tmp_path: Path) -> None:
     layers = [n for n in found if found.provenance["layers"][n]["shape"] == [24, 16]]
     assert len(layers) == 1 and found[layers[0]].count == 3 * 5
     assert found["classifier.weight"].count == 3
+
+
+def test_bare_encoders_of_grey_images(tmp_path: Path) -> None:
+    from PIL import Image
+
+    config = hf.ViTConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        image_size=8, patch_size=4, num_channels=1,
+    )  # fmt: skip
+    hf.ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
+    processor = hf.ViTImageProcessor(size={"height": 8, "width": 8}, do_normalize=False)
+    processor.save_pretrained(tmp_path / "vit")
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    for index, color in enumerate(("red", "blue")):
+        Image.new("RGB", (10, 9), color).save(tmp_path / "images" / "cat" / f"{index}.png")
+    output = tmp_path / "x.safetensors"
+    run(tmp_path / "vit", "--data", tmp_path / "images", "-o", output)
+    found = load_statistics(output)
+    layers = [n for n in found if found.provenance["layers"][n]["shape"] == [24, 16]]
+    assert len(layers) == 1 and found[layers[0]].count == 2 * 5

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,20 +90,23 @@ def test_unknown_and_missing_data(tmp_path: Path) -> None:
 
 def test_code_runs_only_when_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "proxy_rows_module.py").write_text(
-        "raise_if_imported = True\ndef rows():\n    yield {'text': 'a'}\n"
+        "def rows():\n    yield {'text': 'a'}\ndef numbers():\n    return [1]\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)  # where the command is started
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
     with pytest.raises(RequestError, match="--trust-code"):
         read_rows("proxy_rows_module:rows")
     assert "proxy_rows_module" not in sys.modules
     assert read_rows("proxy_rows_module:rows", trust_code=True) == [{"text": "a"}]
     with pytest.raises(RequestError, match="cannot be imported"):
         read_rows("proxy_rows_module:others", trust_code=True)
+    with pytest.raises(StatisticsError, match="item 1 is of type int"):
+        read_rows("proxy_rows_module:numbers", trust_code=True)
 
 
-def fake_tokenizer(texts: Any = None, **options: Any) -> dict[str, torch.Tensor]:
+def fake_tokenizer(**options: Any) -> dict[str, torch.Tensor]:
     """Splits at spaces; a token's id is its length."""
-    texts = options.get("text_target") if texts is None else texts
+    texts = options["text_target"] if "text_target" in options else options["text"]
     pairs = options.get("text_pair") or [""] * len(texts)
     ids = [[len(w) for w in f"{t} {p}".split()] for t, p in zip(texts, pairs, strict=True)]
     width = max(map(len, ids))
@@ -133,6 +138,30 @@ def test_labels_by_name_index_or_number() -> None:
         list(encoded([{"text": "a", "label": "ugly"}], "text-classification"))
     (batch,) = encoded(rows, "feature-extraction")
     assert "labels" not in batch
+
+
+def test_labels_are_looked_at_only_where_they_are_needed() -> None:
+    rows = [{"text": "a", "label": value} for value in ("ugly", 9)]
+    unread = dataclasses.replace(encoded(rows, "text-classification"), needs_labels=False)
+    (batch,) = unread
+    assert "labels" not in batch
+
+
+@pytest.mark.parametrize("label", [2, -1, 0.5, "7", "0.5", math.nan])
+def test_labels_that_are_no_class_are_refused(label: Any) -> None:
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": label}]
+    data = dataclasses.replace(encoded(rows, "text-classification"), classes=2)
+    with pytest.raises(StatisticsError, match=f"row 2: label {label} is none of the model's 2"):
+        list(data)
+    whole = [{"text": "a", "label": value} for value in (1.0, "1.0", True, "good")]
+    batches = dataclasses.replace(encoded(whole, "text-classification"), classes=2)
+    labels = torch.cat([batch["labels"] for batch in batches])
+    assert labels.tolist() == [1, 1, 1, 1] and labels.dtype == torch.int64
+
+
+def test_an_empty_cell_is_named() -> None:
+    with pytest.raises(StatisticsError, match="row 2: column 'text' is empty"):
+        list(encoded([{"text": "a"}, {"text": None}], "feature-extraction"))
 
 
 def test_targets_at_padding_are_ignored() -> None:
@@ -168,7 +197,8 @@ def test_images_are_opened_and_faults_named(tmp_path: Path) -> None:
     def data(name: str) -> EncodedRows:
         rows = [{"image": tmp_path / name, "label": "good"}]
         columns = Columns()
-        return EncodedRows(rows, processor, "image-classification", columns, 2, 8, {"good": 1})
+        labels = {"good": 1}
+        return EncodedRows(rows, processor, "image-classification", columns, 2, 8, labels, "RGB")
 
     (batch,) = data("a.png")
     assert batch["pixel_values"].shape == (1, 3, 4, 4) and batch["labels"].tolist() == [1]

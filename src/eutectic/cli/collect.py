@@ -109,6 +109,7 @@ def collect(
     from eutectic.statistics.models import load_model
 
     started = time.monotonic()
+    made_up: list[str] = []
     if checkpoint is None:
         if data is not None or not add:
             raise RequestError(
@@ -120,6 +121,10 @@ def collect(
         if data is None:
             raise RequestError(f"{checkpoint}: no data to run it on; name them with --data.")
         loaded = load_model(checkpoint, base, task, device)  # pyright: ignore[reportArgumentType]
+        made_up = list(loaded.made_up)
+        gradients = output_gradients or fisher or block_fisher
+        if gradients:
+            loaded.check_head()
         batches = open_batches(
             data,
             loaded,
@@ -136,6 +141,7 @@ def collect(
             max_examples=max_examples,
             split=split,
             trust_code=trust_code,
+            needs_labels=gradients and labels != "sample",
         )
         # What is to be added goes through a file of its own, so that OUTPUT is never half a sum.
         target = output.with_name(f"{output.name}.collected") if add else output
@@ -169,6 +175,7 @@ def collect(
         "checkpoint": result.fingerprint,
         "unseen": result.provenance["unseen"],
         "skipped": result.provenance["skipped"],
+        "made_up": made_up,
         "seconds": round(time.monotonic() - started, 1),
     }
     if json:
@@ -181,6 +188,8 @@ def collect(
         table.add_row("saw no token", name)
     for name, reason in report["skipped"].items():
         table.add_row("left out", f"{name}: {reason}")
+    for name in made_up:
+        table.add_row("at random", f"{name}: the checkpoint does not hold it")
     table.add_row("took", f"{report['seconds']:.1f} s, {format_bytes(report['bytes'])}")
     out.print(table)
     out.print(f"[bold green]written[/] {output}", highlight=False, soft_wrap=True)

@@ -195,11 +195,16 @@ def collect(
     log, results = DataLog(), []
     total = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore
     report = _Report(progress, total, len(parts))
-    for index, part in enumerate(parts):
-        report.part = index
-        job = Pass(model, batches, part, settings, PassSums(part, settings), log, 0, report)
-        results.append(_one_pass(job, index, partial, snapshot_seconds, keep=len(parts) > 1))
-        log = job.log
+    try:
+        for index, part in enumerate(parts):
+            report.part = index
+            job = Pass(model, batches, part, settings, PassSums(part, settings), log, 0, report)
+            results.append(_one_pass(job, index, partial, snapshot_seconds, keep=len(parts) > 1))
+            log = job.log
+    except BaseException:
+        if partial is not None:
+            partial.remove_if_empty()
+        raise
     return _finish(path, partial, plan, record, log, results)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eutectic.statistics.batches import Batch
 from eutectic.statistics.encode import Columns, EncodedRows, image_mode
-from eutectic.statistics.models import LoadedModel
+from eutectic.statistics.models import LoadedModel, takes_images
 from eutectic.statistics.rows import read_rows
 
 DEFAULT_MAX_LENGTH = 512
@@ -26,10 +26,12 @@ def open_batches(
     max_examples: int | None = None,
     split: str | None = None,
     trust_code: bool = False,
+    needs_labels: bool = False,
 ) -> Iterable[Batch]:
     """Return batches of a data set for a loaded model; see `rows.read_rows` for sources.
 
-    A function that returns mappings of tensors is taken to yield ready batches.
+    A function that returns mappings of tensors is taken to yield ready batches. Labels are looked
+    at only if `needs_labels`: without gradients, or with drawn labels, any or none will do.
 
     Raises:
         RequestError, StatisticsError, MissingExtraError: as `read_rows` and `EncodedRows`.
@@ -47,8 +49,18 @@ def open_batches(
         batch_size,
         max_length or longest_input(loaded.processor, loaded.model.config),
         loaded.label_ids,
-        image_mode(loaded.model.config),
+        image_mode(loaded.model.config) if takes_images(loaded.model) else None,
+        needs_labels,
+        _classes(loaded.model.config),
     )
+
+
+def _classes(config: Any) -> int | None:
+    """Return how many classes a label is one of; None where labels are numbers or sets."""
+    count = getattr(config, "num_labels", None)
+    if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
+        return None
+    return count if isinstance(count, int) and count > 1 else None
 
 
 def _is_batch(item: Any) -> bool:

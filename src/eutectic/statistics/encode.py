@@ -24,6 +24,7 @@ TASKS: tuple[Task, ...] = (
     "causal-lm",
     "seq2seq",
 )
+_LABELLED = ("text-classification", "image-classification")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,10 @@ class EncodedRows:
         batch_size: rows per batch.
         max_length: tokens per text.
         label_ids: class name -> index, from the model's configuration.
-        image_mode: of the pictures that the model takes; see `image_mode`.
+        image_mode: of the pictures that the model takes, as `image_mode` says; None: it takes
+            texts.
+        needs_labels: whether labels are read; without, no column of them is looked at.
+        classes: number of classes that a label is one of; None does not check.
     """
 
     rows: Sequence[Row]
@@ -62,7 +66,9 @@ class EncodedRows:
     batch_size: int
     max_length: int
     label_ids: dict[str, int]
-    image_mode: str = "RGB"
+    image_mode: str | None = None
+    needs_labels: bool = True
+    classes: int | None = None
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
@@ -79,11 +85,11 @@ class EncodedRows:
             RequestError: a column that the task needs is missing.
             StatisticsError: a label that the model does not know, or an unreadable image.
         """
-        if self.task == "image-classification":
+        if self.image_mode is not None:
             column = self._column("image", rows, start)
             images = [open_image(v, self.image_mode) for v in column]
             batch = dict(self.processor(images=images, return_tensors="pt"))
-            return batch | self._labels(rows, start)
+            return batch | (self._labels(rows, start) if self.task in _LABELLED else {})
         if self.task == "seq2seq":
             batch = self._texts(self._column("source", rows, start))
             target = self._texts(self._column("target", rows, start), target=True)
@@ -96,12 +102,14 @@ class EncodedRows:
         if self.columns.text_pair in rows[0]:
             pairs = self._column("text_pair", rows, start)
         batch = self._texts(texts, pairs)
-        return batch | (self._labels(rows, start) if self.task == "text-classification" else {})
+        return batch | (self._labels(rows, start) if self.task in _LABELLED else {})
 
     def _column(self, name: str, rows: Sequence[Row], start: int) -> list[Any]:
         column = getattr(self.columns, name)
         for number, row in enumerate(rows, start + 1):
-            if row.get(column) is None:
+            if column in row and row[column] is None:
+                raise StatisticsError(f"row {number}: column '{column}' is empty.")
+            if column not in row:
                 raise RequestError(
                     f"row {number} has no column '{column}'; it has {', '.join(map(str, row))}.\n"
                     f"Name the right one with --{name.replace('_', '-')}-column."
@@ -111,17 +119,19 @@ class EncodedRows:
     def _texts(
         self, texts: list[Any], pairs: list[Any] | None = None, target: bool = False
     ) -> dict[str, Tensor]:
-        texts = [str(text) for text in texts]
         options: dict[str, Any] = {"padding": True, "truncation": True, "return_tensors": "pt"}
         options["max_length"] = self.max_length
-        if target:
-            return dict(self.processor(text_target=texts, **options))
+        options["text_target" if target else "text"] = [str(text) for text in texts]
         if pairs is not None:
             options["text_pair"] = [str(pair) for pair in pairs]
-        return dict(self.processor(texts, **options))
+        batch = dict(self.processor(**options))
+        if batch["input_ids"].shape[1] == 0:
+            # Texts without a single token: models take no empty sequence, but a masked one.
+            batch = dict(self.processor(**{**options, "padding": "max_length", "max_length": 1}))
+        return batch
 
     def _labels(self, rows: Sequence[Row], start: int) -> dict[str, Tensor]:
-        if self.columns.label not in rows[0]:
+        if not self.needs_labels or self.columns.label not in rows[0]:
             return {}
         values = self._column("label", rows, start)
         return {
@@ -129,20 +139,25 @@ class EncodedRows:
         }
 
     def _label(self, value: Any, number: int) -> int | float | list[float]:
-        if isinstance(value, int | float | list):
+        if isinstance(value, list):
             return value
-        text = str(value)
-        if text in self.label_ids:
-            return self.label_ids[text]
-        if text.isdecimal():
-            return int(text)
+        if str(value) in self.label_ids:
+            return self.label_ids[str(value)]
         try:
-            return float(text)
-        except ValueError:
+            label = float(value)
+        except (TypeError, ValueError):
             known = ", ".join(list(self.label_ids)[:20])
             raise StatisticsError(
-                f"row {number}: the model knows no label '{text}'.\nIts labels: {known}."
+                f"row {number}: the model knows no label '{value}'.\nIts labels: {known}."
             ) from None
+        if self.classes is not None:
+            if not label.is_integer() or not 0 <= label < self.classes:
+                raise StatisticsError(
+                    f"row {number}: label {value} is none of the model's {self.classes} classes, "
+                    f"0 to {self.classes - 1}."
+                )
+            return int(label)
+        return int(label) if isinstance(value, int) or str(value).isdecimal() else label
 
 
 def _masked(tokens: Tensor, mask: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from eutectic.checkpoint.memory import StateDictReader
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.errors import CheckpointError, MissingExtraError, RequestError
 from eutectic.statistics.encode import TASKS, Task
+from eutectic.statistics.sites import canonical_name
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _BY_ARCHITECTURE: Mapping[str, Task] = {
@@ -37,13 +40,38 @@ _CLASSES: Mapping[Task, str] = {
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, what it is for, what feeds it, and which checkpoint it is."""
+    """A model ready to run, what it is for, what feeds it, and which checkpoint it is.
+
+    Attributes:
+        model: in float32, on its device.
+        task: decides the model class.
+        processor: tokenizer or image processor.
+        label_ids: class name -> index, from the configuration.
+        fingerprint: of the checkpoint.
+        made_up: parameters that no file holds, so that transformers drew them at random.
+    """
 
     model: nn.Module
     task: Task
     processor: Any
     label_ids: dict[str, int]
     fingerprint: str
+    made_up: tuple[str, ...] = ()
+
+    def check_head(self) -> None:
+        """Refuse a model whose predictions, and so whose gradients, mean nothing.
+
+        Raises:
+            RequestError: some of its parameters were drawn at random.
+        """
+        if self.made_up:
+            first, *others = self.made_up
+            more = f" and {len(others)} more" if others else ""
+            raise RequestError(
+                f"the checkpoint does not hold {first}{more}, which a model for "
+                f"{self.task} needs: gradients of random numbers mean nothing.\n"
+                "Name another --task, or collect without gradients."
+            )
 
 
 def load_model(
@@ -62,7 +90,7 @@ def load_model(
 
     Raises:
         CheckpointError: the folder is unusable, or its model needs code of its own.
-        RequestError: an adapter without a base, or an unknown task.
+        RequestError: an adapter without a base, an unknown task, or a device that is not there.
         MissingExtraError: transformers or peft is not installed.
     """
     try:
@@ -71,6 +99,10 @@ def load_model(
         raise MissingExtraError("transformers", "hf", "running a checkpoint") from error
     if task is not None and task not in TASKS:
         raise RequestError(f"unknown task '{task}'; known are {', '.join(TASKS)}.")
+    _check_device(device)
+    for folder in (checkpoint, base):
+        if folder is not None and not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder.")
     adapter = is_adapter(checkpoint)
     if adapter and base is None:
         raise RequestError(f"{checkpoint}: is an adapter; name the base it belongs to with --base.")
@@ -81,8 +113,11 @@ def load_model(
         config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
         chosen = task or _task(config, folder)
         kind = getattr(transformers, _CLASSES[chosen])
-        model = kind.from_pretrained(folder, **_LOCAL).to(torch.float32)
-        processor = load_processor(transformers, chosen, checkpoint, folder, config)
+        with _quiet(transformers.utils.logging):
+            model, loading = kind.from_pretrained(folder, output_loading_info=True, **_LOCAL)
+        model = model.to(torch.float32)
+        shown: Task = "image-classification" if takes_images(model) else chosen
+        processor = load_processor(transformers, shown, checkpoint, folder, config)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from error
@@ -90,7 +125,32 @@ def load_model(
         model = _with_adapter(model, checkpoint)
     labels = {str(k): int(v) for k, v in (getattr(config, "label2id", None) or {}).items()}
     fingerprint = _fingerprint(checkpoint, base, model)
-    return LoadedModel(model.to(device), chosen, processor, labels, fingerprint)
+    brought = {canonical_name(n) for n, _ in model.named_parameters() if ".modules_to_save." in n}
+    made_up = tuple(sorted({*loading["missing_keys"]} - brought))
+    return LoadedModel(model.to(device), chosen, processor, labels, fingerprint, made_up)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RequestError(
+            f"--device {device} cannot be used here: {str(error).splitlines()[0]}."
+        ) from error
+
+
+@contextmanager
+def _quiet(log: Any) -> Iterator[None]:
+    """Silence transformers' reports on loading; what matters of them is checked here."""
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
 
 
 def _task(config: Any, folder: Path) -> Task:
@@ -105,6 +165,11 @@ def _task(config: Any, folder: Path) -> Task:
         f"{folder}: its configuration does not tell the task (architectures: {architectures}).\n"
         f"Name one with --task: {', '.join(TASKS)}."
     )
+
+
+def takes_images(model: nn.Module) -> bool:
+    """Tell whether the model's inputs are pictures; a bare vision encoder's are."""
+    return getattr(model, "main_input_name", None) == "pixel_values"
 
 
 def load_processor(
@@ -132,7 +197,10 @@ def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
             "peft", "adapters", f"running the adapter {adapter.name}"
         ) from error
     try:
-        return peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)  # pyright: ignore[reportArgumentType]
+        with warnings.catch_warnings():
+            # peft asks transformers by names that are going away.
+            warnings.simplefilter("ignore", FutureWarning)
+            return peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)  # pyright: ignore[reportArgumentType]
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{adapter}: does not fit the base: {str(error).splitlines()[0]}"

@@ -102,6 +102,11 @@ class Partial:
         """Delete the folder; the collection is finished."""
         shutil.rmtree(self.folder)
 
+    def remove_if_empty(self) -> None:
+        """Delete the folder of a collection that failed before there was anything to keep."""
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
 
 def open_partial(output: Path, identity: str) -> Partial:
     """Create or take up the folder beside `output`.

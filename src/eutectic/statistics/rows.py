@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +32,7 @@ def read_rows(source: str, *, split: str | None = None, trust_code: bool = False
 
     Raises:
         RequestError: an unknown kind of data, or a function without `trust_code`.
-        StatisticsError: a file is missing or damaged, with its line.
+        StatisticsError: a file is missing or damaged, with its line; no rows from a function.
         MissingExtraError: parquet and `datasets` folders need a package that is not installed.
     """
     path = Path(source)
@@ -62,11 +63,21 @@ def _call(source: str, trust_code: bool) -> Sequence[Any]:
             "Add --trust-code if you trust it, or check the path if you meant a file."
         )
     module, _, name = source.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:  # an installed command does not look where it is started
+        sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise RequestError(f"'{source}' cannot be imported: {error}.") from error
-    return list(function())
+    rows: list[Any] = list(function())
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise StatisticsError(
+                f"'{source}': item {number} is of type {type(row).__name__}.\n"
+                "The function gives rows (column -> value) or batches (name -> tensor)."
+            )
+    return rows
 
 
 def _jsonl(path: Path) -> list[Row]:
