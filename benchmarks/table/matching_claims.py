@@ -5,7 +5,7 @@
 Conjugate gradients on input Grams (`gram`) and on K-FAC start at an initial merge at its best α on
 validation and take 3, 10, 30 or 100 steps; `kronecker` rows are preconditioned. RegMean is the
 closed form. Every solution takes the α of a grid that is best on validation with the first proxy
-sample, and keeps it for further samples; "at 1" takes it as it is, as published. Resumable.
+sample and keeps it for further samples; "at 1" is the first as it is, as published. Resumable.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -71,7 +72,7 @@ def measured(suite: Suite, name: str, row: Row, work: Path, results: Path, seed:
     else:
         scale = by_validation(suite, merged, row.start).scale
     record = {"scale": scale, "seconds": merged.seconds, "test": on("test", scale)}
-    if row.seeded:
+    if row.seeded and not seed:
         record["test_at_one"] = record["test"] if scale == 1 else on("test", 1.0)
     return record
 
@@ -89,8 +90,8 @@ def table(results: Path, base: float, experts: float) -> str:
         if not found:
             continue
         chosen = _spread([mean(row["test"]) for row in found])
-        at_one = [mean(row["test_at_one"]) for row in found if "test_at_one" in row]
-        cells = [name, chosen, f"{found[0]['scale']:.2g}", _spread(at_one) if at_one else ""]
+        at_one = [f"{mean(row['test_at_one']):.2f}" for row in found if "test_at_one" in row]
+        cells = [name, chosen, f"{found[0]['scale']:.2g}", *(at_one or [""])]
         lines.append("| " + " | ".join([*cells, f"{found[0]['seconds']:.1f}"]) + " |")
     return "\n".join([*lines, f"| experts | {experts:.1f} |  |  |  |", ""])
 
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--regime", default="hard", help="kind or hard")
     parser.add_argument("--tasks", type=int, default=4, help="the first so many tasks")
     parser.add_argument("--seeds", type=int, default=3, help="proxy samples")
+    parser.add_argument("--rows", nargs="*", help="default: all; initial merges come first")
     parser.add_argument("--validation-texts", type=int, default=150, help="of every task")
     parser.add_argument("--test-texts", type=int, help="of every task; default: all")
     parser.add_argument("--threads", type=int, default=2)
@@ -116,9 +118,8 @@ def main() -> None:
     results = arguments.work / "results" / f"{suite.name}-matching"
     fixed = fixed_models(suite, results)
     base, experts = mean(fixed["base"]), mean(fixed["experts"])
-    jobs = [(seed, name, row) for seed in range(arguments.seeds) for name, row in rows().items()]
-    dear = [job for job in jobs if job[0] and job[1].startswith("kfac") and "_100" in job[1]]
-    for seed, name, row in [*(job for job in jobs if job not in dear), *dear]:
+    chosen = {n: row for n, row in rows().items() if arguments.rows is None or n in arguments.rows}
+    for seed, (name, row) in product(range(arguments.seeds), chosen.items()):
         if seed and not row.seeded:
             continue
         file = results / f"{name}-{seed}.json"
