@@ -13,8 +13,8 @@ input's dtype and keeps to a condition of `CONDITION` (nearly flat spectra), whi
 decomposition certifies. Squaring M squares its condition: `gram` keeps singular values down to
 `GRAM_FLOOR`·S₁, `products`, all float32, to `PRODUCTS_FLOOR`·S₁. Smaller ones that have to be kept
 (full support, or a tighter tolerance) go to the thin SVD. Against the float64 SVD of the same input
-the result agrees to 1e-4 in relative Frobenius norm (measured: below 1e-5; `products` 1e-4), for
-any number of threads to 1e-6.
+the result agrees to 1e-4 in relative Frobenius norm (measured: below 3e-5, as far as a float32 SVD
+is off; `products` 1e-4), for any number of threads to 1e-6.
 
 Why not cheaper still: docs/linear_algebra.md counts it.
 """
@@ -44,7 +44,7 @@ Matrix = TypeVar("Matrix", Tensor, LowRank)
 
 HALLEY_SIDE = 128  # below, the eigenproblem is as cheap
 CONDITION = 12  # to here I + cG and its inverse in float32 disturb the factor by less than 1e-6
-ROUNDING = 5e-6  # what M·(MᵀM)^-½ may lose when it is multiplied in the input's own dtype
+ROUNDING = 1e-5  # estimate of what M·(MᵀM)^-½ may lose in the input's dtype; 2.5 times that is seen
 NARROW = 1e-4  # S_n/S₁ from which the eigenvalues of a float64 Gram are exact enough for (MᵀM)^-½
 PRODUCTS_FLOOR = 1e-3  # Newton–Schulz in float32 loses eps·S₁/s in the direction of s
 MARGIN = 1.05  # estimates this near the rank tolerance are left to the eigenproblem
