@@ -22,8 +22,10 @@ from eutectic.checkpoint.ia3 import identity_adapter, is_ia3, open_ia3
 from eutectic.checkpoint.index import CheckpointIndex, open_index
 from eutectic.checkpoint.memory import StateDictReader
 from eutectic.checkpoint.reader import CheckpointReader
-from eutectic.errors import EutecticError, MethodError, RecipeError
+from eutectic.errors import EutecticError, MethodError, RecipeError, suggest
 from eutectic.methods import get_method
+from eutectic.methods.initial import ZERO
+from eutectic.methods.registry import all_methods
 from eutectic.recipes.load import Source
 from eutectic.recipes.schema import Recipe
 from eutectic.types import LayerStatistics
@@ -168,8 +170,14 @@ def _open_initial(
         return None
     except MethodError:
         path = source.folder / init
+    if init == ZERO:
+        return None
     if not path.exists():
-        return None  # a word of the method's own, or a mistake that its parameters report
+        faults.append(
+            f"{source.at('parameters', 'init')}init '{init}' is no method, not '{ZERO}', and no "
+            f"checkpoint either.{suggest(init, list(all_methods()))}"
+        )
+        return None
     try:
         return _open_expert(path, index, vectors)
     except EutecticError as error:

@@ -10,10 +10,16 @@ from eutectic.checkpoint.folder import module_weights
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.names import AS_THEY_ARE
 from eutectic.methods import Method
-from eutectic.planning.collected import unknown_origin
+from eutectic.planning.collected import lacks, unknown_origin
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensors import TensorPlan
 from eutectic.recipes.schema import Recipe
+
+_OPTIONS = {
+    "output_gradient_gram": "--output-gradients",
+    "fisher_diagonal": "--fisher",
+    "block_fisher": "--block-fisher",
+}
 
 
 def notes_on(
@@ -72,6 +78,19 @@ def notes_on(
                 f"no expert has statistics, and {method.name} needs them: "
                 "collect them (eutectic collect) and name them with --statistics, or in the recipe"
             )
+        notes += _uncollected(inputs, method, parameters)
+    return notes
+
+
+def _uncollected(inputs: Inputs, method: Method, parameters: Any) -> list[str]:
+    """Say which experts' statistics hold nothing of a kind that the method needs."""
+    notes: list[str] = []
+    for name, statistics in inputs.statistics.items():
+        for need in sorted(method.needs(parameters) - {"base"}):
+            if all(lacks(statistics, own, {need}) for own in statistics):
+                option = _OPTIONS.get(need)
+                how = f": collect them with {option}" if option else ""
+                notes.append(f"the statistics of '{name}' hold no {need} at all{how}")
     return notes
 
 
