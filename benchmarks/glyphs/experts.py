@@ -59,16 +59,20 @@ def accuracy(model: nn.Module, head: dict[str, Tensor], images: Tensor, labels: 
 
 
 def fine_tune(
-    model: nn.Module, head: dict[str, Tensor], task: str, data: dict[str, Tensor]
+    model: nn.Module,
+    head: dict[str, Tensor],
+    task: str,
+    data: dict[str, Tensor],
+    steps: int = STEPS,
 ) -> None:
     """Train every parameter of the body, in bfloat16 products, with warm-up and cosine."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0)
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP, total_iters=WARMUP)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS - WARMUP)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - WARMUP)
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], [WARMUP])
     generator = seeded("fine-tune", task)
-    for _ in range(STEPS):
+    for _ in range(steps):
         chosen = torch.randint(len(data["train_labels"]), (BATCH,), generator=generator)
         with torch.autocast("cpu", torch.bfloat16):
             pooled = embed(model, data["train_images"][chosen].float() / 255)
@@ -81,7 +85,7 @@ def fine_tune(
     model.eval()
 
 
-def make_expert(work: Path, task: str) -> None:
+def make_expert(work: Path, task: str, steps: int = STEPS) -> None:
     """Fine-tune and write one expert, unless it is there."""
     folder = work / "experts" / task
     if folder.exists():
@@ -91,7 +95,7 @@ def make_expert(work: Path, task: str) -> None:
     head = head_of(work, task, model)
     test = data["test_images"], data["test_labels"]
     before = accuracy(model, head, *test)
-    fine_tune(model, head, task, data)
+    fine_tune(model, head, task, data, steps)
     record = {"task": task, "base": before, "expert": accuracy(model, head, *test)}
     part = folder.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -106,7 +110,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--task", action="append", choices=TASKS)
+    parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for name in arguments.task or TASKS:
-        make_expert(arguments.work, name)
+        make_expert(arguments.work, name, arguments.steps)
