@@ -1,4 +1,4 @@
-"""The glyph suite on made-up pictures: base, expert, folders of images, the command line on them."""
+"""The glyph suite on made-up pictures: base, expert, folders of images, the command line on it."""
 
 from __future__ import annotations
 
