@@ -58,7 +58,7 @@ def measured(suite: Suite, name: str, row: Row, work: Path, results: Path, seed:
     if row.init is not None:
         chosen = json.loads((results / f"{row.init}-0.json").read_text())["scale"]
         init = (ROWS[row.init].method, chosen)
-    files = collect_statistics(suite, work, seed) if row.seeded else None
+    files = collect_statistics(suite, work, seed, fisher=False) if row.seeded else None
     merged = merge_row(suite, row, work, seed, files, init)
 
     def on(split: str, scale: float) -> dict[str, float]:

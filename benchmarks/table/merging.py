@@ -90,22 +90,29 @@ def _merge(*arguments: str) -> dict[str, Any]:
 
 
 def collect_statistics(
-    suite: Suite, work: Path, seed: int, count: int = PROXIES
+    suite: Suite, work: Path, seed: int, count: int = PROXIES, fisher: bool = True
 ) -> dict[str, Path]:
-    """Collect every expert's statistics on its proxies, labels sampled: unlabelled data suffice."""
+    """Collect every expert's statistics on its proxies, labels sampled: unlabelled data suffice.
+
+    The diagonal Fisher takes a pass for every example; `fisher=False` leaves it out.
+    """
+    kind = "" if fisher else "-kfac"
     files: dict[str, Path] = {}
     for task, folder in suite.experts.items():
-        file = work / "statistics" / f"{folder.parent.name}-{count}-{seed}" / f"{task}.safetensors"
-        files[task] = file
+        sample = f"{folder.parent.name}-{count}-{seed}{kind}"
+        files[task] = file = work / "statistics" / sample / f"{task}.safetensors"
         if not file.is_file():
             file.parent.mkdir(parents=True, exist_ok=True)
             weights = load_file(folder / "model.safetensors")
             set_weights(suite.model, weights)
-            collect_on(suite, task, suite.proxies(task, seed, count), file, gradients=True)
+            proxies = suite.proxies(task, seed, count)
+            collect_on(suite, task, proxies, file, gradients=True, fisher=fisher)
     return files
 
 
-def collect_on(suite: Suite, task: str, batches: Batches, file: Path, gradients: bool) -> None:
+def collect_on(
+    suite: Suite, task: str, batches: Batches, file: Path, gradients: bool, fisher: bool = False
+) -> None:
     """Run the suite's model, as it is, over one task's proxies."""
 
     def log_likelihoods(outputs: Any, batch: Any) -> Tensor:
@@ -121,7 +128,7 @@ def collect_on(suite: Suite, task: str, batches: Batches, file: Path, gradients:
         batches.inputs,
         file,
         output_gradients=gradients,
-        fisher=gradients,
+        fisher=fisher,
         objective=log_likelihoods if gradients else "auto",
         layers=suite.layers,
     )
