@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from eutectic.errors import RequestError, suggest
 Mode = Literal["route", "oracle", "base", "soft", "vote"]
 MODES = ("route", "oracle", "base", "soft", "vote")
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 # Name of a mask argument -> whether True (or 1) marks tokens that count.
 _MASKS = {"attention_mask": True, "src_key_padding_mask": False, "key_padding_mask": False}
 _SAMPLES = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
@@ -173,13 +174,22 @@ def _is_pretrained(module: nn.Module) -> bool:
     return any(kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__)
 
 
+def uncompiled(function: _Function) -> _Function:
+    """Keep torch's compiler out of a function: `torch.compiler.disable` with its types."""
+    return torch.compiler.disable(function)  # type: ignore[return-value]
+
+
 class _Scope:
-    """The pair of hooks around one module; `enter` and `leave` nest like its forward passes."""
+    """The pair of hooks around one module; `enter` and `leave` nest like its forward passes.
+
+    They are never compiled: what they look at differs from call to call.
+    """
 
     def __init__(self, routing: Routing, names: tuple[str, ...]) -> None:
         self.routing = routing
         self.names = names
 
+    @uncompiled
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         call = self.routing.call()
@@ -187,6 +197,7 @@ class _Scope:
             call = self._open(module, given)
         call.frames.append(_frame(given, self.names, call))
 
+    @uncompiled
     def leave(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:

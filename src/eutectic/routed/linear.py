@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eutectic.errors import RequestError
-from eutectic.routed.call import Call, Frame, Routing
+from eutectic.routed.call import Call, Frame, Routing, uncompiled
 from eutectic.routed.router import Router
 
 _CROSS = re.compile(r"encdec|cross_?att|encoder_?att", re.IGNORECASE)
@@ -41,6 +41,8 @@ class Experts(nn.Module):
         self.routing = routing
         self.crossed = bool(_CROSS.search(name) and _KEYS_AND_VALUES.search(name))
 
+    # It reads context variables and dictionaries, which would be compiled anew for every layer.
+    @uncompiled
     def choose(self, x: Tensor) -> Choice:
         """Return which expert each sample of `[N, P, in]` takes, and record it if asked to."""
         call = self.routing.call() or Call(self.routing, self.routing.settings())
@@ -141,11 +143,6 @@ class Experts(nn.Module):
                 "samples.\nLeave this layer out of the routed ones."
             )
         return x.reshape(samples, rows // samples, x.shape[-1]), False
-
-
-# What torch.compiler.disable sets, without the seconds that importing the compiler takes: decisions
-# read context variables and dictionaries, which would be compiled anew for every layer.
-Experts.choose._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _named(experts: tuple[int, ...], samples: int, device: torch.device, call: Call) -> Choice:
