@@ -114,7 +114,7 @@ def scipy_route(
     linear = LinearOperator((right.numel(), right.numel()), matvec=multiply)
     b, x0 = right.flatten().numpy(), start.flatten().numpy()
     solution, _ = cg(linear, b, x0=x0, rtol=TOLERANCE, maxiter=iterations)
-    for vector in (x0, solution):  # it logs the first and the last error, as our record does
+    for vector in (x0, solution):  # it logs the first and the last error
         np.linalg.norm(multiply(vector) - b)
     return torch.from_numpy(solution).reshape(shape).T.float() - layer.base, products
 
@@ -233,10 +233,10 @@ def plot(data: dict[str, list[float]], path: Path) -> None:
         axes.semilogy(values, label=name, linestyle="-" if name.startswith("K") else "--")
     axes.axhline(TOLERANCE, color="grey", linewidth=0.5)
     axes.set_xscale("symlog")
-    axes.set(xlabel="iterations", ylabel="relative residual")
+    axes.set(xlabel="iterations", ylabel="relative residual", xlim=(0, None))
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
