@@ -190,7 +190,9 @@ def static_row(
         chosen = json.loads((results / f"{row.init}-0.json").read_text())["scale"]
         init = (ROWS[row.init].method, chosen)
     free = label_free and name in LABEL_FREE and seed == 0
-    files = collect_statistics(suite, work, seed) if free or row.needs_statistics else {}
+    fisher = row.method == "fisher"
+    reads = free or row.needs_statistics
+    files = collect_statistics(suite, work, seed, fisher=fisher) if reads else {}
     merged = merge_row(suite, row, work, seed, files if row.needs_statistics else None, init)
     if seed == 0:
         cached(results / "alignment" / f"{name}.json", lambda: alignments(suite, merged))
