@@ -37,7 +37,6 @@ def main() -> None:
     results = arguments.work / "results" / suite.name
     base, experts = (json.loads((results / f"{n}.json").read_text()) for n in ("base", "experts"))
     kept = [task for task in suite.tasks if experts[task] - base[task] >= SMALLEST_GAIN]
-    files = collect_statistics(suite, arguments.work, 0)
     sar: dict[str, dict[str, float]] = {}
     nai: dict[str, dict[str, float]] = {}
     for name, row in ROWS.items():
@@ -50,7 +49,10 @@ def main() -> None:
             if row.init is not None:
                 scale = json.loads((results / f"{row.init}-0.json").read_text())["scale"]
                 init = (ROWS[row.init].method, scale)
-            used = files if row.needs_statistics else None
+            used = None
+            if row.needs_statistics:
+                fisher = row.method == "fisher"
+                used = collect_statistics(suite, arguments.work, 0, fisher=fisher)
             return alignments(suite, merge_row(suite, row, arguments.work, 0, used, init))
 
         found = cached(results / "alignment" / f"{name}.json", measure)
