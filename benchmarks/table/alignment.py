@@ -63,12 +63,16 @@ def main() -> None:
         }
         print(name, f"SAR {sum(sar[name].values()) / len(kept):.3f}", flush=True)
     outcome = correlate(sar, nai)
+    free = {name: values for name, values in sar.items() if not ROWS[name].needs_statistics}
+    data_free = correlate(free, nai)
     document = {
         "tasks": kept,
         "sar": sar,
         "nai": nai,
         "over_tasks_and_methods": vars(outcome.overall),
         "over_means_of_methods": vars(outcome.means),
+        "over_tasks_and_data_free_methods": vars(data_free.overall),
+        "over_means_of_data_free_methods": vars(data_free.means),
     }
     (results / "alignment.json").write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps({k: document[k] for k in list(document)[3:]}, indent=1))
