@@ -26,7 +26,7 @@ def test_a_page_has_formula_and_parameters(eutectic, name, monkeypatch):
     assert "Return" in result.stdout
     lines = result.stdout.splitlines()
     for parameter in methods()[name]["parameters"]:
-        line = next(line for line in lines if line.startswith(f"{parameter}  "))  # a column, no prose
+        line = next(line for line in lines if line.startswith(f"{parameter}  "))
         assert len(re.split(r" {2,}", line.strip())) == 4, "name, type, default and meaning"
 
 
