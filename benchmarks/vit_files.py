@@ -164,7 +164,9 @@ def spawn(folder: Path, method: str, threads: int) -> dict[str, Any]:
     """Run `one_run` in a fresh process."""
     words = [sys.executable, __file__, "--folder", str(folder), "--run", method]
     words += ["--threads", str(threads)]
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    done = subprocess.run(words, check=False, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{method}: its process ended with {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

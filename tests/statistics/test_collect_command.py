@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as hf
 import typer
+from safetensors.torch import save_file
 from tiny_models import assert_near, assert_same, bert, t5
 from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
@@ -99,6 +100,55 @@ def test_adding_with_and_without_collecting(expert: Path, data: Path, tmp_path: 
     assert not list(tmp_path.glob("*.collected*"))
     result = run("--add", first, "--add", whole, "-o", tmp_path / "twice.safetensors", code=1)
     assert "shares 2 of its 5 examples" in result.stderr
+
+
+def test_a_head_beside_the_checkpoint_gives_gradients(data: Path, tmp_path: Path) -> None:
+    whole = bert()
+    body, classifier = whole.bert, whole.classifier
+    body.save_pretrained(tmp_path / "body")
+    tokenizer().save_pretrained(tmp_path / "body")
+    head, output = tmp_path / "head.safetensors", tmp_path / "x.safetensors"
+    save_file({"weight": classifier.weight.data, "bias": classifier.bias.data}, head)
+    words = [tmp_path / "body", "--data", data, "-o", output, "--output-gradients", "--fisher"]
+
+    run(*words, "--head", head, "--pooling", "pooler")
+    batches = [
+        {**tokenizer()(text, return_tensors="pt"), "labels": torch.tensor([i % 3])}
+        for i, text in enumerate(TEXTS)
+    ]
+    expected = collect(whole, batches, output_gradients=True, fisher=True)
+    found = load_statistics(output)
+    for name in found.names:
+        wanted = expected[f"bert.{name}"]
+        if wanted.gram is not None or wanted.gram_factor is not None:
+            assert_near(found[name].dense_gram(), wanted.dense_gram(), 1e-5)
+            assert_near(found[name].output_gradient_gram, wanted.output_gradient_gram, 1e-5)
+        assert wanted.fisher_diagonal is not None
+        if float(wanted.fisher_diagonal.max()) > 1e-12:  # keys' biases have rounding only
+            assert_near(found[name].fisher_diagonal, wanted.fisher_diagonal, 1e-5)
+
+    run(*words, "--head", head, "--labels", "sample")  # the mean of the tokens, drawn labels
+    drawn = load_statistics(output)
+    assert drawn.provenance["settings"]["head"] != found.provenance["settings"]["head"]
+    assert drawn[QUERY.removeprefix("bert.")].fisher_diagonal is not None
+
+
+def test_a_head_that_does_not_fit_is_refused(expert: Path, data: Path, tmp_path: Path) -> None:
+    bert().bert.save_pretrained(tmp_path / "body")
+    tokenizer().save_pretrained(tmp_path / "body")
+    head, output = tmp_path / "head.safetensors", tmp_path / "x.safetensors"
+    save_file({"weight": torch.ones(3, 5)}, head)
+    body = [tmp_path / "body", "--data", data, "-o", output]
+    for words, code, message in (
+        ([*body, "--fisher"], 2, "--head"),
+        ([*body, "--head", head], 2, "--head is for gradients"),
+        ([*body, "--fisher", "--head", head], 2, "the head takes 5 features, the model gives"),
+        ([*body, "--fisher", "--head", head, "--pooling", "max"], 2, "unknown pooling 'max'"),
+        ([*body, "--fisher", "--head", data], 1, "is no head"),
+        ([*body, "--fisher", "--head", head, "--task", "causal-lm"], 2, "--head is for bare"),
+    ):
+        assert message in run(*words, code=code).stderr
+    assert not list(tmp_path.glob("x.safetensors*"))
 
 
 @OLD_NAMES

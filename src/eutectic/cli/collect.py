@@ -48,6 +48,18 @@ def collect(
     labels: Annotated[
         str, typer.Option(help="data: labels of the data; sample: drawn from the model.")
     ] = "data",
+    head: Annotated[
+        Path | None,
+        typer.Option(
+            help="A linear head beside the checkpoint: safetensors with `weight` and `bias`."
+        ),
+    ] = None,
+    pooling: Annotated[
+        str, typer.Option(help="Features that --head takes: mean, cls or pooler.")
+    ] = "mean",
+    normalize: Annotated[
+        bool, typer.Option("--normalize", help="Scale those features to length 1 first.")
+    ] = False,
     max_examples: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many (with gradients: 1000).")
     ] = None,
@@ -100,12 +112,16 @@ def collect(
 
       eutectic collect ./sst2 --data proxy.jsonl --output-gradients --labels sample -o x.safetensors
 
+      eutectic collect ./sst2 --head sst2-head.safetensors --output-gradients \
+          --labels sample --data proxy.jsonl -o sst2.stats.safetensors
+
       eutectic collect --add first.safetensors --add second.safetensors -o both.safetensors
     """
     from eutectic.statistics import add_statistics
     from eutectic.statistics import collect as run
     from eutectic.statistics.data import open_batches
     from eutectic.statistics.encode import Columns
+    from eutectic.statistics.heads import read_head
     from eutectic.statistics.models import load_model
 
     started = time.monotonic()
@@ -120,11 +136,19 @@ def collect(
     else:
         if data is None:
             raise RequestError(f"{checkpoint}: no data to run it on; name them with --data.")
-        loaded = load_model(checkpoint, base, task, device)  # pyright: ignore[reportArgumentType]
-        made_up = list(loaded.made_up)
         gradients = output_gradients or fisher or block_fisher
+        if head is not None and not gradients:
+            raise RequestError(
+                "--head is for gradients.\nAdd --output-gradients, --fisher or --block-fisher."
+            )
+        if head is not None and task not in (None, "feature-extraction"):
+            raise RequestError(f"--head is for bare models, not for --task {task}.\nLeave it out.")
+        own = None if head is None else read_head(head, pooling, normalize)  # pyright: ignore[reportArgumentType]
+        wanted = "feature-extraction" if own is not None else task
+        loaded = load_model(checkpoint, base, wanted, device)  # pyright: ignore[reportArgumentType]
+        made_up = list(loaded.made_up)
         if gradients:
-            loaded.check_head()
+            loaded.check_head(own)
         batches = open_batches(
             data,
             loaded,
@@ -142,6 +166,7 @@ def collect(
             split=split,
             trust_code=trust_code,
             needs_labels=gradients and labels != "sample",
+            classes=None if own is None else len(own.bias),
         )
         # What is to be added goes through a file of its own, so that OUTPUT is never half a sum.
         target = output.with_name(f"{output.name}.collected") if add else output
@@ -154,6 +179,7 @@ def collect(
                 fisher=fisher,
                 block_fisher=block_fisher,
                 labels=labels,  # pyright: ignore[reportArgumentType]
+                head=own,
                 max_examples=max_examples,
                 layers=layers,
                 convolutions=convolutions,

@@ -7,7 +7,7 @@ from eutectic.evaluation.models import (
     load_model,
     put_tensors,
 )
-from eutectic.evaluation.outputs import Head, Score, load_head, outputs, score
+from eutectic.evaluation.outputs import Score, load_head, outputs, score
 from eutectic.evaluation.prepare import Prepared, prepare
 from eutectic.evaluation.results import Results, results_schema
 from eutectic.evaluation.run import evaluate
@@ -15,7 +15,6 @@ from eutectic.evaluation.schema import Task
 from eutectic.evaluation.tasks import load_tasks
 
 __all__ = [
-    "Head",
     "Prepared",
     "Results",
     "Score",

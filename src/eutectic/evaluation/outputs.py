@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from eutectic.errors import CheckpointError, NumericalError, RequestError
@@ -18,18 +16,11 @@ from eutectic.evaluation.metrics import Array, Outcomes, metric_value, per_examp
 from eutectic.evaluation.prepare import Prepared, normal_text
 from eutectic.evaluation.schema import Task
 from eutectic.statistics.batches import IGNORED_LABEL
+from eutectic.statistics.heads import Head, features, read_head
 from eutectic.statistics.hooks import evaluating
 
 Precision = Literal["float32", "bfloat16"]
 Tell = Callable[[int], None]
-
-
-@dataclass(frozen=True, eq=False)
-class Head:
-    """A linear map of pooled features: `weight` [outputs, hidden], `bias` [outputs]."""
-
-    weight: Tensor
-    bias: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,17 +53,9 @@ def load_head(task: Task, *, base: bool = False) -> Head | None:
     if path is None:
         return None
     try:
-        tensors = load_file(path)
-        weight = tensors["weight"].float()
-        bias = tensors["bias"].float() if "bias" in tensors else torch.zeros(len(weight))
-        if weight.ndim != 2 or bias.shape != weight.shape[:1]:
-            raise ValueError(f"weight {list(weight.shape)} and bias {list(bias.shape)}")
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
-        raise CheckpointError(
-            f"task '{task.name}': {Path(path)} is no head: {error}.\n"
-            "Wanted: a safetensors file with `weight` [outputs, hidden] and `bias` [outputs]."
-        ) from None
-    return Head(weight, bias)
+        return read_head(Path(path), task.pooling, task.normalize)
+    except CheckpointError as error:
+        raise CheckpointError(f"task '{task.name}': {error}") from None
 
 
 @torch.inference_mode()
@@ -178,47 +161,26 @@ def _computation(
         return lambda model, batch: model(**batch).logits.float()
 
     def through_head(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        features = _features(model, batch, task)
+        pooled = _features(model, batch, task)
         if head is None:
-            return features
-        if head.weight.shape[1] != features.shape[1]:
-            raise RequestError(
-                f"task '{task.name}': the head takes {head.weight.shape[1]} features, the model "
-                f"gives {features.shape[1]}."
-            )
-        weight, bias = head.weight.to(features.device), head.bias.to(features.device)
-        with torch.autocast(features.device.type, enabled=False):
-            return features @ weight.T + bias
+            return nn.functional.normalize(pooled, dim=-1) if task.normalize else pooled
+        return head.of(pooled)
 
-    return through_head
+    def named(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        try:
+            return through_head(model, batch)
+        except RequestError as error:
+            raise RequestError(f"task '{task.name}': {error}") from None
+
+    return named
 
 
 def _features(model: Any, batch: dict[str, Tensor], task: Task) -> Tensor:
     if task.pooling == "pooler" and hasattr(model, "get_image_features"):
         found = model.get_image_features(**batch)
         # A tensor before transformers 5, an output object since.
-        features = found if isinstance(found, Tensor) else found.pooler_output
-    else:
-        output = model(**batch)
-        if task.pooling == "pooler":
-            features = output.pooler_output
-        elif task.pooling == "cls":
-            if output.last_hidden_state.ndim != 3:
-                raise RequestError(f"task '{task.name}': the model has no first token; pool: mean.")
-            features = output.last_hidden_state[:, 0]
-        else:
-            features = _mean(output.last_hidden_state.float(), batch.get("attention_mask"))
-    features = features.float()
-    return nn.functional.normalize(features, dim=-1) if task.normalize else features
-
-
-def _mean(states: Tensor, mask: Tensor | None) -> Tensor:
-    if states.ndim == 4:  # maps of pyramids and convolutional networks: [n, hidden, height, width]
-        return states.mean((2, 3))
-    if mask is None:
-        return states.mean(1)
-    weights = mask.unsqueeze(-1).to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1)
+        return (found if isinstance(found, Tensor) else found.pooler_output).float()
+    return features(model(**batch), batch.get("attention_mask"), task.pooling).float()
 
 
 def _likelihood(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from eutectic.errors import suggest
 from eutectic.evaluation.metrics import METRICS_OF_KIND
 from eutectic.recipes.schema import Name
+from eutectic.statistics.heads import Pooling
 
 Kind = Literal[
     "text-classification",
@@ -23,7 +24,6 @@ Kind = Literal[
 ]
 Split = Literal["proxy", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("proxy", "validation", "test")
-Pooling = Literal["mean", "cls", "pooler"]
 WITH_HEAD = ("text-classification", "pair-classification", "regression", "image-classification")
 
 

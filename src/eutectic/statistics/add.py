@@ -31,6 +31,7 @@ _SETTINGS = (
     "block_fisher",
     "labels",
     "objective",
+    "head",
     "rank",
     "unmatched",
     "dtype",

@@ -18,7 +18,7 @@ TokenMask = Callable[[Any], Tensor | None]
 Unmatched = Literal["error", "all", "skip"]
 
 IGNORED_LABEL = -100
-_LABEL_KEYS = ("labels", "label", "label_ids")
+LABEL_KEYS = ("labels", "label", "label_ids")
 
 
 @dataclass(frozen=True)
@@ -266,12 +266,12 @@ def example_hashes(batch: Batch, paired: bool) -> tuple[list[int], list[int]]:
     everything: list[int] = []
     for index in range(count):
         digest = hashlib.sha256()
-        for key in sorted(items.keys() - set(_LABEL_KEYS)):
+        for key in sorted(items.keys() - set(LABEL_KEYS)):
             if key.endswith("attention_mask"):
                 continue
             _update(digest, key, items[key], index, second if key.startswith("decoder") else first)
         inputs.append(_number(digest))
-        for key in sorted(items.keys() & set(_LABEL_KEYS)):
+        for key in sorted(items.keys() & set(LABEL_KEYS)):
             _update(digest, key, items[key], index, None if paired else first)
         everything.append(_number(digest))
     return inputs, everything
@@ -281,7 +281,7 @@ def _update(digest: Any, key: str, values: Tensor, index: int, mask: Tensor | No
     row = values[index]
     if mask is not None and mask.ndim == 2 and values.shape[:2] == mask.shape:
         row = row[mask[index].bool()]
-    elif key in _LABEL_KEYS and row.ndim == 1:
+    elif key in LABEL_KEYS and row.ndim == 1:
         row = row[row != IGNORED_LABEL]
     row = row.contiguous()
     digest.update(f"{key}\0{row.dtype}\0{[*row.shape]}\0".encode())

@@ -23,6 +23,7 @@ from eutectic.statistics.batches import (
     sample_count,
 )
 from eutectic.statistics.container import entries_of, write_tensors
+from eutectic.statistics.heads import Head
 from eutectic.statistics.likelihood import LogLikelihood, Objective
 from eutectic.statistics.partial import DataLog, Partial, Snapshot, identify, open_partial
 from eutectic.statistics.passes import Pass, run_pass
@@ -54,6 +55,7 @@ def collect(
     block_fisher: bool = False,
     labels: Labels = "data",
     objective: Objective | LogLikelihood | Literal["auto"] = "auto",
+    head: Head | None = None,
     max_examples: int | None = None,
     layers: Sequence[str] | None = None,
     convolutions: bool = False,
@@ -108,6 +110,8 @@ def collect(
             model's predictions (true Fisher); unlabelled data are enough.
         objective: what the logits stand for; "auto" asks the model's configuration and class. Or
             a function (outputs, batch) -> log-likelihoods `[examples]`.
+        head: from `statistics.heads.read_head`: makes logits of a bare model's pooled features,
+            for gradients. It is no part of the model and gets no statistics.
         max_examples: stop after so many; default all, or 1000 when gradients are collected.
         layers: globs over parameter names.
         convolutions: ungrouped 1-D and 2-D convolutions too, as `[out, in·k·k]`.
@@ -159,6 +163,7 @@ def collect(
         block_fisher=block_fisher,
         labels=labels,
         objective=objective,
+        head=head,
         max_examples=max_examples,
         layers=None if layers is None else tuple(layers),
         convolutions=convolutions,

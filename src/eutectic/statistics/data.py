@@ -27,11 +27,13 @@ def open_batches(
     split: str | None = None,
     trust_code: bool = False,
     needs_labels: bool = False,
+    classes: int | None = None,
 ) -> Iterable[Batch]:
     """Return batches of a data set for a loaded model; see `rows.read_rows` for sources.
 
     A function that returns mappings of tensors is taken to yield ready batches. Labels are looked
     at only if `needs_labels`: without gradients, or with drawn labels, any or none will do.
+    `classes` is how many there are where a head of its own decides that, not the configuration.
 
     Raises:
         RequestError, StatisticsError, MissingExtraError: as `read_rows` and `EncodedRows`.
@@ -51,7 +53,7 @@ def open_batches(
         loaded.label_ids,
         image_mode(loaded.model.config) if takes_images(loaded.model) else None,
         needs_labels,
-        _classes(loaded.model.config),
+        _classes(loaded.model.config) if classes is None else classes if classes > 1 else None,
     )
 
 

@@ -24,7 +24,7 @@ TASKS: tuple[Task, ...] = (
     "causal-lm",
     "seq2seq",
 )
-_LABELLED = ("text-classification", "image-classification")
+_LABELLED = ("text-classification", "feature-extraction", "image-classification")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from eutectic.checkpoint.memory import StateDictReader
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.errors import CheckpointError, MissingExtraError, RequestError
 from eutectic.statistics.encode import TASKS, Task
+from eutectic.statistics.heads import Head
 from eutectic.statistics.sites import canonical_name
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -58,14 +59,24 @@ class LoadedModel:
     fingerprint: str
     made_up: tuple[str, ...] = ()
 
-    def check_head(self) -> None:
+    def check_head(self, head: Head | None = None) -> None:
         """Refuse a model whose predictions, and so whose gradients, mean nothing.
 
+        Args:
+            head: of its own file; a pooler that it does not use may be missing.
+
         Raises:
-            RequestError: some of its parameters were drawn at random.
+            RequestError: some of its parameters were drawn at random, or it predicts nothing.
         """
-        if self.made_up:
-            first, *others = self.made_up
+        unused = head is not None and head.pooling != "pooler"
+        needed = [n for n in self.made_up if not (unused and "pooler" in n.split("."))]
+        if head is None and self.task == "feature-extraction":
+            raise RequestError(
+                "a bare model predicts nothing, so there are no gradients to collect.\n"
+                "Name its linear head with --head, another --task, or collect without gradients."
+            )
+        if needed:
+            first, *others = needed
             more = f" and {len(others)} more" if others else ""
             raise RequestError(
                 f"the checkpoint does not hold {first}{more}, which a model for "

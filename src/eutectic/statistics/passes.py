@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from eutectic.errors import NumericalError, RequestError, ResumeError, StatisticsError
 from eutectic.statistics.batches import (
+    LABEL_KEYS,
     Batch,
     call,
     example_hashes,
@@ -121,16 +122,25 @@ def _add(job: Pass, recorder: Recorder, batch: Batch, index: int, hashes: list[i
     recorder.begin(make_layout(job.model, batch, job.settings), index)
     backward = bool(job.plan.gradient_sites or job.plan.parameters)
     with torch.set_grad_enabled(backward):
-        outputs = call(job.model, batch)
+        outputs = call(job.model, _inputs(batch) if job.settings.head is not None else batch)
         recorder.end()
         if backward:
             _differentiate(job, recorder, outputs, batch, index, hashes)
+
+
+def _inputs(batch: Batch) -> Batch:
+    """Leave out labels: a bare model takes none, its head's logits are compared with them."""
+    if not isinstance(batch, Mapping):
+        return batch
+    return {name: value for name, value in batch.items() if name not in LABEL_KEYS}
 
 
 def _differentiate(
     job: Pass, recorder: Recorder, outputs: object, batch: Batch, index: int, hashes: list[int]
 ) -> None:
     settings = job.settings
+    if settings.head is not None:
+        outputs = settings.head.logits(outputs, batch)
     values = evaluate(
         job.model,
         outputs,

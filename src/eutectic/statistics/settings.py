@@ -9,6 +9,7 @@ import torch
 
 from eutectic.errors import RequestError
 from eutectic.statistics.batches import TokenMask, Unmatched
+from eutectic.statistics.heads import Head
 from eutectic.statistics.likelihood import LogLikelihood, Objective
 
 Labels = Literal["data", "sample"]
@@ -25,6 +26,7 @@ class Settings:
     block_fisher: bool = False
     labels: Labels = "data"
     objective: Objective | LogLikelihood | Literal["auto"] = "auto"
+    head: Head | None = None
     max_examples: int | None = None
     layers: tuple[str, ...] | None = None
     convolutions: bool = False
@@ -73,6 +75,7 @@ class Settings:
             "block_fisher": self.block_fisher,
             "labels": self.labels if gradients else None,
             "objective": _name(self.objective) if gradients else None,
+            "head": self.head.fingerprint() if gradients and self.head else None,
             "seed": self.seed if gradients and self.labels == "sample" else None,
             "max_examples": self.limit,
             "layers": None if self.layers is None else list(self.layers),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from eutectic.errors import RequestError
 from eutectic.evaluation.models import load_model
-from eutectic.evaluation.outputs import Head, load_head, outputs
+from eutectic.evaluation.outputs import load_head, outputs
 from eutectic.evaluation.prepare import Prepared, prepare
 from eutectic.evaluation.rows import check_disjoint
 from eutectic.evaluation.schema import Task
@@ -21,6 +21,7 @@ from eutectic.evaluation.tasks import load_tasks
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.recipes.schema import ScaleSearch
+from eutectic.statistics.heads import Head
 
 Split = Literal["proxy", "validation"]
 GENERATIVE = ("language-model", "sequence-to-sequence")
