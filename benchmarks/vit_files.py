@@ -81,7 +81,12 @@ def register_textbook() -> None:
     from eutectic.methods.registry import Context, Parameters, register
 
     def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.linalg.svd(x, full_matrices=False)
+        try:
+            return torch.linalg.svd(x, full_matrices=False)
+        except torch.linalg.LinAlgError:
+            # LAPACK gives up on some of the projected matrices of Iso-CTS in float32.
+            u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
+            return u.float(), s.float(), vh.float()
 
     def polar(x: Tensor) -> Tensor:
         u, _, vh = svd(x)

@@ -7,7 +7,8 @@ with R = GV − VΘ the residual of the k wanted Ritz pairs, the subspace is off
 Routes, each falling back on the next:
 
 1. block Krylov in float64: k at most 1/`KRYLOV_SHARE` of the side;
-2. float32 eigenproblem, its leading vectors corrected in float64: k at most half of the side;
+2. float32 eigenproblem, its leading vectors corrected in float64: k at most 1/`CORRECTED_SHARE`
+   of the side, beyond which the corrections cost what the float64 problem costs;
 3. float64 eigenproblem: k beyond that, or the gap is too small for the bound;
 4. thin SVD in float64: exact precision, or triplets below `GRAM_FLOOR`·S₁ have to be kept.
 """
@@ -29,6 +30,7 @@ Precision = Literal["fast", "exact"]
 
 SMALL_SIDE = 64  # below this the whole eigenproblem is free
 KRYLOV_SHARE = 64
+CORRECTED_SHARE = 6
 KRYLOV_LIMIT = 5  # beyond 1/5 of the side the Krylov space costs more than the eigenproblem
 SUBSPACE_BOUND = 1e-6
 CORRECTIONS = 3
@@ -147,7 +149,7 @@ def explain_leading(
 
 
 def _route(side: int, k: int) -> Literal["krylov", "corrected", "full"]:
-    if side < SMALL_SIDE or 2 * k > side:
+    if side < SMALL_SIDE or CORRECTED_SHARE * k > side:
         return "full"
     return "krylov" if KRYLOV_SHARE * k <= side else "corrected"
 
