@@ -1,4 +1,4 @@
-"""Make the glyph suite from nothing: sources, tasks, base, heads and experts.
+"""Make the glyph suite from nothing: sources, tasks, base, heads and experts (no table).
 
     python benchmarks/glyphs/run.py --work DIR
 
@@ -36,10 +36,6 @@ def run(work: Path, steps: int) -> None:
     rows = [json.loads((work / "experts" / t / "accuracy.json").read_text()) for t in TASKS]
     for key in ("base", "expert"):
         print(f"mean {key} {sum(row[key] for row in rows) / len(rows):.3f}")
-    table = Path(__file__).parents[1] / "table" / "run.py"
-    print(
-        f"The table of methods: {sys.executable} {table} glyphs --work {work} --tasks {len(TASKS)}"
-    )
 
 
 if __name__ == "__main__":
