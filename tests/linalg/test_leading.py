@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eutectic.linalg import leading
 from eutectic.linalg.leading import (
     complement,
     explain_leading,
@@ -138,3 +139,16 @@ def test_complement(n, data, seed):
 )
 def test_explanation(shape, k, precision, word):
     assert word in explain_leading(shape, k, precision)
+
+
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+def test_no_triplets_are_no_work(precision, monkeypatch):
+    assert explain_leading((768, 768), 0, precision) == "no leading triplets"
+    for name in ("thin_svd", "gram"):
+        monkeypatch.setattr(leading, name, lambda *_: pytest.fail("decomposed for no triplet"))
+    P = torch.eye(6)[:, :4]
+    for found in (
+        leading_singular(torch.eye(6, 5), 0, precision=precision),
+        *leading_singular_stack([torch.eye(6, 5)], 0, orthogonal_to=P, precision=precision),
+    ):
+        assert (found.U.shape, found.S.shape, found.V.shape) == ((6, 0), (0,), (5, 0))

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eutectic.linalg.gram import explain_routes
 from eutectic.linalg.lowrank import LowRank
 from eutectic.linalg.polar import choose_route, explain_polar, polar
 
@@ -209,3 +210,10 @@ def test_polar_properties(out, inner, exponent, magnitude, seed):
 def test_choice_of_route(shape, device, precision, route, word):
     assert choose_route(shape, device, precision) == route
     assert word in explain_polar(shape, device, precision)
+
+
+def test_explanation_names_the_conditions():
+    assert explain_polar((0, 5)) == "no polar factor"
+    assert "1e-3·S₁, else float64 Gram" in explain_polar((768, 768), "cuda")
+    assert explain_routes(["a", "b"], "exact") == "a; b"
+    assert "thin SVD in float64 where singular values below 1e-6·S₁" in explain_routes([], "fast")

@@ -170,6 +170,46 @@ def test_plan_explains_the_route(method, precision):
     assert "768" in sentence or precision == "exact"
 
 
+def explained(method: str, shape=(8, 768, 3072), precision="fast", **options) -> str:
+    entry = get_method(method)
+    assert entry.explain is not None
+    return entry.explain(shape, entry.parse(options), precision)
+
+
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+def test_plan_names_the_eigenproblems_of_iso_a(precision):
+    sentence = explained("iso_a", precision=precision)
+    assert "9 float64 eigenproblems of side 3072" in sentence
+    assert "polar factor" in sentence
+
+
+def test_plan_counts_the_parts_of_iso_cts():
+    """r = 768: 768 − int(0.8·768) = 154 of their own, 19 for each of 8 experts."""
+    sentence = explained("iso_cts")
+    assert "sum: 768 of 768 leading triplets" in sentence
+    assert "each expert: 19 of 768 leading triplets" in sentence
+    assert sentence.count("polar factor") == 2 and "side 152" in sentence
+    full = explained("iso_cts", support="full")
+    assert "sum: 616 of 768 leading triplets" in full
+
+
+def test_plan_leaves_out_triplets_that_nobody_asks_for():
+    sentence = explained("iso_cts", common_fraction=1)
+    assert "each expert" not in sentence and sentence.count("polar factor") == 1
+    few = explained("iso_cts", common_fraction=0.01, shape=(2, 4, 4))
+    assert "sum: 4 of 4" in few and "each expert: 2 of 4" in few
+    assert "sum" not in explained("iso_cts", common_fraction=0.01, shape=(2, 4, 4), support="full")
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "iso_a", "tsv_m"])
+def test_plan_names_what_goes_to_the_svd(method):
+    sentence = explained(method)
+    assert sentence.count("thin SVD in float64 where singular values below 1e-6·S₁") == 1
+    for condition in ("full support", "tolerance", "float64 input"):
+        assert condition in sentence
+    assert "1e-6" not in explained(method, precision="exact")
+
+
 def statistics(experts: int, inner: int, gram=None) -> list[LayerStatistics]:
     generator = torch.Generator().manual_seed(9)
     found = []

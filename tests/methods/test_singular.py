@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import MethodError
-from eutectic.methods import merge_matrices
+from eutectic.methods import get_method, merge_matrices
 from eutectic.methods.singular import kept_per_expert
 
 
@@ -70,6 +70,14 @@ def test_shared_directions_count_once():
 def test_more_experts_than_rank_gives_zero():
     assert kept_per_expert(3, None, 5) == 0
     assert torch.equal(merge_matrices("tsv_m", random_deltas(5, 3, 7)), torch.zeros(3, 7))
+
+
+def test_plan_of_more_experts_than_rank_promises_no_work():
+    entry = get_method("tsv_m")
+    assert entry.explain is not None
+    sentence = entry.explain((5, 3, 7), entry.parse({}), "fast")
+    assert "more experts than rank" in sentence and "SVD" not in sentence
+    assert "each expert: 1 of 3" in entry.explain((3, 3, 7), entry.parse({}), "fast")
 
 
 def test_seed_and_tensor_name_change_nothing_but_rounding():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -55,3 +57,17 @@ def gram_pairs(squared: Tensor, tolerance: float | None) -> tuple[Tensor, Tensor
         return None
     kept = len(S) if tolerance is None else numerical_rank(S, tolerance)
     return S[:kept], V[:, :kept]
+
+
+def explain_routes(parts: Iterable[str], precision: str) -> str:
+    """Join sentences on routes over Grams, and name what sends any of them to the thin SVD."""
+    floor = (
+        f"thin SVD in float64 where singular values below {short(GRAM_FLOOR)}·S₁ have to be kept "
+        "(full support, a tighter tolerance, float64 input)"
+    )
+    return "; ".join([*parts, *([floor] if precision == "fast" else [])])
+
+
+def short(bound: float) -> str:
+    """Return 1e-6 for 1e-06."""
+    return f"{bound:.0e}".replace("e-0", "e-")

@@ -63,9 +63,11 @@ def leading_singular(
         small = leading_singular(core, k, tolerance=tolerance, seed=seed, precision=precision)
         return Triplets(P @ small.U, small.S, Q @ small.V)
     k = max(0, min(k, *matrix.shape))
+    if not k:
+        return _none(matrix)
     unit = magnitude(matrix)
     found = None
-    if unit and k and precision == "fast":
+    if unit and precision == "fast":
         found = _from_gram(matrix / unit, k, tolerance, seed)
     if found is None:
         found = thin_svd(matrix).first(k)
@@ -95,7 +97,7 @@ def leading_singular_stack(
         seed: as in `leading_singular`.
         precision: as in `leading_singular`.
     """
-    if orthogonal_to is None:
+    if orthogonal_to is None or k < 1:
         return [
             leading_singular(m, k, tolerance=tolerance, seed=seed, precision=precision)
             for m in matrices
@@ -136,6 +138,8 @@ def explain_leading(
 ) -> str:
     """Say in one sentence how `leading_singular` goes about k triplets of a shape."""
     side = min(shape)
+    if k < 1:
+        return "no leading triplets"
     if precision == "exact":
         return f"{k} leading triplets by the thin SVD in float64 (exact precision)"
     routes = {
@@ -144,8 +148,14 @@ def explain_leading(
         "full": "float64 eigenproblem of the Gram",
     }
     route = _route(side, k)
-    fallback = "" if route == "full" else "; all of it in float64 if the gap is too small"
+    fallback = "" if route == "full" else ", all of it in float64 if the gap is too small"
     return f"{k} of {side} leading triplets by {routes[route]}{fallback}"
+
+
+def _none(matrix: Tensor) -> Triplets:
+    out, inner = matrix.shape
+    empty = torch.empty(0, dtype=torch.float64, device=matrix.device)
+    return Triplets(empty.new_empty(out, 0), empty, empty.new_empty(inner, 0))
 
 
 def _route(side: int, k: int) -> Literal["krylov", "corrected", "full"]:

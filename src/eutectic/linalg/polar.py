@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from eutectic.linalg import lapack
-from eutectic.linalg.gram import gram, gram_pairs, images
+from eutectic.linalg.gram import gram, gram_pairs, images, short
 from eutectic.linalg.lowrank import LowRank
 from eutectic.linalg.qdwh import Ends, halley, newton_schulz, spectrum_ends
 from eutectic.linalg.svd import default_tolerance, magnitude, numerical_rank, thin_svd
@@ -164,15 +164,18 @@ def explain_polar(
 ) -> str:
     """Say in one sentence which route `polar` takes for a shape, and why."""
     side = min(shape)
+    if not side:
+        return "no polar factor"
     route = choose_route(shape, device, precision)
     reasons = {
         "svd": "thin SVD in float64 (exact precision)",
         "gram": f"float64 Gram eigenproblem of side {side} (shorter side below {HALLEY_SIDE})",
         "halley": f"Halley steps by Cholesky of side {side} (condition up to {CONDITION}, "
         "else float64 Gram eigenproblem)",
-        "products": f"Newton–Schulz products (on {device})",
+        "products": f"Newton–Schulz products (on {device}; singular values down to "
+        f"{short(PRODUCTS_FLOOR)}·S₁, else float64 Gram eigenproblem)",
     }
-    fallback = "" if route == "svd" else "; thin SVD if its check fails"
+    fallback = "" if route == "svd" else ", thin SVD if its check fails"
     return f"polar factor by {reasons[route]}{fallback}"
 
 

@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from eutectic.linalg import lapack
+from eutectic.linalg.gram import explain_routes
 from eutectic.linalg.leading import explain_leading, leading_singular, leading_singular_stack
 from eutectic.linalg.polar import Precision, Support, explain_polar, polar
 from eutectic.linalg.svd import default_tolerance, dependence_tolerance
@@ -64,17 +65,33 @@ def _by_count(to_8: float, to_14: float, beyond: float) -> Callable[[int], float
 
 
 def _explain_iso_c(shape: tuple[int, ...], parameters: Any, precision: Precision) -> str:
-    return explain_polar(shape[1:], precision=precision)
+    return explain_routes([explain_polar(shape[1:], precision=precision)], precision)
 
 
-def _explain_iso_cts(shape: tuple[int, ...], parameters: Any, precision: Precision) -> str:
-    rank = min(shape[1:])
-    _, k = split_spectrum(rank, parameters.common_fraction, shape[0])
-    return (
-        f"sum: {explain_leading(shape[1:], rank, precision)}; "
-        f"each expert: {explain_leading(shape[1:], k, precision)}; "
-        f"{explain_polar((shape[2], rank), precision=precision)}"
+def _explain_iso_cts(
+    shape: tuple[int, ...], parameters: IsoCtsParameters, precision: Precision
+) -> str:
+    experts, out, inner = shape
+    rank = min(out, inner)
+    c, k = split_spectrum(rank, parameters.common_fraction, experts)
+    of_sum = rank if parameters.support == "numerical" else c
+    parts: list[str] = []
+    if of_sum:
+        parts.append(f"sum: {explain_leading((out, inner), of_sum, precision)}")
+    if k:
+        parts.append(f"each expert: {explain_leading((out, inner), k, precision)}")
+        parts.append(f"left: {explain_polar((out, k * experts), precision=precision)}")
+    parts.append(f"right: {explain_polar((inner, rank), precision=precision)}")
+    return explain_routes(parts, precision)
+
+
+def _explain_iso_a(shape: tuple[int, ...], parameters: Any, precision: Precision) -> str:
+    experts, _, inner = shape
+    roots = (
+        f"roots of the {experts} input metrics and of their mean by {experts + 1} float64 "
+        f"eigenproblems of side {inner}, the main cost"
     )
+    return explain_routes([roots, explain_polar(shape[1:], precision=precision)], precision)
 
 
 @register(
@@ -194,7 +211,7 @@ def split_spectrum(rank: int, common_fraction: float, experts: int) -> tuple[int
     laws={"permutation", "homogeneous", "zero", "rotation"},
     workspace=lambda count: 1.5 + 28 / count,
     default_scale=_by_count(1.3, 1.0, 0.9),
-    explain=_explain_iso_c,
+    explain=_explain_iso_a,
 )
 def iso_a(deltas: Tensor, parameters: IsoAParameters, context: Context) -> Tensor:
     """Return mean(S)·U Vᵀ·C̄^{-1/2}, where Σ w_tΔ_t C_t^{1/2} = U S Vᵀ.

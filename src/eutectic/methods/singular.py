@@ -9,6 +9,7 @@ import torch
 from annotated_types import Gt, Le
 from torch import Tensor
 
+from eutectic.linalg.gram import explain_routes
 from eutectic.linalg.leading import explain_leading, leading_singular_stack
 from eutectic.linalg.polar import Precision, explain_polar, polar
 from eutectic.linalg.svd import default_tolerance, dependence_tolerance
@@ -28,10 +29,12 @@ class TsvMParameters(Parameters):
 
 def _explain(shape: tuple[int, ...], parameters: TsvMParameters, precision: Precision) -> str:
     k = kept_per_expert(min(shape[1:]), parameters.rank_fraction, shape[0])
+    if not k:
+        return "no triplets, more experts than rank: the result is zero"
     sides = [(side, k * shape[0]) for side in shape[1:]]
-    return f"each expert: {explain_leading(shape[1:], k, precision)}; " + "; ".join(
-        explain_polar(side, precision=precision) for side in sides
-    )
+    polars = [explain_polar(side, precision=precision) for side in sides]
+    leading = f"each expert: {explain_leading(shape[1:], k, precision)}"
+    return explain_routes([leading, *polars], precision)
 
 
 @register(
