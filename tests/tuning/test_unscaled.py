@@ -75,6 +75,7 @@ def test_bytes_are_those_of_a_merge(tmp_path, inputs, recipe):
     )
     assert again.pop("search") == report.search == {"search": "hand", "scale": ALPHA}
     assert again.pop("notes") == [*made.pop("notes"), "chosen by hand"]
+    assert again.pop("request") != made.pop("request")
     assert made == again
 
 

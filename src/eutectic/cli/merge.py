@@ -102,7 +102,7 @@ def _sweep(
     options: dict[str, Any],
     json: bool,
 ) -> None:
-    from eutectic.execution.sweep import sweep
+    from eutectic.execution.sweep import mixture_name, sweep
 
     reports = sweep(
         recipe,
@@ -118,4 +118,5 @@ def _sweep(
         return
     for value in mixtures:
         state = f"{reports[value].seconds:.1f} s" if value in reports else "was finished"
-        out.print(f"λ = {value:<5.3g} {output / f'{value:.3g}'}  {state}", highlight=False)
+        name = mixture_name(value)
+        out.print(f"λ = {name:<5} {output / name}  {state}", highlight=False)

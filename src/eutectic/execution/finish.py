@@ -14,6 +14,7 @@ import yaml
 
 from eutectic.checkpoint.adapter_config import CONFIG_NAME
 from eutectic.checkpoint.adapters import WEIGHT_NAMES
+from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.folder import copy_side_files, module_weights
 from eutectic.checkpoint.layout import OutputFile, weight_index_bytes, weight_index_name
 from eutectic.checkpoint.writer import write_atomically
@@ -26,30 +27,31 @@ PROVENANCE = "eutectic.json"
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 
 
-def document(plan: Plan, inputs: Inputs, hashes: Mapping[str, str]) -> dict[str, Any]:
+def document(
+    plan: Plan, inputs: Inputs, hashes: Mapping[str, str], identity: str
+) -> dict[str, Any]:
     """Return the provenance of a merge: what was asked, what each tensor took, hashes, versions.
 
-    Nothing in it depends on time or machine, so that a resumed run gives the same bytes.
+    `identity` is the request's (see `request_identity`): by it a sweep knows its own merges again.
+    Nothing depends on when or how it ran, so that a resumed run gives the same bytes.
     """
-    return {
+    recipe = plan.recipe
+    provenance: dict[str, Any] = {
         "eutectic": version("eutectic"),
         "torch": version("torch"),
+        "request": identity,
         "recipe": stated_recipe(plan),
         "scale": plan.scale,
         "treatments": treatments(plan),
         "notes": list(plan.notes),
         "parents": {
             "base": {
-                "name": _shown(plan.recipe.base),
+                "name": _shown(recipe.base),
                 "fingerprint": inputs.base.fingerprint(),
                 "licence": _licence(inputs.index.folder if inputs.index else None),
             },
             **{
-                name: {
-                    "name": _shown(plan.recipe.experts[name].path),
-                    "fingerprint": expert.fingerprint(),
-                    "licence": _licence(expert.folder),
-                }
+                name: {**_parent(recipe.experts[name].path, expert), **_proxy_data(name, inputs)}
                 for name, expert in inputs.experts.items()
             },
         },
@@ -64,12 +66,31 @@ def document(plan: Plan, inputs: Inputs, hashes: Mapping[str, str]) -> dict[str,
             for t in plan.tensors
         },
     }
+    if inputs.initial is not None:
+        provenance["initial"] = _parent(recipe.parameters["init"], inputs.initial)
+    return provenance
+
+
+def _parent(path: str, expert: Expert) -> dict[str, Any]:
+    return {
+        "name": _shown(path),
+        "fingerprint": expert.fingerprint(),
+        "licence": _licence(expert.folder),
+    }
+
+
+def _proxy_data(name: str, inputs: Inputs) -> dict[str, Any]:
+    """Return which data an expert's statistics are of, if the recipe names a file of them."""
+    record = getattr(inputs.statistics.get(name), "provenance", None)
+    return {} if record is None else {"statistics": record["data"]}
 
 
 def stated_recipe(plan: Plan) -> dict[str, Any]:
     """Return the recipe as a user would write it, with the scale that was used."""
     values = plan.recipe.model_dump(mode="json", exclude_defaults=True)
     values["base"] = _shown(plan.recipe.base)
+    if isinstance(init := plan.recipe.parameters.get("init"), str):
+        values["parameters"] = {**plan.recipe.parameters, "init": _shown(init)}
     for name, spec in plan.recipe.experts.items():
         own = spec.model_dump(mode="json", exclude_defaults=True)
         own = {k: _shown(v) if isinstance(v, str) else v for k, v in own.items()}
@@ -109,13 +130,16 @@ def write_folder(
 def card(provenance: Mapping[str, Any]) -> str:
     """Return the model card: front matter that hubs read, parents, recipe."""
     parents = provenance["parents"]
-    licences = {p["licence"] for p in parents.values()}
+    sources = dict(parents)
+    if "initial" in provenance:
+        sources["initial"] = provenance["initial"]
+    licences = {p["licence"] for p in sources.values()}
     front: dict[str, Any] = {"tags": ["merge", "eutectic"], "base_model": [parents["base"]["name"]]}
     if len(licences) == 1 and "unknown" not in licences:
         front["license"] = licences.pop()
     rows = "\n".join(
         f"| {role} | {p['name']} | {p['licence']} | `{p['fingerprint'][:16]}` |"
-        for role, p in parents.items()
+        for role, p in sources.items()
     )
     counts = ", ".join(f"{n} {name}" for name, n in provenance["treatments"].items())
     notes = "".join(f"- {note}\n" for note in provenance["notes"]) or "- none\n"

@@ -79,7 +79,7 @@ def write_to_folder(
             def write(writer: CheckpointWriter) -> None:
                 run_stages(plan, inputs, writer, journal, limits, scratch)
 
-            _write_model(plan, inputs, output, work, journal, write, search)
+            _write_model(plan, inputs, output, work, journal, write, identity, search)
         else:
             with unscaled_merge(work, plan, inputs, journal, limits) as unscaled:
                 choice = find(unscaled)
@@ -89,7 +89,7 @@ def write_to_folder(
                 def write(writer: CheckpointWriter) -> None:
                     run_scaled(factors, chosen, inputs, deltas, writer, journal, limits)
 
-                _write_model(plan, inputs, output, work, journal, write, search)
+                _write_model(plan, inputs, output, work, journal, write, identity, search)
         shutil.rmtree(work)  # while the lock is held
         return plan, records_of(journal), journal.resumed, search
 
@@ -101,6 +101,7 @@ def _write_model(
     work: Path,
     journal: Journal,
     write: Callable[[CheckpointWriter], None],
+    identity: str,
     search: Mapping[str, Any] | None,
 ) -> None:
     model = work / "model"
@@ -108,7 +109,7 @@ def _write_model(
     with CheckpointWriter(model, files, resume=model.exists()) as writer:
         write(writer)
         writer.sync()
-    provenance = document(plan, inputs, hashes(journal))
+    provenance = document(plan, inputs, hashes(journal), identity)
     if search is not None:
         provenance["search"] = search
     try:

@@ -169,7 +169,7 @@ def _open_initial(
         get_method(init)
         return None
     except MethodError:
-        path = source.folder / init
+        path = Path(init)
     if init == ZERO:
         return None
     if not path.exists():

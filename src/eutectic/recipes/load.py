@@ -9,7 +9,8 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from eutectic.errors import MethodError, RecipeError, suggest
-from eutectic.methods import get_method
+from eutectic.methods import all_methods, get_method
+from eutectic.methods.initial import ZERO
 from eutectic.recipes.document import Location, Source, by_line, read_document, sentence
 from eutectic.recipes.schema import SCALE_TAGS, ExpertSpec, Recipe, ScaleSearch, TensorRule
 
@@ -147,6 +148,9 @@ def _resolve_paths(recipe: Recipe, source: Source) -> Recipe:
         for name, spec in recipe.experts.items()
     }
     update: dict[str, Any] = {"base": _resolve(recipe.base, source), "experts": experts}
+    init = recipe.parameters.get("init")
+    if isinstance(init, str) and init != ZERO and init not in all_methods():
+        update["parameters"] = {**recipe.parameters, "init": _resolve(init, source)}
     if isinstance(recipe.scale, ScaleSearch) and recipe.scale.tasks is not None:
         tasks = str(_inside(recipe.scale.tasks, source))
         update["scale"] = recipe.scale.model_copy(update={"tasks": tasks})
