@@ -96,6 +96,45 @@ def test_thin_factors_give_the_dense_result():
     assert distance(product(ours), truncated(left.double() @ right.double(), 4)[0]) <= 1e-6
 
 
+def test_thin_factors_at_the_ends_of_float64():
+    left = with_spectrum(30, 4, power_law(4))
+    right = with_spectrum(4, 20, power_law(4), seed=1)
+    ours = leading_singular(LowRank(left * 1e-200, right * 1e180), 2, tolerance=1e-9)
+    assert distance(product(ours) * 1e20, truncated(left @ right, 2)[0]) <= 1e-9
+    below = leading_singular(LowRank(left * 1e-200, right * 1e-200), 2, tolerance=1e-9)
+    assert below.U.shape == (30, 2)  # the values themselves are beyond float64
+    assert distance(below.U @ below.V.T, ours.U @ ours.V.T) <= 1e-9
+
+
+@pytest.mark.parametrize("c", [None, 6, 50])
+def test_a_stack_takes_thin_factors_beside_matrices(c):
+    generator = torch.Generator().manual_seed(6)
+    thin = [
+        LowRank(
+            torch.randn(80, 5, generator=generator), torch.randn(5, 60, generator=generator) * norm
+        )
+        for norm in (1e-30, 1.0)
+    ]
+    P = None if c is None else torch.linalg.qr(torch.randn(80, c, generator=generator)).Q
+    how = {"orthogonal_to": P, "tolerance": 1e-5}
+    from_factors = leading_singular_stack(thin, 3, **how)
+    from_matrices = leading_singular_stack([m.dense() for m in thin], 3, **how)
+    for ours, theirs in zip(from_factors, from_matrices, strict=True):
+        assert len(ours.S) == 3
+        assert distance(product(ours), product(theirs)) <= 1e-5
+    mixed = leading_singular_stack([thin[0], thin[1].dense()], 3, **how)
+    assert torch.equal(mixed[0].U, from_factors[0].U)
+    assert torch.equal(mixed[1].U, from_matrices[1].U)
+
+
+@pytest.mark.parametrize("c", [4, 30])
+def test_thin_factors_inside_the_subspace_leave_nothing(c):
+    P = torch.linalg.qr(torch.randn(40, c, generator=torch.Generator().manual_seed(1))).Q
+    inside = LowRank(P @ with_spectrum(c, 3, power_law(3)).float(), torch.eye(3, 50))
+    (ours,) = leading_singular_stack([inside], 3, orthogonal_to=P, tolerance=1e-5)
+    assert len(ours.S) == 0
+
+
 @pytest.mark.parametrize("shape", [(80, 100), (240, 80)])
 @pytest.mark.parametrize("c", [10, 70])
 def test_stack_orthogonal_to_a_subspace(shape, c):

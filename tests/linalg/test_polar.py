@@ -151,6 +151,53 @@ def test_thin_factors_give_the_dense_result(norm):
     assert thin.nuclear_norm == pytest.approx(dense.nuclear_norm, rel=1e-5)
 
 
+@pytest.mark.parametrize("route", ["svd", "gram", "halley", "products"])
+def test_thin_factors_take_the_route_asked_for(route):
+    whole = with_spectrum(60, 50, geometric(8, 5))
+    U, S, Vh = torch.linalg.svd(whole, full_matrices=False)
+    thin = polar(LowRank(U[:, :8] * S[:8], Vh[:8]), route=route)
+    assert thin.route == route
+    assert distance(thin.factor.dense(), U[:, :8] @ Vh[:8]) <= 1e-5
+
+
+def thin_factors(left: torch.dtype, right: torch.dtype) -> LowRank:
+    generator = torch.Generator().manual_seed(4)
+    L = torch.randn(20, 3, generator=generator, dtype=torch.float64)
+    R = torch.randn(3, 15, generator=generator, dtype=torch.float64)
+    return LowRank(L.to(left), R.to(right))
+
+
+def test_thin_factors_of_two_dtypes():
+    mixed = thin_factors(torch.bfloat16, torch.float64)
+    assert mixed.dense().dtype == mixed.dtype == torch.float64
+    assert torch.equal(mixed.dense(), mixed.left.double() @ mixed.right)
+    expected = reference(mixed.dense(), "numerical", 1e-9)
+    ours = polar(mixed)
+    assert (ours.rank, ours.factor.dtype) == (3, torch.float64)
+    assert distance(ours.factor.dense(), expected[0]) <= 1e-8
+
+
+@pytest.mark.parametrize(("left", "right"), [(1e-200, 1e-200), (1e-200, 1e200), (1e200, 1e-150)])
+def test_thin_factors_at_the_ends_of_float64(left, right):
+    plain = thin_factors(torch.float64, torch.float64)
+    factor, nuclear_norm, _ = reference(plain.dense(), "numerical", 1e-9)
+    ours = polar(LowRank(plain.left * left, plain.right * right))
+    assert ours.rank == 3
+    assert distance(ours.factor.dense(), factor) <= 1e-8
+    assert ours.nuclear_norm == pytest.approx(nuclear_norm * (left * right), rel=1e-10)
+
+
+def test_core_multiplies_back_to_the_product():
+    thin = thin_factors(torch.float32, torch.float32)
+    P, K, Q, unit = LowRank(thin.left * 1e-30, thin.right * 1e10).core()
+    assert torch.allclose(P.T @ P, torch.eye(3).double(), atol=1e-12)
+    assert torch.allclose(Q.T @ Q, torch.eye(3).double(), atol=1e-12)
+    expected = (thin.left * 1e-30).double() @ (thin.right * 1e10).double()
+    assert distance(P @ K @ Q.T * unit, expected) <= 1e-14
+    zero = LowRank(torch.zeros(5, 2), torch.ones(2, 4))
+    assert polar(zero).rank == 0 and not polar(zero).factor.dense().any()
+
+
 @pytest.mark.parametrize(
     "spectrum",
     [

@@ -48,7 +48,7 @@ def leading_singular(
 
     Args:
         matrix: `[out, in]`, or its thin factors, which are not multiplied out.
-        k: how many; at most min(out, in) are returned.
+        k: how many; at most min(out, in) are returned, of thin factors at most their inner size.
         tolerance: relative bound below which a singular value counts as zero and is dropped;
             None keeps all k, zero ones with arbitrary orthonormal vectors.
         seed: of the Krylov start; derive it from the tensor's name.
@@ -59,9 +59,9 @@ def leading_singular(
         the answer a matter of choice; it is then one of the valid ones.
     """
     if isinstance(matrix, LowRank):
-        P, core, Q = matrix.core()
+        P, core, Q, unit = matrix.core()
         small = leading_singular(core, k, tolerance=tolerance, seed=seed, precision=precision)
-        return Triplets(P @ small.U, small.S, Q @ small.V)
+        return Triplets(P @ small.U, small.S * unit, Q @ small.V)
     k = max(0, min(k, *matrix.shape))
     if not k:
         return _none(matrix)
@@ -76,7 +76,7 @@ def leading_singular(
 
 
 def leading_singular_stack(
-    matrices: Iterable[Tensor],
+    matrices: Iterable[Tensor | LowRank],
     k: int,
     *,
     orthogonal_to: Tensor | None = None,
@@ -86,11 +86,14 @@ def leading_singular_stack(
 ) -> list[Triplets]:
     """Return `leading_singular` of M_t, or of (I − PPᵀ)M_t, for each matrix of a stack.
 
+    Without `orthogonal_to` this is a loop and shares nothing between the matrices.
+
     Args:
-        matrices: T matrices `[out, in]`.
+        matrices: T matrices `[out, in]`, or their thin factors, which are not multiplied out.
         k: triplets per matrix.
         orthogonal_to: P `[out, c]`, orthonormal columns. When they nearly fill the space the work
-            is done in coordinates of their complement, found once for all matrices.
+            is done in coordinates of their complement, found once for all matrices; otherwise
+            only P itself is shared.
         tolerance: as in `leading_singular`, relative to the larger of the projected matrix's S₁
             and the root mean square singular value of M_t itself, so that the rounding left by a
             projection that removes everything does not count as a direction.
@@ -107,20 +110,29 @@ def leading_singular_stack(
     basis = complement(P, seed) if 2 * c >= out else None
     triplets: list[Triplets] = []
     for matrix in matrices:
-        unit = magnitude(matrix) or 1.0
-        scaled = (matrix / unit).to(torch.promote_types(matrix.dtype, torch.float32))
+        left, right, unit = _in_units(matrix)
         if basis is not None:
-            rest = basis.to(scaled.dtype).mT @ scaled
+            projected = basis.to(left.dtype).mT @ left
         else:
-            narrow = P.to(scaled.dtype)
-            rest = scaled - narrow @ (narrow.mT @ scaled)
+            narrow = P.to(left.dtype)
+            projected = left - narrow @ (narrow.mT @ left)
+        rest = projected if right is None else LowRank(projected, right)
         found = leading_singular(rest, k, tolerance=tolerance, seed=seed, precision=precision)
         if tolerance is not None:
-            level = lapack.norm(scaled) / min(scaled.shape) ** 0.5
+            level = lapack.norm(left if right is None else right) / min(matrix.shape) ** 0.5
             found = found.first(int((tolerance * level < found.S).sum()))
         U = found.U if basis is None else basis @ found.U
         triplets.append(Triplets(U, found.S * unit, found.V))
     return triplets
+
+
+def _in_units(matrix: Tensor | LowRank) -> tuple[Tensor, Tensor | None, float]:
+    """Return M/unit and None, or its factors, the left one orthonormal; and the unit."""
+    if isinstance(matrix, LowRank):
+        P, core, Q, unit = matrix.core()
+        return P, core @ Q.mT, unit
+    unit = magnitude(matrix) or 1.0
+    return (matrix / unit).to(torch.promote_types(matrix.dtype, torch.float32)), None, unit
 
 
 def complement(P: Tensor, seed: int = 0) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from eutectic.linalg import lapack
+from eutectic.linalg.svd import magnitude
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +35,15 @@ class LowRank:
 
     def dense(self) -> Tensor:
         """Return the product `[out, in]`."""
-        return self.left @ self.right
+        return self.left.to(self.dtype) @ self.right.to(self.dtype)
 
-    def core(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return P, K, Q in float64 with left·right = P·K·Qᵀ, P and Q orthonormal, K small.
+    def core(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Return P, K, Q, unit with left·right = unit·P·K·Qᵀ, P and Q orthonormal, K small.
 
-        float64 holds the square of anything that float32 can.
+        All in float64. The unit is that of the factors, a power of two: K keeps its directions
+        even where the product is beyond float64 (then the unit is 0 or Inf).
         """
-        P, R = lapack.qr(self.left.double())
-        Q, L = lapack.qr(self.right.double().mT)
-        return P, R @ L.mT, Q
+        units = [magnitude(factor) or 1.0 for factor in (self.left, self.right)]
+        P, R = lapack.qr(self.left.double() / units[0])
+        Q, L = lapack.qr(self.right.double().mT / units[1])
+        return P, R @ L.mT, Q, units[0] * units[1]

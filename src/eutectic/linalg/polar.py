@@ -128,10 +128,16 @@ def polar(
     if rank_tolerance is None:
         rank_tolerance = default_tolerance(matrix.dtype, matrix.shape)
     if isinstance(matrix, LowRank):
-        P, core, Q = matrix.core()
-        small = polar(core, support=support, rank_tolerance=rank_tolerance, precision=precision)
+        P, core, Q, unit = matrix.core()
+        small = polar(
+            core,
+            support=support,
+            rank_tolerance=rank_tolerance,
+            precision=precision,
+            route=route,
+        )
         factor = LowRank((P @ small.factor).to(matrix.dtype), Q.mT.to(matrix.dtype))
-        return Polar(factor, small.nuclear_norm, small.rank, small.route)
+        return Polar(factor, small.nuclear_norm * unit, small.rank, small.route)
     wide = matrix.shape[0] < matrix.shape[1]
     work = matrix.mT if wide else matrix
     if work.dtype not in (torch.float32, torch.float64):
