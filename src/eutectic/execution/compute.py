@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from eutectic.errors import EutecticError, NumericalError
 from eutectic.execution.elementwise import merge_elementwise
+from eutectic.execution.factors import matrix_norms
 from eutectic.execution.matrices import merge_matrices
 from eutectic.methods.linear import finite
 from eutectic.planning.inputs import Inputs
@@ -25,9 +25,14 @@ Emit = Callable[[int, Tensor], None]
 
 @dataclass
 class Outcome:
-    """What a job found out besides the tensor: for the journal and the report."""
+    """What a job found out besides the tensor: for the journal and the report.
 
-    norm: float = 0.0
+    Attributes:
+        norms: the norms of its matrices, before α; see `execution.factors`.
+        record: what the method reported.
+    """
+
+    norms: dict[str, float] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
 
 
@@ -116,12 +121,11 @@ def merge_unscaled(
         for start, result, _ in chunks:
             emit(start, result)
         return outcome
-    squares = 0.0
-    for start, delta, record in merge_matrices(planned, method, parameters, plan, inputs):
-        squares += float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
+    matrices = merge_matrices(planned, method, parameters, plan, inputs)
+    for block, (start, delta, record) in enumerate(matrices):
+        outcome.norms.update(matrix_norms(planned, block, delta))
         outcome.record.update(record)
         emit(start, delta)
-    outcome.norm = math.sqrt(squares)
     return outcome
 
 

@@ -21,6 +21,7 @@ from eutectic.execution.compute import (
     scaled,
 )
 from eutectic.execution.elementwise import stream_chunks
+from eutectic.execution.factors import range_factor, with_factors
 from eutectic.execution.jobs import Ledger, Limits, Run, Sink
 from eutectic.execution.local import one_intra_op_thread
 from eutectic.execution.stacks import context_for
@@ -78,7 +79,8 @@ def run_unscaled(
     `deltas` holds what `merge_unscaled` emits, laid out by `delta_layout`.
 
     Returns:
-        Tensor -> factor of its delta besides α, for methods that compare layers.
+        Matrix -> factor of its delta besides α, for methods that compare layers; see
+        `execution.factors`.
     """
     merged = merged_tensors(plan)
     run = Run(plan, inputs, journal, limits, merged)
@@ -148,9 +150,11 @@ def _merge_deltas(
     compared = [t.name for t in tensors if is_compared(t, plan)]
     if plan.method.finish is None or not compared:
         return {}
-    norms = {name: run.journal.finished["delta", name].norm for name in compared}
+    norms: dict[str, float] = {}
+    for name in compared:
+        norms |= run.journal.finished["delta", name].norms
     factors = plan.method.finish(norms, plan.parameters)
-    return {name: factors.get(name, 1.0) for name in compared}
+    return {name: factors.get(name, 1.0) for name in norms}
 
 
 def _scale_deltas(
@@ -163,16 +167,17 @@ def _scale_deltas(
     """Write W₀ + α·Δ from merged deltas."""
 
     def apply_one(planned: TensorPlan, emit: Emit) -> Outcome:
-        alpha = planned.scale * factors.get(planned.name, 1.0)
         for start, stop in block_ranges(planned):
             base = read_base(planned, run.inputs, start, stop)
             merged = deltas.read_back(planned.name, start, stop)
+            alpha, factor = planned.scale, range_factor(planned, factors, start, stop)
+            if isinstance(factor, Tensor):
+                merged = merged * factor
+            else:
+                alpha *= factor
             emit(start, narrow(scaled(base, merged, planned, run.plan, alpha), planned, run.plan))
         done = run.journal.finished["delta", planned.name]
-        record = dict(done.record)
-        if planned.name in factors:
-            record["layer_factor"] = factors[planned.name]
-        return Outcome(done.norm, record)
+        return Outcome(done.norms, with_factors(done.record, planned, factors))
 
     run.stage("merge", tensors, apply_one, writer)
 

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from eutectic.checkpoint.writer import CheckpointWriter
 from eutectic.execution.compute import holds_weight
+from eutectic.execution.factors import range_factor
 from eutectic.execution.jobs import Ledger, Limits, Sink
 from eutectic.execution.stages import delta_layout, merged_tensors, run_unscaled
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.journal import Journal, request_identity
 from eutectic.planning.plan import Plan
 from eutectic.planning.tensors import TensorPlan
-from eutectic.planning.values import flat_ranges, read_base
+from eutectic.planning.values import block_ranges, read_base
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Unscaled:
         plan: the plan; its scale is not decided.
         inputs: the opened base and experts.
         deltas: scratch file of what `merge_unscaled` emitted.
-        factors: tensor -> factor of its delta besides α.
+        factors: matrix -> factor of its delta besides α; see `execution.factors`.
         journal: the run's ledger, where a search may note what it has measured.
         limits: threads, memory, and whom to tell of progress.
     """
@@ -50,13 +51,12 @@ class Unscaled:
         """Return Δ, so that the merged tensor is W₀ + α·Δ, in the tensor's shape."""
         flat = torch.empty(planned.elements, dtype=planned.compute)
         weights = holds_weight(planned, self.plan)
-        for start, stop in flat_ranges(planned.elements):
+        for start, stop in block_ranges(planned):
             chunk = self.deltas.read_back(planned.name, start, stop)
             if weights:
                 chunk = chunk - read_base(planned, self.inputs, start, stop)
-            flat[start:stop] = chunk
-        factor = self.factors.get(planned.name, 1.0)
-        return flat.mul_(factor).view(planned.entry.shape)
+            flat[start:stop] = chunk * range_factor(planned, self.factors, start, stop)
+        return flat.view(planned.entry.shape)
 
 
 @dataclass(frozen=True)

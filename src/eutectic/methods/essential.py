@@ -101,13 +101,17 @@ def _finish(norms: Mapping[str, float], parameters: EssentialParameters) -> dict
 
 
 def layer_group(name: str) -> str:
-    """Return the tensor's name with every layer number replaced: like layers share it.
+    """Return the matrix's name with every layer number replaced: like layers share it.
+
+    A part of a fused matrix, `name[part]`, is like the same part of the other layers.
 
     Example:
         >>> layer_group("encoder.layer.11.attention.self.query.weight")
         'encoder.layer.*.attention.self.query.weight'
+        >>> layer_group("layers.7.mlp.experts.gate_up_proj.3[1]")
+        'layers.*.mlp.experts.gate_up_proj.*[1]'
     """
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+    return re.sub(r"(?<![^.])\d+(?![^.[])", "*", name)
 
 
 def _explain(shape: tuple[int, ...], parameters: EssentialParameters, precision: Precision) -> str:
@@ -144,6 +148,7 @@ def esm(deltas: Tensor, parameters: EssentialParameters, context: Context) -> Me
     E_* `[out, kT]` and C_* `[kT, in]`; column j of C_* takes (‖C_*,j‖ / mean)^p_col. The factor
     between layers, (‖Δ‖ / mean of like layers)^p_layer, needs all norms and is applied afterwards
     by the engine through `finish`; a group is the tensor's name without its layer numbers.
+    The parts of a fused matrix and the matrices of a stack are layers of their own.
 
     Shapes: deltas `[T, out, in]` float32 or float64 -> `[out, in]`; eigenproblems in float64, the
     rest in the dtype of the deltas (`precision="exact"`: all float64). Cost: T eigenproblems of

@@ -8,7 +8,7 @@ import json
 import shutil
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 
 JOURNAL = "journal.jsonl"
-_HEADER = b'{"eutectic_journal": 1'
+_FORMAT = 2
+_HEADER = b'{"eutectic_journal": '
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,13 @@ class Finished:
         sha256: of the bytes written.
         norm: Frobenius norm of the merged delta, before α.
         record: what the method reported.
+        norms: the norm of each of its matrices, where layers are compared.
     """
 
     sha256: str
     norm: float
     record: dict[str, Any]
+    norms: dict[str, float] = field(default_factory=dict[str, float])
 
 
 def request_identity(plan: Plan, inputs: Inputs) -> str:
@@ -124,7 +127,7 @@ class Journal:
 
     def _read(self, identity: str) -> bool:
         self._file.seek(0)
-        header = _line({"eutectic_journal": 1, "identity": identity})
+        header = _line({"eutectic_journal": _FORMAT, "identity": identity})
         lines = self._file.read().splitlines(keepends=True)
         # A kill may cut the last line short.
         torn = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
@@ -141,7 +144,9 @@ class Journal:
         for line in lines[1:]:
             item = json.loads(line)
             key = (item["stage"], item["tensor"])
-            self.finished[key] = Finished(item["sha256"], item["norm"], item["record"])
+            self.finished[key] = Finished(
+                item["sha256"], item["norm"], item["record"], item["norms"]
+            )
         return True
 
     def add(self, stage: str, tensor: str, finished: Finished) -> None:

@@ -1,0 +1,81 @@
+"""Factors between layers: one for each matrix that a method saw, be it a whole tensor or a part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eutectic.planning.tensors import TensorPlan
+from eutectic.planning.values import as_map, blocks_of, matrix_shape, row_parts
+
+
+def matrix_name(planned: TensorPlan, block: int, part: str) -> str:
+    """Return the name under which a matrix is compared with others.
+
+    A stack's matrices are numbered as layers are, so that they are like layers, as they would be
+    with a tensor each. Parts of a fused matrix keep their brackets: they are different layers.
+    """
+    return planned.name + (f".{block}" if planned.decision.stacked else "") + part
+
+
+def matrix_norms(planned: TensorPlan, block: int, delta: Tensor) -> dict[str, float]:
+    """Return the Frobenius norms of the matrices in one block of a tensor, flat as in the file."""
+    matrix = as_map(delta, planned)
+    return {
+        matrix_name(planned, block, part): float(
+            torch.linalg.vector_norm(matrix[rows], dtype=torch.float64)
+        )
+        for part, rows in row_parts(planned, len(matrix))
+    }
+
+
+def range_factor(
+    planned: TensorPlan, factors: Mapping[str, float], start: int, stop: int
+) -> float | Tensor:
+    """Return the factor of a flat range inside one block: a number, or one per entry."""
+    _, size = blocks_of(planned)
+    block = start // max(size, 1)
+    if not planned.decision.split:
+        return factors.get(matrix_name(planned, block, ""), 1.0)
+    heights = planned.decision.split
+    own = [factors.get(name) for name in _parts(planned, block)]
+    if all(factor is None for factor in own):
+        return 1.0
+    per_row = torch.cat(
+        [
+            torch.full((height,), 1.0 if factor is None else factor, dtype=planned.compute)
+            for height, factor in zip(heights, own, strict=True)
+        ]
+    )
+    entries = torch.arange(start - block * size, stop - block * size)
+    columns = matrix_shape(planned)[-1]
+    return per_row[entries % columns if planned.decision.transpose else entries // columns]
+
+
+def with_factors(
+    record: Mapping[str, Any], planned: TensorPlan, factors: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return what a method reported of a tensor, with the factor of each of its matrices."""
+    found = dict(record)
+    blocks, _ = blocks_of(planned)
+    for block in range(blocks):
+        for part, name in zip(_labels(planned), _parts(planned, block), strict=True):
+            label = (f"[{block}]" if blocks > 1 else "") + part
+            if name not in factors:
+                continue
+            if label:
+                found[label] = {**found.get(label, {}), "layer_factor": factors[name]}
+            else:
+                found["layer_factor"] = factors[name]
+    return found
+
+
+def _parts(planned: TensorPlan, block: int) -> Iterator[str]:
+    return (matrix_name(planned, block, part) for part in _labels(planned))
+
+
+def _labels(planned: TensorPlan) -> list[str]:
+    return [part for part, _ in row_parts(planned, 0)]
