@@ -73,6 +73,9 @@ class Layout:
         if lead == (self.samples,):
             return Tokens(lambda t: t.unsqueeze(1), None)
         if site.role == "image":
+            arrange = _fit_samples(lead, self.samples, self.batch_first)
+            if arrange is not None:
+                return Tokens(arrange, None)
             return Tokens(lambda t: t.reshape(lead[0], -1, t.shape[-1]), None)
         preferred, other = self._preference(site, activations)
         for mask in (preferred, other):
@@ -98,7 +101,10 @@ class Layout:
         from_encoder = site.role in ("encoder", "cross") or any(
             same_memory(activations, output) for output in self.encoder_outputs
         )
-        return (self.first, self.second) if from_encoder else (self.second, self.first)
+        if from_encoder:
+            # Sounds and images have no mask, and the decoder's says nothing about them.
+            return self.first, None if self.first is None else self.second
+        return self.second, self.first
 
     def _describe(self) -> str:
         masks = [f"mask {[*m.shape]}" for m in (self.first, self.second) if m is not None]
