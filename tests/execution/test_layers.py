@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import eutectic
+from eutectic.errors import NumericalError
 from eutectic.planning import values
 from eutectic.types import LayerStatistics
 
@@ -57,3 +58,15 @@ def test_fused_and_separate_matrices_are_scaled_alike(
     )
     for name, w in apart(fused).items():
         torch.testing.assert_close(w, separate[name], rtol=1e-6, atol=1e-6)
+
+
+def test_an_indefinite_gram_names_the_part_it_belongs_to() -> None:
+    base = {"qkv.weight": torch.zeros(24, 4)}
+    experts = {e: {"qkv.weight": torch.full((24, 4), v)} for e, v in (("a", 1.0), ("b", 2.0))}
+    gram = torch.diag(torch.tensor([1.0, 1.0, 1.0, -1.0]))
+    statistics = {e: {"qkv.weight": LayerStatistics(gram=gram, count=4)} for e in experts}
+    rules = [{"match": "*qkv*", "split": 3}]
+    with pytest.raises(NumericalError, match=r"^qkv\.weight\[0\]: .*not positive semidefinite"):
+        eutectic.merge_state_dicts(
+            base, experts, method="regmean", statistics=statistics, tensors=rules, threads=1
+        )

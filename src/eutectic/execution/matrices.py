@@ -95,6 +95,10 @@ def _merge_parts(
 def _run(method: Method, deltas: Tensor, parameters: Any, context: Context) -> Merged:
     try:
         return run_method(method, deltas, parameters, context)
+    except NumericalError as error:
+        if context.tensor in str(error):
+            raise
+        raise NumericalError(f"{context.tensor}: {error}") from error
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise NumericalError(
             f"{context.tensor}: {method.name} cannot decompose this matrix ({error}).\n"
