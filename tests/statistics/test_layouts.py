@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import eutectic
+from eutectic.errors import StatisticsError
+from eutectic.statistics import add_statistics
 from helpers.configs import tiny_model
 
 
@@ -52,3 +55,19 @@ def test_an_encoder_without_a_mask_does_not_take_the_decoders() -> None:
     for part in ("encoder.layers.0.fc1", "decoder.layers.0.encoder_attn.k_proj"):
         assert counts[f"model.{part}.weight"] == 40, part
     assert counts["model.decoder.layers.0.fc1.weight"] == 21
+
+
+def test_statistics_under_different_token_masks_cannot_be_added() -> None:
+    def every_token(batch: Tensor) -> Tensor:
+        return torch.ones(batch.shape[:2])
+
+    def first_token(batch: Tensor) -> Tensor:
+        return (torch.arange(batch.shape[1]) == 0).expand(batch.shape[:2])
+
+    model = nn.Linear(3, 3)
+    files = [
+        eutectic.collect(model, [torch.randn(2, 4, 3)], token_mask=mask)
+        for mask in (every_token, first_token)
+    ]
+    with pytest.raises(StatisticsError, match=r"token_mask: .*every_token and .*first_token"):
+        add_statistics(files)

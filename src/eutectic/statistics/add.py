@@ -34,6 +34,7 @@ _SETTINGS = (
     "head",
     "rank",
     "unmatched",
+    "token_mask",
     "dtype",
 )
 

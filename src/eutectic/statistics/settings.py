@@ -82,6 +82,7 @@ class Settings:
             "convolutions": self.convolutions,
             "rank": self.rank,
             "unmatched": self.unmatched,
+            "token_mask": None if self.token_mask is None else _name(self.token_mask),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
