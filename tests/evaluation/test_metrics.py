@@ -43,3 +43,13 @@ def test_language_models_weigh_rows_by_their_tokens():
     assert metric_value("loss", outcomes) == pytest.approx(2.0)
     assert metric_value("perplexity", outcomes) == pytest.approx(np.exp(2.0))
     assert per_example("loss", outcomes).tolist() == [3.0, 1.0]
+
+
+def test_without_predicted_tokens_there_is_no_loss():
+    outcomes = Outcomes(np.array([6.0, 0.0]), np.array([2.0, 0.0]))
+    assert metric_value("loss", outcomes) == pytest.approx(3.0)
+    rows = np.array([[0, 0], [1, 1]])
+    for metric, known in (("loss", 3.0), ("perplexity", np.exp(3.0))):
+        found = resampled_values(metric, outcomes, rows)
+        assert found[0] == pytest.approx(known) and np.isnan(found[1])
+    assert np.isnan(per_example("loss", outcomes)[1])

@@ -8,7 +8,7 @@ import pytest
 
 from eutectic.errors import TaskError
 from eutectic.evaluation import load_tasks
-from eutectic.evaluation.rows import check_disjoint, row_key, split_rows
+from eutectic.evaluation.rows import check_disjoint, data_hash, row_key, split_rows
 from evaluation import world
 
 
@@ -80,3 +80,35 @@ def test_equal_pixels_are_one_row_whatever_the_file(tmp_path: Path):
     path = world.tasks(tmp_path / "t.yaml", a={"kind": "image-classification", "data": "i"})
     task = load_tasks(path)["a"]
     assert row_key(task, {"image": png}) == row_key(task, {"image": tmp_path / "same.bmp"})
+
+
+def test_one_file_by_two_names_is_a_fault_with_its_line(tmp_path: Path):
+    world.jsonl(tmp_path / "x.jsonl", [{"text": "w1"}])
+    (tmp_path / "t.yaml").write_text(
+        "tasks:\n  a:\n    kind: language-model\n"
+        "    data: {validation: x.jsonl, test: ./x.jsonl}\n"
+        "  b:\n    kind: language-model\n    data: gone.jsonl\n"
+    )
+    with pytest.raises(TaskError) as error:
+        load_tasks(tmp_path / "t.yaml")
+    text = str(error.value)
+    assert "line 2: tasks.a: splits of one file" in text
+    assert "line 7: tasks.b.data.test: no such file" in text
+
+
+def test_rows_of_functions_are_compared_by_their_content(tmp_path: Path):
+    (tmp_path / "f.py").write_text("def f(folder, rows):\n    return [1.0] * len(rows)\n")
+    for split in ("validation", "test"):
+        rows = [{"id": f"{split} 1", "body": "One  Fish"}, {"id": f"{split} 2", "body": split}]
+        world.jsonl(tmp_path / f"{split}.jsonl", rows)
+    data = {s: f"{s}.jsonl" for s in ("validation", "test")}
+    spec = {"kind": "function", "function": "f.py:f", "data": data}
+    unnamed = load_tasks(world.tasks(tmp_path / "t.yaml", a=spec))["a"]
+    assert check_disjoint(unnamed) == {"validation": 2, "test": 2}  # no column is known as content
+    named = {**spec, "columns": {"text": "body"}}
+    task = load_tasks(world.tasks(tmp_path / "t.yaml", a=named))["a"]
+    with pytest.raises(TaskError, match="validation and test share 1 of 2"):
+        check_disjoint(task)
+    rows = split_rows(task, "test")
+    changed = [{**rows[0], "answer": 1}, rows[1]]
+    assert data_hash(task, rows) != data_hash(task, changed)  # functions read every column

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -49,11 +52,22 @@ def _function(task: Task, name: str) -> Callable[..., Any]:
     try:
         if not where.endswith(".py"):
             return getattr(importlib.import_module(where), attribute)
-        spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"no module in {where}")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return getattr(module, attribute)
-    except (ImportError, AttributeError, OSError, ValueError) as error:
+        return getattr(_module(where), attribute)
+    except (ImportError, AttributeError, OSError, ValueError, SyntaxError) as error:
         raise RequestError(f"task '{task.name}': '{name}' cannot be imported: {error}.") from None
+
+
+def _module(file: str) -> ModuleType:
+    """Return a file as a module, under a name that no other module has."""
+    name = f"_eutectic_{hashlib.sha256(file.encode()).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"no module in {file}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look for a class's module there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -39,7 +39,10 @@ class Outcomes:
 
 
 def metric_value(metric: str, outcomes: Outcomes) -> float:
-    """Return the metric over all rows; NaN where it is undefined (a constant under Pearson)."""
+    """Return the metric over all rows; NaN where it is undefined.
+
+    As a correlation with a constant, and the loss of texts without a predicted token.
+    """
     everything = np.arange(len(outcomes.predictions))[None]
     return float(_METRICS[metric](outcomes.predictions, outcomes.references, everything)[0])
 
@@ -58,11 +61,11 @@ def per_example(metric: str, outcomes: Outcomes) -> Array:
     """Return what each row contributes, `[n]`.
 
     1 or 0 for right and wrong; for regression the squared error; for language models the mean
-    negative log-likelihood of the row's tokens.
+    negative log-likelihood of the row's tokens, NaN without any.
     """
     predictions, references = outcomes.predictions, outcomes.references
     if metric in ("loss", "perplexity"):
-        return _ratio(predictions, references)
+        return _ratio(predictions, references, undefined=np.nan)
     if metric in ("pearson", "spearman"):
         return (predictions - references) ** 2
     if metric in ("exact_match", "mean"):
@@ -79,7 +82,8 @@ def _accuracy(predictions: Array, references: Array, rows: NDArray[np.int64]) ->
 
 
 def _loss(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:
-    return _ratio(predictions[rows].sum(axis=1), references[rows].sum(axis=1))
+    summed = predictions[rows].sum(axis=1)
+    return _ratio(summed, references[rows].sum(axis=1), undefined=np.nan)
 
 
 def _perplexity(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:

@@ -27,7 +27,15 @@ _CLASSES: Mapping[str, str] = {
     "language-model": "AutoModelForCausalLM",
     "lm-eval": "AutoModelForCausalLM",
 }
+GENERATION = "generation_config.json"
 EXPERTS = "experts"  # the folder of a merged model that holds one loadable folder per expert
+_SEARCH = (
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "penalty_alpha"),
+    *("num_beams", "num_beam_groups", "diversity_penalty", "length_penalty", "early_stopping"),
+    *("num_return_sequences", "constraints", "force_words_ids", "dola_layers"),
+    *("max_length", "max_new_tokens", "max_time", "prompt_lookup_num_tokens"),
+    *("return_dict_in_generate", "output_scores", "output_logits"),
+)
 _PROBE = 1 << 20  # above the values of fresh weights, and exact in float32 for as many keys again
 
 
@@ -57,7 +65,7 @@ def load_model(
         RequestError: an adapter without a base.
         MissingExtraError: transformers is not installed.
     """
-    folder = Path(folder)
+    folder = whole = Path(folder)
     own = folder / EXPERTS / task.expert_name
     if task.head is None and own.is_dir():
         folder, expert = own, None
@@ -69,7 +77,9 @@ def load_model(
         state, configured = _with_head(state, folder, Path(expert), base, task)
     if is_adapter(configured) and base is not None:
         configured = Path(base)
-    return build_model(configured, task, state).to(device)
+    model = build_model(configured, task, state)
+    set_generation(model, task, (folder, whole, configured))
+    return model.to(device)
 
 
 def checkpoint_tensors(folder: str | Path, base: str | Path | None = None) -> dict[str, Tensor]:
@@ -150,6 +160,33 @@ def build_model(folder: Path, task: Task, state: Mapping[str, Tensor]) -> Any:
         raise CheckpointError(
             f"{folder}: transformers cannot load it for task '{task.name}' ({task.kind}): {reason}"
         ) from None
+
+
+def set_generation(model: Any, task: Task, folders: Sequence[Path]) -> None:
+    """Let a model generate as the first `generation_config.json` in `folders` says, if any.
+
+    Tokens that it forces or forbids are part of the model. Its search is not: exact match is of
+    greedy decoding, and lm-evaluation-harness names its own.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    folder = next((f for f in folders if (f / GENERATION).is_file()), None)
+    if folder is None or task.kind not in ("sequence-to-sequence", "lm-eval"):
+        return
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder / GENERATION}: cannot be read: {reason}") from None
+    if task.kind == "sequence-to-sequence":
+        plain = GenerationConfig()
+        for name in _SEARCH:
+            if hasattr(plain, name):  # names come and go with transformers' versions
+                setattr(found, name, getattr(plain, name))
+    model.generation_config = found
 
 
 def file_keys(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:

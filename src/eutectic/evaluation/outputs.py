@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eutectic.errors import CheckpointError, NumericalError, RequestError
+from eutectic.errors import CheckpointError, NumericalError, RequestError, TaskError
 from eutectic.evaluation.metrics import Array, Outcomes, metric_value, per_example
 from eutectic.evaluation.prepare import Prepared, normal_text
 from eutectic.evaluation.schema import Task
@@ -128,6 +128,7 @@ def outcomes_of(results: Tensor, prepared: Prepared) -> Outcomes:
 
     Raises:
         RequestError: the split has no labels.
+        TaskError: labels that are none of the model's classes.
     """
     kind = prepared.task.kind
     if kind == "language-model":
@@ -146,6 +147,14 @@ def outcomes_of(results: Tensor, prepared: Prepared) -> Outcomes:
     references = np.array(prepared.references, dtype=np.float64)
     if kind == "regression":
         return Outcomes(results.reshape(len(results), -1)[:, 0].double().numpy(), references)
+    classes = results.shape[-1]
+    faults = [
+        f"row {number}: the label {label} is none of the model's {classes} classes, counted from 0."
+        for number, label in enumerate(prepared.references, 1)
+        if not 0 <= int(label) < classes
+    ]
+    if faults:
+        raise TaskError(faults[:10], f"task '{prepared.task.name}'")
     return Outcomes(results.argmax(-1).double().numpy(), references)
 
 

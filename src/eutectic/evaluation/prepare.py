@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from eutectic.errors import CheckpointError, MissingExtraError, RequestError, TaskError, suggest
 from eutectic.evaluation.rows import data_hash, split_rows
 from eutectic.evaluation.schema import Split, Task
+from eutectic.evaluation.sources import processor_hash
 from eutectic.statistics.batches import IGNORED_LABEL
 from eutectic.statistics.data import longest_input
 from eutectic.statistics.encode import image_mode, open_image
@@ -118,15 +120,19 @@ def references_of(
     if task.labels is not None:
         label_ids = {name: i for i, name in enumerate(task.labels)}
     known = {str(name): int(i) for name, i in label_ids.items()}
+    # Without names in the task, only the model's outputs tell how many classes there are.
+    top = math.inf if task.labels is None else len(task.labels)
     found: list[Any] = []
     faults: list[str] = []
     for number, value in enumerate(values, 1):
         try:
-            found.append(float(value) if task.kind == "regression" else _class(value, known))
+            found.append(_finite(value) if task.kind == "regression" else _class(value, known, top))
         except (TypeError, ValueError):
-            names = "a number" if task.kind == "regression" else ", ".join(list(known)[:20])
+            if task.kind == "regression":
+                faults.append(f"row {number}: the label {value!r} is no finite number.")
+                continue
             faults.append(
-                f"row {number}: the label {value!r} is none of {names}."
+                f"row {number}: the label {value!r} is none of {', '.join(list(known)[:20])}."
                 f"{suggest(str(value), list(known))}"
             )
     if faults:
@@ -149,11 +155,20 @@ def normal_text(text: str) -> str:
     return " ".join(text.split())
 
 
-def _class(value: Any, known: Mapping[str, int]) -> int:
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(value)
+    return number
+
+
+def _class(value: Any, known: Mapping[str, int], top: float) -> int:
     text = str(value)
     if text in known:
         return known[text]
     if isinstance(value, float) and not value.is_integer():
+        raise ValueError(text)
+    if not 0 <= int(value) < top:
         raise ValueError(text)
     return int(value)
 
@@ -176,12 +191,20 @@ def _processor(folder: Path, task: Task, kind: str) -> tuple[Any, Any]:
         raise MissingExtraError("transformers", "hf", "Evaluating models") from None
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
-        return load_processor(transformers, kind, folder, folder, config), config  # pyright: ignore[reportArgumentType]
+        found = load_processor(transformers, kind, folder, folder, config)  # pyright: ignore[reportArgumentType]
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{folder}: no configuration and tokenizer for task '{task.name}': {reason}"
         ) from None
+    # Without its files transformers makes a tokenizer of special tokens that knows no word.
+    empty = kind != "image-classification" and len(found) < len({*found.all_special_tokens}) + 2
+    if empty or not processor_hash(folder):
+        raise CheckpointError(
+            f"{folder}: no tokenizer or image processor for task '{task.name}'.\n"
+            "Copy its files there from the model that this one was made from."
+        )
+    return found, config
 
 
 def _images(

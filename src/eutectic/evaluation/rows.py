@@ -20,6 +20,7 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     "sequence-to-sequence": ("source",),
     "language-model": ("text",),
 }
+_CONTENT = ("text", "text_pair", "source", "image")  # of the rows of functions, where named so
 _OPTIONAL = {"text-classification": ("text_pair",), "regression": ("text_pair",)}
 ANSWERS: Mapping[str, str] = {
     "text-classification": "label",
@@ -52,7 +53,8 @@ def row_key(task: Task, row: Row) -> bytes:
     """Return the identity of a row's inputs, 16 bytes; labels and further columns play no part.
 
     Texts count after Unicode NFKC, case folding and collapsing of white space; images as their
-    pixels in RGB, whatever the file; rows of functions as all of their columns.
+    pixels in RGB, whatever the file. Rows of functions count as their content (text, text_pair,
+    source, image, by the task's names of columns), or as all columns where they have none of these.
     """
     digest = hashlib.sha256()
     for value in _inputs(task, row):
@@ -68,8 +70,11 @@ def data_hash(task: Task, rows: Sequence[Row]) -> str:
     for row in rows:
         digest.update(row_key(task, row))
         texts = [c for c in INPUTS.get(task.kind, ()) if c != "image"]
-        for column in (*texts, *([answer] if answer else [])):
-            digest.update(f"{row.get(getattr(task.columns, column))!r}\0".encode())
+        columns = [getattr(task.columns, c) for c in (*texts, *([answer] if answer else []))]
+        if task.kind == "function":  # it may read anything
+            columns = sorted(set(row) - {task.columns.image})
+        for column in columns:
+            digest.update(f"{row.get(column)!r}\0".encode())
     return digest.hexdigest()
 
 
@@ -135,6 +140,16 @@ def _checked(task: Task, rows: Sequence[Any], path: str) -> list[Row]:
     if task.kind in ANSWERS and "proxy" not in _splits_of(task, path):
         wanted.append(ANSWERS[task.kind])
     listed = list(rows)
+    for column in _OPTIONAL.get(task.kind, ()):
+        name = getattr(task.columns, column)
+        present = [row.get(name) is not None for row in listed]
+        if len(set(present)) > 1:
+            odd = present.index(not present[0])
+            with_it, without = (odd, 0) if present[odd] else (0, odd)
+            raise RequestError(
+                f"task '{task.name}': {path}, row {without + 1} has no '{name}', row {with_it + 1} "
+                "has.\nRows are pairs or single texts; make them two tasks."
+            )
     for number, row in enumerate(listed, 1):
         for column in wanted:
             name = getattr(task.columns, column)
@@ -153,13 +168,23 @@ def _splits_of(task: Task, path: str) -> set[str]:
 
 
 def _inputs(task: Task, row: Row) -> list[bytes]:
-    if task.kind == "function":
+    if task.kind == "function" and not _content(task, row):
         return [f"{key}={_plain(value)}".encode() for key, value in sorted(row.items())]
-    values = [row.get(getattr(task.columns, column)) for column in INPUTS[task.kind]]
-    if task.kind == "image-classification":
-        image = open_image(values[0])
-        return [str(image.size).encode(), image.tobytes()]
-    return [_plain(value).encode() for value in values if value is not None]
+    found: list[bytes] = []
+    for column, value in _content(task, row).items():
+        if column == "image":
+            image = open_image(value)
+            found += [str(image.size).encode(), image.tobytes()]
+        else:
+            found.append(_plain(value).encode())
+    return found
+
+
+def _content(task: Task, row: Row) -> dict[str, Any]:
+    """Return column -> value of what a row's identity is made of."""
+    columns = INPUTS.get(task.kind, _CONTENT)
+    values = {column: row.get(getattr(task.columns, column)) for column in columns}
+    return {column: value for column, value in values.items() if value is not None}
 
 
 def _plain(value: Any) -> str:

@@ -195,8 +195,9 @@ class _Run:
         return outcomes_of(found, ready)
 
     def _loaded(self, checkpoint: Checkpoint, task: Task) -> Any:
-        # Tasks with linear heads share one encoder; others have a head each.
-        key = (checkpoint.name, "encoder" if task.head is not None else task.name)
+        # Tasks with linear heads share one encoder, whose pooler is there only where one uses it;
+        # others have a head each.
+        key = (checkpoint.name, task.head is None and task.name, task.pooling == "pooler")
         if self.loaded[0] != key:
             self.loaded = (None, None)  # the old model's memory first
             self.loaded = (key, self.sources.load(checkpoint, task))

@@ -152,6 +152,8 @@ class TaskSpec(_Strict):
             raise ValueError("'data' is missing")
         if self.head is None and (self.base_head or self.normalize or self.pooling != "mean"):
             raise ValueError("base_head, pooling and normalize need `head`")
+        if self.kind == "language-model" and self.max_length == 1:
+            raise ValueError("max_length must be at least 2: each token is predicted from others")
         if self.head is not None and self.kind not in WITH_HEAD:
             raise ValueError(f"`head` is not for the kind '{self.kind}'")
         shares: dict[tuple[str, str | None], list[float | None]] = {}

@@ -16,7 +16,7 @@ from eutectic.checkpoint.experts import is_adapter, open_expert
 from eutectic.checkpoint.index import open_index
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.errors import RequestError
-from eutectic.evaluation.models import EXPERTS, load_model
+from eutectic.evaluation.models import EXPERTS, GENERATION, load_model
 from eutectic.evaluation.schema import Task
 
 Role = Literal["base", "expert", "model"]
@@ -25,6 +25,7 @@ ROUTED = "routed.json"
 _PROCESSOR_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
+    *("tokenizer.model", "source.spm", "target.spm"),
     *("preprocessor_config.json", "processor_config.json"),
 )
 _ROUTED_HEADS = {
@@ -95,6 +96,28 @@ class Sources:
                 return {str(k): int(v) for k, v in config["label2id"].items()}
         return {}
 
+    def reading(self, checkpoint: Checkpoint, task: Task) -> dict[str, Any]:
+        """Return what decides a checkpoint's outputs besides weights, rows and settings.
+
+        Configurations of the model and of what it borrows from, classes, the tokenizer or image
+        processor, and how texts are generated.
+        """
+        own = checkpoint.folder / EXPERTS / task.expert_name
+        folders = [own if task.head is None and own.is_dir() else checkpoint.folder]
+        folders += [f for f in (self.head_of(checkpoint, task),) if f is not None]
+        if self.base is not None and any(is_adapter(f) for f in folders):
+            folders.append(self.base)
+        generation = [f / GENERATION for f in (*folders, checkpoint.folder)]
+        encoder = checkpoint.folder
+        if task.kind != "function":
+            encoder = self.processor(checkpoint, task)
+        return {
+            "configs": [_config(f) for f in folders],
+            "labels": sorted(self.label_ids(checkpoint, task).items()),
+            "processor": processor_hash(encoder),
+            "generation": [_file_hash(f) if f.is_file() else None for f in generation],
+        }
+
     def load(self, checkpoint: Checkpoint, task: Task) -> Any:
         """Return the model that runs a task; see `models.load_model`.
 
@@ -156,9 +179,10 @@ def fingerprint(folder: Path, base: Path | None) -> str:
 def pair_identity(
     sources: Sources, checkpoint: Checkpoint, task: Task, data_hash: str, settings: Any
 ) -> str:
-    """Return a hash of all that decides a pair's outcomes: weights, head, rows, settings, versions.
+    """Return a hash of all that decides a pair's outcomes.
 
-    Weights count by fingerprint, size and time of change of their files.
+    Weights (by fingerprint, size and time of change of their files), heads, configurations,
+    classes, tokenizer or image processor, rows, settings, versions.
     """
     own = checkpoint.folder / EXPERTS / task.expert_name
     folder = own if task.head is None and own.is_dir() else checkpoint.folder
@@ -166,7 +190,7 @@ def pair_identity(
     function = task.function.rpartition(":")[0] if task.function else ""
     described = {
         "weights": [_identity(f, sources.base) for f in (folder, lender) if f is not None],
-        "config": _config(folder),
+        "reading": sources.reading(checkpoint, task),
         "heads": [_file_hash(Path(p)) for p in (task.head, task.base_head) if p is not None],
         "role": checkpoint.role if task.base_head else None,
         "routing": [sources.routing, task.expert_name] if checkpoint.routed else None,

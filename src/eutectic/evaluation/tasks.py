@@ -29,7 +29,11 @@ def load_tasks(path: str | Path) -> dict[str, Task]:
     tasks: dict[str, Task] = {}
     for name, spec in checked.tasks.items():
         faults += _path_faults(name, spec, source)
-        tasks[name] = _resolved(name, spec, source.folder)
+        try:
+            tasks[name] = _resolved(name, spec, source.folder)
+        except ValidationError as error:  # two names of one file are one only when resolved
+            found = [{**item, "loc": ("tasks", name, *item["loc"])} for item in error.errors()]
+            faults += [sentence(item, source, _known_keys) for item in found]
     if faults:
         raise TaskError(sorted(faults, key=by_line), source.name)
     return tasks
