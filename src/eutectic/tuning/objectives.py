@@ -170,14 +170,16 @@ def _load_bodies(tasks: list[TuningTask], unscaled: Unscaled) -> Bodies:
         for t in unscaled.plan.tensors
         if t.decision.treatment is not Treatment.HEAD
     }
-    bare: nn.Module | None = None
+    bare: dict[bool, nn.Module] = {}  # a pooler may be missing where no task uses it
     models: list[nn.Module] = []
     shapes: list[dict[str, tuple[int, ...]]] = []
     for task in tasks:
         if task.task.head is None:
             model = task.body_model(unscaled.inputs)
         else:
-            model = bare = bare or task.body_model(unscaled.inputs)
+            pooler = task.task.pooling == "pooler"
+            model = bare.get(pooler) or task.body_model(unscaled.inputs)
+            bare[pooler] = model
         models.append(model)
         patterns = task.task.head_tensors
         shapes.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from eutectic.evaluation.outputs import load_head, outputs
 from eutectic.evaluation.prepare import Prepared, prepare
 from eutectic.evaluation.rows import check_disjoint
 from eutectic.evaluation.schema import Task
+from eutectic.evaluation.sources import Checkpoint, Sources
 from eutectic.evaluation.tasks import load_tasks
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
@@ -38,6 +40,7 @@ class TuningTask:
         head: linear head, or None: the model's own, or features.
         rows: split -> number of rows, of all splits, which share none.
         as_features: features are compared, not predictions.
+        reading: configurations, classes and tokenizers of base and expert, as a hash.
     """
 
     task: Task
@@ -45,6 +48,7 @@ class TuningTask:
     head: Head | None
     rows: Mapping[str, int]
     as_features: bool
+    reading: str
 
     @property
     def expert(self) -> str:
@@ -85,7 +89,7 @@ class TuningTask:
         for values in (self.head.weight, self.head.bias) if self.head is not None else ():
             head.update(values.contiguous().numpy().tobytes())
         stated = self.task.model_dump(mode="json", exclude={"data"})
-        return [self.prepared.data_hash, stated, head.hexdigest()]
+        return [self.prepared.data_hash, stated, head.hexdigest(), self.reading]
 
 
 def open_tasks(search: ScaleSearch, plan: Plan, inputs: Inputs) -> list[TuningTask]:
@@ -111,8 +115,8 @@ def open_tasks(search: ScaleSearch, plan: Plan, inputs: Inputs) -> list[TuningTa
         if features:  # the head's name is never opened: without a head, outputs are features
             task = task.model_copy(update={"head": task.head or "features"})
         head = None if features else load_head(task)
-        prepared = prepare(task, split, _base(inputs))
-        tasks.append(TuningTask(task, prepared, head, rows, features))
+        prepared, reading = _encoded(task, split, inputs)
+        tasks.append(TuningTask(task, prepared, head, rows, features, reading))
     return tasks
 
 
@@ -129,6 +133,18 @@ def _fault(task: Task, split: str, search: ScaleSearch, plan: Plan) -> str | Non
     if search.compare == "features" and task.kind in GENERATIVE:
         return f"  - task '{task.name}' ({task.kind}) has no features; leave out compare."
     return None
+
+
+def _encoded(task: Task, split: Split, inputs: Inputs) -> tuple[Prepared, str]:
+    """Return the split as `evaluate` encodes it for the base, and a hash of what else is read."""
+    base, expert = _base(inputs), _expert(inputs, task.expert_name)
+    body = Checkpoint("base", "base", base)
+    own = Checkpoint(task.expert_name, "expert", expert)
+    sources = Sources(base, {task.expert_name: expert}, (body, own))
+    labels = sources.label_ids(body, task)
+    prepared = prepare(task, split, sources.processor(body, task), label_ids=labels)
+    read = [sources.reading(body, task), sources.reading(own, task)]
+    return prepared, hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
 
 def _base(inputs: Inputs) -> Path:

@@ -1,0 +1,108 @@
+"""What a search reads besides weights: the expert's classes, a tokenizer, who has a pooler."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import eutectic
+from eutectic.errors import CheckpointError, RequestError
+
+pytest.importorskip("transformers")
+from evaluation import world  # noqa: E402 - after the check that transformers is there
+
+LABELS = ("no", "maybe", "yes")
+OTHER = ("yes", "no", "maybe")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A base whose head has its classes in another order than the expert's, and texts."""
+    world.save(world.make("bert", labels=OTHER, seed=5), tmp_path / "base")
+    world.save(world.make("bert", labels=LABELS, seed=7), tmp_path / "a")
+    texts = world.sentences(60)
+    data = {}
+    for i, split in enumerate(("proxy", "validation")):
+        chosen = texts[30 * i : 30 * i + 30]
+        rows = [{"text": t, "label": LABELS[n % 3]} for n, t in enumerate(chosen)]
+        data[split] = world.jsonl(tmp_path / f"{split}.jsonl", rows).name
+    world.tasks(tmp_path / "t.yaml", a={"kind": "text-classification", "data": data})
+    return tmp_path
+
+
+def tune(folder: Path, search: str = "validation", tasks: str = "t.yaml", **more):
+    scale = {"search": search, "tasks": str(folder / tasks), "points": 3, "tolerance": 0.5}
+    experts = {"a": folder / "a"}
+    return eutectic.tune(
+        base=folder / "base", experts=experts, method="average", scale=scale, **more
+    )
+
+
+def figures(folder: Path, **more):
+    found = eutectic.evaluate(
+        folder / "t.yaml", base=folder / "base", experts={"a": folder / "a"},
+        split="validation", resamples=0, **more,
+    )  # fmt: skip
+    return {r.checkpoint: r.value for r in found.results}
+
+
+def test_classes_are_the_experts_whatever_the_base_calls_its_own(folder: Path):
+    search = tune(folder).search
+    assert search["experts"]["a"] == figures(folder)["a"]
+    task = {"kind": "text-classification", "labels": list(LABELS)}
+    data = {s: f"{s}.jsonl" for s in ("proxy", "validation")}
+    world.tasks(folder / "named.yaml", a={**task, "data": data})
+    assert tune(folder, tasks="named.yaml").search["points"] == search["points"]
+    world.tasks(folder / "wrong.yaml", a={**task, "labels": list(OTHER), "data": data})
+    assert tune(folder, tasks="wrong.yaml").search["points"] != search["points"]
+
+
+@pytest.mark.parametrize("search", ["validation", "divergence"])
+def test_without_a_tokenizer_of_the_base_the_experts_encodes(folder: Path, search: str):
+    with_it = tune(folder, search).search["points"]
+    for file in (folder / "base").glob("*token*"):
+        file.unlink()
+    assert tune(folder, search).search["points"] == with_it
+    for file in (folder / "a").glob("*token*"):
+        file.unlink()
+    with pytest.raises(RequestError, match="neither it, nor the expert, nor the base has a token"):
+        tune(folder, search)
+
+
+def test_what_was_measured_is_kept_only_while_its_tokenizer_is(folder: Path, tmp_path: Path):
+    first = tune(folder, work=tmp_path / "work").search
+    assert tune(folder, work=tmp_path / "work").search == first
+    file = folder / "base" / "tokenizer.json"
+    values = json.loads(file.read_text())
+    numbers = values["model"]["vocab"]
+    words = [word for word in numbers if word.startswith("w")]
+    numbers.update(zip(words, [numbers[word] for word in reversed(words)], strict=True))
+    file.write_text(json.dumps(values))
+    again = tune(folder, work=tmp_path / "work").search
+    assert again["points"] == tune(folder).search["points"] != first["points"]
+
+
+@pytest.mark.parametrize("order", [("mean", "pooler"), ("pooler", "mean")])
+def test_a_missing_pooler_is_missed_whatever_runs_before(tmp_path: Path, order: tuple[str, str]):
+    base = world.save(world.make("encoder"), tmp_path / "base")
+    for i, name in enumerate("ab", 1):
+        world.save(world.make("encoder", seed=i), tmp_path / name)
+    state = load_file(base / "model.safetensors")
+    save_file({"weight": torch.ones(3, 16)}, tmp_path / "h.safetensors")
+    kept = {k: v for k, v in state.items() if "pooler" not in k}
+    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+    tasks = {}
+    for name, pooling in zip("ab", order, strict=True):
+        world.jsonl(tmp_path / f"{name}.jsonl", [{"text": t} for t in world.sentences(6)])
+        spec = {"kind": "text-classification", "labels": list(LABELS), "head": "h.safetensors"}
+        tasks[name] = {**spec, "data": {"proxy": f"{name}.jsonl"}, "pooling": pooling}
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump({"tasks": tasks}))
+    scale = {"search": "divergence", "tasks": str(tmp_path / "t.yaml"), "points": 3}
+    experts = {name: tmp_path / name for name in "ab"}
+    with pytest.raises(CheckpointError, match=r"base: task '.' .*needs tensors .*pooler"):
+        eutectic.tune(base=base, experts=experts, method="average", scale=scale)
