@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eutectic.linalg.lowrank import LowRank
+
 
 def with_spectrum(out: int, inner: int, values: Tensor, seed: int = 0) -> Tensor:
     """Return U diag(values) Vᵀ `[out, in]` in float64 with random orthonormal U and V."""
@@ -46,6 +48,15 @@ SPECTRA = {
     "condition 1e12": lambda n: geometric(n, 1e12),
     "deficient": lambda n: power_law(n, 0.5) * (torch.arange(n) < max(1, n // 3)),
 }
+
+
+def lora_sum(experts: int, out: int, inner: int, *, rank: int) -> LowRank:
+    """Return the sum of random LoRA updates of several experts, as factors side by side."""
+    generator = torch.Generator().manual_seed(8)
+    return LowRank(
+        torch.randn(out, experts * rank, generator=generator) * 1e-3,
+        torch.randn(experts * rank, inner, generator=generator),
+    )
 
 
 def distance(ours: Tensor, reference: Tensor) -> float:

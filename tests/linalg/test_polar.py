@@ -11,7 +11,7 @@ from eutectic.linalg.gram import explain_routes
 from eutectic.linalg.lowrank import LowRank
 from eutectic.linalg.polar import choose_route, explain_polar, polar
 
-from .spectra import SPECTRA, distance, geometric, power_law, with_spectrum
+from .spectra import SPECTRA, distance, geometric, lora_sum, power_law, with_spectrum
 
 SHAPES = [(40, 40), (90, 30), (30, 90)]
 ROUTES = ["gram", "halley", "products", None]
@@ -43,6 +43,49 @@ def test_full_support_of_ill_conditioned_float64(route):
     ours = polar(matrix, support="full", route=route)
     assert ours.rank == 40
     assert distance(ours.factor, reference(matrix, "full", 0)[0]) <= 1e-4
+
+
+@pytest.mark.parametrize("route", [*ROUTES, "svd"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("support", ["numerical", "full"])
+def test_condition_1e12_in_float64(route, shape, support):
+    matrix = with_spectrum(*shape, geometric(min(shape), 1e12))
+    ours = polar(matrix, support=support, route=route)
+    factor, nuclear_norm, _ = reference(matrix, "full", 0)
+    assert (ours.rank, ours.route) == (min(shape), "svd")
+    assert distance(ours.factor, factor) <= 1e-4
+    assert ours.nuclear_norm == pytest.approx(nuclear_norm, rel=1e-6)
+
+
+@pytest.mark.parametrize("norm", [1e-30, 1e30])
+@pytest.mark.parametrize("shape", [(150, 150), (200, 150), (150, 200)])
+def test_halley_at_huge_and_tiny_norms(shape, norm):
+    matrix = (with_spectrum(*shape, geometric(150, 5)) * norm).float()
+    ours = polar(matrix)
+    assert ours.route == "halley"
+    factor, nuclear_norm, _ = reference(matrix, "full", 0)
+    assert distance(ours.factor, factor) <= 1e-4
+    assert ours.nuclear_norm == pytest.approx(nuclear_norm, rel=1e-6)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    spectrum=st.sampled_from(list(SPECTRA)),
+    out=st.integers(1, 24),
+    inner=st.integers(1, 24),
+    support=st.sampled_from(["numerical", "full"]),
+    route=st.sampled_from([*ROUTES, "svd"]),
+    seed=st.integers(0, 99),
+)
+def test_any_spectrum_and_shape(spectrum, out, inner, support, route, seed):
+    matrix = with_spectrum(out, inner, SPECTRA[spectrum](min(out, inner)), seed).float()
+    ours = polar(matrix, support=support, rank_tolerance=1.3e-5, route=route)
+    factor, nuclear_norm, rank = reference(matrix, support, 1.3e-5)
+    assert ours.rank == rank
+    assert distance(ours.factor, factor) <= 1e-4
+    # Newton–Schulz ends with a step from up to √(50·eps), which leaves 3/8·50·eps = 2.3e-6.
+    rounding = 5e-6 if ours.route == "products" else 1e-6
+    assert ours.nuclear_norm == pytest.approx(nuclear_norm, rel=rounding)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +166,18 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert torch.equal(ours.factor, polar(matrix.float()).factor.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_half_precision_agrees_with_the_svd(dtype, route, shape):
+    matrix = with_spectrum(*shape, power_law(min(shape))).to(dtype)
+    ours = polar(matrix, route=route)
+    factor, nuclear_norm, rank = reference(matrix, "full", 0)
+    assert ours.rank == rank
+    assert distance(ours.factor, factor) <= 1e-4 + torch.finfo(dtype).eps / 2
+    assert ours.nuclear_norm == pytest.approx(nuclear_norm, rel=1e-6)
+
+
 def test_numerical_support_drops_what_full_support_promotes():
     matrix = with_spectrum(40, 40, power_law(40) * (torch.arange(40) < 10)).float()
     assert polar(matrix).rank == 10
@@ -149,6 +204,19 @@ def test_thin_factors_give_the_dense_result(norm):
     assert thin.rank == dense.rank == 8
     assert distance(thin.factor.dense(), dense.factor) <= 1e-5
     assert thin.nuclear_norm == pytest.approx(dense.nuclear_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+def test_sums_of_thin_updates_have_the_polar_factor_of_their_rank(precision):
+    """Through the factors, and expanded in float32, where rounding fills the null space."""
+    sums = lora_sum(5, 90, 70, rank=3)
+    exact = sums.left.double() @ sums.right.double()
+    factor, nuclear_norm, rank = reference(exact, "numerical", 1e-9)
+    thin, dense = polar(sums, precision=precision), polar(exact.float(), precision=precision)
+    assert thin.rank == dense.rank == rank == 15
+    for ours, expanded in ((thin, thin.factor.dense()), (dense, dense.factor)):
+        assert distance(expanded, factor) <= 1e-4
+        assert ours.nuclear_norm == pytest.approx(nuclear_norm, rel=1e-6)
 
 
 @pytest.mark.parametrize("route", ["svd", "gram", "halley", "products"])

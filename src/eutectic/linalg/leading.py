@@ -68,7 +68,7 @@ def leading_singular(
     unit = magnitude(matrix)
     found = None
     if unit and precision == "fast":
-        found = _from_gram(matrix / unit, k, tolerance, seed)
+        found = _from_gram(_divided(matrix, unit), k, tolerance, seed)
     if found is None:
         found = thin_svd(matrix).first(k)
         return found if tolerance is None else found.first(numerical_rank(found.S, tolerance))
@@ -132,7 +132,12 @@ def _in_units(matrix: Tensor | LowRank) -> tuple[Tensor, Tensor | None, float]:
         P, core, Q, unit = matrix.core()
         return P, core @ Q.mT, unit
     unit = magnitude(matrix) or 1.0
-    return (matrix / unit).to(torch.promote_types(matrix.dtype, torch.float32)), None, unit
+    return _divided(matrix, unit), None, unit
+
+
+def _divided(matrix: Tensor, unit: float) -> Tensor:
+    """Return M/unit, widened before: small entries would leave the range of float16."""
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32)) / unit
 
 
 def complement(P: Tensor, seed: int = 0) -> Tensor:
