@@ -198,6 +198,14 @@ def test_zero_deltas_and_zero_grams_give_zero_or_nothing():
     assert bool(torch.isfinite(merged.delta).all())
 
 
+def test_grams_that_are_all_zero_leave_the_matrix_to_tsv_m():
+    deltas, _ = problem(12, 15, experts=3)
+    silent = [LayerStatistics(gram=torch.zeros(15, 15), count=4)] * 3
+    merged = merge_matrices("esm", deltas, statistics=silent, full_output=True)
+    assert merged.record["rest"] == "tsv_m" and "no direction" in merged.record["reason"]
+    assert torch.equal(merged.delta, merge_matrices("tsv_m", deltas))
+
+
 def test_more_experts_than_outputs_keep_one_direction_each():
     deltas, X = problem(3, 8, experts=5)
     merged = merge_matrices("esm", deltas, statistics=grams(X), full_output=True)

@@ -119,4 +119,4 @@ def _sweep(
     for value in mixtures:
         state = f"{reports[value].seconds:.1f} s" if value in reports else "was finished"
         name = mixture_name(value)
-        out.print(f"λ = {name:<5} {output / name}  {state}", highlight=False)
+        out.print(f"λ = {name:<5} {output / name}  {state}", highlight=False, soft_wrap=True)

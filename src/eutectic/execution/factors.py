@@ -24,6 +24,8 @@ def matrix_name(planned: TensorPlan, block: int, part: str) -> str:
 def matrix_norms(planned: TensorPlan, block: int, delta: Tensor) -> dict[str, float]:
     """Return the Frobenius norms of the matrices in one block of a tensor, flat as in the file."""
     matrix = as_map(delta, planned)
+    if matrix.ndim == 0:
+        return {matrix_name(planned, block, ""): abs(float(matrix))}
     return {
         matrix_name(planned, block, part): float(
             torch.linalg.vector_norm(matrix[rows], dtype=torch.float64)

@@ -17,6 +17,7 @@ from eutectic.linalg import lapack
 from eutectic.linalg.essential import EssentialSubspace, essential_subspace
 from eutectic.linalg.polar import polar
 from eutectic.methods.registry import Context, Parameters, Precision, register
+from eutectic.methods.singular import TsvMParameters, tsv_m
 from eutectic.types import Merged
 
 Power = Annotated[float, Ge(0)]
@@ -154,14 +155,17 @@ def esm(deltas: Tensor, parameters: EssentialParameters, context: Context) -> Me
     rest in the dtype of the deltas (`precision="exact"`: all float64). Cost: T eigenproblems of
     min(out, in) at most, and two polar factors of `[out, kT]` and `[kT, in]`.
     T = 1 gives the expert's factors flattened, not the expert. A zero delta contributes nothing;
-    all deltas zero give zero.
+    all deltas zero give zero. Grams that determine no direction of any expert (all zero) leave the
+    matrix to `tsv_m`; the record tells `rest` and `reason`.
 
     When k exceeds what Δ_t and its tokens determine, only the determined directions enter, and
     the mean singular values are taken over the support. The record tells `rank` (k), `directions`
     (kept per expert) and, where some fall short, `short` (the experts' names). Matrices without
     statistics are merged by `tsv_m`.
 
-    Deviations from the source: the official code fills missing directions with arbitrary ones;
+    Deviations from the source: presets are the exponents only (the official ViT code takes other
+    matrices than in-projection and MLP by TSV-M, the RoBERTa code 2-D embeddings); here every
+    matrix with a Gram takes ESM. The official code fills missing directions with arbitrary ones;
     here they are left out (numerical support). Its task factor uses the norm of the coordinates
     on a completed basis, which is ‖Δ_t‖ whenever there are at least `out` tokens.
 
@@ -198,7 +202,11 @@ def esm(deltas: Tensor, parameters: EssentialParameters, context: Context) -> Me
     if short:
         record["short"] = short
     if not any(kept):
-        return Merged(torch.zeros_like(deltas[0]), record)
+        if not bool(weighted.any()):
+            return Merged(torch.zeros_like(deltas[0]), record)
+        reason = "no expert's inputs move its outputs: the Grams determine no direction"
+        rest = tsv_m(deltas, TsvMParameters(), context)
+        return Merged(rest, record | {"rest": "tsv_m", "reason": reason})
     columns = torch.cat(right)
     column_norms = lapack.column_norms(columns)
     columns = columns * (column_norms / column_norms.mean()) ** exponents.column_power

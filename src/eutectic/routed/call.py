@@ -19,14 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.errors import RequestError, suggest
+from eutectic.routed.frames import Frame, hidden_states, open_frame
 
 Mode = Literal["route", "oracle", "base", "soft", "vote"]
 MODES = ("route", "oracle", "base", "soft", "vote")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-# Name of a mask argument -> whether True (or 1) marks tokens that count.
-_MASKS = {"attention_mask": True, "src_key_padding_mask": False, "key_padding_mask": False}
-_SAMPLES = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 _CACHES = ("past_key_values", "past_key_value", "cache_params")
 
 
@@ -51,15 +49,6 @@ class Decisions(dict[str, Tensor]):
 
 
 @dataclass(eq=False)
-class Frame:
-    """One transformers model being run: how many samples, and which of their tokens count."""
-
-    samples: int | None = None
-    mask: Tensor | None = None
-    cross_mask: Tensor | None = None
-
-
-@dataclass(eq=False)
 class Held:
     """The decisions taken on a prompt, which decoding goes on using."""
 
@@ -75,7 +64,7 @@ class Call:
         routing: the model's.
         settings: how experts are chosen.
         frames: the transformers models entered and not left yet.
-        running: summed log-posteriors by batch size (towers may see batches of different sizes).
+        carried: summed log-posteriors of an encoder that ran in a call of its own.
         choices: the decisions taken so far.
         held: those of the prompt that this call continues.
         voted: one expert per sample for the whole network.
@@ -85,7 +74,7 @@ class Call:
     routing: Routing
     settings: Settings
     frames: list[Frame] = field(default_factory=list)
-    running: dict[int, Tensor] = field(default_factory=dict)
+    carried: dict[int, Tensor] = field(default_factory=dict)
     choices: dict[str, Tensor] = field(default_factory=dict)
     held: Held | None = None
     voted: Tensor | None = None
@@ -195,7 +184,11 @@ class _Scope:
         call = self.routing.call()
         if call is None:
             call = self._open(module, given)
-        call.frames.append(_frame(given, self.names, call))
+        parent = call.frames[-1] if call.frames else None
+        frame = open_frame(given, self.names, parent, self.routing.batch_first)
+        if parent is None:
+            frame.running = dict(call.carried)
+        call.frames.append(frame)
 
     @uncompiled
     def leave(
@@ -204,11 +197,11 @@ class _Scope:
         call = self.routing.call()
         if call is None:
             return
-        call.frames.pop()
+        frame = call.frames.pop()
         if not call.frames:
             _CALL.set(None)
             given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-            _close(call, given, output)
+            _close(call, frame, given, output)
 
     def _open(self, module: nn.Module, given: Mapping[str, Any]) -> Call:
         call = Call(self.routing, self.routing.settings())
@@ -219,53 +212,11 @@ class _Scope:
             call.held = held if held is not None and held.mode == call.settings.mode else None
         encoded = _carried(given)
         if encoded is not None:
-            call.running.update(encoded)
+            call.carried = encoded
         if call.settings.mode == "vote" and call.held is None:
             call.voted = _vote(module, self.names, given, call, encoded)
         _CALL.set(call)
         return call
-
-
-def _frame(given: Mapping[str, Any], names: tuple[str, ...], call: Call) -> Frame:
-    parent = call.frames[-1] if call.frames else Frame()
-    mask, known = None, False
-    for name, keeps in _MASKS.items():
-        if name in names or name in given:
-            known = True
-            value = given.get(name)
-            if isinstance(value, Tensor) and value.ndim == 2:
-                mask = value.bool() if keeps else _padding(value)
-                break
-    samples = _samples(given, call.routing.batch_first)
-    if samples is None:
-        samples = parent.samples
-    if mask is None and known and parent.samples == samples:
-        mask = parent.mask
-    cross = given.get("encoder_attention_mask")
-    if not (isinstance(cross, Tensor) and cross.ndim == 2):
-        cross = given.get("attention_mask") if "decoder_input_ids" in names else None
-    if isinstance(cross, Tensor) and cross.ndim == 2:
-        return Frame(samples, mask, cross.bool())
-    return Frame(samples, mask, parent.cross_mask)
-
-
-def _padding(mask: Tensor) -> Tensor:
-    """Return which tokens count, from torch's padding mask (True or −inf where they do not)."""
-    return ~mask if mask.dtype == torch.bool else mask == 0
-
-
-def _samples(given: Mapping[str, Any], batch_first: bool) -> int | None:
-    for name in _SAMPLES:
-        value = given.get(name)
-        if isinstance(value, Tensor):
-            return len(value)
-    hidden = _hidden(given.get("encoder_outputs"))
-    if hidden is not None:
-        return len(hidden)
-    for value in given.values():
-        if isinstance(value, Tensor) and value.ndim >= 2:
-            return value.shape[1 if value.ndim == 3 and not batch_first else 0]
-    return None
 
 
 def _cache(given: Mapping[str, Any]) -> Any:
@@ -281,18 +232,9 @@ def _length(cache: Any) -> int:
     return int(length()) if length is not None else len(cache)
 
 
-def _hidden(outputs: Any) -> Tensor | None:
-    if isinstance(outputs, Tensor):
-        return outputs if outputs.ndim == 3 else None
-    hidden = getattr(outputs, "last_hidden_state", None)
-    if hidden is None and isinstance(outputs, tuple) and outputs:
-        hidden = outputs[0]
-    return hidden if isinstance(hidden, Tensor) and hidden.ndim == 3 else None
-
-
 def _carried(given: Mapping[str, Any]) -> dict[int, Tensor] | None:
     """Return the scores of the encoder whose outputs this call was given, one row a sample."""
-    hidden, encoded = _hidden(given.get("encoder_outputs")), _ENCODED.get()
+    hidden, encoded = hidden_states(given.get("encoder_outputs")), _ENCODED.get()
     if hidden is None or encoded is None:
         return None
     first, running = encoded
@@ -304,7 +246,7 @@ def _carried(given: Mapping[str, Any]) -> dict[int, Tensor] | None:
     return {len(hidden): running[len(first)].repeat_interleave(copies, dim=0)}
 
 
-def _close(call: Call, given: Mapping[str, Any], output: Any) -> None:
+def _close(call: Call, frame: Frame, given: Mapping[str, Any], output: Any) -> None:
     """Keep the decisions of a prompt for the decoding steps that share its cache."""
     if call.held is not None:
         return
@@ -319,10 +261,10 @@ def _close(call: Call, given: Mapping[str, Any], output: Any) -> None:
                 "routed generation needs a cache object, got a tuple.\n"
                 "Pass past_key_values=transformers.DynamicCache(), or use_cache=False."
             ) from None
-    elif call.running and cache is None and "decoder_input_ids" not in given:
-        hidden = _hidden(output)
+    elif frame.running and cache is None and "decoder_input_ids" not in given:
+        hidden = hidden_states(output)
         if hidden is not None:
-            _ENCODED.set((hidden[:, 0].detach(), dict(call.running)))
+            _ENCODED.set((hidden[:, 0].detach(), dict(frame.running)))
 
 
 def _vote(

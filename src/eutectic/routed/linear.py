@@ -9,11 +9,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eutectic.errors import RequestError
-from eutectic.routed.call import Call, Frame, Routing, uncompiled
+from eutectic.routed.call import Call, Routing, uncompiled
+from eutectic.routed.frames import Frame
 from eutectic.routed.router import Router
 
-_CROSS = re.compile(r"encdec|cross_?att|encoder_?att", re.IGNORECASE)
-_KEYS_AND_VALUES = re.compile(r"\.(k|v|key|value)(_proj)?$")
+# What reads the encoder's states inside a decoder: keys and values, and projections of them.
+_FROM_ENCODER = re.compile(
+    r"(encdec|cross_?att|encoder_?att).*\.((k|v|key|value)(_proj)?|c_attn)$"
+    r"|(^|\.)enc_to_dec_proj$",
+    re.IGNORECASE,
+)
 
 # None: no expert. int: one expert for all. Long [N]: one each. Float [N, T]: a mixture each.
 Choice = Tensor | int | None
@@ -39,7 +44,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(down, requires_grad=False)
         self.router = router
         self.routing = routing
-        self.crossed = bool(_CROSS.search(name) and _KEYS_AND_VALUES.search(name))
+        self.crossed = bool(_FROM_ENCODER.search(name.removesuffix(".weight")))
 
     # It reads context variables and dictionaries, which would be compiled anew for every layer.
     @uncompiled
@@ -71,17 +76,18 @@ class Experts(nn.Module):
         """Return scores `[N, T]`, summed over the layers passed so far if the model does so."""
         pooled = self._pooled(x, call)
         scores = self.router(pooled)
-        if not self.routing.accumulate:
+        running = _innermost(call).running
+        if not self.routing.accumulate or running is None:
             return scores
         total = scores.log_softmax(-1)
-        if len(x) in call.running:
-            total = total + call.running[len(x)]
-        call.running[len(x)] = total
+        if len(x) in running:
+            total = total + running[len(x)]
+        running[len(x)] = total
         return total
 
     def _pooled(self, x: Tensor, call: Call) -> Tensor:
         """Return the mean over the tokens that count `[N, in]`, float32."""
-        frame = call.frames[-1] if call.frames else Frame()
+        frame = _innermost(call)
         mask = frame.cross_mask if self.crossed else frame.mask
         if mask is None or mask.shape != x.shape[:2]:
             return x.mean(1, dtype=torch.float32)
@@ -128,7 +134,8 @@ class Experts(nn.Module):
             RequestError: the rows do not divide into the samples of the batch.
         """
         call = self.routing.call()
-        samples = call.frames[-1].samples if call is not None and call.frames else None
+        frame = Frame() if call is None else _innermost(call)
+        samples = frame.samples
         lead = x.shape[:-1]
         first, second = lead[0], lead[1] if len(lead) > 1 else None
         turns = second == samples and (first != samples or not self.routing.batch_first)
@@ -137,12 +144,18 @@ class Experts(nn.Module):
         if samples is None or (len(lead) == 2 and first == samples):
             return (x if x.ndim == 3 else x.reshape(first, -1, x.shape[-1])), False
         rows = lead.numel()
-        if rows % samples:
+        # Rows alone must be one a sample or all its tokens: others were picked from the batch.
+        picked = len(lead) == 1 and samples > 1 and frame.lengths
+        if rows % samples or (picked and rows // samples not in {1, *frame.lengths}):
             raise RequestError(
                 f"'{self.name}' sees inputs {[*x.shape]}, which do not divide into {samples} "
                 "samples.\nLeave this layer out of the routed ones."
             )
         return x.reshape(samples, rows // samples, x.shape[-1]), False
+
+
+def _innermost(call: Call) -> Frame:
+    return call.frames[-1] if call.frames else Frame()
 
 
 def _named(experts: tuple[int, ...], samples: int, device: torch.device, call: Call) -> Choice:
@@ -194,6 +207,8 @@ class RoutedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `[..., out]` for inputs `[..., in]`."""
+        if x.ndim == 1:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         weight = self.weight.mT if self.transposed else self.weight
         tokens, turned = self.experts.arranged(x)
         y = self.experts.add_to(

@@ -1,0 +1,171 @@
+"""What one module of a forward pass says about its tokens: how many, whose, and which count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Name of a mask argument -> whether True (or 1) marks tokens that count.
+_MASKS = {"attention_mask": True, "src_key_padding_mask": False, "key_padding_mask": False}
+_TEXTS = ("input_ids", "inputs_embeds")
+_NO_TEXTS = ("pixel_values", "input_features", "input_values")
+_OF_DECODER = ("decoder_input_ids", "decoder_inputs_embeds")
+_STATES = "encoder_hidden_states"
+_IGNORED_LABEL = -100
+
+
+@dataclass(eq=False)
+class Frame:
+    """One transformers model being run.
+
+    Attributes:
+        samples: how many.
+        mask: which tokens count, `[samples, tokens]`, for the layers that it runs itself; in a
+            model of an encoder and a decoder those are the decoder's. None when all do.
+        cross_mask: which of the encoder's tokens count, for a decoder that reads them.
+        decodes: it is, or has, a decoder that reads an encoder, so that `mask` is the decoder's.
+        lengths: how many tokens a sample may have; empty where the arguments do not tell.
+        running: log-posteriors summed over the layers passed, by number of samples; shared by what
+            passes evidence on. None where it ran towers that know nothing of each other.
+        towers: how many models it has run so far that were given nothing of one another.
+    """
+
+    samples: int | None = None
+    mask: Tensor | None = None
+    cross_mask: Tensor | None = None
+    decodes: bool = False
+    lengths: frozenset[int] = frozenset()
+    running: dict[int, Tensor] | None = field(default_factory=dict)
+    towers: int = 0
+
+
+def open_frame(
+    given: Mapping[str, Any], names: tuple[str, ...], parent: Frame | None, batch_first: bool
+) -> Frame:
+    """Return the frame of a module that is called with `given`, inside of `parent`.
+
+    Args:
+        given: its arguments by name.
+        names: of all its parameters.
+        parent: the frame around it; None for the outermost.
+        batch_first: activations are `[samples, tokens, features]` where both orders would fit.
+    """
+    above = parent if parent is not None else Frame()
+    own = _samples(given, batch_first)
+    samples = above.samples if own is None else own
+    mask, known = _own_mask(given, names)
+    # A model that is told nothing has the masks of the one that runs it, if it takes any.
+    inherits = mask is None and known and above.samples == samples
+    paired = any(name in names or name in given for name in _OF_DECODER)
+    decodes = paired or given.get(_STATES) is not None
+    cross = above.cross_mask
+    if paired:
+        cross = above.cross_mask if inherits and above.decodes else mask
+        mask = _decoder_mask(given, cross, above)
+    else:
+        if inherits and decodes:
+            mask = above.mask if above.decodes else None
+        elif inherits:
+            mask = above.cross_mask if above.decodes else above.mask
+        cross = _flat(given.get("encoder_attention_mask"), cross)
+    lengths = above.lengths if own is None else _lengths(given, mask, cross)
+    return Frame(samples, mask, cross, decodes, lengths, _running(given, parent))
+
+
+def _own_mask(given: Mapping[str, Any], names: tuple[str, ...]) -> tuple[Tensor | None, bool]:
+    """Return the mask `[samples, tokens]` that was passed, and whether one can be."""
+    known = False
+    for name, keeps in _MASKS.items():
+        if name in names or name in given:
+            known = True
+            value = given.get(name)
+            if isinstance(value, Tensor) and value.ndim == 2:
+                return (value.bool() if keeps else _padding(value)), True
+    return None, known
+
+
+def _padding(mask: Tensor) -> Tensor:
+    """Return which tokens count, from torch's padding mask (True or −inf where they do not)."""
+    return ~mask if mask.dtype == torch.bool else mask == 0
+
+
+def _flat(mask: Any, otherwise: Tensor | None) -> Tensor | None:
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else otherwise
+
+
+def _decoder_mask(given: Mapping[str, Any], source: Tensor | None, above: Frame) -> Tensor | None:
+    """Return which of the decoder's tokens count, as `collect` takes it."""
+    mask = _flat(given.get("decoder_attention_mask"), None)
+    if mask is not None:
+        return mask
+    labels = given.get("labels")
+    if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
+        # The decoder's input is the labels moved one to the right: the position that predicts
+        # label i counts when label i does.
+        return labels != _IGNORED_LABEL
+    if above.decodes:
+        return above.mask
+    # Without input of its own, the decoder is given the encoder's, moved likewise.
+    return source if all(given.get(name) is None for name in _OF_DECODER) else None
+
+
+def _samples(given: Mapping[str, Any], batch_first: bool) -> int | None:
+    for name in (*_TEXTS, *_NO_TEXTS):
+        value = given.get(name)
+        if isinstance(value, Tensor):
+            return len(value)
+    hidden = hidden_states(given.get("encoder_outputs"))
+    if hidden is not None:
+        return len(hidden)
+    for value in given.values():
+        if isinstance(value, Tensor) and value.ndim >= 2:
+            return value.shape[1 if value.ndim == 3 and not batch_first else 0]
+    return None
+
+
+def _lengths(given: Mapping[str, Any], mask: Tensor | None, cross: Tensor | None) -> frozenset[int]:
+    """Return how many rows one sample may have in a layer that sees all tokens in a row."""
+    found: set[int] = set()
+    for name in (*_TEXTS, *_OF_DECODER, _STATES):
+        value = given.get(name)
+        if isinstance(value, Tensor):
+            rows = 1
+            for size in value.shape[1 : -1 if value.is_floating_point() else None]:
+                rows *= size
+                found.add(rows)
+    if all(given.get(name) is None for name in _NO_TEXTS):
+        # Masks of audio count its samples in time, of which the model makes fewer tokens.
+        found |= {m.shape[1] for m in (mask, cross) if m is not None}
+    return frozenset(found)
+
+
+def _running(given: Mapping[str, Any], parent: Frame | None) -> dict[int, Tensor] | None:
+    """Return the sums that the module goes on with: its parent's, or none for a further tower.
+
+    A model inside another goes on from it, and a decoder from its encoder. Another that is given
+    nothing of the first, as the texts beside the images, starts anew; and what comes after both
+    cannot tell which of them it reads.
+    """
+    if parent is None:
+        return {}
+    if given.get(_STATES) is not None:
+        return {} if parent.running is None else parent.running
+    parent.towers += 1
+    if parent.towers == 1 and parent.running is not None:
+        return parent.running
+    parent.running = None
+    return {}
+
+
+def hidden_states(outputs: Any) -> Tensor | None:
+    """Return the last hidden states `[samples, tokens, features]` of a model's outputs, if any."""
+    if isinstance(outputs, Tensor):
+        return outputs if outputs.ndim == 3 else None
+    hidden = getattr(outputs, "last_hidden_state", None)
+    if hidden is None and isinstance(outputs, tuple) and outputs:
+        hidden = outputs[0]
+    return hidden if isinstance(hidden, Tensor) and hidden.ndim == 3 else None
