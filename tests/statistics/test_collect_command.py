@@ -84,6 +84,19 @@ def test_a_person_reads_a_table(expert: Path, data: Path, tmp_path: Path) -> Non
     }
 
 
+def test_wider_sums_each_of_its_own(expert: Path, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "x.safetensors"
+    words = [expert, "--data", data, "-o", output, "--layers", "*attention.self*"]
+    run(*words, "--dtype", "float64", "--no-share-inputs")
+    found = load_statistics(output)
+    assert {layer["same_as"] or name for name, layer in found.provenance["layers"].items()} == set(
+        found.names
+    )
+    own = found[QUERY].gram if found[QUERY].gram is not None else found[QUERY].gram_factor
+    assert own is not None and own.dtype == torch.float64
+    assert "allowed are float32" in run(*words, "--dtype", "bfloat16", code=2).stderr
+
+
 def test_adding_with_and_without_collecting(expert: Path, data: Path, tmp_path: Path) -> None:
     lines = data.read_text().splitlines()
     parts = [tmp_path / "p0.jsonl", tmp_path / "p1.jsonl"]

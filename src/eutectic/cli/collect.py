@@ -81,6 +81,13 @@ def collect(
         str, typer.Option(help="Layers whose inputs fit no mask: error, all or skip.")
     ] = "error",
     seed: Annotated[int, typer.Option(help="Seed of sampled labels.")] = 0,
+    share_inputs: Annotated[
+        bool,
+        typer.Option(
+            "--share-inputs/--no-share-inputs", help="Store once what layers with one input share."
+        ),
+    ] = True,
+    dtype: Annotated[str, typer.Option(help="Of the stored sums: float32 or float64.")] = "float32",
     memory: Annotated[
         str | None, typer.Option(help="Limit for the running sums, such as 4GB; more passes.")
     ] = None,
@@ -117,6 +124,10 @@ def collect(
 
       eutectic collect --add first.safetensors --add second.safetensors -o both.safetensors
     """
+    if dtype not in ("float32", "float64"):
+        raise RequestError(f"--dtype {dtype}: allowed are float32 and float64.")
+    import torch
+
     from eutectic.statistics import add_statistics
     from eutectic.statistics import collect as run
     from eutectic.statistics.data import open_batches
@@ -186,6 +197,8 @@ def collect(
                 rank=rank,
                 unmatched=unmatched,  # pyright: ignore[reportArgumentType]
                 seed=seed,
+                share_inputs=share_inputs,
+                dtype=getattr(torch, dtype),
                 memory_bytes=None if memory is None else parse_bytes(memory),
                 fingerprint=loaded.fingerprint,
                 progress=lambda done, total: tell(done, total or done + 1, f"batch {done}"),

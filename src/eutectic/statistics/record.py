@@ -159,7 +159,8 @@ class Recorder:
     def _unshared(self, site: Site, leader: Site) -> StatisticsError:
         return StatisticsError(
             f"'{site.name}' shared its inputs with '{leader.name}' at first, but not in batch "
-            f"{self._batch}.\nThe model chooses its path by the data: pass share_inputs=False."
+            f"{self._batch}.\nThe model chooses its path by the data: pass share_inputs=False "
+            "(--no-share-inputs)."
         )
 
     def add_gradients(self, gradients: list[Tensor | None]) -> None:

@@ -99,7 +99,9 @@ def stored_form(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     """
     value = value.to("cpu", dtype).contiguous()
     if not bool(torch.isfinite(value).all()):
-        raise NumericalError(f"'{name}' is too large for {dtype}; collect with dtype=float64.")
+        raise NumericalError(
+            f"'{name}' is too large for {dtype}; collect in float64 (--dtype float64)."
+        )
     return value
 
 
