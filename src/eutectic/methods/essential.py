@@ -206,7 +206,8 @@ def esm(deltas: Tensor, parameters: EssentialParameters, context: Context) -> Me
             return Merged(torch.zeros_like(deltas[0]), record)
         reason = "no expert's inputs move its outputs: the Grams determine no direction"
         rest = tsv_m(deltas, TsvMParameters(), context)
-        return Merged(rest, record | {"rest": "tsv_m", "reason": reason})
+        delta = rest.delta if isinstance(rest, Merged) else rest
+        return Merged(delta, record | {"rest": "tsv_m", "reason": reason})
     columns = torch.cat(right)
     column_norms = lapack.column_norms(columns)
     columns = columns * (column_norms / column_norms.mean()) ** exponents.column_power
