@@ -172,8 +172,10 @@ def clip() -> tuple[nn.Module, Batch]:
         name: collect(model, [{**batch, "pixel_values": images + t - 1}])
         for t, (name, model) in enumerate(base.experts.items())
     }
-    routed = build_routed(base.merged, base.state_dicts(), statistics, rank=2, layers=["*_proj*"])
-    assert routed.routing.accumulate
+    routed = build_routed(
+        base.merged, base.state_dicts(), statistics, rank=2, layers=["*_proj.weight"]
+    )
+    assert routed.routing.accumulate  # type: ignore[union-attr]
     return routed, batch
 
 
