@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -124,3 +126,40 @@ def test_pooled_statistics_that_fall_short_are_refused():
     broken = statistics([rows * float("inf") for rows in tasks(2)])
     with pytest.raises(StatisticsError, match="NaN or Inf"):
         discriminant_router(broken, "layer")
+
+
+@pytest.mark.parametrize(("mean", "samples"), [(30, 5000), (300, 5000), (100, 20000)])
+def test_rounding_of_the_stored_sums_does_not_decide(mean: float, samples: int):
+    """Inputs that hardly vary about a large mean leave a scatter below the rounding of float32."""
+    g = torch.Generator().manual_seed(0)
+    offset = mean * (1 + torch.arange(8.0)).double()
+    entries, rows = [], []
+    for t in range(2):
+        x = 0.05 * torch.randn(samples, 64, generator=g).double()
+        x[:, :8] = offset + 1e-4 * x[:, :8]
+        x[:, 20] += t
+        rows.append(x)
+        entries.append(
+            LayerStatistics(
+                count=samples,
+                pooled_sum=x.sum(0).float(),
+                pooled_gram=(x.T @ x).float(),
+                sample_count=samples,
+            )
+        )
+    router = discriminant_router(entries, "layer")
+    assert bool(torch.isfinite(router.weight).all())
+    for t, x in enumerate(rows):
+        assert float((router(x.float()).argmax(1) == t).double().mean()) > 0.95
+
+
+def test_sums_that_contradict_each_other_are_refused():
+    good = statistics(tasks(2))
+    assert good[1].pooled_sum is not None
+    total = good[1].pooled_sum.clone()
+    total[0] = 50 * good[1].pooled_gram.diagonal()[0].sqrt()  # type: ignore[union-attr]
+    gram = good[1].pooled_gram.clone()  # type: ignore[union-attr]
+    gram[5, 5] += 1e8  # so that the trace of the scatter stays positive
+    bad = dataclasses.replace(good[1], pooled_sum=total, pooled_gram=gram)
+    with pytest.raises(StatisticsError, match="'layer'.*contradict"):
+        discriminant_router([good[0], bad], "'layer'", shrinkage=1e-6)

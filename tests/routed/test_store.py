@@ -76,6 +76,7 @@ def test_models_that_are_not_of_transformers(tmp_path: Path):
     routed = build(world, layers=["*in_proj_weight", "*linear?.weight"])
     routed.save_pretrained(tmp_path)
     loaded = load_routed(tmp_path, TorchEncoder(True).eval())
+    assert all(not m.use_nested_tensor for m in loaded.modules() if hasattr(m, "use_nested_tensor"))
     batch = world.mixed()
     assert torch.equal(counted(loaded, batch), counted(routed, batch))
     with pytest.raises(CheckpointError, match="does not fit Linear"):

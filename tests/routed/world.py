@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,7 @@ def collect_inputs(model: nn.Module, batch: Batch) -> dict[str, LayerStatistics]
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["query"]
+            x = torch.cat(x.unbind()) if x.is_nested else x
             inputs.setdefault(name, []).append(x.detach().reshape(-1, x.shape[-1]).double())
 
         return hook
@@ -164,13 +166,16 @@ class TorchEncoder(nn.Module):
         super().__init__()
         layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=batch_first)
         self.embedding = nn.Embedding(40, 16)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        # The default, which takes nested tensors; with the sequence first torch warns of it.
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=batch_first)
         self.batch_first = batch_first
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         x = self.embedding(input_ids)
         x = x if self.batch_first else x.transpose(0, 1)
-        y = self.encoder(x, src_key_padding_mask=attention_mask == 0)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")
+            y = self.encoder(x, src_key_padding_mask=attention_mask == 0)
         return y if self.batch_first else y.transpose(0, 1)
 
 

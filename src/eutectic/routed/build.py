@@ -216,6 +216,10 @@ def finish(model: Model, routing: Routing) -> Model:
     """Attach the handle, the hooks and `save_pretrained` to a model with routed layers."""
     from eutectic.routed.store import save_routed
 
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            # It would drop the padding between its layers, so that no mask fits what they see.
+            module.use_nested_tensor = False
     install_hooks(model, routing)
     model.routing = routing  # type: ignore[assignment]
     model.save_pretrained = MethodType(save_routed, model)  # type: ignore[assignment]

@@ -110,7 +110,8 @@ def discriminant_router(
     p_t is the mean pooled input of expert t and Σ the within-expert covariance, pooled over the
     experts and shrunk towards a multiple of the identity: Σ = (1 − γ) S + γ tr(S)/in · I. γ is the
     oracle-approximating shrinkage of S (Chen et al. 2010, arXiv 0907.4698), which needs no more
-    than tr S, tr S² and the number of samples.
+    than tr S, tr S² and the number of samples. The multiple is at least twice the stored sums'
+    rounding, ε Σ_t tr(pooled_gram_t) / degrees: what varies less about a large mean is noise.
 
     Args:
         statistics: per expert, with `pooled_sum`, `pooled_gram` and `sample_count`.
@@ -123,11 +124,12 @@ def discriminant_router(
         are equal (S = 0), Σ is the identity: the nearest mean wins.
 
     Raises:
-        StatisticsError: pooled statistics are missing, not finite, or count too few samples.
+        StatisticsError: pooled statistics are missing, not finite, contradict each other, or count
+            too few samples.
     """
     means: list[Tensor] = []
     scatter: Tensor | None = None
-    samples = 0
+    samples, rounding = 0, 0.0
     for t, entry in enumerate(statistics):
         if not has_pooled(entry):
             raise StatisticsError(
@@ -139,6 +141,9 @@ def discriminant_router(
         within = entry.pooled_gram.double() - torch.outer(total, total) / entry.sample_count
         scatter = within if scatter is None else scatter + within
         means.append(total / entry.sample_count)
+        # Bounds the spectral norm of what rounding moved: |G_ij| ≤ √(G_ii G_jj).
+        stored = torch.finfo(torch.promote_types(entry.pooled_gram.dtype, torch.float32)).eps
+        rounding += 2 * stored * float(entry.pooled_gram.double().trace())
         samples += entry.sample_count
     assert scatter is not None
     degrees = samples - len(means)
@@ -147,13 +152,19 @@ def discriminant_router(
             f"{where}: {samples} samples of {len(means)} experts leave no within-expert scatter.\n"
             "Collect over more samples, or use router='prototype'."
         )
-    covariance = shrunk(scatter / degrees, degrees, shrinkage)
+    covariance = shrunk(scatter / degrees, degrees, shrinkage, rounding / degrees)
     prototypes = torch.stack(means)
     if not bool(torch.isfinite(covariance).all() and torch.isfinite(prototypes).all()):
         raise StatisticsError(f"{where}: NaN or Inf in the pooled statistics; collect again.")
     centre = prototypes.mean(0)
     offsets = prototypes - centre
-    weight = torch.cholesky_solve(offsets.T, torch.linalg.cholesky(covariance)).T
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if int(failed):
+        raise StatisticsError(
+            f"{where}: the pooled sums contradict each other: no samples have such a scatter.\n"
+            "Collect the statistics again, or use router='prototype'."
+        )
+    weight = torch.cholesky_solve(offsets.T, factor).T
     bias = -(weight @ centre) - 0.5 * (weight * offsets).sum(1)
     return DiscriminantRouter(weight, bias)
 
@@ -163,8 +174,13 @@ def has_pooled(entry: LayerStatistics) -> bool:
     return entry.pooled_sum is not None and entry.pooled_gram is not None and entry.sample_count > 0
 
 
-def shrunk(covariance: Tensor, degrees: int, shrinkage: float | None = None) -> Tensor:
-    """Return (1 − γ) S + γ tr(S)/p · I, γ estimated where not given; the identity for S = 0."""
+def shrunk(
+    covariance: Tensor, degrees: int, shrinkage: float | None = None, floor: float = 0.0
+) -> Tensor:
+    """Return (1 − γ) S + max(γ tr(S)/p, floor) I; the identity for S = 0.
+
+    γ is estimated where not given.
+    """
     p = len(covariance)
     identity = torch.eye(p, dtype=covariance.dtype)
     trace = float(covariance.trace())
@@ -177,7 +193,7 @@ def shrunk(covariance: Tensor, degrees: int, shrinkage: float | None = None) -> 
         above = (1 - 2 / p) * square + trace**2
         below = (degrees + 1 - 2 / p) * excess
         gamma = min(1.0, above / below) if below > 0 else 1.0
-    return (1 - gamma) * covariance + gamma * trace / p * identity
+    return (1 - gamma) * covariance + max(gamma * trace / p, floor) * identity
 
 
 ROUTERS: dict[str, type[Router]] = {
