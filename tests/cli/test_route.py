@@ -117,14 +117,50 @@ def test_what_will_be_refused_is_before_data_are_run_through_the_model(
     refused([*experts[:2], f"c={tmp_path / 'nothing'}"], statistics, data, "nothing")
 
 
-def test_the_routers_statistics_are_collected_on_the_merged_model(folder: Path, tmp_path: Path):
+def tokenizer() -> Any:
     tokenizers = pytest.importorskip("tokenizers")
     from transformers import PreTrainedTokenizerFast
 
     words = {f"w{i}": i for i in range(20)}
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
     core.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="w0", unk_token="w0")
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="w0", unk_token="w0")
+
+
+def test_the_routers_data_are_read_as_collect_reads_them(folder: Path, tmp_path: Path):
+    """Columns, split, task and device are named as in `eutectic collect`."""
+    datasets = pytest.importorskip("datasets")
+    tokenizer().save_pretrained(folder / "merged")
+    asked = [folder / "merged", *(f"{n}={folder / n}" for n in EXPERTS), "--rank", 2]
+    for t, name in enumerate(EXPERTS):
+        rows = [{"words": f"w{1 + 6 * t + i % 6} w{1 + 6 * t + i % 5}"} for i in range(12)]
+        splits = {
+            "proxy": datasets.Dataset.from_list(rows),
+            "other": datasets.Dataset.from_list([{"words": "w0"}]),
+        }
+        datasets.DatasetDict(splits).save_to_disk(tmp_path / name)
+        asked += ["-s", f"{name}={folder / name}.stats.safetensors"]
+        asked += ["--router-data", f"{name}={tmp_path / name}"]
+
+    def refused(words: list[Any], message: str) -> None:
+        result = run(*words, "-o", tmp_path / "routed")
+        assert result.exit_code == 2, result.output
+        assert message in " ".join(result.stderr.split())
+        assert not (tmp_path / "routed").exists()
+
+    named = ["--split", "proxy", "--text-column", "words", "--task", "feature-extraction"]
+    refused([*asked, "--text-column", "words"], "name one of them with --split")
+    refused([*asked, *named[:2]], "words")
+    refused([*asked, *named[:4], "--task", "poetry"], "unknown task 'poetry'")
+    refused([*asked, *named, "--device", "abacus"], "--device abacus")
+    refused([*asked[:-1], "c=some.module:rows", *named], "--trust-code")
+    result = run(*asked, *named, "--device", "cpu", "-o", tmp_path / "routed", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["router"] == "discriminant"
+
+
+def test_the_routers_statistics_are_collected_on_the_merged_model(folder: Path, tmp_path: Path):
+    fast = tokenizer()
     fast.save_pretrained(folder / "merged")
     generator = torch.Generator().manual_seed(0)
     texts: dict[str, list[str]] = {}

@@ -165,7 +165,7 @@ def test_one_expert_and_an_expert_equal_to_the_merged_model(world: World):
 
 def test_requests_that_cannot_be_met(world: World):
     stats = world.statistics()
-    with pytest.raises(RequestError, match=r"missing for \['c'\]"):
+    with pytest.raises(RequestError, match=r"missing for \['c'\](.|\n)*eutectic collect"):
         build(world, statistics={k: stats[k] for k in "ab"})
     with pytest.raises(RequestError, match=r"given for \['d'\]"):
         build(world, statistics={**stats, "d": stats["a"]})
@@ -230,6 +230,49 @@ def test_torch_attention_is_routed_in_both_projections():
             torch.testing.assert_close(
                 counted(routed, batch), counted(model, batch), atol=2e-4, rtol=1e-3
             )
+
+
+class TorchDecoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.layers(x, y)
+
+
+def test_packed_cross_attention_is_left_out_of_the_default_layers(tmp_path: Path):
+    from eutectic.routed import load_routed
+    from eutectic.statistics import collect
+
+    torch.manual_seed(0)
+    model = TorchDecoder().eval()
+    expert = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in expert.parameters():
+            if p.ndim == 2:
+                p.add_(0.05 * torch.randn_like(p))
+    x, y = torch.randn(8, 5, 16), torch.randn(8, 7, 16)
+    weights, statistics = {"a": expert.state_dict()}, {"a": collect(expert, [[x, y]])}
+    routed = build_routed(model, weights, statistics, rank=4)
+    left_out = ["layers.multihead_attn.in_proj_weight", "layers.multihead_attn.out_proj.weight"]
+    assert routed.routing.left_out == left_out
+    assert isinstance(routed.layers.self_attn, RoutedAttention)
+    assert type(routed.layers.multihead_attn) is nn.MultiheadAttention
+    with torch.no_grad():
+        found = routed(x, y)
+        assert not torch.allclose(found, model(x, y), atol=1e-3)
+    routed.save_pretrained(tmp_path)  # type: ignore[operator]
+    loaded = load_routed(tmp_path, TorchDecoder().eval())
+    assert loaded.routing.left_out == left_out
+    with torch.no_grad():
+        assert torch.equal(loaded(x, y), found)
+    prefixed = {"a": {f"net.{k}": v for k, v in statistics["a"].items()}}
+    assert build_routed(model, weights, prefixed, rank=4).routing.left_out == left_out
+    with pytest.raises(
+        StatisticsError, match="'a' hold layers.multihead_attn.in_proj_weight in parts"
+    ):
+        build_routed(model, weights, statistics, rank=4, layers=["*multihead_attn*"])
 
 
 @pytest.mark.parametrize("need_weights", [True, False])

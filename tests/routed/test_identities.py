@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from eutectic.routed import build_routed, routing, routing_accuracy
+from eutectic.errors import RequestError
+from eutectic.routed import build_routed, routing, routing_accuracy, routing_accuracy_by_task
 
 from .world import EXPERTS, WORLDS, World, counted, output, single
 
@@ -89,6 +90,30 @@ def test_the_discriminant_router_finds_the_task(kind: str):
     table = routing_accuracy(decisions, world.labels(30))
     assert max(table.values()) > 0.9
     assert len(table) == sum(1 for _ in decisions)
+
+
+def test_accuracy_is_told_task_by_task():
+    world, routed = built("bert", router="prototype")
+    labels = world.labels(7)
+    with routing(routed, record=True) as decisions:
+        output(routed, world.mixed(7))
+    names = routed.routing.experts
+    table = routing_accuracy_by_task(decisions, labels, names)
+    assert list(table) == list(decisions) and set(names) == set(EXPERTS)
+    for layer, chosen in decisions.items():
+        for t, name in enumerate(names):
+            own = [int(c) == t for c, label in zip(chosen, labels, strict=True) if label == t]
+            assert table[layer][name] == pytest.approx(sum(own) / 7)
+    overall = routing_accuracy(decisions, labels)
+    for layer, shares in table.items():
+        assert sum(shares.values()) / 3 == pytest.approx(overall[layer])
+    assert len({share for shares in table.values() for share in shares.values()}) > 2
+    some = {layer: chosen[:1] for layer, chosen in decisions.items()}
+    assert {tuple(v) for v in routing_accuracy_by_task(some, [0], names).values()} == {("a",)}
+    with pytest.raises(RequestError, match="labels \\[3\\] are no experts"):
+        routing_accuracy_by_task(decisions, [3] * 21, names)
+    with pytest.raises(RequestError, match="decided for 21 samples, but there are 2 labels"):
+        routing_accuracy_by_task(decisions, [0, 1], names)
 
 
 @pytest.mark.parametrize("kind", list(WORLDS))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -13,6 +14,10 @@ from rich.table import Table
 from eutectic.cli.console import out, pairs, print_json, progress_bar, verb
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes
+
+if TYPE_CHECKING:
+    from eutectic.statistics.batches import Batch
+    from eutectic.statistics.models import LoadedModel
 
 
 @verb
@@ -60,6 +65,23 @@ def route(
     max_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens per text, collecting (default: at most 512).")
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="text-classification, feature-extraction, image-classification, causal-lm or "
+            "seq2seq, collecting (default: by the checkpoint's architecture)."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs, collecting.")] = "cpu",
+    split: Annotated[str | None, typer.Option(help="Split of a `datasets` folder.")] = None,
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Allow --router-data NAME=module:function.")
+    ] = False,
+    text_column: Annotated[str, typer.Option(help="Column of texts.")] = "text",
+    text_pair_column: Annotated[str, typer.Option(help="Column of second texts.")] = "text_pair",
+    source_column: Annotated[str, typer.Option(help="Column of source texts.")] = "source",
+    target_column: Annotated[str, typer.Option(help="Column of target texts.")] = "target",
+    image_column: Annotated[str, typer.Option(help="Column of images.")] = "image",
     statistics_of: Annotated[
         str, typer.Option(help="expert, or any: accept statistics of another checkpoint.")
     ] = "expert",
@@ -87,8 +109,11 @@ def route(
     """
     from eutectic.routed import build_routed, export_lora, routed_costs
     from eutectic.routed.layers import choose_layers
-    from eutectic.routed.sources import expert_statistics, open_experts
+    from eutectic.routed.sources import expert_statistics, open_experts, without_parts
     from eutectic.routed.store import load_model
+    from eutectic.statistics.data import open_batches
+    from eutectic.statistics.encode import Columns
+    from eutectic.statistics.models import load_model as load_on
 
     if not experts:
         _show(merged, export, json)
@@ -108,12 +133,42 @@ def route(
         return
     # Everything that can be refused is, before data are run through the model.
     of_experts = _open_statistics(statistics, "--statistics")
-    expert_statistics(of_experts, list(named), choose_layers(model, layers), "statistics")
+    chosen = choose_layers(model, layers)
+    if layers is None:
+        chosen, _ = without_parts(chosen, of_experts)
+    expert_statistics(of_experts, list(named), chosen, "statistics")
     with open_experts(model, named, base):
         pass
-    of_router = _router_statistics(
-        merged, list(named), router_statistics, router_data, layers, batch_size, max_length
-    )
+    if router_statistics and router_data:
+        raise RequestError("give --router-statistics or --router-data, not both.")
+    of_router = None
+    if router_statistics:
+        of_router = _open_statistics(router_statistics, "--router-statistics")
+    elif router_data:
+        sources = pairs(router_data, "--router-data")
+        _check_sources(sources, named)
+        loaded = load_on(merged, None, task, device)  # pyright: ignore[reportArgumentType]
+        columns = Columns(
+            text=text_column,
+            text_pair=text_pair_column,
+            source=source_column,
+            target=target_column,
+            image=image_column,
+        )
+        # All data are opened before any are run.
+        opened = {
+            name: open_batches(
+                source,
+                loaded,
+                columns=columns,
+                batch_size=batch_size,
+                max_length=max_length,
+                split=split,
+                trust_code=trust_code,
+            )
+            for name, source in sources.items()
+        }
+        of_router = _collect(loaded, opened, layers)
     routed = build_routed(
         model,
         named,
@@ -131,6 +186,7 @@ def route(
         "experts": list(routed.routing.experts),  # pyright: ignore[reportAttributeAccessIssue]
         "router": routed.routing.router,  # pyright: ignore[reportAttributeAccessIssue]
         "short": routed.routing.short,  # pyright: ignore[reportAttributeAccessIssue]
+        "left_out": routed.routing.left_out,  # pyright: ignore[reportAttributeAccessIssue]
     }
     if output is not None:
         _save(routed, merged, output)
@@ -153,6 +209,7 @@ def _show(folder: Path, export: Path | None, json: bool) -> None:
         "accumulate": routed.routing.accumulate,
         "layers": {path: experts.up.shape[2] for path, experts in layers.items()},
         "short": routed.routing.short,
+        "left_out": routed.routing.left_out,
     }
     if export is not None:
         export_lora(routed, export)
@@ -174,44 +231,24 @@ def _open_statistics(items: list[str] | None, option: str) -> dict[str, Any]:
     return {name: load_statistics(path) for name, path in pairs(items or [], option).items()}
 
 
-def _router_statistics(
-    merged: Path,
-    experts: list[str],
-    files: list[str] | None,
-    data: list[str] | None,
-    layers: list[str] | None,
-    batch_size: int,
-    max_length: int | None,
-) -> dict[str, Any] | None:
-    """Return the merged model's statistics: read, or collected on every task's data."""
-    if files and data:
-        raise RequestError("give --router-statistics or --router-data, not both.")
-    if files:
-        return _open_statistics(files, "--router-statistics")
-    if not data:
-        return None
-    from eutectic.routed.layers import choose_layers
-    from eutectic.statistics import collect
-    from eutectic.statistics.data import open_batches
-    from eutectic.statistics.encode import Columns
-    from eutectic.statistics.models import load_model
-
-    sources = pairs(data, "--router-data")
+def _check_sources(sources: Mapping[str, str], experts: Mapping[str, str]) -> None:
     if set(sources) != set(experts):
         raise RequestError(
             f"--router-data names {', '.join(sources)}; the experts are {', '.join(experts)}.\n"
             "Give the proxy data of every expert's task."
         )
-    loaded = load_model(merged)
+
+
+def _collect(
+    loaded: LoadedModel, data: Mapping[str, Iterable[Batch]], layers: list[str] | None
+) -> dict[str, Any]:
+    """Return the merged model's statistics on every task's data."""
+    from eutectic.routed.layers import choose_layers
+    from eutectic.statistics import collect
+
     routed = [layer.name for layer in choose_layers(loaded.model, layers)]
-    opened = {
-        name: open_batches(
-            source, loaded, columns=Columns(), batch_size=batch_size, max_length=max_length
-        )
-        for name, source in sources.items()
-    }
     found: dict[str, Any] = {}
-    for name, batches in opened.items():
+    for name, batches in data.items():
         with progress_bar(f"collecting {name}") as tell:
             found[name] = collect(
                 loaded.model,
@@ -253,6 +290,8 @@ def _report(report: dict[str, Any], json: bool) -> None:
         table.add_row("router", report["router"])
     for path, rank in report.get("layers", {}).items():
         table.add_row(path, f"rank {rank}")
+    for name in report.get("left_out", []):
+        table.add_row("left out", f"{name}: its queries and keys differ")
     if report.get("short"):
         table.add_row(
             "note",

@@ -4,7 +4,7 @@ from eutectic.routed.build import build_routed
 from eutectic.routed.export import export_lora
 from eutectic.routed.layers import RoutedCosts, routed_costs
 from eutectic.routed.linear import RoutedAttention, RoutedLinear
-from eutectic.routed.modes import routing, routing_accuracy
+from eutectic.routed.modes import routing, routing_accuracy, routing_accuracy_by_task
 from eutectic.routed.router import DiscriminantRouter, PrototypeRouter
 from eutectic.routed.store import load_routed
 
@@ -20,4 +20,5 @@ __all__ = [
     "routed_costs",
     "routing",
     "routing_accuracy",
+    "routing_accuracy_by_task",
 ]

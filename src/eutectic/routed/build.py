@@ -29,6 +29,7 @@ from eutectic.routed.sources import (
     check_origin,
     expert_statistics,
     open_experts,
+    without_parts,
 )
 from eutectic.types import LayerStatistics
 
@@ -82,7 +83,8 @@ def build_routed(
 
     Returns:
         The routed copy. `routed.routing.short` tells, layer by layer, the experts whose tokens or
-        differences determine fewer than ρ directions, and how many they do. T = 1 is allowed: the
+        differences determine fewer than ρ directions, and how many they do;
+        `routed.routing.left_out` the default layers that cannot be routed. T = 1 is allowed: the
         only expert is always chosen. An expert equal to the merged model adds nothing.
 
     Raises:
@@ -98,7 +100,9 @@ def build_routed(
         raise RequestError(
             f"rank must be at least 1 and shrinkage in (0, 1], got {rank} and {shrinkage}."
         )
-    chosen = choose_layers(model, layers)
+    chosen, left_out = choose_layers(model, layers), []
+    if layers is None:
+        chosen, left_out = without_parts(chosen, statistics)
     names = tuple(experts)
     called = expert_statistics(statistics, names, chosen, "statistics")
     routes = router_statistics if router_statistics is not None else statistics
@@ -120,6 +124,7 @@ def build_routed(
     )
     steps = accumulate if accumulate is not None else router == "discriminant"
     routing = Routing(names, router, steps, batch_first)
+    routing.left_out = left_out
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with open_experts(model, experts, base) as opened, torch.no_grad():
         for layer in chosen:

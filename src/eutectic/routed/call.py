@@ -102,6 +102,7 @@ class Routing:
         accumulate: layers decide by the log-posteriors summed over the layers passed so far.
         batch_first: activations are `[samples, tokens, features]` where both orders would fit.
         short: layer -> expert -> directions, where those are fewer than the rank.
+        left_out: default layers that are not routed, as torch's packed cross-attention.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Routing:
         self.experts = experts
         self.router = router
         self.short: dict[str, dict[str, int]] = {}
+        self.left_out: list[str] = []
         self.accumulate = accumulate
         self.batch_first = batch_first
 

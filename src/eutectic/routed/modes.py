@@ -99,12 +99,42 @@ def routing_accuracy(
     Raises:
         RequestError: a layer decided for another number of samples.
     """
+    return {name: float(hits.double().mean()) for name, hits in _hits(decisions, labels).items()}
+
+
+def routing_accuracy_by_task(
+    decisions: dict[str, Tensor], labels: Sequence[int] | Tensor, experts: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Return, per layer and task, the share of the task's samples sent to its own expert.
+
+    Args:
+        decisions: what `routing(…, record=True)` yielded.
+        labels: the right expert's index per sample, in the same order.
+        experts: `routed.routing.experts`, which name the tasks.
+
+    Returns:
+        Layer -> expert -> share, layers in the order in which they were passed, experts in their
+        own. Tasks without samples are left out.
+
+    Raises:
+        RequestError: a layer decided for another number of samples, or a label is no expert.
+    """
     right = torch.as_tensor(labels)
-    table: dict[str, float] = {}
+    present = [int(t) for t in right.unique()]
+    if unknown := [t for t in present if not 0 <= t < len(experts)]:
+        raise RequestError(f"labels {unknown} are no experts; there are {len(experts)}, from 0 on.")
+    return {
+        name: {experts[t]: float(hits[right == t].double().mean()) for t in present}
+        for name, hits in _hits(decisions, labels).items()
+    }
+
+
+def _hits(decisions: dict[str, Tensor], labels: Sequence[int] | Tensor) -> dict[str, Tensor]:
+    """Return, per layer, which samples were sent to their own expert."""
+    right = torch.as_tensor(labels)
     for name, chosen in decisions.items():
         if chosen.shape != right.shape:
             raise RequestError(
                 f"'{name}' decided for {len(chosen)} samples, but there are {len(right)} labels."
             )
-        table[name] = float((chosen == right).double().mean())
-    return table
+    return {name: chosen == right for name, chosen in decisions.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -126,7 +126,14 @@ def expert_statistics(
     if lacking or unknown:
         lines = [f"{what} are missing for {lacking}."] if lacking else []
         lines += [f"{what} are given for {unknown}, which are no experts."] if unknown else []
-        raise RequestError("\n".join([*lines, f"Experts: {', '.join(experts)}."]))
+        if lacking:
+            lines.append(
+                f"Collect them: eutectic collect {'./merged' if 'router' in what else './expert'} "
+                f"--data proxy.jsonl -o {lacking[0]}.stats.safetensors"
+            )
+        else:
+            lines.append(f"Experts: {', '.join(experts)}.")
+        raise RequestError("\n".join(lines))
     names = [layer.name for layer in layers]
     found: list[dict[str, str]] = []
     for expert in experts:
@@ -134,6 +141,13 @@ def expert_statistics(
         mapping, _ = align(names, keys, expert=f"{what} of '{expert}'")
         called = {name: key for key, name in mapping.items()}
         missing = [name for name in names if name not in called]
+        parts = [name for name in missing if _in_parts(name, keys)]
+        if parts:
+            raise StatisticsError(
+                f"{what} of expert '{expert}' hold {parts[0]} in parts: queries and keys differ.\n"
+                "Cross-attention in one packed projection cannot be routed; leave it and its "
+                "out_proj out of `layers`."
+            )
         if missing:
             more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
             raise StatisticsError(
@@ -142,6 +156,42 @@ def expert_statistics(
             )
         found.append(called)
     return found
+
+
+def without_parts(
+    layers: Sequence[Layer], given: Mapping[str, Mapping[str, LayerStatistics]]
+) -> tuple[list[Layer], list[str]]:
+    """Split off attention whose queries and keys all the statistics saw apart, and its output.
+
+    Cross-attention keeps three inputs for one packed in-projection, where routing decides on one.
+
+    Returns:
+        The other layers, and the names of those left out.
+    """
+    crossed = {
+        layer.path
+        for layer in layers
+        if layer.kind == "in_projection"
+        and given
+        and all(_in_parts(layer.name, entries) for entries in given.values())
+    }
+    left_out = [
+        layer.name
+        for layer in layers
+        if layer.path in crossed
+        or (layer.kind == "out_projection" and layer.path.rpartition(".")[0] in crossed)
+    ]
+    return [layer for layer in layers if layer.name not in left_out], left_out
+
+
+def _in_parts(name: str, keys: Iterable[str]) -> bool:
+    """Tell whether statistics hold `name[q]` and not `name`, under any prefix."""
+
+    def held(wanted: str) -> bool:
+        pairs = ((f".{key}", f".{wanted}") for key in keys)
+        return any(one.endswith(other) or other.endswith(one) for one, other in pairs)
+
+    return held(f"{name}[q]") and not held(name)
 
 
 def check_origin(

@@ -51,6 +51,7 @@ def save_routed(routed: nn.Module, folder: str | Path, **options: Any) -> None:
         "accumulate": handle.accumulate,
         "batch_first": handle.batch_first,
         "short": handle.short,
+        "left_out": handle.left_out,
         "layers": layers,
     }
     own = getattr(type(routed), "save_pretrained", None)
@@ -122,6 +123,7 @@ def load_routed(folder: str | Path, model: nn.Module | type[Any] | None = None) 
         description["batch_first"],
     )
     routing.short = description["short"]
+    routing.left_out = description["left_out"]
     available = find_layers(loaded)
     for item in description["layers"]:
         layer = available.get(item["name"])
@@ -169,6 +171,8 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not a routed model, it has no {DESCRIPTION}.") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: cannot be read: {error}.") from None
+    if isinstance(description, dict):
+        description.setdefault("left_out", [])  # files of earlier versions do not name them
     wanted = {
         "format": int,
         "experts": list,
@@ -176,6 +180,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         "accumulate": bool,
         "batch_first": bool,
         "short": dict,
+        "left_out": list,
         "layers": list,
     }
     bad = [
