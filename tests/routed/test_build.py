@@ -201,6 +201,22 @@ def test_statistics_of_another_model_are_refused(world: World):
         build(world, statistics=lacking)
 
 
+def test_statistics_of_each_other_are_refused(world: World):
+    from eutectic.statistics import collect
+
+    own = {
+        name: collect(model, [world.batch(t, 12, 1)])
+        for t, (name, model) in enumerate(world.experts.items())
+    }
+    build(world, statistics=own)
+    swapped = {**own, "a": own["b"], "b": own["a"]}
+    with pytest.raises(StatisticsError, match="expert 'a'.*collected on another checkpoint"):
+        build(world, statistics=swapped)
+    with pytest.raises(StatisticsError, match="router's data of 'a'.*collected on another"):
+        build(world, statistics=own, router_statistics=own)
+    build(world, statistics=swapped, statistics_of="any")
+
+
 def test_an_output_projection_needs_its_in_projection():
     world = torch_encoder()
     with pytest.raises(RequestError, match="only together with its in-projection"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from functools import cache
 
@@ -119,6 +120,25 @@ def test_other_modes_generate(kind: str, mode: str):
         together = generate(routed, inputs)
         alone = generate(routed, {k: v[:1] for k, v in inputs.items()})
     assert torch.equal(alone[0, -6:], together[0, -6:])
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_generation_in_bfloat16_decides_as_in_float32(kind: str):
+    _, routed = built(kind)
+    inputs = prompts(kind)
+    half = copy.deepcopy(routed).to(torch.bfloat16)
+    with routing(routed, record=True) as exact:
+        generate(routed, inputs)
+    for model, cast in ((half, False), (routed, True)):
+        with (
+            routing(model, record=True) as decisions,
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast),
+        ):
+            tokens = generate(model, inputs)
+        assert len(tokens) == 6 and tokens.dtype == torch.long
+        assert {len(chosen) for chosen in decisions.values()} == {6}  # prompts only
+        same = [(decisions[layer] == exact[layer]).double().mean() for layer in exact]
+        assert float(torch.stack(same).mean()) > 0.9
 
 
 def test_an_encoder_run_by_itself_hands_its_evidence_to_the_decoder():

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from eutectic.errors import RequestError
 from eutectic.routed import build_routed, routing, routing_accuracy, routing_accuracy_by_task
 
-from .world import EXPERTS, WORLDS, World, counted, output, single
+from .world import EXPERTS, WORLDS, World, counted, output, single, summed
 
 FULL = 64
 IN_TORCH = ["*in_proj_weight", "*linear?.weight"]
@@ -182,11 +185,117 @@ def test_gradients_flow_through_routed_layers():
     assert weight.grad is not None and float(weight.grad.abs().sum()) > 0
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
+def test_routing_in_low_precision_stays_near(kind: str):
+    world, routed = built(kind)
+    batch = world.mixed()
+    with routing(routed, record=True) as exact:
+        expected = counted(routed, batch)
+    with routing(routed, record=True) as mixed, torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = counted(routed, batch)
+    half = copy.deepcopy(routed).to(torch.bfloat16)
+    with routing(half, record=True) as low:
+        rounded = counted(half, batch)
+    for y in (cast, rounded):
+        assert float((y.float() - expected).norm() / expected.norm()) < 0.05
+    for decisions in (mixed, low):
+        same = [(decisions[layer] == exact[layer]).double().mean() for layer in exact]
+        assert float(torch.stack(same).mean()) > 0.95
+
+
+def parted(router: str) -> tuple[World, nn.Module, nn.Module]:
+    """One expert, which differs from the merged model."""
+    world = WORLDS["bert"]()
+    routed = build_routed(
+        world.merged,
+        {"a": world.state_dicts()["a"]},
+        {"a": world.statistics()["a"]},
+        rank=FULL,
+        router=router,  # type: ignore[arg-type]
+        layers=["*"],
+    )
+    return world, routed, world.experts["a"]
+
+
+@pytest.mark.parametrize("router", ["discriminant", "prototype"])
+def test_the_only_expert_is_always_chosen(router: str):
+    world, routed, expert = parted(router)
+    batch = world.batch(0, 6, 2)
+    with routing(routed, record=True) as decisions:
+        y = counted(routed, batch)
+    assert decisions and not any(bool(chosen.any()) for chosen in decisions.values())
+    with routing(routed, mode="oracle", expert="a"):
+        torch.testing.assert_close(y, counted(routed, batch), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(y, counted(expert, batch), atol=2e-4, rtol=1e-3)
+    assert not torch.allclose(y, counted(world.merged, batch), atol=1e-3)
+
+
+class Sizes(TorchDispatchMode):
+    """Notes how many elements every intermediate result has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for item in tree_leaves(result):
+            if isinstance(item, Tensor):
+                self.seen.add(item.numel())
+        return result
+
+
+@pytest.mark.parametrize("mode", ["route", "soft", "vote", "oracle"])
+def test_no_dense_expert_is_ever_formed(mode: str):
+    """Not for all experts (T·out·in elements), and not one for every sample (N·out·in)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(26, 22))
+    names = [f"e{t}" for t in range(7)]
+    weights, statistics = {}, {}
+    for name in names:
+        weights[name] = {k: v + torch.randn_like(v) for k, v in model.state_dict().items()}
+        x = torch.randn(40, 26) + torch.randn(26)
+        statistics[name] = {"0.weight": summed([row[None].double() for row in x])}
+    routed = build_routed(model, weights, statistics, rank=3, layers=["*"])
+    x = torch.randn(5, 4, 26)
+    named = names[:5] if mode == "oracle" else None
+    # Few tokens a sample and many take different paths.
+    for tokens in (x[:, :1], x[:, :2], x):
+        with Sizes() as sizes, torch.no_grad(), routing(routed, mode=mode, expert=named):  # type: ignore[arg-type]
+            assert routed(tokens).shape == (*tokens.shape[:2], 22)
+        assert 5 * tokens.shape[1] * 22 in sizes.seen  # the output: the forward pass was watched
+        # The base weight itself appears, as a view; experts would be several of its size.
+        assert not sizes.seen & {26 * 22 * n for n in range(2, 7 * 5 + 1)}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("mode", "expert"),
+    [("route", None), ("oracle", "b"), ("oracle", list("abc") * 4), ("soft", None)],
+)
+def test_models_compiled_ahead_of_time_agree(mode: str, expert: Any):
+    world, routed = built("bert")
+    batch = world.mixed()
+    torch._dynamo.reset()
+    compiled = torch.compile(routed, backend="aot_eager")
+    with (
+        torch._dynamo.config.patch(fail_on_recompile_limit_hit=True),
+        routing(routed, mode=mode, expert=expert),  # type: ignore[arg-type]
+    ):
+        found, expected = counted(compiled, batch), counted(routed, batch)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(found, counted(world.merged, batch), atol=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_models_agree():
     world, routed = built("bert")
     batch = world.mixed()
+    torch._dynamo.reset()
     compiled = torch.compile(routed, backend="eager")
     # Fails where something is compiled anew for each of the ten layers.
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):

@@ -122,7 +122,7 @@ def test_damage_is_reported(tmp_path: Path):
         load_routed(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "t5"])
 @pytest.mark.filterwarnings("ignore")
 def test_peft_serves_the_exported_experts_side_by_side(kind: str, tmp_path: Path):
     from peft import PeftModel
