@@ -48,12 +48,13 @@ def test_agrees_with_a_dense_solve(out, n, seed, dtype):
     truth = randn(out, n, seed=seed + 2).to(dtype)
     start = randn(out, n, seed=seed + 3).to(dtype)
     kept = start.clone()
+    tolerance = 1e-6 if dtype == torch.float64 else 1e-5  # float32 can stagnate at 1e-6
     result = conjugate_gradients(
-        lambda x: H @ x @ A, H @ truth @ A, initial=start, iterations=2000, tolerance=1e-6
+        lambda x: H @ x @ A, H @ truth @ A, initial=start, iterations=2000, tolerance=tolerance
     )
     assert result.status == "converged"
     assert result.solution.dtype == dtype
-    assert relative(result.solution, truth) < 5e-3  # condition 2500 times the tolerance
+    assert relative(result.solution, truth) < 5e3 * tolerance  # condition 2500 times the tolerance
     assert torch.equal(start, kept)
 
 

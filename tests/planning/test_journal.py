@@ -13,7 +13,7 @@ import pytest
 from eutectic.errors import OutputError, RequestError, ResumeError
 from eutectic.planning.journal import JOURNAL, Finished, Journal
 
-DONE = Finished("ab" * 32, 1.5, {"rank": 3})
+DONE = Finished("ab" * 32, {"rank": 3}, {"w": 1.5})
 
 
 def test_what_is_finished_is_found_again(tmp_path: Path) -> None:

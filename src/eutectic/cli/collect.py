@@ -10,6 +10,18 @@ import typer
 from rich.table import Table
 
 from eutectic.cli.console import out, print_json, progress_bar, verb
+from eutectic.cli.options import (
+    Device,
+    ImageColumn,
+    MaxLength,
+    SourceColumn,
+    Split,
+    TargetColumn,
+    Task,
+    TextColumn,
+    TextPairColumn,
+    TrustCode,
+)
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes, parse_bytes
 
@@ -29,13 +41,7 @@ def collect(
         ),
     ] = None,
     base: Annotated[Path | None, typer.Option(help="The base of an adapter.")] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="text-classification, feature-extraction, image-classification, causal-lm or "
-            "seq2seq (default: by the checkpoint's architecture)."
-        ),
-    ] = None,
+    task: Task = None,
     output_gradients: Annotated[
         bool, typer.Option("--output-gradients", help="Also Grams of output gradients (K-FAC).")
     ] = False,
@@ -64,9 +70,7 @@ def collect(
         int | None, typer.Option(min=1, help="Stop after so many (with gradients: 1000).")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 16,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per text (default: at most 512).")
-    ] = None,
+    max_length: MaxLength = None,
     rank: Annotated[
         int | None,
         typer.Option(min=1, help="Keep so many directions, and a diagonal, of wider layers."),
@@ -91,17 +95,15 @@ def collect(
     memory: Annotated[
         str | None, typer.Option(help="Limit for the running sums, such as 4GB; more passes.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
-    split: Annotated[str | None, typer.Option(help="Split of a `datasets` folder.")] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Allow --data module:function.")
-    ] = False,
-    text_column: Annotated[str, typer.Option(help="Column of texts.")] = "text",
-    text_pair_column: Annotated[str, typer.Option(help="Column of second texts.")] = "text_pair",
+    device: Device = "cpu",
+    split: Split = None,
+    trust_code: TrustCode = False,
+    text_column: TextColumn = "text",
+    text_pair_column: TextPairColumn = "text_pair",
     label_column: Annotated[str, typer.Option(help="Column of labels.")] = "label",
-    source_column: Annotated[str, typer.Option(help="Column of source texts.")] = "source",
-    target_column: Annotated[str, typer.Option(help="Column of target texts.")] = "target",
-    image_column: Annotated[str, typer.Option(help="Column of images.")] = "image",
+    source_column: SourceColumn = "source",
+    target_column: TargetColumn = "target",
+    image_column: ImageColumn = "image",
     add: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="Add statistics of other data; may be repeated."),

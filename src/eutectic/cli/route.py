@@ -12,6 +12,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from eutectic.cli.console import out, pairs, print_json, progress_bar, verb
+from eutectic.cli.options import (
+    Device,
+    ImageColumn,
+    MaxLength,
+    SourceColumn,
+    Split,
+    TargetColumn,
+    Task,
+    TextColumn,
+    TextPairColumn,
+    TrustCode,
+)
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes
 
@@ -62,26 +74,16 @@ def route(
         Path | None, typer.Option(help="The base before merging; for adapters only.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch, collecting.")] = 16,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per text, collecting (default: at most 512).")
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="text-classification, feature-extraction, image-classification, causal-lm or "
-            "seq2seq, collecting (default: by the checkpoint's architecture)."
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="Where the model runs, collecting.")] = "cpu",
-    split: Annotated[str | None, typer.Option(help="Split of a `datasets` folder.")] = None,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Allow --router-data NAME=module:function.")
-    ] = False,
-    text_column: Annotated[str, typer.Option(help="Column of texts.")] = "text",
-    text_pair_column: Annotated[str, typer.Option(help="Column of second texts.")] = "text_pair",
-    source_column: Annotated[str, typer.Option(help="Column of source texts.")] = "source",
-    target_column: Annotated[str, typer.Option(help="Column of target texts.")] = "target",
-    image_column: Annotated[str, typer.Option(help="Column of images.")] = "image",
+    max_length: MaxLength = None,
+    task: Task = None,
+    device: Device = "cpu",
+    split: Split = None,
+    trust_code: TrustCode = False,
+    text_column: TextColumn = "text",
+    text_pair_column: TextPairColumn = "text_pair",
+    source_column: SourceColumn = "source",
+    target_column: TargetColumn = "target",
+    image_column: ImageColumn = "image",
     statistics_of: Annotated[
         str, typer.Option(help="expert, or any: accept statistics of another checkpoint.")
     ] = "expert",

@@ -170,18 +170,15 @@ def _computation(
         return lambda model, batch: model(**batch).logits.float()
 
     def through_head(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        pooled = _features(model, batch, task)
-        if head is None:
-            return nn.functional.normalize(pooled, dim=-1) if task.normalize else pooled
-        return head.of(pooled)
-
-    def named(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         try:
-            return through_head(model, batch)
+            pooled = _features(model, batch, task)
+            if head is not None:
+                return head.of(pooled)
         except RequestError as error:
             raise RequestError(f"task '{task.name}': {error}") from None
+        return nn.functional.normalize(pooled, dim=-1) if task.normalize else pooled
 
-    return named
+    return through_head
 
 
 def _features(model: Any, batch: dict[str, Tensor], task: Task) -> Tensor:

@@ -197,7 +197,8 @@ class _Run:
     def _loaded(self, checkpoint: Checkpoint, task: Task) -> Any:
         # Tasks with linear heads share one encoder, whose pooler is there only where one uses it;
         # others have a head each.
-        key = (checkpoint.name, task.head is None and task.name, task.pooling == "pooler")
+        own = task.name if task.head is None else None
+        key = (checkpoint.name, own, task.pooling == "pooler")
         if self.loaded[0] != key:
             self.loaded = (None, None)  # the old model's memory first
             self.loaded = (key, self.sources.load(checkpoint, task))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -109,11 +108,10 @@ class Run:
                 writer.write(planned.name, start, values)
 
             outcome = run(planned, emit)
-            norm = math.hypot(*outcome.norms.values())
             self.journal.add(
                 stage,
                 planned.name,
-                Finished(digest.hexdigest(), norm, outcome.record, outcome.norms),
+                Finished(digest.hexdigest(), outcome.record, outcome.norms),
             )
 
         cost = tensor_cost(planned, self.plan, self.inputs)

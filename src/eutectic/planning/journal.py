@@ -28,13 +28,11 @@ class Finished:
 
     Attributes:
         sha256: of the bytes written.
-        norm: Frobenius norm of the merged delta, before α.
         record: what the method reported.
-        norms: the norm of each of its matrices, where layers are compared.
+        norms: the Frobenius norm of each of its matrices' deltas, before α.
     """
 
     sha256: str
-    norm: float
     record: dict[str, Any]
     norms: dict[str, float] = field(default_factory=dict[str, float])
 
@@ -144,9 +142,7 @@ class Journal:
         for line in lines[1:]:
             item = json.loads(line)
             key = (item["stage"], item["tensor"])
-            self.finished[key] = Finished(
-                item["sha256"], item["norm"], item["record"], item["norms"]
-            )
+            self.finished[key] = Finished(item["sha256"], item["record"], item["norms"])
         return True
 
     def add(self, stage: str, tensor: str, finished: Finished) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.errors import StatisticsError
+from eutectic.linalg import lapack
 from eutectic.types import LayerStatistics
 
 RouterKind = Literal["discriminant", "prototype"]
@@ -158,13 +159,13 @@ def discriminant_router(
         raise StatisticsError(f"{where}: NaN or Inf in the pooled statistics; collect again.")
     centre = prototypes.mean(0)
     offsets = prototypes - centre
-    factor, failed = torch.linalg.cholesky_ex(covariance)
-    if int(failed):
+    lower = lapack.cholesky(covariance)
+    if lower is None:
         raise StatisticsError(
             f"{where}: the pooled sums contradict each other: no samples have such a scatter.\n"
             "Collect the statistics again, or use router='prototype'."
         )
-    weight = torch.cholesky_solve(offsets.T, factor).T
+    weight = torch.cholesky_solve(offsets.T, lower).T
     bias = -(weight @ centre) - 0.5 * (weight * offsets).sum(1)
     return DiscriminantRouter(weight, bias)
 

@@ -205,11 +205,11 @@ class _Memory:
     def get(self, name: str) -> Measured:
         """Return what was added under a name."""
         found = self._journal.finished[STAGE, self._key(name)]
-        return Measured(found.norm, found.record)
+        return Measured(found.record["value"], found.record["parts"])
 
     def add(self, name: str, measured: Measured) -> None:
         """Keep a measurement."""
-        finished = Finished("", measured.value, dict(measured.parts))
+        finished = Finished("", {"value": measured.value, "parts": dict(measured.parts)})
         self._journal.add(STAGE, self._key(name), finished)
 
     def _key(self, name: str) -> str:

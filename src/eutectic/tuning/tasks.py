@@ -85,11 +85,9 @@ class TuningTask:
 
     def identity(self) -> list[Any]:
         """Return what decides its outputs besides the models."""
-        head = hashlib.sha256()
-        for values in (self.head.weight, self.head.bias) if self.head is not None else ():
-            head.update(values.contiguous().numpy().tobytes())
+        head = None if self.head is None else self.head.fingerprint()
         stated = self.task.model_dump(mode="json", exclude={"data"})
-        return [self.prepared.data_hash, stated, head.hexdigest(), self.reading]
+        return [self.prepared.data_hash, stated, head, self.reading]
 
 
 def open_tasks(search: ScaleSearch, plan: Plan, inputs: Inputs) -> list[TuningTask]:

@@ -1,0 +1,26 @@
+"""Options that `collect` and `route` share: how data are read and where the model runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Task = Annotated[
+    str | None,
+    typer.Option(
+        help="text-classification, feature-extraction, image-classification, causal-lm or "
+        "seq2seq (default: by the checkpoint's architecture)."
+    ),
+]
+MaxLength = Annotated[
+    int | None, typer.Option(min=1, help="Tokens per text (default: at most 512).")
+]
+Device = Annotated[str, typer.Option(help="Where the model runs, collecting.")]
+Split = Annotated[str | None, typer.Option(help="Split of a `datasets` folder.")]
+TrustCode = Annotated[bool, typer.Option("--trust-code", help="Allow data from module:function.")]
+TextColumn = Annotated[str, typer.Option(help="Column of texts.")]
+TextPairColumn = Annotated[str, typer.Option(help="Column of second texts.")]
+SourceColumn = Annotated[str, typer.Option(help="Column of source texts.")]
+TargetColumn = Annotated[str, typer.Option(help="Column of target texts.")]
+ImageColumn = Annotated[str, typer.Option(help="Column of images.")]
