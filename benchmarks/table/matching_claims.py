@@ -31,6 +31,7 @@ from table.suite import Suite, accuracies, mean, set_parameters
 INITIAL = ("task_arithmetic", "iso_c")
 STEPS = (3, 10, 30, 100)
 PRECONDITIONED_STEPS = (3, 10)
+DAMPINGS = (0.01, 0.1, 1.0)  # with the preconditioner and ten steps: near the damped solution
 GRID = (0.25, 0.35, 0.5, 0.7, 1.0)
 
 
@@ -45,6 +46,11 @@ def rows() -> dict[str, Row]:
                 own = {**shared, "iterations": steps, "preconditioner": "kronecker"}
                 found[f"{operator}_{init}_kronecker_{steps}"] = Row(
                     "mats", own, seeded=True, init=init
+                )
+            for damping in DAMPINGS if operator == "kfac" else ():
+                own = {**shared, "iterations": 10, "preconditioner": "kronecker"}
+                found[f"{operator}_{init}_damped_{damping:g}"] = Row(
+                    "mats", {**own, "damping": damping}, seeded=True, init=init
                 )
             for steps in STEPS:
                 own = {**shared, "iterations": steps}

@@ -90,7 +90,11 @@ def build_system(
 
 
 def damped(system: System, damping: float) -> System:
-    """Return the system with damping·mean(diagonal)·I added to its operator."""
+    """Return the system with damping·mean(diagonal)·I added to its operator.
+
+    The nearest Kronecker product takes the ridge by factors, √damping of each one's mean diagonal
+    (arXiv 1503.05671, §6.3), so that it stays a preconditioner of what is solved.
+    """
     if damping == 0:
         return system
     diagonal = system.diagonal.expand(system.right_side.shape)
@@ -103,13 +107,18 @@ def damped(system: System, damping: float) -> System:
     def apply(x: Tensor) -> Tensor:
         return system.apply(x).add_(x, alpha=ridge)
 
+    if system.left is None or system.right is None:
+        factors = {"right": matrix if system.matrix is system.right else system.right}
+    else:
+        factors = {"left": _ridged(system.left, damping), "right": _ridged(system.right, damping)}
     return replace(
-        system,
-        apply=apply,
-        diagonal=system.diagonal + ridge,
-        matrix=matrix,
-        right=matrix if system.matrix is system.right else system.right,
+        system, apply=apply, diagonal=system.diagonal + ridge, matrix=matrix, **factors
     )
+
+
+def _ridged(gram: Tensor, damping: float) -> Tensor:
+    ridge = damping**0.5 * float(gram.diagonal().mean(dtype=torch.float64))
+    return gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
 def scaled(system: System, factor: float) -> System:
