@@ -109,8 +109,10 @@ def jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     return path
 
 
-def images(folder: Path, count: int, labels: Sequence[str] = ("no", "maybe", "yes")) -> Path:
-    draw = np.random.default_rng(0)
+def images(
+    folder: Path, count: int, labels: Sequence[str] = ("no", "maybe", "yes"), seed: int = 0
+) -> Path:
+    draw = np.random.default_rng(seed)
     for i in range(count):
         target = folder / labels[i % len(labels)]
         target.mkdir(parents=True, exist_ok=True)
