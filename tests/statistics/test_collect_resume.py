@@ -152,6 +152,18 @@ def test_other_settings_another_model_or_other_data_refuse(tmp_path: Path) -> No
     collect(model(), batches(), output)
 
 
+def summed(power: int) -> Any:
+    return lambda outputs, batch: outputs["logits"].log_softmax(-1)[:, 0] ** power
+
+
+def test_another_objective_of_the_same_name_refuses(tmp_path: Path) -> None:
+    output = tmp_path / "x.safetensors"
+    interrupted(output, fisher=True, objective=summed(1))
+    with pytest.raises(ResumeError, match="another model or other settings"):
+        collect(model(), batches(), output, fisher=True, objective=summed(2))
+    collect(model(), batches(), output, fisher=True, objective=summed(1))
+
+
 def test_a_folder_that_is_not_its_own_is_never_written_into(tmp_path: Path) -> None:
     folder = tmp_path / "x.safetensors.partial"
     folder.mkdir()

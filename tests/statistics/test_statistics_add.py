@@ -88,6 +88,29 @@ def test_layers_without_tokens_stay_unseen() -> None:
     assert total["b.weight"].count == 1
 
 
+def test_vectors_without_a_gradient_stay_unseen() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.ones(2)) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.a if float(x[0, 0]) > 0 else x * self.b
+
+    def run(x: torch.Tensor, **kinds: bool) -> Any:
+        return collect(
+            Half(), [x], grams=False, objective=lambda outputs, _: outputs.sum(1), **kinds
+        )
+
+    for kinds in ({"block_fisher": True}, {"fisher": True}, {"block_fisher": True, "fisher": True}):
+        first, again, other = (run(torch.full((1, 2), x), **kinds) for x in (1.0, 2.0, -1.0))
+        assert first.provenance["unseen"] == ["b"] and other.provenance["unseen"] == ["a"]
+        assert add_statistics([first, again]).provenance["unseen"] == ["b"]
+        total = add_statistics([first, other])
+        assert total.provenance["unseen"] == []
+        assert total["b"].sample_count == 2
+
+
 def changed(**arguments: Any) -> Any:
     return lambda: collect(bert(), batched(DATA[4:], 2), **arguments)
 
@@ -137,6 +160,19 @@ def test_labels_of_different_origin_do_not_mix() -> None:
     ]
     with pytest.raises(StatisticsError, match="labels: data and sample"):
         add_statistics(kinds)
+
+
+def test_objectives_of_one_name_do_not_mix() -> None:
+    def power(exponent: int) -> Any:
+        return lambda outputs, batch: outputs.logits[:, 0] ** exponent
+
+    once, again, other = (
+        collect(bert(), batched(some, 2), block_fisher=True, objective=power(exponent))
+        for some, exponent in ((DATA[:4], 1), (DATA[4:], 1), (DATA[4:], 2))
+    )
+    add_statistics([once, again])
+    with pytest.raises(StatisticsError, match="objective: .*power.* and .*power"):
+        add_statistics([once, other])
 
 
 def test_padding_does_not_hide_an_overlap() -> None:

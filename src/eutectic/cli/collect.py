@@ -226,7 +226,8 @@ def collect(
     table.add_row("examples", f"{report['examples']:,}")
     table.add_row("parameters", f"{report['layers']:,}")
     for name in report["unseen"]:
-        table.add_row("saw no token", name)
+        vector = result.provenance["layers"][name]["kind"] == "parameter"
+        table.add_row("got no gradient" if vector else "saw no token", name)
     for name, reason in report["skipped"].items():
         table.add_row("left out", f"{name}: {reason}")
     for name in made_up:

@@ -80,11 +80,8 @@ def add_statistics(
         "examples": len(hashes),
         "fingerprint": sha256(hashes.numpy().tobytes()).hexdigest(),
     }
-    record["unseen"] = [
-        name
-        for name, layer in record["layers"].items()
-        if layer["kind"] != "parameter" and layer["count"] == 0
-    ]
+    unseen = set.intersection(*(set(f.provenance["unseen"]) for f in opened))
+    record["unseen"] = sorted(unseen)
     record["skipped"] = {k: v for f in opened for k, v in f.provenance["skipped"].items()}
     record["versions"] = _versions(opened)
     result = StatisticsFile(record, tensors)

@@ -34,6 +34,7 @@ from eutectic.statistics.sites import is_encoder_decoder
 from eutectic.statistics.store import (
     EXAMPLES,
     FORMAT,
+    GRAM_NAMES,
     RECORD_KEY,
     StatisticsFile,
     load_statistics,
@@ -109,7 +110,8 @@ def collect(
         labels: "data": labels of the batch (empirical Fisher). "sample": labels drawn from the
             model's predictions (true Fisher); unlabelled data are enough.
         objective: what the logits stand for; "auto" asks the model's configuration and class. Or
-            a function (outputs, batch) -> log-likelihoods `[examples]`.
+            a function (outputs, batch) -> log-likelihoods `[examples]`, known to a resumed run and
+            to `add_statistics` by its code, defaults and closure.
         head: from `statistics.heads.read_head`: makes logits of a bare model's pooled features,
             for gradients. It is no part of the model and gets no statistics.
         max_examples: stop after so many; default all, or 1000 when gradients are collected.
@@ -133,7 +135,8 @@ def collect(
 
     Returns:
         The statistics, a mapping from parameter name to `LayerStatistics` with `.provenance`. A
-        layer that saw no token has count 0, no Gram, and is listed under `unseen`.
+        layer that saw no token has count 0, no Gram, and is listed under `unseen`; so is a vector
+        or a table whose gradient was zero for every example.
 
     Raises:
         RequestError: arguments out of range, no batches, nothing to observe, no labels or logits
@@ -311,14 +314,12 @@ def _finish(
         "examples": len(hashes),
         "fingerprint": sha256(hashes.numpy().tobytes()).hexdigest(),
     }
-    record["layers"] = describe_layers(plan, counts, len(hashes))
-    record["unseen"] = [
-        site.name for site in plan.leaders if not record["layers"][site.name]["count"]
-    ]
-    record["skipped"] = plan.skipped
     source: dict[str, Mapping[str, Tensor]] = {
         n: tensors for tensors, _ in results for n in tensors
     }
+    record["layers"] = describe_layers(plan, counts, len(hashes))
+    record["unseen"] = _unseen(record["layers"], source)
+    record["skipped"] = plan.skipped
     if path is None or partial is None:
         found = {name: tensors[name] for name, tensors in source.items()}
         return StatisticsFile(record, found | {EXAMPLES: hashes})
@@ -334,6 +335,25 @@ def _finish(
     )
     partial.remove()
     return load_statistics(path)
+
+
+def _unseen(
+    layers: Mapping[str, Mapping[str, Any]], source: Mapping[str, Mapping[str, Tensor]]
+) -> list[str]:
+    """Return the layers that no token reached, and the other parameters that no gradient did."""
+
+    def moved(name: str) -> bool:
+        names = (
+            f"{name}/{kind}"
+            for kind in ("fisher_diagonal", *vars(GRAM_NAMES["block_fisher"]).values())
+        )
+        return any(bool(source[n][n].any()) for n in names if n in source)
+
+    return [
+        name
+        for name, layer in layers.items()
+        if not (moved(name) if layer["kind"] == "parameter" else layer["count"])
+    ]
 
 
 def _versions(model: nn.Module) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 
 from eutectic.errors import RequestError
 from eutectic.statistics.batches import TokenMask, Unmatched
+from eutectic.statistics.callables import describe_callable
 from eutectic.statistics.heads import Head
 from eutectic.statistics.likelihood import LogLikelihood, Objective
 
@@ -74,7 +75,7 @@ class Settings:
             "fisher": self.fisher,
             "block_fisher": self.block_fisher,
             "labels": self.labels if gradients else None,
-            "objective": _name(self.objective) if gradients else None,
+            "objective": _described(self.objective) if gradients else None,
             "head": self.head.fingerprint() if gradients and self.head else None,
             "seed": self.seed if gradients and self.labels == "sample" else None,
             "max_examples": self.limit,
@@ -82,7 +83,7 @@ class Settings:
             "convolutions": self.convolutions,
             "rank": self.rank,
             "unmatched": self.unmatched,
-            "token_mask": None if self.token_mask is None else _name(self.token_mask),
+            "token_mask": None if self.token_mask is None else _described(self.token_mask),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
@@ -97,5 +98,5 @@ def _positive(name: str, value: int | None) -> list[str]:
     return [] if value is None or value >= 1 else [f"{name} must be at least 1; got {value}"]
 
 
-def _name(value: Any) -> str:
-    return value if isinstance(value, str) else getattr(value, "__qualname__", repr(type(value)))
+def _described(value: Any) -> str:
+    return value if isinstance(value, str) else describe_callable(value)

@@ -65,8 +65,9 @@ class StatisticsFile(Mapping[str, LayerStatistics]):
 
     Attributes:
         provenance: what the file says about itself: `checkpoint`, `data`, `mask_policy`,
-            `samples`, `settings`, `versions`, `unseen` (layers that saw no token), `skipped` (name
-            -> why), `layers` (name -> counts, shape, kind, whose inputs it shares).
+            `samples`, `settings`, `versions`, `unseen` (layers that saw no token, other parameters
+            that got no gradient), `skipped` (name -> why), `layers` (name -> counts, shape, kind,
+            whose inputs it shares).
         path: the file, or None in memory.
     """
 
