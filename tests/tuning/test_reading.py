@@ -106,3 +106,16 @@ def test_a_missing_pooler_is_missed_whatever_runs_before(tmp_path: Path, order: 
     experts = {name: tmp_path / name for name in "ab"}
     with pytest.raises(CheckpointError, match=r"base: task '.' .*needs tensors .*pooler"):
         eutectic.tune(base=base, experts=experts, method="average", scale=scale)
+
+
+def test_an_expert_without_a_figure_is_null_in_the_record(folder: Path):
+    numbers = [
+        {"text": t, "label": 1.0} for t in world.sentences(5)
+    ]  # a constant correlates with nothing
+    world.jsonl(folder / "n.jsonl", numbers)
+    for name in ("base", "a"):
+        world.save(world.make("bert", labels=("score",), seed=len(name)), folder / name)
+    world.tasks(folder / "t.yaml", a={"kind": "regression", "data": {"validation": "n.jsonl"}})
+    search = tune(folder).search
+    assert search["experts"] == {"a": None}
+    json.dumps(search, allow_nan=False)

@@ -87,6 +87,24 @@ def test_a_plot_without_matplotlib_is_refused_first(folder, tmp_path, monkeypatc
     assert "pip install 'eutectic[plots]'" in " ".join(result.stderr.split())
 
 
+def test_a_plot_has_its_numbers_beside_it(folder, tmp_path):
+    pytest.importorskip("matplotlib")
+    words = ("tune", folder / "recipe.yaml", "--work", tmp_path / "work")
+    shown = run(*words, "--plot", tmp_path / "curve.png")
+    assert shown.exit_code == 0, shown.output
+    assert "curve.png" in shown.stdout and "curve.json" in shown.stdout
+    numbers = (tmp_path / "curve.json").read_text()
+    again = run(*words, "--plot", tmp_path / "curve.svg", "--json")
+    assert json.loads(numbers) == json.loads(again.stdout)
+    assert (tmp_path / "curve.json").read_text() == numbers and len(json.loads(numbers)["points"])
+    other = tmp_path / "results.json"
+    other.write_text('{"results": []}')
+    refused = run(*words, "--plot", tmp_path / "results.png")
+    assert refused.exit_code == 2
+    assert "results.json: the curve's numbers would be written" in " ".join(refused.stderr.split())
+    assert other.read_text() == '{"results": []}'
+
+
 def test_a_plot(tmp_path):
     pytest.importorskip("matplotlib")
     points = [

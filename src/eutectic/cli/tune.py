@@ -47,7 +47,11 @@ def tune(
         typer.Option(help="Keep deltas and measurements there, for further searches."),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the curve into a .png, .svg or .pdf file.")
+        Path | None,
+        typer.Option(
+            help="Draw the curve into a .png, .svg or .pdf file, with its numbers in a .json "
+            "beside it."
+        ),
     ] = None,
     base: words.Base = None,
     method: words.MethodName = None,
@@ -77,7 +81,7 @@ def tune(
       eutectic tune --base ./base -m iso_c --search gram a=./a b=./b -s a=a.stats -s b=b.stats
     """
     from eutectic.tuning import tune as run
-    from eutectic.tuning.plot import check_plot, plot_curve
+    from eutectic.tuning.plot import check_plot, numbers_of, plot_curve
 
     recipe, options = words.request(what, base, method, None, param, weight, statistics, set_)
     asked = {
@@ -101,25 +105,25 @@ def tune(
             progress=bar,
             **options,
         )
+    record: dict[str, Any] = {
+        "method": report.method,
+        "scale": report.scale,
+        "output": None if output is None else str(output),
+        "notes": list(report.notes),
+        **report.search,
+    }
     if plot is not None:
-        plot_curve(report.search, plot)
+        plot_curve(record, plot)
     if json:
-        print_json(
-            {
-                "method": report.method,
-                "scale": report.scale,
-                "output": None if output is None else str(output),
-                "notes": report.notes,
-                **report.search,
-            }
-        )
+        print_json(record)
         return
     out.print(curve_table(report.search))
     tell("objective", report.search["objective"])
     for note in report.notes:
         tell("note", note)
     out.print(f"[bold green]α = {report.scale:g}[/] for {report.method}", highlight=False)
-    for title, path in (("written", output), ("drawn", plot)):
+    numbers = None if plot is None else numbers_of(plot)
+    for title, path in (("written", output), ("drawn", plot), ("numbers", numbers)):
         if path is not None:
             tell_done(title, path)
 

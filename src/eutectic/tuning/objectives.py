@@ -24,7 +24,7 @@ from eutectic.recipes.schema import ScaleSearch
 from eutectic.tuning.divergence import feature_distance, kl_divergence
 from eutectic.tuning.inplace import Bodies, Lazily, round_tensors, set_scale, share_bodies
 from eutectic.tuning.record import record_of
-from eutectic.tuning.search import Measured, search_scale
+from eutectic.tuning.search import Measured, plain_parts, search_scale
 from eutectic.tuning.tasks import TuningTask, open_tasks
 from eutectic.types import Treatment
 
@@ -73,7 +73,7 @@ def prepare_objective(search: ScaleSearch, plan: Plan, inputs: Inputs) -> Choose
             "tasks": {t.task.name: t.described() for t in tasks},
         }
         if labelled:
-            record["experts"] = dict(memory.get("experts").parts)
+            record["experts"] = plain_parts(memory.get("experts").parts)
         elif search.compare == "features":
             record["compare"] = "features"
         note = (

@@ -1,11 +1,13 @@
-"""The curve of a search as a picture."""
+"""The curve of a search as a picture, with its numbers beside it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from eutectic.checkpoint.writer import write_atomically
 from eutectic.errors import RequestError
 from eutectic.reporting.figure import new_figure, save_figure
 
@@ -16,27 +18,41 @@ def check_plot(path: Path) -> None:
     """Find out before any work whether a picture can be drawn there.
 
     Raises:
-        RequestError: the file's ending names no known format, or its folder does not exist.
+        RequestError: the file's ending names no known format, its folder does not exist, or the
+            numbers would take the place of another file.
         MissingExtraError: matplotlib is not installed.
     """
     if path.suffix not in FORMATS:
         raise RequestError(f"{path}: a plot's name ends with {', '.join(FORMATS)}.")
     if not path.parent.is_dir():
         raise RequestError(f"{path}: there is no folder {path.parent}.")
+    numbers = numbers_of(path)
+    if numbers.exists() and not _is_curve(numbers):
+        raise RequestError(
+            f"{numbers}: the curve's numbers would be written there, and the file holds something "
+            "else.\nGive the plot another name."
+        )
     new_figure(1, 1)
+
+
+def numbers_of(path: Path) -> Path:
+    """Return the JSON file beside a picture."""
+    return path.with_suffix(".json")
 
 
 def plot_curve(search: Mapping[str, Any], path: Path) -> None:
     """Draw the objective, and each task's part of it, against α on a logarithmic axis.
 
+    `search` itself is written as JSON beside the picture: `curve.json` for `curve.png`.
+
     Args:
-        search: `search` of a report or of `eutectic.json`.
+        search: `search` of a report or of `eutectic.json`; further keys are kept in the JSON.
         path: a .png, .svg or .pdf file.
 
     Raises:
         RequestError: as `check_plot`.
         MissingExtraError: matplotlib is not installed.
-        OutputError: the file cannot be written.
+        OutputError: a file cannot be written.
     """
     check_plot(path)
     figure = new_figure(6.4, 4.0)
@@ -55,7 +71,17 @@ def plot_curve(search: Mapping[str, Any], path: Path) -> None:
     axes.set_ylabel(search["objective"], fontsize="small", wrap=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small")
+    text = json.dumps(dict(search), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(numbers_of(path), (text + "\n").encode())
     save_figure(figure, path, dpi=150)
+
+
+def _is_curve(path: Path) -> bool:
+    try:
+        found: Any = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"scale", "objective", "points"} <= found.keys()
 
 
 def _number(value: float | None) -> float:

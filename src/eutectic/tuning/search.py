@@ -48,7 +48,7 @@ class ScaleCurve:
     def as_record(self) -> dict[str, Any]:
         """Return the curve as JSON-serialisable values; a value that is not finite is null."""
         points = [
-            {"scale": scale, "value": _plain(m.value), "parts": _plain_parts(m.parts)}
+            {"scale": scale, "value": _plain(m.value), "parts": plain_parts(m.parts)}
             for scale, m in self.points.items()
         ]
         return {"scale": self.scale, "maximise": self.maximise, "points": points}
@@ -171,5 +171,6 @@ def _plain(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _plain_parts(parts: Mapping[str, float]) -> dict[str, float | None]:
+def plain_parts(parts: Mapping[str, float]) -> dict[str, float | None]:
+    """Return numbers for JSON: what is not finite is null."""
     return {name: _plain(value) for name, value in parts.items()}
