@@ -154,6 +154,18 @@ def test_an_encoder_run_by_itself_hands_its_evidence_to_the_decoder():
     assert torch.equal(decisions[first_decoder], decisions[last_encoder])
 
 
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_an_encoder_run_by_itself_votes_for_the_decoder_too(accumulate: bool):
+    _, routed = built("t5", accumulate)
+    with routing(routed, mode="vote", record=True) as decisions:
+        generate(routed, prompts("t5"), num_beams=2)
+    votes = [chosen for name, chosen in decisions.items() if name.startswith("encoder")]
+    beams = [chosen for name, chosen in decisions.items() if name.startswith("decoder")]
+    assert len(votes[0].unique()) > 1
+    assert all(torch.equal(chosen, votes[0]) for chosen in votes)
+    assert all(torch.equal(chosen, votes[0].repeat_interleave(2)) for chosen in beams)
+
+
 def test_threads_do_not_see_each_other():
     _, routed = built("gpt2")
     inputs = prompts("gpt2")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -161,6 +162,10 @@ def test_what_stands_in_either_padding_changes_nothing(router: str):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
+PROJECTIONS = ["visual_projection.weight", "text_projection.weight"]
+
+
+@cache
 def clip() -> tuple[nn.Module, Batch]:
     """Return a routed model of two towers, and a batch of as many texts as images."""
     base = world(lambda: tiny_model("CLIPModel"), texts)
@@ -172,31 +177,92 @@ def clip() -> tuple[nn.Module, Batch]:
         name: collect(model, [{**batch, "pixel_values": images + t - 1}])
         for t, (name, model) in enumerate(base.experts.items())
     }
-    routed = build_routed(
-        base.merged, base.state_dicts(), statistics, rank=2, layers=["*_proj.weight"]
-    )
+    layers = ["*_proj.weight", *PROJECTIONS]
+    routed = build_routed(base.merged, base.state_dicts(), statistics, rank=2, layers=layers)
     assert routed.routing.accumulate  # type: ignore[union-attr]
     return routed, batch
 
 
+def run_clip(batch: Batch, **options: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return embeddings of texts and images, and decisions."""
+    routed, _ = clip()
+    with routing(routed, record=True, **options) as decisions, torch.no_grad():
+        found = routed(**batch)
+    return found.text_embeds, found.image_embeds, decisions
+
+
+def halves(decisions: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Split decisions into those of the text tower, its projection included, and the others'."""
+    parts: tuple[list[Tensor], list[Tensor]] = [], []
+    for name, chosen in decisions.items():
+        parts[not name.startswith("text_")].append(chosen)
+    assert len(parts[0]) == len(parts[1]) == 9
+    return parts
+
+
+MODES = [{}, {"mode": "soft"}, {"mode": "vote"}]
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_texts_do_not_inherit_the_evidence_of_images_in_the_same_row():
-    routed, batch = clip()
-
-    def run(images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        with routing(routed, record=True) as decisions, torch.no_grad():
-            found = routed(**{**batch, "pixel_values": images})
-        return found.text_embeds, found.image_embeds, decisions
-
+@pytest.mark.parametrize("options", MODES, ids=str)
+def test_texts_do_not_inherit_the_evidence_of_images_in_the_same_row(options: dict[str, str]):
+    _, batch = clip()
     images = batch["pixel_values"]
-    text, image, decisions = run(images)
+    text, image, decisions = run_clip(batch, **options)
     assert {len(v.unique()) for v in decisions.values()} - {1}
-    turned = run(images.roll(2, 0))
+    turned = run_clip({**batch, "pixel_values": images.roll(2, 0)}, **options)
     torch.testing.assert_close(turned[0], text)
-    for name in decisions:
-        if "text" in name:
-            assert torch.equal(turned[2][name], decisions[name]), name
+    assert all(map(torch.equal, halves(turned[2])[0], halves(decisions)[0]))
     torch.testing.assert_close(turned[1], image.roll(2, 0))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", MODES, ids=str)
+@pytest.mark.parametrize(("few", "many"), [(4, 6), (6, 4), (1, 6), (6, 1), (2, 6)])
+def test_towers_of_unequal_batches_route_their_own_samples(
+    few: int, many: int, options: dict[str, str]
+):
+    _, batch = clip()
+    cut = {k: v[: many if k == "pixel_values" else few] for k, v in batch.items()}
+    text, image, decisions = run_clip(batch, **options)
+    found = run_clip(cut, **options)
+    torch.testing.assert_close(found[0], text[:few])
+    torch.testing.assert_close(found[1], image[:many])
+    for part, whole, samples in zip(halves(found[2]), halves(decisions), (few, many), strict=True):
+        for own, chosen in zip(part, whole, strict=True):
+            assert torch.equal(own, chosen[:samples])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_tower_votes_for_itself():
+    routed, batch = clip()
+    cast = halves(run_clip(batch, mode="base")[2])
+    elected = halves(run_clip(batch, mode="vote")[2])
+    for votes, chosen in zip(cast, elected, strict=True):
+        majority = torch.stack(votes).mode(dim=0).values
+        assert all(torch.equal(own, majority) for own in chosen)
+    assert not torch.equal(elected[0][0], elected[1][0])
+    # A named layer decides for its own tower.
+    name = "vision_model.encoder.layers.1.self_attn.v_proj.weight"
+    texts_too, images = halves(run_clip(batch, mode="vote", layer=name)[2])
+    alone = run_clip(batch, mode="base")[2][name]
+    assert all(torch.equal(own, alone) for own in images)
+    assert all(map(torch.equal, texts_too, elected[0]))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_projection_goes_on_from_its_own_tower():
+    routed, batch = clip()
+    layers = {m.name: m for m in routed.modules() if isinstance(m, Experts)}
+    with pooled(routed) as seen, torch.no_grad():
+        routed(**batch)
+    decisions = run_clip(batch, mode="base")[2]
+    for prefix, projection in zip(("vision_", "text_"), PROJECTIONS, strict=True):
+        order = [name for name in seen if name.startswith(prefix) or name == projection]
+        assert order[-1] == projection and len(order) == 9
+        total = sum(layers[name].router(seen[name]).log_softmax(-1) for name in order)
+        assert isinstance(total, Tensor)
+        assert torch.equal(decisions[projection], total.argmax(-1))
 
 
 def test_a_head_goes_on_from_the_model_below_it_and_a_decoder_from_its_encoder():

@@ -25,18 +25,24 @@ Mode = Literal["route", "oracle", "base", "soft", "vote"]
 MODES = ("route", "oracle", "base", "soft", "vote")
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+# A layer's tower, by number, or the layer itself where it has none; and how many samples it saw.
+Group = tuple[int | str, int]
 _CACHES = ("past_key_values", "past_key_value", "cache_params")
 
 
 @dataclass(frozen=True, eq=False)
 class Settings:
-    """How the experts are chosen; see `routing`."""
+    """How the experts are chosen; see `routing`.
+
+    `ballots` takes what the layers of each group decide, for a vote.
+    """
 
     mode: Mode = "route"
     experts: tuple[int, ...] = ()
     temperature: float = 1.0
     layer: str | None = None
     decisions: Decisions | None = None
+    ballots: dict[Group, list[tuple[str, Tensor]]] | None = None
 
 
 class Decisions(dict[str, Tensor]):
@@ -56,6 +62,23 @@ class Held:
     choices: dict[str, Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """What an encoder that was run by itself leaves to its decoder's call.
+
+    Generation runs the encoder first and the decoder in calls of their own.
+
+    Attributes:
+        first: its outputs at the first position, by which the decoder's call knows it.
+        running: its summed log-posteriors `[samples, T]`, if it has any.
+        voted: one expert per sample, if there was a vote.
+    """
+
+    first: Tensor
+    running: Tensor | None
+    voted: Tensor | None
+
+
 @dataclass(eq=False)
 class Call:
     """One outermost forward pass.
@@ -64,20 +87,20 @@ class Call:
         routing: the model's.
         settings: how experts are chosen.
         frames: the transformers models entered and not left yet.
-        carried: summed log-posteriors of an encoder that ran in a call of its own.
+        carried: what an encoder that ran in a call of its own leaves, for as many samples.
         choices: the decisions taken so far.
         held: those of the prompt that this call continues.
-        voted: one expert per sample for the whole network.
+        voted: one expert per sample for each group of layers.
         generating: a cache was passed.
     """
 
     routing: Routing
     settings: Settings
     frames: list[Frame] = field(default_factory=list)
-    carried: dict[int, Tensor] = field(default_factory=dict)
+    carried: Encoded | None = None
     choices: dict[str, Tensor] = field(default_factory=dict)
     held: Held | None = None
-    voted: Tensor | None = None
+    voted: Mapping[Group, Tensor] = field(default_factory=dict)
     generating: bool = False
 
 
@@ -85,11 +108,7 @@ _CALL: ContextVar[Call | None] = ContextVar("eutectic_routed_call", default=None
 _SETTINGS: ContextVar[tuple[tuple[Routing, Settings], ...]] = ContextVar(
     "eutectic_routed_settings", default=()
 )
-# The running scores of an encoder that was run by itself, with its outputs at the first position:
-# generation runs the encoder first and the decoder in calls of their own.
-_ENCODED: ContextVar[tuple[Tensor, dict[int, Tensor]] | None] = ContextVar(
-    "eutectic_routed_encoded", default=None
-)
+_ENCODED: ContextVar[Encoded | None] = ContextVar("eutectic_routed_encoded", default=None)
 _HELD: weakref.WeakKeyDictionary[Any, Held] = weakref.WeakKeyDictionary()
 
 
@@ -165,6 +184,11 @@ def _is_pretrained(module: nn.Module) -> bool:
     return any(kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__)
 
 
+def innermost(call: Call) -> Frame:
+    """Return the frame of the model being run."""
+    return call.frames[-1] if call.frames else Frame()
+
+
 def uncompiled(function: _Function) -> _Function:
     """Keep torch's compiler out of a function: `torch.compiler.disable` with its types."""
     return torch.compiler.disable(function)  # type: ignore[return-value]
@@ -188,8 +212,9 @@ class _Scope:
             call = self._open(module, given)
         parent = call.frames[-1] if call.frames else None
         frame = open_frame(given, self.names, parent, self.routing.batch_first)
-        if parent is None:
-            frame.running = dict(call.carried)
+        if parent is None and frame.tower is not None and call.carried is not None:
+            scores = call.carried.running
+            frame.tower.running = {} if scores is None else {len(scores): scores}
         call.frames.append(frame)
 
     @uncompiled
@@ -200,7 +225,9 @@ class _Scope:
         if call is None:
             return
         frame = call.frames.pop()
-        if not call.frames:
+        if call.frames:
+            call.frames[-1].closed(frame, output)
+        else:
             _CALL.set(None)
             given = {**dict(zip(self.names, args, strict=False)), **kwargs}
             _close(call, frame, given, output)
@@ -212,11 +239,9 @@ class _Scope:
             call.generating = True
             held = _HELD.get(cache) if _length(cache) > 0 else None
             call.held = held if held is not None and held.mode == call.settings.mode else None
-        encoded = _carried(given)
-        if encoded is not None:
-            call.carried = encoded
+        call.carried = _carried(given)
         if call.settings.mode == "vote" and call.held is None:
-            call.voted = _vote(module, self.names, given, call, encoded)
+            call.voted = _vote(module, self.names, given, call)
         _CALL.set(call)
         return call
 
@@ -234,18 +259,21 @@ def _length(cache: Any) -> int:
     return int(length()) if length is not None else len(cache)
 
 
-def _carried(given: Mapping[str, Any]) -> dict[int, Tensor] | None:
-    """Return the scores of the encoder whose outputs this call was given, one row a sample."""
+def _carried(given: Mapping[str, Any]) -> Encoded | None:
+    """Return what the encoder whose outputs this call was given leaves, one row a sample."""
     hidden, encoded = hidden_states(given.get("encoder_outputs")), _ENCODED.get()
     if hidden is None or encoded is None:
         return None
-    first, running = encoded
-    copies = len(hidden) // max(1, len(first))
-    if len(first) not in running or len(hidden) != copies * len(first):
+    copies = len(hidden) // max(1, len(encoded.first))
+    if len(hidden) != copies * len(encoded.first):
         return None
-    if not torch.equal(hidden[::copies, 0], first):
+    if not torch.equal(hidden[::copies, 0], encoded.first):
         return None
-    return {len(hidden): running[len(first)].repeat_interleave(copies, dim=0)}
+    rows = (
+        None if x is None else x.repeat_interleave(copies, dim=0)
+        for x in (encoded.running, encoded.voted)
+    )
+    return Encoded(hidden[:, 0], *rows)
 
 
 def _close(call: Call, frame: Frame, given: Mapping[str, Any], output: Any) -> None:
@@ -263,40 +291,47 @@ def _close(call: Call, frame: Frame, given: Mapping[str, Any], output: Any) -> N
                 "routed generation needs a cache object, got a tuple.\n"
                 "Pass past_key_values=transformers.DynamicCache(), or use_cache=False."
             ) from None
-    elif frame.running and cache is None and "decoder_input_ids" not in given:
+    elif cache is None and frame.tower is not None and "decoder_input_ids" not in given:
         hidden = hidden_states(output)
         if hidden is not None:
-            _ENCODED.set((hidden[:, 0].detach(), dict(frame.running)))
+            running = frame.tower.running.get(len(hidden))
+            voted = call.voted.get((frame.tower.number, len(hidden)))
+            if running is not None or voted is not None:
+                _ENCODED.set(Encoded(hidden[:, 0].detach(), running, voted))
 
 
 def _vote(
-    module: nn.Module,
-    names: tuple[str, ...],
-    given: Mapping[str, Any],
-    call: Call,
-    encoded: Mapping[int, Tensor] | None,
-) -> Tensor:
-    """Run once with the experts off and return one expert per sample for the whole network."""
-    if encoded is not None:
-        (scores,) = encoded.values()
-        return scores.argmax(-1)
+    module: nn.Module, names: tuple[str, ...], given: Mapping[str, Any], call: Call
+) -> dict[Group, Tensor]:
+    """Run once with the experts off and return one expert per sample for each group of layers.
+
+    A decoder goes on with the vote of an encoder that ran in a call of its own.
+    """
+    if call.carried is not None:
+        voted, scores = call.carried.voted, call.carried.running
+        if voted is None:
+            assert scores is not None
+            voted = scores.argmax(-1)
+        return {(0, len(voted)): voted}
     inputs = {k: v for k, v in given.items() if k not in _CACHES}
     if "use_cache" in names:
         inputs["use_cache"] = False
-    first = Settings(mode="base", decisions=Decisions())
+    first = Settings(mode="base", ballots={})
     with applying(call.routing, first), torch.no_grad():
         module(**inputs)
-    votes = first.decisions or {}
-    if call.settings.layer is not None:
-        if call.settings.layer not in votes:
-            raise RequestError(
-                f"the layer '{call.settings.layer}' was not passed, so it cannot vote.\n"
-                f"Passed: {', '.join(list(votes)[:5])}, …"
-            )
-        return votes[call.settings.layer]
-    sizes = {len(v) for v in votes.values()}
-    if len(sizes) != 1:
+    ballots, layer = first.ballots or {}, call.settings.layer
+    passed = [name for cast in ballots.values() for name, _ in cast]
+    if layer is not None and layer not in passed:
         raise RequestError(
-            "the layers saw batches of different sizes, so no majority can be formed; name a layer."
+            f"the layer '{layer}' was not passed, so it cannot vote.\n"
+            f"Passed: {', '.join(passed[:5])}, …"
         )
-    return torch.stack(list(votes.values())).mode(dim=0).values
+    experts = len(call.routing.experts)
+    return {group: _elected(cast, layer, experts) for group, cast in ballots.items()}
+
+
+def _elected(cast: list[tuple[str, Tensor]], layer: str | None, experts: int) -> Tensor:
+    """Return the expert of the named layer, or else of most layers, for each sample."""
+    named = [votes for name, votes in cast if name == layer]
+    votes = torch.stack(named or [votes for _, votes in cast])
+    return nn.functional.one_hot(votes, experts).sum(0).argmax(-1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -19,28 +20,62 @@ _IGNORED_LABEL = -100
 
 
 @dataclass(eq=False)
+class Tower:
+    """The models of one forward pass that pass evidence on to each other, as they see one input.
+
+    Attributes:
+        number: in the order in which they were entered.
+        running: log-posteriors summed over the layers passed, by number of samples.
+    """
+
+    number: int = 0
+    running: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
 class Frame:
     """One transformers model being run.
 
     Attributes:
         samples: how many.
+        counts: `samples`, and how many there are of its other inputs: images beside texts.
         mask: which tokens count, `[samples, tokens]`, for the layers that it runs itself; in a
             model of an encoder and a decoder those are the decoder's. None when all do.
         cross_mask: which of the encoder's tokens count, for a decoder that reads them.
         decodes: it is, or has, a decoder that reads an encoder, so that `mask` is the decoder's.
         lengths: how many tokens a sample may have; empty where the arguments do not tell.
-        running: log-posteriors summed over the layers passed, by number of samples; shared by what
-            passes evidence on. None where it ran towers that know nothing of each other.
-        towers: how many models it has run so far that were given nothing of one another.
+        tower: whose evidence its own layers go on from. None where it has run several towers.
+        inner: how many models it has run so far that were given nothing of one another.
+        numbers: for further towers; shared by all frames of a forward pass.
+        results: the models that it has run, innermost first, and what they returned.
     """
 
     samples: int | None = None
+    counts: frozenset[int] = frozenset()
     mask: Tensor | None = None
     cross_mask: Tensor | None = None
     decodes: bool = False
     lengths: frozenset[int] = frozenset()
-    running: dict[int, Tensor] | None = field(default_factory=dict)
-    towers: int = 0
+    tower: Tower | None = field(default_factory=Tower)
+    inner: int = 0
+    numbers: Iterator[int] = field(default_factory=lambda: count(1))
+    results: list[tuple[Frame, list[Tensor]]] = field(default_factory=list)
+
+    def closed(self, inner: Frame, output: Any) -> None:
+        """Note what a model inside has returned."""
+        self.results += [*inner.results, (inner, list(_tensors(output)))]
+
+    def of(self, x: Tensor) -> Frame:
+        """Return the frame that a layer's input belongs to.
+
+        That is the model inside whose output it is, as with the projection of a tower's features,
+        or else this one.
+        """
+        memory = _memory(x)
+        for frame, outputs in self.results:
+            if any(_memory(y) == memory for y in outputs):
+                return frame
+        return self
 
 
 def open_frame(
@@ -57,6 +92,8 @@ def open_frame(
     above = parent if parent is not None else Frame()
     own = _samples(given, batch_first)
     samples = above.samples if own is None else own
+    inputs = [given[name] for name in (*_TEXTS, *_NO_TEXTS) if isinstance(given.get(name), Tensor)]
+    counts = above.counts if own is None else frozenset({own, *map(len, inputs)})
     mask, known = _own_mask(given, names)
     # A model that is told nothing has the masks of the one that runs it, if it takes any.
     inherits = mask is None and known and above.samples == samples
@@ -73,7 +110,8 @@ def open_frame(
             mask = above.cross_mask if above.decodes else above.mask
         cross = _flat(given.get("encoder_attention_mask"), cross)
     lengths = above.lengths if own is None else _lengths(given, mask, cross)
-    return Frame(samples, mask, cross, decodes, lengths, _running(given, parent))
+    tower, numbers = _tower(given, parent), above.numbers
+    return Frame(samples, counts, mask, cross, decodes, lengths, tower, numbers=numbers)
 
 
 def _own_mask(given: Mapping[str, Any], names: tuple[str, ...]) -> tuple[Tensor | None, bool]:
@@ -143,22 +181,38 @@ def _lengths(given: Mapping[str, Any], mask: Tensor | None, cross: Tensor | None
     return frozenset(found)
 
 
-def _running(given: Mapping[str, Any], parent: Frame | None) -> dict[int, Tensor] | None:
-    """Return the sums that the module goes on with: its parent's, or none for a further tower.
+def _tower(given: Mapping[str, Any], parent: Frame | None) -> Tower:
+    """Return the tower that a model belongs to: its parent's, its encoder's, or a further one.
 
     A model inside another goes on from it, and a decoder from its encoder. Another that is given
     nothing of the first, as the texts beside the images, starts anew; and what comes after both
-    cannot tell which of them it reads.
+    goes on from one of them only where it is given just its output.
     """
     if parent is None:
-        return {}
-    if given.get(_STATES) is not None:
-        return {} if parent.running is None else parent.running
-    parent.towers += 1
-    if parent.towers == 1 and parent.running is not None:
-        return parent.running
-    parent.running = None
-    return {}
+        return Tower()
+    states = given.get(_STATES)
+    source = parent if states is None else parent.of(states)
+    if states is not None and source.tower is not None:
+        return source.tower
+    parent.inner += 1
+    if parent.inner == 1 and parent.tower is not None:
+        return parent.tower
+    parent.tower = None
+    return Tower(next(parent.numbers))
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, tuple | list):
+        for item in output:
+            yield from _tensors(item)
+
+
+def _memory(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def hidden_states(outputs: Any) -> Tensor | None:

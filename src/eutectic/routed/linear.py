@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eutectic.errors import RequestError
-from eutectic.routed.call import Call, Routing, uncompiled
+from eutectic.routed.call import Call, Routing, innermost, uncompiled
 from eutectic.routed.frames import Frame
 from eutectic.routed.router import Router
 
@@ -54,40 +54,42 @@ class Experts(nn.Module):
         settings = call.settings
         if settings.mode == "oracle":
             return _named(settings.experts, len(x), x.device, call)
-        if settings.mode == "base" and settings.decisions is None:
+        if settings.mode == "base" and settings.decisions is None and settings.ballots is None:
             return None
         if call.held is not None and self.name in call.held.choices:
             return _repeated(call.held.choices[self.name], len(x))
-        if call.voted is not None:
-            choice = _repeated(call.voted.to(x.device), len(x))
+        frame = innermost(call).of(x)
+        group = (self.name if frame.tower is None else frame.tower.number, len(x))
+        if group in call.voted:
+            choice = call.voted[group].to(x.device)
         else:
-            scores = self._scores(x, call)
+            scores = self._scores(x, frame)
             mixed = settings.mode == "soft"
             choice = (scores / settings.temperature).softmax(-1) if mixed else scores.argmax(-1)
         if settings.decisions is not None:
             winner = choice.argmax(-1) if choice.is_floating_point() else choice
             settings.decisions.add(self.name, winner)
+        if settings.ballots is not None:
+            settings.ballots.setdefault(group, []).append((self.name, choice))
         if settings.mode == "base":
             return None
         call.choices[self.name] = choice
         return choice
 
-    def _scores(self, x: Tensor, call: Call) -> Tensor:
+    def _scores(self, x: Tensor, frame: Frame) -> Tensor:
         """Return scores `[N, T]`, summed over the layers passed so far if the model does so."""
-        pooled = self._pooled(x, call)
-        scores = self.router(pooled)
-        running = _innermost(call).running
-        if not self.routing.accumulate or running is None:
+        scores = self.router(self._pooled(x, frame))
+        if not self.routing.accumulate or frame.tower is None:
             return scores
+        running = frame.tower.running
         total = scores.log_softmax(-1)
         if len(x) in running:
             total = total + running[len(x)]
         running[len(x)] = total
         return total
 
-    def _pooled(self, x: Tensor, call: Call) -> Tensor:
+    def _pooled(self, x: Tensor, frame: Frame) -> Tensor:
         """Return the mean over the tokens that count `[N, in]`, float32."""
-        frame = _innermost(call)
         mask = frame.cross_mask if self.crossed else frame.mask
         if mask is None or mask.shape != x.shape[:2]:
             return x.mean(1, dtype=torch.float32)
@@ -134,14 +136,14 @@ class Experts(nn.Module):
             RequestError: the rows do not divide into the samples of the batch.
         """
         call = self.routing.call()
-        frame = Frame() if call is None else _innermost(call)
-        samples = frame.samples
+        frame = Frame() if call is None else innermost(call).of(x)
+        samples, counts = frame.samples, frame.counts
         lead = x.shape[:-1]
         first, second = lead[0], lead[1] if len(lead) > 1 else None
-        turns = second == samples and (first != samples or not self.routing.batch_first)
-        if len(lead) == 2 and samples is not None and turns:
+        turns = second in counts and (first not in counts or not self.routing.batch_first)
+        if len(lead) == 2 and turns:
             return x.transpose(0, 1), True
-        if samples is None or (len(lead) == 2 and first == samples):
+        if samples is None or (len(lead) <= 2 and first in counts):
             return (x if x.ndim == 3 else x.reshape(first, -1, x.shape[-1])), False
         rows = lead.numel()
         # Rows alone must be one a sample or all its tokens: others were picked from the batch.
@@ -152,10 +154,6 @@ class Experts(nn.Module):
                 "samples.\nLeave this layer out of the routed ones."
             )
         return x.reshape(samples, rows // samples, x.shape[-1]), False
-
-
-def _innermost(call: Call) -> Frame:
-    return call.frames[-1] if call.frames else Frame()
 
 
 def _named(experts: tuple[int, ...], samples: int, device: torch.device, call: Call) -> Choice:

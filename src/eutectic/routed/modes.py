@@ -29,12 +29,13 @@ def routing(
         routed: from `build_routed` or `load_routed`.
         mode: "route": each layer decides per sample. "oracle": the caller names the expert.
             "base": experts off. "soft": all experts, weighted by softmax(scores / temperature).
-            "vote": one decision per sample for the whole network, from a first pass with the
-            experts off (every batch is run twice; a prompt's decision is kept while decoding).
+            "vote": one decision per sample for the whole network, or for each of its towers (texts
+            and images of CLIP), from a first pass with the experts off (every batch is run twice;
+            a prompt's decision is kept while decoding).
         expert: for "oracle", one name, or one per sample of each batch.
         temperature: for "soft", above 0.
-        layer: for "vote", the parameter name of the layer that decides; None: the majority of all
-            layers, the first expert where votes are equal.
+        layer: for "vote", the parameter name of the layer that decides for its tower; otherwise
+            the majority of all layers, the first expert where votes are equal.
         record: fill the yielded table (in "base" mode too, where routers decide without effect).
 
     Yields:
