@@ -208,6 +208,20 @@ def test_faults_come_before_any_work(tmp_path, folder, change, message):
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize("search", ["divergence", "validation"])
+def test_one_row_of_the_test_data_is_enough_to_refuse(tmp_path, folder, search):
+    split = "proxy" if search == "divergence" else "validation"
+    rows = (folder / f"left.{split}.jsonl").read_text()
+    leaked = json.loads((folder / "left.test.jsonl").read_text().splitlines()[5])
+    leaked["text"] = f" {leaked['text'].upper()}  "  # the same row for who reads it
+    (folder / "leak.jsonl").write_text(rows + json.dumps(leaked) + "\n")
+    tasks = edited(folder, lambda t: t["left"]["data"].update({split: "leak.jsonl"}))
+    request = options(folder, search, tasks=tasks)
+    with pytest.raises(RequestError, match=f"{split} and test share 1 of 24"):
+        eutectic.tune(**request, work=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
 def test_experts_without_a_task_are_named(folder):
     request = options(folder, "divergence", tasks=edited(folder, lambda t: t.pop("right")))
     report = eutectic.tune(**request)

@@ -22,8 +22,8 @@ OTHER = ("yes", "no", "maybe")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A base whose head has its classes in another order than the expert's, and texts."""
-    world.save(world.make("bert", labels=OTHER, seed=5), tmp_path / "base")
+    """A base with a head of its own, an expert, and texts."""
+    world.save(world.make("bert", labels=LABELS, seed=5), tmp_path / "base")
     world.save(world.make("bert", labels=LABELS, seed=7), tmp_path / "a")
     texts = world.sentences(60)
     data = {}
@@ -51,15 +51,38 @@ def figures(folder: Path, **more):
     return {r.checkpoint: r.value for r in found.results}
 
 
-def test_classes_are_the_experts_whatever_the_base_calls_its_own(folder: Path):
-    search = tune(folder).search
-    assert search["experts"]["a"] == figures(folder)["a"]
+def _reorder(config: Path) -> None:
+    values = json.loads(config.read_text())
+    values["label2id"] = {name: i for i, name in enumerate(OTHER)}
+    config.write_text(json.dumps(values))
+
+
+def test_classes_in_two_orders_are_not_merged_unasked(folder: Path):
+    plain = tune(folder).search
+    assert plain["experts"]["a"] == figures(folder)["a"]
+    _reorder(folder / "base" / "config.json")
+    message = (
+        "the base has a head with the classes yes, no, maybe,\nand expert 'a' one with no, may"
+    )
+    for search in ("validation", "divergence"):
+        with pytest.raises(RequestError, match=message):
+            tune(folder, search)
     task = {"kind": "text-classification", "labels": list(LABELS)}
     data = {s: f"{s}.jsonl" for s in ("proxy", "validation")}
     world.tasks(folder / "named.yaml", a={**task, "data": data})
-    assert tune(folder, tasks="named.yaml").search["points"] == search["points"]
+    assert tune(folder, tasks="named.yaml").search["points"] == plain["points"]
     world.tasks(folder / "wrong.yaml", a={**task, "labels": list(OTHER), "data": data})
-    assert tune(folder, tasks="wrong.yaml").search["points"] != search["points"]
+    assert tune(folder, tasks="wrong.yaml").search["points"] != plain["points"]
+
+
+def test_a_head_that_the_recipe_keeps_is_the_experts(folder: Path, tmp_path: Path):
+    _reorder(folder / "base" / "config.json")
+    rules = ({"match": "classifier.*", "treatment": "head"},)
+    report = tune(folder, tensors=rules, output=tmp_path / "out")
+    best = next(p for p in report.search["points"] if p["scale"] == report.scale)
+    assert best["parts"]["a"] == figures(folder, models={"m": tmp_path / "out"})["m"]
+    values = [p["value"] for p in report.search["points"]]
+    assert len(set(values)) > 1
 
 
 @pytest.mark.parametrize("search", ["validation", "divergence"])

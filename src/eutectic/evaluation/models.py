@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.checkpoint.experts import is_adapter, open_expert
-from eutectic.checkpoint.index import CheckpointIndex, open_index
+from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index
 from eutectic.checkpoint.names import align
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.errors import CheckpointError, MissingExtraError, RequestError
@@ -135,6 +135,27 @@ def head_tensors(
         opened.close()
 
 
+def borrows_head(
+    folder: str | Path, expert: str | Path, task: Task, base: str | Path | None = None
+) -> bool:
+    """Return whether `load_model(folder, task, base=base, expert=expert)` takes the expert's head.
+
+    False where the body has a head of the same shape itself. Headers are read, no tensor.
+
+    Raises:
+        CheckpointError: one of them cannot be read, or they are fine-tunes of different models.
+    """
+    body = Path(base) if is_adapter(Path(folder)) and base is not None else Path(folder)
+    index = open_index(body)
+    opened = _open_full(Path(expert), index, base)
+    try:
+        return bool(opened.extra) or any(
+            _is_head(name, entry, index, task) for name, entry in opened.entries.items()
+        )
+    finally:
+        opened.close()
+
+
 def build_model(folder: Path, task: Task, state: Mapping[str, Tensor]) -> Any:
     """Return the model of a folder's configuration with the tensors of a state, by file keys.
 
@@ -250,10 +271,9 @@ def _open_full(expert: Path, index: CheckpointIndex, base: str | Path | None) ->
 def _head(opened: Any, index: CheckpointIndex, task: Task) -> dict[str, Tensor]:
     found = {e.name: opened.read_extra(n).view(e.shape) for n, e in opened.extra.items()}
     for name, entry in opened.entries.items():
-        own = index.entries.get(name)
-        named = any(fnmatchcase(name, pattern) for pattern in task.head_tensors)
-        if own is not None and own.shape == entry.shape and not named:
+        if not _is_head(name, entry, index, task):
             continue
+        own = index.entries.get(name)
         key = name if opened.is_delta else entry.name
         if opened.is_delta and own is not None and own.shape == entry.shape:
             raise CheckpointError(
@@ -261,6 +281,13 @@ def _head(opened: Any, index: CheckpointIndex, task: Task) -> dict[str, Tensor]:
             )
         found[key] = opened.read(name).view(entry.shape)
     return found
+
+
+def _is_head(name: str, entry: TensorEntry, index: CheckpointIndex, task: Task) -> bool:
+    """Tell whether an expert's tensor, by the body's name, is of its head."""
+    own = index.entries.get(name)
+    named = any(fnmatchcase(name, pattern) for pattern in task.head_tensors)
+    return own is None or own.shape != entry.shape or named
 
 
 def _with_head(

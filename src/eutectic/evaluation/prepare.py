@@ -24,7 +24,6 @@ from eutectic.statistics.rows import Row
 
 BATCH_SIZE = 64
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-_CLASSES = ("text-classification", "pair-classification", "image-classification")
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,10 +162,12 @@ def _finite(value: Any) -> float:
 
 
 def _class(value: Any, known: Mapping[str, int], top: float) -> int:
+    if isinstance(value, float) and value.is_integer() and str(value) not in known:
+        value = int(value)
     text = str(value)
     if text in known:
         return known[text]
-    if isinstance(value, float) and not value.is_integer():
+    if isinstance(value, float):
         raise ValueError(text)
     if not 0 <= int(value) < top:
         raise ValueError(text)

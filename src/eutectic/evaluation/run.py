@@ -9,7 +9,7 @@ from typing import Any
 
 from eutectic.checkpoint.experts import is_adapter
 from eutectic.checkpoint.writer import write_atomically
-from eutectic.errors import NumericalError, RequestError, suggest
+from eutectic.errors import NumericalError, RequestError, TaskError, suggest
 from eutectic.evaluation.bootstrap import Draws, compare, draw, mean, result
 from eutectic.evaluation.functions import call_function
 from eutectic.evaluation.harness import (
@@ -209,14 +209,25 @@ class _Run:
         labels = self.sources.label_ids(checkpoint, task)
         key = (task.name, processor_hash(folder), str(sorted(labels.items())))
         if key not in self.prepared:
-            self.prepared[key] = prepare(
-                task,
-                self.split,
-                folder,
-                batch_size=self.batch_size,
-                limit=self.limit,
-                label_ids=labels,
-            )
+            try:
+                self.prepared[key] = prepare(
+                    task,
+                    self.split,
+                    folder,
+                    batch_size=self.batch_size,
+                    limit=self.limit,
+                    label_ids=labels,
+                )
+            except TaskError as error:
+                if task.labels is not None or checkpoint.role == "expert":
+                    raise
+                *first, last = error.faults
+                hint = (
+                    f"These are the classes of the head that '{checkpoint.name}' predicts with. "
+                    "Name those of all models\nin the task (labels: […]), or let bodies take the "
+                    "expert's head (head_tensors: ['classifier.*'])."
+                )
+                raise TaskError([*first, f"{last}\n{hint}"], f"task '{task.name}'") from None
         return self.prepared[key]
 
     def _tell(self, rows: int, checkpoint: Checkpoint, task: Task) -> None:

@@ -24,7 +24,8 @@ Kind = Literal[
 ]
 Split = Literal["proxy", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("proxy", "validation", "test")
-WITH_HEAD = ("text-classification", "pair-classification", "regression", "image-classification")
+CLASSIFICATION = ("text-classification", "pair-classification", "image-classification")
+WITH_HEAD = (*CLASSIFICATION, "regression")
 
 
 class _Strict(BaseModel):

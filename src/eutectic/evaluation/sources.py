@@ -16,8 +16,8 @@ from eutectic.checkpoint.experts import is_adapter, open_expert
 from eutectic.checkpoint.index import open_index
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.errors import RequestError
-from eutectic.evaluation.models import EXPERTS, GENERATION, load_model
-from eutectic.evaluation.schema import Task
+from eutectic.evaluation.models import EXPERTS, GENERATION, borrows_head, load_model
+from eutectic.evaluation.schema import CLASSIFICATION, Task
 
 Role = Literal["base", "expert", "model"]
 RoutingMode = Literal["route", "oracle", "base"]
@@ -87,14 +87,39 @@ class Sources:
         )
 
     def label_ids(self, checkpoint: Checkpoint, task: Task) -> dict[str, int]:
-        """Return class name -> index from the configuration of the model that has the head."""
+        """Return class name -> index in the outputs of the head that a checkpoint runs with.
+
+        From the configuration that the head belongs to: the expert's where it is borrowed or comes
+        from a file, else the checkpoint's own. Names that only count (LABEL_0) give way to others.
+        Rows may number their classes; numbers are the expert's, and are names here where its
+        order is another than the head's.
+
+        Raises:
+            CheckpointError: a checkpoint that cannot be read.
+        """
+        if task.kind not in CLASSIFICATION:
+            return {}
         own = checkpoint.folder / EXPERTS / task.expert_name
         expert = self.experts.get(task.expert_name)
-        for folder in (own, expert, checkpoint.folder):
-            config = _config(folder)
-            if config.get("label2id"):
-                return {str(k): int(v) for k, v in config["label2id"].items()}
-        return {}
+        lender = self.head_of(checkpoint, task)
+        if task.head is not None:
+            folders = (own, expert, checkpoint.folder)
+        elif own.is_dir():
+            folders = (own, expert)
+        elif lender is None or checkpoint.routed:
+            folders = (checkpoint.folder, expert)
+        elif borrows_head(checkpoint.folder, lender, task, self.base):
+            folders = (lender, checkpoint.folder)
+        else:
+            folders = (checkpoint.folder, lender)
+        known = [found for folder in folders if (found := _classes(folder))]
+        if not known:
+            return {}
+        labels = next(filter(_says_names, known), known[0])
+        meant = _classes(expert)
+        if meant != labels and meant.keys() == labels.keys():
+            return {**{str(i): labels[name] for name, i in meant.items()}, **labels}
+        return labels
 
     def reading(self, checkpoint: Checkpoint, task: Task) -> dict[str, Any]:
         """Return what decides a checkpoint's outputs besides weights, rows and settings.
@@ -237,6 +262,19 @@ def _config(folder: Path | None) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         return {}
+
+
+def _classes(folder: Path | None) -> dict[str, int]:
+    """Return class name -> index as a configuration says, {} where it says nothing."""
+    found = _config(folder).get("label2id")
+    try:
+        return {str(name): int(i) for name, i in dict(found or {}).items()}
+    except (TypeError, ValueError):
+        return {}
+
+
+def _says_names(labels: Mapping[str, int]) -> bool:
+    return any(name != f"LABEL_{i}" for name, i in labels.items())
 
 
 def _file_hash(path: Path) -> str:

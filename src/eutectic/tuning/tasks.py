@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.recipes.schema import ScaleSearch
 from eutectic.statistics.heads import Head
+from eutectic.types import Treatment
 
 Split = Literal["proxy", "validation"]
 GENERATIVE = ("language-model", "sequence-to-sequence")
@@ -107,9 +109,14 @@ def open_tasks(search: ScaleSearch, plan: Plan, inputs: Inputs) -> list[TuningTa
             f"{search.tasks} cannot be used to choose the scale:\n" + "\n".join(listed)
         )
     features = search.compare == "features"
+    treatments = {t.name: t.decision.treatment for t in plan.tensors}
     tasks: list[TuningTask] = []
     for task in found.values():
         rows = check_disjoint(task)
+        kept = [n for n, t in treatments.items() if t is Treatment.HEAD]
+        if task.head is None and kept:  # the base may have a head of the same shape
+            patterns = (*task.head_tensors, *map(glob.escape, kept))
+            task = task.model_copy(update={"head_tensors": patterns})
         if features:  # the head's name is never opened: without a head, outputs are features
             task = task.model_copy(update={"head": task.head or "features"})
         head = None if features else load_head(task)
@@ -134,15 +141,32 @@ def _fault(task: Task, split: str, search: ScaleSearch, plan: Plan) -> str | Non
 
 
 def _encoded(task: Task, split: Split, inputs: Inputs) -> tuple[Prepared, str]:
-    """Return the split as `evaluate` encodes it for the base, and a hash of what else is read."""
+    """Return the split as `evaluate` encodes it for the base, and a hash of what else is read.
+
+    Raises:
+        RequestError: the merged head would be one of two orders of classes.
+    """
     base, expert = _base(inputs), _expert(inputs, task.expert_name)
     body = Checkpoint("base", "base", base)
     own = Checkpoint(task.expert_name, "expert", expert)
     sources = Sources(base, {task.expert_name: expert}, (body, own))
-    labels = sources.label_ids(body, task)
+    labels = sources.label_ids(own, task)
+    merged = sources.label_ids(body, task)
+    if task.labels is None and merged != labels:
+        raise RequestError(
+            f"task '{task.name}': the base has a head with the classes {_in_order(merged)},\nand "
+            f"expert '{task.expert_name}' one with {_in_order(labels)}: merged, they are neither.\n"
+            "Keep the expert's (a rule with treatment head for it), or name the classes of the "
+            "merged head in the task (labels: […])."
+        )
     prepared = prepare(task, split, sources.processor(body, task), label_ids=labels)
     read = [sources.reading(body, task), sources.reading(own, task)]
     return prepared, hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+
+
+def _in_order(labels: Mapping[str, int]) -> str:
+    names = [name for name in labels if not name.isdecimal()]
+    return ", ".join(sorted(names, key=lambda name: labels[name]))
 
 
 def _base(inputs: Inputs) -> Path:
