@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from eutectic.errors import RequestError, TaskError
+from eutectic.errors import RequestError, StatisticsError, TaskError
 from eutectic.evaluation.schema import SPLITS, Part, Split, Task
 from eutectic.statistics.encode import open_image
 from eutectic.statistics.rows import Row, read_rows
@@ -54,7 +55,8 @@ def row_key(task: Task, row: Row) -> bytes:
 
     Texts count after Unicode NFKC, case folding and collapsing of white space; images as their
     pixels in RGB, whatever the file. Rows of functions count as their content (text, text_pair,
-    source, image, by the task's names of columns), or as all columns where they have none of these.
+    source, image, by the task's names of columns), or as all columns where they have none of these;
+    an image that is no readable file counts as what stands in the row.
     """
     digest = hashlib.sha256()
     for value in _inputs(task, row):
@@ -99,7 +101,7 @@ def check_disjoint(task: Task, further_proxy: Sequence[str] = ()) -> dict[str, i
         rows = split_rows(task, split) if split in task.data else []
         found[split] = {row_key(task, row): row for row in rows}
     for path in further_proxy:
-        rows = _checked(task, read_rows(path), path)
+        rows = _checked(task, _read(task, path), path)
         found["proxy"].update({row_key(task, row): row for row in rows})
     faults: list[str] = []
     for i, first in enumerate(SPLITS):
@@ -117,7 +119,7 @@ def check_disjoint(task: Task, further_proxy: Sequence[str] = ()) -> dict[str, i
 
 
 def _part_rows(task: Task, split: Split, part: Part) -> list[Row]:
-    rows = _checked(task, read_rows(part.path, split=part.subset), part.path)
+    rows = _checked(task, _read(task, part.path, part.subset), part.path)
     if part.share is None:
         return rows
     start = 0.0
@@ -128,6 +130,21 @@ def _part_rows(task: Task, split: Split, part: Part) -> list[Row]:
     stop = start + part.share
     # By content, so that equal rows fall on the same side and added rows move no other.
     return [row for row in rows if start <= _position(row_key(task, row)) < stop]
+
+
+def _read(task: Task, path: str, subset: str | None = None) -> Sequence[Row]:
+    """Return the rows of a file or folder; pictures that they name lie relative to it."""
+    rows = read_rows(path, split=subset)
+    column, folder = task.columns.image, Path(path).parent
+    if task.kind != "image-classification" or Path(path).is_dir():
+        return rows
+
+    def located(row: Row) -> Row:
+        value = row.get(column)
+        beside = folder / value if isinstance(value, str) else None
+        return {**row, column: beside} if beside is not None and beside.is_file() else row
+
+    return [located(row) for row in rows]
 
 
 def _position(key: bytes) -> float:
@@ -173,11 +190,26 @@ def _inputs(task: Task, row: Row) -> list[bytes]:
     found: list[bytes] = []
     for column, value in _content(task, row).items():
         if column == "image":
-            image = open_image(value)
-            found += [str(image.size).encode(), image.tobytes()]
+            found += _picture(task, value)
         else:
             found.append(_plain(value).encode())
     return found
+
+
+def _picture(task: Task, value: Any) -> list[bytes]:
+    """Return an image's size and pixels; what only a function knows to read stands for itself."""
+    try:
+        image = open_image(value)
+        return [str(image.size).encode(), image.tobytes()]
+    except (StatisticsError, AttributeError, TypeError, ValueError) as error:
+        if task.kind == "function":
+            return [value if isinstance(value, bytes) else repr(value).encode()]
+        if isinstance(error, StatisticsError):
+            raise
+        raise RequestError(
+            f"task '{task.name}': the column '{task.columns.image}' holds a value of type "
+            f"{type(value).__name__}.\nWanted: a file's name, its bytes, or an image."
+        ) from None
 
 
 def _content(task: Task, row: Row) -> dict[str, Any]:

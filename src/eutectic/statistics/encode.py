@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -171,17 +172,24 @@ def image_mode(config: Any) -> str:
 
 
 def open_image(value: Any, mode: str = "RGB") -> Any:
-    """Return an image from a path, or from an image, in a mode of Pillow's.
+    """Return an image in a mode of Pillow's, from a path, a file's bytes, or an image.
+
+    A mapping with `bytes` or `path`, as `datasets` keeps pictures in parquet files, counts as what
+    it holds. Other values are returned as they are.
 
     Raises:
         StatisticsError: the file is not a readable image.
     """
-    if not isinstance(value, str | Path):
+    if isinstance(value, Mapping):
+        stored = cast("Mapping[str, Any]", value)
+        value = stored.get("bytes") or stored.get("path") or value
+    if not isinstance(value, str | Path | bytes):
         return value.convert(mode) if hasattr(value, "convert") else value
     from PIL import Image, UnidentifiedImageError
 
+    shown = f"{len(value)} bytes" if isinstance(value, bytes) else value
     try:
-        with Image.open(value) as image:
+        with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
             return image.convert(mode)
     except (OSError, UnidentifiedImageError) as error:
-        raise StatisticsError(f"{value}: not a readable image ({error}).") from error
+        raise StatisticsError(f"{shown}: not a readable image ({error}).") from error
