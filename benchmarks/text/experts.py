@@ -72,7 +72,12 @@ def prepare_task(name: str, work: Path, recipe: Recipe) -> Splits:
     """Write the task's splits and head, unless they are there; return the splits."""
     splits = load_splits(TASKS[name], work / "cache")
     folder = work / "tasks" / name
-    record = {"labels": splits.labels, "sha256": digest(splits), "head_texts": recipe.head_texts}
+    record = {
+        "labels": splits.labels,
+        "sha256": digest(splits),
+        "head_texts": recipe.head_texts,
+        "max_tokens": recipe.max_tokens,
+    }
     done = folder / "task.json"
     if done.is_file() and json.loads(done.read_text("utf-8")) == record:
         return splits
@@ -211,16 +216,14 @@ def main() -> None:
     parser.add_argument("--task", action="append", choices=list(TASKS), help="default: all")
     parser.add_argument("--steps", type=int, help="default: 200")
     parser.add_argument("--head-texts", type=int, help="default: 6000")
+    parser.add_argument("--max-tokens", type=int, help="default: 32")
     parser.add_argument("--threads", type=int, default=1, help="results depend on it in rounding")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
     for regime in arguments.regime or REGIMES:
-        recipe = REGIMES[regime]
-        if arguments.steps:
-            recipe = replace(recipe, steps=arguments.steps)
-        if arguments.head_texts:
-            recipe = replace(recipe, head_texts=arguments.head_texts)
+        asked = {name: getattr(arguments, name) for name in ("steps", "head_texts", "max_tokens")}
+        recipe = replace(REGIMES[regime], **{k: v for k, v in asked.items() if v})
         for name in arguments.task or TASKS:
             make_expert(name, regime, arguments.work, recipe)
         write_tasks(arguments.work, recipe)

@@ -14,7 +14,6 @@ from table.suite import SPLITS, Batches, Inputs, Suite
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-MAX_TOKENS = 32
 BATCH = 64
 
 
@@ -27,6 +26,8 @@ def load_suite(work: Path, regime: str, count: int) -> Suite:
     ).eval()
     folders = {task: work / "tasks" / task for task in tasks}
     trained = {task: work / regime / task for task in tasks}
+    recipes = [json.loads((f / "expert.json").read_text("utf-8")) for f in trained.values()]
+    max_tokens = max(recipe["recipe"]["max_tokens"] for recipe in recipes)
     adapters = {t: f for t, f in trained.items() if (f / "adapter_config.json").is_file()}
 
     def rows(task: str, split: str) -> list[dict[str, Any]]:
@@ -37,7 +38,7 @@ def load_suite(work: Path, regime: str, count: int) -> Suite:
         train = rows(task, "train")
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(train), generator=generator)[:count].tolist()
-        return encode(tokenizer, [train[i] for i in chosen])
+        return encode(tokenizer, [train[i] for i in chosen], max_tokens)
 
     return Suite(
         name=f"text-{regime}-{len(tasks)}",
@@ -53,7 +54,7 @@ def load_suite(work: Path, regime: str, count: int) -> Suite:
         pool=pool,
         heads={task: load_head(folder / "head.safetensors") for task, folder in folders.items()},
         splits={
-            task: {split: encode(tokenizer, rows(task, split)) for split in SPLITS}
+            task: {split: encode(tokenizer, rows(task, split), max_tokens) for split in SPLITS}
             for task in tasks
         },
         layers=("encoder.*",),
@@ -61,9 +62,9 @@ def load_suite(work: Path, regime: str, count: int) -> Suite:
     )
 
 
-def encode(tokenizer: Any, rows: list[dict[str, Any]]) -> Batches:
+def encode(tokenizer: Any, rows: list[dict[str, Any]], max_tokens: int) -> Batches:
     """Tokenise and batch by length."""
-    ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=MAX_TOKENS)
+    ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=max_tokens)
     order = sorted(range(len(rows)), key=lambda i: len(ids["input_ids"][i]))
     batches: list[Inputs] = []
     for start in range(0, len(order), BATCH):
