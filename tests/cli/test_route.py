@@ -55,6 +55,31 @@ def test_costs_are_shown_before_building(folder: Path):
     assert costs["layers"] == 10
 
 
+def test_costs_before_building_are_those_of_what_is_built(tmp_path: Path):
+    """Of a tower whose last attention has a query of its own, which cannot be routed."""
+    from helpers.configs import hf
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "image_size": 8, "patch_size": 4}
+    config = hf.SiglipVisionConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
+    model = hf.SiglipVisionModel(config).eval()
+    model.save_pretrained(tmp_path / "merged")
+    for p in model.parameters():
+        p.data.add_(0.02 * torch.randn_like(p))
+    model.save_pretrained(tmp_path / "a")
+    file = tmp_path / "a.stats.safetensors"
+    collect(model, [{"pixel_values": torch.randn(6, 3, 8, 8)}], file)
+    words = [tmp_path / "merged", f"a={tmp_path / 'a'}", "-s", f"a={file}", "--rank", 4]
+    dry = json.loads(run(*words, "--dry-run", "--json").stdout)
+    built = json.loads(run(*words, "-o", tmp_path / "routed", "--json").stdout)
+    assert dry["costs"] == built["costs"] and dry["left_out"] == built["left_out"]
+    assert len(dry["left_out"]) == 2
+    held = load_routed(tmp_path / "routed").state_dict()
+    assert dry["costs"]["parameters"] == sum(t.numel() for n, t in held.items() if "experts." in n)
+    shown = run(*words, "--dry-run").stdout
+    assert "left out" in shown and not (tmp_path / "new").exists()
+
+
 def test_a_routed_model_is_built_shown_and_exported(folder: Path, tmp_path: Path):
     result = run(*request(folder), "--rank", 4, "-o", tmp_path / "routed")
     assert result.exit_code == 0, result.output

@@ -291,6 +291,44 @@ def test_packed_cross_attention_is_left_out_of_the_default_layers(tmp_path: Path
         build_routed(model, weights, statistics, rank=4, layers=["*multihead_attn*"])
 
 
+def added(routed: nn.Module) -> int:
+    return sum(t.numel() for n, t in routed.state_dict().items() if ".experts." in n)
+
+
+class Pooling(nn.Module):
+    """A learned query that reads its tokens, as at the end of an image tower."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(1, 1, 16))
+        self.self_attn = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.self_attn(x, x, x)[0]
+        return self.attention(self.probe.expand(len(x), -1, -1), x, x)[0]
+
+
+def test_costs_leave_out_what_building_leaves_out():
+    from eutectic.routed.layers import routed_layers
+    from eutectic.statistics import collect
+
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 5, 16), torch.randn(8, 7, 16)
+    for model, batch in ((TorchDecoder().eval(), [x, y]), (Pooling().eval(), [x])):
+        expert = copy.deepcopy(model)
+        for p in expert.parameters():
+            p.data.add_(0.05 * torch.randn_like(p))
+        statistics = {"a": collect(expert, [batch])}
+        routed = build_routed(model, {"a": expert.state_dict()}, statistics, rank=4)
+        costs = routed_costs(model, 1, rank=4, statistics=statistics)
+        assert len(routed.routing.left_out) == 2 and costs.parameters == added(routed)
+        assert routed_layers(model, None, statistics)[1] == routed.routing.left_out
+        # Without statistics, torch's own decoder layers are known; elsewhere nothing tells.
+        guess = routed_costs(model, 1, rank=4)
+        assert (guess == costs) == isinstance(model, TorchDecoder)
+
+
 @pytest.mark.parametrize("need_weights", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_routed_attention_keeps_torch_semantics(batch_first: bool, need_weights: bool):

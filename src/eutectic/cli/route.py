@@ -91,7 +91,8 @@ def route(
         Path | None, typer.Option(help="Folder for PEFT LoRA adapters on the merged model.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show sizes and costs; build nothing.")
+        bool,
+        typer.Option("--dry-run", help="Show sizes and costs; build nothing. Needs no statistics."),
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
@@ -110,8 +111,8 @@ def route(
       eutectic route routed/ --export adapters/
     """
     from eutectic.routed import build_routed, export_lora, routed_costs
-    from eutectic.routed.layers import choose_layers
-    from eutectic.routed.sources import expert_statistics, open_experts, without_parts
+    from eutectic.routed.layers import routed_layers
+    from eutectic.routed.sources import expert_statistics, open_experts
     from eutectic.routed.store import load_model
     from eutectic.statistics.data import open_batches
     from eutectic.statistics.encode import Columns
@@ -128,16 +129,15 @@ def route(
     if not dry_run:
         _check_folders(output, export)
     model = load_model(merged)
-    costs = dataclasses.asdict(routed_costs(model, len(named), rank, layers))
-    if dry_run or not json:
-        _report({"costs": costs}, json)
-    if dry_run:
-        return
-    # Everything that can be refused is, before data are run through the model.
     of_experts = _open_statistics(statistics, "--statistics")
-    chosen = choose_layers(model, layers)
-    if layers is None:
-        chosen, _ = without_parts(chosen, of_experts)
+    chosen, left_out = routed_layers(model, layers, of_experts)
+    costs = dataclasses.asdict(routed_costs(model, len(named), rank, layers, of_experts))
+    if dry_run:
+        _report({"costs": costs, "left_out": left_out}, json)
+        return
+    if not json:
+        _report({"costs": costs}, json)
+    # Everything that can be refused is, before data are run through the model.
     expert_statistics(of_experts, list(named), chosen, "statistics")
     with open_experts(model, named, base):
         pass

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from eutectic.errors import NumericalError, RequestError, StatisticsError
 from eutectic.linalg.essential import essential_subspace
 from eutectic.routed.call import Routing, install_hooks
-from eutectic.routed.layers import Layer, choose_layers, layer_rank
+from eutectic.routed.layers import Layer, layer_rank, routed_layers
 from eutectic.routed.linear import Experts, RoutedAttention, RoutedLinear
 from eutectic.routed.router import (
     Router,
@@ -29,7 +29,6 @@ from eutectic.routed.sources import (
     check_origin,
     expert_statistics,
     open_experts,
-    without_parts,
 )
 from eutectic.types import LayerStatistics
 
@@ -100,9 +99,7 @@ def build_routed(
         raise RequestError(
             f"rank must be at least 1 and shrinkage in (0, 1], got {rank} and {shrinkage}."
         )
-    chosen, left_out = choose_layers(model, layers), []
-    if layers is None:
-        chosen, left_out = without_parts(chosen, statistics)
+    chosen, left_out = routed_layers(model, layers, statistics)
     names = tuple(experts)
     called = expert_statistics(statistics, names, chosen, "statistics")
     routes = router_statistics if router_statistics is not None else statistics

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -140,8 +140,69 @@ def choose_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> li
     return chosen
 
 
+def routed_layers(
+    model: nn.Module,
+    patterns: Sequence[str] | None = None,
+    statistics: Mapping[str, Iterable[str]] | None = None,
+) -> tuple[list[Layer], list[str]]:
+    """Return the layers to route, and the names of default layers that are left out.
+
+    Packed attention keeps three inputs for one in-projection where queries and keys differ, and
+    routing decides on one: it is left out with its output projection. Statistics tell where that
+    is so; without any, only the cross-attention of torch's own decoder layers is known.
+
+    Args:
+        model: not routed yet.
+        patterns: as in `choose_layers`; of layers that are named, none is left out.
+        statistics: name -> names in the statistics of an expert.
+
+    Raises:
+        RequestError: as in `choose_layers`.
+    """
+    chosen = choose_layers(model, patterns)
+    if patterns is not None:
+        return chosen, []
+    crossed = {
+        layer.path
+        for layer in chosen
+        if layer.kind == "in_projection"
+        and (
+            all(in_parts(layer.name, keys) for keys in statistics.values())
+            if statistics
+            else _is_cross_attention(model, layer.path)
+        )
+    }
+    left_out = [
+        layer.name
+        for layer in chosen
+        if layer.path in crossed
+        or (layer.kind == "out_projection" and layer.path.rpartition(".")[0] in crossed)
+    ]
+    return [layer for layer in chosen if layer.name not in left_out], left_out
+
+
+def _is_cross_attention(model: nn.Module, path: str) -> bool:
+    parent, _, child = path.rpartition(".")
+    decoder = isinstance(model.get_submodule(parent), nn.TransformerDecoderLayer)
+    return decoder and child == "multihead_attn"
+
+
+def in_parts(name: str, keys: Iterable[str]) -> bool:
+    """Tell whether statistics hold `name[q]` and not `name`, under any prefix."""
+
+    def held(wanted: str) -> bool:
+        pairs = ((f".{key}", f".{wanted}") for key in keys)
+        return any(one.endswith(other) or other.endswith(one) for one, other in pairs)
+
+    return held(f"{name}[q]") and not held(name)
+
+
 def routed_costs(
-    model: nn.Module, experts: int, rank: int = 32, layers: Sequence[str] | None = None
+    model: nn.Module,
+    experts: int,
+    rank: int = 32,
+    layers: Sequence[str] | None = None,
+    statistics: Mapping[str, Iterable[str]] | None = None,
 ) -> RoutedCosts:
     """Return what routing would add, from the model's shapes alone.
 
@@ -150,11 +211,13 @@ def routed_costs(
         experts: T.
         rank: ρ.
         layers: as in `build_routed`.
+        statistics: as in `build_routed`, if at hand: they tell which default layers building will
+            leave out, see `routed_layers`.
 
     Raises:
         RequestError: nothing to route.
     """
-    chosen = choose_layers(model, layers)
+    chosen, _ = routed_layers(model, layers, statistics)
     factors = nbytes = per_token = per_sample = routers = 0
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for layer in chosen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from eutectic.checkpoint.memory import StateDictReader
 from eutectic.checkpoint.names import align
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.errors import RequestError, StatisticsError
-from eutectic.routed.layers import Layer
+from eutectic.routed.layers import Layer, in_parts
 from eutectic.types import LayerStatistics
 
 StateDict = Mapping[str, Tensor]
@@ -141,7 +141,7 @@ def expert_statistics(
         mapping, _ = align(names, keys, expert=f"{what} of '{expert}'")
         called = {name: key for key, name in mapping.items()}
         missing = [name for name in names if name not in called]
-        parts = [name for name in missing if _in_parts(name, keys)]
+        parts = [name for name in missing if in_parts(name, keys)]
         if parts:
             raise StatisticsError(
                 f"{what} of expert '{expert}' hold {parts[0]} in parts: queries and keys differ.\n"
@@ -156,42 +156,6 @@ def expert_statistics(
             )
         found.append(called)
     return found
-
-
-def without_parts(
-    layers: Sequence[Layer], given: Mapping[str, Mapping[str, LayerStatistics]]
-) -> tuple[list[Layer], list[str]]:
-    """Split off attention whose queries and keys all the statistics saw apart, and its output.
-
-    Cross-attention keeps three inputs for one packed in-projection, where routing decides on one.
-
-    Returns:
-        The other layers, and the names of those left out.
-    """
-    crossed = {
-        layer.path
-        for layer in layers
-        if layer.kind == "in_projection"
-        and given
-        and all(_in_parts(layer.name, entries) for entries in given.values())
-    }
-    left_out = [
-        layer.name
-        for layer in layers
-        if layer.path in crossed
-        or (layer.kind == "out_projection" and layer.path.rpartition(".")[0] in crossed)
-    ]
-    return [layer for layer in layers if layer.name not in left_out], left_out
-
-
-def _in_parts(name: str, keys: Iterable[str]) -> bool:
-    """Tell whether statistics hold `name[q]` and not `name`, under any prefix."""
-
-    def held(wanted: str) -> bool:
-        pairs = ((f".{key}", f".{wanted}") for key in keys)
-        return any(one.endswith(other) or other.endswith(one) for one, other in pairs)
-
-    return held(f"{name}[q]") and not held(name)
 
 
 def check_origin(
