@@ -245,6 +245,30 @@ def test_damping_draws_the_unknown_towards_zero(space):
     close(*mild)
 
 
+@pytest.mark.parametrize("damping", [0.0, 1e-3])
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+@pytest.mark.parametrize("operator", ["gram", "kfac"])
+def test_the_kronecker_preconditioner_on_gradients_that_lie_in_a_subspace(
+    operator, precision, damping
+):
+    """Those of a softmax add up to zero, and float32 rounds what is left in the null space."""
+    out, n = 16, 24
+    deltas, statistics = randn(EXPERTS, out, n), []
+    for t in range(EXPERTS):
+        y = randn(60, out, seed=t) * torch.arange(1, out + 1) ** -1.0
+        y -= y.mean(1, keepdim=True)
+        x = randn(60, n, seed=10 + t) * torch.arange(1, n + 1) ** -1.0
+        x -= x.mean(1, keepdim=True)
+        x[:, 3] = 0  # an input that is never active
+        statistics.append(LayerStatistics(output_gradient_gram=y.T @ y, gram=x.T @ x, count=60))
+    options = {"operator": operator, "precision": precision, "damping": damping}
+    merged = mats(deltas, statistics, preconditioner="kronecker", iterations=200, **options)
+    assert merged.record["status"] == "converged"
+    plain = mats(deltas, statistics, iterations=3000, **options)
+    assert merged.record["applications"] < plain.record["applications"]
+    assert float(merged.delta.norm()) < 1.5 * float(plain.delta.norm())
+
+
 def test_the_kronecker_preconditioner_knows_the_damping():
     deltas = randn(EXPERTS, 20, 30)
     falling = torch.arange(1, 31) ** -1.5

@@ -8,7 +8,8 @@ from torch import Tensor
 from eutectic.linalg import lapack
 from eutectic.linalg.cg import LinearMap
 
-RELATIVE_RIDGE = 10  # in units of eps: keeps the factors of rank-deficient sums invertible
+ROUNDING_ERRORS = 10  # of a Gram's norm: eigenvalues below say nothing
+NEGLIGIBLE = 0.1  # ε over the least eigenvalue, from which on its null space has to be left out
 
 
 def jacobi(diagonal: Tensor) -> LinearMap:
@@ -21,40 +22,50 @@ def jacobi(diagonal: Tensor) -> LinearMap:
     return lambda r: r * inverse
 
 
-def kronecker(left: Tensor | None, right: Tensor, dtype: torch.dtype) -> LinearMap:
-    """Return R -> (H + εI)⁻¹ R (A + εI)⁻¹, the inverse of a Kronecker product of two Grams.
+def kronecker(
+    left: Tensor | None, right: Tensor, dtype: torch.dtype, unit_roundoff: float = 0.0
+) -> LinearMap:
+    """Return R -> f(H) R f(A), f(λ) = λ²/(λ + ε)³, in place of H⁻¹ R A⁻¹.
 
-    Both factors are decomposed once by Cholesky in float64, which takes a twentieth of an
-    eigen-decomposition. They are first divided by the mean of their diagonal (a factor on M⁻¹
-    changes nothing for conjugate gradients); ε is ten rounding errors of `dtype`.
+    f is 1/λ where a Gram determines something and goes to 0 in its null space, where an inverse
+    would blow up the rounding of residuals until no search direction has curvature any more.
+    Gradients of a softmax, or before a layer norm, always lie in a subspace.
 
     Args:
         left: H `[out, out]`, or None for the identity.
         right: A `[in, in]`.
         dtype: of the tensors that it will be applied to.
+        unit_roundoff: the largest eps among the dtypes that the Grams came in.
 
-    Cost: decomposition (out³ + in³)/3 in float64; application two triangular solves a side, as
-    much as a product with each factor.
+    Cost: one Cholesky inverse and one product a factor, in float64; application two products.
     """
-    right_factor = _factor(right, dtype)
-    left_factor = None if left is None else _factor(left, dtype)
-
-    def apply(r: Tensor) -> Tensor:
-        if left_factor is not None:
-            r = torch.cholesky_solve(r, left_factor)
-        return torch.cholesky_solve(r.mT, right_factor).mT
-
-    return apply
+    unit_roundoff = max(unit_roundoff, torch.finfo(dtype).eps)
+    right_inverse = _filtered_inverse(right, unit_roundoff).to(dtype)
+    if left is None:
+        return lambda r: r @ right_inverse
+    left_inverse = _filtered_inverse(left, unit_roundoff).to(dtype)
+    return lambda r: left_inverse @ r @ right_inverse
 
 
-def _factor(gram: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the Cholesky factor of the ridged Gram; the identity where the Gram is indefinite."""
+def _filtered_inverse(gram: Tensor, unit_roundoff: float) -> Tensor:
+    """Return A²(A + εI)⁻³ of the Gram, scaled; the identity where it is indefinite.
+
+    A has a mean diagonal of 1 (a factor on M⁻¹ changes nothing for conjugate gradients) and ε is
+    ten rounding errors of its norm.
+    """
     identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
     mean = float(gram.diagonal().mean(dtype=torch.float64))
-    ridge = RELATIVE_RIDGE * torch.finfo(dtype).eps
-    while mean > 0 and ridge < 1:
-        factor = lapack.cholesky(gram.double() / mean + ridge * identity)
+    if not mean > 0:
+        return identity
+    scaled = gram.double() / mean
+    ridge = ROUNDING_ERRORS * unit_roundoff * lapack.norm(scaled)
+    while ridge < 1:
+        factor = lapack.cholesky(scaled + ridge * identity)
         if factor is not None:
-            return factor.to(dtype)
+            inverse = torch.cholesky_inverse(factor)
+            if ridge * lapack.norm(inverse) > NEGLIGIBLE:
+                kept = identity.sub_(inverse, alpha=ridge)  # A(A + εI)⁻¹
+                inverse = kept @ inverse @ kept
+            return inverse
         ridge *= 10
-    return identity.to(dtype)
+    return identity

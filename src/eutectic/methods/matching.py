@@ -98,7 +98,7 @@ def _explain(shape: tuple[int, ...], parameters: MatsParameters, precision: Prec
     needs=_needs,
     fallback="mats",
     workspace=6.0,
-    # Of float64 deltas, and where float32 stagnates.
+    # Of float64 deltas, and where float32 does not suffice.
     statistics_copies=lambda p: 1.0 if p.operator == "kfac" else 0.0,
     products=60.0,
     explain=_explain,
@@ -118,8 +118,8 @@ def mats(deltas: Tensor, parameters: MatsParameters, context: Context) -> Merged
     to zero (if the guess is zero then, as all but a given one are).
 
     Precision: float32 tensors with float64 inner products; float64 throughout for float64 deltas,
-    `precision="exact"`, and from where float32 stagnates above the tolerance. Success is claimed
-    on a residual that is recomputed from the definition.
+    `precision="exact"`, and from where float32 stagnates above the tolerance or breaks down.
+    Success is claimed on a residual that is recomputed from the definition.
 
     Spaces: from the same point the iterates for the delta and for the weight are the same up to
     rounding, whatever the rank, because their residuals are equal. Only the stopping test
@@ -171,7 +171,8 @@ def mats(deltas: Tensor, parameters: MatsParameters, context: Context) -> Merged
     start, origin = initial_guess(deltas, parameters.init, parameters.init_scale, context)
     steps = parameters.steps()
     result = _run(system, start, offset, steps, parameters)
-    if result.status == "stagnated" and inputs.dtype != torch.float64:
+    # A direction without curvature may be the rounding of a singular operator's null space.
+    if result.status in ("stagnated", "breakdown") and inputs.dtype != torch.float64:
         wide = _system(inputs.double(), parameters, context)
         offset = None if offset is None else offset.double()
         rest = _run(wide, result.solution, offset, steps - result.iterations, parameters)

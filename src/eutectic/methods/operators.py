@@ -111,9 +111,7 @@ def damped(system: System, damping: float) -> System:
         factors = {"right": matrix if system.matrix is system.right else system.right}
     else:
         factors = {"left": _ridged(system.left, damping), "right": _ridged(system.right, damping)}
-    return replace(
-        system, apply=apply, diagonal=system.diagonal + ridge, matrix=matrix, **factors
-    )
+    return replace(system, apply=apply, diagonal=system.diagonal + ridge, matrix=matrix, **factors)
 
 
 def _ridged(gram: Tensor, damping: float) -> Tensor:
@@ -329,4 +327,5 @@ def _kfac_system(
         torch.einsum("to,ti->oi", left_diagonals, right_diagonals),
         left=left,
         right=right,
+        unit_roundoff=max(g.unit_roundoff for g in (*grams, *outputs)),
     )

@@ -87,7 +87,8 @@ def _approximate_inverse(system: System, preconditioner: Preconditioner) -> Line
     if preconditioner == "none":
         return None
     if preconditioner == "kronecker" and system.right is not None:
-        return kronecker(system.left, system.right, system.right_side.dtype)
+        dtype = system.right_side.dtype
+        return kronecker(system.left, system.right, dtype, system.unit_roundoff)
     return jacobi(system.diagonal)
 
 
