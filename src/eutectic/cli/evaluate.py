@@ -10,16 +10,10 @@ import typer
 from rich.table import Table
 
 from eutectic.cli.console import out, pairs, progress_bar, verb
-from eutectic.errors import RequestError, suggest
 
 if TYPE_CHECKING:
     from eutectic.evaluation.results import Figures, Results
 
-_CHOICES = {
-    "--split": ("proxy", "validation", "test"),
-    "--dtype": ("float32", "bfloat16"),
-    "--routing": ("route", "oracle", "base"),
-}
 _PERCENT = {"accuracy", "macro_f1", "exact_match", "acc", "acc_norm"}
 _TASKS_ACROSS = 6
 
@@ -53,7 +47,8 @@ def evaluate(
     proxy: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TASK=DATA", help="Data given to `collect`: must share no row with the split."
+            metavar="TASK=DATA",
+            help="Data given to `collect`: must share no row with other splits; repeatable.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
@@ -77,12 +72,10 @@ def evaluate(
     """
     from eutectic.evaluation.run import evaluate as run
 
-    for option, value in (("--split", split), ("--dtype", dtype), ("--routing", routing)):
-        if value not in _CHOICES[option]:
-            allowed = _CHOICES[option]
-            raise RequestError(
-                f"{option} is one of {', '.join(allowed)}; got '{value}'.{suggest(value, allowed)}"
-            )
+    further: dict[str, list[str]] = {}
+    for word in proxy or []:
+        for name, path in pairs([word], "--proxy").items():
+            further.setdefault(name, []).append(path)
     with progress_bar("evaluating") as tell:
         results = run(
             tasks,
@@ -95,7 +88,7 @@ def evaluate(
             limit=limit,
             dtype=dtype,  # pyright: ignore[reportArgumentType]
             routing=routing,  # pyright: ignore[reportArgumentType]
-            proxy={name: [path] for name, path in pairs(proxy or [], "--proxy").items()},
+            proxy=further,
             seed=seed,
             resamples=resamples,
             trust_code=trust_code,

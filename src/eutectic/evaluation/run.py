@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from eutectic.checkpoint.experts import is_adapter
 from eutectic.checkpoint.writer import write_atomically
@@ -53,7 +53,7 @@ def evaluate(
     limit: int | None = None,
     dtype: Precision = "float32",
     routing: RoutingMode = "route",
-    proxy: Mapping[str, Sequence[Folder]] | None = None,
+    proxy: Mapping[str, Folder | Sequence[Folder]] | None = None,
     seed: int = 0,
     resamples: int = 1000,
     trust_code: bool = False,
@@ -92,9 +92,13 @@ def evaluate(
         NumericalError: NaN or Inf in a model's outputs.
         MissingExtraError: transformers, or lm-eval where a task needs it, is not installed.
     """
+    _check_settings(split, dtype, routing, batch_size, limit, seed, resamples)
     known = dict(tasks) if isinstance(tasks, Mapping) else load_tasks(tasks)
     sources = _sources(known, base, experts or {}, models, routing)
-    further = proxy or {}
+    further = {
+        name: [given] if isinstance(given, str | Path) else list(given)
+        for name, given in (proxy or {}).items()
+    }
     for name in further:
         if name not in known:
             raise RequestError(f"no task '{name}' for the proxy data.{suggest(name, list(known))}")
@@ -234,6 +238,35 @@ class _Run:
         self.done += rows
         if self.progress is not None:
             self.progress(self.done, max(self.total, self.done), f"{checkpoint.name}, {task.name}")
+
+
+def _check_settings(
+    split: str,
+    dtype: str,
+    routing: str,
+    batch_size: int,
+    limit: int | None,
+    seed: int,
+    resamples: int,
+) -> None:
+    chosen = {
+        "split": (split, Split),
+        "dtype": (dtype, Precision),
+        "routing": (routing, RoutingMode),
+    }
+    for name, (value, choices) in chosen.items():
+        allowed = get_args(choices)
+        if value not in allowed:
+            raise RequestError(
+                f"{name} is one of {', '.join(allowed)}; got '{value}'.{suggest(value, allowed)}"
+            )
+    least = {
+        "batch_size": (batch_size, 1), "limit": (1 if limit is None else limit, 1),
+        "seed": (seed, 0), "resamples": (resamples, 0),
+    }  # fmt: skip
+    for name, (value, low) in least.items():
+        if value < low:
+            raise RequestError(f"{name} must be at least {low}, got {value}.")
 
 
 def _sources(
