@@ -104,6 +104,8 @@ def test_requests_that_cannot_be_met_end_with_2(folder: Path, tmp_path: Path):
         [*request(folder), "-o", tmp_path / "new", "--router-data", "a=x.jsonl"],
         [*request(folder)[:-4], "-o", tmp_path / "new"],
         [folder / "merged", "oops", "-o", tmp_path / "new"],
+        [folder / "merged", "-o", tmp_path / "new"],
+        [folder / "merged", "--dry-run"],
     ):
         assert run(*words).exit_code == 2, words
     assert run(folder / "merged").exit_code == 1

@@ -99,8 +99,12 @@ def test_the_router_follows_the_statistics_there_are(world: World):
     }
     routed = build(world, statistics=plain)
     assert routed.routing.router == "prototype" and not routed.routing.accumulate
-    with pytest.raises(StatisticsError, match="no pooled sums"):
+    with pytest.raises(StatisticsError, match="expert 'a': no pooled sums"):
         build(world, statistics=plain, router="discriminant")
+    name = "encoder.layer.1.attention.self.key.weight"
+    silent = dataclasses.replace(plain["b"][name], input_sum=torch.zeros(16))
+    with pytest.raises(StatisticsError, match="prototypes of expert 'b' have norm zero"):
+        build(world, statistics={**plain, "b": {**plain["b"], name: silent}})
 
 
 def test_names_with_another_prefix_meet(world: World):
@@ -177,6 +181,8 @@ def test_requests_that_cannot_be_met(world: World):
         build(world, layers=["*nothing*"])
     with pytest.raises(RequestError, match="routed already"):
         build_routed(build(world), world.state_dicts(), stats)
+    with pytest.raises(RequestError, match="shrinkage belongs to the discriminant router"):
+        build(world, router="prototype", shrinkage=0.5)
     with pytest.raises(RequestError, match="unknown router 'cosine'"):
         build(world, router="cosine")
     with pytest.raises(RequestError, match="expert 'b' has no tensor"):
@@ -374,6 +380,8 @@ def test_modes_that_cannot_be_set(world: World):
         ({"mode": "soft", "temperature": 0.0}, "temperature"),
         ({"expert": "a"}, "belongs to oracle mode"),
         ({"mode": "vote", "layer": "nothing"}, "no routed layer"),
+        ({"mode": "route", "temperature": 0.5}, "temperature= belongs to soft mode"),
+        ({"layer": "encoder.layer.0.intermediate.dense.weight"}, "layer= belongs to vote mode"),
     ):
         with pytest.raises(RequestError, match=message.replace("?", "[?]").replace(".", "[.]")):
             with routing(routed, **options):  # type: ignore[arg-type]

@@ -119,6 +119,17 @@ def route(
     from eutectic.statistics.models import load_model as load_on
 
     if not experts:
+        given = {
+            "--output": output,
+            "--statistics": statistics,
+            "--router-statistics": router_statistics,
+            "--router-data": router_data,
+            "--router": router,
+            "--layers": layers,
+            "--base": base,
+            "--dry-run": dry_run,
+        }
+        _check_no_building([option for option, value in given.items() if value])
         _show(merged, export, json)
         return
     named = pairs(experts, "expert")
@@ -197,6 +208,15 @@ def route(
         export_lora(routed, export)
         report["export"] = str(export)
     _report(report, json)
+
+
+def _check_no_building(given: list[str]) -> None:
+    if given:
+        raise RequestError(
+            f"{', '.join(given)}: nothing to build without experts.\n"
+            "Name them: eutectic route MERGED NAME=EXPERT … A routed folder is shown, or exported "
+            "with --export."
+        )
 
 
 def _show(folder: Path, export: Path | None, json: bool) -> None:

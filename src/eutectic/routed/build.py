@@ -115,6 +115,11 @@ def build_routed(
     if router is None:
         pooled = all(has_pooled(entry) for layer in chosen for entry in of_router(layer))
         router = "discriminant" if pooled else "prototype"
+    if shrinkage is not None and router != "discriminant":
+        raise RequestError(
+            f"shrinkage belongs to the discriminant router, got router='{router}'.\n"
+            "Leave it out, or give statistics with pooled sums and router='discriminant'."
+        )
     routed = copy.deepcopy(model)
     batch_first = all(
         m.batch_first for m in model.modules() if isinstance(m, nn.MultiheadAttention)
@@ -141,7 +146,7 @@ def build_routed(
                     n: k for n, k in zip(names, kept, strict=True) if k < up.shape[-1]
                 }
             device = parameters[layer.name].device
-            scorer = _router(router, of_router(layer), layer, shrinkage)
+            scorer = _router(router, of_router(layer), layer, shrinkage, names)
             install(routed, layer, up, down, scorer.to(device), routing)
     return finish(routed, routing)
 
@@ -182,12 +187,16 @@ def thin_experts(
 
 
 def _router(
-    kind: RouterKind, entries: list[LayerStatistics], layer: Layer, shrinkage: float | None
+    kind: RouterKind,
+    entries: list[LayerStatistics],
+    layer: Layer,
+    shrinkage: float | None,
+    names: Sequence[str],
 ) -> Router:
     if kind == "prototype":
-        router: Router = prototype_router(entries, f"'{layer.name}'")
+        router: Router = prototype_router(entries, f"'{layer.name}'", names)
     elif kind == "discriminant":
-        router = discriminant_router(entries, f"'{layer.name}'", shrinkage)
+        router = discriminant_router(entries, f"'{layer.name}'", shrinkage, names)
     else:
         raise RequestError(f"unknown router '{kind}'; known: discriminant, prototype.")
     if router.weight.shape[1] != layer.in_features:

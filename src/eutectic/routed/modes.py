@@ -45,7 +45,7 @@ def routing(
 
     Raises:
         RequestError: not a routed model, an unknown mode, expert or layer, a temperature that is
-            not positive, an oracle without an expert.
+            not positive, an oracle without an expert, an argument of another mode.
     """
     handle = routing_of(routed)
     if mode not in MODES:
@@ -58,6 +58,10 @@ def routing(
             if expert is None
             else f"expert= belongs to oracle mode, got mode='{mode}'."
         )
+    if temperature != 1 and mode != "soft":
+        raise RequestError(f"temperature= belongs to soft mode, got mode='{mode}'.")
+    if layer is not None and mode != "vote":
+        raise RequestError(f"layer= belongs to vote mode, got mode='{mode}'.")
     layers = [m.name for m in routed.modules() if isinstance(m, Experts)]
     if layer is not None and layer not in layers:
         raise RequestError(f"no routed layer '{layer}'.{suggest(layer, layers)}")
@@ -136,6 +140,8 @@ def _hits(decisions: dict[str, Tensor], labels: Sequence[int] | Tensor) -> dict[
     for name, chosen in decisions.items():
         if chosen.shape != right.shape:
             raise RequestError(
-                f"'{name}' decided for {len(chosen)} samples, but there are {len(right)} labels."
+                f"'{name}' decided for {len(chosen)} samples, but there are {len(right)} labels.\n"
+                "Give the labels of its own samples, and each tower's layers apart where towers "
+                "saw batches of unequal size."
             )
     return {name: chosen == right for name, chosen in decisions.items()}

@@ -78,8 +78,12 @@ class DiscriminantRouter(Router):
             return nn.functional.linear(pooled.float(), self.weight, self.bias)
 
 
-def prototype_router(statistics: Sequence[LayerStatistics], where: str) -> PrototypeRouter:
+def prototype_router(
+    statistics: Sequence[LayerStatistics], where: str, names: Sequence[str] | None = None
+) -> PrototypeRouter:
     """Return the published router: p_t = Σx / n, normalised.
+
+    `where` and `names` tell the layer and the experts in messages.
 
     Raises:
         StatisticsError: an expert has no input sum, no tokens, or a prototype of zero norm.
@@ -88,23 +92,31 @@ def prototype_router(statistics: Sequence[LayerStatistics], where: str) -> Proto
     for t, entry in enumerate(statistics):
         if entry.input_sum is None or entry.count < 1:
             raise StatisticsError(
-                f"{where}, expert {t}: no input sum over at least one token, so no prototype.\n"
-                "Collect the statistics again, or route with another router."
+                f"{where}, {_expert(t, names)}: no input sum over at least one token, so no "
+                "prototype.\nCollect the statistics again, or route with another router."
             )
         rows.append(entry.input_sum.double() / entry.count)
     prototypes = torch.stack(rows)
     norms = prototypes.norm(dim=1)
     if not bool(torch.isfinite(norms).all()) or float(norms.min()) == 0:
-        bad = [t for t, norm in enumerate(norms.tolist()) if not 0 < norm < float("inf")]
+        faulty = [t for t, norm in enumerate(norms.tolist()) if not 0 < norm < float("inf")]
+        bad = ", ".join(_expert(t, names) for t in faulty)
         raise StatisticsError(
-            f"{where}: the prototypes of experts {bad} have norm zero or are not finite; no cosine "
+            f"{where}: the prototypes of {bad} have norm zero or are not finite; no cosine "
             "can be taken.\nLeave this layer out, or check the proxy data."
         )
     return PrototypeRouter(prototypes / norms.unsqueeze(1), torch.zeros(len(rows)))
 
 
+def _expert(t: int, names: Sequence[str] | None) -> str:
+    return f"expert {t}" if names is None else f"expert '{names[t]}'"
+
+
 def discriminant_router(
-    statistics: Sequence[LayerStatistics], where: str, shrinkage: float | None = None
+    statistics: Sequence[LayerStatistics],
+    where: str,
+    shrinkage: float | None = None,
+    names: Sequence[str] | None = None,
 ) -> DiscriminantRouter:
     """Return the linear discriminant of the experts' pooled inputs.
 
@@ -118,6 +130,7 @@ def discriminant_router(
         statistics: per expert, with `pooled_sum`, `pooled_gram` and `sample_count`.
         where: names the layer in messages.
         shrinkage: γ in (0, 1] instead of the estimate.
+        names: of the experts, in messages.
 
     Returns:
         A router with W = (p_t − p̄)ᵀΣ⁻¹ and the matching bias; scores of one sample differ from
@@ -134,7 +147,7 @@ def discriminant_router(
     for t, entry in enumerate(statistics):
         if not has_pooled(entry):
             raise StatisticsError(
-                f"{where}, expert {t}: no pooled sums over at least one sample, which the "
+                f"{where}, {_expert(t, names)}: no pooled sums over at least one sample, which the "
                 "discriminant router needs.\nCollect again, or use router='prototype'."
             )
         assert entry.pooled_sum is not None and entry.pooled_gram is not None
