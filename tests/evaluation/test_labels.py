@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import eutectic
-from eutectic.errors import TaskError
+from eutectic.errors import CheckpointError, TaskError
 from evaluation import world
 
 LABELS = ("no", "maybe", "yes")
@@ -75,3 +75,9 @@ def test_classes_of_another_task_are_refused_with_the_way_out(folder: Path):
     with pytest.raises(TaskError, match=message):
         figures(folder, answers)
     assert figures(folder, answers, head_tensors=["classifier.*"])["base"] > 0
+
+
+def test_a_body_without_any_head_is_told_so(folder: Path):
+    figures(folder, ["no"] * 40)  # writes the data and the tasks
+    with pytest.raises(CheckpointError, match=r"classifier.*\n.*--expert a=PATH"):
+        eutectic.evaluate(folder / "t.yaml", models=[folder / "body"], resamples=0)

@@ -182,8 +182,8 @@ class _Run:
         return found
 
     def _model(self, checkpoint: Checkpoint, task: Task) -> Outcomes:
+        model = self._loaded(checkpoint, task)  # first: without a head there are no classes
         ready = self._prepared(checkpoint, task)
-        model = self._loaded(checkpoint, task)
         head = load_head(task, base=checkpoint.role == "base")
         with self.sources.routed_as_asked(model, checkpoint, task):
             try:
