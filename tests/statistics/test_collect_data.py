@@ -179,6 +179,8 @@ def test_pairs_and_columns_of_other_names() -> None:
     assert batch["input_ids"].shape == (1, 3) and batch["labels"].tolist() == [1]
     with pytest.raises(RequestError, match="row 1 has no column 'text'.*premise.*\n.*--text"):
         list(encoded(rows, "text-classification"))
+    with pytest.raises(RequestError, match="no column 'hypotesis'.*\n.*--text-pair-column"):
+        list(encoded(rows, "text-classification", text="premise", text_pair="hypotesis"))
     ragged = [{"text": "a"}, {"text": "a"}, {"other": "b"}]
     with pytest.raises(RequestError, match="row 3 has no column 'text'"):
         list(encoded(ragged, "causal-lm"))

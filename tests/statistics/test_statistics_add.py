@@ -162,6 +162,16 @@ def test_labels_of_different_origin_do_not_mix() -> None:
         add_statistics(kinds)
 
 
+def test_a_sum_that_only_one_file_has_is_refused() -> None:
+    """The count would be that of both."""
+    kinds = [
+        collect(bert(), batched(some, 2), output_gradients=True, output_gradient_limit=limit)
+        for some, limit in ((DATA[:4], 100), (DATA[4:], 20))
+    ]
+    with pytest.raises(StatisticsError, match="only one of them left out '.*': output_gradient"):
+        add_statistics(kinds)
+
+
 def test_objectives_of_one_name_do_not_mix() -> None:
     def power(exponent: int) -> Any:
         return lambda outputs, batch: outputs.logits[:, 0] ** exponent

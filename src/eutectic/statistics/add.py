@@ -120,6 +120,10 @@ def _layer_faults(first: StatisticsFile, other: StatisticsFile) -> list[str]:
     if missing:
         return [f"layers: only one of them has '{missing[0]}' ({len(missing)} such layers)"]
     ours, theirs = first.provenance["layers"], other.provenance["layers"]
+    left_out = sorted(set(first.provenance["skipped"]) ^ set(other.provenance["skipped"]))
+    if left_out:
+        reasons = {**first.provenance["skipped"], **other.provenance["skipped"]}
+        return [f"only one of them left out '{left_out[0]}': {reasons[left_out[0]]}"]
     keys = ("kind", "shape", "parameter", "same_as")
     different = [n for n in first if any(ours[n][k] != theirs[n][k] for k in keys)]
     return [f"'{n}': {ours[n]['shape']} and {theirs[n]['shape']}" for n in different[:3]]

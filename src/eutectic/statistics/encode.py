@@ -30,7 +30,7 @@ _LABELLED = ("text-classification", "feature-extraction", "image-classification"
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Which column holds what; a name that is absent from the rows is no fault if not needed."""
+    """Which column holds what; one that no task needs may be absent under its default name."""
 
     text: str = "text"
     text_pair: str = "text_pair"
@@ -100,7 +100,7 @@ class EncodedRows:
             batch = self._texts(texts)
             return batch | {"labels": _masked(batch["input_ids"], batch["attention_mask"])}
         pairs = None
-        if self.columns.text_pair in rows[0]:
+        if self.columns.text_pair in rows[0] or self.columns.text_pair != Columns.text_pair:
             pairs = self._column("text_pair", rows, start)
         batch = self._texts(texts, pairs)
         return batch | (self._labels(rows, start) if self.task in _LABELLED else {})
