@@ -67,6 +67,15 @@ ROWS: dict[str, Row] = {
         for init in ("task_arithmetic", "iso_c")
         for steps in (10, 100)
     },
+    **{
+        f"mats_{init}_kronecker_3": Row(
+            "mats",
+            {"operator": "kfac", "iterations": 3, "preconditioner": "kronecker"},
+            seeded=True,
+            init=init,
+        )
+        for init in ("task_arithmetic", "iso_c")
+    },
     "esm_roberta": Row("esm", {"preset": "roberta"}, seeded=True, start=1.0),
     "esm_vit": Row("esm", {"preset": "vit"}, seeded=True, start=0.3),
     "iso_a": Row("iso_a", seeded=True, start=0.7),
