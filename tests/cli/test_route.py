@@ -181,6 +181,12 @@ def test_the_routers_data_are_read_as_collect_reads_them(folder: Path, tmp_path:
     refused([*asked, *named[:4], "--task", "poetry"], "unknown task 'poetry'")
     refused([*asked, *named, "--device", "abacus"], "--device abacus")
     refused([*asked[:-1], "c=some.module:rows", *named], "--trust-code")
+    plain = tmp_path / "plain.jsonl"
+    plain.write_text('{"text": "w1"}')
+    data = {f"{n}={tmp_path / n}": f"{n}={plain}" for n in EXPERTS}
+    refused([data.get(str(word), word) for word in [*asked, *named]], "data without splits")
+    # A split that is some task's is not ignored, and others' data are read whole.
+    refused([*asked[:-1], f"c={plain}", *named], "no column 'words'")
     result = run(*asked, *named, "--device", "cpu", "-o", tmp_path / "routed", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["router"] == "discriminant"

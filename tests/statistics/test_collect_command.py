@@ -274,7 +274,11 @@ def test_ia3_vectors_have_a_block_fisher() -> None:
         ),
         (["EXPERT", "-o", "no/where/x", "--data", "DATA"], 1, "no folder"),
         (["EXPERT", "-o", "x", "--data", "DATA", "--memory", "1KB"], 2, "more than the"),
-        (["EXPERT", "-o", "x", "--data", "DATA", "--labels", "mine"], 2, "labels must be one of"),
+        (
+            ["EXPERT", "-o", "x", "--data", "DATA", "--labels", "mine", "--fisher"],
+            2,
+            "labels must be one of",
+        ),
     ],
 )
 def test_errors_in_a_few_lines(
@@ -294,6 +298,40 @@ def test_errors_in_a_few_lines(
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) <= 4
     assert not list(tmp_path.glob("x*"))
+
+
+IGNORED = {
+    "--labels sample": "--labels is for gradients, and none are asked for",
+    "--labels data --seed 0": "--labels, --seed are for gradients",
+    "--label-column label": "--label-column is for gradients",
+    "--fisher --seed 0": "--seed: labels of the data are not drawn",
+    "--fisher --labels sample --label-column label": "--label-column: drawn labels take no column",
+    "--fisher --pooling mean": "--pooling is for --head, and none is named",
+    "--normalize": "--normalize is for --head",
+    "--split train": "data without splits, so there is no 'train' to choose",
+}
+
+
+@pytest.mark.parametrize("words", IGNORED)
+def test_options_that_would_be_ignored_are_refused(data: Path, tmp_path: Path, words: str) -> None:
+    # Refused before anything is opened: there is no such checkpoint.
+    result = run("nowhere", "--data", data, "-o", tmp_path / "x", *words.split(), code=2)
+    assert IGNORED[words] in " ".join(result.stderr.split())
+    assert not list(tmp_path.glob("x*"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--fisher", "--batch-size 16", "--dtype float32", "--no-share-inputs", "--device cpu"],
+)
+def test_files_that_are_only_added_take_no_options_of_collecting(
+    tmp_path: Path, words: str
+) -> None:
+    added = ["--add", "nowhere", "--add", "nowhere", "-o", tmp_path / "x"]
+    option = words.split()[0].replace("--no-", "--")
+    result = run(*added, *words.split(), code=2)
+    assert f"{option} is for collecting, and files are only added" in result.stderr
+    assert "nowhere" in run(*added, code=1).stderr
 
 
 def test_grams_need_no_labels_no_head_and_not_even_tokens(expert: Path, tmp_path: Path) -> None:

@@ -39,6 +39,9 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
     assert list(read_rows(str(tmp_path / "splits"), split="train")) == ROWS
     with pytest.raises(RequestError, match="splits train; name one"):
         read_rows(str(tmp_path / "splits"))
+    for name in ("x.jsonl", "x.parquet", "saved", "some.module:rows"):
+        with pytest.raises(RequestError, match="data without splits, so there is no 'train'"):
+            read_rows(name if ":" in name else str(tmp_path / name), split="train")
 
 
 def test_images_are_labelled_by_their_folder(tmp_path: Path) -> None:

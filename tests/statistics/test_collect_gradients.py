@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from eutectic.errors import NumericalError, RequestError
 from eutectic.statistics import collect
+from eutectic.statistics.heads import Head
 
 
 def naive_fisher(model: nn.Module, data: list[Example]) -> dict[str, list[Tensor]]:
@@ -287,6 +288,15 @@ def test_requests_without_labels_or_logits() -> None:
             labels="sample",
             objective=lambda o, b: o.logits.sum(1),
         )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"labels": "sample"}, {"objective": "regression"}, {"head": Head(*2 * [torch.ones(1)])}],
+)
+def test_what_only_gradients_need_is_refused_without(given: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="is for gradients; ask for output_gradients"):
+        collect(bert(), [padded(examples("bert"))], **given)
 
 
 def test_a_loss_that_is_not_finite_is_an_error() -> None:

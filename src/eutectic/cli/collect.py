@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,13 +22,20 @@ from eutectic.cli.options import (
     TextColumn,
     TextPairColumn,
     TrustCode,
+    given_options,
 )
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes, parse_bytes
 
+# What only some collections look at.
+_WITH_GRADIENTS = ("head", "labels", "seed", "label_column")
+_WITH_HEAD = ("pooling", "normalize")
+_ADDING = {"output", "add", "json"}
+
 
 @verb
 def collect(
+    context: typer.Context,
     checkpoint: Annotated[
         Path | None,
         typer.Argument(help="The expert: a folder, or an adapter folder with --base."),
@@ -136,24 +144,30 @@ def collect(
     from eutectic.statistics.encode import Columns
     from eutectic.statistics.heads import read_head
     from eutectic.statistics.models import load_model
+    from eutectic.statistics.rows import check_split
 
     started = time.monotonic()
     made_up: list[str] = []
+    given = given_options(context)
     if checkpoint is None:
         if data is not None or not add:
             raise RequestError(
                 "name a CHECKPOINT and its --data, or statistics files to --add.\n"
                 "Example: eutectic collect ./expert --data proxy.jsonl -o expert.stats.safetensors"
             )
+        _refuse(
+            [option for name, option in given.items() if name not in _ADDING],
+            "for collecting, and files are only added.",
+            "Name a CHECKPOINT and its --data to collect and add.",
+        )
         result = add_statistics(add, output)
     else:
         if data is None:
             raise RequestError(f"{checkpoint}: no data to run it on; name them with --data.")
         gradients = output_gradients or fisher or block_fisher
-        if head is not None and not gradients:
-            raise RequestError(
-                "--head is for gradients.\nAdd --output-gradients, --fisher or --block-fisher."
-            )
+        _check_given(given, gradients, labels)
+        if split is not None:
+            check_split([data], split)
         if head is not None and task not in (None, "feature-extraction"):
             raise RequestError(f"--head is for bare models, not for --task {task}.\nLeave it out.")
         own = None if head is None else read_head(head, pooling, normalize)  # pyright: ignore[reportArgumentType]
@@ -235,3 +249,37 @@ def collect(
     table.add_row("took", f"{report['seconds']:.1f} s, {format_bytes(report['bytes'])}")
     out.print(table)
     out.print(f"[bold green]written[/] {output}", highlight=False, soft_wrap=True)
+
+
+def _check_given(given: Mapping[str, str], gradients: bool, labels: str) -> None:
+    """Refuse options that this collection would ignore."""
+    if not gradients:
+        _refuse(
+            [given[name] for name in _WITH_GRADIENTS if name in given],
+            "for gradients, and none are asked for.",
+            "Add --output-gradients, --fisher or --block-fisher.",
+        )
+    if "head" not in given:
+        _refuse(
+            [given[name] for name in _WITH_HEAD if name in given],
+            "for --head, and none is named.",
+            "The checkpoint's own head is used as it is.",
+        )
+    if labels == "sample" and "label_column" in given:
+        raise RequestError(
+            f"{given['label_column']}: drawn labels take no column.\n"
+            "Leave out it or --labels sample."
+        )
+    if labels == "data" and "seed" in given:
+        raise RequestError(
+            f"{given['seed']}: labels of the data are not drawn.\nAdd --labels sample."
+        )
+
+
+def _refuse(options: Sequence[str], why: str, instead: str) -> None:
+    if options:
+        verb = "is" if len(options) == 1 else "are"
+        raise RequestError(
+            f"{', '.join(options)} {verb} {why}\n{instead} Otherwise leave "
+            f"{'it' if len(options) == 1 else 'them'} out."
+        )

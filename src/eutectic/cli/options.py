@@ -1,4 +1,4 @@
-"""Options that `collect` and `route` share: how data are read and where the model runs."""
+"""Options that `collect` and `route` share, and which of a verb's options were given."""
 
 from __future__ import annotations
 
@@ -24,3 +24,20 @@ TextPairColumn = Annotated[str, typer.Option(help="Column of second texts.")]
 SourceColumn = Annotated[str, typer.Option(help="Column of source texts.")]
 TargetColumn = Annotated[str, typer.Option(help="Column of target texts.")]
 ImageColumn = Annotated[str, typer.Option(help="Column of images.")]
+
+
+def given_options(context: typer.Context) -> dict[str, str]:
+    """Return parameter -> option (`max_length` -> `--max-length`) of those that were typed.
+
+    An option typed with its default value is among them, one that was left out is not.
+    """
+    return {
+        parameter.name: parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name and _typed(context, parameter.name)
+    }
+
+
+def _typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

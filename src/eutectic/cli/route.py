@@ -117,6 +117,7 @@ def route(
     from eutectic.statistics.data import open_batches
     from eutectic.statistics.encode import Columns
     from eutectic.statistics.models import load_model as load_on
+    from eutectic.statistics.rows import check_split, has_splits
 
     if not experts:
         given = {
@@ -160,6 +161,8 @@ def route(
     elif router_data:
         sources = pairs(router_data, "--router-data")
         _check_sources(sources, named)
+        if split is not None:
+            check_split(list(sources.values()), split)
         loaded = load_on(merged, None, task, device)  # pyright: ignore[reportArgumentType]
         columns = Columns(
             text=text_column,
@@ -176,7 +179,7 @@ def route(
                 columns=columns,
                 batch_size=batch_size,
                 max_length=max_length,
-                split=split,
+                split=split if has_splits(source) else None,
                 trust_code=trust_code,
             )
             for name, source in sources.items()

@@ -17,6 +17,7 @@ from eutectic.errors import MissingExtraError, RequestError, StatisticsError
 Row = Mapping[str, Any]
 
 _IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+_SPLITS = "dataset_dict.json"
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _KNOWN = "*.jsonl, *.csv, *.tsv, *.parquet, a folder of images, a folder written by `datasets`"
 
@@ -31,17 +32,20 @@ def read_rows(source: str, *, split: str | None = None, trust_code: bool = False
         trust_code: allow `module:function`, which runs code of that module.
 
     Raises:
-        RequestError: an unknown kind of data, or a function without `trust_code`.
+        RequestError: an unknown kind of data, a function without `trust_code`, a split that is not
+            there, or one of data without splits.
         StatisticsError: a file is missing or damaged, with its line; no rows from a function.
         MissingExtraError: parquet and `datasets` folders need a package that is not installed.
     """
     path = Path(source)
+    if split is not None:
+        check_split([source], split)
     if not path.exists() and _FUNCTION.fullmatch(source):
         return _call(source, trust_code)
     if not path.exists():
         raise StatisticsError(f"{source}: no such file or folder.\nKnown data: {_KNOWN}.")
     if path.is_dir():
-        marks = ("dataset_info.json", "state.json", "dataset_dict.json")
+        marks = ("dataset_info.json", "state.json", _SPLITS)
         if any((path / mark).exists() for mark in marks):
             return _saved_dataset(path, split)
         return _image_folder(path)
@@ -54,6 +58,25 @@ def read_rows(source: str, *, split: str | None = None, trust_code: bool = False
     if path.suffix.lower() not in readers:
         raise RequestError(f"{source}: unknown kind of data '{path.suffix}'.\nKnown: {_KNOWN}.")
     return readers[path.suffix.lower()](path)
+
+
+def has_splits(source: str) -> bool:
+    """Tell whether a source is a `datasets` folder of several splits; nothing else has any."""
+    return (Path(source) / _SPLITS).is_file()
+
+
+def check_split(sources: Sequence[str], split: str) -> None:
+    """Refuse a split that would be ignored, because none of the sources has any.
+
+    Raises:
+        RequestError: none has; one that is missing altogether is left to `read_rows`.
+    """
+    there = [s for s in sources if Path(s).exists() or _FUNCTION.fullmatch(s)]
+    if there and not any(map(has_splits, sources)):
+        raise RequestError(
+            f"{', '.join(there)}: data without splits, so there is no '{split}' to choose.\n"
+            "Leave the split out; only a folder of `datasets` may hold several."
+        )
 
 
 def _call(source: str, trust_code: bool) -> Sequence[Any]:
@@ -144,7 +167,8 @@ def _saved_dataset(path: Path, split: str | None) -> Sequence[Row]:
         return cast(Sequence[Row], found)
     if split is None or split not in found:
         raise RequestError(
-            f"{path}: has the splits {', '.join(map(str, found))}; name one of them with --split."
+            f"{path}: has the splits {', '.join(map(str, found))}; name one of them with --split.\n"
+            "In a task of `eutectic evaluate`: data: {proxy: {path: …, subset: NAME}}."
         )
     return cast(Sequence[Row], found[split])
 

@@ -63,6 +63,18 @@ class Settings:
         ]
         if not (self.grams or self.gradients):
             faults.append("nothing is asked for: grams, output_gradients, fisher, block_fisher")
+        if not self.gradients:
+            # With their defaults they say nothing; otherwise they would be ignored.
+            given = {
+                "labels='sample'": self.labels == "sample",
+                "objective": self.objective != "auto",
+                "head": self.head is not None,
+            }
+            faults += [
+                f"{name} is for gradients; ask for output_gradients, fisher or block_fisher"
+                for name, is_given in given.items()
+                if is_given
+            ]
         if faults:
             raise RequestError("collect refuses its arguments:\n  - " + "\n  - ".join(faults))
 
