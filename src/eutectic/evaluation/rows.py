@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from eutectic.errors import RequestError, StatisticsError, TaskError
 from eutectic.evaluation.schema import SPLITS, Part, Split, Task
-from eutectic.statistics.encode import open_image
+from eutectic.statistics.encode import beside, open_image
 from eutectic.statistics.rows import Row, read_rows
 
 INPUTS: Mapping[str, tuple[str, ...]] = {
@@ -135,16 +134,7 @@ def _part_rows(task: Task, split: Split, part: Part) -> list[Row]:
 def _read(task: Task, path: str, subset: str | None = None) -> Sequence[Row]:
     """Return the rows of a file or folder; pictures that they name lie relative to it."""
     rows = read_rows(path, split=subset)
-    column, folder = task.columns.image, Path(path).parent
-    if task.kind != "image-classification" or Path(path).is_dir():
-        return rows
-
-    def located(row: Row) -> Row:
-        value = row.get(column)
-        beside = folder / value if isinstance(value, str) else None
-        return {**row, column: beside} if beside is not None and beside.is_file() else row
-
-    return [located(row) for row in rows]
+    return beside(rows, task.columns.image, path) if task.kind == "image-classification" else rows
 
 
 def _position(key: bytes) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from eutectic.statistics.batches import Batch
-from eutectic.statistics.encode import Columns, EncodedRows, image_mode
+from eutectic.statistics.encode import Columns, EncodedRows, beside, image_mode
 from eutectic.statistics.models import LoadedModel, takes_images
 from eutectic.statistics.rows import read_rows
 
@@ -31,9 +31,10 @@ def open_batches(
 ) -> Iterable[Batch]:
     """Return batches of a data set for a loaded model; see `rows.read_rows` for sources.
 
-    A function that returns mappings of tensors is taken to yield ready batches. Labels are looked
-    at only if `needs_labels`: without gradients, or with drawn labels, any or none will do.
-    `classes` is how many there are where a head of its own decides that, not the configuration.
+    Pictures that a file names lie beside it, or else where the name says. A function that returns
+    mappings of tensors is taken to yield ready batches. Labels are looked at only if
+    `needs_labels`: without gradients, or with drawn labels, any or none will do. `classes`
+    is how many there are where a head of its own decides that, not the configuration.
 
     Raises:
         RequestError, StatisticsError, MissingExtraError: as `read_rows` and `EncodedRows`.
@@ -43,6 +44,9 @@ def open_batches(
         return rows
     if max_examples is not None and len(rows) > max_examples:
         rows = list(islice(rows, max_examples))
+    pictures = takes_images(loaded.model)
+    if pictures:
+        rows = beside(rows, columns.image, source)
     return EncodedRows(
         rows,
         loaded.processor,
@@ -51,7 +55,7 @@ def open_batches(
         batch_size,
         max_length or longest_input(loaded.processor, loaded.model.config),
         loaded.label_ids,
-        image_mode(loaded.model.config) if takes_images(loaded.model) else None,
+        image_mode(loaded.model.config) if pictures else None,
         needs_labels,
         _classes(loaded.model.config) if classes is None else classes if classes > 1 else None,
     )

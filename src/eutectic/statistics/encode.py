@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,9 +181,7 @@ def open_image(value: Any, mode: str = "RGB") -> Any:
     Raises:
         StatisticsError: the file is not a readable image.
     """
-    if isinstance(value, Mapping):
-        stored = cast("Mapping[str, Any]", value)
-        value = stored.get("bytes") or stored.get("path") or value
+    value = _held(value)
     if not isinstance(value, str | Path | bytes):
         return value.convert(mode) if hasattr(value, "convert") else value
     from PIL import Image, UnidentifiedImageError
@@ -193,3 +192,32 @@ def open_image(value: Any, mode: str = "RGB") -> Any:
             return image.convert(mode)
     except (OSError, UnidentifiedImageError) as error:
         raise StatisticsError(f"{shown}: not a readable image ({error}).") from error
+
+
+def beside(rows: Sequence[Row], column: str, source: str) -> Sequence[Row]:
+    """Return the rows of a file with the pictures that they name found: beside it, or as named.
+
+    Args:
+        rows: as `read_rows` returns them.
+        column: the column of pictures; values that name no file beside it stay as they are.
+        source: the file; rows of folders and of functions are returned as they are.
+    """
+    if not Path(source).is_file():
+        return rows
+    folder = Path(source).parent
+
+    def located(row: Row) -> Row:
+        value = _held(row.get(column))
+        # Path.is_file would raise where a text is too long for a name.
+        found = isinstance(value, str) and os.path.isfile(folder / value)  # noqa: PTH113
+        return {**row, column: folder / value} if found else row
+
+    return [located(row) for row in rows]
+
+
+def _held(value: Any) -> Any:
+    """Return the bytes or the path that a mapping holds; other values as they are."""
+    if not isinstance(value, Mapping):
+        return value
+    stored = cast("Mapping[str, Any]", value)
+    return stored.get("bytes") or stored.get("path") or value
