@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 import eutectic
@@ -38,17 +39,36 @@ def test_a_merge_by_matching_prints_what_became_of_its_systems(tmp_path: Path) -
     assert all(curve[2] < curve[0] for curve in curves)
 
 
+def test_residuals_that_are_not_finite_are_null_in_json(tmp_path: Path) -> None:
+    weight = {"weight": torch.ones(3, 4)}
+    spoilt = {"weight": torch.full((3, 4), float("nan"))}
+    words: list[Any] = ["--base", save(tmp_path / "base", weight), "-m", "mats"]
+    words += [f"a={save(tmp_path / 'a', spoilt)}", f"b={save(tmp_path / 'b', weight)}"]
+    words += ["-p", "operator=identity", "--set", "nonfinite=allow", "-o"]
+
+    def strict(text: str) -> Any:
+        return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+
+    answer = invoke("merge", *words, tmp_path / "merged", "--json")
+    assert answer.code == 0, answer.err
+    written = strict((tmp_path / "merged" / "eutectic.json").read_text())
+    for report in (strict(answer.out), written):
+        record = report["records"]["weight"]["matrix"]
+        assert (record["status"], record["residuals"]) == ("non_finite", [None])
+    assert "not finite at weight" in invoke("merge", *words, tmp_path / "again").out
+
+
 def test_every_kind_of_shortfall_is_told() -> None:
     records = {
         "a": {"matrix": {"status": "converged", "iterations": 3, "residuals": [1.0, 1e-6]}},
-        "b": {"[0]": {"status": "breakdown", "iterations": 0, "residuals": [float("nan")]}},
+        "b": {"[0]": {"status": "breakdown", "iterations": 0, "residuals": [None]}},
         "c": {"matrix": {"ridge": 1e-5, "ridge_escalated": True, "dead_inputs": 1}},
         "d": {"matrix": {"rest": "average", "reason": "every Gram is zero"}},
         "e": {"matrix": {"rank": 4, "directions": [4, 2], "short": ["x"]}},
     }
     text = "\n".join(f"{label}: {line}" for label, line in summary(records))
     assert "1 converged, 1 breakdown" in text
-    assert "worst residual: nan at b[0]" in text
+    assert "worst residual: not finite at b[0]" in text
     assert "1 Grams took a ridge, up to 1.0e-05 at c" in text
     assert "1 took 'average': every Gram is zero" in text
     assert "such as e" in text

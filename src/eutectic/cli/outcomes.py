@@ -23,7 +23,9 @@ def summary(records: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("systems", f"{len(solved)} solved by conjugate gradients: {listed}"))
         rows.append(("iterations", f"{steps[0]} to {steps[-1]}, median {steps[len(steps) // 2]}"))
         name, record = max(solved, key=lambda pair: _order(pair[1]["residuals"][-1]))
-        rows.append(("worst residual", f"{record['residuals'][-1]:.1e} at {name}"))
+        worst = record["residuals"][-1]
+        shown = "not finite" if worst is None else f"{worst:.1e}"
+        rows.append(("worst residual", f"{shown} at {name}"))
     resting = Counter((r["rest"], r["reason"]) for _, r in found if "rest" in r)
     for (rule, reason), count in resting.most_common(3):
         rows.append(("not matched", f"{count} took '{rule}': {reason}"))
@@ -49,5 +51,5 @@ def _each(records: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]
             yield (tensor if part == "matrix" else f"{tensor}{part}"), record
 
 
-def _order(residual: float) -> float:
-    return residual if residual == residual else float("inf")
+def _order(residual: float | None) -> float:
+    return float("inf") if residual is None else residual

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -127,12 +128,13 @@ def mats(deltas: Tensor, parameters: MatsParameters, context: Context) -> Merged
     `space="weight"` stops earlier at the same tolerance. With damping, or from "direct" on a
     singular sum, the solutions differ: see `damping` and `regmean`.
 
-    The record holds operator, space, dtype, init, status, iterations, applications and
-    residuals; statuses are those of `linalg.cg.CGResult`. A run that breaks down (an indefinite
-    operator) or meets NaN returns its last good iterate, which is the initial guess at worst, and
-    says so. A tensor that lacks statistics for one expert (none collected, no example seen, of a
-    kind that the operator has no rule for) takes `rest`, and the record tells `rest` and `reason`;
-    nothing keeps the base's value silently. Experts of weight 0 need no statistics.
+    The record holds operator, space, dtype, init, status, iterations, applications and residuals
+    (None for one that is not finite); statuses are those of `linalg.cg.CGResult`. A run that breaks
+    down (an indefinite operator) or meets NaN returns its last good iterate, which is the initial
+    guess at worst, and says so. A tensor that lacks statistics for one expert (none collected, no
+    example seen, of a kind that the operator has no rule for) takes `rest`, and the record tells
+    `rest` and `reason`; nothing keeps the base's value silently. Experts of weight 0 need no
+    statistics.
 
     Deviations from the source: the delta is the default unknown; the residual is checked before
     success is claimed; with "block" and "kfac" sums are divided by their counts at the time of
@@ -183,7 +185,8 @@ def mats(deltas: Tensor, parameters: MatsParameters, context: Context) -> Merged
         "status": result.status,
         "iterations": result.iterations,
         "applications": result.applications,
-        "residuals": list(result.residuals),
+        # JSON has no NaN.
+        "residuals": [r if math.isfinite(r) else None for r in result.residuals],
     }
     return Merged(result.solution.reshape(deltas.shape[1:]).to(deltas), record)
 
