@@ -131,7 +131,8 @@ def fisher(deltas: Tensor, parameters: FisherParameters, context: Context) -> Me
 
     Shapes: deltas `[T, *shape]`, any shape -> `[*shape]`. Arithmetic in float64. Cost: one pass.
     T = 1 gives the expert; zero deltas give zero; entries whose Fisher is below the floor in
-    every expert are averaged, so rank plays no part. F_t is divided by the expert's sample count
+    every expert are averaged, so rank plays no part; rows of a table that one expert alone saw
+    are that expert's. F_t is divided by the expert's sample count
     (token count where samples were not counted). A tensor that lacks a Fisher for one expert is
     averaged, as officially done; the record tells `rest` and `reason`.
 

@@ -23,18 +23,29 @@ def with_method(
     recipe: Recipe,
     statistics: Mapping[str, Statistics],
     names: Mapping[str, Mapping[str, str]],
+    tied: Mapping[str, str],
 ) -> TensorPlan:
-    """Name the method that merges the tensor: the recipe's, its fall-back, or the mean."""
+    """Name the method that merges the tensor: the recipe's, its fall-back, or the mean.
+
+    A diagonal Fisher weighs entry by entry, so tables and convolutions have one as matrices do.
+    Copies of a tied table are merged alike: statistics know it by one of its names only.
+    """
     treatment = planned.decision.treatment
     if treatment in (Treatment.COPY, Treatment.HEAD):
         return planned
     chosen = method.name
     reason = planned.decision.reason
+    needs = {n for n in method.needs(parameters) if n != "base"}
     if treatment is not Treatment.MATRIX and not method.elementwise:
         has_rule = method.vectors and treatment is Treatment.VECTOR
+        if needs == {"fisher_diagonal"} and not has_rule:
+            has_rule = planned.name not in {*tied, *tied.values()}
+            reason += "" if has_rule else "; averaged, tied to another tensor of the file"
         chosen = method.name if has_rule else "average"
-    needs = {n for n in method.needs(parameters) if n != "base"}
-    if chosen == method.name and needs:
+    if chosen == method.name and needs and planned.decision.stacked:
+        chosen = method.fallback(parameters)
+        reason += "; no statistics of the matrices of a stack"
+    elif chosen == method.name and needs:
         lacking = _experts_without(planned, needs, statistics, names)
         if lacking and is_packed(planned.name):
             parts = [_experts_without(planned, needs, statistics, names, p) for p in PARTS]

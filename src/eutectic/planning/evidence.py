@@ -8,6 +8,7 @@ from eutectic.planning.collected import PARTS, is_packed, read, wanted
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan, method_of
 from eutectic.planning.tensors import TensorPlan
+from eutectic.planning.values import matrix_shape
 from eutectic.types import LayerStatistics
 
 Evidence = tuple[LayerStatistics | None, ...] | None
@@ -60,8 +61,7 @@ def _as_matrix(entry: LayerStatistics, planned: TensorPlan) -> LayerStatistics:
     fisher = entry.fisher_diagonal
     if fisher is None or tuple(fisher.shape) != planned.entry.shape:
         return entry  # of another shape, which the method will refuse
-    if fisher.ndim > 2:
-        fisher = fisher.reshape(len(fisher), -1)
+    fisher = fisher.reshape(matrix_shape(planned))
     if planned.decision.transpose:
         fisher = fisher.mT
     return dataclasses.replace(entry, fisher_diagonal=fisher)

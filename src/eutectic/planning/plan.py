@@ -75,7 +75,8 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
     if faults:
         raise RecipeError(_shortened(faults), source.name)
     tensors = [
-        with_method(t, method, parameters, scale, recipe, inputs.statistics, names) for t in tensors
+        with_method(t, method, parameters, scale, recipe, inputs.statistics, names, tied)
+        for t in tensors
     ]
     heads = _heads(recipe, inputs, tensors)
     left_out = ()

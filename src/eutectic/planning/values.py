@@ -10,6 +10,7 @@ from torch import Tensor
 from eutectic.checkpoint.experts import Expert
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensors import TensorPlan, stored_name
+from eutectic.types import Treatment
 
 CHUNK = 1 << 17  # entries of one tensor merged at a time: 8 experts' chunks fit the cache
 
@@ -68,8 +69,13 @@ def block_ranges(planned: TensorPlan) -> Iterator[tuple[int, int]]:
 
 
 def matrix_shape(planned: TensorPlan) -> tuple[int, ...]:
-    """Return the shape of one matrix of a tensor, as the file lays it out."""
+    """Return the shape of one matrix of a tensor, as the file lays it out.
+
+    Tables and convolutions are no linear maps: what merges them sees entries in a row.
+    """
     shape = planned.entry.shape
+    if planned.decision.treatment in (Treatment.EMBEDDING, Treatment.CONV):
+        return (planned.elements,)
     if planned.decision.stacked:
         return shape[1:]
     if len(shape) > 2:
