@@ -16,6 +16,7 @@ from tiny_models import (
     llama,
     naive,
     padded,
+    seeded,
     t5,
 )
 from torch import nn
@@ -223,6 +224,36 @@ def test_a_quantised_layer_and_an_attention_of_its_own_are_listed() -> None:
     assert list(found) == ["1.weight"]
     assert "int8" in found.provenance["skipped"]["2.weight"]
     assert "forward of its own" in found.provenance["skipped"]["0.out_proj.weight"]
+
+
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "Qwen2MoeForCausalLM"])
+def test_packed_experts_that_cannot_be_observed_are_listed(name: str) -> None:
+    model = seeded(name)
+    found = collect(model, [{"input_ids": torch.tensor([[4, 5, 6]])}])
+    weights = {n for n, p in model.named_parameters() if p.ndim > 1 and min(p.shape) > 1}
+    skipped = found.provenance["skipped"]
+    assert weights <= set(found.names) | set(skipped) | {"model.embed_tokens.weight"}
+    experts = "model.layers.0.mlp.experts.down_proj"
+    assert "no linear layer" in skipped[experts] and "Experts" in skipped[experts]
+    assert not any("embed" in n or "norm" in n for n in skipped)
+    few = collect(model, [{"input_ids": torch.tensor([[4, 5, 6]])}], layers=["*q_proj*"])
+    assert few.provenance["skipped"] == {}
+
+
+def test_learned_tables_are_no_layers_that_were_left_out() -> None:
+    class Tower(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.position_embeddings = nn.Parameter(torch.zeros(1, 3, 4))
+            self.positional_embedding = nn.Parameter(torch.zeros(3, 4))
+            self.proj = nn.Parameter(torch.ones(4, 2))
+            self.layer, self.kernel = nn.Linear(4, 4), nn.Conv1d(4, 4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x + self.position_embeddings) @ self.proj
+
+    found = collect(Tower(), [torch.ones(2, 3, 4)])
+    assert found.provenance["skipped"] == {"proj": "no linear layer: Tower multiplies by it itself"}
 
 
 def test_inputs_that_fit_no_mask_are_refused_or_skipped() -> None:

@@ -138,6 +138,7 @@ def collect(
         raise RequestError(f"--dtype {dtype}: allowed are float32 and float64.")
     import torch
 
+    from eutectic.planning.notes import some
     from eutectic.statistics import add_statistics
     from eutectic.statistics import collect as run
     from eutectic.statistics.data import open_batches
@@ -242,8 +243,11 @@ def collect(
     for name in report["unseen"]:
         vector = result.provenance["layers"][name]["kind"] == "parameter"
         table.add_row("got no gradient" if vector else "saw no token", name)
+    alike: dict[str, list[str]] = {}
     for name, reason in report["skipped"].items():
-        table.add_row("left out", f"{name}: {reason}")
+        alike.setdefault(reason, []).append(name)
+    for reason, names in alike.items():
+        table.add_row("left out", f"{some(names)}: {reason}")
     for name in made_up:
         table.add_row("at random", f"{name}: the checkpoint does not hold it")
     table.add_row("took", f"{report['seconds']:.1f} s, {format_bytes(report['bytes'])}")

@@ -18,7 +18,8 @@ _KEYS_AND_VALUES = re.compile(r"(k|v|key|value)(_proj)?(\.base_layer)?$")
 _IMAGE = re.compile(r"(^|[._])(vision|visual|image|multi_modal)")
 # Modules that adapters add beside the layer they adapt; their inputs are not a base weight's.
 _ADAPTER_PART = re.compile(r"\.(lora_\w+|original_module)(\.|$)")
-
+# Learned positions and tokens that are plain parameters of their module.
+_TABLE = re.compile(r"embed|position|token")
 
 _CONVOLUTIONS = (
     nn.Conv1d,
@@ -71,7 +72,8 @@ def find_sites(
     """Return the linear layers of `model` in module order.
 
     `nn.Linear` and its subclasses, transformers' `Conv1D`, both projections of
-    `nn.MultiheadAttention`, and (`convolutions`) ungrouped `nn.Conv1d` and `nn.Conv2d`.
+    `nn.MultiheadAttention`, and (`convolutions`) ungrouped `nn.Conv1d` and `nn.Conv2d`. Matrices
+    that are multiplied in another way are listed as skipped.
 
     Args:
         model: any module, a PEFT model included.
@@ -80,7 +82,9 @@ def find_sites(
     """
     sites = Sites([], {}, {})
     by_weight: dict[tuple[int, str], Site] = {}
+    observed: set[int] = set()
     for site in _candidates(model, convolutions, sites.skipped):
+        observed.add(id(site.weight))
         if not selected(site.name, patterns):
             continue
         part = site.name[site.name.find("[") :] if "[" in site.name else ""
@@ -90,8 +94,30 @@ def find_sites(
         else:
             first.tied.append(site.module)
             sites.aliases[site.name] = first.name
+    sites.skipped = {**_unobservable(model, observed), **sites.skipped}
     sites.skipped = {n: why for n, why in sites.skipped.items() if selected(n, patterns)}
     return sites
+
+
+def _unobservable(model: nn.Module, observed: set[int]) -> dict[str, str]:
+    """Return matrices that no linear layer multiplies by, with the module that holds them.
+
+    Such are the packed experts of a mixture, which a function of the model's own multiplies.
+    Tables and convolutions are known to be none, by module or by name.
+    """
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag, *_CONVOLUTIONS)):
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            raw = f"{path}.{own}" if path else own
+            matrix = parameter.ndim in (2, 3) and min(parameter.shape) > 1
+            if not matrix or id(parameter) in observed or not parameter.is_floating_point():
+                continue
+            if not (_TABLE.search(own) or _ADAPTER_PART.search(f".{raw}")):
+                kind = type(module).__name__
+                found[canonical_name(raw)] = f"no linear layer: {kind} multiplies by it itself"
+    return found
 
 
 def selected(name: str, patterns: Sequence[str] | None) -> bool:
