@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -108,6 +108,18 @@ def progress_bar(title: str) -> Iterator[Callable[[float, float, str], None]]:
 def tell(label: str, text: object) -> None:
     """Print a remark under a dim label; brackets in it are no markup."""
     out.print(f"[dim]{label}[/] {escape(str(text))}", highlight=False)
+
+
+def tell_notes(notes: Iterable[str], *, warnings_only: bool = False) -> None:
+    """Print a plan's notes as remarks, and warnings among them on stderr."""
+    from eutectic.planning.labels import WARNING
+
+    for note in notes:
+        if note.startswith(WARNING):
+            err.print(f"[bold yellow]{WARNING}[/]", end="")
+            err.print(note.removeprefix(WARNING), markup=False, highlight=False, soft_wrap=True)
+        elif not warnings_only:
+            tell("note", note)
 
 
 def tell_done(label: str, path: object) -> None:

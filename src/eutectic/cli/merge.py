@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from eutectic.cli import request as words
-from eutectic.cli.console import out, print_json, progress_bar, tell_done, verb
+from eutectic.cli.console import out, print_json, progress_bar, tell_done, tell_notes, verb
 from eutectic.cli.outcomes import summary
 from eutectic.recipes.units import format_bytes
 
@@ -74,6 +74,7 @@ def merge(
             **options,
         )
     if json:
+        tell_notes(report.notes, warnings_only=True)
         print_json(dataclasses.asdict(report))
         return
     table = Table.grid(padding=(0, 2))
@@ -82,13 +83,12 @@ def merge(
     table.add_row("merged by", ", ".join(f"{name} {n}" for name, n in report.merged_by.items()))
     for label, text in summary(report.records):
         table.add_row(label, escape(text))
-    for note in report.notes:
-        table.add_row("note", escape(note))
     resumed = ", continued" if report.resumed else ""
     table.add_row(
         "took", f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_bytes)}{resumed}"
     )
     out.print(table)
+    tell_notes(report.notes)
     tell_done("written", report.output)
 
 
@@ -113,6 +113,8 @@ def _sweep(
         restart=restart,
         **options,
     )
+    notes = dict.fromkeys(note for report in reports.values() for note in report.notes)
+    tell_notes(notes, warnings_only=True)
     if json:
         print_json({str(value): dataclasses.asdict(report) for value, report in reports.items()})
         return

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from eutectic.cli import request as words
-from eutectic.cli.console import out, print_json, tell, verb
+from eutectic.cli.console import out, print_json, tell, tell_notes, verb
 from eutectic.recipes.units import format_bytes
 
 
@@ -60,6 +60,7 @@ def plan(
     scale_text = f"{made.scale:g}" if searched is None else f"by {searched.search}"
     rows = [_row(t, costs[t.name], made, explain, searched is not None) for t in made.tensors]
     if json:
+        tell_notes(made.notes, warnings_only=True)
         print_json(
             {
                 "method": made.method.name,
@@ -90,8 +91,7 @@ def plan(
     if explain:
         for text in dict.fromkeys(row["route"] for row in rows if row["route"]):
             tell("route", text)
-    for note in made.notes:
-        tell("note", note)
+    tell_notes(made.notes)
     out.print(
         f"{made.method.name}, scale {scale_text}: reads {format_bytes(total.read_bytes)}, writes "
         f"{format_bytes(total.write_bytes)}, peak about {format_bytes(total.peak_bytes)} of "

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from eutectic.cli import request as words
-from eutectic.cli.console import out, print_json, progress_bar, tell, tell_done, verb
+from eutectic.cli.console import out, print_json, progress_bar, tell, tell_done, tell_notes, verb
 from eutectic.errors import RequestError
 
 BAR = 24
@@ -115,12 +115,12 @@ def tune(
     if plot is not None:
         plot_curve(record, plot)
     if json:
+        tell_notes(report.notes, warnings_only=True)
         print_json(record)
         return
     out.print(curve_table(report.search))
     tell("objective", report.search["objective"])
-    for note in report.notes:
-        tell("note", note)
+    tell_notes(report.notes)
     out.print(f"[bold green]α = {report.scale:g}[/] for {report.method}", highlight=False)
     numbers = None if plot is None else numbers_of(plot)
     for title, path in (("written", output), ("drawn", plot), ("numbers", numbers)):

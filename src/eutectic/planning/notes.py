@@ -12,6 +12,7 @@ from eutectic.checkpoint.names import AS_THEY_ARE
 from eutectic.methods import Method
 from eutectic.planning.collected import lacks, unknown_origin
 from eutectic.planning.inputs import Inputs
+from eutectic.planning.labels import label_warnings
 from eutectic.planning.tensors import TensorPlan
 from eutectic.recipes.schema import Recipe
 
@@ -31,8 +32,9 @@ def notes_on(
     method: Method,
     parameters: Any,
 ) -> list[str]:
-    """Return alignments, tensors that nobody changes, heads, idle rules and fall-backs."""
-    notes = [
+    """Return warnings, alignments, tensors that nobody changes, heads, idle rules, fall-backs."""
+    notes = label_warnings(tensors, recipe, inputs)
+    notes += [
         f"expert '{n}': {e.alignment}"
         for n, e in inputs.experts.items()
         if e.alignment != AS_THEY_ARE

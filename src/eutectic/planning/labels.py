@@ -1,0 +1,88 @@
+"""Heads that are merged although their outputs stand for other classes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from eutectic.planning.inputs import Inputs
+from eutectic.planning.tensors import TensorPlan
+from eutectic.recipes.schema import Recipe
+from eutectic.types import Treatment
+
+WARNING = "warning: "  # how a note begins that says that the output may be wrong
+
+# What classification heads are called by transformers and timm.
+_HEAD = re.compile(r"(^|\.)(\w*classifier\w*|classification_head|score|logits_proj|head)(?=\.)")
+_NAMELESS = re.compile(r"LABEL_\d+")
+
+
+def label_warnings(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs) -> list[str]:
+    """Return a warning where one head is merged from outputs that stand for other classes.
+
+    A head is a tensor under a usual name with as many rows as its model has classes. Class names
+    are those of the config.json files, compared without case; a model that names none is left out,
+    as are adapters. Names may differ and mean the same, so that this is no fault.
+    """
+    classes = {"the base": class_names(inputs.config)}
+    classes |= {f"'{name}'": class_names(e.config) for name, e in inputs.experts.items()}
+    donor = "the base" if recipe.side_files == "base" else f"'{recipe.side_files}'"
+    found: dict[tuple[str, str], list[str]] = {}
+    for planned in tensors:
+        if planned.decision.treatment in (Treatment.COPY, Treatment.HEAD):
+            continue
+        if not planned.entry.shape or _HEAD.search(planned.name) is None:
+            continue
+        having = [f"'{n}'" for n in planned.experts if planned.name in inputs.experts[n].entries]
+        # The model whose label2id the output keeps comes first, if it names its classes.
+        order = sorted(dict.fromkeys(["the base", *having]), key=lambda owner: owner != donor)
+        known = [(o, n) for o in order if (n := classes[o]) and len(n) == planned.entry.shape[0]]
+        if not known:
+            continue
+        (owner, wanted), *others = known
+        differ = [f"{o} ({_difference(n, wanted)})" for o, n in others if n != wanted]
+        if differ:
+            found.setdefault((owner, ", ".join(differ)), []).append(planned.name)
+    return [
+        f"{WARNING}one head is merged from outputs that stand for other classes than those of "
+        f"{owner}: {differ}. The merged outputs mean nothing unless these are two names of one "
+        f"class. Keep the heads apart: {_rules(names)}"
+        for (owner, differ), names in found.items()
+    ]
+
+
+def class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return a model's class names in the order of its outputs, None where it names none.
+
+    `LABEL_0` and the like, which transformers makes up, are no names; neither is that of a single
+    output.
+    """
+    names, numbers = config.get("id2label"), config.get("label2id")
+    if isinstance(names, Mapping):
+        pairs = [(i, name) for i, name in cast("Mapping[Any, Any]", names).items()]
+    elif isinstance(numbers, Mapping):
+        pairs = [(i, name) for name, i in cast("Mapping[Any, Any]", numbers).items()]
+    else:
+        return None
+    try:
+        by_index = {int(i): str(name).strip().casefold() for i, name in pairs}
+    except (TypeError, ValueError):
+        return None
+    if len(by_index) < 2 or set(by_index) != set(range(len(by_index))):
+        return None
+    if any(_NAMELESS.fullmatch(str(name)) for _, name in pairs):
+        return None
+    return tuple(by_index[i] for i in range(len(by_index)))
+
+
+def _difference(names: tuple[str, ...], wanted: tuple[str, ...]) -> str:
+    i = next(i for i, (own, other) in enumerate(zip(names, wanted, strict=True)) if own != other)
+    return f"output {i} is {names[i]}, not {wanted[i]}"
+
+
+def _rules(names: Sequence[str]) -> str:
+    """Return rules, as a recipe has them, that keep every tensor of these heads."""
+    ends = [match.end() for name in names if (match := _HEAD.search(name))]
+    patterns = dict.fromkeys(f"{n[:end]}.*" for n, end in zip(names, ends, strict=True))
+    return f"tensors: [{', '.join(f'{{match: {p}, treatment: head}}' for p in patterns)}]"
