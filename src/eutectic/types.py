@@ -36,11 +36,14 @@ class LayerStatistics:
         input_sum: Σx `[in]`; `input_sum / count` is the prototype of arXiv 2606.19164.
         pooled_sum: Σ over samples of the per-sample mean input `[in]`.
         pooled_gram: Σ over samples of the outer product of the per-sample mean input `[in, in]`.
-        sample_count: number of samples (sequences, images).
+        sample_count: number of samples (sequences, images) behind the pooled sums. A layer that is
+            called twice for an example counts it twice, one that is passed by does not count it.
         gram_factor: F `[k, in]` with A = FᵀF + diag(`gram_diagonal`): fewer rows than a Gram when
             few tokens were seen, or a truncated form for wide layers.
         gram_diagonal: the diagonal remainder `[in]` of a truncated factor.
         block_fisher: for a vector parameter, Σ over examples of g gᵀ `[d, d]`.
+        examples: number of examples behind a Fisher, however often each reached the layer; 0 where
+            `sample_count` says it.
     """
 
     gram: Tensor | None = None
@@ -54,6 +57,7 @@ class LayerStatistics:
     gram_factor: Tensor | None = None
     gram_diagonal: Tensor | None = None
     block_fisher: Tensor | None = None
+    examples: int = 0
 
     def dense_gram(self, dtype: torch.dtype = torch.float64) -> Tensor | None:
         """Return A `[in, in]` in `dtype` whichever way it is stored, or None if there is none."""

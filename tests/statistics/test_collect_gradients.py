@@ -305,3 +305,50 @@ def test_a_loss_that_is_not_finite_is_an_error() -> None:
         model.classifier.bias.fill_(float("inf"))
     with pytest.raises(NumericalError, match="log-likelihood of batch 0"):
         collect(model, [batch], output_gradients=True)
+
+
+class Passed(nn.Module):
+    """One layer twice for every example, one for some examples only, one for none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.twice, self.some, self.never = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.twice(self.twice(x))
+        return self.some(hidden) if bool((x[:, 0] > 0).any()) else hidden
+
+
+def test_a_fisher_is_divided_by_examples_however_often_each_reaches_the_layer() -> None:
+    import eutectic
+
+    base, x = Passed(), torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    experts, statistics, means = {}, {}, {}
+    for seed, (name, count) in enumerate({"a": 9, "b": 3}.items()):
+        torch.manual_seed(seed + 1)
+        model = Passed()
+        experts[name] = model.state_dict()
+        statistics[name] = collect(
+            model,
+            [row.unsqueeze(0) for row in x[:count]],
+            fisher=True,
+            objective=lambda outputs, batch: -outputs.square().sum(1),
+        )
+        squares = {n: torch.zeros_like(p).double() for n, p in model.named_parameters()}
+        for row in x[:count]:
+            model.zero_grad()
+            model(row.unsqueeze(0)).square().sum().backward()
+            for n, p in model.named_parameters():
+                squares[n] += 0 if p.grad is None else p.grad.double().square()
+        means[name] = {n: (total / count).clamp_min(1e-8) for n, total in squares.items()}
+    assert statistics["a"]["twice.weight"].sample_count == 18
+    assert 0 < statistics["a"]["some.weight"].sample_count < 9
+    assert [s["some.weight"].examples for s in statistics.values()] == [9, 3]
+    merged = eutectic.merge_state_dicts(
+        base.state_dict(), experts, method="fisher", statistics=statistics, scale=1.0
+    )
+    for name, value in merged.items():
+        total = sum(means[n][name] for n in experts)
+        wanted = sum(means[n][name] * experts[n][name] for n in experts) / total
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-4, atol=1e-5, msg=name)

@@ -54,7 +54,7 @@ def lack(needs: tuple[str, ...], context: Context, normalize_counts: bool) -> st
 
 
 def divisor(context: Context, t: int, need: str, normalize_counts: bool) -> float:
-    """Return what the sums of expert t are divided by: tokens, or samples for a Fisher."""
+    """Return what the sums of expert t are divided by: tokens, or examples for a Fisher."""
     return float(_examples(_entry(context, t), need)) if normalize_counts else 1.0
 
 
@@ -124,7 +124,7 @@ def square_statistic(context: Context, t: int, need: str) -> Tensor:
 
 
 def fisher_diagonal(context: Context, t: int, like: Tensor, normalize_counts: bool) -> Tensor:
-    """Return the diagonal Fisher of expert t, divided by its samples, in float64."""
+    """Return the diagonal Fisher of expert t, divided by its examples, in float64."""
     stored = square_statistic(context, t, "fisher_diagonal")
     _check(stored, "fisher_diagonal", tuple(like.shape), context, t)
     return stored.to(like.device, torch.float64) / divisor(
@@ -140,9 +140,12 @@ def _entry(context: Context, t: int) -> LayerStatistics:
 
 
 def _examples(entry: LayerStatistics, need: str) -> int:
-    """Return the tokens behind a Gram, or the samples behind a Fisher (tokens if not counted)."""
+    """Return the tokens behind a Gram, or the examples behind a Fisher.
+
+    Of a Fisher without them: samples, or tokens where those were not counted either.
+    """
     if need in ("fisher_diagonal", "block_fisher"):
-        return entry.sample_count or entry.count
+        return entry.examples or entry.sample_count or entry.count
     return entry.count
 
 

@@ -106,7 +106,7 @@ class FisherParameters(Parameters):
 
     Attributes:
         floor: least value of a Fisher entry, after division by the count.
-        normalize_counts: divide each expert's Fisher by its sample count.
+        normalize_counts: divide each expert's Fisher by its number of examples.
     """
 
     floor: Annotated[float, Gt(0)] = FISHER_FLOOR
@@ -132,9 +132,9 @@ def fisher(deltas: Tensor, parameters: FisherParameters, context: Context) -> Me
     Shapes: deltas `[T, *shape]`, any shape -> `[*shape]`. Arithmetic in float64. Cost: one pass.
     T = 1 gives the expert; zero deltas give zero; entries whose Fisher is below the floor in
     every expert are averaged, so rank plays no part; rows of a table that one expert alone saw
-    are that expert's. F_t is divided by the expert's sample count
-    (token count where samples were not counted). A tensor that lacks a Fisher for one expert is
-    averaged, as officially done; the record tells `rest` and `reason`.
+    are that expert's. F_t is divided by the expert's examples (samples, or tokens, where those were
+    not counted). A tensor that lacks a Fisher for one expert is averaged, as officially done; the
+    record tells `rest` and `reason`.
 
     Raises:
         MethodError: Fisher of another shape, nonzero Fisher with count 0, negative weights.

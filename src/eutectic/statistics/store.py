@@ -130,6 +130,7 @@ class StatisticsFile(Mapping[str, LayerStatistics]):
             raise KeyError(f"no statistics of '{name}'.{suggest(name, self.names)}")
         layer = self._layers[name]
         found: dict[str, Any] = {"count": layer["count"], "sample_count": layer["sample_count"]}
+        found["examples"] = self.provenance["data"].get("examples", 0)
         for statistic in STATISTICS if only is None else only:
             if statistic in VECTORS:
                 found[statistic] = self._get(name, statistic, statistic)
