@@ -382,6 +382,15 @@ def test_images(tmp_path: Path) -> None:
     layers = [n for n in found if found.provenance["layers"][n]["shape"] == [24, 16]]
     assert len(layers) == 1 and found[layers[0]].count == 3 * 5
     assert found["classifier.weight"].count == 3
+    # transformers 5 renames ViT's layers on loading; a merge finds them by the file's names.
+    import eutectic
+
+    expert = {"path": tmp_path / "vit", "statistics": output}
+    report = eutectic.merge(
+        base=tmp_path / "vit", experts={"a": expert}, method="regmean", output=tmp_path / "merged"
+    )
+    matched = [n for n, r in report.records.items() if "ridge" in r.get("matrix", {})]
+    assert len(matched) == 7 and any(n.startswith("vit.encoder.layer.0") for n in matched)
 
 
 def test_bare_encoders_of_grey_images(tmp_path: Path) -> None:

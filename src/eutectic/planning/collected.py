@@ -30,8 +30,15 @@ def statistics_names(statistics: Statistics, inputs: Inputs) -> dict[str, str]:
     """
     names = list(inputs.base.entries)
     names += [name + part for name in names if is_packed(name) for part in PARTS]
-    mapping, _ = align(names, list(statistics))
-    return {base: own for own, base in mapping.items()}
+    saved = {_saved_as(statistics, name): name for name in statistics}
+    mapping, _ = align(names, list(saved))
+    return {base: saved[own] for own, base in mapping.items()}
+
+
+def _saved_as(statistics: Statistics, name: str) -> str:
+    """Return the name in a checkpoint of what statistics know by the name in the model."""
+    provenance = getattr(statistics, "provenance", {})
+    return provenance.get("saved_as", {}).get(name, name)
 
 
 def is_packed(name: str) -> bool:
@@ -111,6 +118,7 @@ def _layout_faults(
 def _differing(statistics: Statistics, expert: Expert, base: BaseReader) -> tuple[list[str], int]:
     """Return the tensors whose samples differ from the expert's, and how many were compared."""
     samples: Mapping[str, Tensor] = getattr(statistics, "samples", None) or {}
+    samples = {_saved_as(statistics, name): sample for name, sample in samples.items()}
     mapping, _ = align(list(base.entries), list(samples))
     differing: list[str] = []
     compared = 0

@@ -28,7 +28,7 @@ from eutectic.statistics.likelihood import LogLikelihood, Objective
 from eutectic.statistics.partial import DataLog, Partial, Snapshot, identify, open_partial
 from eutectic.statistics.passes import Pass, run_pass
 from eutectic.statistics.plan import Plan, describe_layers, make_plan
-from eutectic.statistics.samples import sample_weights
+from eutectic.statistics.samples import sample_weights, saved_names
 from eutectic.statistics.settings import Labels, Settings
 from eutectic.statistics.sites import is_encoder_decoder
 from eutectic.statistics.store import (
@@ -197,6 +197,7 @@ def collect(
         "settings": settings.describe(),
         "versions": _versions(model),
         "samples": sample_weights(model, plan),
+        "saved_as": saved_names(model),
     }
     path = None if output is None else Path(output)
     partial = None if path is None else _begin(path, record, parts)
