@@ -235,8 +235,9 @@ def _prose(page: str) -> list[str]:
         if raw[:1] in {".", "'", "\t", " ", ""}:
             continue
         line = _TROFF.sub("", raw).replace("\\-", "-").strip()
-        letters = sum(character.isalpha() or character == " " for character in line)
-        if 5 <= len(line.split()) <= 20 and letters > 0.85 * len(line) and "\\" not in line:
+        if "\\" in line or not 5 <= len(line.split()) <= 20:
+            continue
+        if sum(character.isalpha() or character == " " for character in line) > 0.85 * len(line):
             lines.append(line)
     return sorted(lines, key=lambda line: hash_to_unit(f"page {line}"))[:LINES_PER_PAGE]
 

@@ -13,6 +13,7 @@ from eutectic.checkpoint.content import same_content, sample_of
 from eutectic.checkpoint.experts import Expert, FullExpert, is_adapter, open_expert
 from eutectic.checkpoint.index import CheckpointIndex, open_index
 from eutectic.checkpoint.memory import StateDictReader
+from eutectic.checkpoint.model_names import names_in, saved_names
 from eutectic.checkpoint.names import align
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.errors import RequestError, StatisticsError
@@ -23,19 +24,23 @@ StateDict = Mapping[str, Tensor]
 
 
 class ExpertWeights:
-    """The weights of one expert; adapters are applied to their base."""
+    """The weights of one expert; adapters are applied to their base.
 
-    def __init__(self, name: str, expert: Expert, base: CheckpointReader | None) -> None:
+    `called` tells what the model's parameters are called there, where that differs; of adapters,
+    what they are called in the base.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        expert: Expert,
+        base: CheckpointReader | None = None,
+        called: Mapping[str, str] | None = None,
+    ) -> None:
         self.name = name
         self._expert = expert
         self._base = base
-        self._from_model: dict[str, str] = {}
-
-    def align(self, names: Sequence[str]) -> None:
-        """Find the model's names in the base of an adapter."""
-        if self._base is not None:
-            mapping, _ = align(names, self._base.entries, expert=f"the base of '{self.name}'")
-            self._from_model = {name: key for key, name in mapping.items()}
+        self._called = called or {}
 
     def read(self, name: str) -> Tensor:
         """Return the stored weight under the model's name, float32.
@@ -43,7 +48,7 @@ class ExpertWeights:
         Raises:
             RequestError: the expert (or an adapter's base) has no such tensor.
         """
-        key = self._from_model.get(name) if self._base is not None else name
+        key = self._called.get(name, name if self._base is None else None)
         entries = self._base.entries if self._base is not None else self._expert.entries
         if key is None or key not in entries:
             raise RequestError(
@@ -76,7 +81,7 @@ def open_experts(
         raise RequestError("a routed model needs at least one expert, got none.")
     tensors = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
     own = StateDictReader(tensors, "the model")
-    names = list(own.entries)
+    names, saved = list(own.entries), saved_names(model)
     with ExitStack() as stack:
         opened: list[ExpertWeights] = []
         index: CheckpointIndex | None = None
@@ -84,14 +89,16 @@ def open_experts(
             if isinstance(source, Mapping):
                 reader = StateDictReader(source, f"expert '{name}'")
                 expert = FullExpert(reader, own.entries, label=f"expert '{name}'")
-                opened.append(ExpertWeights(name, expert, None))
+                opened.append(ExpertWeights(name, expert))
                 continue
             path = Path(source)
             if not is_adapter(path):
                 reader = CheckpointReader(open_index(path))
                 stack.callback(reader.close)
-                expert = FullExpert(reader, own.entries, label=f"expert '{name}' ({path})")
-                opened.append(ExpertWeights(name, expert, None))
+                called = names_in(reader.entries, names, saved)
+                entries = {called[n]: entry for n, entry in own.entries.items()}
+                expert = FullExpert(reader, entries, label=f"expert '{name}' ({path})")
+                opened.append(ExpertWeights(name, expert, called=called))
                 continue
             if base is None:
                 raise RequestError(
@@ -103,9 +110,11 @@ def open_experts(
             stack.callback(reader.close)
             adapter = open_expert(path, index)
             stack.callback(adapter.close)
-            weights = ExpertWeights(name, adapter, reader)
-            weights.align(names)
-            opened.append(weights)
+            called = names_in(reader.entries, names, saved)
+            mapping, _ = align(called.values(), reader.entries, expert=f"the base of '{name}'")
+            keys = {own_name: key for key, own_name in mapping.items()}
+            called = {n: keys[c] for n, c in called.items() if c in keys}
+            opened.append(ExpertWeights(name, adapter, reader, called))
         yield opened
 
 

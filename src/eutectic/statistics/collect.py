@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.checkpoint.memory import StateDictReader
+from eutectic.checkpoint.model_names import saved_names
 from eutectic.errors import OutputError, RequestError
 from eutectic.statistics.batches import (
     Batch,
@@ -28,7 +29,7 @@ from eutectic.statistics.likelihood import LogLikelihood, Objective
 from eutectic.statistics.partial import DataLog, Partial, Snapshot, identify, open_partial
 from eutectic.statistics.passes import Pass, run_pass
 from eutectic.statistics.plan import Plan, describe_layers, make_plan
-from eutectic.statistics.samples import sample_weights, saved_names
+from eutectic.statistics.samples import sample_weights
 from eutectic.statistics.settings import Labels, Settings
 from eutectic.statistics.sites import is_encoder_decoder
 from eutectic.statistics.store import (

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from eutectic.checkpoint.content import sample_of
@@ -39,22 +38,6 @@ def sample_weights(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
                 "values": sample_of(effective).double().tolist(),
             }
     return dict(sorted(samples.items()))
-
-
-def saved_names(model: nn.Module) -> dict[str, str]:
-    """Return parameter -> its name in a checkpoint, where transformers renames it on loading."""
-    if not type(model).__module__.startswith("transformers."):
-        return {}
-    try:
-        from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:  # versions before 5 rename nothing
-        return {}
-    # Without memory: packed parameters are taken apart, and only names are wanted.
-    held = {name: torch.empty_like(p, device="meta") for name, p in model.named_parameters()}
-    own = {id(tensor): name for name, tensor in held.items()}
-    saved = revert_weight_conversion(model, dict(held))  # pyright: ignore[reportArgumentType]
-    renamed = {own[id(tensor)]: name for name, tensor in saved.items() if id(tensor) in own}
-    return {name: new for name, new in renamed.items() if name != new}
 
 
 def _wrappers(model: nn.Module) -> dict[nn.Module, nn.Module]:
