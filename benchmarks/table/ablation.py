@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--regime", default="hard")
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--counts", type=int, nargs="*", default=COUNTS, help="proxies a task")
+    parser.add_argument("--only", default="", help="variants whose name contains this")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -197,9 +198,10 @@ def main() -> None:
 
     experts = cached(results / "experts.json", of_experts)
     for count in sorted(arguments.counts, reverse=True):
+        chosen = {n: v for n, v in variants_of(count).items() if arguments.only in n}
         missing = {
             name: variant
-            for name, variant in variants_of(count).items()
+            for name, variant in chosen.items()
             if not (results / f"{name.replace('/', ' of ')}.json").is_file()
         }
         merged = {name: vectors(suite, base) for name in missing}
@@ -208,7 +210,7 @@ def main() -> None:
             for matrix, layer in layers(suite, files, base):
                 for name, variant in missing.items():
                     merged[name][matrix] = variant(layer).float()
-        for name in variants_of(count):
+        for name in chosen:
             deltas = merged.get(name, {})
 
             def search(deltas: dict[str, Tensor] = deltas) -> dict[str, object]:
