@@ -44,7 +44,7 @@ demo: $(INSTALLED)
 	$(BIN)/eutectic demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses $(JOBS) $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_OPTIONS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
