@@ -408,27 +408,28 @@ def test_a_layer_that_mixes_samples_is_refused(world: World):
         routed(torch.zeros(2, 3))
 
 
-def test_parameters_that_transformers_renames_are_found_in_files(tmp_path: Path):
+def test_parameters_that_transformers_renames_are_found(tmp_path: Path):
+    from safetensors.torch import load_file
     from transformers import ViTConfig, ViTModel
 
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = ViTConfig(**sizes, intermediate_size=24, image_size=8, patch_size=4)
-    models = [ViTModel(config) for _ in range(3)]
-    for model, name in zip(models, ("merged", "a", "b"), strict=True):
+    merged, *models = [ViTModel(config).eval() for _ in range(3)]
+    for name, model in zip("ab", models, strict=True):
         model.save_pretrained(tmp_path / name)
     images = torch.randn(5, 3, 8, 8)
-    batches = [{"pixel_values": images}]
-    statistics = {n: eutectic.collect(m, batches) for n, m in zip("ab", models[1:], strict=True)}
-    merged = models[0].eval()
-    options = {"statistics": statistics, "rank": 4, "router": "prototype"}
-    from_files = build_routed(merged, {n: tmp_path / n for n in "ab"}, **options)
-    in_memory = build_routed(
-        merged, {n: m.state_dict() for n, m in zip("ab", models[1:], strict=True)}, **options
-    )
-    with (
-        routing(from_files, mode="oracle", expert="b"),
-        routing(in_memory, mode="oracle", expert="b"),
-    ):
-        found, expected = (m(images).last_hidden_state for m in (from_files, in_memory))
-    torch.testing.assert_close(found, expected)
-    assert not torch.allclose(found, merged(images).last_hidden_state, atol=1e-2)
+    statistics = {
+        n: eutectic.collect(m, [{"pixel_values": images}])
+        for n, m in zip("ab", models, strict=True)
+    }
+
+    def output(experts) -> torch.Tensor:
+        routed = build_routed(merged, experts, statistics, rank=4, router="prototype")
+        with routing(routed, mode="oracle", expert="b"):
+            return routed(images).last_hidden_state
+
+    expected = output({n: m.state_dict() for n, m in zip("ab", models, strict=True)})
+    torch.testing.assert_close(output({n: tmp_path / n for n in "ab"}), expected)
+    stored = {n: load_file(tmp_path / n / "model.safetensors") for n in "ab"}
+    torch.testing.assert_close(output(stored), expected)
+    assert not torch.allclose(expected, merged(images).last_hidden_state, atol=1e-2)

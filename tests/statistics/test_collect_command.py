@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -385,12 +386,18 @@ def test_images(tmp_path: Path) -> None:
     # transformers 5 renames ViT's layers on loading; a merge finds them by the file's names.
     import eutectic
 
-    expert = {"path": tmp_path / "vit", "statistics": output}
-    report = eutectic.merge(
-        base=tmp_path / "vit", experts={"a": expert}, method="regmean", output=tmp_path / "merged"
-    )
-    matched = [n for n, r in report.records.items() if "ridge" in r.get("matrix", {})]
-    assert len(matched) == 7 and any(n.startswith("vit.encoder.layer.0") for n in matched)
+    # A file may also hold the names of the model in memory.
+    loaded = hf.ViTForImageClassification.from_pretrained(tmp_path / "vit")
+    shutil.copytree(tmp_path / "vit", tmp_path / "own")
+    save_file(loaded.state_dict(), tmp_path / "own" / "model.safetensors")
+    for folder, layer in (("vit", "vit.encoder.layer.0"), ("own", "vit.layers.0")):
+        expert = {"path": tmp_path / folder, "statistics": output}
+        report = eutectic.merge(
+            base=tmp_path / folder, experts={"a": expert}, method="regmean",
+            output=tmp_path / f"merged-{folder}",
+        )  # fmt: skip
+        matched = [n for n, r in report.records.items() if "ridge" in r.get("matrix", {})]
+        assert len(matched) == 7 and any(n.startswith(layer) for n in matched)
 
 
 def test_bare_encoders_of_grey_images(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eutectic.checkpoint.content import same_content, sample_ranges
 from eutectic.checkpoint.experts import Expert
+from eutectic.checkpoint.model_names import names_in
 from eutectic.checkpoint.names import align
 from eutectic.errors import CheckpointError
 from eutectic.methods import Method, get_method
@@ -30,15 +31,14 @@ def statistics_names(statistics: Statistics, inputs: Inputs) -> dict[str, str]:
     """
     names = list(inputs.base.entries)
     names += [name + part for name in names if is_packed(name) for part in PARTS]
-    saved = {_saved_as(statistics, name): name for name in statistics}
-    mapping, _ = align(names, list(saved))
-    return {base: saved[own] for own, base in mapping.items()}
+    called = {own: name for name, own in _called(statistics, statistics, names).items()}
+    mapping, _ = align(names, called)
+    return {base: called[own] for own, base in mapping.items()}
 
 
-def _saved_as(statistics: Statistics, name: str) -> str:
-    """Return the name in a checkpoint of what statistics know by the name in the model."""
-    provenance = getattr(statistics, "provenance", {})
-    return provenance.get("saved_as", {}).get(name, name)
+def _called(statistics: Statistics, names: Iterable[str], keys: Iterable[str]) -> Mapping[str, str]:
+    """Return what a checkpoint of these keys calls the parameters that statistics know by name."""
+    return names_in(keys, names, getattr(statistics, "provenance", {}).get("saved_as", {}))
 
 
 def is_packed(name: str) -> bool:
@@ -118,7 +118,8 @@ def _layout_faults(
 def _differing(statistics: Statistics, expert: Expert, base: BaseReader) -> tuple[list[str], int]:
     """Return the tensors whose samples differ from the expert's, and how many were compared."""
     samples: Mapping[str, Tensor] = getattr(statistics, "samples", None) or {}
-    samples = {_saved_as(statistics, name): sample for name, sample in samples.items()}
+    called = _called(statistics, samples, base.entries)
+    samples = {called[name]: sample for name, sample in samples.items()}
     mapping, _ = align(list(base.entries), list(samples))
     differing: list[str] = []
     compared = 0

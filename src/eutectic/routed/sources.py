@@ -86,18 +86,17 @@ def open_experts(
         opened: list[ExpertWeights] = []
         index: CheckpointIndex | None = None
         for name, source in experts.items():
-            if isinstance(source, Mapping):
-                reader = StateDictReader(source, f"expert '{name}'")
-                expert = FullExpert(reader, own.entries, label=f"expert '{name}'")
-                opened.append(ExpertWeights(name, expert))
-                continue
-            path = Path(source)
-            if not is_adapter(path):
-                reader = CheckpointReader(open_index(path))
-                stack.callback(reader.close)
+            if isinstance(source, Mapping) or not is_adapter(Path(source)):
+                label = f"expert '{name}'"
+                if isinstance(source, Mapping):
+                    reader = StateDictReader(source, label)
+                else:
+                    label += f" ({source})"
+                    reader = CheckpointReader(open_index(Path(source)))
+                    stack.callback(reader.close)
                 called = names_in(reader.entries, names, saved)
                 entries = {called[n]: entry for n, entry in own.entries.items()}
-                expert = FullExpert(reader, entries, label=f"expert '{name}' ({path})")
+                expert = FullExpert(reader, entries, label=label)
                 opened.append(ExpertWeights(name, expert, called=called))
                 continue
             if base is None:
@@ -108,7 +107,7 @@ def open_experts(
             index = index or open_index(Path(base))
             reader = CheckpointReader(index)
             stack.callback(reader.close)
-            adapter = open_expert(path, index)
+            adapter = open_expert(Path(source), index)
             stack.callback(adapter.close)
             called = names_in(reader.entries, names, saved)
             mapping, _ = align(called.values(), reader.entries, expert=f"the base of '{name}'")
