@@ -106,6 +106,8 @@ def test_requests_that_cannot_be_met_end_with_2(folder: Path, tmp_path: Path):
         [folder / "merged", "oops", "-o", tmp_path / "new"],
         [folder / "merged", "-o", tmp_path / "new"],
         [folder / "merged", "--dry-run"],
+        [folder / "merged", "--rank", 4],
+        [*request(folder), "-o", tmp_path / "new", "--device", "cpu"],
     ):
         assert run(*words).exit_code == 2, words
     assert run(folder / "merged").exit_code == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +23,7 @@ from eutectic.cli.options import (
     TextPairColumn,
     TrustCode,
     given_options,
+    refuse,
 )
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes, parse_bytes
@@ -156,7 +157,7 @@ def collect(
                 "name a CHECKPOINT and its --data, or statistics files to --add.\n"
                 "Example: eutectic collect ./expert --data proxy.jsonl -o expert.stats.safetensors"
             )
-        _refuse(
+        refuse(
             [option for name, option in given.items() if name not in _ADDING],
             "for collecting, and files are only added.",
             "Name a CHECKPOINT and its --data to collect and add.",
@@ -258,13 +259,13 @@ def collect(
 def _check_given(given: Mapping[str, str], gradients: bool, labels: str) -> None:
     """Refuse options that this collection would ignore."""
     if not gradients:
-        _refuse(
+        refuse(
             [given[name] for name in _WITH_GRADIENTS if name in given],
             "for gradients, and none are asked for.",
             "Add --output-gradients, --fisher or --block-fisher.",
         )
     if "head" not in given:
-        _refuse(
+        refuse(
             [given[name] for name in _WITH_HEAD if name in given],
             "for --head, and none is named.",
             "The checkpoint's own head is used as it is.",
@@ -277,13 +278,4 @@ def _check_given(given: Mapping[str, str], gradients: bool, labels: str) -> None
     if labels == "data" and "seed" in given:
         raise RequestError(
             f"{given['seed']}: labels of the data are not drawn.\nAdd --labels sample."
-        )
-
-
-def _refuse(options: Sequence[str], why: str, instead: str) -> None:
-    if options:
-        verb = "is" if len(options) == 1 else "are"
-        raise RequestError(
-            f"{', '.join(options)} {verb} {why}\n{instead} Otherwise leave "
-            f"{'it' if len(options) == 1 else 'them'} out."
         )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+
+from eutectic.errors import RequestError
 
 Task = Annotated[
     str | None,
@@ -36,6 +39,16 @@ def given_options(context: typer.Context) -> dict[str, str]:
         for parameter in context.command.params
         if parameter.name and _typed(context, parameter.name)
     }
+
+
+def refuse(options: Sequence[str], why: str, instead: str) -> None:
+    """Raise RequestError where options were given that would be ignored."""
+    if options:
+        verb = "is" if len(options) == 1 else "are"
+        raise RequestError(
+            f"{', '.join(options)} {verb} {why}\n{instead} Otherwise leave "
+            f"{'it' if len(options) == 1 else 'them'} out."
+        )
 
 
 def _typed(context: typer.Context, name: str) -> bool:

@@ -23,6 +23,8 @@ from eutectic.cli.options import (
     TextColumn,
     TextPairColumn,
     TrustCode,
+    given_options,
+    refuse,
 )
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes
@@ -31,9 +33,16 @@ if TYPE_CHECKING:
     from eutectic.statistics.batches import Batch
     from eutectic.statistics.models import LoadedModel
 
+_SHOWING = {"merged", "export", "json"}
+_COLLECTING = {
+    "batch_size", "max_length", "task", "device", "split", "trust_code",
+    *(f"{kind}_column" for kind in ("text", "text_pair", "source", "target", "image")),
+}  # fmt: skip
+
 
 @verb
 def route(
+    context: typer.Context,
     merged: Annotated[
         Path, typer.Argument(help="The merged model's folder, or a routed model's to inspect it.")
     ],
@@ -119,20 +128,21 @@ def route(
     from eutectic.statistics.models import load_model as load_on
     from eutectic.statistics.rows import check_split, has_splits
 
+    given = given_options(context)
     if not experts:
-        given = {
-            "--output": output,
-            "--statistics": statistics,
-            "--router-statistics": router_statistics,
-            "--router-data": router_data,
-            "--router": router,
-            "--layers": layers,
-            "--base": base,
-            "--dry-run": dry_run,
-        }
-        _check_no_building([option for option, value in given.items() if value])
+        refuse(
+            [option for name, option in given.items() if name not in _SHOWING],
+            "for building, and there are no experts.",
+            "Name them: eutectic route MERGED NAME=EXPERT …",
+        )
         _show(merged, export, json)
         return
+    if not router_data:
+        refuse(
+            [option for name, option in given.items() if name in _COLLECTING],
+            "for --router-data, and none are named.",
+            "Name the data of every task.",
+        )
     named = pairs(experts, "expert")
     if statistics_of not in ("expert", "any"):
         raise RequestError(f"--statistics-of is expert or any, got '{statistics_of}'.")
@@ -211,15 +221,6 @@ def route(
         export_lora(routed, export)
         report["export"] = str(export)
     _report(report, json)
-
-
-def _check_no_building(given: list[str]) -> None:
-    if given:
-        raise RequestError(
-            f"{', '.join(given)}: nothing to build without experts.\n"
-            "Name them: eutectic route MERGED NAME=EXPERT … A routed folder is shown, or exported "
-            "with --export."
-        )
 
 
 def _show(folder: Path, export: Path | None, json: bool) -> None:
