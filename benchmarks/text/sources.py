@@ -157,8 +157,6 @@ TASKS: dict[str, TextTask] = {
     "sotu": TextTask(f"npm {ADDRESSES}", "passage of an address -> half-century", addresses),
     "posts": TextTask(_VADER, "tweet -> sentiment", sentiment("tweets"), 0.4),
 }  # fmt: skip
-# The eight hard tasks of the smaller table: those where fine-tuning gains most.
-EIGHT = tuple(list(TASKS)[:8])
 # The six of the continuous-integration miniature.
 SIX = ("wn_verb", "debsec", "gcide", "langid", "tweets", "movie")
 

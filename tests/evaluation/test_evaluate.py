@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -275,6 +276,19 @@ def test_results_and_their_relations(family: Path):
     expected = np.sqrt(merged * (1 - merged) / 40)
     assert found["m"].standard_error == pytest.approx(expected, rel=0.2)
     assert json.loads((family / "r.json").read_text()) == json.loads(results.model_dump_json())
+
+
+def test_results_tell_which_heads_were_put_on(tmp_path: Path, texts: Path):
+    hashes = {}
+    for role in ("head", "base_head"):
+        save_file({"weight": torch.randn(3, 16), "bias": torch.zeros(3)}, tmp_path / role)
+        hashes[role] = hashlib.sha256((tmp_path / role).read_bytes()).hexdigest()
+    model = world.save(world.make("bert"), tmp_path / "m")
+    for roles in ((), ("head",), ("head", "base_head")):
+        spec = {"kind": "text-classification", "data": str(texts), **{r: r for r in roles}}
+        file = world.tasks(tmp_path / "t.yaml", a=spec)
+        task = eutectic.evaluate(file, models=[model], resamples=0).tasks[0]
+        assert task.head_hashes == {role: hashes[role] for role in roles}
 
 
 def test_finished_pairs_are_not_computed_again(family: Path, monkeypatch: pytest.MonkeyPatch):

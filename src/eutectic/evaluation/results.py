@@ -41,6 +41,9 @@ class TaskRecord(_Record):
     n: int = Field(description="Rows scored.")
     data_hash: str = Field(description="SHA-256 over the rows' inputs and answers, in order.")
     splits: dict[str, int] = Field(description="Different rows per split; they are disjoint.")
+    head_hashes: dict[Literal["head", "base_head"], str] = Field(
+        description="SHA-256 of the head files that the task names, if any."
+    )
 
 
 class Figures(_Record):

@@ -30,6 +30,7 @@ from eutectic.evaluation.sources import (
     RoutingMode,
     Sources,
     fingerprint,
+    head_hashes,
     pair_identity,
     processor_hash,
     versions,
@@ -378,6 +379,7 @@ def _summary(
                 n=scored.get(t.name, 0),
                 data_hash=run.hashes.get(t.name, ""),
                 splits=counted[t.name],
+                head_hashes=head_hashes(t),
             )
             for t in tasks.values()
         ),

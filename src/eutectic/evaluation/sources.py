@@ -216,7 +216,7 @@ def pair_identity(
     described = {
         "weights": [_identity(f, sources.base) for f in (folder, lender) if f is not None],
         "reading": sources.reading(checkpoint, task),
-        "heads": [_file_hash(Path(p)) for p in (task.head, task.base_head) if p is not None],
+        "heads": head_hashes(task),
         "role": checkpoint.role if task.base_head else None,
         "routing": [sources.routing, task.expert_name] if checkpoint.routed else None,
         "function": _file_hash(Path(function)) if function.endswith(".py") else None,
@@ -226,6 +226,13 @@ def pair_identity(
         "versions": versions(),
     }
     return _digest(described)
+
+
+def head_hashes(task: Task) -> dict[Literal["head", "base_head"], str]:
+    """Return the SHA-256 of the head files that a task names."""
+    files: dict[Literal["head", "base_head"], str | None]
+    files = {"head": task.head, "base_head": task.base_head}
+    return {role: _file_hash(Path(file)) for role, file in files.items() if file is not None}
 
 
 @cache
