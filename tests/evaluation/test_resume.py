@@ -91,3 +91,27 @@ def test_the_image_processor_is_part_of_it(tmp_path: Path, monkeypatch: pytest.M
             _edit(file, lambda v: v.update(image_mean=[0.1, 0.1, 0.1]))
         eutectic.evaluate(path, models=[tmp_path / "m"], output=tmp_path / "r.json", resamples=0)
         assert len(calls) == wanted
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks by names that are going away
+def test_an_adapters_base_is_part_of_it(tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    model = world.make("bert")
+    world.save(model, tmp_path / "base")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "a")
+    rows = [{"text": t, "label": LABELS[i % 3]} for i, t in enumerate(world.sentences(40))]
+    world.jsonl(tmp_path / "texts.jsonl", rows)
+    spec = {"kind": "text-classification", "data": "texts.jsonl"}
+    tasks = world.tasks(tmp_path / "t.yaml", a=spec)
+
+    def evaluate(output: str):
+        return eutectic.evaluate(
+            tasks, base=tmp_path / "base", experts={"a": tmp_path / "a"},
+            output=tmp_path / output, resamples=0,
+        ).results  # fmt: skip
+
+    before = evaluate("r.json")
+    world.save(world.make("bert", seed=3), tmp_path / "base")
+    after = evaluate("r.json")
+    assert after == evaluate("fresh.json") != before

@@ -60,6 +60,24 @@ def test_shared_rows_are_refused_with_count_and_example(tmp_path: Path):
         check_disjoint(task)
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("one fish", "one\u00a0fi\u200bsh"),  # no-break space, zero-width space
+        ("one fish", "\ufeffone fi\u00adsh\ufe0f"),  # byte order mark, soft hyphen, variation
+        ("caf\u00e9", "cafe\u200d\u0301"),  # a joiner between a letter and its accent
+        ("Stra\u00dfe", "STRASSE"),
+    ],
+)
+def test_texts_that_look_alike_are_equal(tmp_path: Path, first: str, second: str):
+    world.jsonl(tmp_path / "a.jsonl", [{"text": first, "label": 0}])
+    world.jsonl(tmp_path / "b.jsonl", [{"text": second, "label": 0}])
+    data = {"validation": "a.jsonl", "test": "b.jsonl"}
+    path = world.tasks(tmp_path / "t.yaml", a={"kind": "text-classification", "data": data})
+    with pytest.raises(TaskError, match="validation and test share 1 of 1"):
+        check_disjoint(load_tasks(path)["a"])
+
+
 def test_data_given_to_collect_count_as_proxy(tmp_path: Path):
     world.jsonl(tmp_path / "a.jsonl", [{"text": "x", "label": 0}])
     proxy = world.jsonl(tmp_path / "p.jsonl", [{"text": "X "}])

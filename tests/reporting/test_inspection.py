@@ -184,6 +184,8 @@ def test_wrong_requests_are_refused_before_work(world, tmp_path):
         eutectic.inspect(**{**world, "merged": {"iso_c": other}})
     with pytest.raises(RequestError, match="a file in a folder that exists"):
         eutectic.inspect(**world, output=tmp_path / "no" / "inspection.json")
+    with pytest.raises(RequestError, match="the inspection would be written there"):
+        eutectic.inspect(**world, output=tmp_path / "base" / "config.json")
     with pytest.raises(RequestError, match="is a file; plots are written to a folder"):
         eutectic.inspect(**world, plots=tmp_path / "base" / "config.json")
 

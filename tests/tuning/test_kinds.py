@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import eutectic
+from eutectic.errors import RequestError
 
 pytest.importorskip("transformers")
 from evaluation import world  # noqa: E402 - after the check that transformers is there
@@ -147,6 +148,20 @@ def test_the_expert_itself_diverges_by_nothing(tmp_path: Path, kind: str):
     assert report.scale == 1  # the middle of the grid: Δ is the expert's own
     values = {p["scale"]: p["value"] for p in report.search["points"]}
     assert values[1.0] == pytest.approx(0, abs=1e-6) and min(values[0.25], values[4.0]) > 1e-3
+
+
+def test_texts_without_a_predicted_token_are_refused(tmp_path: Path):
+    folder = _family(tmp_path, "language-model")
+    for name in ("base", *NAMES):
+        world.tokenizer(end="").save_pretrained(folder / name)
+    world.jsonl(folder / "p.jsonl", [{"text": "w1"}, {"text": "w2"}])
+    spec = {"kind": "language-model", "data": {"proxy": "p.jsonl"}}
+    search = {"search": "divergence", "tasks": world.tasks(folder / "one.yaml", a=spec)}
+    with pytest.raises(RequestError, match="hold no token that is predicted"):
+        eutectic.tune(
+            base=folder / "base", experts={"a": folder / "a"}, method="task_arithmetic",
+            search=search,
+        )  # fmt: skip
 
 
 def _proxy(folder: Path, kind: str) -> str:

@@ -115,3 +115,21 @@ def test_a_plot(tmp_path):
     for ending in plot.FORMATS:
         plot.plot_curve(search, tmp_path / f"curve{ending}")
         assert (tmp_path / f"curve{ending}").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"), [("accuracy", [0.5, 1.5]), ("perplexity", [2.0, 2 / 3])]
+)
+def test_metrics_are_drawn_as_shares_of_the_experts(tmp_path, monkeypatch, metric, expected):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(plot, "save_figure", lambda figure, path, dpi: drawn.append(figure))
+    points = [{"scale": s, "value": 1.0, "parts": {"a": v}} for s, v in ((0.1, 20.0), (1.0, 60.0))]
+    search = {
+        "scale": 1.0, "objective": "of a test", "points": points,
+        "experts": {"a": 40.0}, "tasks": {"a": {"metric": metric}},
+    }  # fmt: skip
+    plot.plot_curve(search, tmp_path / "curve.png")
+    lines = {line.get_label(): list(line.get_ydata()) for line in drawn[0].axes[0].lines}
+    assert lines["a"] == pytest.approx(expected) and lines["objective"] == [1.0, 1.0]
+    assert json.loads((tmp_path / "curve.json").read_text())["points"] == points

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from eutectic.checkpoint.header import HeaderTensor, build_header
 from eutectic.checkpoint.layout import OutputFile
 from eutectic.checkpoint.names import check_plain_name
 from eutectic.checkpoint.reader import read_exactly
-from eutectic.errors import OutputError, ResumeError
+from eutectic.errors import OutputError, RequestError, ResumeError
 
 
 class CheckpointWriter:
@@ -214,6 +216,35 @@ def write_atomically(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+def check_replaced(path: Path, keys: Set[str], what: str) -> None:
+    """Find out before any work whether a JSON file may be written there.
+
+    Args:
+        path: of the file.
+        keys: those that an earlier file of the same kind has.
+        what: will be written, for the message.
+
+    Raises:
+        RequestError: a folder, or a file that holds something else, is there.
+    """
+    if path.is_dir() or (path.is_file() and path.stat().st_size and not _has_keys(path, keys)):
+        kind = "is a folder" if path.is_dir() else "holds something else"
+        raise RequestError(
+            f"{path}: {what} would be written there, and it {kind}.\nChoose another name."
+        )
+
+
+def _has_keys(path: Path, keys: Set[str]) -> bool:
+    try:
+        with path.open("rb") as file:
+            if file.read(1) != b"{":  # it may be a checkpoint of many gigabytes
+                return False
+            found: Any = json.loads(b"{" + file.read())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and keys <= found.keys()
 
 
 def sync_folder(folder: Path) -> None:

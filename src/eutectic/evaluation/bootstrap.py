@@ -69,13 +69,16 @@ def draw(task: Task, outcomes: Outcomes, seed: int, resamples: int) -> Draws:
 def compare(
     task: Task, own: Draws, expert: Draws | None, base: Draws | None
 ) -> tuple[Draws, Draws]:
-    """Return the value normalised by the expert's, and NAI = (own − base) / (expert − base)."""
+    """Return the value normalised by the expert's, and NAI = (own − base) / (expert − base).
+
+    A share of an expert that is not above 0 (a correlation may be below) is undefined.
+    """
     if expert is None:
         return _undefined(own), _undefined(own)
     if task.formula in LOWER_IS_BETTER:
         normalized = _quotient(expert, own)
     else:
-        normalized = _quotient(own, expert)
+        normalized = _quotient(own, _positive(expert))
     if base is None:
         return normalized, _undefined(own)
     return normalized, _quotient(_difference(own, base), _difference(expert, base))
@@ -116,6 +119,11 @@ def _described(figures: Sequence[Draws]) -> dict[str, Any]:
 
 def _undefined(like: Draws) -> Draws:
     return Draws(float("nan"), np.full(len(like.replicates), np.nan))
+
+
+def _positive(of: Draws) -> Draws:
+    value = of.value if of.value > 0 else float("nan")
+    return Draws(value, np.where(of.replicates > 0, of.replicates, np.nan))
 
 
 def _difference(left: Draws, right: Draws) -> Draws:

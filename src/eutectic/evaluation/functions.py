@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,14 +38,44 @@ def call_function(
             "Add --trust-code (trust_code=True) if you trust it."
         )
     further: dict[str, Any] = {} if base is None else {"base": str(base)}
-    values = _function(task, name)(str(folder), list(rows), **further, **task.options)
-    numbers = np.array([float(value) for value in values], dtype=np.float64)
+    function = _function(task, name)
+    try:
+        values = function(str(folder), list(rows), **further, **task.options)
+    except Exception as error:
+        raise RequestError(
+            f"task '{task.name}': '{name}' failed: {type(error).__name__}: {error}."
+        ) from error
+    try:
+        numbers = np.array([float(value) for value in values], dtype=np.float64)
+    except (TypeError, ValueError):
+        raise RequestError(
+            f"task '{task.name}': '{name}' gave a {type(values).__name__}; it must give a list of "
+            "numbers, one per row."
+        ) from None
     if not len(numbers) or (rows and len(numbers) != len(rows)) or not np.isfinite(numbers).all():
         raise RequestError(
             f"task '{task.name}': '{name}' gave {len(numbers)} values for {len(rows)} rows; it "
             "must give one finite number per row."
         )
     return Outcomes(numbers, np.ones(len(numbers)))
+
+
+def source_file(where: str) -> Path | None:
+    """Return the file of a function's code, without running any: `file.py`, or a module's name.
+
+    None for a module that is not there, or is no file of Python.
+    """
+    if where.endswith(".py"):
+        return Path(where)
+    path: Sequence[str] | None = None
+    spec = None
+    for depth in range(1, where.count(".") + 2):
+        spec = PathFinder.find_spec(".".join(where.split(".")[:depth]), path)
+        if spec is None:
+            return None
+        path = spec.submodule_search_locations
+    found = Path(spec.origin) if spec is not None and spec.origin else None
+    return found if found is not None and found.suffix == ".py" and found.is_file() else None
 
 
 def _function(task: Task, name: str) -> Callable[..., Any]:

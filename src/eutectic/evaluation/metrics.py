@@ -143,10 +143,13 @@ def _ranks(values: Array) -> Array:
 
 
 def _correlation(left: Array, right: Array) -> Array:
+    # Rounding gives constants a variance, and a correlation of anything with it.
+    constant = (np.ptp(left, axis=1) == 0) | (np.ptp(right, axis=1) == 0)
     left = left - left.mean(axis=1, keepdims=True)
     right = right - right.mean(axis=1, keepdims=True)
     norms = np.sqrt((left**2).sum(axis=1) * (right**2).sum(axis=1))
-    return _ratio((left * right).sum(axis=1), norms, undefined=np.nan)
+    found = _ratio((left * right).sum(axis=1), norms, undefined=np.nan)
+    return np.where(constant, np.nan, found)
 
 
 def _ratio(numerator: Array, denominator: Array, undefined: float = 0.0) -> Array:

@@ -269,7 +269,11 @@ def _open_full(expert: Path, index: CheckpointIndex, base: str | Path | None) ->
 
 
 def _head(opened: Any, index: CheckpointIndex, task: Task) -> dict[str, Tensor]:
-    found = {e.name: opened.read_extra(n).view(e.shape) for n, e in opened.extra.items()}
+    # An adapter's files have names of PEFT's own; the body's are the base's.
+    found = {
+        n if opened.is_delta else e.name: opened.read_extra(n).view(e.shape)
+        for n, e in opened.extra.items()
+    }
     for name, entry in opened.entries.items():
         if not _is_head(name, entry, index, task):
             continue

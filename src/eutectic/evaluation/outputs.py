@@ -18,6 +18,7 @@ from eutectic.evaluation.schema import Task
 from eutectic.statistics.batches import IGNORED_LABEL
 from eutectic.statistics.heads import Head, features, read_head
 from eutectic.statistics.hooks import evaluating
+from eutectic.statistics.models import padding_id, tell_padding
 
 Precision = Literal["float32", "bfloat16"]
 Tell = Callable[[int], None]
@@ -76,7 +77,8 @@ def outputs(
       first, and their number;
     - sequence to sequence: token ids `[n, length]` of greedy decoding, −100 after their end.
 
-    Evaluation mode during the call; the model's mode is put back. float32 except for token ids.
+    Evaluation mode during the call; the model's mode is put back, and its configuration is told
+    which token pads the texts. float32 except for token ids.
 
     Args:
         model: of the class that `load_model` chooses for the task.
@@ -92,13 +94,18 @@ def outputs(
     if head is not None and prepared.task.head is None:
         raise RequestError(f"task '{prepared.task.name}' has no `head`; its models have their own.")
     compute = _computation(prepared, head)
+    tell_padding(model, prepared.processor)
     device = next(model.parameters()).device
     found: list[Tensor] = []
     enabled = dtype == "bfloat16"
     with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
         for batch in prepared.batches:
             placed = {name: values.to(device) for name, values in batch.items()}
-            found.append(compute(model, placed).cpu())
+            try:
+                found.append(compute(model, placed).cpu())
+            except (IndexError, RuntimeError) as error:
+                _check_length(model, placed, prepared.task)
+                raise error
             if progress is not None:
                 progress(len(found[-1]))
     together = _concatenated(found)
@@ -139,13 +146,18 @@ def outcomes_of(results: Tensor, prepared: Prepared) -> Outcomes:
         )
     if kind == "sequence-to-sequence":
         tokenizer = prepared.processor
-        ids = results.masked_fill(results == IGNORED_LABEL, tokenizer.pad_token_id or 0)
+        ids = results.masked_fill(results == IGNORED_LABEL, padding_id(tokenizer))
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         pairs = zip(texts, prepared.references, strict=True)
         right = [float(normal_text(text) == reference) for text, reference in pairs]
         return Outcomes(np.array(right), np.ones(len(right)))
     references = np.array(prepared.references, dtype=np.float64)
     if kind == "regression":
+        if results.numel() != len(results):
+            raise RequestError(
+                f"task '{prepared.task.name}': a regression has one output, the head gives "
+                f"{results.shape[-1]}."
+            )
         return Outcomes(results.reshape(len(results), -1)[:, 0].double().numpy(), references)
     classes = results.shape[-1]
     faults = [
@@ -156,6 +168,17 @@ def outcomes_of(results: Tensor, prepared: Prepared) -> Outcomes:
     if faults:
         raise TaskError(faults[:10], f"task '{prepared.task.name}'")
     return Outcomes(results.argmax(-1).double().numpy(), references)
+
+
+def _check_length(model: Any, batch: dict[str, Tensor], task: Task) -> None:
+    """Say so if inputs are longer than the model's table of positions."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    length = batch["input_ids"].shape[1] if "input_ids" in batch else 0
+    if isinstance(limit, int) and length > limit:
+        raise RequestError(
+            f"task '{task.name}': inputs of {length} tokens, and the model has {limit} positions.\n"
+            f"Set the task's max_length to {limit} or less."
+        )
 
 
 def _computation(

@@ -19,7 +19,7 @@ from eutectic.evaluation.sources import processor_hash
 from eutectic.statistics.batches import IGNORED_LABEL
 from eutectic.statistics.data import longest_input
 from eutectic.statistics.encode import image_mode, open_image
-from eutectic.statistics.models import load_processor
+from eutectic.statistics.models import load_processor, padding_id
 from eutectic.statistics.rows import Row
 
 BATCH_SIZE = 64
@@ -162,6 +162,8 @@ def _finite(value: Any) -> float:
 
 
 def _class(value: Any, known: Mapping[str, int], top: float) -> int:
+    if isinstance(value, bool):
+        value = _truth(value, known)
     if isinstance(value, float) and value.is_integer() and str(value) not in known:
         value = int(value)
     text = str(value)
@@ -171,6 +173,16 @@ def _class(value: Any, known: Mapping[str, int], top: float) -> int:
         raise ValueError(text)
     if not 0 <= int(value) < top:
         raise ValueError(text)
+    return int(value)
+
+
+def _truth(value: bool, known: Mapping[str, int]) -> str | int:
+    """Return the name of a truth value, or 0 and 1 where no names of classes say otherwise."""
+    for name in (str(value), str(value).lower()):
+        if name in known:
+            return name
+    if any(name not in (f"LABEL_{i}", str(i)) for name, i in known.items()):
+        raise ValueError(str(value))
     return int(value)
 
 
@@ -192,7 +204,7 @@ def _processor(folder: Path, task: Task, kind: str) -> tuple[Any, Any]:
         raise MissingExtraError("transformers", "hf", "Evaluating models") from None
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
-        found = load_processor(transformers, kind, folder, folder, config)  # pyright: ignore[reportArgumentType]
+        found = load_processor(transformers, kind, folder, folder)  # pyright: ignore[reportArgumentType]
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
@@ -252,7 +264,7 @@ class _Texts:
 
     def _batch(self, chosen: Sequence[int]) -> dict[str, Tensor]:
         fill = {
-            "input_ids": self.tokenizer.pad_token_id or 0,
+            "input_ids": padding_id(self.tokenizer),
             "token_type_ids": getattr(self.tokenizer, "pad_token_type_id", 0),
         }
         batch = {
@@ -269,6 +281,6 @@ class _Texts:
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """Return `[n, longest]` int64, filled on the right."""
-    width = max(map(len, rows))
+    """Return `[n, longest]` int64, filled on the right; one column at least, models need one."""
+    width = max(1, *map(len, rows))
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64)

@@ -52,10 +52,11 @@ def split_rows(task: Task, split: Split, limit: int | None = None) -> list[Row]:
 def row_key(task: Task, row: Row) -> bytes:
     """Return the identity of a row's inputs, 16 bytes; labels and further columns play no part.
 
-    Texts count after Unicode NFKC, case folding and collapsing of white space; images as their
-    pixels in RGB, whatever the file. Rows of functions count as their content (text, text_pair,
-    source, image, by the task's names of columns), or as all columns where they have none of these;
-    an image that is no readable file counts as what stands in the row.
+    Texts count after Unicode NFKC, case folding, removal of invisible characters and collapsing of
+    white space, the two of a pair in their order; images as their pixels in RGB, whatever the file.
+    Rows of functions count as their content (text, text_pair, source, image, by the task's names of
+    columns), or as all columns where they have none of these; an image that is no readable file
+    counts as what stands in the row.
     """
     digest = hashlib.sha256()
     for value in _inputs(task, row):
@@ -160,7 +161,11 @@ def _checked(task: Task, rows: Sequence[Any], path: str) -> list[Row]:
     for number, row in enumerate(listed, 1):
         for column in wanted:
             name = getattr(task.columns, column)
-            if row.get(name) is None:
+            if name in row and row[name] is None:
+                raise RequestError(
+                    f"task '{task.name}': {path}, row {number} is empty in the column '{name}'."
+                )
+            if name not in row:
                 raise RequestError(
                     f"task '{task.name}': {path}, row {number} has no column '{name}'; it has "
                     f"{', '.join(map(str, row))}.\nName the right one in the task: "
@@ -210,7 +215,16 @@ def _content(task: Task, row: Row) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> str:
-    return " ".join(unicodedata.normalize("NFKC", str(value)).casefold().split())
+    """Return a text as it is compared; what stood apart is composed after all is removed."""
+    text = unicodedata.normalize("NFKC", str(value)).casefold()
+    seen = "".join(c for c in text if c.isascii() or not _invisible(c))
+    return " ".join(unicodedata.normalize("NFKC", seen).split())
+
+
+def _invisible(character: str) -> bool:
+    """Tell whether a character is format only: joiners, soft hyphens, byte order marks."""
+    variation = "\ufe00" <= character <= "\ufe0f" or "\U000e0100" <= character <= "\U000e01ef"
+    return variation or character == "\u034f" or unicodedata.category(character) == "Cf"
 
 
 def _shown(task: Task, row: Row) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from eutectic.checkpoint.experts import is_adapter
-from eutectic.checkpoint.writer import write_atomically
+from eutectic.checkpoint.writer import check_replaced, write_atomically
 from eutectic.errors import NumericalError, RequestError, TaskError, suggest
 from eutectic.evaluation.bootstrap import Draws, compare, draw, mean, result
 from eutectic.evaluation.functions import call_function
@@ -94,6 +94,8 @@ def evaluate(
         MissingExtraError: transformers, or lm-eval where a task needs it, is not installed.
     """
     _check_settings(split, dtype, routing, batch_size, limit, seed, resamples)
+    if output is not None:
+        check_replaced(Path(output), {"schema_version", "results"}, "results")
     known = dict(tasks) if isinstance(tasks, Mapping) else load_tasks(tasks)
     sources = _sources(known, base, experts or {}, models, routing)
     further = {

@@ -118,8 +118,17 @@ class TaskSpec(_Strict):
     @field_validator("labels", mode="before")
     @classmethod
     def _label_names(cls, value: Any) -> Any:
-        # YAML reads unquoted `no` and `1` as other things than names; those are kept as text.
-        return [str(v) for v in cast("list[Any]", value)] if isinstance(value, list) else value
+        # YAML reads an unquoted `1` as a number; it is kept as text.
+        if not isinstance(value, list):
+            return value
+        listed = cast("list[Any]", value)
+        if any(isinstance(v, bool) for v in listed):
+            raise ValueError("YAML reads unquoted yes, no, on, off as true and false: quote them")
+        names = [str(v) for v in listed]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"each class is named once; twice there: {', '.join(twice)}")
+        return names
 
     @field_validator("data", mode="before")
     @classmethod

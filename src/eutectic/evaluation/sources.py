@@ -16,6 +16,7 @@ from eutectic.checkpoint.experts import is_adapter, open_expert
 from eutectic.checkpoint.index import open_index
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.errors import RequestError
+from eutectic.evaluation.functions import source_file
 from eutectic.evaluation.models import EXPERTS, GENERATION, borrows_head, load_model
 from eutectic.evaluation.schema import CLASSIFICATION, Task
 
@@ -212,14 +213,14 @@ def pair_identity(
     own = checkpoint.folder / EXPERTS / task.expert_name
     folder = own if task.head is None and own.is_dir() else checkpoint.folder
     lender = sources.head_of(checkpoint, task)
-    function = task.function.rpartition(":")[0] if task.function else ""
+    code = None if task.function is None else source_file(task.function.rpartition(":")[0])
     described = {
         "weights": [_identity(f, sources.base) for f in (folder, lender) if f is not None],
         "reading": sources.reading(checkpoint, task),
         "heads": head_hashes(task),
         "role": checkpoint.role if task.base_head else None,
         "routing": [sources.routing, task.expert_name] if checkpoint.routed else None,
-        "function": _file_hash(Path(function)) if function.endswith(".py") else None,
+        "function": _file_hash(code) if code is not None else None,
         "task": task.model_dump(mode="json", exclude={"name", "data", "head", "base_head"}),
         "data": data_hash,
         "settings": settings,
@@ -254,8 +255,10 @@ def processor_hash(folder: Path) -> str:
 
 
 def _identity(folder: Path, base: Path | None) -> list[Any]:
-    files = [(p.name, p.stat()) for p in sorted(folder.glob("*")) if p.suffix in _WEIGHTS]
-    return [fingerprint(folder, base), [[n, s.st_size, s.st_mtime_ns] for n, s in files]]
+    folders = [folder, base] if base is not None and is_adapter(folder) else [folder]
+    files = [p for f in folders for p in sorted(f.glob("*")) if p.suffix in _WEIGHTS]
+    stats = [(p.name, p.stat()) for p in files]
+    return [fingerprint(folder, base), [[n, s.st_size, s.st_mtime_ns] for n, s in stats]]
 
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
@@ -273,9 +276,11 @@ def _config(folder: Path | None) -> dict[str, Any]:
 
 def _classes(folder: Path | None) -> dict[str, int]:
     """Return class name -> index as a configuration says, {} where it says nothing."""
-    found = _config(folder).get("label2id")
+    config = _config(folder)
     try:
-        return {str(name): int(i) for name, i in dict(found or {}).items()}
+        found = dict(config.get("label2id") or {})
+        found = found or {name: i for i, name in dict(config.get("id2label") or {}).items()}
+        return {str(name): int(i) for name, i in found.items()}
     except (TypeError, ValueError):
         return {}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from eutectic.checkpoint.experts import Expert, open_expert
 from eutectic.checkpoint.hub import resolve
-from eutectic.checkpoint.writer import write_atomically
+from eutectic.checkpoint.writer import check_replaced, write_atomically
 from eutectic.errors import EutecticError, RequestError
 from eutectic.planning.inputs import Inputs, open_inputs
 from eutectic.planning.plan import Plan, make_plan
@@ -180,6 +180,7 @@ def _checked_output(output: str | Path | None) -> Path | None:
             f"{path}: the inspection is written to a file in a folder that exists, such as "
             "inspection.json."
         )
+    check_replaced(path, {"schema_version", "layers"}, "the inspection")
     return path
 
 

@@ -115,4 +115,4 @@ def features(outputs: Any, mask: Tensor | None, pooling: Pooling) -> Tensor:
     if mask is None:
         return states.mean(1)
     weights = mask.unsqueeze(-1).to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1)
+    return (states * weights).sum(1) / weights.sum(1).clamp_min(1)  # a text may be empty

@@ -128,10 +128,11 @@ def load_model(
             model, loading = kind.from_pretrained(folder, output_loading_info=True, **_LOCAL)
         model = model.to(torch.float32)
         shown: Task = "image-classification" if takes_images(model) else chosen
-        processor = load_processor(transformers, shown, checkpoint, folder, config)
+        processor = load_processor(transformers, shown, checkpoint, folder)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{folder}: transformers cannot load it: {reason}") from error
+    tell_padding(model, processor)
     if adapter:
         model = _with_adapter(model, checkpoint)
     labels = {str(k): int(v) for k, v in (getattr(config, "label2id", None) or {}).items()}
@@ -183,9 +184,7 @@ def takes_images(model: nn.Module) -> bool:
     return getattr(model, "main_input_name", None) == "pixel_values"
 
 
-def load_processor(
-    transformers: Any, task: Task, checkpoint: Path, folder: Path, config: Any
-) -> Any:
+def load_processor(transformers: Any, task: Task, checkpoint: Path, folder: Path) -> Any:
     """Return the image processor, or the tokenizer with right padding, of a checkpoint."""
     if task == "image-classification":
         return transformers.AutoImageProcessor.from_pretrained(folder, **_LOCAL)
@@ -196,8 +195,22 @@ def load_processor(
     if tokenizer.pad_token is None:
         # Padding is masked, so any token will do.
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-        config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
+
+
+def tell_padding(model: nn.Module, tokenizer: Any) -> None:
+    """Let a classifier know which token pads its inputs, in its configuration.
+
+    Decoders classify by the last token that is no padding. Their configurations often name none, or
+    another tokenizer's, and then read padding: figures would depend on the size of batches.
+    """
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        model.config.get_text_config().pad_token_id = padding_id(tokenizer)  # pyright: ignore
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Return the token that texts are padded with."""
+    return getattr(tokenizer, "pad_token_id", None) or 0
 
 
 def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eutectic.checkpoint.writer import write_atomically
+from eutectic.checkpoint.writer import check_replaced, write_atomically
 from eutectic.errors import RequestError
+from eutectic.evaluation.metrics import LOWER_IS_BETTER
 from eutectic.reporting.figure import new_figure, save_figure
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -27,11 +28,7 @@ def check_plot(path: Path) -> None:
     if not path.parent.is_dir():
         raise RequestError(f"{path}: there is no folder {path.parent}.")
     numbers = numbers_of(path)
-    if numbers.exists() and not _is_curve(numbers):
-        raise RequestError(
-            f"{numbers}: the curve's numbers would be written there, and the file holds something "
-            "else.\nGive the plot another name."
-        )
+    check_replaced(numbers, {"scale", "objective", "points"}, "the curve's numbers")
     new_figure(1, 1)
 
 
@@ -42,6 +39,8 @@ def numbers_of(path: Path) -> Path:
 
 def plot_curve(search: Mapping[str, Any], path: Path) -> None:
     """Draw the objective, and each task's part of it, against α on a logarithmic axis.
+
+    Metrics are drawn as shares of the experts', as the objective means them; the JSON has them raw.
 
     `search` itself is written as JSON beside the picture: `curve.json` for `curve.png`.
 
@@ -61,7 +60,7 @@ def plot_curve(search: Mapping[str, Any], path: Path) -> None:
     scales = [p["scale"] for p in points]
     for name in points[0]["parts"]:
         # None, where a value was not finite, leaves a gap.
-        values = [_number(p["parts"].get(name)) for p in points]
+        values = [_share(search, name, _number(p["parts"].get(name))) for p in points]
         axes.plot(scales, values, linewidth=0.8, alpha=0.6, label=name)
     mean = [_number(p["value"]) for p in points]
     axes.plot(scales, mean, "o-", color="black", markersize=3, label="objective")
@@ -76,12 +75,14 @@ def plot_curve(search: Mapping[str, Any], path: Path) -> None:
     save_figure(figure, path, dpi=150)
 
 
-def _is_curve(path: Path) -> bool:
-    try:
-        found: Any = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and {"scale", "objective", "points"} <= found.keys()
+def _share(search: Mapping[str, Any], task: str, value: float) -> float:
+    """Return a metric in the objective's unit, as a share of the expert's; others as they are."""
+    if "experts" not in search:
+        return value
+    expert = _number(search["experts"][task])
+    lower = search["tasks"][task].get("metric") in LOWER_IS_BETTER
+    above, below = (expert, value) if lower else (value, expert)
+    return above / below if below > 0 else float("nan")
 
 
 def _number(value: float | None) -> float:

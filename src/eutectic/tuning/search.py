@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,9 +67,10 @@ def search_scale(
     """Return the α in [low, high] with the best objective, and all that were tried.
 
     `points` values at equal ratios come first; a golden section in log α between the neighbours of
-    the best one follows, until α is known to a relative `tolerance`. Accuracies have plateaus: of
-    several best points the middle one is taken. With the default settings 17 values are computed;
-    on an objective with one optimum the result is within `tolerance` of it.
+    the best one follows, until α is known to a relative `tolerance`. Accuracies have plateaus: the
+    search goes on in the middle of the widest run of best points, and of the final one the point
+    nearest to its middle (in log α) is taken. With the default settings 17 values are computed; on
+    an objective with one optimum the result is within `tolerance` of it.
 
     Args:
         objective: of α; NaN counts as the worst value.
@@ -117,13 +118,28 @@ def search_scale(
             f"the objective has no finite value for any α from {low:g} to {high:g}.\n"
             "Look for NaN in the experts or the data, or search another range."
         )
-    best = costs.index(min(costs))
+    best = positions.index(_middle(positions, costs))
     left, right = positions[max(best - 1, 0)], positions[min(best + 1, points - 1)]
     _golden_section(at, left, right, positions[best], goal)
     ordered = dict(sorted(found.items()))
-    optimum = min(_cost(m, maximise) for m in ordered.values())
-    tied = [scale for scale, m in ordered.items() if _cost(m, maximise) == optimum]
-    return ScaleCurve(ordered, tied[(len(tied) - 1) // 2], maximise)
+    tried = {math.log(scale): scale for scale in ordered}
+    middle = _middle(list(tried), [_cost(m, maximise) for m in ordered.values()])
+    return ScaleCurve(ordered, tried[middle], maximise)
+
+
+def _middle(positions: Sequence[float], costs: Sequence[float]) -> float:
+    """Return the position nearest to the middle of the widest run of equally best ones."""
+    optimum = min(costs)
+    runs: list[list[float]] = [[]]
+    for position, cost in zip(positions, costs, strict=True):
+        if cost == optimum:
+            runs[-1].append(position)
+        elif runs[-1]:
+            runs.append([])
+    widest = max(filter(None, runs), key=lambda run: run[-1] - run[0])
+    middle = (widest[0] + widest[-1]) / 2
+    # Rounded, so that of two that are equally near the smaller is taken.
+    return min(widest, key=lambda position: round(abs(position - middle), 9))
 
 
 def grid(low: float, high: float, points: int) -> list[float]:

@@ -80,6 +80,7 @@ class TuningTask:
         """Return what the record says of the task's data."""
         return {
             "split": self.prepared.split,
+            "metric": self.task.metric_name,
             "rows": len(self.prepared),
             "data_hash": self.prepared.data_hash,
             "disjoint": dict(self.rows),
@@ -203,6 +204,11 @@ def _token_logits(model: Any, prepared: Prepared) -> Tensor:
         if prepared.task.kind == "language-model":
             logits = logits[:, :-1]
         found.append(logits[mask.to(device)][chosen].float().cpu())
+    if not found:
+        raise RequestError(
+            f"task '{prepared.task.name}': its {prepared.split} texts hold no token that is "
+            "predicted from others; give longer ones."
+        )
     return torch.cat(found)
 
 
