@@ -27,6 +27,8 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
     frame = pandas.DataFrame(ROWS)
     lines = [json.dumps(row, ensure_ascii=False) for row in ROWS]
     (tmp_path / "x.jsonl").write_text("\n".join([*lines, "", ""]), encoding="utf-8")
+    (tmp_path / "lines.json").write_text("\n".join(lines), encoding="utf-8")
+    (tmp_path / "list.json").write_text(f"[{', '.join(lines)}]", encoding="utf-8")
     frame.to_csv(tmp_path / "x.csv", index=False)
     frame.to_csv(tmp_path / "x.tsv", index=False, sep="\t")
     frame.to_parquet(tmp_path / "x.parquet")
@@ -34,7 +36,7 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
     splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)})
     splits.save_to_disk(tmp_path / "splits")
 
-    for name in ("x.jsonl", "x.csv", "x.tsv", "x.parquet", "saved"):
+    for name in ("x.jsonl", "list.json", "lines.json", "x.csv", "x.tsv", "x.parquet", "saved"):
         assert list(read_rows(str(tmp_path / name))) == ROWS, name
     assert list(read_rows(str(tmp_path / "splits"), split="train")) == ROWS
     with pytest.raises(RequestError, match="splits train; name one"):
@@ -42,6 +44,18 @@ def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
     for name in ("x.jsonl", "x.parquet", "saved", "some.module:rows"):
         with pytest.raises(RequestError, match="data without splits, so there is no 'train'"):
             read_rows(name if ":" in name else str(tmp_path / name), split="train")
+
+
+def test_quotation_marks_of_tab_separated_values(tmp_path: Path) -> None:
+    file = tmp_path / "x.tsv"
+    file.write_text('text\tlabel\n"he said\t0\n" and left\t1\n"all of it"\t0\n')
+    assert [row["text"] for row in read_rows(str(file))] == [
+        '"he said',
+        '" and left',
+        '"all of it"',
+    ]
+    file.write_text('text\tlabel\n"two\nlines"\t0\n"a ""word"""\t1\n')
+    assert [row["text"] for row in read_rows(str(file))] == ["two\nlines", 'a "word"']
 
 
 def test_images_are_labelled_by_their_folder(tmp_path: Path) -> None:
@@ -64,6 +78,8 @@ def test_images_are_labelled_by_their_folder(tmp_path: Path) -> None:
     [
         ("x.jsonl", '{"text": "a"}\n{"text": ', "line 2: not valid JSON"),
         ("x.jsonl", "[1]\n", "line 1: not a JSON object"),
+        ("x.json", "[1]\n", "item 1 is not a JSON object"),
+        ("x.json", '[{"text": "a"}', "not valid JSON"),
         ("x.csv", "text,label\na,b\nc\n", "line 3: not the 2 columns"),
         ("x.csv", "text,label\na,b,c\n", "line 2: not the 2 columns"),
         ("x.csv", 'text\n"a\n', "line 1: unexpected end"),

@@ -1,4 +1,4 @@
-"""Proxy data as rows: jsonl, csv, parquet, image folders, `datasets` folders, Python functions."""
+"""Data as rows: JSON, CSV, TSV, parquet, image folders, `datasets` folders, Python functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ Row = Mapping[str, Any]
 _IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _SPLITS = "dataset_dict.json"
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-_KNOWN = "*.jsonl, *.csv, *.tsv, *.parquet, a folder of images, a folder written by `datasets`"
+_KNOWN = (
+    "*.jsonl, *.json, *.csv, *.tsv, *.parquet, a folder of images, a folder written by `datasets`"
+)
 
 
 def read_rows(source: str, *, split: str | None = None, trust_code: bool = False) -> Sequence[Any]:
@@ -51,6 +53,7 @@ def read_rows(source: str, *, split: str | None = None, trust_code: bool = False
         return _image_folder(path)
     readers = {
         ".jsonl": _jsonl,
+        ".json": _json,
         ".csv": lambda p: _csv(p, ","),
         ".tsv": lambda p: _csv(p, "\t"),
         ".parquet": _parquet,
@@ -119,8 +122,26 @@ def _jsonl(path: Path) -> list[Row]:
     return rows
 
 
+def _json(path: Path) -> list[Row]:
+    """Read a list of objects; files of that name often hold an object in every line, too."""
+    text = _text(path)
+    if not text.lstrip().startswith("["):
+        return _jsonl(path)
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise StatisticsError(f"{path}: not valid JSON ({error}).") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise StatisticsError(f"{path}: item {number} is not a JSON object.")
+    return rows
+
+
 def _csv(path: Path, delimiter: str) -> list[Row]:
-    lines = csv.DictReader(io.StringIO(_text(path)), delimiter=delimiter, strict=True)
+    text = _text(path)
+    raw = delimiter == "\t" and _has_bare_quotes(text)
+    quoting = csv.QUOTE_NONE if raw else csv.QUOTE_MINIMAL
+    lines = csv.DictReader(io.StringIO(text), delimiter=delimiter, strict=True, quoting=quoting)
     rows: list[Row] = []
     try:
         for row in lines:
@@ -133,6 +154,25 @@ def _csv(path: Path, delimiter: str) -> list[Row]:
     except csv.Error as error:
         raise StatisticsError(f"{path}, line {lines.line_num}: {error}.") from error
     return rows
+
+
+def _has_bare_quotes(text: str) -> bool:
+    """Tell whether quotation marks of tab-separated values belong to the texts, as in GLUE's files.
+
+    There every line has the columns of the first, and some value begins with a mark that it does
+    not end with. Read as quoting, such marks swallow the following lines.
+    """
+    try:
+        rows = list(csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
+    except csv.Error:  # told with its line by who reads the rows
+        return False
+    if len({len(row) for row in rows if row}) > 1:
+        return False
+    return any(
+        value.startswith('"') and (len(value) == 1 or not value.endswith('"'))
+        for row in rows
+        for value in row
+    )
 
 
 def _text(path: Path) -> str:
