@@ -34,6 +34,9 @@ def _bart(folder: Path, seed: int = 0) -> Path:
     # Searches of the folder's that exact match must not follow.
     model.generation_config.num_beams = 4
     model.generation_config.num_return_sequences = 2
+    model.generation_config.repetition_penalty = 9.0
+    model.generation_config.no_repeat_ngram_size = 1
+    model.generation_config.min_length = 5
     return world.save(model, folder)
 
 
@@ -57,6 +60,7 @@ def test_tokens_are_those_of_transformers(folder: Path):
         wanted = plain.generate(
             input_ids=words(text, return_tensors="pt")["input_ids"], do_sample=False,
             num_beams=1, num_return_sequences=1, max_new_tokens=ready.generate_tokens,
+            repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0,
         )[0, 1:].tolist()  # fmt: skip
         assert row[: len(wanted)] == wanted
         assert wanted[0] == 7 and not {3, 4, 5} & set(wanted)

@@ -34,6 +34,8 @@ _SEARCH = (
     *("num_beams", "num_beam_groups", "diversity_penalty", "length_penalty", "early_stopping"),
     *("num_return_sequences", "constraints", "force_words_ids", "dola_layers"),
     *("max_length", "max_new_tokens", "max_time", "prompt_lookup_num_tokens"),
+    *("min_length", "min_new_tokens", "repetition_penalty", "encoder_repetition_penalty"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty"),
     *("return_dict_in_generate", "output_scores", "output_logits"),
 )
 _PROBE = 1 << 20  # above the values of fresh weights, and exact in float32 for as many keys again
