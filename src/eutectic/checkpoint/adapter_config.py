@@ -102,7 +102,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         )
         for pattern in (*config.rank_pattern, *config.alpha_pattern):
             re.compile(pattern)
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, re.error) as error:
         raise CheckpointError(
             f"{path}: 'r', 'lora_alpha', 'rank_pattern' or 'alpha_pattern' is missing or has the "
             f"wrong type ({type(error).__name__}: {error})."

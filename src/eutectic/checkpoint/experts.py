@@ -226,7 +226,11 @@ def open_expert(path: Path, base: CheckpointIndex) -> Expert:
         return AdapterReader(path, base.entries)
     index = open_index(path)
     return FullExpert(
-        CheckpointReader(index), base.entries, label=str(path), config=index.config, folder=path
+        CheckpointReader(index),
+        base.entries,
+        label=str(path),
+        config=index.config,
+        folder=index.folder,
     )
 
 

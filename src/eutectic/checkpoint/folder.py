@@ -24,21 +24,29 @@ _PATTERNS = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab*",
+    "*vocab*",
     "merges.txt",
+    "dict.txt",
     "spiece.model",
+    "spm*.model",
     "sentencepiece*.model",
     "*.spm",
+    "tekken.json",
+    "prophetnet.tokenizer",
+    "emoji.json",
+    "byte_maps.json",
+    "word_shape.json",
+    "word_pronunciation.json",
     "*.tiktoken",
     "bpe.codes",
     "normalizer.json",
     "chat_template*",
-    "*.py",
     "LICEN[CS]E*",
     "NOTICE*",
     "COPYING*",
     "USE_POLICY*",
 )
+_CODE = "*.py"
 # Never copied, whatever their name: weights, training states and pickles.
 _NEVER = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npz"),
@@ -53,13 +61,17 @@ _SUBFOLDER_WEIGHTS = ("*.safetensors", "*.bin")
 def side_files(folder: Path) -> tuple[str, ...]:
     """Return the names, relative to `folder` and sorted, of the files to take along.
 
+    Python files only where a configuration names code (`auto_map`, or sentence-transformers'
+    modules): a lone checkpoint may lie among anything.
+
     Never weights, optimizer or training states, pickles, the README (the output gets a card of its
     own), hidden files or folders other than sentence-transformers' numbered modules.
 
     Raises:
         CheckpointError: one of them is a link that leads out of the folder.
     """
-    return _matching(folder, _PATTERNS, _SUBFOLDER_PATTERNS, _NEVER)
+    patterns = (*_PATTERNS, _CODE) if _has_code(folder) else _PATTERNS
+    return _matching(folder, patterns, _SUBFOLDER_PATTERNS, _NEVER)
 
 
 def module_weights(folder: Path) -> tuple[str, ...]:
@@ -95,6 +107,13 @@ def copy_side_files(
         except OSError as error:
             raise OutputError(f"{target}: cannot be written ({error.strerror}).") from error
     return chosen
+
+
+def _has_code(folder: Path) -> bool:
+    if (folder / "modules.json").is_file():
+        return True
+    configs = (p for p in folder.glob("*config.json") if p.is_file())
+    return any(b'"auto_map"' in config.read_bytes() for config in configs)
 
 
 def _matching(

@@ -10,6 +10,7 @@ import yaml
 
 from eutectic.cli.console import pairs
 from eutectic.errors import RequestError, suggest
+from eutectic.recipes.document import UNREADABLE
 
 What = Annotated[
     list[str] | None,
@@ -117,7 +118,7 @@ def _values(items: list[str], option: str) -> dict[str, Any]:
     for name, text in pairs(items, option).items():
         try:
             found[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except UNREADABLE:
             raise RequestError(f"{option} {name}: '{text}' is not a YAML value.") from None
     return found
 

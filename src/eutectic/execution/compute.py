@@ -37,15 +37,16 @@ class Outcome:
 
 
 def copy_tensor(planned: TensorPlan, plan: Plan, inputs: Inputs, emit: Emit) -> Outcome:
-    """Emit the base's values; integer buffers must agree in every expert.
+    """Emit the base's values; integer buffers must agree in every expert unless a rule says copy.
 
     Raises:
         EutecticError: an expert holds other values in an integer or boolean buffer.
     """
     name = planned.name
-    must_agree = planned.decision.treatment is Treatment.COPY and not (
-        planned.entry.dtype.is_floating_point
-    )
+    # Batch norm's counter always differs, and nothing is computed from it after training.
+    free = planned.decision.ruled or name.endswith("num_batches_tracked")
+    integral = not planned.entry.dtype.is_floating_point
+    must_agree = planned.decision.treatment is Treatment.COPY and integral and not free
     for start, stop in flat_ranges(planned.elements):
         values = inputs.base.read(name, start, stop)
         if must_agree:
@@ -56,7 +57,8 @@ def copy_tensor(planned: TensorPlan, plan: Plan, inputs: Inputs, emit: Emit) -> 
                         raise EutecticError(
                             f"{name}: the {planned.entry.dtype} buffer of expert '{expert_name}' "
                             "differs from the base's, and such values cannot be averaged.\n"
-                            "Add a rule with treatment head (kept per expert) for it."
+                            "Add a rule for it: treatment head (kept per expert) or copy (the "
+                            "base's)."
                         )
         emit(start, narrow(values, planned, plan))
     return Outcome()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -114,14 +116,18 @@ def write_folder(
     donor = inputs.index.folder
     if plan.recipe.side_files != "base":
         donor = inputs.experts[plan.recipe.side_files].folder or donor
-    copy_side_files(donor, model)
+    copy_side_files(inputs.index.folder, model)
+    copy_side_files(donor, model)  # an adapter, or a lone file, may bring no configuration
     if files[0].name == WEIGHT_NAMES[0]:  # (IA)³ vectors: the output is an adapter again
         copy_side_files(donor, model, [CONFIG_NAME])
     copy_side_files(inputs.index.folder, model, module_weights(inputs.index.folder))
     write_expert_folders(plan, inputs, model, files)
-    if plan.recipe.dtype is not None:
-        for config in (model / "config.json", *model.glob("experts/*/config.json")):
-            _state_dtype(config, plan.recipe.dtype)
+    own = _stated_dtype(inputs.config) if plan.recipe.dtype is None else plan.recipe.dtype
+    dtype = own or _prevailing_dtype(files)
+    for config in model.glob("experts/*/config.json"):
+        _state_dtype(config, dtype)
+    if plan.recipe.dtype is not None or plan.recipe.side_files != "base":
+        _state_dtype(model / "config.json", dtype)
     write_atomically(model / "README.md", card(provenance).encode())
     text = json.dumps({**provenance, "records": dict(records)}, indent=1, ensure_ascii=False)
     write_atomically(model / PROVENANCE, (text + "\n").encode())
@@ -176,6 +182,24 @@ def _licence(folder: Path | None) -> str:
         return "unknown"
     licence = front.get("license") if isinstance(front, dict) else None
     return licence if isinstance(licence, str) else "unknown"
+
+
+def _stated_dtype(config: Mapping[str, Any]) -> str | None:
+    found = config.get("dtype", config.get("torch_dtype"))
+    return (
+        found
+        if isinstance(found, str) and isinstance(getattr(torch, found, 0), torch.dtype)
+        else None
+    )
+
+
+def _prevailing_dtype(files: Sequence[OutputFile]) -> str:
+    """Return the dtype of most of the output's numbers."""
+    counts: Counter[torch.dtype] = Counter()
+    for file in files:
+        for _, dtype, shape in file.entries:
+            counts[dtype] += math.prod(shape) if dtype.is_floating_point else 0
+    return str(counts.most_common(1)[0][0]).removeprefix("torch.")
 
 
 def _state_dtype(config: Path, dtype: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from eutectic.planning.plan import Plan
 from eutectic.planning.values import flat_ranges
 
 EXPERTS = "experts"
+_TABLE = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte|shared|tok_embeddings)\.weight$")
 
 
 def write_expert_folders(
@@ -61,6 +64,8 @@ def write_expert_folders(
         shards.append(_write_heads(plan, inputs, name, folder, spelling, count))
         write_atomically(folder / SHARD_INDEX_NAME, weight_index_bytes(shards))
         _side_files(inputs, expert, folder)
+        if expert.is_delta:
+            _fit_config(folder / "config.json", expert, heads)
 
 
 class _Prefix:
@@ -157,8 +162,33 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _side_files(inputs: Inputs, expert: Expert, folder: Path) -> None:
-    """Copy the expert's own config and tokenizer; an adapter brings none, so take the base's."""
+    """Copy the expert's own config and tokenizer over the base's; an adapter may bring either."""
     assert inputs.index is not None
     copy_side_files(inputs.index.folder, folder)
-    if expert.folder is not None and not expert.is_delta:
+    if expert.folder is not None:
         copy_side_files(expert.folder, folder)
+
+
+_CLASSIFIERS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+_TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
+_TASK_OF_CLASS = re.compile(r"(For[A-Z]\w*|LMHeadModel|Model)$")
+
+
+def _fit_config(config: Path, expert: Expert, heads: Sequence[TensorEntry]) -> None:
+    """Tell the base's config what an adapter's heads are: their classes, task and vocabulary."""
+    if not config.exists():
+        return
+    values = json.loads(config.read_text(encoding="utf-8"))
+    for head in heads:
+        rows = head.shape[0] if len(head.shape) == 2 else 0
+        if rows and head.name.endswith(_CLASSIFIERS):
+            if len(values.get("id2label") or {}) != rows:
+                values["id2label"] = {str(i): f"LABEL_{i}" for i in range(rows)}
+                values["label2id"] = {f"LABEL_{i}": i for i in range(rows)}
+            ending = _TASKS.get(str(expert.config.get("task_type")))
+            if ending is not None and values.get("architectures"):
+                names = values["architectures"]
+                values["architectures"] = [_TASK_OF_CLASS.sub(ending, name) for name in names]
+        elif rows and _TABLE.search(head.name) and head.name in expert.entries:
+            values["vocab_size"] = rows
+    write_atomically(config, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())

@@ -28,6 +28,7 @@ def merge_state_dicts(
     weights: Mapping[str, float] | None = None,
     statistics: Mapping[str, Statistics] | None = None,
     threads: int | None = None,
+    config: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Merge state dicts in memory by the same plan and arithmetic as files.
@@ -40,6 +41,8 @@ def merge_state_dicts(
         weights: name -> w_t (default 1).
         statistics: name -> statistics, for methods that use data.
         threads: jobs side by side.
+        config: the base's `config.json` as a mapping (`model.config.to_dict()`). GPT-2 and its
+            relatives keep some matrices as [in, out], which only their `model_type` tells.
         **options: other keys of a recipe (`tensors`, `dtype`, `missing`, …) or the method's
             parameters.
 
@@ -60,7 +63,7 @@ def merge_state_dicts(
     if scale is not None:
         values["scale"] = scale
     recipe = check_recipe(sorted_options(values))
-    inputs = in_memory_inputs(base, experts, statistics or {})
+    inputs = in_memory_inputs(base, experts, statistics or {}, config)
     plan = make_plan(recipe, inputs)
     entries = [(t.name, t.dtype, t.entry.shape) for t in plan.tensors]
     sink = MemoryWriter(entries)

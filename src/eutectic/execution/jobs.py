@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eutectic.execution.compute import Emit, Outcome
 from eutectic.execution.local import Job, run_jobs
-from eutectic.planning.cost import tensor_cost
+from eutectic.planning.cost import PROCESS_BYTES, tensor_cost
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.journal import Finished
 from eutectic.planning.plan import Plan
@@ -83,7 +83,7 @@ class Run:
         run_jobs(
             [self._job(name, planned, run, writer) for planned in tensors],
             threads=self.limits.threads,
-            memory=self.limits.memory,
+            memory=self.limits.memory - PROCESS_BYTES,
             done=self._tell,
         )
 

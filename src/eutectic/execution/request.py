@@ -39,6 +39,8 @@ def sorted_options(
     known = {k: v for k, v in options.items() if k in Recipe.model_fields}
     other = {k: v for k, v in options.items() if k not in Recipe.model_fields}
     before = (stated or {}).get("parameters", {})
+    if not isinstance(known.get("parameters", {}), Mapping):
+        return known  # refused with its type when the recipe is checked
     if other or "parameters" in known:
         known["parameters"] = {**before, **known.get("parameters", {}), **other}
     return known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,16 @@ from eutectic.errors import MethodError
 from eutectic.methods.registry import Context, Parameters, register
 
 
+def _summable(parameters: Parameters, weights: Sequence[float]) -> str | None:
+    """Say what is wrong with weights that a mean divides by."""
+    if sum(weights) != 0 or not getattr(parameters, "normalize", True):
+        return None
+    return (
+        f"the experts' weights sum to zero, so their mean is undefined: {tuple(weights)}.\n"
+        "Choose other weights, or task_arithmetic, which does not normalise."
+    )
+
+
 @register(
     "average",
     family="linear",
@@ -18,6 +29,7 @@ from eutectic.methods.registry import Context, Parameters, register
     paper="Model soups: averaging weights of multiple fine-tuned models, arXiv 2203.05482",
     elementwise=True,
     space="either",
+    check=_summable,
     laws={"permutation", "homogeneous", "zero", "single", "copies", "absent", "rotation"},
 )
 def average(deltas: Tensor, parameters: Parameters, context: Context) -> Tensor:
@@ -51,6 +63,7 @@ class LinearParameters(Parameters):
     parameters=LinearParameters,
     elementwise=True,
     space=lambda p: "either" if p.normalize else "weight",
+    check=_summable,
     laws={"permutation", "homogeneous", "zero", "single", "copies", "absent", "rotation"},
 )
 def linear(inputs: Tensor, parameters: LinearParameters, context: Context) -> Tensor:
@@ -78,11 +91,8 @@ def weighted_sum(inputs: Tensor, context: Context) -> Tensor:
 
 def _mean(inputs: Tensor, context: Context) -> Tensor:
     total = sum(context.weights)
-    if total == 0:
-        raise MethodError(
-            f"the experts' weights sum to zero, so their mean is undefined: {context.weights}.\n"
-            "Choose other weights, or task_arithmetic, which does not normalise."
-        )
+    if fault := _summable(Parameters(), context.weights):
+        raise MethodError(fault)
     mean = weighted_sum(inputs, context)
     return mean if total == 1 else mean.div_(total)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -116,6 +116,7 @@ class Method:
     default_scale: Callable[[int], float]
     finish: Callable[[Mapping[str, float], Any], Mapping[str, float]] | None
     explain: Callable[[tuple[int, ...], Any, Precision], str] | None
+    check: Callable[[Any, Sequence[float]], str | None] | None
     adapter: TypeAdapter[Any] = field(repr=False)
 
     def parse(self, values: Mapping[str, Any]) -> Any:
@@ -179,6 +180,7 @@ def register(
     default_scale: float | Callable[[int], float] = 1.0,
     finish: Callable[[Mapping[str, float], Any], Mapping[str, float]] | None = None,
     explain: Callable[[tuple[int, ...], Any, Precision], str] | None = None,
+    check: Callable[[Any, Sequence[float]], str | None] | None = None,
 ) -> Callable[[MethodFunction], MethodFunction]:
     """Enter a method into the table.
 
@@ -216,6 +218,8 @@ def register(
             to a factor per matrix, for rules that compare layers.
         explain: from the stack's shape `[T, out, in]`, the parameters and the precision to one
             sentence saying which numerical route will be taken, for the plan.
+        check: from the parameters and the experts' weights to a fault in words, found before any
+            work; None where they fit together.
     """
 
     def enter(function: MethodFunction) -> MethodFunction:
@@ -245,6 +249,7 @@ def register(
             default_scale=_constant(default_scale),
             finish=finish,
             explain=explain,
+            check=check,
             adapter=TypeAdapter(parameters),
         )
         return function

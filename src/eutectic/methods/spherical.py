@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -36,6 +37,16 @@ def _dot_products(chunks: Chunks, parameters: SlerpParameters, context: Context)
     return sums
 
 
+def _position(parameters: SlerpParameters, weights: Sequence[float]) -> str | None:
+    """Say what is wrong with the weights, or with giving them and `t` too."""
+    if parameters.t is not None and len(set(weights)) > 1:
+        return f"slerp takes its position from `t` or from the weights {tuple(weights)}, not both."
+    total = sum(weights)
+    if parameters.t is None and (total == 0 or not 0 <= weights[-1] / total <= 1):
+        return f"slerp cannot take t from the weights {tuple(weights)}; give t in [0, 1]."
+    return None
+
+
 @register(
     "slerp",
     family="spherical",
@@ -46,6 +57,7 @@ def _dot_products(chunks: Chunks, parameters: SlerpParameters, context: Context)
     space="weight",
     prepare=_dot_products,
     experts=(2, 2),
+    check=_position,
     laws={"permutation", "zero", "copies"},
 )
 def slerp(inputs: Tensor, parameters: SlerpParameters, context: Context) -> Tensor:
@@ -57,16 +69,13 @@ def slerp(inputs: Tensor, parameters: SlerpParameters, context: Context) -> Tens
     Shapes: `[2, *shape]` -> `[*shape]`. Cost: two passes.
 
     Raises:
-        MethodError: `t` is not given and the weights sum to zero.
+        MethodError: `t` is given and the weights differ, or it is not and they sum to zero.
     """
+    if fault := _position(parameters, context.weights):
+        raise MethodError(fault)
     t = parameters.t
     if t is None:
-        total = sum(context.weights)
-        if total == 0 or not 0 <= context.weights[1] / total <= 1:
-            raise MethodError(
-                f"slerp cannot take t from the weights {context.weights}; give t in [0, 1]."
-            )
-        t = context.weights[1] / total
+        t = context.weights[1] / sum(context.weights)
     aa, bb, ab = (float(x) for x in context.state)
     norms = math.sqrt(aa) * math.sqrt(bb)
     cosine = max(-1.0, min(1.0, ab / norms)) if norms > 0 else 1.0

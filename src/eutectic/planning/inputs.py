@@ -45,6 +45,7 @@ class Inputs:
         experts: name -> expert, in the recipe's order.
         statistics: name -> statistics, for experts that have a file.
         initial: a merged checkpoint that an iterative method starts from.
+        stated: the base's configuration, in memory.
     """
 
     base: BaseReader
@@ -52,12 +53,13 @@ class Inputs:
     experts: Mapping[str, Expert]
     statistics: Mapping[str, Statistics] = field(default_factory=dict)
     initial: Expert | None = None
+    stated: Mapping[str, Any] = field(default_factory=dict)
     _stack: ExitStack = field(default_factory=ExitStack, repr=False)
 
     @property
     def config(self) -> Mapping[str, Any]:
-        """The base's config.json, or nothing in memory."""
-        return {} if self.index is None else self.index.config
+        """The base's config.json, or what was stated in memory."""
+        return self.stated if self.index is None else self.index.config
 
     def __enter__(self) -> Inputs:
         return self
@@ -110,13 +112,14 @@ def open_inputs(recipe: Recipe, source: Source | None = None) -> Inputs:
             stack.callback(initial.close)
         if faults:
             raise RecipeError(faults, source.name)
-        return Inputs(base, index, experts, statistics, initial, stack.pop_all())
+        return Inputs(base, index, experts, statistics, initial, _stack=stack.pop_all())
 
 
 def in_memory_inputs(
     base: Mapping[str, Tensor],
     experts: Mapping[str, Mapping[str, Tensor]],
     statistics: Mapping[str, Statistics],
+    config: Mapping[str, Any] | None = None,
 ) -> Inputs:
     """Wrap state dicts in the surface that files have."""
     reader = StateDictReader(base, "the base")
@@ -124,7 +127,7 @@ def in_memory_inputs(
         name: expert_in_memory(tensors, reader.entries, f"expert '{name}'")
         for name, tensors in experts.items()
     }
-    return Inputs(reader, None, opened, statistics)
+    return Inputs(reader, None, opened, statistics, stated=config or {})
 
 
 def _only_vectors(recipe: Recipe) -> dict[str, Path]:

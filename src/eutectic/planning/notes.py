@@ -9,7 +9,7 @@ from typing import Any
 from eutectic.checkpoint.folder import module_weights
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.names import AS_THEY_ARE
-from eutectic.methods import Method
+from eutectic.methods import Method, get_method
 from eutectic.planning.collected import lacks, unknown_origin
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.labels import label_warnings
@@ -62,6 +62,7 @@ def notes_on(
     idle = [r.match for r in recipe.tensors if not _matches_any(r.match, inputs)]
     if idle:
         notes.append(f"rules that match no tensor: {some(idle)}")
+    notes += _ignored(tensors, recipe, inputs)
     if inputs.index is not None and inputs.index.skipped:
         notes.append(f"entries of the base that are no tensors: {some(inputs.index.skipped)}")
     for name, statistics in inputs.statistics.items():
@@ -82,6 +83,42 @@ def notes_on(
             )
         notes += _uncollected(inputs, method, parameters)
     return notes
+
+
+def _ignored(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs) -> list[str]:
+    """Say what of the recipe some tensors cannot follow."""
+    notes: list[str] = []
+    for planned in tensors:
+        partner = planned.seed_name
+        if partner != planned.name and _rules(recipe, planned.name) != _rules(recipe, partner):
+            notes.append(
+                f"'{planned.name}' is a copy of '{partner}' and takes the rules of that, not those "
+                "that match its own name"
+            )
+    whole = [t for t in tensors if t.decision.split and t.method != "copy" and _sees_all(t.method)]
+    if whole:
+        notes.append(
+            f"split plays no part in {whole[0].method}, which looks at a tensor as a whole: "
+            f"{some([t.name for t in whole])}"
+        )
+    if recipe.side_files in inputs.experts:
+        held = inputs.experts[recipe.side_files].entries
+        other = [t.name for t in tensors if t.name in held and held[t.name].shape != t.entry.shape]
+        if other:
+            notes.append(
+                f"side_files: the configuration of '{recipe.side_files}' may not fit the output, "
+                f"where these have the base's shape: {some(other)}"
+            )
+    return notes
+
+
+def _rules(recipe: Recipe, name: str) -> list[str]:
+    return [rule.match for rule in recipe.tensors if fnmatchcase(name, rule.match)]
+
+
+def _sees_all(method: str) -> bool:
+    own = get_method(method)
+    return own.elementwise and own.prepare is not None
 
 
 def _uncollected(inputs: Inputs, method: Method, parameters: Any) -> list[str]:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from eutectic.checkpoint.index import TensorEntry
-from eutectic.errors import RecipeError
+from eutectic.errors import MethodError, RecipeError
 from eutectic.methods import Method, get_method
 from eutectic.planning.assignment import with_method
 from eutectic.planning.collected import statistics_faults, statistics_names
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.notes import notes_on, some
 from eutectic.planning.tensors import TensorPlan, plan_tensor
-from eutectic.planning.ties import tied_to
+from eutectic.planning.ties import is_copy, tied_to
 from eutectic.recipes.load import Source
 from eutectic.recipes.schema import Recipe, ScaleSearch
 from eutectic.types import Treatment
@@ -78,6 +78,9 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         with_method(t, method, parameters, scale, recipe, inputs.statistics, names, tied)
         for t in tensors
     ]
+    faults += _unfit(tensors, method, parameters, recipe)
+    if faults:
+        raise RecipeError(_shortened(faults), source.name)
     heads = _heads(recipe, inputs, tensors)
     left_out = ()
     if recipe.heads == "drop":
@@ -124,6 +127,33 @@ def _check_kinship(inputs: Inputs, source: Source, faults: list[str]) -> None:
             )
 
 
+def _unfit(
+    tensors: Sequence[TensorPlan], method: Method, parameters: Any, recipe: Recipe
+) -> list[str]:
+    """Return what is wrong with the number or the weights of the experts that hold a tensor."""
+    faults: list[str] = []
+    seen: set[tuple[str, tuple[str, ...]]] = set()
+    for planned in tensors:
+        if planned.method == "copy" or (planned.method, planned.experts) in seen:
+            continue
+        seen.add((planned.method, planned.experts))
+        own = get_method(planned.method)
+        try:
+            own.check_expert_count(len(planned.experts))
+        except MethodError as error:
+            faults.append(
+                f"{planned.name}: {error} Choose missing: base, which counts an expert without the "
+                "tensor as unchanged."
+            )
+            continue
+        weights = [recipe.experts[name].weight for name in planned.experts]
+        chosen = parameters if own is method else own.parameters()
+        fault = None if own.check is None else own.check(chosen, weights)
+        if fault is not None:
+            faults.append(f"{planned.name}: {fault}")
+    return faults
+
+
 def _refuse_partial(
     tensors: Sequence[TensorPlan], method: Method, inputs: Inputs, source: Source
 ) -> None:
@@ -151,7 +181,7 @@ def _heads(
     heads: dict[str, tuple[TensorEntry, ...]] = {}
     for name, expert in inputs.experts.items():
         own = [replace(expert.entries[k], name=k) for k in shared if k in expert.entries]
-        own += [replace(e, name=k) for k, e in expert.extra.items()]
+        own += [replace(e, name=k) for k, e in expert.extra.items() if not is_copy(expert, k)]
         if own:
             heads[name] = tuple(own)
     return heads

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 
+from eutectic.checkpoint.experts import Expert
 from eutectic.planning.inputs import BaseReader
+
+Read = Callable[[str, int, int], torch.Tensor]
 
 _OUTPUT = re.compile(r"(lm_head|embed_out|output_projection|(^|\.)decoder)\.weight$")
 _TABLE = re.compile(r"embed|(^|\.)(wte|shared)\.")
@@ -33,11 +37,30 @@ def tied_to(base: BaseReader) -> dict[str, str]:
     return tied
 
 
+def is_copy(expert: Expert, extra: str) -> bool:
+    """Tell whether a tensor that the base lacks repeats a vocabulary table of the same expert.
+
+    Such as the output embeddings in `torch.save(model.state_dict())` of a tied model: no head.
+    """
+    entry = expert.extra[extra]
+    if len(entry.shape) != 2 or not (_OUTPUT.search(extra) or _TABLE.search(extra)):
+        return False
+    alike = (
+        name
+        for name, own in expert.entries.items()
+        if _TABLE.search(name) and (own.shape, own.dtype) == (entry.shape, entry.dtype)
+    )
+    return any(_equal(expert.read_extra, extra, expert.read, name, entry.numel) for name in alike)
+
+
 def _same(base: BaseReader, first: str, second: str) -> bool:
-    length = base.entries[first].numel
+    return _equal(base.read, first, base.read, second, base.entries[first].numel)
+
+
+def _equal(left: Read, first: str, right: Read, second: str, length: int) -> bool:
     for start in {0, max(0, length // 2 - _WINDOW), max(0, length - _WINDOW)}:
         stop = min(length, start + _WINDOW)
-        a, b = base.read(first, start, stop), base.read(second, start, stop)
+        a, b = left(first, start, stop), right(second, start, stop)
         if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
             return False
     return True

@@ -36,6 +36,7 @@ class Decision:
         split: heights of the fused matrices, or empty.
         stacked: a stack [E, out, in], merged matrix by matrix.
         scale: α of this tensor alone, or None.
+        ruled: a rule of the recipe names the treatment.
     """
 
     treatment: Treatment
@@ -44,6 +45,7 @@ class Decision:
     split: tuple[int, ...] = ()
     stacked: bool = False
     scale: float | None = None
+    ruled: bool = False
 
 
 def decide(
@@ -81,7 +83,7 @@ def decide(
     )
     if isinstance(parts, str):
         return parts
-    return Decision(treatment, reason, transpose, parts, stacked, scale)
+    return Decision(treatment, reason, transpose, parts, stacked, scale, ruled is not None)
 
 
 _CONV = Treatment.CONV
@@ -112,8 +114,11 @@ def _default(entry: TensorEntry) -> tuple[Treatment, str]:
 def _is_transposed(entry: TensorEntry, config: Mapping[str, Any]) -> bool:
     if len(entry.shape) != 2:
         return False
-    if config.get("model_type") in _CONV1D_MODELS and _CONV1D_NAMES.search(entry.name):
-        return True
+    if _CONV1D_NAMES.search(entry.name):
+        # A model of several parts (vision-encoder-decoder) states each part's type.
+        parts = (config, *(v for v in config.values() if isinstance(v, Mapping)))
+        if any(str(part.get("model_type")) in _CONV1D_MODELS for part in parts):
+            return True
     return _OPENCLIP_PROJECTION.search(entry.name) is not None
 
 

@@ -16,7 +16,7 @@ Location = tuple[str | int, ...]
 
 # What PyYAML raises on a text that it cannot read: its own errors on syntax, and whatever Python
 # raises while a value is built (`2020-13-45`, `!!int x`, brackets a thousand deep).
-_UNREADABLE = (
+UNREADABLE = (
     yaml.YAMLError,
     ValueError,
     TypeError,
@@ -79,7 +79,7 @@ def read_document(
         where = "" if mark is None else f"line {mark.line + 1}: "
         what = ", ".join(part for part in (fault.context, fault.problem) if part)
         raise error([f"{where}not valid YAML: {what}."], f"{noun} {path}") from None
-    except _UNREADABLE as fault:
+    except UNREADABLE as fault:
         raise error([f"not valid YAML: {fault}"], f"{noun} {path}") from None
     source = Source(f"{noun} {path}", path.parent, lines)
     if not isinstance(values, Mapping):

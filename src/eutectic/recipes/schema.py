@@ -168,6 +168,11 @@ class Recipe(_Strict):
         if not isinstance(value, dict):
             return value
         specs = cast("dict[Any, Any]", value)
+        taken = [name for name in ("base", "initial") if name in specs]
+        if taken:
+            raise ValueError(
+                f"an expert cannot be called '{taken[0]}': that is another parent's name"
+            )
         return {n: {"path": s} if isinstance(s, str) else s for n, s in specs.items()}
 
     @field_validator("scale", mode="before")
