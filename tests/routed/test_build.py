@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import eutectic
 from eutectic.errors import NumericalError, RequestError, StatisticsError
@@ -433,3 +433,31 @@ def test_parameters_that_transformers_renames_are_found(tmp_path: Path):
     stored = {n: load_file(tmp_path / n / "model.safetensors") for n in "ab"}
     torch.testing.assert_close(output(stored), expected)
     assert not torch.allclose(expected, merged(images).last_hidden_state, atol=1e-2)
+
+
+class Shared(nn.Module):
+    """One linear layer at two paths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(6, 6)
+        self.inner = nn.Module()
+        self.inner.v_proj = self.q_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner.v_proj(torch.tanh(self.q_proj(x)))
+
+
+def test_a_shared_layer_is_routed_at_every_path():
+    torch.manual_seed(0)
+    model = Shared()
+    experts, data = {}, {name: torch.randn(40, 6) for name in "ab"}
+    for name in "ab":
+        experts[name] = copy.deepcopy(model)
+        with torch.no_grad():
+            experts[name].q_proj.weight.add_(0.3 * torch.randn(6, 6))
+    statistics = {name: eutectic.collect(experts[name], [data[name]]) for name in "ab"}
+    states = {name: expert.state_dict() for name, expert in experts.items()}
+    routed = eutectic.build_routed(model, states, statistics, rank=6, layers=["*"])
+    with torch.no_grad(), eutectic.routing(routed, mode="oracle", expert="a"):
+        torch.testing.assert_close(routed(data["a"]), experts["a"](data["a"]), atol=1e-5, rtol=1e-4)

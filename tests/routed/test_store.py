@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,22 @@ def test_saving_and_loading_changes_nothing(kind: str, dtype: torch.dtype, tmp_p
         "routed.json",
         "routed.safetensors",
     ]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"])
+def test_tied_models_are_loaded_into_a_model_of_ones_own(kind: str, tmp_path: Path):
+    world = WORLDS[kind]()
+    routed = build(world)
+    routed.save_pretrained(tmp_path)
+    other = copy.deepcopy(world.merged)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    loaded = load_routed(tmp_path, model=other)
+    with routing(routed, mode="route"), routing(loaded, mode="route"):
+        assert torch.equal(output(routed, world.mixed()), output(loaded, world.mixed()))
+    with pytest.raises(CheckpointError, match=r"does not fit Linear: missing|unknown"):
+        load_routed(tmp_path, model=nn.Linear(3, 3))
 
 
 def test_plain_transformers_loads_the_merged_model(tmp_path: Path):

@@ -140,7 +140,7 @@ def collect(
     import torch
 
     from eutectic.planning.notes import some
-    from eutectic.statistics import add_statistics
+    from eutectic.statistics import add_statistics, load_statistics
     from eutectic.statistics import collect as run
     from eutectic.statistics.data import open_batches
     from eutectic.statistics.encode import Columns
@@ -197,6 +197,8 @@ def collect(
             needs_labels=gradients and labels != "sample",
             classes=None if own is None else len(own.bias),
         )
+        for file in add or ():
+            load_statistics(file)  # a file that cannot be added is told before any data are run
         # What is to be added goes through a file of its own, so that OUTPUT is never half a sum.
         target = output.with_name(f"{output.name}.collected") if add else output
         with progress_bar("collecting") as tell:

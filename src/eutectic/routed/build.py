@@ -219,8 +219,12 @@ def install(
         replacement = RoutedAttention(base, experts)
     else:
         replacement = RoutedLinear(base, experts, transposed=layer.kind == "conv1d")
-    parent, _, child = layer.path.rpartition(".")
-    setattr(model.get_submodule(parent), child, replacement.train(base.training))
+    replacement.train(base.training)
+    # One module may be called by several paths.
+    paths = [n for n, m in model.named_modules(remove_duplicate=False) if m is base]
+    for path in paths:
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, replacement)
 
 
 def finish(model: Model, routing: Routing) -> Model:

@@ -148,7 +148,8 @@ class Experts(nn.Module):
         rows = lead.numel()
         # Rows alone must be one a sample or all its tokens: others were picked from the batch.
         picked = len(lead) == 1 and samples > 1 and frame.lengths
-        if rows % samples or (picked and rows // samples not in {1, *frame.lengths}):
+        whole = len(lead) < 2 or first % samples == 0  # tables of positions are no samples
+        if rows % samples or not whole or (picked and rows // samples not in {1, *frame.lengths}):
             raise RequestError(
                 f"'{self.name}' sees inputs {[*x.shape]}, which do not divide into {samples} "
                 "samples.\nLeave this layer out of the routed ones."

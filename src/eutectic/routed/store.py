@@ -205,7 +205,13 @@ def _read_description(path: Path) -> dict[str, Any]:
 def _load_base(path: Path, model: nn.Module | type[Any] | None) -> Any:
     if isinstance(model, nn.Module):
         try:
-            model.load_state_dict(load_file(path / PLAIN_WEIGHTS))
+            given = load_file(path / PLAIN_WEIGHTS)
+            missing, unknown = model.load_state_dict(given, strict=False)
+            state = model.state_dict()
+            filled = {state[name].data_ptr() for name in given if name in state}
+            missing = [n for n in missing if state[n].data_ptr() not in filled]  # not tied either
+            if missing or unknown:
+                raise RuntimeError(f"missing {missing[:3]}, unknown {unknown[:3]}")
         except (OSError, SafetensorError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path / PLAIN_WEIGHTS}: does not fit {type(model).__name__}: {error}"

@@ -133,7 +133,8 @@ def _owners(files: Sequence[StatisticsFile]) -> dict[str, str]:
     """Return whose input statistics each layer shares: as stored, if all files agree on it."""
     tables = [{n: layer["inputs"] for n, layer in f.provenance["layers"].items()} for f in files]
     agreed = all(table == tables[0] for table in tables)
-    return tables[0] if agreed else {name: name for name in tables[0]}
+    layers = files[0].provenance["layers"]
+    return tables[0] if agreed else {n: layer["same_as"] or n for n, layer in layers.items()}
 
 
 def _layer(files: Sequence[StatisticsFile], name: str, owner: str) -> dict[str, Any]:

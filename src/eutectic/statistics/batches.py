@@ -48,6 +48,7 @@ class Layout:
         paired: the model has an encoder and a decoder.
         batch_first: which axis holds the samples when both fit.
         unmatched: what becomes of activations that fit no mask.
+        images: number of pictures, where the batch holds any.
         encoder_outputs: storage addresses of the encoder's outputs of this forward pass, whose
             readers are keys and values of cross-attention whatever their name.
     """
@@ -58,6 +59,7 @@ class Layout:
     paired: bool
     batch_first: bool = True
     unmatched: Unmatched = "error"
+    images: int | None = None
     encoder_outputs: list[Tensor] = field(default_factory=list)
 
     def tokens(self, site: Site, activations: Tensor) -> Tokens | None:
@@ -70,10 +72,12 @@ class Layout:
             StatisticsError: the activations fit no mask and `unmatched` is "error".
         """
         lead = tuple(activations.shape[:-1])
-        if lead == (self.samples,):
+        # The towers of CLIP may see different numbers of images and texts.
+        images = self.samples if self.images is None else self.images
+        if lead == (images if site.role == "image" else self.samples,):
             return Tokens(lambda t: t.unsqueeze(1), None)
         if site.role == "image":
-            arrange = _fit_samples(lead, self.samples, self.batch_first)
+            arrange = _fit_samples(lead, images, self.batch_first)
             if arrange is not None:
                 return Tokens(arrange, None)
             return Tokens(lambda t: t.reshape(lead[0], -1, t.shape[-1]), None)
@@ -207,6 +211,7 @@ def layout(
         paired,
         batch_first,
         unmatched,
+        len(pixels) if isinstance(pixels := items.get("pixel_values"), Tensor) else None,
     )
 
 

@@ -14,6 +14,8 @@ from eutectic.statistics.models import LoadedModel, takes_images
 from eutectic.statistics.rows import read_rows
 
 DEFAULT_MAX_LENGTH = 512
+# Models whose first position comes after the number of the padding token, as RoBERTa's.
+_COUNTED_FROM_PADDING = {"camembert", "data2vec-text", "ibert", "longformer", "mpnet"}
 
 
 def open_batches(
@@ -75,8 +77,9 @@ def _is_batch(item: Any) -> bool:
 
 def longest_input(processor: Any, config: Any) -> int:
     """Return how many tokens a model takes, and its tokenizer allows; at most 512."""
-    limits = [
-        getattr(processor, "model_max_length", None),
-        getattr(config, "max_position_embeddings", None),
-    ]
+    positions = getattr(config, "max_position_embeddings", None)
+    kind = str(getattr(config, "model_type", ""))
+    if isinstance(positions, int) and ("roberta" in kind or kind in _COUNTED_FROM_PADDING):
+        positions -= (getattr(config, "pad_token_id", None) or 0) + 1
+    limits = [getattr(processor, "model_max_length", None), positions]
     return min([DEFAULT_MAX_LENGTH, *(n for n in limits if isinstance(n, int) and n > 0)])

@@ -72,6 +72,19 @@ class EncodedRows:
     needs_labels: bool = True
     classes: int | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse data of which some rows are pairs."""
+        column = self.columns.text_pair
+        if self.image_mode is not None or self.task in ("seq2seq", "causal-lm"):
+            return
+        paired = [row.get(column) is not None for row in self.rows]
+        if len(set(paired)) > 1:
+            odd = paired.index(not paired[0]) + 1
+            raise RequestError(
+                f"rows 1 and {odd}: only one of them has a '{column}'.\n"
+                "Rows are pairs or single texts; make them two files."
+            )
+
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
 
@@ -145,7 +158,10 @@ class EncodedRows:
             return value
         if str(value) in self.label_ids:
             return self.label_ids[str(value)]
+        numbered = [name for name in self.label_ids if name.isdigit()]
         try:
+            if numbered and any(str(self.label_ids[name]) != name for name in numbered):
+                raise ValueError  # "1", "2", "3" are names there, and no places
             label = float(value)
         except (TypeError, ValueError):
             known = ", ".join(list(self.label_ids)[:20])

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from eutectic.statistics.sites import Site
+from eutectic.statistics.sites import Site, is_encoder_decoder
 
 
 class Observer(Protocol):
@@ -95,7 +95,7 @@ def _hook(site: Site, observer: Observer) -> Callable[..., None]:
 
 def _encoder(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_encoder", None)
-    if not callable(getter) or not getattr(model.config, "is_encoder_decoder", False):
+    if not callable(getter) or not is_encoder_decoder(model):
         return None
     encoder = getter()
     return encoder if isinstance(encoder, nn.Module) and encoder is not model else None

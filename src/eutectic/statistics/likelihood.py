@@ -46,6 +46,9 @@ def log_likelihoods(
         labels = labels.masked_fill(~mask.bool(), IGNORED_LABEL)
     if objective == "causal_lm":
         logits, labels = logits[:, :-1], labels[:, 1:]
+        if mask is not None and mask.shape[1] == labels.shape[1] + 1:
+            # Padding on the left: nothing predicts the first token.
+            labels = labels.masked_fill(~mask[:, :-1].bool(), IGNORED_LABEL)
     losses = nn.functional.cross_entropy(
         logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED_LABEL
     )
@@ -72,8 +75,10 @@ def sample_labels(
             if source is not None and source.shape == valid.shape:
                 valid &= source.bool().cpu()
         if objective == "causal_lm":
-            # Position i of the logits predicts token i + 1 of the labels.
-            valid = torch.cat([valid[:, 1:], torch.zeros_like(valid[:, :1])], dim=1)
+            # Position i of the logits predicts token i + 1 of the labels, unless it is padding.
+            predicts = valid if mask is None or mask.shape != valid.shape else mask.bool().cpu()
+            last = torch.zeros_like(valid[:, :1])
+            valid = torch.cat([valid[:, 1:], last], dim=1) & predicts
     drawn: list[Tensor] = []
     for index, seed in enumerate(seeds):
         generator = np.random.Generator(np.random.PCG64(seed))

@@ -14,7 +14,7 @@ Kind = Literal["linear", "conv1d", "convolution", "in_projection", "out_projecti
 Role = Literal["encoder", "decoder", "cross", "image", "text"]
 
 _CROSS = re.compile(r"encdec|cross_?att|encoder_?att", re.IGNORECASE)
-_KEYS_AND_VALUES = re.compile(r"(k|v|key|value)(_proj)?(\.base_layer)?$")
+_KEYS_AND_VALUES = re.compile(r"((k|v|key|value)(_proj)?|c_attn)(\.base_layer)?$")
 _IMAGE = re.compile(r"(^|[._])(vision|visual|image|multi_modal)")
 # Modules that adapters add beside the layer they adapt; their inputs are not a base weight's.
 _ADAPTER_PART = re.compile(r"\.(lora_\w+|original_module)(\.|$)")
