@@ -116,8 +116,9 @@ def write_folder(
     donor = inputs.index.folder
     if plan.recipe.side_files != "base":
         donor = inputs.experts[plan.recipe.side_files].folder or donor
-    copy_side_files(inputs.index.folder, model)
-    copy_side_files(donor, model)  # an adapter, or a lone file, may bring no configuration
+    if not (donor / "config.json").is_file():  # an adapter brings a tokenizer at most
+        copy_side_files(inputs.index.folder, model)
+    copy_side_files(donor, model)
     if files[0].name == WEIGHT_NAMES[0]:  # (IA)³ vectors: the output is an adapter again
         copy_side_files(donor, model, [CONFIG_NAME])
     copy_side_files(inputs.index.folder, model, module_weights(inputs.index.folder))
