@@ -4,8 +4,9 @@
     python benchmarks/run.py glyphs --work DIR --tasks 8 --seeds 3
 
 Every step is resumable, so the same command continues a killed run and repeats nothing. Options
-that are not named below go to `table/run.py`; by default every row is measured on one proxy sample,
-except MaTS at a hundred steps, which takes as long as all the others.
+that are not named below go to `table/run.py`; by default every row is measured on one proxy sample
+and 500 test examples a task (`--test-texts 1000` for all that a text task has), except MaTS at a
+hundred steps, which takes as long as all the others.
 """
 
 from __future__ import annotations
@@ -59,6 +60,8 @@ def main() -> None:
     words += ["--tasks", str(arguments.tasks)]
     if "--seeds" not in others:
         others += ["--seeds", "1"]
+    if "--test-texts" not in others:
+        others += ["--test-texts", "500"]
     if "--rows" not in others:
         others += ["--rows", *(name for name in ROWS if not name.endswith("_100")), "routed"]
     raise SystemExit(
