@@ -461,3 +461,34 @@ def test_a_shared_layer_is_routed_at_every_path():
     routed = eutectic.build_routed(model, states, statistics, rank=6, layers=["*"])
     with torch.no_grad(), eutectic.routing(routed, mode="oracle", expert="a"):
         torch.testing.assert_close(routed(data["a"]), experts["a"](data["a"]), atol=1e-5, rtol=1e-4)
+
+
+class Positioned(nn.Module):
+    """A layer that sees a table of positions besides the samples, as DeBERTa's keys do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.k_proj = nn.Linear(6, 6)
+        self.register_buffer("table", torch.ones(1, 8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.k_proj(x) + self.k_proj(self.table).mean(1)
+
+
+def test_tables_of_positions_are_no_samples():
+    torch.manual_seed(0)
+    model, x = Positioned(), torch.randn(2, 3, 6)
+    expert = copy.deepcopy(model)
+    with torch.no_grad():
+        expert.k_proj.weight.add_(torch.randn(6, 6))
+    statistics = {"a": eutectic.collect(nn.Sequential(expert.k_proj), [torch.randn(9, 6)])}
+    statistics = {"a": {"k_proj.weight": statistics["a"]["0.weight"]}}
+    routed = eutectic.build_routed(
+        model, {"a": expert.state_dict()}, statistics, rank=2, layers=["*"]
+    )
+    with (
+        torch.no_grad(),
+        eutectic.routing(routed, mode="oracle", expert="a"),
+        pytest.raises(RequestError, match=r"\[1, 8, 6\], which do not divide into 2 samples"),
+    ):
+        routed(x)

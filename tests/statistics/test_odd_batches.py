@@ -7,6 +7,7 @@ in sums; pairs and numbered classes are not guessed.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from eutectic.errors import RequestError, StatisticsError
 from eutectic.statistics import add_statistics, collect
+from eutectic.statistics.data import longest_input
 from eutectic.statistics.encode import Columns, EncodedRows
 from helpers.configs import tiny_model
 
@@ -151,3 +153,28 @@ def test_numbers_are_names_where_classes_are_named_by_numbers():
         stars._label(0, 1)
     plain = rows_of([{"text": "a"}], {"no": 0, "yes": 1})
     assert [plain._label(n, 1) for n in (0, "yes", 2)] == [0, 1, 2]
+
+
+class OwnEncoder(nn.Module):
+    """A module of one's own with a method that transformers' models have, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def get_encoder(self) -> nn.Module:
+        return self.layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_models_without_a_configuration():
+    x = torch.randn(5, 4)
+    close(collect(OwnEncoder(), [x])["layer.weight"].dense_gram().float(), x.T @ x)
+
+
+@pytest.mark.parametrize(("kind", "longest"), [("roberta", 24), ("bert", 26), ("mpnet", 24)])
+def test_positions_that_are_counted_from_the_padding_token(kind: str, longest: int):
+    config = SimpleNamespace(model_type=kind, max_position_embeddings=26, pad_token_id=1)
+    assert longest_input(SimpleNamespace(model_max_length=10**30), config) == longest
