@@ -161,6 +161,14 @@ def test_truth_values_are_no_class_of_another_name(tmp_path: Path):
         evaluated(tmp_path, [{"text": "w1", "label": True}], folder)
 
 
+def test_numbers_are_no_places_where_classes_are_named_by_numbers(tmp_path: Path):
+    folder = world.save(world.make("bert", labels=("1", "2", "3")), tmp_path / "m")
+    rows = [{"text": text, "label": i % 3 + 1} for i, text in enumerate(world.sentences(6))]
+    assert evaluated(tmp_path, rows, folder).results[0].n == 6
+    with pytest.raises(TaskError, match="row 1: the label 0 is none of 1, 2, 3"):
+        evaluated(tmp_path, [{"text": "w1", "label": 0}, *rows], folder)
+
+
 @pytest.mark.parametrize(
     ("labels", "said"),
     [(["no", "no", "yes"], "named once"), ([False, "maybe", True], "quote them")],

@@ -142,7 +142,7 @@ def rows_of(rows: list[dict[str, Any]], labels: dict[str, int]) -> EncodedRows:
 
 def test_rows_are_pairs_or_single_texts():
     pair = {"text": "a", "text_pair": "b"}
-    with pytest.raises(RequestError, match="rows 1 and 3: only one of them has a 'text_pair'"):
+    with pytest.raises(RequestError, match="row 3 has no 'text_pair', row 1 has"):
         rows_of([pair, pair, {"text": "a"}], {})
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eutectic.checkpoint.experts import is_adapter, open_expert
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index
-from eutectic.checkpoint.names import align
+from eutectic.checkpoint.names import CLASSIFIERS, align
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.errors import CheckpointError, MissingExtraError, RequestError
 from eutectic.evaluation.schema import Task
@@ -324,8 +324,7 @@ def _fit_labels(config: Any, task: Task, state: Mapping[str, Tensor]) -> None:
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {name: i for i, name in enumerate(task.labels)}
     else:
-        heads = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
-        rows = [len(state[name]) for name in heads if name in state and state[name].ndim == 2]
+        rows = [len(state[name]) for name in CLASSIFIERS if name in state and state[name].ndim == 2]
         if rows and rows[0] != config.num_labels:
             config.num_labels = rows[0]
 

@@ -103,9 +103,9 @@ def outputs(
             placed = {name: values.to(device) for name, values in batch.items()}
             try:
                 found.append(compute(model, placed).cpu())
-            except (IndexError, RuntimeError) as error:
+            except (IndexError, RuntimeError):
                 _check_length(model, placed, prepared.task)
-                raise error
+                raise
             if progress is not None:
                 progress(len(found[-1]))
     together = _concatenated(found)

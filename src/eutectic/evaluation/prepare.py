@@ -18,7 +18,7 @@ from eutectic.evaluation.schema import Split, Task
 from eutectic.evaluation.sources import processor_hash
 from eutectic.statistics.batches import IGNORED_LABEL
 from eutectic.statistics.data import longest_input
-from eutectic.statistics.encode import image_mode, open_image
+from eutectic.statistics.encode import image_mode, named_by_numbers, open_image
 from eutectic.statistics.models import load_processor, padding_id
 from eutectic.statistics.rows import Row
 
@@ -171,7 +171,7 @@ def _class(value: Any, known: Mapping[str, int], top: float) -> int:
         return known[text]
     if isinstance(value, float):
         raise ValueError(text)
-    if not 0 <= int(value) < top:
+    if named_by_numbers(known) or not 0 <= int(value) < top:
         raise ValueError(text)
     return int(value)
 

@@ -10,7 +10,7 @@ from typing import Any
 from eutectic.errors import RequestError, StatisticsError, TaskError
 from eutectic.evaluation.schema import SPLITS, Part, Split, Task
 from eutectic.statistics.encode import beside, open_image
-from eutectic.statistics.rows import Row, read_rows
+from eutectic.statistics.rows import Row, half_paired, read_rows
 
 INPUTS: Mapping[str, tuple[str, ...]] = {
     "text-classification": ("text", "text_pair"),
@@ -150,13 +150,10 @@ def _checked(task: Task, rows: Sequence[Any], path: str) -> list[Row]:
     listed = list(rows)
     for column in _OPTIONAL.get(task.kind, ()):
         name = getattr(task.columns, column)
-        present = [row.get(name) is not None for row in listed]
-        if len(set(present)) > 1:
-            odd = present.index(not present[0])
-            with_it, without = (odd, 0) if present[odd] else (0, odd)
+        if mixed := half_paired(listed, name):
             raise RequestError(
-                f"task '{task.name}': {path}, row {without + 1} has no '{name}', row {with_it + 1} "
-                "has.\nRows are pairs or single texts; make them two tasks."
+                f"task '{task.name}': {path}, row {mixed[1]} has no '{name}', row {mixed[0]} has.\n"
+                "Rows are pairs or single texts; make them two tasks."
             )
     for number, row in enumerate(listed, 1):
         for column in wanted:
@@ -217,8 +214,10 @@ def _content(task: Task, row: Row) -> dict[str, Any]:
 def _plain(value: Any) -> str:
     """Return a text as it is compared; what stood apart is composed after all is removed."""
     text = unicodedata.normalize("NFKC", str(value)).casefold()
-    seen = "".join(c for c in text if c.isascii() or not _invisible(c))
-    return " ".join(unicodedata.normalize("NFKC", seen).split())
+    if not text.isascii():
+        seen = "".join(c for c in text if not _invisible(c))
+        text = unicodedata.normalize("NFKC", seen)
+    return " ".join(text.split())
 
 
 def _invisible(character: str) -> bool:

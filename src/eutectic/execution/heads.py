@@ -17,6 +17,7 @@ from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.folder import copy_side_files
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.layout import SHARD_INDEX_NAME, OutputFile, weight_index_bytes
+from eutectic.checkpoint.names import CLASSIFIERS
 from eutectic.checkpoint.writer import CheckpointWriter, write_atomically
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
@@ -169,7 +170,6 @@ def _side_files(inputs: Inputs, expert: Expert, folder: Path) -> None:
         copy_side_files(expert.folder, folder)
 
 
-_CLASSIFIERS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 _TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 _TASK_OF_CLASS = re.compile(r"(For[A-Z]\w*|LMHeadModel|Model)$")
 
@@ -181,7 +181,7 @@ def _fit_config(config: Path, expert: Expert, heads: Sequence[TensorEntry]) -> N
     values = json.loads(config.read_text(encoding="utf-8"))
     for head in heads:
         rows = head.shape[0] if len(head.shape) == 2 else 0
-        if rows and head.name.endswith(_CLASSIFIERS):
+        if rows and head.name.endswith(CLASSIFIERS):
             if len(values.get("id2label") or {}) != rows:
                 values["id2label"] = {str(i): f"LABEL_{i}" for i in range(rows)}
                 values["label2id"] = {f"LABEL_{i}": i for i in range(rows)}

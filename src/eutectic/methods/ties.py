@@ -62,8 +62,7 @@ def ties(deltas: Tensor, parameters: TiesParameters, context: Context) -> Tensor
 
     Keep Δ_t where |Δ_t| is at least the int(density·n)-th largest magnitude of expert t (none of a
     tensor of fewer than 1/density entries, such as a scalar; `scope: model` has no such tensors);
-    elect
-    γ = sign(Σ w_t Δ_t); where that sum is exactly 0, γ is the majority sign over the scope;
+    elect γ = sign(Σ w_t Δ_t); where that sum is exactly 0, γ is the majority sign over the scope;
     return Σ w_t Δ_t [sign Δ_t = γ] / Σ w_t [sign Δ_t = γ] (`mean`) or its numerator (`sum`).
 
     Shapes: `[T, *shape]` -> `[*shape]`. Cost: three reading passes (two for the exact selection by

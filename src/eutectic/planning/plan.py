@@ -108,8 +108,12 @@ def with_scale(plan: Plan, scale: float, note: str) -> Plan:
 
 def method_of(planned: TensorPlan, plan: Plan) -> tuple[Method, Any]:
     """Return the method that merges a tensor: the recipe's, or a fall-back at its defaults."""
-    method = get_method(planned.method)
-    return method, plan.parameters if method is plan.method else method.parameters()
+    return _resolved(planned.method, plan.method, plan.parameters)
+
+
+def _resolved(name: str, method: Method, parameters: Any) -> tuple[Method, Any]:
+    own = get_method(name)
+    return own, parameters if own is method else own.parameters()
 
 
 def _check_kinship(inputs: Inputs, source: Source, faults: list[str]) -> None:
@@ -137,7 +141,7 @@ def _unfit(
         if planned.method == "copy" or (planned.method, planned.experts) in seen:
             continue
         seen.add((planned.method, planned.experts))
-        own = get_method(planned.method)
+        own, chosen = _resolved(planned.method, method, parameters)
         try:
             own.check_expert_count(len(planned.experts))
         except MethodError as error:
@@ -147,7 +151,6 @@ def _unfit(
             )
             continue
         weights = [recipe.experts[name].weight for name in planned.experts]
-        chosen = parameters if own is method else own.parameters()
         fault = None if own.check is None else own.check(chosen, weights)
         if fault is not None:
             faults.append(f"{planned.name}: {fault}")

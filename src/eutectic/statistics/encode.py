@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eutectic.errors import RequestError, StatisticsError
 from eutectic.statistics.batches import IGNORED_LABEL
-from eutectic.statistics.rows import Row
+from eutectic.statistics.rows import Row, half_paired
 
 Task = Literal[
     "text-classification", "feature-extraction", "image-classification", "causal-lm", "seq2seq"
@@ -39,6 +39,11 @@ class Columns:
     source: str = "source"
     target: str = "target"
     image: str = "image"
+
+
+def named_by_numbers(label_ids: Mapping[str, int]) -> bool:
+    """Tell whether "1", "2", "3" are names of classes 0, 1, 2: numbers are then no places."""
+    return any(name.isdecimal() and int(name) != index for name, index in label_ids.items())
 
 
 @dataclass(frozen=True)
@@ -77,11 +82,9 @@ class EncodedRows:
         column = self.columns.text_pair
         if self.image_mode is not None or self.task in ("seq2seq", "causal-lm"):
             return
-        paired = [row.get(column) is not None for row in self.rows]
-        if len(set(paired)) > 1:
-            odd = paired.index(not paired[0]) + 1
+        if mixed := half_paired(self.rows, column):
             raise RequestError(
-                f"rows 1 and {odd}: only one of them has a '{column}'.\n"
+                f"row {mixed[1]} has no '{column}', row {mixed[0]} has.\n"
                 "Rows are pairs or single texts; make them two files."
             )
 
@@ -158,10 +161,9 @@ class EncodedRows:
             return value
         if str(value) in self.label_ids:
             return self.label_ids[str(value)]
-        numbered = [name for name in self.label_ids if name.isdigit()]
         try:
-            if numbered and any(str(self.label_ids[name]) != name for name in numbered):
-                raise ValueError  # "1", "2", "3" are names there, and no places
+            if named_by_numbers(self.label_ids):
+                raise ValueError
             label = float(value)
         except (TypeError, ValueError):
             known = ", ".join(list(self.label_ids)[:20])

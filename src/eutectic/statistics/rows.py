@@ -63,6 +63,14 @@ def read_rows(source: str, *, split: str | None = None, trust_code: bool = False
     return readers[path.suffix.lower()](path)
 
 
+def half_paired(rows: Sequence[Row], column: str) -> tuple[int, int] | None:
+    """Return two rows, counted from 1, of which only the first has a second text; else None."""
+    present = [row.get(column) is not None for row in rows]
+    if len(set(present)) < 2:
+        return None
+    return present.index(True) + 1, present.index(False) + 1
+
+
 def has_splits(source: str) -> bool:
     """Tell whether a source is a `datasets` folder of several splits; nothing else has any."""
     return (Path(source) / _SPLITS).is_file()
