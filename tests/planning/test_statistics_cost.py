@@ -1,13 +1,15 @@
-"""Statistics count in a plan's bytes: what is read, and the copies that a method makes of it."""
+"""What counts in a plan's bytes: statistics that are read, their copies, the process itself."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 import eutectic
-from eutectic.planning.cost import tensor_cost
+from eutectic.errors import RecipeError
+from eutectic.planning.cost import PROCESS_BYTES, check_memory, tensor_cost
 from eutectic.planning.inputs import open_inputs
 from eutectic.planning.plan import make_plan
 from eutectic.recipes.load import check_recipe
@@ -51,3 +53,16 @@ def test_grams_and_their_copies_are_counted(tmp_path: Path) -> None:
     assert gram_peak - plain_peak >= 2 * 4 * IN * IN + 8 * IN * IN
     copies = 2 * 8 * (IN * IN + OUT * OUT)
     assert kfac_peak - gram_peak == copies + (kfac_read - gram_read)
+
+
+def test_the_limit_holds_the_largest_job_and_the_process(tmp_path: Path) -> None:
+    for name in ("base", "a", "b"):
+        save(tmp_path / name, {"weight": torch.randn(OUT, IN), "bias": torch.randn(OUT)})
+    experts = {name: {"path": tmp_path / name} for name in "ab"}
+    recipe = check_recipe({"base": tmp_path / "base", "experts": experts, "method": "iso_c"})
+    with open_inputs(recipe) as inputs:
+        plan = make_plan(recipe, inputs)
+        peak = max(tensor_cost(tensor, plan, inputs).peak_bytes for tensor in plan.tensors)
+        check_memory(plan, inputs, peak + PROCESS_BYTES)
+        with pytest.raises(RecipeError, match="weight alone needs"):
+            check_memory(plan, inputs, peak + PROCESS_BYTES - 1)

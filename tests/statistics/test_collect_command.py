@@ -116,6 +116,17 @@ def test_adding_with_and_without_collecting(expert: Path, data: Path, tmp_path: 
     assert "shares 2 of its 5 examples" in result.stderr
 
 
+def test_a_file_that_cannot_be_added_is_told_before_any_data_are_run(
+    expert: Path, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "torn.safetensors").write_bytes(b"\x08")
+    words = (expert, "--data", data, "-o", tmp_path / "both.safetensors")
+    for name in ("absent", "torn"):
+        result = run(*words, "--add", tmp_path / f"{name}.safetensors", code=1)
+        assert f"{name}.safetensors" in result.stderr
+        assert not list(tmp_path.glob("both*"))  # what was collected would lie beside the output
+
+
 def test_a_head_beside_the_checkpoint_gives_gradients(data: Path, tmp_path: Path) -> None:
     whole = bert()
     body, classifier = whole.bert, whole.classifier

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from eutectic.checkpoint.model_names import reads_encoder
 from eutectic.errors import RequestError
 from eutectic.routed.call import Call, Routing, innermost, uncompiled
 from eutectic.routed.frames import Frame
 from eutectic.routed.router import Router
-
-# What reads the encoder's states inside a decoder: keys and values, and projections of them.
-_FROM_ENCODER = re.compile(
-    r"(encdec|cross_?att|encoder_?att).*\.((k|v|key|value)(_proj)?|c_attn)$"
-    r"|(^|\.)enc_to_dec_proj$",
-    re.IGNORECASE,
-)
 
 # None: no expert. int: one expert for all. Long [N]: one each. Float [N, T]: a mixture each.
 Choice = Tensor | int | None
@@ -44,7 +36,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(down, requires_grad=False)
         self.router = router
         self.routing = routing
-        self.crossed = bool(_FROM_ENCODER.search(name.removesuffix(".weight")))
+        self.crossed = reads_encoder(name.removesuffix(".weight"))
 
     # It reads context variables and dictionaries, which would be compiled anew for every layer.
     @uncompiled

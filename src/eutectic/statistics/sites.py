@@ -10,11 +10,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from eutectic.checkpoint.model_names import reads_encoder
+
 Kind = Literal["linear", "conv1d", "convolution", "in_projection", "out_projection"]
 Role = Literal["encoder", "decoder", "cross", "image", "text"]
 
-_CROSS = re.compile(r"encdec|cross_?att|encoder_?att", re.IGNORECASE)
-_KEYS_AND_VALUES = re.compile(r"((k|v|key|value)(_proj)?|c_attn)(\.base_layer)?$")
 _IMAGE = re.compile(r"(^|[._])(vision|visual|image|multi_modal)")
 # Modules that adapters add beside the layer they adapt; their inputs are not a base weight's.
 _ADAPTER_PART = re.compile(r"\.(lora_\w+|original_module)(\.|$)")
@@ -265,7 +265,7 @@ def _role(path: str, encoder_decoder: bool) -> Role:
         return "image"
     if not encoder_decoder:
         return "text"
-    if _CROSS.search(path) and _KEYS_AND_VALUES.search(path):
+    if reads_encoder(path):
         return "cross"
     first = next((part for part in path.split(".") if part in ("encoder", "decoder")), "decoder")
     return "encoder" if first == "encoder" else "decoder"
