@@ -3,10 +3,11 @@
     python benchmarks/run.py text --work DIR --regime hard --tasks 8
     python benchmarks/run.py glyphs --work DIR --tasks 8 --seeds 3
 
-Every step is resumable, so the same command continues a killed run and repeats nothing. Options
-that are not named below go to `table/run.py`; by default every row is measured on one proxy sample
-and 500 test examples a task (`--test-texts 1000` for all that a text task has), except MaTS at a
-hundred steps, which takes as long as all the others.
+Every step is resumable, so the same command continues a killed run and repeats nothing. As many
+processes as there are cores (two at most, one thread each) share the work: first one proxy sample
+of every row, then, with `--seeds`, further samples of the rows that read any. Every row is measured
+except MaTS at a hundred plain steps, which takes as long as all the others, on 500 test texts or
+1000 test images a task (`--test-texts` for another number).
 """
 
 from __future__ import annotations
@@ -15,12 +16,19 @@ import argparse
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE)]
 
 from table.merging import ROWS
+from table.routing import BASES
+
+PROCESSES = min(2, os.cpu_count() or 1)
+TESTED = {"text": 500, "glyphs": 1000}
 
 
 def python(script: str, *words: str) -> list[str]:
@@ -28,45 +36,85 @@ def python(script: str, *words: str) -> list[str]:
     return [sys.executable, str(HERE / script), *words]
 
 
-def make_texts(work: Path, regime: str, tasks: int) -> None:
-    """Train the experts of the text suite, in two processes where there are two cores."""
-    sys.path[:0] = [str(HERE / "text")]
+def share(commands: Iterable[Sequence[str]], what: str) -> None:
+    """Run the commands, `PROCESSES` at a time, and stop if one of them failed."""
+    start = time.monotonic()
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        done = list(pool.map(lambda words: subprocess.run(words, check=False), commands))
+    if any(process.returncode for process in done):
+        raise SystemExit(f"Not all of it was made ({what}); the same command continues.")
+    print(f"{what}: {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
+
+
+def names_of(suite: str, tasks: int) -> tuple[str, ...]:
+    """Return the names of the first tasks of a suite."""
+    sys.path[:0] = [str(HERE / suite)]
+    if suite == "glyphs":
+        from data import TASKS as IMAGES
+
+        return IMAGES[:tasks]
     from sources import SIX, TASKS
 
-    names = SIX if tasks == len(SIX) else tuple(TASKS)[:tasks]
-    count = min(2, os.cpu_count() or 1)
-    running = []
-    for first in range(count):
-        own = [word for name in names[first::count] for word in ("--task", name)]
-        words = ("--work", str(work), "--regime", regime, *own)
-        running.append(subprocess.Popen(python("text/experts.py", *words)))
-    if any([process.wait() for process in running]):
-        raise SystemExit("Not every expert was made; the same command continues.")
+    return SIX if tasks == len(SIX) else tuple(TASKS)[:tasks]
+
+
+def make_experts(arguments: argparse.Namespace) -> None:
+    """Fetch the data and train what is missing."""
+    work = ("--work", str(arguments.work))
+    if arguments.suite == "glyphs":
+        share([python("glyphs/run.py", *work)], "data, base and experts")
+        return
+    parts = [names_of("text", arguments.tasks)[first::PROCESSES] for first in range(PROCESSES)]
+    words = [[word for name in part for word in ("--task", name)] for part in parts]
+    regime = ("--regime", arguments.regime)
+    share([python("text/experts.py", *work, *regime, *own) for own in words], "data and experts")
+
+
+def make_table(arguments: argparse.Namespace, others: Sequence[str], seeds: int) -> None:
+    """Measure every row on so many proxy samples and print the table."""
+    suite = [arguments.suite, "--work", str(arguments.work), "--regime", arguments.regime]
+    suite += ["--tasks", str(arguments.tasks), "--seeds", str(seeds)]
+    suite += ["--test-texts", str(arguments.test_texts or TESTED[arguments.suite]), *others]
+
+    def rows(*names: str, bases: Sequence[str] = BASES, threads: int = 1) -> list[str]:
+        words = ["--rows", *names, "--bases", *bases, "--threads", str(threads)]
+        return python("table/run.py", *suite, *words)
+
+    asked = arguments.rows or [*(name for name in ROWS if not name.endswith("_100")), "routed"]
+    kept = [name for name in ROWS if name in asked and (seeds == 1 or ROWS[name].seeded)]
+    initial = [name for name in kept if any(row.init == name for row in ROWS.values())]
+    # The last rows of the list take the longest, so they begin first.
+    later = [name for name in reversed(kept) if name not in initial]
+    names = names_of(arguments.suite, arguments.tasks)
+    samples = "one proxy sample" if seeds == 1 else f"{seeds} proxy samples"
+    share([[*rows(), "--collect", *names[k::PROCESSES]] for k in range(PROCESSES)], "statistics")
+    share([rows()], "base and experts")
+    share([rows(name) for name in initial], "initial merges")
+    share([rows(name) for name in later], f"merges, {samples}")
+    if "routed" in asked:
+        share([rows("routed", bases=(base,)) for base in BASES], f"routed models, {samples}")
+    subprocess.run(rows(*asked, threads=PROCESSES), check=True)
 
 
 def main() -> None:
     """Make what is missing."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0],
+        epilog="Other options go to table/run.py: --validation-texts, --labelled-only, --counts.",
+    )
     parser.add_argument("suite", choices=["text", "glyphs"])
     parser.add_argument("--work", type=Path, required=True, help="folder of everything it makes")
     parser.add_argument("--regime", default="hard", help="of texts: kind, hard or lora")
     parser.add_argument("--tasks", type=int, default=8, help="the first so many")
+    parser.add_argument("--seeds", type=int, default=1, help="proxy samples")
+    parser.add_argument("--rows", nargs="*", help="default: all but MaTS at 100 plain steps")
+    parser.add_argument("--test-texts", type=int, help="of every task; default: 500 (images 1000)")
     arguments, others = parser.parse_known_args()
-    if arguments.suite == "text":
-        make_texts(arguments.work, arguments.regime, arguments.tasks)
-    else:
-        subprocess.run(python("glyphs/run.py", "--work", str(arguments.work)), check=True)
-    words = [arguments.suite, "--work", str(arguments.work), "--regime", arguments.regime]
-    words += ["--tasks", str(arguments.tasks)]
-    if "--seeds" not in others:
-        others += ["--seeds", "1"]
-    if "--test-texts" not in others:
-        others += ["--test-texts", "500"]
-    if "--rows" not in others:
-        others += ["--rows", *(name for name in ROWS if not name.endswith("_100")), "routed"]
-    raise SystemExit(
-        subprocess.run(python("table/run.py", *words, *others), check=False).returncode
-    )
+    start = time.monotonic()
+    make_experts(arguments)
+    for seeds in sorted({1, arguments.seeds}):
+        make_table(arguments, others, seeds)
+        print(f"{(time.monotonic() - start) / 60:.1f} minutes in all", flush=True)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def routed_rows(
         return _merged(suite, base, work, results, seed, count)
 
     def row(base: str, rank: int, mode: str, count: int) -> Callable[[], dict[str, Any]]:
-        return lambda: _test(suite, merged(base, count), rank, mode)
+        return lambda: _test(suite, merged(base, count), rank, mode, decisions=seed == 0)
 
     for base in bases:
         for rank in RANKS:
@@ -75,8 +75,10 @@ def _merged(
     }
 
 
-def _test(suite: Suite, merged: dict[str, Any], rank: int, mode: str) -> dict[str, Any]:
-    """Test accuracy, and for a router the share of decisions that are right, layer by layer."""
+def _test(
+    suite: Suite, merged: dict[str, Any], rank: int, mode: str, decisions: bool
+) -> dict[str, Any]:
+    """Test accuracy, and for a router the share of `decisions` that are right, layer by layer."""
     set_parameters(suite.model, merged["row"].base, merged["row"].deltas, merged["scale"])
     router: Any = "discriminant" if mode == "oracle" else mode
     model = eutectic.build_routed(
@@ -95,7 +97,8 @@ def _test(suite: Suite, merged: dict[str, Any], rank: int, mode: str) -> dict[st
                 right = correct(suite, model, task, "test")
         else:
             right = correct(suite, model, task, "test")
-            layers[task] = _decisions(suite, model, task, index)
+            if decisions:
+                layers[task] = _decisions(suite, model, task, index)
         test[task] = 100 * right.float().mean().item()
     return {"test": test, "decisions": layers, "scale": merged["scale"], "rank": rank}
 

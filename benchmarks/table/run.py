@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,6 @@ from eutectic.tuning.search import Measured, ScaleCurve, search_scale
 
 VALIDATION_TEXTS = 150
 DIVERGENCE_PROXIES = 64
-LABEL_FREE = ("task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts", "esm_roberta", "iso_a")
 
 
 def load_suite(arguments: argparse.Namespace) -> Suite:
@@ -189,12 +189,12 @@ def static_row(
     if row.init is not None:
         chosen = json.loads((results / f"{row.init}-0.json").read_text())["scale"]
         init = (ROWS[row.init].method, chosen)
-    free = label_free and name in LABEL_FREE and seed == 0
+    free = label_free and not row.fixed and seed == 0
     fisher = row.method == "fisher"
     reads = free or row.needs_statistics
     files = collect_statistics(suite, work, seed, fisher=fisher) if reads else {}
     merged = merge_row(suite, row, work, seed, files if row.needs_statistics else None, init)
-    if seed == 0:
+    if seed == 0 and label_free:
         cached(results / "alignment" / f"{name}.json", lambda: alignments(suite, merged))
     record: dict[str, Any] = {
         "row": name,
@@ -245,15 +245,25 @@ def main() -> None:
     parser.add_argument(
         "--bases", nargs="*", default=BASES, help="rows whose merge the routed models stand on"
     )
-    parser.add_argument("--labelled-only", action="store_true", help="no label-free α")
+    parser.add_argument(
+        "--labelled-only", action="store_true", help="no label-free α, no alignment"
+    )
     parser.add_argument("--test-texts", type=int, help="of every task; default: all")
     parser.add_argument(
         "--validation-texts", type=int, default=VALIDATION_TEXTS, help="of every task, to choose α"
+    )
+    parser.add_argument(
+        "--collect", nargs="*", help="only collect the statistics of these tasks", metavar="TASK"
     )
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     suite = load_suite(arguments)
+    if arguments.collect is not None:
+        own = {task: folder for task, folder in suite.experts.items() if task in arguments.collect}
+        for seed, fisher in product(range(arguments.seeds), (False, True)):
+            collect_statistics(replace(suite, experts=own), arguments.work, seed, fisher=fisher)
+        return
     results = arguments.work / "results" / suite.name
     fixed = fixed_models(suite, results)
     print(f"base {mean(fixed['base']):.1f}, experts {mean(fixed['experts']):.1f}", flush=True)

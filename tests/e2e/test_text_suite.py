@@ -49,7 +49,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_merging_separates_on_real_tasks(work: Path) -> None:
     folder = ("--work", str(work), "--regime", "hard")
     tasks = [word for name in SIX for word in ("--task", name)]
-    short = ("--steps", "40", "--head-texts", "800", "--max-tokens", "16")
+    short = ("--steps", "40", "--head-texts", "800", "--max-tokens", "12")
     run("text/experts.py", *folder, *short, *tasks)
     rows = ("--rows", "average", "iso_c", "--labelled-only", "--seeds", "1", "--threads", "1")
     texts = ("--test-texts", "250", "--validation-texts", "60")
@@ -57,7 +57,7 @@ def test_merging_separates_on_real_tasks(work: Path) -> None:
 
     results = json.loads((work / "results" / "text-hard-6" / "results.json").read_text())
     accuracy = {entry["row"]: entry["accuracy"] for entry in results["entries"]}
-    # Measured 7.3, 6.4 and 4.4; a mean over six tasks of 250 texts has an error of 1.2 points.
-    assert accuracy["experts"] - accuracy["average"] > 4
-    assert accuracy["iso_c"] - accuracy["average"] > 2
+    # Measured 9.8, 7.3 and 3.6; a mean over six tasks of 250 texts has an error of 1.2 points.
+    assert accuracy["experts"] - accuracy["average"] > 5
+    assert accuracy["iso_c"] - accuracy["average"] > 3
     assert accuracy["iso_c"] - accuracy["base"] > 1.5
