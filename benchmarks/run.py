@@ -50,12 +50,12 @@ def names_of(suite: str, tasks: int) -> tuple[str, ...]:
     """Return the names of the first tasks of a suite."""
     sys.path[:0] = [str(HERE / suite)]
     if suite == "glyphs":
-        from data import TASKS as IMAGES
+        from data import TASKS
 
-        return IMAGES[:tasks]
-    from sources import SIX, TASKS
+        return TASKS[:tasks]
+    from sources import first_tasks
 
-    return SIX if tasks == len(SIX) else tuple(TASKS)[:tasks]
+    return first_tasks(tasks)
 
 
 def make_experts(arguments: argparse.Namespace) -> None:

@@ -161,6 +161,11 @@ TASKS: dict[str, TextTask] = {
 SIX = ("wn_verb", "debsec", "gcide", "langid", "tweets", "movie")
 
 
+def first_tasks(count: int) -> tuple[str, ...]:
+    """Return the names of the first tasks, or the miniature's if `count` is six."""
+    return SIX if count == len(SIX) else tuple(TASKS)[:count]
+
+
 def digest(splits: Splits) -> str:
     """Fingerprint a task's splits, so that a package that changed under its name is noticed."""
     return hashlib.sha256(repr(splits).encode()).hexdigest()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from experts import BASE, load_head
-from sources import SIX, TASKS
+from sources import first_tasks
 from table.merging import dense_expert
 from table.suite import SPLITS, Batches, Inputs, Suite
 from torch import Tensor
@@ -19,7 +19,7 @@ BATCH = 64
 
 def load_suite(work: Path, regime: str, count: int) -> Suite:
     """Read what `experts.py` has made: the first tasks, or the miniature's if `count` is six."""
-    tasks = SIX if count == len(SIX) else tuple(TASKS)[:count]
+    tasks = first_tasks(count)
     tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
     model = AutoModel.from_pretrained(
         BASE, local_files_only=True, add_pooling_layer=False, dtype=torch.float32
