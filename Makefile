@@ -18,7 +18,7 @@ pinned = $(shell sed -n '/^$(1)==/p' $(CONSTRAINTS))
 .PHONY: help demo test check format bench-kernels docs clean
 
 help:
-	@echo "make demo           merge real experts and compare the methods (about a minute)"
+	@echo "make demo           merge real experts and compare the methods (one to two minutes)"
 	@echo "make test           run every test; JOBS=$(JOBS) processes"
 	@echo "make check          ruff, pyright, import-linter"
 	@echo "make format         rewrite the code as ruff wants it"

@@ -45,7 +45,7 @@ def test_the_command_line_measures_what_the_suite_does(tmp_path: Path) -> None:
     save_file(splits, tmp_path / "data" / "digits.safetensors")
     save_file(splits, tmp_path / "pretraining.safetensors")
     run("pretrain.py", "--work", tmp_path, "--steps", 4)
-    run("experts.py", "--work", tmp_path, "--task", "digits", "--steps", 40)
+    run("experts.py", "--work", tmp_path, "--task", "digits", "--steps", 25)
     run("export.py", "--work", tmp_path, "--task", "digits")
     expert, base = tmp_path / "experts" / "digits", tmp_path / "base"
     words = ["--tasks", tmp_path / "images" / "tasks.yaml", "--base", base, "--json"]

@@ -43,7 +43,7 @@ def demo(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
 ) -> None:
-    """Merge real experts by several methods and measure every result, in about a minute.
+    """Merge real experts by several methods and measure every result, in one to two minutes.
 
     The base is all-MiniLM-L6-v2; the experts are LoRA adapters fine-tuned on text classification
     tasks. A merge is measured on every task through that expert's head, the base through heads
