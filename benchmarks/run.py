@@ -100,7 +100,8 @@ def main() -> None:
     """Make what is missing."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
-        epilog="Other options go to table/run.py: --validation-texts, --labelled-only, --counts.",
+        epilog="Other options go to table/run.py: --validation-texts, --label-free, --no-alignment"
+        " and --counts.",
     )
     parser.add_argument("suite", choices=["text", "glyphs"])
     parser.add_argument("--work", type=Path, required=True, help="folder of everything it makes")

@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -55,6 +55,7 @@ from eutectic.tuning.search import Measured, ScaleCurve, search_scale
 
 VALIDATION_TEXTS = 150
 DIVERGENCE_PROXIES = 64
+LABEL_FREE = ("divergence", "grams")
 
 
 def load_suite(arguments: argparse.Namespace) -> Suite:
@@ -88,9 +89,9 @@ def head_of(batches: Batches, count: int) -> Batches:
     return Batches(inputs, batches.order[keep], batches.labels[:count])
 
 
-def cached(file: Path, compute: Callable[[], Any]) -> Any:
-    """Return the JSON of a file, computing and writing it first where it is missing."""
-    if not file.is_file():
+def cached(file: Path, compute: Callable[[], Any], parts: Iterable[str] = ()) -> Any:
+    """Return the JSON of a file, computing and writing it first where it, or a part, is missing."""
+    if not (file.is_file() and json.loads(file.read_text()).keys() >= set(parts)):
         value = compute()
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(".partial")
@@ -182,49 +183,63 @@ def by_grams(suite: Suite, merged: MergedRow, files: Mapping[str, Path]) -> floa
 
 
 def static_row(
-    suite: Suite, name: str, row: Row, work: Path, results: Path, seed: int, label_free: bool
+    suite: Suite,
+    name: str,
+    work: Path,
+    results: Path,
+    seed: int,
+    kinds: Sequence[str],
+    aligned: bool,
 ) -> dict[str, Any]:
-    """One static method for one proxy sample."""
+    """One static method for one proxy sample: what its record does not hold yet."""
+    row, file = ROWS[name], results / f"{name}-{seed}.json"
+    record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     init = None
     if row.init is not None:
         chosen = json.loads((results / f"{row.init}-0.json").read_text())["scale"]
         init = (ROWS[row.init].method, chosen)
-    free = label_free and not row.fixed and seed == 0
     fisher = row.method == "fisher"
-    reads = free or row.needs_statistics
+    reads = "grams" in kinds or row.needs_statistics
     files = collect_statistics(suite, work, seed, fisher=fisher) if reads else {}
     merged = merge_row(suite, row, work, seed, files if row.needs_statistics else None, init)
-    if seed == 0 and label_free:
+    if aligned:
         cached(results / "alignment" / f"{name}.json", lambda: alignments(suite, merged))
-    record: dict[str, Any] = {
-        "row": name,
-        "seed": seed,
-        "parameters": dict(row.parameters),
-        "seconds": merged.seconds,
-        "peak_bytes": merged.peak_bytes,
-        "scale": 1.0,
-    }
 
     def test(scale: float) -> dict[str, float]:
         set_parameters(suite.model, merged.base, merged.deltas, scale)
         return accuracies(suite, suite.model, "test")
 
+    if "test" not in record:
+        record |= _labelled(suite, row, merged, results / f"{name}-0.json", seed)
+        record["test"] = test(record["scale"])
+        if row.init is not None and record["scale"] != 1:
+            record["test_at_one"] = test(1.0)
+        record |= {"row": name, "seed": seed}
+    for kind in kinds:
+        if kind == "grams" and kind not in record:
+            closed = by_grams(suite, merged, files)
+            record["grams"] = {"scale": closed, "test": test(closed)}
+        elif kind == "divergence" and kind not in record:
+            curve = by_divergence(suite, merged, row.start, seed)
+            record["divergence"] = {
+                "scale": curve.scale, "curve": curve.as_record(), "test": test(curve.scale)
+            }  # fmt: skip
+    return record
+
+
+def _labelled(suite: Suite, row: Row, merged: MergedRow, first: Path, seed: int) -> dict[str, Any]:
+    """The merge's cost and its α: searched for the first sample, which others take over."""
+    record: dict[str, Any] = {
+        "parameters": dict(row.parameters),
+        "seconds": merged.seconds,
+        "peak_bytes": merged.peak_bytes,
+        "scale": 1.0,
+    }
+    if seed:
+        return record | {"scale": json.loads(first.read_text())["scale"]}
     if not row.fixed:
-        if seed == 0:
-            curve = by_validation(suite, merged, row.start)
-            record |= {"scale": curve.scale, "curve": curve.as_record()}
-        else:
-            record["scale"] = json.loads((results / f"{name}-0.json").read_text())["scale"]
-    record["test"] = test(record["scale"])
-    if row.init is not None and record["scale"] != 1:
-        record["test_at_one"] = test(1.0)
-    if free:
-        closed = by_grams(suite, merged, files)
-        curve = by_divergence(suite, merged, row.start, seed)
-        record["grams"] = {"scale": closed, "test": test(closed)}
-        record["divergence"] = {
-            "scale": curve.scale, "curve": curve.as_record(), "test": test(curve.scale)
-        }  # fmt: skip
+        curve = by_validation(suite, merged, row.start)
+        record |= {"scale": curve.scale, "curve": curve.as_record()}
     return record
 
 
@@ -246,8 +261,13 @@ def main() -> None:
         "--bases", nargs="*", default=BASES, help="rows whose merge the routed models stand on"
     )
     parser.add_argument(
-        "--labelled-only", action="store_true", help="no label-free α, no alignment"
+        "--label-free",
+        nargs="*",
+        choices=LABEL_FREE,
+        default=LABEL_FREE,
+        help="how α is chosen beside the validation split; nothing: not at all",
     )
+    parser.add_argument("--no-alignment", action="store_true", help="no subspace alignment")
     parser.add_argument("--test-texts", type=int, help="of every task; default: all")
     parser.add_argument(
         "--validation-texts", type=int, default=VALIDATION_TEXTS, help="of every task, to choose α"
@@ -272,17 +292,12 @@ def main() -> None:
         for seed in range(arguments.seeds if ROWS[name].seeded else 1):
             start = time.monotonic()
             file = results / f"{name}-{seed}.json"
+            kinds = () if seed or ROWS[name].fixed else tuple(arguments.label_free)
+            aligned = seed == 0 and not arguments.no_alignment
             compute = partial(
-                static_row,
-                suite,
-                name,
-                ROWS[name],
-                arguments.work,
-                results,
-                seed,
-                not arguments.labelled_only,
+                static_row, suite, name, arguments.work, results, seed, kinds, aligned
             )
-            row = cached(file, compute)
+            row = cached(file, compute, kinds)
             share = normalised(row["test"], fixed["experts"])
             print(
                 f"{name} {seed}: α {row['scale']:.3g}, {mean(row['test']):.1f}, {share:.1f} % "

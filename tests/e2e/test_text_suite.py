@@ -51,9 +51,9 @@ def test_merging_separates_on_real_tasks(work: Path) -> None:
     tasks = [word for name in SIX for word in ("--task", name)]
     short = ("--steps", "40", "--head-texts", "800", "--max-tokens", "12")
     run("text/experts.py", *folder, *short, *tasks)
-    rows = ("--rows", "average", "iso_c", "--labelled-only", "--seeds", "1", "--threads", "1")
+    rows = ("--rows", "average", "iso_c", "--label-free", "--no-alignment", "--seeds", "1")
     texts = ("--test-texts", "250", "--validation-texts", "60")
-    run("table/run.py", "text", *folder, "--tasks", "6", *rows, *texts)
+    run("table/run.py", "text", *folder, "--tasks", "6", *rows, *texts, "--threads", "1")
 
     results = json.loads((work / "results" / "text-hard-6" / "results.json").read_text())
     accuracy = {entry["row"]: entry["accuracy"] for entry in results["entries"]}
