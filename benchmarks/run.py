@@ -28,7 +28,6 @@ from table.merging import ROWS
 from table.routing import BASES
 
 PROCESSES = min(2, os.cpu_count() or 1)
-TESTED = {"text": 500, "glyphs": 1000}
 
 
 def python(script: str, *words: str) -> list[str]:
@@ -74,42 +73,60 @@ def make_table(arguments: argparse.Namespace, others: Sequence[str], seeds: int)
     """Measure every row on so many proxy samples and print the table."""
     suite = [arguments.suite, "--work", str(arguments.work), "--regime", arguments.regime]
     suite += ["--tasks", str(arguments.tasks), "--seeds", str(seeds)]
-    suite += ["--test-texts", str(arguments.test_texts or TESTED[arguments.suite]), *others]
+    suite += others
 
     def rows(*names: str, bases: Sequence[str] = BASES, threads: int = 1) -> list[str]:
         words = ["--rows", *names, "--bases", *bases, "--threads", str(threads)]
         return python("table/run.py", *suite, *words)
 
-    asked = arguments.rows or [*(name for name in ROWS if not name.endswith("_100")), "routed"]
+    asked = set(arguments.rows or [*(n for n in ROWS if not n.endswith("_100")), "routed"])
+    asked |= set(arguments.bases if "routed" in asked else ())
+    asked |= {init for name, row in ROWS.items() if name in asked and (init := row.init)}
     kept = [name for name in ROWS if name in asked and (seeds == 1 or ROWS[name].seeded)]
     initial = [name for name in kept if any(row.init == name for row in ROWS.values())]
     # The last rows of the list take the longest, so they begin first.
     later = [name for name in reversed(kept) if name not in initial]
     names = names_of(arguments.suite, arguments.tasks)
     samples = "one proxy sample" if seeds == 1 else f"{seeds} proxy samples"
+    if arguments.regime == "lora":
+        share([[*rows(), "--collect"]], "adapters made dense")
     share([[*rows(), "--collect", *names[k::PROCESSES]] for k in range(PROCESSES)], "statistics")
     share([rows()], "base and experts")
     share([rows(name) for name in initial], "initial merges")
     share([rows(name) for name in later], f"merges, {samples}")
     if "routed" in asked:
-        share([rows("routed", bases=(base,)) for base in BASES], f"routed models, {samples}")
-    subprocess.run(rows(*asked, threads=PROCESSES), check=True)
+        models = [rows("routed", bases=(base,)) for base in arguments.bases]
+        share(models, f"routed models, {samples}")
+    subprocess.run(rows(*sorted(asked), bases=arguments.bases, threads=PROCESSES), check=True)
 
 
 def main() -> None:
     """Make what is missing."""
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0],
-        epilog="Other options go to table/run.py: --validation-texts, --label-free, --no-alignment"
-        " and --counts.",
+        epilog="Other options go to table/run.py: --test-texts, --validation-texts, --label-free, "
+        "--no-alignment.",
     )
     parser.add_argument("suite", choices=["text", "glyphs"])
     parser.add_argument("--work", type=Path, required=True, help="folder of everything it makes")
-    parser.add_argument("--regime", default="hard", help="of texts: kind, hard or lora")
+    parser.add_argument("--regime", default="hard", choices=["kind", "hard", "lora"])
     parser.add_argument("--tasks", type=int, default=8, help="the first so many")
     parser.add_argument("--seeds", type=int, default=1, help="proxy samples")
-    parser.add_argument("--rows", nargs="*", help="default: all but MaTS at 100 plain steps")
-    parser.add_argument("--test-texts", type=int, help="of every task; default: 500 (images 1000)")
+    parser.add_argument(
+        "--rows",
+        nargs="*",
+        choices=[*ROWS, "routed"],
+        help="default: all but MaTS at 100 plain steps",
+        metavar="ROW",
+    )
+    parser.add_argument(
+        "--bases",
+        nargs="*",
+        choices=list(ROWS),
+        default=BASES,
+        help="rows that the routed models stand on",
+        metavar="ROW",
+    )
     arguments, others = parser.parse_known_args()
     start = time.monotonic()
     make_experts(arguments)

@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
 from table.merging import PROXIES, MergedRow, collect_statistics, set_weights
-from table.run import by_validation, cached, load_suite
+from table.run import by_validation, cached, check_settings, load_suite
 from table.suite import Suite, accuracies, normalised
 
 from eutectic.linalg import lapack
@@ -187,6 +187,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     suite = load_suite(arguments)
     results = arguments.work / "results" / suite.name / "ablation"
+    check_settings(suite, results)
     base = load_file(suite.base / "model.safetensors")
 
     def of_experts() -> dict[str, float]:

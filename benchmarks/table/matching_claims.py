@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
 from table.merging import ROWS, Row, collect_statistics, merge_row
-from table.run import by_validation, cached, fixed_models, load_suite
+from table.run import by_validation, cached, check_settings, fixed_models, load_suite
 from table.suite import Suite, accuracies, mean, set_parameters
 
 INITIAL = ("task_arithmetic", "iso_c")
@@ -122,6 +122,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     suite = load_suite(arguments)
     results = arguments.work / "results" / f"{suite.name}-matching"
+    check_settings(suite, results)
     fixed = fixed_models(suite, results)
     base, experts = mean(fixed["base"]), mean(fixed["experts"])
     chosen = {n: row for n, row in rows().items() if arguments.rows is None or n in arguments.rows}

@@ -22,6 +22,7 @@ import eutectic
 from eutectic.reporting import subspace_alignment_ratio
 
 PROXIES = 128
+TIE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -198,13 +199,18 @@ def merge_row(
     return MergedRow(base, deltas, report["seconds"], report["peak_bytes"], report["records"])
 
 
-def alignments(suite: Suite, merged: MergedRow) -> dict[str, float]:
-    """Mean SAR over the matrices, task by task."""
+def alignments(suite: Suite, merged: MergedRow, error: float = 0.05) -> dict[str, float]:
+    """Mean SAR over the matrices, task by task.
+
+    Directions of equal singular value, as a flat spectrum has, are taken in the order of ΣΔ_t.
+    """
     opened = [safe_open(f / "model.safetensors", "pt") for f in suite.experts.values()]
     names = [name for name, delta in merged.deltas.items() if delta.ndim == 2]
     ratios: list[Tensor] = []
     for name in names:
         own = torch.stack([file.get_tensor(name) - merged.base[name] for file in opened])
-        ratios.append(subspace_alignment_ratio(merged.deltas[name], own))
+        total, delta = own.sum(0).double(), merged.deltas[name].double()
+        delta += TIE * delta.norm() / total.norm().clamp_min(1e-300) * total
+        ratios.append(subspace_alignment_ratio(delta, own, error))
     values = torch.stack(ratios).nanmean(0)
     return dict(zip(suite.tasks, values.tolist(), strict=True))

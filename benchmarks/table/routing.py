@@ -46,7 +46,7 @@ def routed_rows(
         for rank in RANKS:
             for mode in ("oracle", *ROUTERS):
                 yield f"routed-{base}-{rank}-{mode}", row(base, rank, mode, PROXIES)
-    for count in counts:
+    for count in counts if BASES[-1] in bases else ():
         for mode in ("oracle", *ROUTERS):
             name = f"routed-{BASES[-1]}-{RANKS[-1]}-{mode}-p{count}"
             yield name, row(BASES[-1], RANKS[-1], mode, count)

@@ -3,15 +3,17 @@ and the routed models; accuracy with what each merge cost. Resumable: one JSON f
 
     python benchmarks/table/run.py text --work DIR --regime hard --tasks 8 --seeds 3
 
-α is searched on the validation split only (labelled), or by the divergence from the experts on
-the proxy sample, or in closed form from the Grams (both label-free). Test data are read once per
-row and α. A row that depends on the proxy sample is repeated for further samples at the α that
-validation chose for the first.
+α is searched on the validation split only (labelled); or without labels: by the divergence from the
+experts on the proxy sample, which is drawn from their training texts, or (`held_out`) on texts that
+they were not trained on, or in closed form from the Grams. Test data are read once per row and α.
+A row that depends on the proxy sample is repeated for further samples at the α that validation
+chose for the first. Results of other experts, or of other numbers of examples, are not mixed.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -39,6 +41,7 @@ from table.merging import (
 from table.routing import BASES, routed_rows
 from table.show import write_table
 from table.suite import (
+    SPLITS,
     Batches,
     Suite,
     accuracies,
@@ -54,8 +57,9 @@ from eutectic.tuning.output_error import closed_form_scale, output_terms
 from eutectic.tuning.search import Measured, ScaleCurve, search_scale
 
 VALIDATION_TEXTS = 150
+TEST_EXAMPLES = {"text": 500, "glyphs": 1000}  # of every task; of the adapters, all
 DIVERGENCE_PROXIES = 64
-LABEL_FREE = ("divergence", "grams")
+LABEL_FREE = ("divergence", "grams", "held_out")
 
 
 def load_suite(arguments: argparse.Namespace) -> Suite:
@@ -68,25 +72,45 @@ def load_suite(arguments: argparse.Namespace) -> Suite:
     chosen_on: int = getattr(arguments, "validation_texts", VALIDATION_TEXTS)
     splits = {
         task: {
-            "validation": head_of(both["validation"], chosen_on),
-            "test": both["test"] if tested is None else head_of(both["test"], tested),
+            "validation": part_of(both["validation"], 0, chosen_on),
+            "test": both["test"] if tested is None else part_of(both["test"], 0, tested),
+            "held_out": part_of(both["validation"], chosen_on, DIVERGENCE_PROXIES),
         }
         for task, both in suite.splits.items()
     }
     return replace(suite, splits=splits)
 
 
-def head_of(batches: Batches, count: int) -> Batches:
-    """The first examples of a split, in its own order."""
-    keep = batches.order < count
-    inputs, start = [], 0
+def part_of(batches: Batches, start: int, count: int) -> Batches:
+    """Return so many examples of a split from one on, in its own order."""
+    keep = (batches.order >= start) & (batches.order < start + count)
+    inputs, first = [], 0
     for batch in batches.inputs:
         size = len(next(iter(batch.values())))
-        chosen = keep[start : start + size]
+        chosen = keep[first : first + size]
         if chosen.any():
             inputs.append({name: value[chosen] for name, value in batch.items()})
-        start += size
-    return Batches(inputs, batches.order[keep], batches.labels[:count])
+        first += size
+    return Batches(inputs, batches.order[keep] - start, batches.labels[start : start + count])
+
+
+def check_settings(suite: Suite, results: Path) -> None:
+    """Refuse to add to results of other experts or of other numbers of examples."""
+    found: dict[str, Any] = {
+        f"{split}_examples": {task: len(own[split].labels) for task, own in suite.splits.items()}
+        for split in SPLITS
+    }
+    found["experts"] = {}
+    for task, folder in suite.experts.items():
+        with (folder / "model.safetensors").open("rb") as file:
+            found["experts"][task] = hashlib.file_digest(file, "sha256").hexdigest()
+    known = cached(results / "settings.json", lambda: found)
+    for key, value in found.items():
+        if known.get(key) != value:
+            raise SystemExit(
+                f"{results} holds results of other {key.replace('_', ' ')} than are asked for.\n"
+                "Ask for the same, or move that folder away to measure anew."
+            )
 
 
 def cached(file: Path, compute: Callable[[], Any], parts: Iterable[str] = ()) -> Any:
@@ -133,20 +157,21 @@ def by_validation(suite: Suite, merged: MergedRow, start: float) -> ScaleCurve:
     return _search(objective, start, maximise=True)
 
 
-def by_divergence(suite: Suite, merged: MergedRow, start: float, seed: int) -> ScaleCurve:
-    """Label-free search: mean KL from every expert's predictions on its own proxies."""
+def by_divergence(
+    suite: Suite, merged: MergedRow, start: float, inputs: Mapping[str, Batches]
+) -> ScaleCurve:
+    """Label-free search: mean KL from every expert's predictions on inputs of its own task."""
     from safetensors.torch import load_file
 
-    proxies = {task: suite.proxies(task, seed, DIVERGENCE_PROXIES) for task in suite.tasks}
     wanted = {}
     for task, folder in suite.experts.items():
         set_weights(suite.model, load_file(folder / "model.safetensors"))
-        wanted[task] = logits(suite, suite.model, task, proxies[task])
+        wanted[task] = logits(suite, suite.model, task, inputs[task])
 
     def objective(scale: float) -> Measured:
         set_parameters(suite.model, merged.base, merged.deltas, scale)
         values = {
-            task: kl_divergence(wanted[task], logits(suite, suite.model, task, proxies[task]))
+            task: kl_divergence(wanted[task], logits(suite, suite.model, task, inputs[task]))
             for task in suite.tasks
         }
         return Measured(mean(values), values)
@@ -194,6 +219,8 @@ def static_row(
     """One static method for one proxy sample: what its record does not hold yet."""
     row, file = ROWS[name], results / f"{name}-{seed}.json"
     record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    if record and record["parameters"] != dict(row.parameters):
+        raise SystemExit(f"{file}: measured with other parameters; move it away to measure anew.")
     init = None
     if row.init is not None:
         chosen = json.loads((results / f"{row.init}-0.json").read_text())["scale"]
@@ -215,15 +242,19 @@ def static_row(
         if row.init is not None and record["scale"] != 1:
             record["test_at_one"] = test(1.0)
         record |= {"row": name, "seed": seed}
-    for kind in kinds:
-        if kind == "grams" and kind not in record:
+    for kind in (kind for kind in kinds if kind not in record):
+        if kind == "grams":
             closed = by_grams(suite, merged, files)
-            record["grams"] = {"scale": closed, "test": test(closed)}
-        elif kind == "divergence" and kind not in record:
-            curve = by_divergence(suite, merged, row.start, seed)
-            record["divergence"] = {
-                "scale": curve.scale, "curve": curve.as_record(), "test": test(curve.scale)
-            }  # fmt: skip
+            record[kind] = {"scale": closed, "test": test(closed)}
+            continue
+        if kind == "held_out":
+            inputs = {task: own["held_out"] for task, own in suite.splits.items()}
+        else:
+            inputs = {task: suite.proxies(task, seed, DIVERGENCE_PROXIES) for task in suite.tasks}
+        curve = by_divergence(suite, merged, row.start, inputs)
+        record[kind] = {
+            "scale": curve.scale, "curve": curve.as_record(), "test": test(curve.scale)
+        }  # fmt: skip
     return record
 
 
@@ -253,22 +284,35 @@ def main() -> None:
         "--tasks", type=int, default=8, help="the first so many tasks; 6: the miniature"
     )
     parser.add_argument("--seeds", type=int, default=3, help="proxy samples")
-    parser.add_argument("--rows", nargs="*", help="default: all; 'routed' for the routed models")
+    parser.add_argument(
+        "--rows",
+        nargs="*",
+        choices=[*ROWS, "routed"],
+        help="default: all; 'routed' for the routed models",
+        metavar="ROW",
+    )
     parser.add_argument(
         "--counts", type=int, nargs="*", default=[], help="smaller proxy samples for the routers"
     )
     parser.add_argument(
-        "--bases", nargs="*", default=BASES, help="rows whose merge the routed models stand on"
+        "--bases",
+        nargs="*",
+        choices=list(ROWS),
+        default=BASES,
+        metavar="ROW",
+        help="rows whose merge the routed models stand on",
     )
     parser.add_argument(
         "--label-free",
         nargs="*",
         choices=LABEL_FREE,
-        default=LABEL_FREE,
-        help="how α is chosen beside the validation split; nothing: not at all",
+        default=LABEL_FREE[:2],
+        help="how α is chosen without labels (default: divergence grams; nothing: not at all)",
     )
     parser.add_argument("--no-alignment", action="store_true", help="no subspace alignment")
-    parser.add_argument("--test-texts", type=int, help="of every task; default: all")
+    parser.add_argument(
+        "--test-texts", type=int, help="of every task; default: 500 texts, 1000 images"
+    )
     parser.add_argument(
         "--validation-texts", type=int, default=VALIDATION_TEXTS, help="of every task, to choose α"
     )
@@ -278,6 +322,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.test_texts is None:
+        arguments.test_texts = TEST_EXAMPLES.get(arguments.suite)
     suite = load_suite(arguments)
     if arguments.collect is not None:
         own = {task: folder for task, folder in suite.experts.items() if task in arguments.collect}
@@ -285,6 +331,7 @@ def main() -> None:
             collect_statistics(replace(suite, experts=own), arguments.work, seed, fisher=fisher)
         return
     results = arguments.work / "results" / suite.name
+    check_settings(suite, results)
     fixed = fixed_models(suite, results)
     print(f"base {mean(fixed['base']):.1f}, experts {mean(fixed['experts']):.1f}", flush=True)
     chosen = arguments.rows if arguments.rows is not None else [*ROWS, "routed"]

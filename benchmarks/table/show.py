@@ -30,7 +30,14 @@ def write_table(results: Path) -> str:
         )
     text = _markdown(entries)
     (results / "table.md").write_text(text)
-    document = {"suite": results.name, "fixed": fixed, "entries": entries, "rows": rows}
+    settings = results / "settings.json"
+    document = {
+        "suite": results.name,
+        "settings": json.loads(settings.read_text()) if settings.is_file() else None,
+        "fixed": fixed,
+        "entries": entries,
+        "rows": rows,
+    }
     (results / "results.json").write_text(json.dumps(document, indent=1) + "\n")
     return text
 
@@ -46,7 +53,7 @@ def _entry(name: str, found: list[dict[str, Any]], experts: dict[str, float]) ->
         "samples": len(found),
         "scale": found[0].get("scale"),
     }
-    for kind in ("divergence", "grams"):
+    for kind in ("divergence", "grams", "held_out"):
         if kind in found[0]:
             entry[kind] = {
                 "scale": found[0][kind]["scale"],

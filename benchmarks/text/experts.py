@@ -204,6 +204,9 @@ def make_expert(name: str, regime: str, work: Path, recipe: Recipe) -> None:
     scores = {"validation": {"base": base, "expert": expert}, "bfloat16": has_bfloat16()}
     write_whole(partial / "expert.json", json.dumps(record | scores, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(work / f"{regime}-dense" / name, ignore_errors=True)
+    for stale in (work / "statistics").glob(f"{regime}-*/{name}.safetensors"):
+        stale.unlink()
     partial.rename(folder)
     logger.info("%s %s: validation base %.3f, expert %.3f", regime, name, base, expert)
 

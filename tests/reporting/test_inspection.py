@@ -199,6 +199,22 @@ def test_damaged_models_are_named(world, tmp_path):
     assert not (tmp_path / "inspection.json").exists()
 
 
+@pytest.mark.parametrize("frozen", [("0",), ("0", "1")], ids=["first", "all"])
+def test_layers_that_no_expert_changed_can_be_drawn(frozen, world, tmp_path):
+    base = load(world["base"])
+    for name, folder in [*world["experts"].items(), ("m", world["merged"]["iso_c"])]:
+        tensors = load(folder)
+        same = {f"layers.{i}.proj.weight": base[f"layers.{i}.proj.weight"] for i in frozen}
+        save(tmp_path / f"frozen-{name}", tensors | same)
+    experts = {name: tmp_path / f"frozen-{name}" for name in world["experts"]}
+    merged = {"m": tmp_path / "frozen-m"}
+    found = eutectic.inspect(
+        base=world["base"], experts=experts, merged=merged, plots=tmp_path / "plots"
+    )
+    assert found.layers[0].experts["a"].norm == 0
+    assert (tmp_path / "plots" / "spectra.png").is_file()
+
+
 def test_plots_without_matplotlib_name_the_extra(world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'eutectic\[plots\]'"):

@@ -54,8 +54,9 @@ def draw(found: Inspection, folder: Path) -> list[Path]:
 
 
 def _spectra(found: Inspection) -> Any:
-    """Singular values of a few layers, spread over the depth of the model."""
-    shown = _spread(found.layers, PANELS)
+    """Singular values of a few layers that an expert changed, spread over the model's depth."""
+    changed = [layer for layer in found.layers if any(s.rank for s in layer.experts.values())]
+    shown = _spread(changed or found.layers, PANELS)
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure = new_figure(3.4 * columns + 1.8, 2.7 * rows + 0.5)
@@ -68,7 +69,7 @@ def _spectra(found: Inspection) -> Any:
             style = ("--", "-.", ":")[index % 3]
             _curve(axes, spectrum, color=_dark(index), linestyle=style, linewidth=2, label=name)
         axes.set_xscale("log")
-        axes.set_yscale("log")
+        _log_where_positive(axes)
         axes.set_title(f"{_short(layer.name)}  [{layer.shape[0]}×{layer.shape[1]}]", fontsize=8)
         axes.grid(alpha=0.25)
         axes.tick_params(labelsize=7)
@@ -97,7 +98,7 @@ def _norms(found: Inspection) -> Any:
     for index, name in enumerate(found.merged):
         own = [layer.merged[name] for layer in found.layers]
         curve(own, marker="s", color=_dark(index), linewidth=1.8, linestyle="--", label=name)
-    axes.set_yscale("log")
+    _log_where_positive(axes)
     axes.set_ylabel("‖Δ‖_F / ‖W₀‖_F")
     _layer_ticks(axes, found.layers, axis="x")
     axes.grid(alpha=0.25)
@@ -189,6 +190,12 @@ def _scatter(found: Inspection) -> Any:
 
 def _curve(axes: Any, spectrum: Spectrum, **style: Any) -> None:
     axes.plot(spectrum.positions, spectrum.values, **style)
+
+
+def _log_where_positive(axes: Any) -> None:
+    """A logarithmic axis, unless no curve has a positive value: that is an error of matplotlib."""
+    if any(value > 0 for line in axes.get_lines() for value in line.get_ydata()):
+        axes.set_yscale("log")
 
 
 def _heat(
