@@ -15,6 +15,7 @@ import eutectic
 from eutectic.errors import CheckpointError, RequestError, TaskError
 from eutectic.evaluation import load_tasks, prepare
 from eutectic.evaluation.functions import call_function
+from eutectic.evaluation.rows import split_rows
 from evaluation import world
 
 LABELS = ("no", "maybe", "yes")
@@ -132,3 +133,55 @@ def test_files_of_functions_are_whole_modules(tmp_path: Path):
     with pytest.raises(RequestError, match=r"'.*f.py:f' cannot be imported: .*f.py, line 1"):
         _function(tmp_path, "def f(folder, rows:\n")
     assert not math.isnan(_function(tmp_path, "def f(folder, rows): return [1]\n").predictions[0])
+
+
+@pytest.mark.parametrize("kind", ["text-classification", "regression"])
+def test_a_named_column_of_second_texts_is_meant_to_be_there(tmp_path: Path, kind: str):
+    rows = [{"text": "w1", "hypothesis": "w2", "label": 0}]
+    world.jsonl(tmp_path / "d.jsonl", rows)
+    for name, found in (("hypothesis", True), ("hypotesis", False)):
+        spec = {"kind": kind, "data": "d.jsonl", "columns": {"text_pair": name}}
+        task = load_tasks(world.tasks(tmp_path / "t.yaml", a=spec))["a"]
+        if found:
+            assert split_rows(task, "test") == rows
+        else:
+            with pytest.raises(RequestError, match="row 1 has no column 'hypotesis'"):
+                split_rows(task, "test")
+
+
+def test_only_an_expert_is_the_expert(tmp_path: Path):
+    texts = world.sentences(12)
+    rows = [{"text": t, "label": ("no", "maybe", "yes")[i % 3]} for i, t in enumerate(texts)]
+    world.jsonl(tmp_path / "d.jsonl", rows)
+    spec = {"kind": "text-classification", "data": "d.jsonl"}
+    tasks = world.tasks(tmp_path / "t.yaml", a=spec)
+    models = {n: world.save(world.make("bert", seed=i), tmp_path / n) for i, n in enumerate("ab")}
+    found = eutectic.evaluate(tasks, models=models, resamples=0)
+    assert [r.normalized for r in found.results] == [None, None]
+    found = eutectic.evaluate(
+        tasks, experts={"a": models["a"]}, models={"b": models["b"]}, resamples=0
+    )
+    assert found.results[0].normalized == 1
+
+
+def test_an_expert_below_its_base_is_told(tmp_path: Path):
+    base = world.make("bert")
+    texts = world.sentences(12)
+    tokenizer = world.tokenizer()
+    with torch.no_grad():
+        best = [int(base(**tokenizer(t, return_tensors="pt")).logits.argmax()) for t in texts]
+    rows = [
+        {"text": t, "label": ("no", "maybe", "yes")[i]} for t, i in zip(texts, best, strict=True)
+    ]
+    world.jsonl(tmp_path / "d.jsonl", rows)
+    tasks = world.tasks(tmp_path / "t.yaml", a={"kind": "text-classification", "data": "d.jsonl"})
+    folders = {
+        "base": world.save(base, tmp_path / "base"),
+        "experts": {"a": world.save(world.make("bert", seed=3), tmp_path / "a")},
+    }
+    found = eutectic.evaluate(tasks, **folders, resamples=0)
+    assert found.results[0].value == 1 > found.results[1].value
+    assert len(found.notes) == 1 and "larger NAI says nothing good: a (" in found.notes[0]
+    world.save(base, tmp_path / "a")
+    world.save(world.make("bert", seed=3), tmp_path / "base")
+    assert eutectic.evaluate(tasks, **folders, resamples=0).notes == ()

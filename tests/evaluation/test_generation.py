@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import eutectic
-from eutectic.errors import CheckpointError
+from eutectic.errors import CheckpointError, RequestError
 from eutectic.evaluation import load_model, load_tasks, outputs, prepare, run
 from evaluation import world
 
@@ -96,3 +96,25 @@ def test_a_changed_file_is_measured_again(folder: Path, monkeypatch: pytest.Monk
     (folder / "m" / FILE).write_text(json.dumps({**values, "forced_bos_token_id": 8}))
     evaluate()
     assert len(calls) == 2
+
+
+def test_targets_longer_than_inputs_are_generated_in_full(folder: Path):
+    task = load_tasks(folder / "t.yaml")["a"]
+    long = prepare(task, "test", folder / "m").generate_tokens
+    world.jsonl(folder / "d.jsonl", [{"source": "w1 w2", "target": "w3 " * 9}])
+    spec = {"kind": "sequence-to-sequence", "data": "d.jsonl", "max_length": 4}
+    task = load_tasks(world.tasks(folder / "t.yaml", a=spec))["a"]
+    ready = prepare(task, "test", folder / "m")
+    assert ready.batches[0]["labels"].shape == (1, 4)
+    assert ready.generate_tokens == 9 + 1 + 1 and long < 9  # words, their end, one more
+    world.jsonl(folder / "d.jsonl", [{"source": "w1 w2", "target": "w3 " * 90}])
+    assert prepare(task, "test", folder / "m").generate_tokens == 24  # positions
+
+
+def test_rows_without_targets_are_refused_in_words(folder: Path):
+    world.jsonl(folder / "p.jsonl", [{"source": "w1 w2"}, {"source": "w3"}])
+    data = {"proxy": "p.jsonl", "test": "d.jsonl"}
+    spec = {"kind": "sequence-to-sequence", "data": data}
+    task = load_tasks(world.tasks(folder / "t.yaml", a=spec))["a"]
+    with pytest.raises(RequestError, match="split 'proxy': row 1 has no 'target'"):
+        prepare(task, "proxy", folder / "m")

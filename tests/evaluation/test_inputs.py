@@ -6,6 +6,7 @@ and long texts, truth values as labels, and faulty functions are handled or refu
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from eutectic.errors import EutecticError, RequestError, TaskError
 from eutectic.evaluation import load_tasks, outputs, prepare
 from eutectic.evaluation.functions import source_file
 from evaluation import world
+from helpers.cli import invoke
 
 LABELS = ("no", "maybe", "yes")
 TEXTS = {"kind": "text-classification", "data": "d.jsonl"}
@@ -282,3 +284,72 @@ def test_results_take_the_place_of_results_only(tmp_path: Path, what: str):
     assert before is None or output.read_bytes() == before
     for _ in range(2):
         eutectic.evaluate(tasks, models=[folder], resamples=0, output=tmp_path / "r.json")
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"kind": "image-classification", "max_length": 9}, "`max_length` is not for the kind"),
+        ({"kind": "regression", "labels": ["a"]}, "`labels` name classes"),
+        ({"kind": "language-model", "labels": ["a"]}, "`labels` name classes"),
+    ],
+)
+def test_keys_that_would_be_ignored_are_refused(tmp_path: Path, spec: dict[str, Any], said: str):
+    world.jsonl(tmp_path / "d.jsonl", [{"text": "w1"}])
+    with pytest.raises(TaskError, match=said):
+        load_tasks(world.tasks(tmp_path / "t.yaml", a=spec | {"data": "d.jsonl"}))
+
+
+def test_modes_of_routing_need_a_routed_model(tmp_path: Path):
+    world.jsonl(tmp_path / "d.jsonl", labelled(["w1 w2"]))
+    tasks = world.tasks(tmp_path / "t.yaml", a=TEXTS)
+    model = world.save(world.make("bert"), tmp_path / "m")
+    with pytest.raises(RequestError, match="'oracle' is for routed models, and none"):
+        eutectic.evaluate(tasks, models=[model], routing="oracle")
+
+
+def test_code_finds_what_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    model = world.save(world.make("bert"), tmp_path / "m")
+    (tmp_path / "beside_it.py").write_text("HALF = 0.5\n")
+    code = "from beside_it import HALF\ndef f(folder, rows):\n    return [HALF]\n"
+    (tmp_path / "code_of_it.py").write_text(code)
+    (tmp_path / "some_rows.py").write_text("def rows():\n    return [{'text': 'w9'}]\n")
+    for name in ("code_of_it:f", "code_of_it.py:f"):
+        spec = {"kind": "function", "function": name}
+        tasks = world.tasks(tmp_path / "t.yaml", a=spec)
+        found = eutectic.evaluate(tasks, models=[model], trust_code=True, resamples=0)
+        assert found.results[0].value == 0.5
+    assert source_file("code_of_it") == tmp_path / "code_of_it.py"
+    world.jsonl(tmp_path / "d.jsonl", labelled(["w1 w2"]))
+    tasks = world.tasks(tmp_path / "t.yaml", a=TEXTS)
+    proxy = {"a": "some_rows:rows"}
+    with pytest.raises(RequestError, match="--trust-code"):
+        eutectic.evaluate(tasks, models=[model], proxy=proxy)
+    found = eutectic.evaluate(tasks, models=[model], proxy=proxy, trust_code=True, resamples=0)
+    assert found.tasks[0].splits == {"proxy": 1, "test": 1}
+    (tmp_path / "code_of_it.py").write_text("undefined_name\n")
+    tasks = world.tasks(tmp_path / "t.yaml", a={"kind": "function", "function": "code_of_it.py:f"})
+    with pytest.raises(RequestError, match="NameError: name 'undefined_name'"):
+        eutectic.evaluate(tasks, models=[model], trust_code=True)
+
+
+def test_positions_are_counted_as_the_model_counts_them(tmp_path: Path):
+    config = world.hf.RobertaConfig(
+        **world.SMALL, vocab_size=30, max_position_embeddings=26, pad_token_id=0, num_labels=3
+    )
+    model = world.save(world.hf.RobertaForSequenceClassification(config), tmp_path / "m")
+    rows = [{"text": "w1 " * 30, "label": 0}]
+    with pytest.raises(RequestError, match="Set the task's max_length to 25 or less"):
+        evaluated(tmp_path, rows, model, max_length=27)
+    assert evaluated(tmp_path, rows, model, max_length=25).results[0].n == 1
+
+
+def test_names_with_brackets_and_folders_with_equals_signs(tmp_path: Path):
+    folder = world.save(world.make("bert"), tmp_path / "alpha=0.3")
+    world.jsonl(tmp_path / "d.jsonl", labelled(["w1 w2"]))
+    tasks = world.tasks(tmp_path / "t.yaml", a=TEXTS)
+    answer = invoke("evaluate", folder, f"q[/b]={folder}", "-t", tasks, "--resamples", 0)
+    assert answer.code == 0, answer.err
+    assert "q[/b]" in answer.out

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import eutectic
 from eutectic.errors import RequestError
 from eutectic.evaluation import load_model, load_tasks, outputs, prepare
-from eutectic.evaluation.rows import check_disjoint
+from eutectic.evaluation.rows import check_disjoint, split_rows
+from eutectic.statistics.encode import open_image
 from evaluation import world
 
 
@@ -71,3 +73,47 @@ def test_a_functions_images_need_not_be_readable_here(tmp_path: Path):
     path = world.tasks(tmp_path / "f.yaml", a=shared)
     with pytest.raises(RequestError, match="validation and test share 1"):
         eutectic.evaluate(path, models=[tmp_path / "m"], trust_code=True, resamples=0)
+
+
+def test_pixels_beyond_a_bound_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    world.images(tmp_path / "i", 12)
+    folder = world.save(world.make("vit"), tmp_path / "m")
+    task = _task(tmp_path, "i")
+    whole = prepare(task, "test", folder, batch_size=4)
+    model = load_model(folder, task)
+    assert whole.batches[0] is whole.batches[0]
+    monkeypatch.setattr("eutectic.evaluation.pictures.KEPT_PIXELS", 4 * 3 * 8 * 8)  # one batch
+    bounded = prepare(task, "test", folder, batch_size=4)
+    assert bounded.batches[0] is bounded.batches[0]
+    assert bounded.batches[1] is not bounded.batches[1]
+    assert len(bounded.batches) == 3 and len(bounded.batches[1:]) == 2
+    for _ in range(2):
+        assert torch.equal(outputs(model, bounded), outputs(model, whole))
+
+
+def test_a_limit_takes_classes_of_a_folder_in_turn(tmp_path: Path):
+    world.images(tmp_path / "i", 12)
+    rows = split_rows(_task(tmp_path, "i"), "test", 5)
+    assert [Path(r["image"]).name for r in rows] == [
+        "001.png", "000.png", "002.png", "004.png", "003.png",
+    ]  # fmt: skip
+    assert [r["label"] for r in rows] == ["maybe", "no", "yes", "maybe", "no"]
+
+
+def test_pictures_of_two_sizes_are_told_where_nothing_resizes(tmp_path: Path):
+    world.images(tmp_path / "i", 4)
+    Image.new("RGB", (5, 5)).save(tmp_path / "i" / "no" / "small.png")
+    folder = world.save(world.make("vit"), tmp_path / "m")
+    world.hf.ViTImageProcessor(do_resize=False).save_pretrained(folder)
+    with pytest.raises(RequestError, match=r"rows 1 to 5 cannot be made one batch") as caught:
+        list(prepare(_task(tmp_path, "i"), "test", folder).batches)
+    assert "(12, 10), (5, 5)" in str(caught.value)
+
+
+def test_of_sixteen_bits_the_upper_eight_are_seen():
+    deep = np.arange(0, 2**16, 2**12, dtype=np.uint16).reshape(4, 4)
+    for image in (Image.fromarray(deep), Image.fromarray(deep.astype(np.int32))):
+        assert np.array_equal(np.asarray(open_image(image, "L")), deep >> 8)
+        assert open_image(image).mode == "RGB"
+    shallow = np.arange(16, dtype=np.int32).reshape(4, 4)
+    assert np.array_equal(np.asarray(open_image(Image.fromarray(shallow), "L")), shallow)

@@ -142,3 +142,48 @@ def test_an_expert_without_a_figure_is_null_in_the_record(folder: Path):
     search = tune(folder).search
     assert search["experts"] == {"a": None}
     json.dumps(search, allow_nan=False)
+
+
+@pytest.mark.parametrize("heads", ["per_expert", "base", "drop"])
+def test_what_is_written_is_what_was_measured_whatever_becomes_of_the_heads(
+    folder: Path, tmp_path: Path, heads: str
+):
+    rules = ({"match": "classifier.*", "treatment": "head"},)
+    report = tune(folder, tensors=rules, heads=heads, output=tmp_path / "out")
+    best = next(p for p in report.search["points"] if p["scale"] == report.scale)
+    assert best["parts"]["a"] == figures(folder, models={"m": tmp_path / "out"})["m"]
+
+
+def test_labels_of_proxy_data_are_not_read(folder: Path):
+    plain = tune(folder, "divergence").search["points"]
+    rows = [json.loads(line) for line in (folder / "proxy.jsonl").read_text().splitlines()]
+    world.jsonl(folder / "proxy.jsonl", [row | {"label": -1} for row in rows])
+    assert tune(folder, "divergence").search["points"] == plain
+
+
+def test_rows_that_other_tasks_test_are_told(folder: Path):
+    data = {"proxy": "proxy.jsonl", "validation": "validation.jsonl"}
+    rows = (folder / "validation.jsonl").read_text().splitlines(keepends=True)
+    (folder / "test.jsonl").write_text("".join(rows[:7]))
+    spec = {"kind": "text-classification", "expert": "a"}
+    world.tasks(
+        folder / "two.yaml",
+        a=spec | {"data": data},
+        other=spec | {"data": {"test": "test.jsonl", "validation": "proxy.jsonl"}},
+    )
+    report = tune(folder, tasks="two.yaml")
+    assert report.search["tasks"]["a"]["test_rows_of_other_tasks"] == {"other": 7}
+    assert report.search["tasks"]["other"]["test_rows_of_other_tasks"] == {}
+    assert any("7 rows of a are test rows of other" in note for note in report.notes)
+
+
+def test_another_search_leaves_out_what_it_does_not_take(folder: Path):
+    scale = {
+        "search": "divergence", "tasks": str(folder / "t.yaml"), "compare": "features",
+        "points": 3, "tolerance": 0.5,
+    }  # fmt: skip
+    asked = {"base": folder / "base", "experts": {"a": folder / "a"}, "method": "average"}
+    found = eutectic.tune(asked | {"scale": scale}, search={"search": "validation"})
+    assert found.search["search"] == "validation" and len(found.search["points"]) >= 3
+    with pytest.raises(RequestError, match="statistics of every expert"):  # not: takes no tasks
+        eutectic.tune(asked | {"scale": scale}, search={"search": "gram"})

@@ -100,7 +100,7 @@ def progress_bar(title: str) -> Iterator[Callable[[float, float, str], None]]:
         task = bar.add_task(title, total=None, current="")
 
         def tell(done: float, total: float, current: str) -> None:
-            bar.update(task, completed=done, total=total, current=current[-40:])
+            bar.update(task, completed=done, total=total, current=escape(current[-40:]))
 
         yield tell
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from eutectic.cli.console import out, pairs, progress_bar, verb
+from eutectic.cli.console import out, pairs, progress_bar, tell, verb
+from eutectic.errors import RequestError
 
 if TYPE_CHECKING:
     from eutectic.evaluation.results import Figures, Results
@@ -76,7 +78,7 @@ def evaluate(
     for word in proxy or []:
         for name, path in pairs([word], "--proxy").items():
             further.setdefault(name, []).append(path)
-    with progress_bar("evaluating") as tell:
+    with progress_bar("evaluating") as report:
         results = run(
             tasks,
             base=base,
@@ -92,18 +94,25 @@ def evaluate(
             seed=seed,
             resamples=resamples,
             trust_code=trust_code,
-            progress=tell,
+            progress=report,
         )
     if json:
         typer.echo(results.model_dump_json(indent=1))
         return
     show(results)
     if output is not None:
-        out.print(f"[bold green]written[/] {output}", highlight=False, soft_wrap=True)
+        out.print(f"[bold green]written[/] {escape(str(output))}", highlight=False, soft_wrap=True)
 
 
 def _named(words: Sequence[str]) -> dict[str, str]:
-    return pairs([w if "=" in w else f"{w.rstrip('/')}={w}" for w in words], "model")
+    named: dict[str, str] = {}
+    for word in words:
+        alone = "=" not in word or Path(word).is_dir()  # a folder may be called alpha=0.3
+        pair = {word.rstrip("/"): word} if alone else pairs([word], "model")
+        if twice := named.keys() & pair.keys():
+            raise RequestError(f"model '{twice.pop()}' is given twice.")
+        named |= pair
+    return named
 
 
 def show(results: Results) -> None:
@@ -118,11 +127,11 @@ def show(results: Results) -> None:
         table = _table()
         chosen = results.tasks[start : start + _TASKS_ACROSS]
         for task in chosen:
-            table.add_column(task.name, justify="right", overflow="fold")
+            table.add_column(escape(task.name), justify="right", overflow="fold")
         for row in rows:
             shown = [cells.get((row, task.name)) for task in chosen]
             values = zip(shown, chosen, strict=True)
-            table.add_row(row, *(_value(cell, metrics[task.name]) for cell, task in values))
+            table.add_row(escape(row), *(_value(cell, metrics[task.name]) for cell, task in values))
         out.print(table)
         out.print()
     table = _table()
@@ -132,13 +141,15 @@ def show(results: Results) -> None:
     metric = common.pop() if len(common) == 1 else ""
     for mean in results.means:
         table.add_row(
-            mean.checkpoint,
+            escape(mean.checkpoint),
             _with_interval(mean.value, mean.interval, 100 if metric in _PERCENT else 1),
             "" if mean.normalized is None else f"{100 * mean.normalized:.1f} %",
             _with_interval(mean.nai, mean.nai_interval, 1),
             str(len(mean.tasks)),
         )
     out.print(table)
+    for note in results.notes:
+        tell("note", note)
     names = ", ".join(dict.fromkeys(metrics.values()))
     out.print(f"{names}; split {results.split}, n = {_counts(results)}", style="dim")
 

@@ -71,7 +71,8 @@ def compare(
 ) -> tuple[Draws, Draws]:
     """Return the value normalised by the expert's, and NAI = (own − base) / (expert − base).
 
-    A share of an expert that is not above 0 (a correlation may be below) is undefined.
+    A share of an expert that is not above 0 (a correlation may be below) is undefined. Where the
+    expert is worse than the base, a larger NAI is a worse model; see `gain`.
     """
     if expert is None:
         return _undefined(own), _undefined(own)
@@ -82,6 +83,12 @@ def compare(
     if base is None:
         return normalized, _undefined(own)
     return normalized, _quotient(_difference(own, base), _difference(expert, base))
+
+
+def gain(task: Task, expert: Draws, base: Draws) -> float:
+    """Return by how much the expert is better than the base, in the metric's direction."""
+    sign = -1 if task.formula in LOWER_IS_BETTER else 1
+    return sign * (expert.value - base.value)
 
 
 def result(checkpoint: str, task: Task, n: int, figures: Sequence[Draws]) -> Result:

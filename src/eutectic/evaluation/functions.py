@@ -67,7 +67,7 @@ def source_file(where: str) -> Path | None:
     """
     if where.endswith(".py"):
         return Path(where)
-    path: Sequence[str] | None = None
+    path: Sequence[str] | None = [str(Path.cwd()), *sys.path]
     spec = None
     for depth in range(1, where.count(".") + 2):
         spec = PathFinder.find_spec(".".join(where.split(".")[:depth]), path)
@@ -80,12 +80,17 @@ def source_file(where: str) -> Path | None:
 
 def _function(task: Task, name: str) -> Callable[..., Any]:
     where, _, attribute = name.rpartition(":")
+    is_file = where.endswith(".py")
+    # An installed command looks neither where it is started nor beside the file.
+    folder = str(Path(where).resolve().parent if is_file else Path.cwd())
+    if folder not in sys.path:
+        sys.path.append(folder)
     try:
-        if not where.endswith(".py"):
-            return getattr(importlib.import_module(where), attribute)
-        return getattr(_module(where), attribute)
-    except (ImportError, AttributeError, OSError, ValueError, SyntaxError) as error:
-        raise RequestError(f"task '{task.name}': '{name}' cannot be imported: {error}.") from None
+        return getattr(_module(where) if is_file else importlib.import_module(where), attribute)
+    except Exception as error:  # whatever the code does on import
+        raise RequestError(
+            f"task '{task.name}': '{name}' cannot be imported: {type(error).__name__}: {error}."
+        ) from error
 
 
 def _module(file: str) -> ModuleType:

@@ -16,6 +16,7 @@ from eutectic.evaluation.metrics import Array, Outcomes, metric_value, per_examp
 from eutectic.evaluation.prepare import Prepared, normal_text
 from eutectic.evaluation.schema import Task
 from eutectic.statistics.batches import IGNORED_LABEL
+from eutectic.statistics.data import positions_of
 from eutectic.statistics.heads import Head, features, read_head
 from eutectic.statistics.hooks import evaluating
 from eutectic.statistics.models import padding_id, tell_padding
@@ -172,9 +173,9 @@ def outcomes_of(results: Tensor, prepared: Prepared) -> Outcomes:
 
 def _check_length(model: Any, batch: dict[str, Tensor], task: Task) -> None:
     """Say so if inputs are longer than the model's table of positions."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limit = positions_of(getattr(model, "config", None))
     length = batch["input_ids"].shape[1] if "input_ids" in batch else 0
-    if isinstance(limit, int) and length > limit:
+    if limit is not None and length > limit:
         raise RequestError(
             f"task '{task.name}': inputs of {length} tokens, and the model has {limit} positions.\n"
             f"Set the task's max_length to {limit} or less."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import CheckpointError, MissingExtraError, RequestError, TaskError, suggest
+from eutectic.evaluation.pictures import Pictures
 from eutectic.evaluation.rows import data_hash, split_rows
 from eutectic.evaluation.schema import Split, Task
 from eutectic.evaluation.sources import processor_hash
 from eutectic.statistics.batches import IGNORED_LABEL
-from eutectic.statistics.data import longest_input
-from eutectic.statistics.encode import image_mode, named_by_numbers, open_image
+from eutectic.statistics.data import longest_input, positions_of
+from eutectic.statistics.encode import image_mode, named_by_numbers
 from eutectic.statistics.models import load_processor, padding_id
 from eutectic.statistics.rows import Row
 
@@ -39,12 +41,13 @@ class Prepared:
         references: what is true, row by row: class indices, numbers, or normalised target texts.
         data_hash: identity of the rows and their answers.
         processor: the tokenizer or image processor.
-        generate_tokens: how many tokens to generate at most; one more than the longest target.
+        generate_tokens: how many tokens to generate at most; one more than the longest target,
+            uncut, or what the model has positions for.
     """
 
     task: Task
     split: Split
-    batches: tuple[dict[str, Tensor], ...]
+    batches: Sequence[dict[str, Tensor]]
     order: Tensor
     references: tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
     data_hash: str
@@ -63,12 +66,13 @@ def prepare(
     batch_size: int = BATCH_SIZE,
     limit: int | None = None,
     label_ids: Mapping[str, int] | None = None,
+    answers: bool = True,
 ) -> Prepared:
     """Read and encode a split for models with the tokenizer (or image processor) of `folder`.
 
     Texts are cut to `task.max_length` tokens, sorted by their number of tokens and padded on the
-    right to the longest of their batch. Time: one tokenization; memory: the token ids, or the pixel
-    values `[n, channels, height, width]` in float32.
+    right to the longest of their batch. Time: one tokenization. Memory: the token ids; of pictures
+    the first 256 MB of pixels in float32, further batches are read again whenever they are run.
 
     Args:
         task: not of the kinds `function` and `lm-eval`.
@@ -77,6 +81,7 @@ def prepare(
         batch_size: rows per batch; changes results by rounding only.
         limit: take the first rows only.
         label_ids: class name -> index, where the task names none; None: of the configuration.
+        answers: labels are read; without them, there is nothing to score.
 
     Raises:
         RequestError: no such split, no rows, a missing column.
@@ -86,16 +91,19 @@ def prepare(
     """
     rows = split_rows(task, split, limit)
     processor, config = _open(task, Path(folder))
-    references = references_of(task, rows, label_ids or config.label2id or {})
+    if task.kind == "sequence-to-sequence":
+        _check_targets(task, split, rows)
+    references = references_of(task, rows, label_ids or config.label2id or {}) if answers else ()
     digest = data_hash(task, rows)
     generate = 0
     if task.kind == "image-classification":
-        batches, order = _images(task, rows, processor, batch_size, image_mode(config))
+        batches = Pictures(task, rows, processor, batch_size, image_mode(config))
+        order = list(range(len(rows)))
     else:
         limit_tokens = task.max_length or longest_input(processor, config)
         encode = _Texts(task, rows, processor, limit_tokens)
         batches, order = encode.batches(batch_size)
-        generate = encode.longest_target + 1
+        generate = min(encode.longest_target + 1, positions_of(config) or sys.maxsize)
     return Prepared(
         task, split, batches, torch.tensor(order), references, digest, processor, generate
     )
@@ -137,6 +145,17 @@ def references_of(
     if faults:
         raise TaskError(faults[:10], f"task '{task.name}'")
     return tuple(found)
+
+
+def _check_targets(task: Task, split: Split, rows: Sequence[Row]) -> None:
+    """Refuse rows without a target: proxy data of other kinds need no answers."""
+    for number, row in enumerate(rows, 1):
+        if row.get(task.columns.target) is None:
+            raise RequestError(
+                f"task '{task.name}', split '{split}': row {number} has no "
+                f"'{task.columns.target}'.\nOutputs of such models are compared and scored along "
+                "their targets; name the column (columns: {target: NAME}) or add it."
+            )
 
 
 def open_tokenizer(folder: Path, task: Task) -> Any:
@@ -220,20 +239,6 @@ def _processor(folder: Path, task: Task, kind: str) -> tuple[Any, Any]:
     return found, config
 
 
-def _images(
-    task: Task, rows: Sequence[Row], processor: Any, batch_size: int, mode: str
-) -> tuple[tuple[dict[str, Tensor], ...], list[int]]:
-    batches: list[dict[str, Tensor]] = []
-    for start in range(0, len(rows), batch_size):
-        images = [
-            open_image(row[task.columns.image], mode) for row in rows[start : start + batch_size]
-        ]
-        batches.append(
-            {"pixel_values": processor(images=images, return_tensors="pt")["pixel_values"]}
-        )
-    return tuple(batches), list(range(len(rows)))
-
-
 class _Texts:
     """Token ids of all rows, before they are sorted and padded."""
 
@@ -250,10 +255,13 @@ class _Texts:
             pairs = [str(row[columns.text_pair]) for row in rows]
         self.inputs: dict[str, list[list[int]]] = dict(tokenizer(texts, pairs, **options))
         self.targets: list[list[int]] | None = None
+        self.longest_target = 0
         if task.kind == "sequence-to-sequence":
             answers = [str(row[columns.target]) for row in rows]
             self.targets = tokenizer(text_target=answers, **options)["input_ids"]
-        self.longest_target = max(map(len, self.targets)) if self.targets else 0
+            # What is scored is generated in full, however inputs are cut.
+            uncut = tokenizer(text_target=answers, truncation=False, verbose=False)["input_ids"]
+            self.longest_target = max(map(len, uncut))
 
     def batches(self, batch_size: int) -> tuple[tuple[dict[str, Tensor], ...], list[int]]:
         ids = self.inputs["input_ids"]

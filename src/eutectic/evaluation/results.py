@@ -89,6 +89,7 @@ class Results(_Record):
     tasks: tuple[TaskRecord, ...]
     results: tuple[Result, ...]
     means: tuple[Mean, ...]
+    notes: tuple[str, ...] = Field((), description="What a reader of the figures should know.")
 
 
 def results_schema() -> dict[str, Any]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from eutectic.errors import RequestError, StatisticsError, TaskError
@@ -34,6 +36,8 @@ ANSWERS: Mapping[str, str] = {
 def split_rows(task: Task, split: Split, limit: int | None = None) -> list[Row]:
     """Return the rows of one split in the order of the file, the first `limit` of them.
 
+    Of a folder of images, which holds one class after the other, the first of every class in turn.
+
     Raises:
         RequestError: the task has no such split, a column is missing, or no row is left.
         StatisticsError, MissingExtraError: as `read_rows`.
@@ -46,7 +50,20 @@ def split_rows(task: Task, split: Split, limit: int | None = None) -> list[Row]:
     rows = _part_rows(task, split, part)
     if not rows:
         raise RequestError(f"task '{task.name}': the split '{split}' ({part.path}) has no rows.")
+    if limit is not None and task.kind == "image-classification" and Path(part.path).is_dir():
+        rows = _in_turn(rows, task.columns.label)
     return rows if limit is None else rows[:limit]
+
+
+def _in_turn(rows: Sequence[Row], column: str) -> list[Row]:
+    """Return the first row of every class, then the second, and so on."""
+    seen: Counter[str] = Counter()
+    places: list[tuple[int, int]] = []
+    for number, row in enumerate(rows):
+        label = str(row.get(column))
+        places.append((seen[label], number))
+        seen[label] += 1
+    return [rows[number] for _, number in sorted(places)]
 
 
 def row_key(task: Task, row: Row) -> bytes:
@@ -80,28 +97,39 @@ def data_hash(task: Task, rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-def check_disjoint(task: Task, further_proxy: Sequence[str] = ()) -> dict[str, int]:
+def check_disjoint(
+    task: Task, further_proxy: Sequence[str] = (), *, trust_code: bool = False
+) -> dict[str, int]:
     """Return split -> number of rows; the splits share no row.
 
     Args:
         task: the task; all of its splits are read.
         further_proxy: files that count as proxy too, such as those given to `collect`.
+        trust_code: allow `module:function` among them.
 
     Raises:
         TaskError: two splits share rows; names how many, and one of them.
         RequestError: proxy files for a task whose rows lm-evaluation-harness has.
     """
+    found = disjoint_keys(task, further_proxy, trust_code=trust_code)
+    return {split: len(keys) for split, keys in found.items()}
+
+
+def disjoint_keys(
+    task: Task, further_proxy: Sequence[str] = (), *, trust_code: bool = False
+) -> dict[Split, frozenset[bytes]]:
+    """Return split -> identities of its rows, of splits that have any; see `check_disjoint`."""
     if further_proxy and task.kind == "lm-eval":
         raise RequestError(
             f"task '{task.name}' takes its rows from lm-evaluation-harness; they cannot be "
             f"compared with {further_proxy[0]}."
         )
-    found: dict[str, dict[bytes, Row]] = {}
+    found: dict[Split, dict[bytes, Row]] = {}
     for split in SPLITS:
         rows = split_rows(task, split) if split in task.data else []
         found[split] = {row_key(task, row): row for row in rows}
     for path in further_proxy:
-        rows = _checked(task, _read(task, path), path)
+        rows = _checked(task, _read(task, path, trust_code=trust_code), path)
         found["proxy"].update({row_key(task, row): row for row in rows})
     faults: list[str] = []
     for i, first in enumerate(SPLITS):
@@ -115,7 +143,7 @@ def check_disjoint(task: Task, further_proxy: Sequence[str] = ()) -> dict[str, i
                 )
     if faults:
         raise TaskError(faults, f"task '{task.name}'")
-    return {split: len(rows) for split, rows in found.items() if rows}
+    return {split: frozenset(rows) for split, rows in found.items() if rows}
 
 
 def _part_rows(task: Task, split: Split, part: Part) -> list[Row]:
@@ -132,9 +160,11 @@ def _part_rows(task: Task, split: Split, part: Part) -> list[Row]:
     return [row for row in rows if start <= _position(row_key(task, row)) < stop]
 
 
-def _read(task: Task, path: str, subset: str | None = None) -> Sequence[Row]:
+def _read(
+    task: Task, path: str, subset: str | None = None, *, trust_code: bool = False
+) -> Sequence[Row]:
     """Return the rows of a file or folder; pictures that they name lie relative to it."""
-    rows = read_rows(path, split=subset)
+    rows = read_rows(path, split=subset, trust_code=trust_code)
     return beside(rows, task.columns.image, path) if task.kind == "image-classification" else rows
 
 
@@ -144,7 +174,9 @@ def _position(key: bytes) -> float:
 
 def _checked(task: Task, rows: Sequence[Any], path: str) -> list[Row]:
     """Return the rows as a list, all with the columns that the task needs."""
-    wanted = [c for c in INPUTS.get(task.kind, ()) if c not in _OPTIONAL.get(task.kind, ())]
+    # A column with a name of its own is meant to be there.
+    optional = [c for c in _OPTIONAL.get(task.kind, ()) if getattr(task.columns, c) == c]
+    wanted = [c for c in INPUTS.get(task.kind, ()) if c not in optional]
     if task.kind in ANSWERS and "proxy" not in _splits_of(task, path):
         wanted.append(ANSWERS[task.kind])
     listed = list(rows)

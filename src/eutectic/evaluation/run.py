@@ -10,7 +10,7 @@ from typing import Any, get_args
 from eutectic.checkpoint.experts import is_adapter
 from eutectic.checkpoint.writer import check_replaced, write_atomically
 from eutectic.errors import NumericalError, RequestError, TaskError, suggest
-from eutectic.evaluation.bootstrap import Draws, compare, draw, mean, result
+from eutectic.evaluation.bootstrap import Draws, compare, draw, gain, mean, result
 from eutectic.evaluation.functions import call_function
 from eutectic.evaluation.harness import (
     HarnessRows,
@@ -40,6 +40,7 @@ from eutectic.evaluation.tasks import load_tasks
 Progress = Callable[[float, float, str], None]
 Folder = str | Path
 EXPERTS_MEAN = "experts"
+NO_GAIN = "the expert is not better than the base, so that a larger NAI says nothing good: {}"
 
 
 def evaluate(
@@ -106,7 +107,9 @@ def evaluate(
         if name not in known:
             raise RequestError(f"no task '{name}' for the proxy data.{suggest(name, list(known))}")
     counted = {
-        name: check_disjoint(task, [str(path) for path in further.get(name, ())])
+        name: check_disjoint(
+            task, [str(path) for path in further.get(name, ())], trust_code=trust_code
+        )
         for name, task in known.items()
     }
     run = _Run(sources, split, limit, batch_size, dtype, trust_code, progress)
@@ -301,6 +304,8 @@ def _sources(
     for checkpoint in found:
         if not checkpoint.folder.is_dir():
             raise RequestError(f"{checkpoint.folder}: no such folder ({checkpoint.name}).")
+    if routing != "route" and not any(checkpoint.routed for checkpoint in found):
+        raise RequestError(f"routing '{routing}' is for routed models, and none of these is one.")
     folders = {name: Path(path) for name, path in experts.items()}
     return Sources(None if base is None else Path(base), folders, tuple(found), routing)
 
@@ -336,10 +341,15 @@ def _summary(
 ) -> Results:
     draws = {(c.name, t.name): draw(t, outcomes[c.name, t.name], seed, resamples) for c, t in pairs}
     figures: dict[str, dict[str, tuple[Draws, Draws, Draws]]] = {}
+    without_gain: list[str] = []
     for checkpoint, task in pairs:
         own = draws[checkpoint.name, task.name]
-        expert = draws.get((task.expert_name, task.name))
-        relative = compare(task, own, expert, draws.get(("base", task.name)))
+        named = task.expert_name in sources.experts
+        expert = draws.get((task.expert_name, task.name)) if named else None
+        below = draws.get(("base", task.name))
+        relative = compare(task, own, expert, below)
+        if expert is own and below is not None and gain(task, own, below) <= 0:
+            without_gain.append(f"{task.name} ({own.value:.4g}, base {below.value:.4g})")
         row = EXPERTS_MEAN if checkpoint.role == "expert" else checkpoint.name
         figures.setdefault(row, {})[task.name] = (own, *relative)
     records = [
@@ -387,4 +397,5 @@ def _summary(
         ),
         results=tuple(records),
         means=tuple(means),
+        notes=(NO_GAIN.format(", ".join(without_gain)),) if without_gain else (),
     )

@@ -26,6 +26,7 @@ Split = Literal["proxy", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("proxy", "validation", "test")
 CLASSIFICATION = ("text-classification", "pair-classification", "image-classification")
 WITH_HEAD = (*CLASSIFICATION, "regression")
+NOT_TOKENIZED = ("image-classification", "function", "lm-eval")  # here, that is
 
 
 class _Strict(BaseModel):
@@ -162,6 +163,10 @@ class TaskSpec(_Strict):
             raise ValueError("'data' is missing")
         if self.head is None and (self.base_head or self.normalize or self.pooling != "mean"):
             raise ValueError("base_head, pooling and normalize need `head`")
+        if self.labels is not None and self.kind not in CLASSIFICATION:
+            raise ValueError(f"`labels` name classes, which the kind '{self.kind}' has not")
+        if self.max_length is not None and self.kind in NOT_TOKENIZED:
+            raise ValueError(f"`max_length` is not for the kind '{self.kind}'")
         if self.kind == "language-model" and self.max_length == 1:
             raise ValueError("max_length must be at least 2: each token is predicted from others")
         if self.head is not None and self.kind not in WITH_HEAD:

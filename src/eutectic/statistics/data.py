@@ -75,11 +75,18 @@ def _is_batch(item: Any) -> bool:
     return isinstance(item, Mapping) and any(isinstance(v, Tensor) for v in item.values())
 
 
-def longest_input(processor: Any, config: Any) -> int:
-    """Return how many tokens a model takes, and its tokenizer allows; at most 512."""
+def positions_of(config: Any) -> int | None:
+    """Return how many tokens a model has positions for; None where it has no table of them."""
     positions = getattr(config, "max_position_embeddings", None)
     kind = str(getattr(config, "model_type", ""))
-    if isinstance(positions, int) and ("roberta" in kind or kind in _COUNTED_FROM_PADDING):
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    if "roberta" in kind or kind in _COUNTED_FROM_PADDING:
         positions -= (getattr(config, "pad_token_id", None) or 0) + 1
-    limits = [getattr(processor, "model_max_length", None), positions]
+    return positions
+
+
+def longest_input(processor: Any, config: Any) -> int:
+    """Return how many tokens a model takes, and its tokenizer allows; at most 512."""
+    limits = [getattr(processor, "model_max_length", None), positions_of(config)]
     return min([DEFAULT_MAX_LENGTH, *(n for n in limits if isinstance(n, int) and n > 0)])

@@ -201,15 +201,28 @@ def open_image(value: Any, mode: str = "RGB") -> Any:
     """
     value = _held(value)
     if not isinstance(value, str | Path | bytes):
-        return value.convert(mode) if hasattr(value, "convert") else value
+        return _converted(value, mode) if hasattr(value, "convert") else value
     from PIL import Image, UnidentifiedImageError
 
     shown = f"{len(value)} bytes" if isinstance(value, bytes) else value
     try:
         with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
-            return image.convert(mode)
+            return _converted(image, mode)
     except (OSError, UnidentifiedImageError) as error:
         raise StatisticsError(f"{shown}: not a readable image ({error}).") from error
+
+
+def _converted(image: Any, mode: str) -> Any:
+    """Return an image in a mode; of 16 bits the upper 8, where Pillow would make it white."""
+    if image.mode.startswith("I"):
+        import numpy as np
+        from PIL import Image
+
+        values = np.asarray(image)
+        if values.max(initial=0) > 255:
+            values = values >> 8
+        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    return image.convert(mode)
 
 
 def beside(rows: Sequence[Row], column: str, source: str) -> Sequence[Row]:

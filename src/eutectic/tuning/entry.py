@@ -142,6 +142,9 @@ def _with_search(
     if isinstance(search, str):
         return check_recipe({**stated, "scale": search}), source
     before = stated["scale"] if isinstance(recipe.scale, ScaleSearch) else {}
+    if search.get("search", before.get("search")) != before.get("search"):
+        idle = {"validation": {"compare"}, "gram": before.keys()}.get(search["search"], set())
+        before = {key: value for key, value in before.items() if key not in idle}
     return check_recipe({**stated, "scale": {**before, **search}}), source
 
 

@@ -83,6 +83,9 @@ def prepare_objective(search: ScaleSearch, plan: Plan, inputs: Inputs) -> Choose
         )
         if curve.at_edge:
             note += "; it is at the edge of the range, so a wider one may be better"
+        for task in tasks:
+            for other, count in task.tested_elsewhere.items():
+                note += f"; {count} rows of {task.task.name} are test rows of {other}"
         if idle:
             note += f"; experts without a task had no say: {', '.join(idle)}"
         return Choice(curve.scale, note, record)

@@ -17,7 +17,7 @@ from eutectic.errors import RequestError
 from eutectic.evaluation.models import load_model
 from eutectic.evaluation.outputs import load_head, outputs
 from eutectic.evaluation.prepare import Prepared, prepare
-from eutectic.evaluation.rows import check_disjoint
+from eutectic.evaluation.rows import disjoint_keys
 from eutectic.evaluation.schema import Task
 from eutectic.evaluation.sources import Checkpoint, Sources
 from eutectic.evaluation.tasks import load_tasks
@@ -41,6 +41,7 @@ class TuningTask:
         prepared: its split.
         head: linear head, or None: the model's own, or features.
         rows: split -> number of rows, of all splits, which share none.
+        tested_elsewhere: other task -> how many of the split's rows are among its test rows.
         as_features: features are compared, not predictions.
         reading: configurations, classes and tokenizers of base and expert, as a hash.
     """
@@ -49,6 +50,7 @@ class TuningTask:
     prepared: Prepared
     head: Head | None
     rows: Mapping[str, int]
+    tested_elsewhere: Mapping[str, int]
     as_features: bool
     reading: str
 
@@ -84,6 +86,7 @@ class TuningTask:
             "rows": len(self.prepared),
             "data_hash": self.prepared.data_hash,
             "disjoint": dict(self.rows),
+            "test_rows_of_other_tasks": dict(self.tested_elsewhere),
         }
 
     def identity(self) -> list[Any]:
@@ -110,20 +113,35 @@ def open_tasks(search: ScaleSearch, plan: Plan, inputs: Inputs) -> list[TuningTa
             f"{search.tasks} cannot be used to choose the scale:\n" + "\n".join(listed)
         )
     features = search.compare == "features"
-    treatments = {t.name: t.decision.treatment for t in plan.tensors}
+    lent = _lent_heads(plan)
     tasks: list[TuningTask] = []
+    keys = {name: disjoint_keys(task) for name, task in found.items()}
     for task in found.values():
-        rows = check_disjoint(task)
-        kept = [n for n, t in treatments.items() if t is Treatment.HEAD]
-        if task.head is None and kept:  # the base may have a head of the same shape
-            patterns = (*task.head_tensors, *map(glob.escape, kept))
+        own = keys[task.name]
+        rows = {name: len(of) for name, of in own.items()}
+        shared = {n: len(own[split] & of.get("test", frozenset())) for n, of in keys.items()}
+        tested = {name: count for name, count in shared.items() if count}
+        if task.head is None and lent:  # the base may have a head of the same shape
+            patterns = (*task.head_tensors, *map(glob.escape, lent))
             task = task.model_copy(update={"head_tensors": patterns})
         if features:  # the head's name is never opened: without a head, outputs are features
             task = task.model_copy(update={"head": task.head or "features"})
         head = None if features else load_head(task)
         prepared, reading = _encoded(task, split, inputs)
-        tasks.append(TuningTask(task, prepared, head, rows, features, reading))
+        tasks.append(TuningTask(task, prepared, head, rows, tested, features, reading))
     return tasks
+
+
+def _lent_heads(plan: Plan) -> list[str]:
+    """Return tensors of the base that are the expert's own in the model that is measured.
+
+    So the written model is run: with `heads: per_expert` from the expert's folder inside, with
+    `drop` by borrowing. `heads: base` leaves the base's own where it has them.
+    """
+    if plan.recipe.heads == "base":
+        return []
+    kept = [t.name for t in plan.tensors if t.decision.treatment is Treatment.HEAD]
+    return [*kept, *plan.left_out]
 
 
 def _fault(task: Task, split: str, search: ScaleSearch, plan: Plan) -> str | None:
@@ -160,7 +178,8 @@ def _encoded(task: Task, split: Split, inputs: Inputs) -> tuple[Prepared, str]:
             "Keep the expert's (a rule with treatment head for it), or name the classes of the "
             "merged head in the task (labels: […])."
         )
-    prepared = prepare(task, split, sources.processor(body, task), label_ids=labels)
+    folder = sources.processor(body, task)
+    prepared = prepare(task, split, folder, label_ids=labels, answers=split == "validation")
     read = [sources.reading(body, task), sources.reading(own, task)]
     return prepared, hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
