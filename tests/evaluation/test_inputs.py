@@ -6,6 +6,7 @@ and long texts, truth values as labels, and faulty functions are handled or refu
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,24 @@ def test_an_adapters_own_head_serves_the_base_and_merged_bodies(tmp_path: Path):
     assert value["a"] == 1.0  # the adapter itself is what labelled the texts
     assert value["m"] == 1.0  # one expert at α = 1
     assert value["base"] < 1.0
+    # A tokenizer that the adapter brings is its own: words in another order, told by the labels.
+    own = world.tokenizer()
+    own.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "tokenizer.json"
+    values = json.loads(file.read_text())
+    numbers = values["model"]["vocab"]
+    words = [word for word in numbers if word.startswith("w")]
+    numbers.update(zip(words, [numbers[word] for word in reversed(words)], strict=True))
+    file.write_text(json.dumps(values))
+    mirrored = [" ".join(f"w{26 - int(w[1:])}" for w in text.split()) for text in texts]
+    rows = [{"text": t, "label": c} for t, c in zip(mirrored, classes, strict=True)]
+    world.jsonl(tmp_path / "d.jsonl", rows)
+    found = eutectic.evaluate(
+        tmp_path / "t.yaml", base=tmp_path / "base", experts={"a": tmp_path / "adapter"},
+        resamples=0,
+    )  # fmt: skip
+    value = {r.checkpoint: r.value for r in found.results}
+    assert value["a"] == 1.0
 
 
 def test_empty_texts(tmp_path: Path):

@@ -67,6 +67,7 @@ def prepare(
     limit: int | None = None,
     label_ids: Mapping[str, int] | None = None,
     answers: bool = True,
+    base: Path | None = None,
 ) -> Prepared:
     """Read and encode a split for models with the tokenizer (or image processor) of `folder`.
 
@@ -82,6 +83,7 @@ def prepare(
         limit: take the first rows only.
         label_ids: class name -> index, where the task names none; None: of the configuration.
         answers: labels are read; without them, there is nothing to score.
+        base: whose configuration counts where `folder` is an adapter with a tokenizer only.
 
     Raises:
         RequestError: no such split, no rows, a missing column.
@@ -90,7 +92,7 @@ def prepare(
         MissingExtraError: transformers is not installed.
     """
     rows = split_rows(task, split, limit)
-    processor, config = _open(task, Path(folder))
+    processor, config = _open(task, Path(folder), base)
     if task.kind == "sequence-to-sequence":
         _check_targets(task, split, rows)
     references = references_of(task, rows, label_ids or config.label2id or {}) if answers else ()
@@ -158,14 +160,14 @@ def _check_targets(task: Task, split: Split, rows: Sequence[Row]) -> None:
             )
 
 
-def open_tokenizer(folder: Path, task: Task) -> Any:
-    """Return the tokenizer of a language model's folder.
+def open_tokenizer(folder: Path, task: Task, base: Path | None = None) -> Any:
+    """Return the tokenizer of a language model's folder, or of an adapter's to a base.
 
     Raises:
         CheckpointError: no usable tokenizer in `folder`.
         MissingExtraError: transformers is not installed.
     """
-    return _processor(folder, task, "causal-lm")[0]
+    return _processor(folder, task, "causal-lm", base)[0]
 
 
 def normal_text(text: str) -> str:
@@ -205,7 +207,7 @@ def _truth(value: bool, known: Mapping[str, int]) -> str | int:
     return int(value)
 
 
-def _open(task: Task, folder: Path) -> tuple[Any, Any]:
+def _open(task: Task, folder: Path, base: Path | None) -> tuple[Any, Any]:
     if task.kind in ("function", "lm-eval"):
         raise RequestError(f"task '{task.name}' ({task.kind}) reads its rows itself.")
     kind = {
@@ -213,16 +215,17 @@ def _open(task: Task, folder: Path) -> tuple[Any, Any]:
         "language-model": "causal-lm",
         "sequence-to-sequence": "seq2seq",
     }.get(task.kind, "text-classification")
-    return _processor(folder, task, kind)
+    return _processor(folder, task, kind, base)
 
 
-def _processor(folder: Path, task: Task, kind: str) -> tuple[Any, Any]:
+def _processor(folder: Path, task: Task, kind: str, base: Path | None) -> tuple[Any, Any]:
     try:
         import transformers
     except ImportError:
         raise MissingExtraError("transformers", "hf", "Evaluating models") from None
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, **_LOCAL)
+        own = base is None or (folder / "config.json").exists()
+        config = transformers.AutoConfig.from_pretrained(folder if own else base, **_LOCAL)
         found = load_processor(transformers, kind, folder, folder)  # pyright: ignore[reportArgumentType]
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -166,7 +166,9 @@ class _Run:
 
     def _harness(self, checkpoint: Checkpoint, task: Task) -> Outcomes:
         model = self._loaded(checkpoint, task)
-        tokenizer = open_tokenizer(self.sources.processor(checkpoint, task), task)
+        tokenizer = open_tokenizer(
+            self.sources.processor(checkpoint, task), task, self.sources.base
+        )
         with self.sources.routed_as_asked(model, checkpoint, task):
             found = run_harness(
                 task,
@@ -227,6 +229,7 @@ class _Run:
                     batch_size=self.batch_size,
                     limit=self.limit,
                     label_ids=labels,
+                    base=self.sources.base,
                 )
             except TaskError as error:
                 if task.labels is not None or checkpoint.role == "expert":

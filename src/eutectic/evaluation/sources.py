@@ -75,12 +75,15 @@ class Sources:
         """Return the folder whose tokenizer or image processor encodes the task's rows.
 
         The checkpoint's own (a merged model's `experts/<expert>/` first), or the expert's, or the
-        base's: the first that has one and a configuration.
+        base's: the first that has one and a configuration. An adapter's tokenizer goes with the
+        base's configuration.
         """
         folders = [checkpoint.folder / EXPERTS / task.expert_name, checkpoint.folder]
         folders += [f for f in (self.experts.get(task.expert_name), self.base) if f is not None]
         for folder in folders:
-            if (folder / "config.json").exists() and processor_hash(folder):
+            adapted = self.base is not None and (folder / "tokenizer_config.json").exists()
+            configured = (folder / "config.json").exists() or (adapted and is_adapter(folder))
+            if configured and processor_hash(folder):
                 return folder
         raise RequestError(
             f"{checkpoint.folder}: neither it, nor the expert, nor the base has a tokenizer or "

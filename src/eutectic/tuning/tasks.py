@@ -179,7 +179,8 @@ def _encoded(task: Task, split: Split, inputs: Inputs) -> tuple[Prepared, str]:
             "merged head in the task (labels: […])."
         )
     folder = sources.processor(body, task)
-    prepared = prepare(task, split, folder, label_ids=labels, answers=split == "validation")
+    answers = split == "validation"
+    prepared = prepare(task, split, folder, label_ids=labels, answers=answers, base=base)
     read = [sources.reading(body, task), sources.reading(own, task)]
     return prepared, hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
