@@ -224,8 +224,8 @@ def _processor(folder: Path, task: Task, kind: str, base: Path | None) -> tuple[
     except ImportError:
         raise MissingExtraError("transformers", "hf", "Evaluating models") from None
     try:
-        own = base is None or (folder / "config.json").exists()
-        config = transformers.AutoConfig.from_pretrained(folder if own else base, **_LOCAL)
+        configured = folder if base is None or (folder / "config.json").exists() else base
+        config = transformers.AutoConfig.from_pretrained(configured, **_LOCAL)
         found = load_processor(transformers, kind, folder, folder)  # pyright: ignore[reportArgumentType]
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
