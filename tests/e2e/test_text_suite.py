@@ -49,7 +49,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_merging_separates_on_real_tasks(work: Path) -> None:
     folder = ("--work", str(work), "--regime", "hard")
     tasks = [word for name in SIX for word in ("--task", name)]
-    short = ("--steps", "32", "--head-texts", "800", "--max-tokens", "12")
+    short = ("--steps", "40", "--head-texts", "800", "--max-tokens", "12")
     run("text/experts.py", *folder, *short, *tasks)
     rows = ("--rows", "average", "iso_c", "--label-free", "--no-alignment", "--seeds", "1")
     texts = ("--test-texts", "250", "--validation-texts", "60")
