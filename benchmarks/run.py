@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE)]
 
 from table.merging import ROWS
-from table.routing import BASES
+from table.routing import BASES, add_row_options
 
 PROCESSES = min(2, os.cpu_count() or 1)
 
@@ -112,21 +112,7 @@ def main() -> None:
     parser.add_argument("--regime", default="hard", choices=["kind", "hard", "lora"])
     parser.add_argument("--tasks", type=int, default=8, help="the first so many")
     parser.add_argument("--seeds", type=int, default=1, help="proxy samples")
-    parser.add_argument(
-        "--rows",
-        nargs="*",
-        choices=[*ROWS, "routed"],
-        help="default: all but MaTS at 100 plain steps",
-        metavar="ROW",
-    )
-    parser.add_argument(
-        "--bases",
-        nargs="*",
-        choices=list(ROWS),
-        default=BASES,
-        help="rows that the routed models stand on",
-        metavar="ROW",
-    )
+    add_row_options(parser, "all but MaTS at 100 plain steps")
     arguments, others = parser.parse_known_args()
     start = time.monotonic()
     make_experts(arguments)

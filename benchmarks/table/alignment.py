@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
 from table.merging import ROWS, Row, alignments, collect_statistics, merge_row
-from table.run import cached, load_suite
+from table.run import cached, initial_merge, load_suite
 
 from eutectic.reporting import correlate
 
@@ -50,14 +50,11 @@ def main() -> None:
             continue
 
         def measure(row: Row = row) -> dict[str, float]:
-            init = None
-            if row.init is not None:
-                scale = json.loads((results / f"{row.init}-0.json").read_text())["scale"]
-                init = (ROWS[row.init].method, scale)
             used = None
             if row.needs_statistics:
                 fisher = row.method == "fisher"
                 used = collect_statistics(suite, arguments.work, 0, fisher=fisher)
+            init = initial_merge(row, results)
             merged = merge_row(suite, row, arguments.work, 0, used, init)
             return alignments(suite, merged, arguments.error)
 

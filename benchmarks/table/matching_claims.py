@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
 from table.merging import ROWS, Row, collect_statistics, merge_row
-from table.run import by_validation, cached, check_settings, fixed_models, load_suite
+from table.run import by_validation, cached, check_settings, fixed_models, initial_merge, load_suite
 from table.suite import Suite, accuracies, mean, set_parameters
 
 INITIAL = ("task_arithmetic", "iso_c")
@@ -60,10 +60,7 @@ def rows() -> dict[str, Row]:
 
 def measured(suite: Suite, name: str, row: Row, work: Path, results: Path, seed: int) -> Any:
     """One merge: accuracy on the test texts at the α that validation chose, and at 1."""
-    init = None
-    if row.init is not None:
-        chosen = json.loads((results / f"{row.init}-0.json").read_text())["scale"]
-        init = (ROWS[row.init].method, chosen)
+    init = initial_merge(row, results)
     files = collect_statistics(suite, work, seed, fisher=False) if row.seeded else None
     merged = merge_row(suite, row, work, seed, files, init)
 

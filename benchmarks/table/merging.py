@@ -22,7 +22,7 @@ import eutectic
 from eutectic.reporting import subspace_alignment_ratio
 
 PROXIES = 128
-TIE = 1e-5
+TIE = 1e-5  # of ΣΔ added to a merged matrix: enough to order equal singular values
 
 
 @dataclass(frozen=True)

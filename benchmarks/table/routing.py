@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -19,6 +20,25 @@ from eutectic.statistics import load_statistics
 RANKS = (8, 32)
 BASES = ("esm_vit", "iso_a")
 ROUTERS: tuple[Literal["prototype", "discriminant"], ...] = ("prototype", "discriminant")
+
+
+def add_row_options(parser: argparse.ArgumentParser, default: str) -> None:
+    """Let the command line name rows, and what the routed models stand on."""
+    parser.add_argument(
+        "--rows",
+        nargs="*",
+        choices=[*ROWS, "routed"],
+        metavar="ROW",
+        help=f"default: {default}; 'routed' for the routed models",
+    )
+    parser.add_argument(
+        "--bases",
+        nargs="*",
+        choices=list(ROWS),
+        default=BASES,
+        metavar="ROW",
+        help="rows whose merge the routed models stand on",
+    )
 
 
 def routed_rows(

@@ -38,7 +38,7 @@ from table.merging import (
     merge_row,
     set_weights,
 )
-from table.routing import BASES, routed_rows
+from table.routing import add_row_options, routed_rows
 from table.show import write_table
 from table.suite import (
     SPLITS,
@@ -207,6 +207,14 @@ def by_grams(suite: Suite, merged: MergedRow, files: Mapping[str, Path]) -> floa
     return closed_form_scale(terms()).scale
 
 
+def initial_merge(row: Row, results: Path) -> tuple[str, float] | None:
+    """Return method and chosen α of the row that a linear system begins with."""
+    if row.init is None:
+        return None
+    chosen = json.loads((results / f"{row.init}-0.json").read_text())["scale"]
+    return ROWS[row.init].method, chosen
+
+
 def static_row(
     suite: Suite,
     name: str,
@@ -221,10 +229,7 @@ def static_row(
     record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     if record and record["parameters"] != dict(row.parameters):
         raise SystemExit(f"{file}: measured with other parameters; move it away to measure anew.")
-    init = None
-    if row.init is not None:
-        chosen = json.loads((results / f"{row.init}-0.json").read_text())["scale"]
-        init = (ROWS[row.init].method, chosen)
+    init = initial_merge(row, results)
     fisher = row.method == "fisher"
     reads = "grams" in kinds or row.needs_statistics
     files = collect_statistics(suite, work, seed, fisher=fisher) if reads else {}
@@ -284,23 +289,9 @@ def main() -> None:
         "--tasks", type=int, default=8, help="the first so many tasks; 6: the miniature"
     )
     parser.add_argument("--seeds", type=int, default=3, help="proxy samples")
-    parser.add_argument(
-        "--rows",
-        nargs="*",
-        choices=[*ROWS, "routed"],
-        help="default: all; 'routed' for the routed models",
-        metavar="ROW",
-    )
+    add_row_options(parser, "all")
     parser.add_argument(
         "--counts", type=int, nargs="*", default=[], help="smaller proxy samples for the routers"
-    )
-    parser.add_argument(
-        "--bases",
-        nargs="*",
-        choices=list(ROWS),
-        default=BASES,
-        metavar="ROW",
-        help="rows whose merge the routed models stand on",
     )
     parser.add_argument(
         "--label-free",
@@ -325,6 +316,10 @@ def main() -> None:
     if arguments.test_texts is None:
         arguments.test_texts = TEST_EXAMPLES.get(arguments.suite)
     suite = load_suite(arguments)
+    if "held_out" in arguments.label_free:
+        lacking = [task for task, own in suite.splits.items() if not len(own["held_out"].labels)]
+        if lacking:
+            raise SystemExit(f"No validation data are left to be held out: {', '.join(lacking)}.")
     if arguments.collect is not None:
         own = {task: folder for task, folder in suite.experts.items() if task in arguments.collect}
         for seed, fisher in product(range(arguments.seeds), (False, True)):

@@ -73,11 +73,29 @@ def pairs(items: list[str], what: str) -> dict[str, str]:
     Raises:
         RequestError: a word has no `=`, or a name stands twice.
     """
+    return unique((pair(item, what) for item in items), what)
+
+
+def pair(item: str, what: str) -> tuple[str, str]:
+    """Return name and value of a `name=value` word.
+
+    Raises:
+        RequestError: it has no `=`, no name or no value.
+    """
+    name, separator, value = item.partition("=")
+    if not separator or not name or not value:
+        raise RequestError(f"{what} '{item}' must have the form name=value.")
+    return name, value
+
+
+def unique(named: Iterable[tuple[str, str]], what: str) -> dict[str, str]:
+    """Return name -> value.
+
+    Raises:
+        RequestError: a name stands twice.
+    """
     found: dict[str, str] = {}
-    for item in items:
-        name, separator, value = item.partition("=")
-        if not separator or not name or not value:
-            raise RequestError(f"{what} '{item}' must have the form name=value.")
+    for name, value in named:
         if name in found:
             raise RequestError(f"{what} '{name}' is given twice.")
         found[name] = value

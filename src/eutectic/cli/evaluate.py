@@ -10,8 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from eutectic.cli.console import out, pairs, progress_bar, tell, verb
-from eutectic.errors import RequestError
+from eutectic.cli.console import out, pair, pairs, progress_bar, tell, tell_done, unique, verb
 
 if TYPE_CHECKING:
     from eutectic.evaluation.results import Figures, Results
@@ -101,18 +100,15 @@ def evaluate(
         return
     show(results)
     if output is not None:
-        out.print(f"[bold green]written[/] {escape(str(output))}", highlight=False, soft_wrap=True)
+        tell_done("written", output)
 
 
 def _named(words: Sequence[str]) -> dict[str, str]:
-    named: dict[str, str] = {}
-    for word in words:
+    def named(word: str) -> tuple[str, str]:
         alone = "=" not in word or Path(word).is_dir()  # a folder may be called alpha=0.3
-        pair = {word.rstrip("/"): word} if alone else pairs([word], "model")
-        if twice := named.keys() & pair.keys():
-            raise RequestError(f"model '{twice.pop()}' is given twice.")
-        named |= pair
-    return named
+        return (word.rstrip("/"), word) if alone else pair(word, "model")
+
+    return unique(map(named, words), "model")
 
 
 def show(results: Results) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from eutectic.errors import RequestError
 from eutectic.evaluation.metrics import Outcomes
 from eutectic.evaluation.schema import Task
-from eutectic.statistics.rows import Row
+from eutectic.statistics.rows import Row, look_in
 
 
 def call_function(
@@ -67,7 +67,8 @@ def source_file(where: str) -> Path | None:
     """
     if where.endswith(".py"):
         return Path(where)
-    path: Sequence[str] | None = [str(Path.cwd()), *sys.path]
+    look_in(Path.cwd())
+    path: Sequence[str] | None = None
     spec = None
     for depth in range(1, where.count(".") + 2):
         spec = PathFinder.find_spec(".".join(where.split(".")[:depth]), path)
@@ -81,10 +82,7 @@ def source_file(where: str) -> Path | None:
 def _function(task: Task, name: str) -> Callable[..., Any]:
     where, _, attribute = name.rpartition(":")
     is_file = where.endswith(".py")
-    # An installed command looks neither where it is started nor beside the file.
-    folder = str(Path(where).resolve().parent if is_file else Path.cwd())
-    if folder not in sys.path:
-        sys.path.append(folder)
+    look_in(Path(where).resolve().parent if is_file else Path.cwd())
     try:
         return getattr(_module(where) if is_file else importlib.import_module(where), attribute)
     except Exception as error:  # whatever the code does on import

@@ -81,8 +81,11 @@ class Sources:
         folders = [checkpoint.folder / EXPERTS / task.expert_name, checkpoint.folder]
         folders += [f for f in (self.experts.get(task.expert_name), self.base) if f is not None]
         for folder in folders:
-            adapted = self.base is not None and (folder / "tokenizer_config.json").exists()
-            configured = (folder / "config.json").exists() or (adapted and is_adapter(folder))
+            own = (
+                folder / "tokenizer_config.json"
+            ).exists() and task.kind != "image-classification"
+            adapted = own and self.base is not None and is_adapter(folder)
+            configured = adapted or (folder / "config.json").exists()
             if configured and processor_hash(folder):
                 return folder
         raise RequestError(

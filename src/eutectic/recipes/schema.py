@@ -73,6 +73,13 @@ class TensorRule(_Strict):
         return self
 
 
+NOT_TAKEN = {  # search -> keys of `scale: {…}` that are not its own
+    "gram": frozenset({"tasks", "compare", "range", "points", "tolerance"}),
+    "validation": frozenset({"compare"}),
+    "divergence": frozenset[str](),
+}
+
+
 class ScaleSearch(_Strict):
     """A search for α in place of its value. `scale: auto` is short for `{search: gram}`.
 
@@ -97,14 +104,11 @@ class ScaleSearch(_Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> ScaleSearch:
-        if self.search == "gram":
-            idle = sorted(self.model_fields_set - {"search"})
-            if idle:
-                raise ValueError(f"search: gram is a closed form and takes no {', '.join(idle)}")
-        elif self.tasks is None:
+        if idle := sorted(self.model_fields_set & NOT_TAKEN[self.search]):
+            closed = "is a closed form and " if self.search == "gram" else ""
+            raise ValueError(f"search: {self.search} {closed}takes no {', '.join(idle)}")
+        if self.search != "gram" and self.tasks is None:
             raise ValueError(f"search: {self.search} needs tasks, a file that names the data")
-        if self.search == "validation" and "compare" in self.model_fields_set:
-            raise ValueError("search: validation takes no compare")
         if self.range[0] >= self.range[1]:
             raise ValueError("range is [smallest, largest]")
         return self

@@ -63,6 +63,12 @@ def read_rows(source: str, *, split: str | None = None, trust_code: bool = False
     return readers[path.suffix.lower()](path)
 
 
+def look_in(folder: Path) -> None:
+    """Let modules of a folder be imported; an installed command looks in no folder by itself."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
 def half_paired(rows: Sequence[Row], column: str) -> tuple[int, int] | None:
     """Return two rows, counted from 1, of which only the first has a second text; else None."""
     present = [row.get(column) is not None for row in rows]
@@ -97,9 +103,7 @@ def _call(source: str, trust_code: bool) -> Sequence[Any]:
             "Add --trust-code if you trust it, or check the path if you meant a file."
         )
     module, _, name = source.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:  # an installed command does not look where it is started
-        sys.path.insert(0, here)
+    look_in(Path.cwd())
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

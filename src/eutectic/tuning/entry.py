@@ -20,7 +20,7 @@ from eutectic.planning.cost import check_memory
 from eutectic.planning.inputs import open_inputs
 from eutectic.planning.plan import make_plan
 from eutectic.recipes.load import Source, check_recipe
-from eutectic.recipes.schema import Recipe, ScaleSearch
+from eutectic.recipes.schema import NOT_TAKEN, Recipe, ScaleSearch
 from eutectic.tuning.choose import choose_scale
 
 _Arguments = ParamSpec("_Arguments")
@@ -142,9 +142,8 @@ def _with_search(
     if isinstance(search, str):
         return check_recipe({**stated, "scale": search}), source
     before = stated["scale"] if isinstance(recipe.scale, ScaleSearch) else {}
-    if search.get("search", before.get("search")) != before.get("search"):
-        idle = {"validation": {"compare"}, "gram": before.keys()}.get(search["search"], set())
-        before = {key: value for key, value in before.items() if key not in idle}
+    idle = NOT_TAKEN.get(search.get("search", ""), ())  # what another search left there
+    before = {key: value for key, value in before.items() if key not in idle}
     return check_recipe({**stated, "scale": {**before, **search}}), source
 
 
