@@ -6,12 +6,15 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from table.merging import PROXIES, ROWS, collect_on, collect_statistics, merge_row
+from table.outcomes import keep
 from table.suite import Suite, correct, set_parameters
+from torch import Tensor
 
 import eutectic
 from eutectic.routed import routing_accuracy
@@ -20,6 +23,7 @@ from eutectic.statistics import load_statistics
 RANKS = (8, 32)
 BASES = ("esm_vit", "iso_a")
 ROUTERS: tuple[Literal["prototype", "discriminant"], ...] = ("prototype", "discriminant")
+Row = tuple[str, Callable[[], dict[str, Any]]]
 
 
 def add_row_options(parser: argparse.ArgumentParser, default: str) -> None:
@@ -48,7 +52,7 @@ def routed_rows(
     seed: int,
     counts: Sequence[int],
     bases: Sequence[str] = BASES,
-) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+) -> Iterator[Row]:
     """Yield (name, how to compute it): oracle, and each router, for each base and rank.
 
     `counts` asks for smaller samples too: the same base from the full sample, rank and routers
@@ -59,17 +63,21 @@ def routed_rows(
     def merged(base: str, count: int) -> dict[str, Any]:
         return _merged(suite, base, work, results, seed, count)
 
-    def row(base: str, rank: int, mode: str, count: int) -> Callable[[], dict[str, Any]]:
-        return lambda: _test(suite, merged(base, count), rank, mode, decisions=seed == 0)
+    def row(base: str, rank: int, mode: str, count: int = 0) -> Row:
+        name = f"routed-{base}-{rank}-{mode}" + (f"-p{count}" if count else "")
 
-    for base in bases:
-        for rank in RANKS:
-            for mode in ("oracle", *ROUTERS):
-                yield f"routed-{base}-{rank}-{mode}", row(base, rank, mode, PROXIES)
-    for count in counts if BASES[-1] in bases else ():
-        for mode in ("oracle", *ROUTERS):
-            name = f"routed-{BASES[-1]}-{RANKS[-1]}-{mode}-p{count}"
-            yield name, row(BASES[-1], RANKS[-1], mode, count)
+        def compute() -> dict[str, Any]:
+            models = merged(base, count or PROXIES)
+            right, decisions = _test(suite, models, rank, mode, decisions=seed == 0)
+            test = keep(right, results, f"{name}-{seed}")
+            return {"test": test, "decisions": decisions, "scale": models["scale"], "rank": rank}
+
+        return name, compute
+
+    for base, rank, mode in product(bases, RANKS, ("oracle", *ROUTERS)):
+        yield row(base, rank, mode)
+    for count, mode in product(counts if BASES[-1] in bases else (), ("oracle", *ROUTERS)):
+        yield row(BASES[-1], RANKS[-1], mode, count)
 
 
 def _merged(
@@ -97,8 +105,8 @@ def _merged(
 
 def _test(
     suite: Suite, merged: dict[str, Any], rank: int, mode: str, decisions: bool
-) -> dict[str, Any]:
-    """Test accuracy, and for a router the share of `decisions` that are right, layer by layer."""
+) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    """Test outcomes, and for a router the share of `decisions` that are right, layer by layer."""
     set_parameters(suite.model, merged["row"].base, merged["row"].deltas, merged["scale"])
     router: Any = "discriminant" if mode == "oracle" else mode
     model = eutectic.build_routed(
@@ -109,18 +117,17 @@ def _test(
         rank=rank,
         router=router,
     )
-    test: dict[str, float] = {}
+    right: dict[str, Tensor] = {}
     layers: dict[str, dict[str, float]] = {}
     for index, task in enumerate(suite.tasks):
         if mode == "oracle":
             with eutectic.routing(model, mode="oracle", expert=task):
-                right = correct(suite, model, task, "test")
+                right[task] = correct(suite, model, task, "test")
         else:
-            right = correct(suite, model, task, "test")
+            right[task] = correct(suite, model, task, "test")
             if decisions:
                 layers[task] = _decisions(suite, model, task, index)
-        test[task] = 100 * right.float().mean().item()
-    return {"test": test, "decisions": layers, "scale": merged["scale"], "rank": rank}
+    return right, layers
 
 
 def _decisions(suite: Suite, model: Any, task: str, index: int) -> dict[str, float]:

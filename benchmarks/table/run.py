@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
@@ -38,6 +39,7 @@ from table.merging import (
     merge_row,
     set_weights,
 )
+from table.outcomes import keep
 from table.routing import add_row_options, routed_rows
 from table.show import write_table
 from table.suite import (
@@ -45,9 +47,11 @@ from table.suite import (
     Batches,
     Suite,
     accuracies,
+    correct,
     logits,
     mean,
     normalised,
+    outcomes,
     set_parameters,
 )
 
@@ -130,15 +134,14 @@ def fixed_models(suite: Suite, results: Path) -> dict[str, dict[str, float]]:
 
     def of_base() -> dict[str, float]:
         set_weights(suite.model, load_file(suite.base / "model.safetensors"))
-        return accuracies(suite, suite.model, "test")
+        return keep(outcomes(suite, suite.model, "test"), results, "base")
 
     def of_experts() -> dict[str, float]:
-        found: dict[str, float] = {}
+        found: dict[str, Tensor] = {}
         for task, folder in suite.experts.items():
             set_weights(suite.model, load_file(folder / "model.safetensors"))
-            only = replace(suite, experts={task: folder})
-            found |= accuracies(only, suite.model, "test")
-        return found
+            found[task] = correct(suite, suite.model, task, "test")
+        return keep(found, results, "experts")
 
     return {
         "base": cached(results / "base.json", of_base),
@@ -237,20 +240,20 @@ def static_row(
     if aligned:
         cached(results / "alignment" / f"{name}.json", lambda: alignments(suite, merged))
 
-    def test(scale: float) -> dict[str, float]:
+    def test(scale: float, kind: str = "") -> dict[str, float]:
         set_parameters(suite.model, merged.base, merged.deltas, scale)
-        return accuracies(suite, suite.model, "test")
+        return keep(outcomes(suite, suite.model, "test"), results, f"{name}-{seed}{kind}")
 
     if "test" not in record:
         record |= _labelled(suite, row, merged, results / f"{name}-0.json", seed)
         record["test"] = test(record["scale"])
         if row.init is not None and record["scale"] != 1:
-            record["test_at_one"] = test(1.0)
+            record["test_at_one"] = test(1.0, "@one")
         record |= {"row": name, "seed": seed}
     for kind in (kind for kind in kinds if kind not in record):
         if kind == "grams":
             closed = by_grams(suite, merged, files)
-            record[kind] = {"scale": closed, "test": test(closed)}
+            record[kind] = {"scale": closed, "test": test(closed, "@grams")}
             continue
         if kind == "held_out":
             inputs = {task: own["held_out"] for task, own in suite.splits.items()}
@@ -258,8 +261,10 @@ def static_row(
             inputs = {task: suite.proxies(task, seed, DIVERGENCE_PROXIES) for task in suite.tasks}
         curve = by_divergence(suite, merged, row.start, inputs)
         record[kind] = {
-            "scale": curve.scale, "curve": curve.as_record(), "test": test(curve.scale)
-        }  # fmt: skip
+            "scale": curve.scale,
+            "curve": curve.as_record(),
+            "test": test(curve.scale, f"@{kind}"),
+        }
     return record
 
 

@@ -8,11 +8,15 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from table.outcomes import write_differences
 from table.suite import mean, normalised
 
 
 def write_table(results: Path) -> str:
-    """Read every result of a suite, write `table.md` and `results.json` beside them."""
+    """Read every result of a suite, write the table and all of them beside it.
+
+    That is `table.md`, `results.json`, and `differences.json` where outcomes are kept.
+    """
     fixed = {
         name: json.loads((results / f"{name}.json").read_text()) for name in ("base", "experts")
     }
@@ -21,6 +25,9 @@ def write_table(results: Path) -> str:
         name, _, _ = file.stem.rpartition("-")
         rows[name].append(json.loads(file.read_text()))
     entries = [_entry(name, found, fixed["experts"]) for name, found in rows.items()]
+    errors = write_differences(results)
+    for entry in entries:
+        entry["error"] = errors.get(entry["row"])
     entries.sort(key=lambda entry: entry["normalised"])
     for name in ("base", "experts"):
         share = normalised(fixed[name], fixed["experts"])

@@ -87,11 +87,15 @@ def correct(suite: Suite, model: nn.Module, task: str, split: str) -> Tensor:
     return logits(suite, model, task, batches).argmax(1) == batches.labels
 
 
+def outcomes(suite: Suite, model: nn.Module, split: str) -> dict[str, Tensor]:
+    """Return task -> `correct`."""
+    return {task: correct(suite, model, task, split) for task in suite.tasks}
+
+
 def accuracies(suite: Suite, model: nn.Module, split: str) -> dict[str, float]:
     """Return task -> accuracy in percent."""
-    return {
-        task: 100 * correct(suite, model, task, split).float().mean().item() for task in suite.tasks
-    }
+    found = outcomes(suite, model, split)
+    return {task: 100 * right.double().mean().item() for task, right in found.items()}
 
 
 def mean(values: Mapping[str, float]) -> float:

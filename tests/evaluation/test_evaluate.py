@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -278,6 +279,37 @@ def test_results_and_their_relations(family: Path):
     assert json.loads((family / "r.json").read_text()) == json.loads(results.model_dump_json())
 
 
+def test_differences_between_models_are_paired(family: Path):
+    models = {"m": family / "merged", "same": family / "merged", "other": family / "expert"}
+    results = eutectic.evaluate(
+        family / "tasks.yaml",
+        base=family / "base",
+        experts={"a": family / "expert"},
+        models=models,
+        output=family / "r.json",
+    )
+    pairs = {(d.checkpoint, d.other): d for d in results.differences}
+    names = ("base", *models)
+    assert pairs.keys() == set(permutations(names, 2))
+    same = pairs["m", "same"]
+    assert (same.value, same.interval, same.normalized_interval) == (0, (0, 0), (0, 0))
+
+    right: dict[str, np.ndarray] = {}
+    for line in (family / "r.json.outcomes.jsonl").read_text().splitlines():
+        item = json.loads(line)
+        right[item["checkpoint"]] = np.equal(item["predictions"], item["references"])
+    expert = right["a"]  # the same weights as `other`
+    gap = right["m"].astype(float) - expert
+    found = pairs["m", "other"]
+    assert found.value == pytest.approx(gap.mean())
+    assert found.normalized == pytest.approx(gap.mean() / expert.mean())
+    low, high = found.interval
+    assert low <= found.value <= high
+    assert high - low == pytest.approx(2 * 1.96 * gap.std() / np.sqrt(len(gap)), rel=0.2)
+    reverse = pairs["other", "m"]
+    assert reverse.interval == pytest.approx((-high, -low))
+
+
 def test_results_tell_which_heads_were_put_on(tmp_path: Path, texts: Path):
     hashes = {}
     for role in ("head", "base_head"):
@@ -337,6 +369,11 @@ def test_command_line(family: Path):
     assert "NAI" in answer.out and "n = 40" in answer.out
     answer = invoke(*words, "--json", "--limit", 10)
     assert json.loads(answer.out)["results"][0]["n"] == 10
+    assert "less that of the best" not in answer.out
+    answer = invoke(*words, f"x={family / 'expert'}")
+    _, _, compared = answer.out.partition("mean less that of the best [95 %] of the expert [95 %] ")
+    other, _, best = compared.partition("best: ")
+    assert {other.split()[0], best.split()[0]} == {"m", "x"}
     refused = invoke(*words, "--split", "tset")
     assert (
         refused.code == 2 and "split is one of proxy, validation, test; got 'tset'" in refused.err

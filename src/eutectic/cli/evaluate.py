@@ -144,10 +144,38 @@ def show(results: Results) -> None:
             str(len(mean.tasks)),
         )
     out.print(table)
+    _show_differences(results, 100 if metric in _PERCENT else 1)
     for note in results.notes:
         tell("note", note)
     names = ", ".join(dict.fromkeys(metrics.values()))
     out.print(f"{names}; split {results.split}, n = {_counts(results)}", style="dim")
+
+
+def _show_differences(results: Results, unit: int) -> None:
+    """Print how far the other models are behind the best one, where there are several."""
+    models = {c.name for c in results.checkpoints if c.role == "model"}
+    sign = 1 if results.tasks[0].higher_is_better else -1
+    ranked = {
+        mean.checkpoint: sign * mean.value if mean.normalized is None else mean.normalized
+        for mean in results.means
+        if mean.checkpoint in models and mean.value is not None
+    }
+    if len(ranked) < 2:
+        return
+    best = max(ranked, key=ranked.__getitem__)
+    table = _table()
+    for title in ("mean less that of the best [95 %]", "of the expert [95 %]"):
+        table.add_column(title, justify="right")
+    for found in results.differences:
+        if found.other == best and found.checkpoint in ranked:
+            table.add_row(
+                escape(found.checkpoint),
+                _with_interval(found.value, found.interval, unit),
+                _with_interval(found.normalized, found.normalized_interval, 100),
+            )
+    out.print()
+    out.print(table)
+    out.print(f"best: {escape(best)}", style="dim")
 
 
 def _table() -> Table:

@@ -16,7 +16,7 @@ from eutectic.evaluation.metrics import (
     metric_value,
     resampled_values,
 )
-from eutectic.evaluation.results import Mean, Result
+from eutectic.evaluation.results import Difference, Mean, Result
 from eutectic.evaluation.schema import Task
 
 CONFIDENCE = (2.5, 97.5)
@@ -93,35 +93,54 @@ def gain(task: Task, expert: Draws, base: Draws) -> float:
 
 def result(checkpoint: str, task: Task, n: int, figures: Sequence[Draws]) -> Result:
     """Return the record of (value, normalised, NAI) of one checkpoint on one task."""
-    return Result(checkpoint=checkpoint, task=task.name, n=n, **_described(figures))
+    return Result(checkpoint=checkpoint, task=task.name, n=n, **_with_error(figures))
 
 
-def mean(checkpoint: str, tasks: Sequence[Task], figures: Mapping[str, Sequence[Draws]]) -> Mean:
+def over_tasks(
+    tasks: Sequence[Task], figures: Mapping[str, Sequence[Draws]]
+) -> tuple[Draws, Draws, Draws]:
     """Return the means over tasks; each replicate averages one resample of every task.
 
     The mean of values is undefined when some metrics are better high and others better low; a mean
     of normalised values or NAI is undefined when one of them is.
     """
-    lower = {task.formula in LOWER_IS_BETTER for task in tasks}
-    together: list[Draws] = []
-    for position in range(3):
+
+    def averaged(position: int) -> Draws:
         parts = [figures[task.name][position] for task in tasks]
         value = float(np.mean([part.value for part in parts]))
-        replicates = np.mean([part.replicates for part in parts], axis=0)
-        together.append(Draws(value, replicates))
-    if len(lower) > 1:
-        together[0] = _undefined(together[0])
+        return Draws(value, np.mean([part.replicates for part in parts], axis=0))
+
+    value = averaged(0)
+    if len({task.formula in LOWER_IS_BETTER for task in tasks}) > 1:
+        value = _undefined(value)
+    return value, averaged(1), averaged(2)
+
+
+def mean(checkpoint: str, tasks: Sequence[Task], figures: Sequence[Draws]) -> Mean:
+    """Return the record of (value, normalised, NAI) of one checkpoint over its tasks."""
     names = tuple(task.name for task in tasks)
-    return Mean(checkpoint=checkpoint, tasks=names, **_described(together))
+    return Mean(checkpoint=checkpoint, tasks=names, **_with_error(figures))
+
+
+def difference(
+    checkpoint: str, other: str, figures: Sequence[Draws], others: Sequence[Draws]
+) -> Difference:
+    """Return one checkpoint's means less another's, with the interval of the paired replicates."""
+    value, normalized = map(_difference, figures[:2], others[:2])
+    found = _described((value, normalized))
+    return Difference(checkpoint=checkpoint, other=other, **found)
 
 
 def _described(figures: Sequence[Draws]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for key, figure in zip(("value", "normalized", "nai"), figures, strict=True):
+    for key, figure in zip(("value", "normalized", "nai"), figures, strict=False):
         found[key] = figure.value if np.isfinite(figure.value) else None
         found["interval" if key == "value" else f"{key}_interval"] = figure.interval()
-    found["standard_error"] = figures[0].error()
     return found
+
+
+def _with_error(figures: Sequence[Draws]) -> dict[str, Any]:
+    return _described(figures) | {"standard_error": figures[0].error()}
 
 
 def _undefined(like: Draws) -> Draws:

@@ -75,6 +75,17 @@ class Mean(Figures):
     tasks: tuple[str, ...]
 
 
+class Difference(_Record):
+    """Mean of one checkpoint less that of another, paired: both on the same resamples of rows."""
+
+    checkpoint: str
+    other: str
+    value: float | None
+    interval: Interval
+    normalized: float | None = Field(description="Of the normalised values.")
+    normalized_interval: Interval
+
+
 class Results(_Record):
     """A whole evaluation."""
 
@@ -89,6 +100,9 @@ class Results(_Record):
     tasks: tuple[TaskRecord, ...]
     results: tuple[Result, ...]
     means: tuple[Mean, ...]
+    differences: tuple[Difference, ...] = Field(
+        (), description="Every ordered pair of the base and the models."
+    )
     notes: tuple[str, ...] = Field((), description="What a reader of the figures should know.")
 
 

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from pathlib import Path
 from typing import Any, get_args
 
 from eutectic.checkpoint.experts import is_adapter
 from eutectic.checkpoint.writer import check_replaced, write_atomically
 from eutectic.errors import NumericalError, RequestError, TaskError, suggest
-from eutectic.evaluation.bootstrap import Draws, compare, draw, gain, mean, result
+from eutectic.evaluation.bootstrap import (
+    Draws,
+    compare,
+    difference,
+    draw,
+    gain,
+    mean,
+    over_tasks,
+    result,
+)
 from eutectic.evaluation.functions import call_function
 from eutectic.evaluation.harness import (
     HarnessRows,
@@ -65,9 +75,10 @@ def evaluate(
 
     NAI(t) = (m − m_base) / (m_expert − m_base) with m the task's metric; normalised is
     m / m_expert (m_expert / m where lower is better). Intervals are 95 % percentiles over resamples
-    of rows, the same resamples for all checkpoints; tasks are taken as given. One model is in
-    memory at a time. A finished (checkpoint, task) pair is kept in `<output>.outcomes.jsonl`: a
-    killed run loses at most one, and pairs whose inputs changed are computed again.
+    of rows, the same resamples for all checkpoints, so that differences between them are paired;
+    tasks are taken as given. One model is in memory at a time. A finished (checkpoint, task) pair
+    is kept in `<output>.outcomes.jsonl`: a killed run loses at most one, and pairs whose inputs
+    changed are computed again.
 
     Args:
         tasks: a YAML file, or what `load_tasks` returned.
@@ -364,7 +375,9 @@ def _summary(
         )
         for c, t in pairs
     ]
-    means = [mean(row, [tasks[name] for name in found], found) for row, found in figures.items()]
+    own_tasks = {row: [tasks[name] for name in found] for row, found in figures.items()}
+    together = {row: over_tasks(own_tasks[row], found) for row, found in figures.items()}
+    compared = [row for row in together if row != EXPERTS_MEAN]
     scored = {r.task: r.n for r in records}
     return Results(
         split=run.split,
@@ -399,6 +412,10 @@ def _summary(
             for t in tasks.values()
         ),
         results=tuple(records),
-        means=tuple(means),
+        means=tuple(mean(row, own_tasks[row], found) for row, found in together.items()),
+        differences=tuple(
+            difference(row, other, together[row], together[other])
+            for row, other in permutations(compared, 2)
+        ),
         notes=(NO_GAIN.format(", ".join(without_gain)),) if without_gain else (),
     )
