@@ -153,13 +153,12 @@ def show(results: Results) -> None:
 
 def _show_differences(results: Results, unit: int) -> None:
     """Print how far the other models are behind the best one, where there are several."""
-    models = {c.name for c in results.checkpoints if c.role == "model"}
+    names = {c.name for c in results.checkpoints if c.role == "model"}
+    models = [mean for mean in results.means if mean.checkpoint in names]
     sign = 1 if results.tasks[0].higher_is_better else -1
-    ranked = {
-        mean.checkpoint: sign * mean.value if mean.normalized is None else mean.normalized
-        for mean in results.means
-        if mean.checkpoint in models and mean.value is not None
-    }
+    ranked = {m.checkpoint: m.normalized for m in models if m.normalized is not None}
+    if len(ranked) < len(models):
+        ranked = {m.checkpoint: sign * m.value for m in models if m.value is not None}
     if len(ranked) < 2:
         return
     best = max(ranked, key=ranked.__getitem__)
