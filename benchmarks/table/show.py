@@ -25,9 +25,6 @@ def write_table(results: Path) -> str:
         name, _, _ = file.stem.rpartition("-")
         rows[name].append(json.loads(file.read_text()))
     entries = [_entry(name, found, fixed["experts"]) for name, found in rows.items()]
-    errors = write_differences(results)
-    for entry in entries:
-        entry["error"] = errors.get(entry["row"])
     entries.sort(key=lambda entry: entry["normalised"])
     for name in ("base", "experts"):
         share = normalised(fixed[name], fixed["experts"])
@@ -35,6 +32,9 @@ def write_table(results: Path) -> str:
             0 if name == "base" else len(entries),
             {"row": name, "accuracy": mean(fixed[name]), "normalised": share},
         )
+    errors = write_differences(results)
+    for entry in entries:
+        entry["error"] = errors.get(entry["row"])
     text = _markdown(entries)
     (results / "table.md").write_text(text)
     settings = results / "settings.json"
