@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from table.suite import percentages
 from torch import Tensor
 
 Right = Mapping[str, Tensor]
@@ -21,7 +22,7 @@ def keep(right: Right, results: Path, name: str) -> dict[str, float]:
     unfinished = folder / f"{name}.partial"
     save_file({task: own.contiguous() for task, own in right.items()}, unfinished)
     unfinished.replace(folder / f"{name}.safetensors")
-    return {task: 100 * own.double().mean().item() for task, own in right.items()}
+    return percentages(right)
 
 
 def difference(one: Right, other: Right, experts: Right) -> tuple[float, float]:

@@ -94,8 +94,12 @@ def outcomes(suite: Suite, model: nn.Module, split: str) -> dict[str, Tensor]:
 
 def accuracies(suite: Suite, model: nn.Module, split: str) -> dict[str, float]:
     """Return task -> accuracy in percent."""
-    found = outcomes(suite, model, split)
-    return {task: 100 * right.double().mean().item() for task, right in found.items()}
+    return percentages(outcomes(suite, model, split))
+
+
+def percentages(right: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return task -> share of the examples that are right, in percent."""
+    return {task: 100 * own.double().mean().item() for task, own in right.items()}
 
 
 def mean(values: Mapping[str, float]) -> float:
