@@ -1,0 +1,1 @@
+"""transformers models from checkpoints: loading, processors, names, heads, linear layers, masks."""

@@ -1,0 +1,102 @@
+"""The kinds of task: one spelling for every verb, recipe, tasks file and Python function.
+
+Older spellings are accepted wherever a user may have written them down; see `ALIASES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, cast, get_args
+
+from eutectic.errors import RequestError, suggest
+
+TaskKind = Literal[
+    "text-classification",
+    "pair-classification",
+    "regression",
+    "image-classification",
+    "feature-extraction",
+    "sequence-to-sequence",
+    "language-model",
+    "function",
+    "lm-eval",
+]
+TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
+
+# Earlier versions of `collect` and of statistics files -> the spelling in force.
+ALIASES: Mapping[str, str] = {"causal-lm": "language-model", "seq2seq": "sequence-to-sequence"}
+
+# The transformers class that runs each kind; `function` runs code of the user's own.
+MODEL_CLASSES: Mapping[TaskKind, str] = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "pair-classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "feature-extraction": "AutoModel",
+    "sequence-to-sequence": "AutoModelForSeq2SeqLM",
+    "language-model": "AutoModelForCausalLM",
+    "lm-eval": "AutoModelForCausalLM",
+}
+# Endings of the names of architectures that have the head of each kind.
+ARCHITECTURES: Mapping[TaskKind, tuple[str, ...]] = {
+    "text-classification": ("ForSequenceClassification",),
+    "pair-classification": ("ForSequenceClassification",),
+    "regression": ("ForSequenceClassification",),
+    "image-classification": ("ForImageClassification",),
+    "feature-extraction": ("Model",),
+    "sequence-to-sequence": ("ForConditionalGeneration",),
+    "language-model": ("ForCausalLM", "LMHeadModel"),
+    "lm-eval": ("ForCausalLM", "LMHeadModel"),
+}
+CLASSIFICATION: tuple[TaskKind, ...] = (
+    "text-classification",
+    "pair-classification",
+    "image-classification",
+)
+# Kinds whose models have one output per label and a head that may lie in a file of its own.
+WITH_HEAD: tuple[TaskKind, ...] = (*CLASSIFICATION, "regression")
+GENERATIVE: tuple[TaskKind, ...] = ("sequence-to-sequence", "language-model")
+# Kinds that `collect` and `route` run over proxy data.
+COLLECTED: tuple[TaskKind, ...] = (*WITH_HEAD, "feature-extraction", *GENERATIVE)
+
+
+def spelled(name: str) -> str:
+    """Return the spelling in force of a kind of task (or of an objective named after one).
+
+    Hyphens and underscores are the same; unknown names are returned as they are.
+
+    >>> spelled("seq2seq"), spelled("causal_lm"), spelled("regression"), spelled("my_task")
+    ('sequence-to-sequence', 'language-model', 'regression', 'my_task')
+    """
+    hyphened = name.replace("_", "-")
+    found = ALIASES.get(hyphened, hyphened)
+    return found if found in TASK_KINDS else name
+
+
+def task_kind(name: str, allowed: Sequence[TaskKind] = TASK_KINDS) -> TaskKind:
+    """Return a kind of task from any spelling of it.
+
+    Raises:
+        RequestError: it is none of `allowed`.
+    """
+    found = spelled(name)
+    if found not in allowed:
+        raise RequestError(
+            f"unknown task '{name}'; known are {', '.join(allowed)}.{suggest(name, allowed)}"
+        )
+    return cast("TaskKind", found)
+
+
+def kind_of_architectures(architectures: Sequence[str]) -> TaskKind | None:
+    """Return the kind of task that a configuration's `architectures` are made for, if they tell.
+
+    >>> kind_of_architectures(["BertForSequenceClassification"])
+    'text-classification'
+    """
+    for name in architectures:
+        for kind, endings in ARCHITECTURES.items():
+            if kind != "feature-extraction" and name.endswith(endings):
+                return kind
+    if any(name.endswith("Model") for name in architectures):
+        return "feature-extraction"
+    return None
