@@ -13,13 +13,72 @@
         └── ResumeError      the unfinished output belongs to another request
 
 A message is two or three lines: what happened and where; what was got and what is allowed;
-what to do next.
+what to do next. `Fault` and `Note` are the records that messages are made from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
+from typing import Any, Literal
+
+from eutectic.words import sentence
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong with a request. Code looks at `kind` and `line`, never at the text.
+
+    Attributes:
+        kind: a stable word, such as "missing_tensor" or "unknown_key".
+        what: what is wrong, for people.
+        where: the tensor, key, expert or file.
+        line: line of the document, 0 where there is none.
+        got: the value that was refused.
+        allowed: the values that are accepted.
+        next: what to do.
+    """
+
+    kind: str
+    what: str
+    where: str = ""
+    line: int = 0
+    got: str = ""
+    allowed: str = ""
+    next: str = ""
+
+    def __str__(self) -> str:
+        line = f"line {self.line}: " if self.line else ""
+        text = f"{line}{self.where}: {self.what}" if self.where else line + self.what
+        if self.got:
+            text = f"{text.removesuffix('.')}, got {self.got}."
+        if self.allowed:
+            text += f" Allowed: {self.allowed}."
+        return f"{text} {self.next.strip()}" if self.next else text
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a user should know of a result, or why a tensor is treated as it is.
+
+    Code looks at `kind` and `level`, never at the sentence, which `str` makes from the table in
+    `words`.
+
+    Attributes:
+        kind: a key of `words.SENTENCES`.
+        subject: names, of tensors or experts.
+        numbers: further values of the sentence by name, such as JSON has.
+        level: "warning" where the result may be wrong.
+    """
+
+    kind: str
+    subject: tuple[str, ...] = ()
+    numbers: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    level: Literal["note", "warning"] = "note"
+
+    def __str__(self) -> str:
+        return sentence(self.kind, self.subject, self.numbers)
 
 
 class EutecticError(Exception):
@@ -67,10 +126,10 @@ class MethodError(RequestError):
 class RecipeError(RequestError):
     """A recipe that cannot be carried out, with all of its faults."""
 
-    def __init__(self, faults: Sequence[str], where: str = "the recipe") -> None:
-        self.faults = list(faults)
+    def __init__(self, faults: Sequence[Fault | str], where: str = "the recipe") -> None:
+        self.faults = [f if isinstance(f, Fault) else Fault("other", f) for f in faults]
         count = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''}"
-        lines = "\n".join("  - " + fault.replace("\n", "\n    ") for fault in self.faults)
+        lines = "\n".join("  - " + str(fault).replace("\n", "\n    ") for fault in self.faults)
         super().__init__(f"{where} cannot be carried out ({count}):\n{lines}")
 
 

@@ -1,0 +1,136 @@
+"""The sentences of notes and reasons. Records carry a kind; only people read these words.
+
+A template may use the subject's names by position (`{0}`), all of them (`{all}`), the first four
+with a count of the others (`{few}`), and every number by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+Template = str | Callable[[Sequence[str], Mapping[str, Any]], str]
+
+
+def sentence(kind: str, subject: Sequence[str], numbers: Mapping[str, Any]) -> str:
+    """Return the text of one record.
+
+    Raises:
+        KeyError: no sentence for this kind.
+    """
+    template = SENTENCES[kind]
+    if not isinstance(template, str):
+        return template(subject, numbers)
+    return template.format(*subject, all=", ".join(subject), few=few(subject), **numbers)
+
+
+def few(names: Sequence[str], limit: int = 4) -> str:
+    """Return the first names, and how many more there are."""
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _kept_heads(experts: Sequence[str], heads: Mapping[str, Any]) -> str:
+    return "heads kept per expert: " + "; ".join(f"{n}: {few(heads[n])}" for n in experts)
+
+
+def _other_shape(experts: Sequence[str], shapes: Mapping[str, Any]) -> str:
+    return "shape differs: " + ", ".join(f"{n} {shapes[n]}" for n in experts)
+
+
+def _uncollected(subject: Sequence[str], numbers: Mapping[str, Any]) -> str:
+    how = f": collect them with {numbers['option']}" if numbers.get("option") else ""
+    return f"the statistics of '{subject[0]}' hold no {numbers['need']} at all{how}"
+
+
+def _mixed_classes(experts: Sequence[str], numbers: Mapping[str, Any]) -> str:
+    differ = ", ".join(
+        f"{name} (output {index} is {own}, not {wanted})"
+        for name in experts
+        for index, own, wanted in (numbers[name],)
+    )
+    rules = ", ".join(f"{{match: {pattern}, treatment: head}}" for pattern in numbers["heads"])
+    return (
+        "one head is merged from outputs that stand for other classes than those of "
+        f"{numbers['reference']}: {differ}. The merged outputs mean nothing unless these are two "
+        f"names of one class. Keep the heads apart: tensors: [{rules}]"
+    )
+
+
+def _searched(tasks: Sequence[str], numbers: Mapping[str, Any]) -> str:
+    text = (
+        "scale {scale:g} chosen by {search} on the {split} splits of {tasks}: {points} values of "
+        "α, best {best:.4g}"
+    ).format(tasks=", ".join(tasks), **numbers)
+    if numbers["edge"]:
+        text += "; it is at the edge of the range, so a wider one may be better"
+    for task, other, count in numbers["shared"]:
+        text += f"; {count} rows of {task} are test rows of {other}"
+    if numbers["ignored"]:
+        text += f"; experts without a task had no say: {', '.join(numbers['ignored'])}"
+    return text
+
+
+SENTENCES: dict[str, Template] = {
+    # Why a tensor takes its treatment.
+    "matrix": "matrix",
+    "stack": "stack of matrices",
+    "integers": "integers or booleans",
+    "empty": "empty",
+    "small": "bias, norm or scalar",
+    "ia3_vector": "(IA)³ vector",
+    "convolution": "convolution kernel",
+    "table": "lookup table",
+    "single_row": "a single row or column",
+    "text_projection": "text projection, not flattened officially",
+    "rule": "rule '{0}'",
+    "tied": "tied to {0}",
+    "other_shape": _other_shape,
+    "unchanged_by_adapters": "no adapter changes it",
+    "in_no_expert": "no expert has it",
+    # Why its method is not the recipe's, or not as usual.
+    "averaged_as_tied": "averaged, tied to another tensor of the file",
+    "no_statistics": "no statistics of {all}",
+    "no_statistics_of_stacks": "no statistics of the matrices of a stack",
+    "split_by_inputs": "query, key and value saw different inputs",
+    # What a user should know of a plan.
+    "mixed_classes": _mixed_classes,
+    "extra_prefix": "expert '{0}': the expert's keys carry the prefix '{1}', which the base's lack",
+    "lacking_prefix": "expert '{0}': the expert's keys lack the prefix '{1}' of the base's",
+    "copied": "copied from the base, since no expert has them: {few}",
+    "extra_left_out": (
+        "expert '{expert}' has tensors that the base lacks, left out because of heads: {heads}: "
+        "{few}"
+    ),
+    "expert_lacks": "expert '{expert}' lacks (missing: {missing}): {few}",
+    "heads_kept": _kept_heads,
+    "heads_left_out": "heads left out of the output: {few}",
+    "module_weights": "module weights copied from the base, not merged: {few}",
+    "idle_rules": "rules that match no tensor: {few}",
+    "rules_of_tied": (
+        "'{0}' is a copy of '{1}' and takes the rules of that, not those that match its own name"
+    ),
+    "split_ignored": ("split plays no part in {method}, which looks at a tensor as a whole: {few}"),
+    "side_files_shape": (
+        "side_files: the configuration of '{expert}' may not fit the output, where these have the "
+        "base's shape: {few}"
+    ),
+    "no_tensors": "entries of the base that are no tensors: {few}",
+    "unproven_statistics": (
+        "statistics of '{0}' do not prove that they are of this expert; they may be of another "
+        "checkpoint"
+    ),
+    "fallback": "without statistics, merged by {method}: {few}",
+    "own_fallback": "without statistics, merged by {method}'s own rule for such tensors: {few}",
+    "statistics_needed": (
+        "no expert has statistics, and {method} needs them: collect them (eutectic collect) and "
+        "name them with --statistics, or in the recipe"
+    ),
+    "uncollected": _uncollected,
+    # How a scale was chosen.
+    "closed_form_scale": (
+        "scale {scale:g} in closed form from the Grams of {layers} of {matrices} matrices: "
+        "{lost_percent:.0f} % of the experts' output shifts is lost"
+    ),
+    "searched_scale": _searched,
+}
