@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eutectic.errors import MethodError, NumericalError, StatisticsError
+from eutectic.execution.factors import layer_factors
 from eutectic.linalg.essential import essential_subspace
 from eutectic.methods import get_method, merge_matrices
-from eutectic.methods.essential import layer_group
 from eutectic.types import LayerStatistics
 
 
@@ -238,7 +238,6 @@ def test_a_missing_gram_asks_for_statistics():
 
 def test_layer_scaling_compares_like_layers_only():
     entry = get_method("esm")
-    assert entry.finish is not None
     norms = {
         "h.0.attn.weight": 1.0,
         "h.1.attn.weight": 3.0,
@@ -255,18 +254,10 @@ def test_layer_scaling_compares_like_layers_only():
         "h.2.fc.weight": (40 / 20) ** 2,
         "proj.weight": 1.0,
     }
-    assert entry.finish(norms, entry.parse({})) == pytest.approx(expected)
-    off = entry.finish(norms, entry.parse({"layer_power": 0}))
+    assert layer_factors(entry, norms, entry.parse({})) == pytest.approx(expected)
+    off = layer_factors(entry, norms, entry.parse({"layer_power": 0}))
     assert off == pytest.approx(dict.fromkeys(norms, 1.0))
-    assert entry.finish({"h.0.w": 0.0}, entry.parse({})) == {"h.0.w": 1.0}
-
-
-def test_groups_replace_whole_numbers_between_dots_only():
-    assert layer_group("transformer.resblocks.3.mlp.c_fc.weight") == (
-        "transformer.resblocks.*.mlp.c_fc.weight"
-    )
-    assert layer_group("0.weight") == "*.weight"
-    assert layer_group("block.1.wi_0.weight") == "block.*.wi_0.weight"
+    assert layer_factors(entry, {"h.0.w": 0.0}, entry.parse({})) == {"h.0.w": 1.0}
 
 
 def test_the_plan_says_which_eigenproblems_are_solved():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,10 @@ from eutectic.checkpoint.content import sampled_fingerprint
 from eutectic.checkpoint.index import TensorEntry, open_index
 from eutectic.checkpoint.names import Alignment, align, check_inside
 from eutectic.checkpoint.reader import CheckpointReader, file_identity
+from eutectic.conventions import PEFT_ROOT, lora_factor, unwrapped_key
 from eutectic.errors import CheckpointError
 
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
-ROOT = "base_model.model."
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?")
-# A wrapper that PEFT puts between a module and its parameters, in some versions and situations.
-_WRAPPER = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.[^.]+$)")
 
 
 @dataclass
@@ -200,8 +196,8 @@ class AdapterReader:
         """Group the file's keys by the parameter they act on, in the adapted model's own names."""
         targets: dict[str, _Target] = {}
         for key in self._reader.entries:
-            own = key.removeprefix(ROOT)
-            factor = _FACTOR.fullmatch(own)
+            own = key.removeprefix(PEFT_ROOT)
+            factor = lora_factor(own)
             if factor:
                 module = factor["module"]
                 target = targets.setdefault(f"{module}.weight", _Target())
@@ -218,7 +214,7 @@ class AdapterReader:
                     f"{' (DoRA)' if 'magnitude' in own else ''}; merge it with peft first."
                 )
             else:
-                targets.setdefault(_WRAPPER.sub("", own), _Target()).full = key
+                targets.setdefault(unwrapped_key(own), _Target()).full = key
         for own, target in targets.items():
             if (target.a is None) != (target.b is None):
                 has, lacks = ("A", "B") if target.a else ("B", "A")

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.adapter_config import CONFIG_NAME
-from eutectic.checkpoint.adapters import ROOT, WEIGHT_NAMES
+from eutectic.checkpoint.adapters import WEIGHT_NAMES
 from eutectic.checkpoint.content import TensorSource
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index, read_json_object
 from eutectic.checkpoint.memory import StateDictReader
 from eutectic.checkpoint.names import align, check_inside
+from eutectic.conventions import IA3_SUFFIX, PEFT_ROOT
 from eutectic.errors import CheckpointError
 
-_SUFFIX = ".ia3_l"
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -44,7 +44,9 @@ def open_ia3(folder: Path) -> CheckpointIndex:
     check_inside(folder, name)
     index = replace(open_index(folder / name), config=read_json_object(folder / CONFIG_NAME))
     if not _vectors(index):
-        raise CheckpointError(f"{folder}: holds no vector ('…{_SUFFIX}'); it is no (IA)³ adapter.")
+        raise CheckpointError(
+            f"{folder}: holds no vector ('…{IA3_SUFFIX}'); it is no (IA)³ adapter."
+        )
     return index
 
 
@@ -74,9 +76,11 @@ def identity_adapter(
                 "feedforward_modules agree."
             )
     entries = base.entries
-    modules = {name: f"{name.removeprefix(ROOT).removesuffix(_SUFFIX)}.weight" for name in vectors}
+    modules = {
+        name: f"{name.removeprefix(PEFT_ROOT).removesuffix(IA3_SUFFIX)}.weight" for name in vectors
+    }
     saved = [name for name in index.entries if name not in vectors]
-    own = [*dict.fromkeys(modules.values()), *(name.removeprefix(ROOT) for name in saved)]
+    own = [*dict.fromkeys(modules.values()), *(name.removeprefix(PEFT_ROOT) for name in saved)]
     called = {key: name for key, name in align(entries, own, expert=str(index.folder))[0].items()}
     tensors: dict[str, Tensor] = {}
     for name, entry in index.entries.items():
@@ -84,7 +88,7 @@ def identity_adapter(
             _check_vector(entry, entries.get(called.get(modules[name], "")), index.folder)
             tensors[name] = torch.ones(entry.shape, dtype=entry.dtype)
             continue
-        key = called.get(name.removeprefix(ROOT), "")
+        key = called.get(name.removeprefix(PEFT_ROOT), "")
         if key not in entries or entries[key].shape != entry.shape:
             raise CheckpointError(
                 f"{index.folder}: saves '{name}' in full, a head that the base lacks or has in "
@@ -96,7 +100,7 @@ def identity_adapter(
 
 
 def _vectors(index: CheckpointIndex) -> Shapes:
-    return {n: e.shape for n, e in index.entries.items() if n.endswith(_SUFFIX)}
+    return {n: e.shape for n, e in index.entries.items() if n.endswith(IA3_SUFFIX)}
 
 
 def _first_difference(ours: Shapes, theirs: Shapes) -> str | None:

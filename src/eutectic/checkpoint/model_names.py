@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from eutectic.checkpoint.names import align
-
-_KEYS_AND_VALUES = re.compile(
-    r"(encdec|cross_?att|encoder_?att).*\.((k|v|key|value)(_proj)?|c_attn)(\.base_layer)?$"
-    r"|(^|\.)enc_to_dec_proj(\.base_layer)?$",
-    re.IGNORECASE,
-)
-
-
-def reads_encoder(path: str) -> bool:
-    """Tell whether a decoder's module reads the encoder's states: keys, values, projections."""
-    return bool(_KEYS_AND_VALUES.search(path))
 
 
 def saved_names(model: nn.Module) -> dict[str, str]:

@@ -11,8 +11,6 @@ from eutectic.errors import CheckpointError
 
 _MAX_EXTRA_COMPONENTS = 3
 AS_THEY_ARE = "keys agree as they are"
-# The weight whose rows are the classes, in transformers' classifiers.
-CLASSIFIERS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 
 
 def check_plain_name(name: str, where: str) -> None:

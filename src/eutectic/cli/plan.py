@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from eutectic.cli import request as words
 from eutectic.cli.console import out, print_json, tell, tell_notes, verb
+from eutectic.conventions import layer_group
 from eutectic.recipes.units import format_bytes
 
 
@@ -138,7 +138,7 @@ def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Fold like layers (`layer.*.weight ×12`), and small tensors into one row per treatment."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", row["name"])
+        pattern = layer_group(row["name"])
         small = row["treatment"] == "vector" and row["why"] == "bias, norm or scalar"
         what = ("biases and norms", ()) if small else (pattern, tuple(row["shape"]))
         key = (*what, row["treatment"], row["method"], row["scale"])

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from eutectic.checkpoint.experts import is_adapter, open_expert
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index
-from eutectic.checkpoint.names import CLASSIFIERS, align
+from eutectic.checkpoint.names import align
 from eutectic.checkpoint.reader import CheckpointReader
+from eutectic.conventions import CLASSIFIERS
 from eutectic.errors import CheckpointError, MissingExtraError, RequestError
 from eutectic.evaluation.schema import Task
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eutectic.conventions import is_counter
 from eutectic.errors import EutecticError, NumericalError
 from eutectic.execution.elementwise import merge_elementwise
 from eutectic.execution.factors import matrix_norms
@@ -43,8 +44,7 @@ def copy_tensor(planned: TensorPlan, plan: Plan, inputs: Inputs, emit: Emit) -> 
         EutecticError: an expert holds other values in an integer or boolean buffer.
     """
     name = planned.name
-    # Batch norm's counter always differs, and nothing is computed from it after training.
-    free = planned.decision.ruled or name.endswith("num_batches_tracked")
+    free = planned.decision.ruled or is_counter(name)
     integral = not planned.entry.dtype.is_floating_point
     must_agree = planned.decision.treatment is Treatment.COPY and integral and not free
     for start, stop in flat_ranges(planned.elements):

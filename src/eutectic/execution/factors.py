@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eutectic.conventions import layer_group
+from eutectic.methods import Method
 from eutectic.planning.tensors import TensorPlan
 from eutectic.planning.values import as_map, blocks_of, matrix_shape, row_parts
 
@@ -19,6 +21,25 @@ def matrix_name(planned: TensorPlan, block: int, part: str) -> str:
     with a tensor each. Parts of a fused matrix keep their brackets: they are different layers.
     """
     return planned.name + (f".{block}" if planned.decision.stacked else "") + part
+
+
+def layer_factors(method: Method, norms: Mapping[str, float], parameters: Any) -> dict[str, float]:
+    """Return the factor of every merged matrix by a method that compares like layers.
+
+    Args:
+        method: it has a rule `finish`.
+        norms: name -> Frobenius norm, of all matrices that the method merged.
+        parameters: its own.
+    """
+    assert method.finish is not None
+    groups: dict[str, list[str]] = {}
+    for name in norms:
+        groups.setdefault(layer_group(name), []).append(name)
+    factors: dict[str, float] = {}
+    for names in groups.values():
+        own = method.finish([norms[name] for name in names], parameters)
+        factors |= zip(names, own, strict=True)
+    return factors
 
 
 def matrix_norms(planned: TensorPlan, block: int, delta: Tensor) -> dict[str, float]:

@@ -17,14 +17,13 @@ from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.folder import copy_side_files
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.layout import SHARD_INDEX_NAME, OutputFile, weight_index_bytes
-from eutectic.checkpoint.names import CLASSIFIERS
 from eutectic.checkpoint.writer import CheckpointWriter, write_atomically
+from eutectic.conventions import CLASSIFIERS, is_token_embedding
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.planning.values import flat_ranges
 
 EXPERTS = "experts"
-_TABLE = re.compile(r"(^|\.)(embed_tokens|word_embeddings|wte|shared|tok_embeddings)\.weight$")
 
 
 def write_expert_folders(
@@ -189,6 +188,6 @@ def _fit_config(config: Path, expert: Expert, heads: Sequence[TensorEntry]) -> N
             if ending is not None and values.get("architectures"):
                 names = values["architectures"]
                 values["architectures"] = [_TASK_OF_CLASS.sub(ending, name) for name in names]
-        elif rows and _TABLE.search(head.name) and head.name in expert.entries:
+        elif rows and is_token_embedding(head.name) and head.name in expert.entries:
             values["vocab_size"] = rows
     write_atomically(config, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())

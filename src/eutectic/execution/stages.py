@@ -21,7 +21,7 @@ from eutectic.execution.compute import (
     scaled,
 )
 from eutectic.execution.elementwise import stream_chunks
-from eutectic.execution.factors import range_factor, with_factors
+from eutectic.execution.factors import layer_factors, range_factor, with_factors
 from eutectic.execution.jobs import Ledger, Limits, Run, Sink
 from eutectic.execution.local import one_intra_op_thread
 from eutectic.execution.stacks import context_for
@@ -153,7 +153,7 @@ def _merge_deltas(
     norms: dict[str, float] = {}
     for name in compared:
         norms |= run.journal.finished["delta", name].norms
-    factors = plan.method.finish(norms, plan.parameters)
+    factors = layer_factors(plan.method, norms, plan.parameters)
     return {name: factors.get(name, 1.0) for name in norms}
 
 

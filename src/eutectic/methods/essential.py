@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
@@ -87,32 +85,11 @@ class EssentialParameters(Parameters):
         return max(1, int(out_features * self.rank_fraction))
 
 
-def _finish(norms: Mapping[str, float], parameters: EssentialParameters) -> dict[str, float]:
-    """Return (‖Δ‖ / mean over the group ‖Δ‖)^p for every merged matrix."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in norms:
-        groups[layer_group(name)].append(name)
+def _layer_factors(norms: Sequence[float], parameters: EssentialParameters) -> list[float]:
+    """Return (‖Δ‖ / mean ‖Δ‖)^p for the merged matrices of like layers."""
     power = parameters.resolved().layer_power
-    factors: dict[str, float] = {}
-    for members in groups.values():
-        mean = sum(norms[name] for name in members) / len(members)
-        for name in members:
-            factors[name] = (norms[name] / mean) ** power if mean > 0 else 1.0
-    return factors
-
-
-def layer_group(name: str) -> str:
-    """Return the matrix's name with every layer number replaced: like layers share it.
-
-    A part of a fused matrix, `name[part]`, is like the same part of the other layers.
-
-    Example:
-        >>> layer_group("encoder.layer.11.attention.self.query.weight")
-        'encoder.layer.*.attention.self.query.weight'
-        >>> layer_group("layers.7.mlp.experts.gate_up_proj.3[1]")
-        'layers.*.mlp.experts.gate_up_proj.*[1]'
-    """
-    return re.sub(r"(?<![^.])\d+(?![^.[])", "*", name)
+    mean = sum(norms) / len(norms)
+    return [(norm / mean) ** power if mean > 0 else 1.0 for norm in norms]
 
 
 def _explain(shape: tuple[int, ...], parameters: EssentialParameters, precision: Precision) -> str:
@@ -135,7 +112,7 @@ def _explain(shape: tuple[int, ...], parameters: EssentialParameters, precision:
     needs={"gram"},
     fallback="tsv_m",
     workspace=6.0,
-    finish=_finish,
+    finish=_layer_factors,
     explain=_explain,
     laws={"permutation", "homogeneous", "zero"},
 )

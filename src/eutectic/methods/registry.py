@@ -114,7 +114,7 @@ class Method:
     statistics_copies: Callable[[Any], float]
     products: float
     default_scale: Callable[[int], float]
-    finish: Callable[[Mapping[str, float], Any], Mapping[str, float]] | None
+    finish: Callable[[Sequence[float], Any], Sequence[float]] | None
     explain: Callable[[tuple[int, ...], Any, Precision], str] | None
     check: Callable[[Any, Sequence[float]], str | None] | None
     adapter: TypeAdapter[Any] = field(repr=False)
@@ -178,7 +178,7 @@ def register(
     statistics_copies: float | Callable[[Any], float] = 0.0,
     products: float = 10.0,
     default_scale: float | Callable[[int], float] = 1.0,
-    finish: Callable[[Mapping[str, float], Any], Mapping[str, float]] | None = None,
+    finish: Callable[[Sequence[float], Any], Sequence[float]] | None = None,
     explain: Callable[[tuple[int, ...], Any, Precision], str] | None = None,
     check: Callable[[Any, Sequence[float]], str | None] | None = None,
 ) -> Callable[[MethodFunction], MethodFunction]:
@@ -214,8 +214,8 @@ def register(
         products: time, in matrix products `[out, in] @ [in, in]` per expert (smaller side), for
             the plan's estimate; element-wise methods are estimated from their bytes.
         default_scale: α when the user names none, or a function of the number of experts.
-        finish: from the Frobenius norms of all merged matrices (name -> norm) and the parameters
-            to a factor per matrix, for rules that compare layers.
+        finish: from the Frobenius norms of the merged matrices of like layers and the parameters
+            to a factor for each, for rules that compare layers. The engine knows which are alike.
         explain: from the stack's shape `[T, out, in]`, the parameters and the precision to one
             sentence saying which numerical route will be taken, for the plan.
         check: from the parameters and the experts' weights to a fault in words, found before any

@@ -7,8 +7,9 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
+from eutectic.conventions import PARTS, is_packed
 from eutectic.methods import Method
-from eutectic.planning.collected import PARTS, is_packed, lacks
+from eutectic.planning.collected import lacks
 from eutectic.planning.inputs import Statistics
 from eutectic.planning.tensors import TensorPlan
 from eutectic.recipes.schema import Recipe

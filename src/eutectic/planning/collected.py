@@ -12,15 +12,13 @@ from eutectic.checkpoint.content import same_content, sample_ranges
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.model_names import names_in
 from eutectic.checkpoint.names import align
+from eutectic.conventions import PARTS, is_packed
 from eutectic.errors import CheckpointError
 from eutectic.methods import Method, get_method
 from eutectic.methods.matrices import has_statistic
 from eutectic.methods.registry import all_methods
 from eutectic.planning.inputs import BaseReader, Inputs, Statistics
 from eutectic.types import LayerStatistics
-
-PARTS = ("[q]", "[k]", "[v]")
-_PACKED = "in_proj_weight"
 
 
 def statistics_names(statistics: Statistics, inputs: Inputs) -> dict[str, str]:
@@ -39,11 +37,6 @@ def statistics_names(statistics: Statistics, inputs: Inputs) -> dict[str, str]:
 def _called(statistics: Statistics, names: Iterable[str], keys: Iterable[str]) -> Mapping[str, str]:
     """Return what a checkpoint of these keys calls the parameters that statistics know by name."""
     return names_in(keys, names, getattr(statistics, "provenance", {}).get("saved_as", {}))
-
-
-def is_packed(name: str) -> bool:
-    """Tell whether a tensor is the in-projection of `nn.MultiheadAttention`, rows q, k, v."""
-    return name.endswith(_PACKED)
 
 
 def lacks(statistics: Statistics, name: str | None, needs: Iterable[str]) -> bool:

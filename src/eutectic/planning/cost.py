@@ -11,9 +11,10 @@ from pathlib import Path
 import psutil
 import torch
 
+from eutectic.conventions import PARTS
 from eutectic.errors import RecipeError
 from eutectic.methods import get_method
-from eutectic.planning.collected import PARTS, wanted
+from eutectic.planning.collected import wanted
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan, method_of
 from eutectic.planning.tensors import TensorPlan

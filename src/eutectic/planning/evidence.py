@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from eutectic.planning.collected import PARTS, is_packed, read, wanted
+from eutectic.conventions import PARTS, is_packed
+from eutectic.planning.collected import read, wanted
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan, method_of
 from eutectic.planning.tensors import TensorPlan

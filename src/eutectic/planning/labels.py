@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from eutectic.conventions import classification_head
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensors import TensorPlan
 from eutectic.recipes.schema import Recipe
@@ -13,8 +14,6 @@ from eutectic.types import Treatment
 
 WARNING = "warning: "  # how a note begins that says that the output may be wrong
 
-# What classification heads are called by transformers and timm.
-_HEAD = re.compile(r"(^|\.)(\w*classifier\w*|classification_head|score|logits_proj|head)(?=\.)")
 _NAMELESS = re.compile(r"LABEL_\d+")
 
 
@@ -32,7 +31,7 @@ def label_warnings(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs
     for planned in tensors:
         if planned.decision.treatment in (Treatment.COPY, Treatment.HEAD):
             continue
-        if not planned.entry.shape or _HEAD.search(planned.name) is None:
+        if not planned.entry.shape or classification_head(planned.name) is None:
             continue
         having = [f"'{n}'" for n in planned.experts if planned.name in inputs.experts[n].entries]
         # The model whose label2id the output keeps comes first, if it names its classes.
@@ -83,6 +82,5 @@ def _difference(names: tuple[str, ...], wanted: tuple[str, ...]) -> str:
 
 def _rules(names: Sequence[str]) -> str:
     """Return rules, as a recipe has them, that keep every tensor of these heads."""
-    ends = [match.end() for name in names if (match := _HEAD.search(name))]
-    patterns = dict.fromkeys(f"{n[:end]}.*" for n, end in zip(names, ends, strict=True))
+    patterns = dict.fromkeys(f"{classification_head(name)}.*" for name in names)
     return f"tensors: [{', '.join(f'{{match: {p}, treatment: head}}' for p in patterns)}]"

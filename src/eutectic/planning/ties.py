@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import torch
 
 from eutectic.checkpoint.experts import Expert
+from eutectic.conventions import is_output_vocabulary, may_be_vocabulary
 from eutectic.planning.inputs import BaseReader
 
 Read = Callable[[str, int, int], torch.Tensor]
 
-_OUTPUT = re.compile(r"(lm_head|embed_out|output_projection|(^|\.)decoder)\.weight$")
-_TABLE = re.compile(r"embed|(^|\.)(wte|shared)\.")
 _WINDOW = 1024
 
 
@@ -25,8 +23,8 @@ def tied_to(base: BaseReader) -> dict[str, str]:
     numbers of its partner, so that both stay equal.
     """
     matrices = [e for e in base.entries.values() if len(e.shape) == 2]
-    tables = [e for e in matrices if _TABLE.search(e.name)]
-    outputs = [e for e in matrices if _OUTPUT.search(e.name) and not _TABLE.search(e.name)]
+    tables = [e for e in matrices if may_be_vocabulary(e.name)]
+    outputs = [e for e in matrices if _is_output(e.name)]
     tied: dict[str, str] = {}
     for position, entry in enumerate([*tables, *outputs]):
         for partner in tables[:position]:
@@ -37,18 +35,22 @@ def tied_to(base: BaseReader) -> dict[str, str]:
     return tied
 
 
+def _is_output(name: str) -> bool:
+    return is_output_vocabulary(name) and not may_be_vocabulary(name)
+
+
 def is_copy(expert: Expert, extra: str) -> bool:
     """Tell whether a tensor that the base lacks repeats a vocabulary table of the same expert.
 
     Such as the output embeddings in `torch.save(model.state_dict())` of a tied model: no head.
     """
     entry = expert.extra[extra]
-    if len(entry.shape) != 2 or not (_OUTPUT.search(extra) or _TABLE.search(extra)):
+    if len(entry.shape) != 2 or not (is_output_vocabulary(extra) or may_be_vocabulary(extra)):
         return False
     alike = (
         name
         for name, own in expert.entries.items()
-        if _TABLE.search(name) and (own.shape, own.dtype) == (entry.shape, entry.dtype)
+        if may_be_vocabulary(name) and (own.shape, own.dtype) == (entry.shape, entry.dtype)
     )
     return any(_equal(expert.read_extra, extra, expert.read, name, entry.numel) for name in alike)
 

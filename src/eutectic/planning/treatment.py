@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from eutectic import conventions
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.recipes.schema import TensorRule
 from eutectic.types import Treatment
-
-# Lookup tables and learned tokens: rows are items, not directions of a linear map.
-_TABLE = re.compile(
-    r"embed|(^|\.)(wte|wpe|shared)\.|relative_attention_bias|_token(s)?$|(^|\.)tokens?_type"
-    r"|position_ids|lookup_table"
-)
-# transformers' Conv1D and OpenCLIP's projections keep weights as [in, out].
-_CONV1D_MODELS = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
-_CONV1D_NAMES = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
-_OPENCLIP_PROJECTION = re.compile(r"(^|\.)(visual\.proj|text_projection)$")
-_TEXT_PROJECTION = re.compile(r"(^|\.)text_projection(\.weight)?$")
-_STACKED = re.compile(r"expert")
 
 
 @dataclass(frozen=True)
@@ -97,16 +85,17 @@ def _default(entry: TensorEntry) -> tuple[Treatment, str]:
         return Treatment.COPY, "empty"
     if len(shape) < 2:
         return Treatment.VECTOR, "bias, norm or scalar"
-    if entry.name.endswith(".ia3_l"):
+    if entry.name.endswith(conventions.IA3_SUFFIX):
         return Treatment.VECTOR, "(IA)³ vector"
-    table = _TABLE.search(entry.name) is not None
-    if len(shape) > 3 or (len(shape) == 3 and not table and not _STACKED.search(entry.name)):
+    table = conventions.is_table(entry.name)
+    stack = table or conventions.is_expert_stack(entry.name)
+    if len(shape) > 3 or (len(shape) == 3 and not stack):
         return Treatment.CONV, "convolution kernel"
     if table:
         return Treatment.EMBEDDING, "lookup table"
     if min(shape[-2:]) == 1:
         return Treatment.VECTOR, "a single row or column"
-    if _TEXT_PROJECTION.search(entry.name):
+    if conventions.is_text_projection(entry.name):
         return Treatment.VECTOR, "text projection, not flattened officially"
     return Treatment.MATRIX, "stack of matrices" if len(shape) == 3 else "matrix"
 
@@ -114,12 +103,12 @@ def _default(entry: TensorEntry) -> tuple[Treatment, str]:
 def _is_transposed(entry: TensorEntry, config: Mapping[str, Any]) -> bool:
     if len(entry.shape) != 2:
         return False
-    if _CONV1D_NAMES.search(entry.name):
+    if conventions.is_conv1d(entry.name):
         # A model of several parts (vision-encoder-decoder) states each part's type.
         parts = (config, *(v for v in config.values() if isinstance(v, Mapping)))
-        if any(str(part.get("model_type")) in _CONV1D_MODELS for part in parts):
+        if any(str(part.get("model_type")) in conventions.CONV1D_MODELS for part in parts):
             return True
-    return _OPENCLIP_PROJECTION.search(entry.name) is not None
+    return conventions.is_openclip_projection(entry.name)
 
 
 def _parts(

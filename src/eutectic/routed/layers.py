@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,21 +9,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from eutectic.conventions import PARTS, is_attention_or_mlp_input
 from eutectic.errors import RequestError
 from eutectic.routed.linear import RoutedAttention, RoutedLinear
 
 Kind = Literal["linear", "conv1d", "in_projection", "out_projection"]
-
-# Attention projections and the first matrix of the MLP, by the names of the common libraries.
-_DEFAULT = re.compile(
-    r"\.(in_proj_weight"
-    r"|((attn|attention|SelfAttention|EncDecAttention|self_attn|cross_attn|encoder_attn)\."
-    r"([qkvo]|dense|c_proj|proj|out|to_out\.0|output\.dense))\.weight"
-    r"|(query|key|value|[qkvo]_proj|out_proj|[qkv]_lin|out_lin|c_attn|q_attn|qkv_proj|qkv"
-    r"|query_key_value|W_?qkv)\.weight"
-    r"|(intermediate\.dense|fc1|c_fc|wi|wi_[01]|up_proj|gate_proj|gate_up_proj|lin1|linear1"
-    r"|dense_h_to_4h|w1|w3)\.weight)$"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +106,7 @@ def choose_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> li
         raise RequestError("the model is routed already; build from the merged model itself.")
     layers = find_layers(model)
     if patterns is None:
-        chosen = [layer for name, layer in layers.items() if _DEFAULT.search(f".{name}")]
+        chosen = [layer for name, layer in layers.items() if is_attention_or_mlp_input(name)]
     else:
         chosen = [
             layer
@@ -194,7 +183,7 @@ def in_parts(name: str, keys: Iterable[str]) -> bool:
         pairs = ((f".{key}", f".{wanted}") for key in keys)
         return any(one.endswith(other) or other.endswith(one) for one, other in pairs)
 
-    return held(f"{name}[q]") and not held(name)
+    return held(name + PARTS[0]) and not held(name)
 
 
 def routed_costs(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eutectic.checkpoint.model_names import reads_encoder
+from eutectic.conventions import reads_encoder
 from eutectic.errors import RequestError
 from eutectic.routed.call import Call, Routing, innermost, uncompiled
 from eutectic.routed.frames import Frame

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from eutectic.conventions import is_packed
 from eutectic.statistics.sites import Site, is_encoder_decoder
 
 
@@ -116,7 +117,7 @@ def _slot(site: Site) -> str:
         return "out"
     if site.name.endswith("]"):
         return site.name[-2]
-    return "qkv" if site.name.endswith("in_proj_weight") else site.name.rsplit(".", 1)[-1][0]
+    return "qkv" if is_packed(site.name) else site.name.rsplit(".", 1)[-1][0]
 
 
 def _restore_forward(module: nn.Module, previous: Any) -> None:

@@ -17,10 +17,10 @@ from eutectic.checkpoint.ia3 import is_ia3, open_ia3
 from eutectic.checkpoint.index import open_index
 from eutectic.checkpoint.memory import StateDictReader
 from eutectic.checkpoint.reader import CheckpointReader
+from eutectic.conventions import canonical_name
 from eutectic.errors import CheckpointError, MissingExtraError, RequestError
 from eutectic.statistics.encode import TASKS, Task
 from eutectic.statistics.heads import Head
-from eutectic.statistics.sites import canonical_name
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 _BY_ARCHITECTURE: Mapping[str, Task] = {

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from eutectic.checkpoint.content import sample_of
+from eutectic.conventions import IA3_SUFFIX
 from eutectic.statistics.plan import Plan
 
 
@@ -50,7 +51,7 @@ def _wrappers(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 def _effective(weight: Tensor, wrapper: Any) -> Tensor | None:
     """Return what a layer computes with: its weight, with the change that LoRA makes to it."""
-    scales_activations = any(".ia3_l." in f".{n}" for n, _ in _parameters(wrapper))
+    scales_activations = any(f"{IA3_SUFFIX}." in f".{n}" for n, _ in _parameters(wrapper))
     if wrapper is None or getattr(wrapper, "merged", False) or scales_activations:
         return weight
     if not callable(getattr(wrapper, "get_delta_weight", None)):

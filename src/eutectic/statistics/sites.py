@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -10,16 +9,16 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from eutectic.checkpoint.model_names import reads_encoder
+from eutectic.conventions import (
+    canonical_name,
+    is_adapter_part,
+    is_table_parameter,
+    reads_encoder,
+    reads_image,
+)
 
 Kind = Literal["linear", "conv1d", "convolution", "in_projection", "out_projection"]
 Role = Literal["encoder", "decoder", "cross", "image", "text"]
-
-_IMAGE = re.compile(r"(^|[._])(vision|visual|image|multi_modal)")
-# Modules that adapters add beside the layer they adapt; their inputs are not a base weight's.
-_ADAPTER_PART = re.compile(r"\.(lora_\w+|original_module)(\.|$)")
-# Learned positions and tokens that are plain parameters of their module.
-_TABLE = re.compile(r"embed|position|token")
 
 _CONVOLUTIONS = (
     nn.Conv1d,
@@ -114,7 +113,7 @@ def _unobservable(model: nn.Module, observed: set[int]) -> dict[str, str]:
             matrix = parameter.ndim in (2, 3) and min(parameter.shape) > 1
             if not matrix or id(parameter) in observed or not parameter.is_floating_point():
                 continue
-            if not (_TABLE.search(own) or _ADAPTER_PART.search(f".{raw}")):
+            if not (is_table_parameter(own) or is_adapter_part(raw)):
                 kind = type(module).__name__
                 found[canonical_name(raw)] = f"no linear layer: {kind} multiplies by it itself"
     return found
@@ -125,26 +124,12 @@ def selected(name: str, patterns: Sequence[str] | None) -> bool:
     return patterns is None or any(fnmatchcase(name, p) for p in patterns)
 
 
-def canonical_name(name: str) -> str:
-    """Return the checkpoint's name of a parameter of a wrapped (PEFT, compiled) model.
-
-    >>> canonical_name("base_model.model.encoder.q.base_layer.weight")
-    'encoder.q.weight'
-    >>> canonical_name("base_model.model.encoder.q.ia3_l.default")
-    'encoder.q.ia3_l'
-    """
-    name = name.replace("_orig_mod.", "").removeprefix("base_model.model.")
-    name = name.replace(".base_layer.", ".")
-    name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
-    return re.sub(r"\.ia3_l\.[^.]+$", ".ia3_l", name)
-
-
 def named_parameters(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Parameter]:
     """Return the floating-point parameters by canonical name, tied ones once, adapters' aside."""
     found: dict[str, nn.Parameter] = {}
     for raw, parameter in model.named_parameters():
         name = canonical_name(raw)
-        if parameter.is_floating_point() and not _ADAPTER_PART.search(raw):
+        if parameter.is_floating_point() and not is_adapter_part(raw):
             if selected(name, patterns):
                 found.setdefault(name, parameter)
     return found
@@ -198,7 +183,7 @@ def _candidates(model: nn.Module, convolutions: bool, skipped: dict[str, str]) -
     encoder_decoder = is_encoder_decoder(model)
     attention_paths: set[str] = set()
     for path, module in model.named_modules():
-        if _ADAPTER_PART.search(f".{path}"):
+        if is_adapter_part(path):
             continue
         name = canonical_name(f"{path}.weight" if path else "weight")
         role = _role(path, encoder_decoder)
@@ -261,7 +246,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def _role(path: str, encoder_decoder: bool) -> Role:
-    if _IMAGE.search(path):
+    if reads_image(path):
         return "image"
     if not encoder_decoder:
         return "text"
