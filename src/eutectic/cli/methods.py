@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from eutectic.cli.console import out, print_json, verb
+from eutectic.cli.options import Json
 
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
@@ -21,7 +22,7 @@ def methods(
     name: Annotated[
         str | None, typer.Argument(help="Show one method's page.", show_default=False)
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    json: Json = False,
 ) -> None:
     """List the methods, or show one method's page.
 

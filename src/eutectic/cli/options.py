@@ -1,43 +1,52 @@
-"""Options that `collect` and `route` share, and which of a verb's options were given."""
+"""Options that several verbs share, each declared once, and which of them were given."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import typer
 
+from eutectic.cli.records import parameters_of
 from eutectic.errors import RequestError
 
-Task = Annotated[
-    str | None,
-    typer.Option(
-        help="text-classification, feature-extraction, image-classification, causal-lm or "
-        "seq2seq (default: by the checkpoint's architecture)."
-    ),
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+StatisticsFiles = Annotated[
+    list[str] | None,
+    typer.Option("--statistics", "-s", metavar="NAME=FILE", help="Statistics of an expert."),
 ]
-MaxLength = Annotated[
-    int | None, typer.Option(min=1, help="Tokens per text (default: at most 512).")
-]
-Device = Annotated[str, typer.Option(help="Where the model runs, collecting.")]
-Split = Annotated[str | None, typer.Option(help="Split of a `datasets` folder.")]
-TrustCode = Annotated[bool, typer.Option("--trust-code", help="Allow data from module:function.")]
-TextColumn = Annotated[str, typer.Option(help="Column of texts.")]
-TextPairColumn = Annotated[str, typer.Option(help="Column of second texts.")]
-SourceColumn = Annotated[str, typer.Option(help="Column of source texts.")]
-TargetColumn = Annotated[str, typer.Option(help="Column of target texts.")]
-ImageColumn = Annotated[str, typer.Option(help="Column of images.")]
 
 
-def given_options(context: typer.Context) -> dict[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class LimitOptions:
+    """What a merge may use of the machine."""
+
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Tensors merged side by side (default: one per core).", min=1),
+    ] = None
+    memory: Annotated[
+        str | None, typer.Option(help="Limit, such as 4GB (default: 60 % of what is available).")
+    ] = None
+
+
+def given_options(context: typer.Context, record: type[Any] | None = None) -> dict[str, str]:
     """Return parameter -> option (`max_length` -> `--max-length`) of those that were typed.
 
     An option typed with its default value is among them, one that was left out is not.
+
+    Args:
+        context: of the command.
+        record: return only the options of this record.
     """
+    wanted = None if record is None else {parameter.name for parameter in parameters_of(record)}
     return {
         parameter.name: parameter.opts[0]
         for parameter in context.command.params
-        if parameter.name and _typed(context, parameter.name)
+        if parameter.name
+        and (wanted is None or parameter.name in wanted)
+        and _typed(context, parameter.name)
     }
 
 

@@ -8,29 +8,23 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from eutectic.cli import request as words
 from eutectic.cli.console import out, print_json, tell, tell_notes, verb
+from eutectic.cli.options import Json, LimitOptions
+from eutectic.cli.request import RecipeOptions, request
 from eutectic.conventions import layer_group
 from eutectic.recipes.units import format_bytes
 
 
 @verb
 def plan(
-    what: words.What = None,
-    base: words.Base = None,
-    method: words.MethodName = None,
-    scale: words.Scale = None,
-    param: words.Parameter = None,
-    weight: words.Weight = None,
-    statistics: words.StatisticsFile = None,
-    set_: words.Set = None,
-    threads: words.Threads = None,
-    memory: words.Memory = None,
+    *,
+    asked: RecipeOptions,
+    limits: LimitOptions,
     every: Annotated[bool, typer.Option("--all", help="One line per tensor.")] = False,
     explain: Annotated[
         bool, typer.Option(help="Say which linear algebra each matrix would take, and why.")
     ] = False,
-    json: words.Json = False,
+    json: Json = False,
 ) -> None:
     """Show what a merge would do, from the files' headers: quick, and nothing is written.
 
@@ -48,9 +42,9 @@ def plan(
     from eutectic.planning.plan import make_plan
     from eutectic.recipes.schema import ScaleSearch
 
-    recipe, options = words.request(what, base, method, scale, param, weight, statistics, set_)
+    recipe, options = request(asked)
     checked, source = recipe_from(recipe, options)
-    count, limit = limits_of(threads, memory)
+    count, limit = limits_of(limits.threads, limits.memory)
     with open_inputs(checked, source) as inputs:
         made = make_plan(checked, inputs, source)
         check_memory(made, inputs, limit)

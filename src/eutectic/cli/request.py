@@ -1,7 +1,8 @@
-"""The words that `merge` and `plan` share: a recipe file, or a request on the command line."""
+"""The options that `merge` and `plan` share: a recipe file, or a request on the command line."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 import yaml
 
 from eutectic.cli.console import pairs
+from eutectic.cli.options import StatisticsFiles
 from eutectic.errors import RequestError, suggest
 from eutectic.recipes.document import UNREADABLE
 
@@ -21,61 +23,58 @@ What = Annotated[
     ),
 ]
 Base = Annotated[str | None, typer.Option(help="The model that all experts started from.")]
-MethodName = Annotated[
-    str | None, typer.Option("--method", "-m", help="Method; see `eutectic methods`.")
-]
-Scale = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NUMBER | auto",
-        help="α: how much of the merged delta is added; auto: in closed form from statistics.",
-    ),
-]
-Parameter = Annotated[
-    list[str] | None,
-    typer.Option("--param", "-p", metavar="NAME=VALUE", help="A parameter of the method."),
-]
-Weight = Annotated[
-    list[str] | None,
-    typer.Option("--weight", "-w", metavar="NAME=W", help="Weight of an expert (default 1)."),
-]
-StatisticsFile = Annotated[
-    list[str] | None,
-    typer.Option("--statistics", "-s", metavar="NAME=FILE", help="Statistics of an expert."),
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Any other key of a recipe: dtype, heads, missing, seed, precision, scale_tensors …",
-    ),
-]
-Threads = Annotated[
-    int | None, typer.Option(help="Tensors merged side by side (default: one per core).", min=1)
-]
-Memory = Annotated[
-    str | None, typer.Option(help="Limit, such as 4GB (default: 60 % of what is available).")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 
-def request(
-    what: list[str] | None,
-    base: str | None,
-    method: str | None,
-    scale: str | None,
-    parameters: list[str] | None,
-    weights: list[str] | None,
-    statistics: list[str] | None,
-    settings: list[str] | None,
-) -> tuple[Path | None, dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """A recipe, or what one would say."""
+
+    what: What = None
+    base: Base = None
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="Method; see `eutectic methods`.")
+    ] = None
+    scale: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBER | auto",
+            help="α: how much of the merged delta is added; auto: in closed form from statistics.",
+        ),
+    ] = None
+    param: Annotated[
+        list[str] | None,
+        typer.Option("--param", "-p", metavar="NAME=VALUE", help="A parameter of the method."),
+    ] = None
+    weight: Annotated[
+        list[str] | None,
+        typer.Option("--weight", "-w", metavar="NAME=W", help="Weight of an expert (default 1)."),
+    ] = None
+    statistics: StatisticsFiles = None
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any other key of a recipe: dtype, heads, missing, seed, precision, "
+            "scale_tensors …",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchedRecipeOptions(RecipeOptions):
+    """The same where the scale is searched."""
+
+    scale: None = field(default=None, init=False)
+
+
+def request(asked: RecipeOptions) -> tuple[Path | None, dict[str, Any]]:
     """Return the recipe file, if one is named, and the options that come on top of it.
 
     Raises:
         RequestError: neither a recipe nor experts are named, or words do not fit together.
     """
-    words = what or []
+    words = asked.what or []
     if not words:
         raise RequestError(
             "nothing to merge.\nName a recipe, or experts: eutectic merge --base B -m iso_c "
@@ -84,7 +83,7 @@ def request(
     recipe, words = split_recipe(words)
     from eutectic.recipes.schema import Recipe
 
-    options = _values(settings or [], "--set")
+    options = _values(asked.set_ or [], "--set")
     for key in options:
         if key not in Recipe.model_fields:
             known = sorted(Recipe.model_fields)
@@ -92,14 +91,13 @@ def request(
                 f"--set names '{key}', which is no key of a recipe.{suggest(key, known)}\n"
                 f"Keys: {', '.join(known)}. Parameters of the method go after --param."
             )
-    if scale is not None:
-        _check_scale(scale)
-    options.update(
-        {k: v for k, v in {"base": base, "method": method, "scale": scale}.items() if v is not None}
-    )
-    if parameters:
-        options["parameters"] = _values(parameters, "--param")
-    experts = named_experts(words, weights or [], statistics or [])
+    if asked.scale is not None:
+        _check_scale(asked.scale)
+    stated = {"base": asked.base, "method": asked.method, "scale": asked.scale}
+    options.update({key: value for key, value in stated.items() if value is not None})
+    if asked.param:
+        options["parameters"] = _values(asked.param, "--param")
+    experts = named_experts(words, asked.weight or [], asked.statistics or [])
     if experts:
         options["experts"] = experts
     if recipe is None:

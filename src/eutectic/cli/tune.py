@@ -3,42 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from eutectic.cli import request as words
 from eutectic.cli.console import out, print_json, progress_bar, tell, tell_done, tell_notes, verb
+from eutectic.cli.options import Json, LimitOptions
+from eutectic.cli.request import SearchedRecipeOptions, request
 from eutectic.errors import RequestError
 
 BAR = 24
 
 
-@verb
-def tune(
-    what: words.What = None,
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """The keys of `scale: {…}` that are given on the command line."""
+
     search: Annotated[
         str | None,
         typer.Option(
             metavar="validation | divergence | gram",
             help="What to optimise (default: what the recipe says).",
         ),
-    ] = None,
+    ] = None
     tasks: Annotated[
         Path | None, typer.Option(help="Tasks (YAML) with validation or proxy data.")
-    ] = None,
+    ] = None
     range_: Annotated[
         str | None,
         typer.Option("--range", metavar="LOW:HIGH", help="Range of α (default: 0.02:3)."),
-    ] = None,
-    points: Annotated[
-        int | None, typer.Option(help="Values on the first grid (default: 11).")
-    ] = None,
-    tolerance: Annotated[
-        float | None, typer.Option(help="Relative precision (default: 0.05).")
-    ] = None,
+    ] = None
+    points: Annotated[int | None, typer.Option(help="Values on the first grid (default: 11).")] = (
+        None
+    )
+    tolerance: Annotated[float | None, typer.Option(help="Relative precision (default: 0.05).")] = (
+        None
+    )
+
+    def stated(self) -> dict[str, Any]:
+        """Return the keys that were given, as a recipe would have them."""
+        keys = {
+            "search": self.search,
+            "tasks": None if self.tasks is None else str(self.tasks),
+            "range": None if self.range_ is None else _range(self.range_),
+            "points": self.points,
+            "tolerance": self.tolerance,
+        }
+        return {key: value for key, value in keys.items() if value is not None}
+
+
+@verb
+def tune(
+    *,
+    search: SearchOptions,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the model at the best α there.")
     ] = None,
@@ -53,18 +73,12 @@ def tune(
             "beside it."
         ),
     ] = None,
-    base: words.Base = None,
-    method: words.MethodName = None,
-    param: words.Parameter = None,
-    weight: words.Weight = None,
-    statistics: words.StatisticsFile = None,
-    set_: words.Set = None,
-    threads: words.Threads = None,
-    memory: words.Memory = None,
+    asked: SearchedRecipeOptions,
+    limits: LimitOptions,
     restart: Annotated[
         bool, typer.Option(help="Discard an unfinished run, or what --work keeps.")
     ] = False,
-    json: words.Json = False,
+    json: Json = False,
 ) -> None:
     """Search the scale α of a merge and show the curve.
 
@@ -83,26 +97,19 @@ def tune(
     from eutectic.tuning import tune as run
     from eutectic.tuning.plot import check_plot, numbers_of, plot_curve
 
-    recipe, options = words.request(what, base, method, None, param, weight, statistics, set_)
-    asked = {
-        "search": search,
-        "tasks": None if tasks is None else str(tasks),
-        "range": None if range_ is None else _range(range_),
-        "points": points,
-        "tolerance": tolerance,
-    }
+    recipe, options = request(asked)
+    keys = search.stated()
     if plot is not None:
         check_plot(plot)
     with progress_bar("tuning") as bar:
         report = run(
             recipe,
-            search={key: value for key, value in asked.items() if value is not None},
+            search=keys,
             output=output,
             work=work,
-            threads=threads,
-            memory=memory,
             restart=restart,
             progress=bar,
+            **vars(limits),
             **options,
         )
     record: dict[str, Any] = {
