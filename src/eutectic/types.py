@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -59,6 +60,12 @@ class LayerStatistics:
     block_fisher: Tensor | None = None
     examples: int = 0
 
+    def has(self, statistic: str) -> bool:
+        """Tell whether a statistic is there; a Gram in either form."""
+        if statistic == "gram":
+            return self.gram is not None or self.gram_factor is not None
+        return getattr(self, statistic) is not None
+
     def dense_gram(self, dtype: torch.dtype = torch.float64) -> Tensor | None:
         """Return A `[in, in]` in `dtype` whichever way it is stored, or None if there is none."""
         if self.gram is not None:
@@ -70,6 +77,85 @@ class LayerStatistics:
         if self.gram_diagonal is not None:
             gram.diagonal().add_(self.gram_diagonal.to(dtype))
         return gram
+
+
+@runtime_checkable
+class Statistics(Protocol):
+    """The statistics of one expert, of which little need be in memory at once.
+
+    A statistics file keeps to this by itself; `as_statistics` makes it of a plain mapping.
+    """
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """What the statistics say about themselves; empty where they say nothing."""
+        ...
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The fingerprint of the checkpoint that they were collected on, None where unknown."""
+        ...
+
+    @property
+    def samples(self) -> Mapping[str, Tensor]:
+        """A few values of each parameter that they were collected with, empty where unknown."""
+        ...
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of the parameters that have an entry."""
+        ...
+
+    def __contains__(self, name: object, /) -> bool:
+        """Tell whether a parameter has an entry."""
+        ...
+
+    def has(self, name: str, statistic: str) -> bool:
+        """Tell, without reading, whether a parameter has a statistic (named as for `read`)."""
+        ...
+
+    def read(self, name: str, only: Collection[str] | None = None) -> LayerStatistics:
+        """Return the statistics of one parameter: counts, and those named in `only` (None: all).
+
+        More than asked for may be returned where nothing has to be read.
+        """
+        ...
+
+    def read_bytes(self, name: str, only: Collection[str]) -> int:
+        """Return how many bytes `read` takes from a file."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class StatisticsInMemory:
+    """A mapping of parameter name -> `LayerStatistics` with the surface of a statistics file."""
+
+    entries: Mapping[str, LayerStatistics]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str | None = None
+    samples: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def has(self, name: str, statistic: str) -> bool:
+        """Tell whether a parameter has a statistic."""
+        return name in self.entries and self.entries[name].has(statistic)
+
+    def read(self, name: str, only: Collection[str] | None = None) -> LayerStatistics:
+        """Return the whole entry: it is in memory anyway."""
+        return self.entries[name]
+
+    def read_bytes(self, name: str, only: Collection[str]) -> int:
+        """Return 0: nothing is read."""
+        return 0
+
+
+def as_statistics(given: Statistics | Mapping[str, LayerStatistics]) -> Statistics:
+    """Return statistics as they are, or a plain mapping with their surface."""
+    return given if isinstance(given, Statistics) else StatisticsInMemory(given)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from eutectic.errors import RecipeError
 from eutectic.planning.inputs import in_memory_inputs
 from eutectic.planning.plan import make_plan
 from eutectic.recipes.load import check_recipe
-from eutectic.types import LayerStatistics
+from eutectic.types import LayerStatistics, Statistics, StatisticsInMemory
 from helpers.folders import save
 
 BASE = {"layer.weight": torch.zeros(4, 3), "layer.bias": torch.zeros(4)}
@@ -24,20 +24,15 @@ EXPERT = {
 LAYER = LayerStatistics(gram=torch.eye(3), count=5)
 
 
-class Collected(dict[str, LayerStatistics]):
-    """Statistics that know their checkpoint."""
-
-    fingerprint = "of another checkpoint"
-
-
-def notes(statistics: dict[str, LayerStatistics], **keys: object) -> str:
+def notes(statistics: Statistics | dict[str, LayerStatistics], **keys: object) -> str:
     inputs = in_memory_inputs(BASE, {"a": EXPERT}, {"a": statistics})
     values = {"base": "memory", "experts": {"a": "memory"}, "method": "regmean", **keys}
     return "\n".join(make_plan(check_recipe(values), inputs).notes)
 
 
 def test_statistics_of_unknown_origin_are_named() -> None:
-    assert "do not prove that they are of this expert" in notes(Collected({"layer.weight": LAYER}))
+    known = StatisticsInMemory({"layer.weight": LAYER}, fingerprint="of another checkpoint")
+    assert "do not prove that they are of this expert" in notes(known)
     assert "of this expert" not in notes({"layer.weight": LAYER})
 
 

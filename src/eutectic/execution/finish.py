@@ -83,8 +83,9 @@ def _parent(path: str, expert: Expert) -> dict[str, Any]:
 
 def _proxy_data(name: str, inputs: Inputs) -> dict[str, Any]:
     """Return which data an expert's statistics are of, if the recipe names a file of them."""
-    record = getattr(inputs.statistics.get(name), "provenance", None)
-    return {} if record is None else {"statistics": record["data"]}
+    statistics = inputs.statistics.get(name)
+    known = statistics is not None and statistics.provenance
+    return {"statistics": known["data"]} if known else {}
 
 
 def stated_recipe(plan: Plan) -> dict[str, Any]:

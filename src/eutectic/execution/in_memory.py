@@ -13,10 +13,11 @@ from eutectic.errors import RequestError
 from eutectic.execution.jobs import Limits
 from eutectic.execution.request import limits_of, sorted_options
 from eutectic.execution.stages import run_stages
-from eutectic.planning.inputs import Statistics, in_memory_inputs
+from eutectic.planning.inputs import in_memory_inputs
 from eutectic.planning.journal import Finished
 from eutectic.planning.plan import make_plan
 from eutectic.recipes.load import check_recipe
+from eutectic.types import LayerStatistics
 
 
 def merge_state_dicts(
@@ -26,7 +27,7 @@ def merge_state_dicts(
     method: str,
     scale: float | None = None,
     weights: Mapping[str, float] | None = None,
-    statistics: Mapping[str, Statistics] | None = None,
+    statistics: Mapping[str, Mapping[str, LayerStatistics]] | None = None,
     threads: int | None = None,
     config: Mapping[str, Any] | None = None,
     **options: Any,

@@ -8,7 +8,6 @@ from torch import Tensor
 from eutectic.errors import MethodError, NumericalError
 from eutectic.methods.grams import Gram, roundoff, scaled_off_diagonal
 from eutectic.methods.linear import finite
-from eutectic.methods.matrices import has_statistic
 from eutectic.methods.registry import Context
 from eutectic.types import LayerStatistics
 
@@ -41,7 +40,7 @@ def lack(needs: tuple[str, ...], context: Context, normalize_counts: bool) -> st
         if entry is None:
             return f"expert '{expert}' has no statistics for this tensor"
         for need in needs:
-            if not has_statistic(entry, need):
+            if not entry.has(need):
                 return f"the statistics of expert '{expert}' hold no {need}"
         if normalize_counts and _examples(entry, needs[0]) == 0:
             if any(bool(x.any()) for need in needs for x in _tensors(entry, need)):

@@ -121,19 +121,10 @@ def missing_needs(entry: Method, values: Any, context: Context) -> list[str]:
             if context.base is None:
                 lacking.append("base")
         elif context.statistics is None or any(
-            not has_statistic(s, need) for s in context.statistics
+            s is None or not s.has(need) for s in context.statistics
         ):
             lacking.append(f"statistics with '{need}' for every expert")
     return lacking
-
-
-def has_statistic(statistics: LayerStatistics | None, need: str) -> bool:
-    """Tell whether the statistics hold what a method names in `needs`."""
-    if statistics is None:
-        return False
-    if need == "gram":
-        return statistics.gram is not None or statistics.gram_factor is not None
-    return getattr(statistics, need) is not None
 
 
 def methods() -> dict[str, dict[str, Any]]:
@@ -225,4 +216,4 @@ def _like_one(value: Tensor | None, stack: Tensor, name: str) -> Tensor | None:
     return value.to(stack)
 
 
-__all__ = ["has_statistic", "merge_matrices", "methods", "missing_needs", "run_method"]
+__all__ = ["merge_matrices", "methods", "missing_needs", "run_method"]

@@ -10,10 +10,9 @@ from typing import Any
 from eutectic.conventions import PARTS, is_packed
 from eutectic.methods import Method
 from eutectic.planning.collected import lacks
-from eutectic.planning.inputs import Statistics
 from eutectic.planning.tensors import TensorPlan
 from eutectic.recipes.schema import Recipe
-from eutectic.types import Treatment
+from eutectic.types import Statistics, Treatment
 
 
 def with_method(
@@ -95,6 +94,6 @@ def _experts_without(
     for expert in planned.experts:
         own = names.get(expert, {})
         candidates = {own.get(planned.name + part), own.get(planned.name)}
-        if all(lacks(statistics.get(expert, {}), name, needs) for name in candidates):
+        if all(lacks(statistics.get(expert), name, needs) for name in candidates):
             lacking.append(expert)
     return lacking

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,10 +15,9 @@ from eutectic.checkpoint.names import align
 from eutectic.conventions import PARTS, is_packed
 from eutectic.errors import CheckpointError
 from eutectic.methods import Method, get_method
-from eutectic.methods.matrices import has_statistic
 from eutectic.methods.registry import all_methods
-from eutectic.planning.inputs import BaseReader, Inputs, Statistics
-from eutectic.types import LayerStatistics
+from eutectic.planning.inputs import BaseReader, Inputs
+from eutectic.types import Statistics
 
 
 def statistics_names(statistics: Statistics, inputs: Inputs) -> dict[str, str]:
@@ -36,17 +35,14 @@ def statistics_names(statistics: Statistics, inputs: Inputs) -> dict[str, str]:
 
 def _called(statistics: Statistics, names: Iterable[str], keys: Iterable[str]) -> Mapping[str, str]:
     """Return what a checkpoint of these keys calls the parameters that statistics know by name."""
-    return names_in(keys, names, getattr(statistics, "provenance", {}).get("saved_as", {}))
+    return names_in(keys, names, statistics.provenance.get("saved_as", {}))
 
 
-def lacks(statistics: Statistics, name: str | None, needs: Iterable[str]) -> bool:
+def lacks(statistics: Statistics | None, name: str | None, needs: Iterable[str]) -> bool:
     """Tell whether statistics hold nothing under a name, or not all that is needed."""
-    if name is None or name not in statistics:
+    if statistics is None or name is None or name not in statistics:
         return True
-    has = getattr(statistics, "has", None)
-    if callable(has):  # a file tells from its header
-        return not all(has(name, need) for need in needs)
-    return not all(has_statistic(statistics[name], need) for need in needs)
+    return not all(statistics.has(name, need) for need in needs)
 
 
 def wanted(method: Method, parameters: Any) -> frozenset[str]:
@@ -57,12 +53,6 @@ def wanted(method: Method, parameters: Any) -> frozenset[str]:
         guess = get_method(init)
         needs |= guess.needs(guess.parameters())
     return frozenset(needs - {"base"})
-
-
-def read(statistics: Statistics, name: str, only: frozenset[str]) -> LayerStatistics:
-    """Return one entry; of a file, no more than is asked for."""
-    reader: Callable[..., LayerStatistics] | None = getattr(statistics, "read", None)
-    return statistics[name] if reader is None else reader(name, only)
 
 
 def statistics_faults(inputs: Inputs, names: Mapping[str, Mapping[str, str]]) -> list[str]:
@@ -83,21 +73,20 @@ def statistics_faults(inputs: Inputs, names: Mapping[str, Mapping[str, str]]) ->
 
 def unknown_origin(statistics: Statistics, expert: Expert) -> bool:
     """Tell whether nothing proves that statistics belong to an expert, nor that they do not."""
-    fingerprint = getattr(statistics, "fingerprint", None)  # plain mappings have none
-    if fingerprint is None or getattr(statistics, "samples", None):
+    if statistics.fingerprint is None or statistics.samples:
         return False
-    return fingerprint != expert.fingerprint()
+    return statistics.fingerprint != expert.fingerprint()
 
 
 def _layout_faults(
     expert: str, statistics: Statistics, names: Mapping[str, str], inputs: Inputs
 ) -> list[str]:
-    provenance = getattr(statistics, "provenance", None)
-    if provenance is None:
+    layers = statistics.provenance.get("layers")
+    if layers is None:
         return []
     faults: list[str] = []
     for base, own in names.items():
-        shape = tuple(provenance["layers"][own]["parameter"])
+        shape = tuple(layers[own]["parameter"])
         entry = inputs.base.entries.get(base.partition("[")[0])
         # A tied copy is described by the weight it is tied to.
         if entry is not None and entry.shape != shape:
@@ -110,9 +99,8 @@ def _layout_faults(
 
 def _differing(statistics: Statistics, expert: Expert, base: BaseReader) -> tuple[list[str], int]:
     """Return the tensors whose samples differ from the expert's, and how many were compared."""
-    samples: Mapping[str, Tensor] = getattr(statistics, "samples", None) or {}
-    called = _called(statistics, samples, base.entries)
-    samples = {called[name]: sample for name, sample in samples.items()}
+    called = _called(statistics, statistics.samples, base.entries)
+    samples = {called[name]: sample for name, sample in statistics.samples.items()}
     mapping, _ = align(list(base.entries), list(samples))
     differing: list[str] = []
     compared = 0

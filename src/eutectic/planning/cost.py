@@ -90,11 +90,11 @@ def _statistics_bytes(planned: TensorPlan, plan: Plan, inputs: Inputs) -> tuple[
         return 0, 0
     collected = 0
     for expert in planned.experts:
-        size = getattr(inputs.statistics.get(expert), "read_bytes", None)
-        if callable(size):
-            own = plan.statistics_names.get(expert, {})
-            names = [own.get(planned.name + part) for part in ("", *PARTS)]
-            collected += sum(int(size(name, only)) for name in names if name is not None)  # pyright: ignore[reportArgumentType]
+        own = plan.statistics_names.get(expert, {})
+        names = [own.get(planned.name + part) for part in ("", *PARTS)]
+        held = inputs.statistics.get(expert)
+        if held is not None:
+            collected += sum(held.read_bytes(name, only) for name in names if name is not None)
     sides = (shape[0], planned.elements // max(shape[0], 1))
     if planned.decision.treatment is not Treatment.MATRIX:
         sides = (0, planned.elements) if "block_fisher" in only else (0, 0)

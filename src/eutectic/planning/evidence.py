@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from eutectic.conventions import PARTS, is_packed
-from eutectic.planning.collected import read, wanted
+from eutectic.planning.collected import wanted
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan, method_of
 from eutectic.planning.tensors import TensorPlan
@@ -30,7 +30,7 @@ def statistics_of(planned: TensorPlan, plan: Plan, inputs: Inputs, part: str = "
         if inside is None:
             found.append(None)
             continue
-        entry = read(inputs.statistics[expert], inside, only)
+        entry = inputs.statistics[expert].read(inside, only)
         found.append(_as_matrix(entry, planned))
     return tuple(found)
 

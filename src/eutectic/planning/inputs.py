@@ -28,10 +28,9 @@ from eutectic.methods.initial import ZERO
 from eutectic.methods.registry import all_methods
 from eutectic.recipes.load import Source
 from eutectic.recipes.schema import Recipe
-from eutectic.types import LayerStatistics
+from eutectic.types import LayerStatistics, Statistics, as_statistics
 
 BaseReader = CheckpointReader | StateDictReader
-Statistics = Mapping[str, LayerStatistics]
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def open_inputs(recipe: Recipe, source: Source | None = None) -> Inputs:
 def in_memory_inputs(
     base: Mapping[str, Tensor],
     experts: Mapping[str, Mapping[str, Tensor]],
-    statistics: Mapping[str, Statistics],
+    statistics: Mapping[str, Statistics | Mapping[str, LayerStatistics]],
     config: Mapping[str, Any] | None = None,
 ) -> Inputs:
     """Wrap state dicts in the surface that files have."""
@@ -127,7 +126,8 @@ def in_memory_inputs(
         name: expert_in_memory(tensors, reader.entries, f"expert '{name}'")
         for name, tensors in experts.items()
     }
-    return Inputs(reader, None, opened, statistics, stated=config or {})
+    wrapped = {name: as_statistics(given) for name, given in statistics.items()}
+    return Inputs(reader, None, opened, wrapped, stated=config or {})
 
 
 def _only_vectors(recipe: Recipe) -> dict[str, Path]:

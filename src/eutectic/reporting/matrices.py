@@ -14,7 +14,7 @@ from eutectic.errors import NumericalError, RequestError
 from eutectic.linalg import lapack
 from eutectic.linalg.lowrank import LowRank
 from eutectic.methods.linear import finite
-from eutectic.planning.collected import lacks, read
+from eutectic.planning.collected import lacks
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.planning.tensors import TensorPlan, stored_name
@@ -150,11 +150,11 @@ def _records(planned: TensorPlan, plan: Plan, inputs: Inputs) -> dict[str, Layer
         return {}  # the blocks see different inputs
     found: dict[str, LayerStatistics] = {}
     for name in planned.experts:
-        statistics = inputs.statistics.get(name, {})
+        statistics = inputs.statistics.get(name)
         inside = plan.statistics_names.get(name, {}).get(planned.name)
-        if inside is None or lacks(statistics, inside, _GRAM):
+        if statistics is None or inside is None or lacks(statistics, inside, _GRAM):
             continue
-        found[name] = read(statistics, inside, _GRAM)
+        found[name] = statistics.read(inside, _GRAM)
     return found
 
 

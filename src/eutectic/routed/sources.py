@@ -18,7 +18,7 @@ from eutectic.checkpoint.names import align
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.errors import RequestError, StatisticsError
 from eutectic.routed.layers import Layer, in_parts
-from eutectic.types import LayerStatistics
+from eutectic.types import LayerStatistics, as_statistics
 
 StateDict = Mapping[str, Tensor]
 
@@ -182,8 +182,7 @@ def check_origin(
     Raises:
         StatisticsError: the weights differ.
     """
-    samples: Mapping[str, Tensor] = getattr(statistics, "samples", None) or {}
-    sample = samples.get(called)
+    sample = as_statistics(statistics).samples.get(called)
     if sample is not None and not same_content(sample, sample_of(weight)):
         raise StatisticsError(
             f"{where}: the statistics were collected on another checkpoint.\n"

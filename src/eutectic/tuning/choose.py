@@ -7,7 +7,6 @@ from eutectic.execution.unscaled import Choice, Choose, Unscaled
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.recipes.schema import ScaleSearch
-from eutectic.statistics.store import StatisticsFile
 from eutectic.tuning.output_error import (
     ClosedForm,
     closed_form_scale,
@@ -75,7 +74,7 @@ def _by_grams(unscaled: Unscaled) -> Choice:
         "statistics": {
             name: statistics.provenance.get("data")
             for name, statistics in inputs.statistics.items()
-            if isinstance(statistics, StatisticsFile)
+            if statistics.provenance
         },
     }
     note = (

@@ -10,12 +10,10 @@ from torch import Tensor
 
 from eutectic.errors import NumericalError, RequestError
 from eutectic.execution.unscaled import Unscaled
-from eutectic.methods.matrices import has_statistic
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.planning.tensors import TensorPlan
 from eutectic.planning.values import as_map, read_delta
-from eutectic.statistics.store import StatisticsFile
 from eutectic.types import LayerStatistics, Treatment
 
 
@@ -144,7 +142,7 @@ def measured_layers(
             tell(done, len(layers), planned.name)
         base = unscaled.base(planned).flatten()
         statistics = [
-            inputs.statistics[name][plan.statistics_names[name][planned.name]]
+            inputs.statistics[name].read(plan.statistics_names[name][planned.name])
             for name in planned.experts
         ]
         # A negative weight asks for less of an expert; no error says how much less.
@@ -163,10 +161,7 @@ def _has_gram(planned: TensorPlan, expert: str, plan: Plan, inputs: Inputs) -> b
     if inside is None:
         return False
     statistics = inputs.statistics[expert]
-    if isinstance(statistics, StatisticsFile):  # without reading Grams
-        return statistics.has(inside, "gram") and statistics.read(inside, only=()).count > 0
-    record = statistics[inside]
-    return record.count > 0 and has_statistic(record, "gram")
+    return statistics.has(inside, "gram") and statistics.read(inside, only=()).count > 0
 
 
 def _forms(expert: Tensor, merged: Tensor, record: LayerStatistics) -> tuple[float, float, float]:
