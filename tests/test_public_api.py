@@ -64,7 +64,7 @@ def test_the_version_is_the_packages():
     [
         ("import eutectic", ["torch", "transformers", "numpy", "pydantic"]),
         ("import eutectic; eutectic.merge_matrices", ["transformers", "peft"]),
-        ("import eutectic; eutectic.merge", ["transformers", "peft", "datasets", "ray"]),
+        ("import eutectic; eutectic.merge", ["transformers", "peft", "datasets"]),
     ],
 )
 def test_what_an_import_leaves_alone(code, absent):

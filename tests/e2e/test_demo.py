@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from eutectic.cli.demo import _examples as demo_examples
+from helpers.cli import invoke
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "minilm"
 
@@ -30,11 +31,19 @@ def test_demo_merges_real_experts(tmp_path: Path) -> None:
     for file in (examples / "tasks").iterdir():
         rows = file.read_text("utf-8").splitlines(keepends=True)
         file.write_text("".join(rows[::2]), "utf-8")
+    # An earlier demo's merge is replaced.
+    earlier = tmp_path / "out" / "merged"
+    earlier.mkdir(parents=True)
+    names = {path.name: path.name for path in (examples / "experts").iterdir()}
+    recipe = {"method": "iso_c", "scale": 0.8, "experts": names}
+    (earlier / "eutectic.json").write_text(json.dumps({"recipe": recipe}))
+    (earlier / "old.txt").write_text("old")
     words = [sys.executable, "-m", "eutectic.cli.main", "demo", "--json"]
     words += ["--examples", str(examples), "-o", str(tmp_path / "out")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+    assert not (earlier / "old.txt").exists()
     result = json.loads(done.stdout)
     mean = {name.split(" ")[0]: 100 * row["mean"] for name, row in result["rows"].items()}
     # Measured: experts 88.8, base 78.7, Iso-C 80.3; average 77.8 and task arithmetic 77.3 are too
@@ -52,6 +61,26 @@ def test_demo_merges_real_experts(tmp_path: Path) -> None:
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"recipe": {"method": "iso_c", "scale": 0.8, "experts": {"a": "a"}}}',
+    ],
+)
+def test_a_folder_that_is_not_the_demos_is_left_alone(tmp_path: Path, held: str) -> None:
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    (folder / "eutectic.json").write_text(held)
+    (folder / "mine.safetensors").write_text("keep")
+    answer = invoke("demo", "-o", tmp_path, "--base", tmp_path)
+    assert answer.code == 2
+    assert f"{folder} is there already and is not an earlier demo's" in answer.err
+    assert (folder / "mine.safetensors").read_text() == "keep"
 
 
 def test_a_clone_holds_the_experts() -> None:

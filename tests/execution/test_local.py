@@ -79,7 +79,8 @@ def test_the_first_error_stops_the_rest(threads: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [RecipeError(["one", "two"]), MissingExtraError("ray", "ray", "this"), ValueError("x")]
+    "error",
+    [RecipeError(["one", "two"]), MissingExtraError("peft", "adapters", "this"), ValueError("x")],
 )
 def test_errors_of_any_form_keep_their_kind_and_words(error: Exception) -> None:
     text = str(error)

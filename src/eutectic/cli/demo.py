@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as encoding
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -62,6 +63,8 @@ def demo(
     base = base or _base()
     names = sorted(p.name for p in (examples / "experts").iterdir() if p.is_dir())
     experts = {name: examples / "experts" / name for name in names}
+    kept = output / "merged"
+    _remove_earlier(kept, names)
     prepared = [
         prepare(
             Task(
@@ -77,9 +80,6 @@ def demo(
         )
         for name in names
     ]
-    kept = output / "merged"
-    if kept.exists():
-        shutil.rmtree(kept)
     rows: dict[str, dict[str, float]] = {}
     steps = 1 + len(names) + len(MERGES)
     with tempfile.TemporaryDirectory() as scratch, progress_bar("demo") as tell:
@@ -108,6 +108,27 @@ def demo(
         f"  from transformers import AutoModel\n  model = AutoModel.from_pretrained('{kept}')",
         highlight=False,
     )
+
+
+def _remove_earlier(folder: Path, names: Sequence[str]) -> None:
+    """Remove the merge of an earlier demo, and nothing else that may be there.
+
+    Raises:
+        RequestError: something else is there.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        made = encoding.loads((folder / "eutectic.json").read_text(encoding="utf-8"))["recipe"]
+        own = (made["method"], made["scale"], sorted(made["experts"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        own = None
+    if own != (KEPT, dict(MERGES)[KEPT], list(names)):
+        raise RequestError(
+            f"{folder} is there already and is not an earlier demo's.\n"
+            "Name another folder with --output."
+        )
+    shutil.rmtree(folder)
 
 
 def _accuracies(
