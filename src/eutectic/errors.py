@@ -55,15 +55,15 @@ class Fault:
             text = f"{text.removesuffix('.')}, got {self.got}."
         if self.allowed:
             text += f" Allowed: {self.allowed}."
-        return f"{text} {self.next.strip()}" if self.next else text
+        space = "" if self.next[:1].isspace() or not self.next else " "
+        return text + space + self.next
 
 
 @dataclass(frozen=True)
 class Note:
     """What a user should know of a result, or why a tensor is treated as it is.
 
-    Code looks at `kind` and `level`, never at the sentence, which `str` makes from the table in
-    `words`.
+    Code looks at `kind` and `level`, never at the sentence, whose words stand in `words`.
 
     Attributes:
         kind: a key of `words.SENTENCES`.
@@ -77,8 +77,13 @@ class Note:
     numbers: Mapping[str, Any] = field(default_factory=dict, hash=False)
     level: Literal["note", "warning"] = "note"
 
-    def __str__(self) -> str:
+    @property
+    def text(self) -> str:
+        """The sentence."""
         return sentence(self.kind, self.subject, self.numbers)
+
+    def __str__(self) -> str:
+        return f"warning: {self.text}" if self.level == "warning" else self.text
 
 
 class EutecticError(Exception):

@@ -43,11 +43,10 @@ def _uncollected(subject: Sequence[str], numbers: Mapping[str, Any]) -> str:
     return f"the statistics of '{subject[0]}' hold no {numbers['need']} at all{how}"
 
 
-def _mixed_classes(experts: Sequence[str], numbers: Mapping[str, Any]) -> str:
+def _mixed_classes(_: Sequence[str], numbers: Mapping[str, Any]) -> str:
     differ = ", ".join(
-        f"{name} (output {index} is {own}, not {wanted})"
-        for name in experts
-        for index, own, wanted in (numbers[name],)
+        f"{model} (output {index} is {own}, not {wanted})"
+        for model, (index, own, wanted) in numbers["differ"].items()
     )
     rules = ", ".join(f"{{match: {pattern}, treatment: head}}" for pattern in numbers["heads"])
     return (

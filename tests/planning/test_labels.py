@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eutectic.planning.inputs import open_inputs
-from eutectic.planning.labels import WARNING, class_names
+from eutectic.planning.labels import class_names
 from eutectic.planning.plan import make_plan
 from eutectic.recipes.load import check_recipe
 from helpers.cli import invoke
@@ -39,7 +39,7 @@ def models(folder: Path, **labels: dict[str, str]) -> dict[str, Any]:
 def warnings(stated: dict[str, Any], **more: Any) -> list[str]:
     recipe = check_recipe({**stated, **more})
     with open_inputs(recipe) as inputs:
-        return [n for n in make_plan(recipe, inputs).notes if n.startswith(WARNING)]
+        return [str(n) for n in make_plan(recipe, inputs).notes if n.level == "warning"]
 
 
 def test_other_orders_are_named_with_what_to_do(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ LAYER = LayerStatistics(gram=torch.eye(3), count=5)
 def notes(statistics: Statistics | dict[str, LayerStatistics], **keys: object) -> str:
     inputs = in_memory_inputs(BASE, {"a": EXPERT}, {"a": statistics})
     values = {"base": "memory", "experts": {"a": "memory"}, "method": "regmean", **keys}
-    return "\n".join(make_plan(check_recipe(values), inputs).notes)
+    return "\n".join(map(str, make_plan(check_recipe(values), inputs).notes))
 
 
 def test_statistics_of_unknown_origin_are_named() -> None:
@@ -46,7 +46,9 @@ def test_a_method_without_its_statistics_says_what_to_do() -> None:
     inputs = in_memory_inputs(BASE, {"a": EXPERT}, {})
     values = {"base": "memory", "experts": {"a": "memory"}}
     for method, rule in (("esm", "tsv_m"), ("regmean", "regmean's own rule for such tensors")):
-        text = "\n".join(make_plan(check_recipe({**values, "method": method}), inputs).notes)
+        text = "\n".join(
+            map(str, make_plan(check_recipe({**values, "method": method}), inputs).notes)
+        )
         assert f"without statistics, merged by {rule}: layer.weight" in text
         assert f"{method} needs them: collect them (eutectic collect)" in text
     assert "eutectic collect" not in notes({"layer.weight": LAYER})
@@ -58,7 +60,7 @@ def test_statistics_of_the_wrong_kind_say_what_to_collect() -> None:
 
     def text(operator: str) -> str:
         recipe = check_recipe({**values, "parameters": {"operator": operator}})
-        return "\n".join(make_plan(recipe, inputs).notes)
+        return "\n".join(map(str, make_plan(recipe, inputs).notes))
 
     wanted = "the statistics of 'a' hold no output_gradient_gram at all: collect them with --output"
     assert wanted in text("kfac")

@@ -92,9 +92,9 @@ def test_a_fused_tensor_is_cut_along_its_outputs(
     rule = {"match": "*", "treatment": "matrix", "split": 3}
     assert decided(found, rule, **config).split == heights
     wrong = decide(found, [TensorRule(match="*", treatment=Treatment.MATRIX, split=5)], config)
-    assert wrong == f"{found.name}: 12 rows cannot be split into 5 equal parts."
+    assert str(wrong) == f"{found.name}: 12 rows cannot be split into 5 equal parts."
     wrong = decide(found, [TensorRule(match="*", treatment=Treatment.MATRIX, split=[4, 4])], config)
-    assert wrong == f"{found.name}: split [4, 4] adds up to 8, the tensor has 12 rows."
+    assert str(wrong) == f"{found.name}: split [4, 4] adds up to 8, the tensor has 12 rows."
 
 
 def test_rules_that_cannot_be() -> None:

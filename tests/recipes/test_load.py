@@ -232,9 +232,9 @@ def test_recipes_from_python_need_no_lines():
 
 def test_a_location_falls_back_to_its_deepest_known_part():
     source = Source(lines={("experts",): 3, ("experts", "a"): 4})
-    assert source.at("experts", "a", "path") == "line 4: "
-    assert source.at("experts", "b") == "line 3: "
-    assert source.at("method") == ""
+    assert source.line("experts", "a", "path") == 4
+    assert source.line("experts", "b") == 3
+    assert source.line("method") == 0
 
 
 scalars = (

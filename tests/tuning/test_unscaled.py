@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import eutectic
-from eutectic.errors import RequestError
+from eutectic.errors import Note, RequestError
 from eutectic.execution.run import merge as plain_merge
 from eutectic.execution.unscaled import Choice
 from helpers.folders import digests, load, make_base, make_expert
@@ -25,7 +25,7 @@ def fixed(scale=ALPHA, calls=None):
         def choose(unscaled):
             if calls is not None:
                 calls.append(unscaled)
-            return Choice(scale, "chosen by hand", {"search": "hand", "scale": scale})
+            return Choice(scale, Note("rule", ("hand",)), {"search": "hand", "scale": scale})
 
         return choose
 
@@ -74,7 +74,7 @@ def test_bytes_are_those_of_a_merge(tmp_path, inputs, recipe):
         json.loads((tmp_path / n / "eutectic.json").read_text()) for n in ("plain", "searched")
     )
     assert again.pop("search") == report.search == {"search": "hand", "scale": ALPHA}
-    assert again.pop("notes") == [*made.pop("notes"), "chosen by hand"]
+    assert again.pop("notes") == [*made.pop("notes"), "rule 'hand'"]
     assert again.pop("request") != made.pop("request")
     assert made == again
 
@@ -98,7 +98,7 @@ def test_delta_is_what_alpha_multiplies(tmp_path, inputs):
                 for t in plan.tensors:
                     if t.tunable:
                         seen[t.name] = unscaled.base(t) + ALPHA * unscaled.delta(t)
-                return Choice(ALPHA, "", {})
+                return Choice(ALPHA, Note("rule", ("hand",)), {})
 
             return choose
 

@@ -70,7 +70,7 @@ class AdapterReader:
         self._weights_name = name
         targets = self._collect(lora)
         mapping, alignment = align(base, targets, expert=self._label)
-        self.alignment = alignment.note
+        self.alignment = alignment
         self._targets: dict[str, _Target] = {}
         self._extra: dict[str, str] = {}
         for own, target in targets.items():
@@ -307,6 +307,6 @@ class AdapterReader:
     ) -> CheckpointError:
         shown = ", ".join(list(base)[:3])
         return CheckpointError(
-            f"{self._label}: acts on '{own}', which the base does not have ({alignment.note}).\n"
+            f"{self._label}: acts on '{own}', which the base does not have ({alignment}).\n"
             f"The base's tensors: {shown} …\nThe adapter belongs to another base."
         )

@@ -14,7 +14,7 @@ from eutectic.checkpoint.adapters import AdapterReader
 from eutectic.checkpoint.content import TensorSource
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index
 from eutectic.checkpoint.memory import StateDictReader
-from eutectic.checkpoint.names import align
+from eutectic.checkpoint.names import Alignment, align
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.errors import CheckpointError
 
@@ -27,7 +27,7 @@ class Expert(Protocol):
             shape (an adapter: the tensors it changes or replaces).
         extra: tensors that the base lacks, by their name in the base's scheme.
         missing: tensors of the base that the expert lacks (an adapter: none, they are unchanged).
-        alignment: in words, how its keys correspond to the base's.
+        alignment: how its keys correspond to the base's.
         is_delta: True when it stores differences from the base.
         config: its config.json, or an adapter's adapter_config.json.
         folder: where it was read from; None in memory.
@@ -36,7 +36,7 @@ class Expert(Protocol):
     entries: Mapping[str, TensorEntry]
     extra: Mapping[str, TensorEntry]
     missing: tuple[str, ...]
-    alignment: str
+    alignment: Alignment
     is_delta: bool
     config: Mapping[str, Any]
     folder: Path | None
@@ -137,7 +137,7 @@ class FullExpert:
                 f"{label}: shares no tensor with the base; it is a fine-tune of another model.\n"
                 f"Its tensors: {shown} …; the base's: {', '.join(list(base)[:3])} …"
             )
-        self.alignment = alignment.note
+        self.alignment = alignment
         self._own = {name: key for key, name in mapping.items()}
         self.entries: Mapping[str, TensorEntry] = {
             name: source.entries[self._own[name]] for name in base if name in self._own

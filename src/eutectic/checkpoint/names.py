@@ -10,7 +10,6 @@ from pathlib import Path
 from eutectic.errors import CheckpointError
 
 _MAX_EXTRA_COMPONENTS = 3
-AS_THEY_ARE = "keys agree as they are"
 
 
 def check_plain_name(name: str, where: str) -> None:
@@ -67,12 +66,15 @@ class Alignment:
     Attributes:
         strip: leading components that the expert's keys have in excess ("bert." or "").
         add: leading components that the expert's keys lack.
-        note: the same in words.
     """
 
-    strip: str
-    add: str
-    note: str
+    strip: str = ""
+    add: str = ""
+
+    def __str__(self) -> str:
+        if self.strip:
+            return f"its keys without the prefix '{self.strip}'"
+        return f"its keys with the prefix '{self.add}'" if self.add else "its keys as they are"
 
     def to_base(self, key: str, base_names: Container[str]) -> str:
         """Return the base's name for one key of the expert, whether the base has it or not."""
@@ -114,7 +116,7 @@ def align(
         if name in taken:
             raise CheckpointError(
                 f"{expert}: the keys '{taken[name]}' and '{key}' both mean '{name}' of the base "
-                f"({chosen.note}).\nRename the keys of the expert as the base's."
+                f"({chosen}).\nRename the keys of the expert as the base's."
             )
         taken[name] = key
         if name in base:
@@ -135,7 +137,7 @@ def _choose(base: frozenset[str], keys: list[str], expert: str) -> Alignment:
     candidates += [(n, "add", p) for p, n in added.items()]
     best = max((n for n, _, _ in candidates), default=0)
     if exact >= best:
-        return Alignment("", "", AS_THEY_ARE)
+        return Alignment()
     winners = sorted((side, p) for n, side, p in candidates if n == best)
     if len(winners) > 1:
         listed = ", ".join(f"'{p}'" for _, p in winners[:5])
@@ -145,10 +147,7 @@ def _choose(base: frozenset[str], keys: list[str], expert: str) -> Alignment:
             "Is it a fine-tune of this base? If so, rename its keys as the base's."
         )
     side, prefix = winners[0]
-    if side == "strip":
-        note = f"the expert's keys carry the prefix '{prefix}', which the base's lack"
-        return Alignment(prefix, "", note)
-    return Alignment("", prefix, f"the expert's keys lack the prefix '{prefix}' of the base's")
+    return Alignment(**{side: prefix})
 
 
 def _prefixes(key: str) -> list[str]:

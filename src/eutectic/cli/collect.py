@@ -235,7 +235,7 @@ def _collected(
 def _report(
     result: StatisticsFile, output: Path, made_up: Sequence[str], seconds: float, json: bool
 ) -> None:
-    from eutectic.planning.notes import some
+    from eutectic.words import few
 
     report: dict[str, Any] = {
         "output": str(output),
@@ -261,7 +261,7 @@ def _report(
     for name, reason in report["skipped"].items():
         alike.setdefault(reason, []).append(name)
     for reason, names in alike.items():
-        table.add_row("left out", f"{some(names)}: {reason}")
+        table.add_row("left out", f"{few(names)}: {reason}")
     for name in made_up:
         table.add_row("at random", f"{name}: the checkpoint does not hold it")
     table.add_row("took", f"{seconds:.1f} s, {format_bytes(report['bytes'])}")

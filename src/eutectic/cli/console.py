@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import sys
@@ -24,7 +25,7 @@ from rich.progress import (
 )
 
 from eutectic.cli.records import call_with_records, parameters_of
-from eutectic.errors import EutecticError, RequestError
+from eutectic.errors import EutecticError, Note, RequestError
 
 out = Console()
 err = Console(stderr=True)
@@ -137,16 +138,21 @@ def tell(label: str, text: object) -> None:
     out.print(f"[dim]{label}[/] {escape(str(text))}", highlight=False)
 
 
-def tell_notes(notes: Iterable[str], *, warnings_only: bool = False) -> None:
+def tell_notes(notes: Iterable[Note], *, warnings_only: bool = False) -> None:
     """Print a plan's notes as remarks, and warnings among them on stderr."""
-    from eutectic.planning.labels import WARNING
-
     for note in notes:
-        if note.startswith(WARNING):
-            err.print(f"[bold yellow]{WARNING}[/]", end="")
-            err.print(note.removeprefix(WARNING), markup=False, highlight=False, soft_wrap=True)
+        if note.level == "warning":
+            err.print("[bold yellow]warning: [/]", end="")
+            err.print(note.text, markup=False, highlight=False, soft_wrap=True)
         elif not warnings_only:
             tell("note", note)
+
+
+def notes_as_json(notes: Iterable[Note]) -> dict[str, Any]:
+    """Return notes as texts, and their records for programs."""
+    noted = list(notes)
+    records = [dataclasses.asdict(note) for note in noted]
+    return {"notes": [str(note) for note in noted], "note_records": records}
 
 
 def tell_done(label: str, path: object) -> None:

@@ -10,7 +10,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from eutectic.cli.console import out, print_json, progress_bar, tell_done, tell_notes, verb
+from eutectic.cli.console import (
+    notes_as_json,
+    out,
+    print_json,
+    progress_bar,
+    tell_done,
+    tell_notes,
+    verb,
+)
 from eutectic.cli.options import Json, LimitOptions
 from eutectic.cli.outcomes import summary
 from eutectic.cli.request import RecipeOptions, mixtures, request
@@ -62,7 +70,7 @@ def merge(
         report = run(recipe, progress=tell, **options)
     if json:
         tell_notes(report.notes, warnings_only=True)
-        print_json(dataclasses.asdict(report))
+        print_json(_as_json(report))
         return
     table = Table.grid(padding=(0, 2))
     table.add_row("method", f"{report.method}, scale {report.scale:g}")
@@ -79,6 +87,10 @@ def merge(
     tell_done("written", report.output)
 
 
+def _as_json(report: Any) -> dict[str, Any]:
+    return {**dataclasses.asdict(report), **notes_as_json(report.notes)}
+
+
 def _sweep(recipe: Path | None, weights: list[float], options: dict[str, Any], json: bool) -> None:
     from eutectic.execution.sweep import mixture_name, sweep
 
@@ -86,7 +98,7 @@ def _sweep(recipe: Path | None, weights: list[float], options: dict[str, Any], j
     notes = dict.fromkeys(note for report in reports.values() for note in report.notes)
     tell_notes(notes, warnings_only=True)
     if json:
-        print_json({str(value): dataclasses.asdict(report) for value, report in reports.items()})
+        print_json({str(value): _as_json(report) for value, report in reports.items()})
         return
     for value in weights:
         state = f"{reports[value].seconds:.1f} s" if value in reports else "was finished"

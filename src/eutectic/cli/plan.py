@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from eutectic.cli.console import out, print_json, tell, tell_notes, verb
+from eutectic.cli.console import notes_as_json, out, print_json, tell, tell_notes, verb
 from eutectic.cli.options import Json, LimitOptions
 from eutectic.cli.request import RecipeOptions, request
 from eutectic.conventions import layer_group
@@ -63,7 +63,7 @@ def plan(
                 "threads": count,
                 "memory_limit_bytes": limit,
                 "cost": vars(total),
-                "notes": made.notes,
+                **notes_as_json(made.notes),
                 "heads": {n: [e.name for e in own] for n, own in made.heads.items()},
                 "tensors": rows,
             }
@@ -102,7 +102,8 @@ def _row(planned: Any, cost: Any, made: Any, explain: bool, searched: bool) -> d
         "treatment": planned.decision.treatment.value,
         "method": planned.method,
         "scale": planned.scale if not (searched and planned.tunable) else None,
-        "why": planned.decision.reason,
+        "why": planned.decision.why,
+        "kinds": [note.kind for note in planned.decision.reason],
         "peak_bytes": cost.peak_bytes,
         "read_bytes": cost.read_bytes,
         "write_bytes": cost.write_bytes,
@@ -133,7 +134,7 @@ def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         pattern = layer_group(row["name"])
-        small = row["treatment"] == "vector" and row["why"] == "bias, norm or scalar"
+        small = row["treatment"] == "vector" and row["kinds"] == ["small"]
         what = ("biases and norms", ()) if small else (pattern, tuple(row["shape"]))
         key = (*what, row["treatment"], row["method"], row["scale"])
         groups.setdefault(key, []).append(row)

@@ -10,7 +10,16 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from eutectic.cli.console import out, print_json, progress_bar, tell, tell_done, tell_notes, verb
+from eutectic.cli.console import (
+    notes_as_json,
+    out,
+    print_json,
+    progress_bar,
+    tell,
+    tell_done,
+    tell_notes,
+    verb,
+)
 from eutectic.cli.options import Json, LimitOptions
 from eutectic.cli.request import SearchedRecipeOptions, request
 from eutectic.errors import RequestError
@@ -116,7 +125,7 @@ def tune(
         "method": report.method,
         "scale": report.scale,
         "output": None if output is None else str(output),
-        "notes": list(report.notes),
+        **notes_as_json(report.notes),
         **report.search,
     }
     if plot is not None:

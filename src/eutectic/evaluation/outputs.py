@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from eutectic.errors import CheckpointError, NumericalError, RequestError, TaskError
+from eutectic.errors import CheckpointError, Fault, NumericalError, RequestError, TaskError
 from eutectic.evaluation.metrics import Array, Outcomes, metric_value, per_example
 from eutectic.evaluation.prepare import Prepared, normal_text
 from eutectic.evaluation.schema import Task
@@ -161,8 +161,9 @@ def outcomes_of(results: Tensor, prepared: Prepared) -> Outcomes:
             )
         return Outcomes(results.reshape(len(results), -1)[:, 0].double().numpy(), references)
     classes = results.shape[-1]
+    outside = f"is none of the model's {classes} classes, counted from 0."
     faults = [
-        f"row {number}: the label {label} is none of the model's {classes} classes, counted from 0."
+        Fault("label", f"the label {label} {outside}", f"row {number}")
         for number, label in enumerate(prepared.references, 1)
         if not 0 <= int(label) < classes
     ]

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eutectic.errors import CheckpointError, MissingExtraError, RequestError, TaskError, suggest
+from eutectic.errors import (
+    CheckpointError,
+    Fault,
+    MissingExtraError,
+    RequestError,
+    TaskError,
+    suggest,
+)
 from eutectic.evaluation.pictures import Pictures
 from eutectic.evaluation.rows import data_hash, split_rows
 from eutectic.evaluation.schema import Split, Task
@@ -132,18 +139,18 @@ def references_of(
     # Without names in the task, only the model's outputs tell how many classes there are.
     top = math.inf if task.labels is None else len(task.labels)
     found: list[Any] = []
-    faults: list[str] = []
+    faults: list[Fault] = []
     for number, value in enumerate(values, 1):
         try:
             found.append(_finite(value) if task.kind == "regression" else _class(value, known, top))
         except (TypeError, ValueError):
             if task.kind == "regression":
-                faults.append(f"row {number}: the label {value!r} is no finite number.")
+                what = f"the label {value!r} is no finite number."
+                faults.append(Fault("label", what, f"row {number}"))
                 continue
-            faults.append(
-                f"row {number}: the label {value!r} is none of {', '.join(list(known)[:20])}."
-                f"{suggest(str(value), list(known))}"
-            )
+            what = f"the label {value!r} is none of {', '.join(list(known)[:20])}."
+            nearest = suggest(str(value), list(known))
+            faults.append(Fault("label", what, f"row {number}", next=nearest))
     if faults:
         raise TaskError(faults[:10], f"task '{task.name}'")
     return tuple(found)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eutectic.errors import RequestError, StatisticsError, TaskError
+from eutectic.errors import Fault, RequestError, StatisticsError, TaskError
 from eutectic.evaluation.schema import SPLITS, Part, Split, Task
 from eutectic.statistics.encode import beside, open_image
 from eutectic.statistics.rows import Row, half_paired, read_rows
@@ -131,16 +131,17 @@ def disjoint_keys(
     for path in further_proxy:
         rows = _checked(task, _read(task, path, trust_code=trust_code), path)
         found["proxy"].update({row_key(task, row): row for row in rows})
-    faults: list[str] = []
+    faults: list[Fault] = []
     for i, first in enumerate(SPLITS):
         for second in SPLITS[i + 1 :]:
             shared = found[first].keys() & found[second].keys()
             if shared:
                 example = _shown(task, found[second][min(shared)])
-                faults.append(
+                what = (
                     f"{first} and {second} share {len(shared)} of {len(found[second])} different "
                     f"{second} rows, such as {example}."
                 )
+                faults.append(Fault("shared_rows", what))
     if faults:
         raise TaskError(faults, f"task '{task.name}'")
     return {split: frozenset(rows) for split, rows in found.items() if rows}

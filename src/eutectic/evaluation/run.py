@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any, get_args
@@ -251,7 +251,8 @@ class _Run:
                     "Name those of all models\nin the task (labels: […]), or let bodies take the "
                     "expert's head (head_tensors: ['classifier.*'])."
                 )
-                raise TaskError([*first, f"{last}\n{hint}"], f"task '{task.name}'") from None
+                last = replace(last, next=f"{last.next}\n{hint}")
+                raise TaskError([*first, last], f"task '{task.name}'") from None
         return self.prepared[key]
 
     def _tell(self, rows: int, checkpoint: Checkpoint, task: Task) -> None:

@@ -7,9 +7,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from eutectic.errors import TaskError
+from eutectic.errors import Fault, TaskError
 from eutectic.evaluation.schema import ColumnNames, HarnessOptions, Part, Task, TaskFile, TaskSpec
-from eutectic.recipes.document import Location, Source, by_line, read_document, sentence
+from eutectic.recipes.document import (
+    Location,
+    Source,
+    by_line,
+    no_file,
+    read_document,
+    schema_fault,
+)
 
 
 def load_tasks(path: str | Path) -> dict[str, Task]:
@@ -24,8 +31,8 @@ def load_tasks(path: str | Path) -> dict[str, Task]:
     try:
         checked = TaskFile.model_validate(dict(values))
     except ValidationError as error:
-        faults += [sentence(item, source, _known_keys) for item in error.errors()]
-        raise TaskError(sorted(faults, key=by_line), source.name) from None
+        faults += [schema_fault(item, source, _known_keys) for item in error.errors()]
+        raise TaskError(by_line(faults), source.name) from None
     tasks: dict[str, Task] = {}
     for name, spec in checked.tasks.items():
         faults += _path_faults(name, spec, source)
@@ -33,9 +40,9 @@ def load_tasks(path: str | Path) -> dict[str, Task]:
             tasks[name] = _resolved(name, spec, source.folder)
         except ValidationError as error:  # two names of one file are one only when resolved
             found = [{**item, "loc": ("tasks", name, *item["loc"])} for item in error.errors()]
-            faults += [sentence(item, source, _known_keys) for item in found]
+            faults += [schema_fault(item, source, _known_keys) for item in found]
     if faults:
-        raise TaskError(sorted(faults, key=by_line), source.name)
+        raise TaskError(by_line(faults), source.name)
     return tasks
 
 
@@ -52,7 +59,7 @@ def _known_keys(location: Location) -> list[str]:
     return list(TaskSpec.model_fields)
 
 
-def _path_faults(name: str, spec: TaskSpec, source: Source) -> list[str]:
+def _path_faults(name: str, spec: TaskSpec, source: Source) -> list[Fault]:
     named: list[tuple[Location, str]] = [
         (("tasks", name, "data", split), part.path) for split, part in spec.data.items()
     ]
@@ -67,7 +74,7 @@ def _path_faults(name: str, spec: TaskSpec, source: Source) -> list[str]:
         file = spec.function.rpartition(":")[0]
         named.append((("tasks", name, "function"), file))
     return [
-        f"{source.at(*where)}{'.'.join(map(str, where))}: no such file: {path}"
+        no_file(where, path, source)
         for where, path in named
         if not _inside(path, source.folder).exists()
     ]

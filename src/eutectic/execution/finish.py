@@ -45,7 +45,7 @@ def document(
         "recipe": stated_recipe(plan),
         "scale": plan.scale,
         "treatments": treatments(plan),
-        "notes": list(plan.notes),
+        "notes": [str(note) for note in plan.notes],
         "parents": {
             "base": {
                 "name": _shown(recipe.base),
@@ -62,7 +62,7 @@ def document(
                 "treatment": t.decision.treatment.value,
                 "method": t.method,
                 "scale": t.scale,
-                "reason": t.decision.reason,
+                "reason": t.decision.why,
                 "sha256": hashes[t.name],
             }
             for t in plan.tensors

@@ -14,14 +14,16 @@ import torch
 
 from eutectic.checkpoint.layout import OutputFile, layout_like
 from eutectic.checkpoint.writer import CheckpointWriter, sync_folder, sync_tree
-from eutectic.errors import OutputError, RequestError
+from eutectic.errors import Note, OutputError, RequestError
 from eutectic.execution.finish import PROVENANCE, document, stated_recipe, write_folder
 from eutectic.execution.jobs import Limits, hashes, records_of
 from eutectic.execution.stages import run_scaled, run_stages
 from eutectic.execution.unscaled import Choose, unscaled_merge
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.journal import JOURNAL, Journal, request_identity
+from eutectic.planning.journal import JOURNAL, Finished, Journal, request_identity
 from eutectic.planning.plan import Plan, with_scale
+
+_CHOSEN = "chosen"  # stage of a search's note in the journal
 
 
 def check_output(output: Path, work: Path) -> None:
@@ -70,7 +72,7 @@ def write_to_folder(
             if find is not None:
                 made = json.loads((output / PROVENANCE).read_text(encoding="utf-8"))
                 search = made["search"]
-                plan = with_scale(plan, made["scale"], made["notes"][-1])
+                plan = with_scale(plan, made["scale"], _chosen(journal))
         elif find is None:
 
             def scratch(layout: OutputFile) -> CheckpointWriter:
@@ -84,6 +86,7 @@ def write_to_folder(
             with unscaled_merge(work, plan, inputs, journal, limits) as unscaled:
                 choice = find(unscaled)
                 search, factors, deltas = choice.record, unscaled.factors, unscaled.deltas
+                journal.add(_CHOSEN, "note", Finished("", vars(choice.note)))
                 plan = chosen = with_scale(plan, choice.scale, choice.note)
 
                 def write(writer: CheckpointWriter) -> None:
@@ -130,6 +133,12 @@ def _layout(plan: Plan, inputs: Inputs) -> list[OutputFile]:
     return layout_like(
         inputs.index, dtype, {"eutectic": version("eutectic"), "recipe": recipe}, drop=plan.left_out
     )
+
+
+def _chosen(journal: Journal) -> Note:
+    """Return the note on the scale that an earlier run has chosen."""
+    kept = journal.finished[_CHOSEN, "note"].record
+    return Note(kept["kind"], tuple(kept["subject"]), kept["numbers"], kept["level"])
 
 
 def _complete(output: Path, work: Path) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eutectic.errors import RequestError
+from eutectic.errors import Note, RequestError
 from eutectic.execution.folder import check_output, write_to_folder
 from eutectic.execution.jobs import Limits, Progress
 from eutectic.execution.request import limits_of, recipe_from
@@ -49,7 +49,7 @@ class MergeReport:
     tensors: Mapping[str, int]
     merged_by: Mapping[str, int]
     heads: Mapping[str, tuple[str, ...]]
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
     records: Mapping[str, Any] = field(repr=False)
     resumed: bool
     seconds: float

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.writer import CheckpointWriter
+from eutectic.errors import Note
 from eutectic.execution.compute import holds_weight
 from eutectic.execution.factors import range_factor
 from eutectic.execution.jobs import Ledger, Limits, Sink
@@ -65,12 +66,12 @@ class Choice:
 
     Attributes:
         scale: α.
-        note: one sentence on where it comes from, for the model card.
+        note: where it comes from, for the model card.
         record: the whole search, JSON-serialisable; `search` in the output's `eutectic.json`.
     """
 
     scale: float
-    note: str
+    note: Note
     record: dict[str, Any]
 
 

@@ -22,7 +22,7 @@ import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from eutectic.errors import MethodError, suggest
+from eutectic.errors import Fault, MethodError, suggest
 from eutectic.types import LayerStatistics, Merged
 
 Precision = Literal["fast", "exact"]
@@ -132,18 +132,21 @@ class Method:
             faults = "\n".join(f"  - {f}" for f in self.faults(error))
             raise MethodError(f"method '{self.name}' refuses its parameters:\n{faults}") from None
 
-    def faults(self, error: ValidationError) -> list[str]:
-        """Return one plain sentence for each fault that pydantic found in the parameters."""
+    def faults(self, error: ValidationError) -> list[Fault]:
+        """Return one record for each fault that pydantic found in the parameters."""
         known = [f.name for f in dataclasses.fields(self.parameters)]
-        sentences: list[str] = []
+        faults: list[Fault] = []
         for item in error.errors():
             name = ".".join(str(part) for part in item["loc"])
             if item["type"] == "unexpected_keyword_argument":
-                allowed = f"Allowed: {', '.join(known)}." if known else "It takes none."
-                sentences.append(f"unknown parameter '{name}'.{suggest(name, known)} {allowed}")
+                what = f"unknown parameter '{name}'.{suggest(name, known)}"
+                if not known:
+                    what += " It takes none."
+                faults.append(Fault("unknown_parameter", what, allowed=", ".join(known)))
             else:
-                sentences.append(f"{name}: {item['msg'].lower()}, got {item.get('input')!r}.")
-        return sentences
+                got = repr(item.get("input"))
+                faults.append(Fault(item["type"], f"{item['msg'].lower()}.", name, got=got))
+        return faults
 
     def check_expert_count(self, count: int) -> None:
         """Raise MethodError when the method is not defined for `count` experts."""

@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 from eutectic.conventions import PARTS, is_packed
+from eutectic.errors import Note
 from eutectic.methods import Method
 from eutectic.planning.collected import lacks
 from eutectic.planning.tensors import TensorPlan
@@ -40,22 +41,22 @@ def with_method(
         has_rule = method.vectors and treatment is Treatment.VECTOR
         if needs == {"fisher_diagonal"} and not has_rule:
             has_rule = planned.name not in {*tied, *tied.values()}
-            reason += "" if has_rule else "; averaged, tied to another tensor of the file"
+            reason += () if has_rule else (Note("averaged_as_tied"),)
         chosen = method.name if has_rule else "average"
     if chosen == method.name and needs and planned.decision.stacked:
         chosen = method.fallback(parameters)
-        reason += "; no statistics of the matrices of a stack"
+        reason += (Note("no_statistics_of_stacks"),)
     elif chosen == method.name and needs:
         lacking = _experts_without(planned, needs, statistics, names)
         if lacking and is_packed(planned.name):
             parts = [_experts_without(planned, needs, statistics, names, p) for p in PARTS]
             lacking = list(dict.fromkeys(name for part in parts for name in part))
             if not lacking:
-                reason += "; query, key and value saw different inputs"
+                reason += (Note("split_by_inputs"),)
                 planned, lacking = _in_parts(planned)
         if lacking:
             chosen = method.fallback(parameters)
-            reason += f"; no statistics of {', '.join(lacking)}"
+            reason += (Note("no_statistics", tuple(lacking)),)
     alpha = planned.decision.scale
     plain = recipe.scale_tensors == "matrix" and treatment is not Treatment.MATRIX
     tunable = alpha is None and not plain
@@ -66,7 +67,7 @@ def with_method(
         method=chosen,
         scale=alpha,
         tunable=tunable,
-        decision=replace(planned.decision, reason=reason),
+        decision=planned.decision.because(*reason),
     )
 
 

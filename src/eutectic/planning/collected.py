@@ -13,7 +13,7 @@ from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.model_names import names_in
 from eutectic.checkpoint.names import align
 from eutectic.conventions import PARTS, is_packed
-from eutectic.errors import CheckpointError
+from eutectic.errors import CheckpointError, Fault
 from eutectic.methods import Method, get_method
 from eutectic.methods.registry import all_methods
 from eutectic.planning.inputs import BaseReader, Inputs
@@ -55,18 +55,21 @@ def wanted(method: Method, parameters: Any) -> frozenset[str]:
     return frozenset(needs - {"base"})
 
 
-def statistics_faults(inputs: Inputs, names: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Return what is wrong with statistics that say what they were collected on, in words."""
-    faults: list[str] = []
+def statistics_faults(inputs: Inputs, names: Mapping[str, Mapping[str, str]]) -> list[Fault]:
+    """Return the faults of statistics that say what they were collected on."""
+    faults: list[Fault] = []
     for expert, statistics in inputs.statistics.items():
         faults += _layout_faults(expert, statistics, names[expert], inputs)
         differing, compared = _differing(statistics, inputs.experts[expert], inputs.base)
         if differing:
             faults.append(
-                f"the statistics of '{expert}' were collected on another checkpoint: "
-                f"{len(differing)} of {compared} tensors have other values there, such as "
-                f"{differing[0]}. Collect them on this expert, or accept them with "
-                "statistics_of: any."
+                Fault(
+                    "statistics_of_another",
+                    f"the statistics of '{expert}' were collected on another checkpoint: "
+                    f"{len(differing)} of {compared} tensors have other values there, such as "
+                    f"{differing[0]}.",
+                    next="Collect them on this expert, or accept them with statistics_of: any.",
+                )
             )
     return faults
 
@@ -80,20 +83,21 @@ def unknown_origin(statistics: Statistics, expert: Expert) -> bool:
 
 def _layout_faults(
     expert: str, statistics: Statistics, names: Mapping[str, str], inputs: Inputs
-) -> list[str]:
+) -> list[Fault]:
     layers = statistics.provenance.get("layers")
     if layers is None:
         return []
-    faults: list[str] = []
+    faults: list[Fault] = []
     for base, own in names.items():
         shape = tuple(layers[own]["parameter"])
         entry = inputs.base.entries.get(base.partition("[")[0])
         # A tied copy is described by the weight it is tied to.
         if entry is not None and entry.shape != shape:
-            faults.append(
+            what = (
                 f"the statistics of '{expert}' are of another layout: {own} is {list(shape)} "
                 f"there, {list(entry.shape)} in the base."
             )
+            faults.append(Fault("statistics_layout", what))
     return faults
 
 

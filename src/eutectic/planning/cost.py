@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from eutectic.conventions import PARTS
-from eutectic.errors import RecipeError
+from eutectic.errors import Fault, RecipeError
 from eutectic.methods import get_method
 from eutectic.planning.collected import wanted
 from eutectic.planning.inputs import Inputs
@@ -124,11 +124,14 @@ def check_memory(plan: Plan, inputs: Inputs, memory: int) -> None:
     largest = max(plan.tensors, key=lambda t: tensor_cost(t, plan, inputs).peak_bytes)
     peak = tensor_cost(largest, plan, inputs).peak_bytes
     if peak + PROCESS_BYTES > memory:
+        needed = f"{largest.name} alone needs {format_bytes(peak + PROCESS_BYTES)}"
         raise RecipeError(
             [
-                f"{largest.name} alone needs {format_bytes(peak + PROCESS_BYTES)} with "
-                f"{largest.method}, the limit is {format_bytes(memory)}. Raise --memory, or "
-                "choose an element-wise method, which works in chunks."
+                Fault(
+                    "memory",
+                    f"{needed} with {largest.method}, the limit is {format_bytes(memory)}.",
+                    next="Raise --memory, or choose an element-wise method, which works in chunks.",
+                )
             ]
         )
 

@@ -22,7 +22,7 @@ from eutectic.checkpoint.ia3 import identity_adapter, is_ia3, open_ia3
 from eutectic.checkpoint.index import CheckpointIndex, open_index
 from eutectic.checkpoint.memory import StateDictReader
 from eutectic.checkpoint.reader import CheckpointReader
-from eutectic.errors import EutecticError, MethodError, RecipeError, suggest
+from eutectic.errors import EutecticError, Fault, MethodError, RecipeError, suggest
 from eutectic.methods import get_method
 from eutectic.methods.initial import ZERO
 from eutectic.methods.registry import all_methods
@@ -79,17 +79,22 @@ def open_inputs(recipe: Recipe, source: Source | None = None) -> Inputs:
             index = open_index(resolve(recipe.base))
         except (EutecticError, OSError) as error:
             raise RecipeError(
-                [f"{source.at('base')}base: {error}", *_other_faults(recipe, source)], source.name
+                [
+                    Fault("unusable_base", str(error), "base", source.line("base")),
+                    *_other_faults(recipe, source),
+                ],
+                source.name,
             ) from None
         base: BaseReader = stack.enter_context(CheckpointReader(index))
-        faults: list[str] = []
+        faults: list[Fault] = []
         vectors = _only_vectors(recipe)
         if vectors:
             try:
                 tables = {name: open_ia3(path) for name, path in vectors.items()}
                 base, index = identity_adapter(tables, base)
             except (EutecticError, OSError) as error:
-                raise RecipeError([f"{source.at('experts')}{error}"], source.name) from None
+                fault = Fault("unusable_expert", str(error), line=source.line("experts"))
+                raise RecipeError([fault], source.name) from None
         experts: dict[str, Expert] = {}
         statistics: dict[str, Statistics] = {}
         for name, spec in recipe.experts.items():
@@ -97,7 +102,7 @@ def open_inputs(recipe: Recipe, source: Source | None = None) -> Inputs:
                 experts[name] = _open_expert(resolve(spec.path), index, bool(vectors))
                 stack.callback(experts[name].close)
             except (EutecticError, OSError) as error:
-                faults.append(f"{source.at('experts', name)}expert '{name}': {error}")
+                faults.append(_unusable(name, error, source))
             if spec.statistics is None:
                 continue
             try:
@@ -105,7 +110,8 @@ def open_inputs(recipe: Recipe, source: Source | None = None) -> Inputs:
 
                 statistics[name] = load_statistics(spec.statistics)
             except EutecticError as error:
-                faults.append(f"{source.at('experts', name)}statistics of '{name}': {error}")
+                line, where = source.line("experts", name), f"statistics of '{name}'"
+                faults.append(Fault("unusable_statistics", str(error), where, line))
         initial = _open_initial(recipe, index, bool(vectors), source, faults)
         if initial is not None:
             stack.callback(initial.close)
@@ -148,21 +154,26 @@ def _open_expert(path: Path, index: CheckpointIndex, vectors: bool) -> Expert:
     )
 
 
-def _other_faults(recipe: Recipe, source: Source) -> list[str]:
+def _unusable(name: str, error: Exception, source: Source) -> Fault:
+    line = source.line("experts", name)
+    return Fault("unusable_expert", str(error), f"expert '{name}'", line)
+
+
+def _other_faults(recipe: Recipe, source: Source) -> list[Fault]:
     """Open the experts by themselves, so that their faults are not hidden by the base's."""
-    faults: list[str] = []
+    faults: list[Fault] = []
     for name, spec in recipe.experts.items():
         try:
             path = resolve(spec.path)
             if not is_adapter(path):
                 open_index(path)
         except (EutecticError, OSError) as error:
-            faults.append(f"{source.at('experts', name)}expert '{name}': {error}")
+            faults.append(_unusable(name, error, source))
     return faults
 
 
 def _open_initial(
-    recipe: Recipe, index: CheckpointIndex, vectors: bool, source: Source, faults: list[str]
+    recipe: Recipe, index: CheckpointIndex, vectors: bool, source: Source, faults: list[Fault]
 ) -> Expert | None:
     """Open `parameters.init` where it names a checkpoint instead of a method."""
     init = recipe.parameters.get("init")
@@ -175,14 +186,14 @@ def _open_initial(
         path = Path(init)
     if init == ZERO:
         return None
+    line = source.line("parameters", "init")
     if not path.exists():
-        faults.append(
-            f"{source.at('parameters', 'init')}init '{init}' is no method, not '{ZERO}', and no "
-            f"checkpoint either.{suggest(init, list(all_methods()))}"
-        )
+        what = f"init '{init}' is no method, not '{ZERO}', and no checkpoint either."
+        nearest = suggest(init, list(all_methods()))
+        faults.append(Fault("unknown_init", what, line=line, next=nearest))
         return None
     try:
         return _open_expert(path, index, vectors)
     except EutecticError as error:
-        faults.append(f"{source.at('parameters', 'init')}init: {error}")
+        faults.append(Fault("unusable_init", str(error), "init", line))
         return None

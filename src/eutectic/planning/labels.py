@@ -7,17 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from eutectic.conventions import classification_head
+from eutectic.errors import Note
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensors import TensorPlan
 from eutectic.recipes.schema import Recipe
 from eutectic.types import Treatment
 
-WARNING = "warning: "  # how a note begins that says that the output may be wrong
+Difference = tuple[int, str, str]  # an output, its class, and its class in the reference
 
 _NAMELESS = re.compile(r"LABEL_\d+")
 
 
-def label_warnings(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs) -> list[str]:
+def label_warnings(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs) -> list[Note]:
     """Return a warning where one head is merged from outputs that stand for other classes.
 
     A head is a tensor under a usual name with as many rows as its model has classes. Class names
@@ -27,7 +28,7 @@ def label_warnings(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs
     classes = {"the base": class_names(inputs.config)}
     classes |= {f"'{name}'": class_names(e.config) for name, e in inputs.experts.items()}
     donor = "the base" if recipe.side_files == "base" else f"'{recipe.side_files}'"
-    found: dict[tuple[str, str], list[str]] = {}
+    found: dict[tuple[str, tuple[tuple[str, Difference], ...]], list[str]] = {}
     for planned in tensors:
         if planned.decision.treatment in (Treatment.COPY, Treatment.HEAD):
             continue
@@ -40,13 +41,16 @@ def label_warnings(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs
         if not known:
             continue
         (owner, wanted), *others = known
-        differ = [f"{o} ({_difference(n, wanted)})" for o, n in others if n != wanted]
+        differ = tuple((o, _difference(n, wanted)) for o, n in others if n != wanted)
         if differ:
-            found.setdefault((owner, ", ".join(differ)), []).append(planned.name)
+            found.setdefault((owner, differ), []).append(planned.name)
     return [
-        f"{WARNING}one head is merged from outputs that stand for other classes than those of "
-        f"{owner}: {differ}. The merged outputs mean nothing unless these are two names of one "
-        f"class. Keep the heads apart: {_rules(names)}"
+        Note(
+            "mixed_classes",
+            tuple(names),
+            {"reference": owner, "differ": dict(differ), "heads": _head_patterns(names)},
+            level="warning",
+        )
         for (owner, differ), names in found.items()
     ]
 
@@ -75,12 +79,11 @@ def class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(by_index[i] for i in range(len(by_index)))
 
 
-def _difference(names: tuple[str, ...], wanted: tuple[str, ...]) -> str:
-    i = next(i for i, (own, other) in enumerate(zip(names, wanted, strict=True)) if own != other)
-    return f"output {i} is {names[i]}, not {wanted[i]}"
+def _difference(names: tuple[str, ...], wanted: tuple[str, ...]) -> Difference:
+    pairs = enumerate(zip(names, wanted, strict=True))
+    return next((i, own, other) for i, (own, other) in pairs if own != other)
 
 
-def _rules(names: Sequence[str]) -> str:
-    """Return rules, as a recipe has them, that keep every tensor of these heads."""
-    patterns = dict.fromkeys(f"{classification_head(name)}.*" for name in names)
-    return f"tensors: [{', '.join(f'{{match: {p}, treatment: head}}' for p in patterns)}]"
+def _head_patterns(names: Sequence[str]) -> tuple[str, ...]:
+    """Return patterns for rules that match every tensor of these heads."""
+    return tuple(dict.fromkeys(f"{classification_head(name)}.*" for name in names))

@@ -1,14 +1,14 @@
-"""What a user should know of a plan, in words."""
+"""What a user should know of a plan."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 from eutectic.checkpoint.folder import module_weights
 from eutectic.checkpoint.index import TensorEntry
-from eutectic.checkpoint.names import AS_THEY_ARE
+from eutectic.errors import Note
 from eutectic.methods import Method, get_method
 from eutectic.planning.collected import lacks, unknown_origin
 from eutectic.planning.inputs import Inputs
@@ -31,84 +31,76 @@ def notes_on(
     inputs: Inputs,
     method: Method,
     parameters: Any,
-) -> list[str]:
+) -> list[Note]:
     """Return warnings, alignments, tensors that nobody changes, heads, idle rules, fall-backs."""
     notes = label_warnings(tensors, recipe, inputs)
-    notes += [
-        f"expert '{n}': {e.alignment}"
-        for n, e in inputs.experts.items()
-        if e.alignment != AS_THEY_ARE
-    ]
-    absent = [t.name for t in tensors if t.decision.reason == "no expert has it"]
+    for name, expert in inputs.experts.items():
+        if expert.alignment.strip:
+            notes.append(Note("extra_prefix", (name, expert.alignment.strip)))
+        elif expert.alignment.add:
+            notes.append(Note("lacking_prefix", (name, expert.alignment.add)))
+    absent = _because({"in_no_expert"}, tensors)
     if absent:
-        notes.append(f"copied from the base, since no expert has them: {some(absent)}")
+        notes.append(Note("copied", absent))
     for name, expert in inputs.experts.items():
         if expert.extra and recipe.heads != "per_expert":
-            notes.append(
-                f"expert '{name}' has tensors that the base lacks, left out because of heads: "
-                f"{recipe.heads}: {some(list(expert.extra))}"
-            )
-        missing = [k for k in expert.missing if k not in absent]
+            why = {"expert": name, "heads": recipe.heads}
+            notes.append(Note("extra_left_out", tuple(expert.extra), why))
+        missing = tuple(k for k in expert.missing if k not in absent)
         if missing:
-            notes.append(f"expert '{name}' lacks (missing: {recipe.missing}): {some(missing)}")
+            how = {"expert": name, "missing": recipe.missing}
+            notes.append(Note("expert_lacks", missing, how))
     if heads:
-        listed = "; ".join(f"{n}: {some([e.name for e in own])}" for n, own in heads.items())
-        notes.append(f"heads kept per expert: {listed}")
+        kept = {n: tuple(e.name for e in own) for n, own in heads.items()}
+        notes.append(Note("heads_kept", tuple(heads), kept))
     if left_out:
-        notes.append(f"heads left out of the output: {some(list(left_out))}")
+        notes.append(Note("heads_left_out", tuple(left_out)))
     modules = module_weights(inputs.index.folder) if inputs.index is not None else ()
     if modules:
-        notes.append(f"module weights copied from the base, not merged: {some(modules)}")
-    idle = [r.match for r in recipe.tensors if not _matches_any(r.match, inputs)]
+        notes.append(Note("module_weights", tuple(modules)))
+    idle = tuple(r.match for r in recipe.tensors if not _matches_any(r.match, inputs))
     if idle:
-        notes.append(f"rules that match no tensor: {some(idle)}")
+        notes.append(Note("idle_rules", idle))
     notes += _ignored(tensors, recipe, inputs)
     if inputs.index is not None and inputs.index.skipped:
-        notes.append(f"entries of the base that are no tensors: {some(inputs.index.skipped)}")
+        notes.append(Note("no_tensors", tuple(inputs.index.skipped)))
     for name, statistics in inputs.statistics.items():
         if unknown_origin(statistics, inputs.experts[name]):
-            notes.append(
-                f"statistics of '{name}' do not prove that they are of this expert; they may be "
-                "of another checkpoint"
-            )
-    fallback = method.fallback(parameters)
-    fallen = [t.name for t in tensors if "; no statistics of" in t.decision.reason]
+            notes.append(Note("unproven_statistics", (name,)))
+    fallen = _because({"no_statistics", "no_statistics_of_stacks"}, tensors)
     if fallen:
-        rule = fallback if fallback != method.name else f"{fallback}'s own rule for such tensors"
-        notes.append(f"without statistics, merged by {rule}: {some(fallen)}")
+        fallback = method.fallback(parameters)
+        kind = "own_fallback" if fallback == method.name else "fallback"
+        notes.append(Note(kind, fallen, {"method": fallback}))
         if not inputs.statistics:
-            notes.append(
-                f"no expert has statistics, and {method.name} needs them: "
-                "collect them (eutectic collect) and name them with --statistics, or in the recipe"
-            )
+            notes.append(Note("statistics_needed", numbers={"method": method.name}))
         notes += _uncollected(inputs, method, parameters)
     return notes
 
 
-def _ignored(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs) -> list[str]:
-    """Say what of the recipe some tensors cannot follow."""
-    notes: list[str] = []
+def _because(kinds: Collection[str], tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
+    """Return the tensors that are treated as they are for a reason of such a kind."""
+    return tuple(t.name for t in tensors if any(r.kind in kinds for r in t.decision.reason))
+
+
+def _ignored(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs) -> list[Note]:
+    """Return what of the recipe some tensors cannot follow."""
+    notes: list[Note] = []
     for planned in tensors:
         partner = planned.seed_name
         if partner != planned.name and _rules(recipe, planned.name) != _rules(recipe, partner):
-            notes.append(
-                f"'{planned.name}' is a copy of '{partner}' and takes the rules of that, not those "
-                "that match its own name"
-            )
+            notes.append(Note("rules_of_tied", (planned.name, partner)))
     whole = [t for t in tensors if t.decision.split and t.method != "copy" and _sees_all(t.method)]
     if whole:
-        notes.append(
-            f"split plays no part in {whole[0].method}, which looks at a tensor as a whole: "
-            f"{some([t.name for t in whole])}"
-        )
+        names = tuple(t.name for t in whole)
+        notes.append(Note("split_ignored", names, {"method": whole[0].method}))
     if recipe.side_files in inputs.experts:
         held = inputs.experts[recipe.side_files].entries
-        other = [t.name for t in tensors if t.name in held and held[t.name].shape != t.entry.shape]
+        other = tuple(
+            t.name for t in tensors if t.name in held and held[t.name].shape != t.entry.shape
+        )
         if other:
-            notes.append(
-                f"side_files: the configuration of '{recipe.side_files}' may not fit the output, "
-                f"where these have the base's shape: {some(other)}"
-            )
+            notes.append(Note("side_files_shape", other, {"expert": recipe.side_files}))
     return notes
 
 
@@ -121,24 +113,17 @@ def _sees_all(method: str) -> bool:
     return own.elementwise and own.prepare is not None
 
 
-def _uncollected(inputs: Inputs, method: Method, parameters: Any) -> list[str]:
-    """Say which experts' statistics hold nothing of a kind that the method needs."""
-    notes: list[str] = []
+def _uncollected(inputs: Inputs, method: Method, parameters: Any) -> list[Note]:
+    """Return which experts' statistics hold nothing of a kind that the method needs."""
+    notes: list[Note] = []
     for name, statistics in inputs.statistics.items():
         for need in sorted(method.needs(parameters) - {"base"}):
             if all(lacks(statistics, own, {need}) for own in statistics):
-                option = _OPTIONS.get(need)
-                how = f": collect them with {option}" if option else ""
-                notes.append(f"the statistics of '{name}' hold no {need} at all{how}")
+                lacking = {"need": need, "option": _OPTIONS.get(need)}
+                notes.append(Note("uncollected", (name,), lacking))
     return notes
 
 
 def _matches_any(pattern: str, inputs: Inputs) -> bool:
     held = (inputs.base.entries, *(expert.extra for expert in inputs.experts.values()))
     return any(fnmatchcase(name, pattern) for names in held for name in names)
-
-
-def some(names: Sequence[str], limit: int = 4) -> str:
-    """Return the first names, and how many more there are."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -7,17 +7,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from eutectic.checkpoint.index import TensorEntry
-from eutectic.errors import MethodError, RecipeError
+from eutectic.errors import Fault, MethodError, Note, RecipeError
 from eutectic.methods import Method, get_method
 from eutectic.planning.assignment import with_method
 from eutectic.planning.collected import statistics_faults, statistics_names
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.notes import notes_on, some
+from eutectic.planning.notes import notes_on
 from eutectic.planning.tensors import TensorPlan, plan_tensor
 from eutectic.planning.ties import is_copy, tied_to
 from eutectic.recipes.load import Source
 from eutectic.recipes.schema import Recipe, ScaleSearch
 from eutectic.types import Treatment
+from eutectic.words import few
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Plan:
     heads: Mapping[str, tuple[TensorEntry, ...]]
     left_out: tuple[str, ...]
     statistics_names: Mapping[str, Mapping[str, str]]
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
 
 
 def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> Plan:
@@ -59,7 +60,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
     scale = recipe.scale
     if scale is None or isinstance(scale, ScaleSearch):
         scale = method.default_scale(len(inputs.experts))
-    faults: list[str] = []
+    faults: list[Fault] = []
     _check_kinship(inputs, source, faults)
     names = {n: statistics_names(s, inputs) for n, s in inputs.statistics.items()}
     if recipe.statistics_of == "expert":
@@ -68,7 +69,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
     tensors: list[TensorPlan] = []
     for entry in inputs.base.entries.values():
         planned = plan_tensor(entry, recipe, inputs, source, tied)
-        if isinstance(planned, str):
+        if isinstance(planned, Fault):
             faults.append(planned)
         else:
             tensors.append(planned)
@@ -89,14 +90,15 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
     if method.prepare is not None and method.model_scope(parameters):
         _refuse_partial(tensors, method, inputs, source)
     if not any(t.method != "copy" for t in tensors):
-        raise RecipeError(["no tensor would be merged: every one is copied."], source.name)
+        nothing = Fault("nothing_to_merge", "no tensor would be merged: every one is copied.")
+        raise RecipeError([nothing], source.name)
     notes = notes_on(tensors, heads, left_out, recipe, inputs, method, parameters)
     return Plan(
         recipe, method, parameters, scale, tuple(tensors), heads, left_out, names, tuple(notes)
     )
 
 
-def with_scale(plan: Plan, scale: float, note: str) -> Plan:
+def with_scale(plan: Plan, scale: float, note: Note) -> Plan:
     """Return the plan with a number in place of a search for α; rules keep theirs.
 
     `note` says where the number came from.
@@ -116,26 +118,26 @@ def _resolved(name: str, method: Method, parameters: Any) -> tuple[Method, Any]:
     return own, parameters if own is method else own.parameters()
 
 
-def _check_kinship(inputs: Inputs, source: Source, faults: list[str]) -> None:
+def _check_kinship(inputs: Inputs, source: Source, faults: list[Fault]) -> None:
     """Refuse experts whose tensors mostly differ in shape: they come from another base."""
     for name, expert in inputs.experts.items():
         shared = [(k, e) for k, e in expert.entries.items() if k in inputs.base.entries]
         differ = [k for k, e in shared if inputs.base.entries[k].shape != e.shape]
         if shared and 2 * len(differ) > len(shared):
             first = differ[0]
-            faults.append(
-                f"{source.at('experts', name)}expert '{name}' is not of this base: "
-                f"{len(differ)} of {len(shared)} tensors have another shape, such as {first} "
-                f"{list(expert.entries[first].shape)} against "
+            what = (
+                f"expert '{name}' is not of this base: {len(differ)} of {len(shared)} tensors have "
+                f"another shape, such as {first} {list(expert.entries[first].shape)} against "
                 f"{list(inputs.base.entries[first].shape)}."
             )
+            faults.append(Fault("another_base", what, line=source.line("experts", name)))
 
 
 def _unfit(
     tensors: Sequence[TensorPlan], method: Method, parameters: Any, recipe: Recipe
-) -> list[str]:
+) -> list[Fault]:
     """Return what is wrong with the number or the weights of the experts that hold a tensor."""
-    faults: list[str] = []
+    faults: list[Fault] = []
     seen: set[tuple[str, tuple[str, ...]]] = set()
     for planned in tensors:
         if planned.method == "copy" or (planned.method, planned.experts) in seen:
@@ -145,15 +147,13 @@ def _unfit(
         try:
             own.check_expert_count(len(planned.experts))
         except MethodError as error:
-            faults.append(
-                f"{planned.name}: {error} Choose missing: base, which counts an expert without the "
-                "tensor as unchanged."
-            )
+            choose = "Choose missing: base, which counts an expert without the tensor as unchanged."
+            faults.append(Fault("expert_count", str(error), planned.name, next=choose))
             continue
         weights = [recipe.experts[name].weight for name in planned.experts]
         fault = None if own.check is None else own.check(chosen, weights)
         if fault is not None:
-            faults.append(f"{planned.name}: {fault}")
+            faults.append(Fault("method_check", fault, planned.name))
     return faults
 
 
@@ -167,8 +167,12 @@ def _refuse_partial(
     if partial:
         raise RecipeError(
             [
-                f"method '{method.name}' looks at the whole model at once, but some expert "
-                f"lacks {some(partial)}. Choose missing: base, which counts it as unchanged."
+                Fault(
+                    "missing_tensor",
+                    f"method '{method.name}' looks at the whole model at once, but some expert "
+                    f"lacks {few(partial)}.",
+                    next="Choose missing: base, which counts it as unchanged.",
+                )
             ],
             source.name,
         )
@@ -190,7 +194,7 @@ def _heads(
     return heads
 
 
-def _shortened(faults: Sequence[str], limit: int = 30) -> list[str]:
+def _shortened(faults: Sequence[Fault], limit: int = 30) -> list[Fault]:
     if len(faults) <= limit:
         return list(faults)
-    return [*faults[:limit], f"and {len(faults) - limit} more of the same kind."]
+    return [*faults[:limit], Fault("more", f"and {len(faults) - limit} more of the same kind.")]

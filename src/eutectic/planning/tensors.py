@@ -9,6 +9,7 @@ import torch
 
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.index import TensorEntry
+from eutectic.errors import Fault, Note
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.treatment import Decision, decide
 from eutectic.recipes.load import Source
@@ -61,14 +62,14 @@ def plan_tensor(
     inputs: Inputs,
     source: Source,
     tied: Mapping[str, str],
-) -> TensorPlan | str:
-    """Decide one tensor, or return a fault in words; the method follows in `with_method`."""
+) -> TensorPlan | Fault:
+    """Decide one tensor, or return its fault; the method follows in `with_method`."""
     rule_entry = replace(entry, name=tied.get(entry.name, entry.name))
     decision = decide(rule_entry, recipe.tensors, inputs.config)
-    if isinstance(decision, str):
+    if isinstance(decision, Fault):
         return decision
     if entry.name in tied:
-        decision = replace(decision, reason=f"tied to {tied[entry.name]}")
+        decision = decision.because(Note("tied", (tied[entry.name],)))
     partner = tied.get(entry.name, entry.name)
     having = {
         n: e.entries[own]
@@ -77,7 +78,7 @@ def plan_tensor(
     }
     lacking = [n for n, e in inputs.experts.items() if n not in having and entry.name in e.missing]
     decision = _meet_experts(entry, decision, having, lacking, recipe, inputs, source)
-    if isinstance(decision, str):
+    if isinstance(decision, Fault):
         return decision
     merged = decision.treatment not in (Treatment.COPY, Treatment.HEAD)
     if merged:
@@ -115,41 +116,49 @@ def _meet_experts(
     recipe: Recipe,
     inputs: Inputs,
     source: Source,
-) -> Decision | str:
+) -> Decision | Fault:
     """Adjust a decision to what the experts hold of this tensor."""
     fixed = decision.treatment in (Treatment.COPY, Treatment.HEAD)
     shapes = {name: e.shape for name, e in having.items() if e.shape != entry.shape}
     if shapes and not fixed:
         listed = ", ".join(f"{n} {list(s)}" for n, s in shapes.items())
         if decision.treatment is Treatment.EMBEDDING:
-            return (
-                f"{entry.name}: the base has {list(entry.shape)}, but {listed}. Tables of "
-                "different size cannot be merged row by row; add a rule: treatment copy or head."
+            return Fault(
+                "table_size",
+                f"the base has {list(entry.shape)}, but {listed}. Tables of different size cannot "
+                "be merged row by row; add a rule: treatment copy or head.",
+                entry.name,
             )
-        return replace(decision, treatment=Treatment.HEAD, reason=f"shape differs: {listed}")
+        differ = Note("other_shape", tuple(shapes), {n: str(list(s)) for n, s in shapes.items()})
+        return decision.because(differ, treatment=Treatment.HEAD)
     if shapes and decision.treatment is Treatment.COPY and not entry.dtype.is_floating_point:
-        return f"{entry.name}: {entry.dtype} buffer of shape {list(entry.shape)} differs: {shapes}."
+        what = f"{entry.dtype} buffer of shape {list(entry.shape)} differs: {shapes}."
+        return Fault("buffer", what, entry.name)
     if fixed:
         return decision
     if not having:
-        if len(lacking) < len(inputs.experts):
-            reason = "no adapter changes it"
-        else:
-            reason = "no expert has it"
-        return replace(decision, treatment=Treatment.COPY, reason=reason)
+        absent = len(lacking) == len(inputs.experts)
+        reason = Note("in_no_expert") if absent else Note("unchanged_by_adapters")
+        return decision.because(reason, treatment=Treatment.COPY)
     if lacking and recipe.missing == "error":
-        return (
-            f"{source.at('experts', lacking[0])}{entry.name}: missing from {', '.join(lacking)}. "
-            "Choose missing: base (count it as unchanged) or missing: available."
+        return Fault(
+            "missing_tensor",
+            f"missing from {', '.join(lacking)}.",
+            entry.name,
+            source.line("experts", lacking[0]),
+            next="Choose missing: base (count it as unchanged) or missing: available.",
         )
     return decision
 
 
-def _dtype_fault(entry: TensorEntry, having: Mapping[str, TensorEntry]) -> str | None:
+def _dtype_fault(entry: TensorEntry, having: Mapping[str, TensorEntry]) -> Fault | None:
     for owner, dtype in [("the base", entry.dtype), *((n, e.dtype) for n, e in having.items())]:
         if dtype not in _FLOATS:
-            return (
-                f"{entry.name}: {owner} holds {dtype}, which cannot be merged. Allowed: float16, "
-                "bfloat16, float32, float64; dequantise it first, or add a rule: treatment copy."
+            return Fault(
+                "dtype",
+                f"{owner} holds {dtype}, which cannot be merged.",
+                entry.name,
+                allowed="float16, bfloat16, float32, float64",
+                next="Dequantise it first, or add a rule: treatment copy.",
             )
     return None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 from eutectic import conventions
 from eutectic.checkpoint.index import TensorEntry
+from eutectic.errors import Fault, Note
 from eutectic.recipes.schema import TensorRule
 from eutectic.types import Treatment
 
@@ -19,7 +20,7 @@ class Decision:
 
     Attributes:
         treatment: what becomes of the tensor.
-        reason: the rule that decided, for the plan's table.
+        reason: why it is this treatment and method.
         transpose: the file holds [in, out].
         split: heights of the fused matrices, or empty.
         stacked: a stack [E, out, in], merged matrix by matrix.
@@ -28,18 +29,27 @@ class Decision:
     """
 
     treatment: Treatment
-    reason: str
+    reason: tuple[Note, ...]
     transpose: bool = False
     split: tuple[int, ...] = ()
     stacked: bool = False
     scale: float | None = None
     ruled: bool = False
 
+    @property
+    def why(self) -> str:
+        """The reason as a text."""
+        return "; ".join(map(str, self.reason))
+
+    def because(self, *reason: Note, treatment: Treatment | None = None) -> Decision:
+        """Return the decision with another reason, and another treatment if one is given."""
+        return replace(self, reason=reason, treatment=treatment or self.treatment)
+
 
 def decide(
     entry: TensorEntry, rules: Sequence[TensorRule], config: Mapping[str, Any]
-) -> Decision | str:
-    """Return the decision for one tensor of the base, or a fault in words.
+) -> Decision | Fault:
+    """Return the decision for one tensor of the base, or its fault.
 
     The recipe's rules come first, in order; the first that matches and says something of the
     treatment decides it. Likewise for `split` and `scale`. Without a rule:
@@ -58,46 +68,48 @@ def decide(
     default, reason = _default(entry)
     treatment = default
     if ruled is not None and ruled.treatment is not None:
-        treatment, reason = ruled.treatment, f"rule '{ruled.match}'"
+        treatment, reason = ruled.treatment, Note("rule", (ruled.match,))
         if treatment is Treatment.MATRIX and len(entry.shape) < 2:
-            return f"{entry.name}: treatment 'matrix' needs 2 dimensions, got {list(entry.shape)}."
+            what = "treatment 'matrix' needs 2 dimensions"
+            return Fault("dimensions", what, entry.name, got=str(list(entry.shape)))
         mergeable = entry.dtype.is_floating_point or treatment in (Treatment.COPY, Treatment.HEAD)
         if not mergeable:
-            return f"{entry.name}: {entry.dtype} cannot be merged; use treatment copy or head."
+            what = f"{entry.dtype} cannot be merged; use treatment copy or head."
+            return Fault("dtype", what, entry.name)
     transpose = treatment is Treatment.MATRIX and _is_transposed(entry, config)
     stacked = treatment is Treatment.MATRIX and len(entry.shape) == 3 and default is not _CONV
     parts = (
         _parts(entry, split, transpose, stacked) if treatment is Treatment.MATRIX and split else ()
     )
-    if isinstance(parts, str):
+    if isinstance(parts, Fault):
         return parts
-    return Decision(treatment, reason, transpose, parts, stacked, scale, ruled is not None)
+    return Decision(treatment, (reason,), transpose, parts, stacked, scale, ruled is not None)
 
 
 _CONV = Treatment.CONV
 
 
-def _default(entry: TensorEntry) -> tuple[Treatment, str]:
+def _default(entry: TensorEntry) -> tuple[Treatment, Note]:
     shape = entry.shape
     if not entry.dtype.is_floating_point:
-        return Treatment.COPY, "integers or booleans"
+        return Treatment.COPY, Note("integers")
     if 0 in shape:
-        return Treatment.COPY, "empty"
+        return Treatment.COPY, Note("empty")
     if len(shape) < 2:
-        return Treatment.VECTOR, "bias, norm or scalar"
+        return Treatment.VECTOR, Note("small")
     if entry.name.endswith(conventions.IA3_SUFFIX):
-        return Treatment.VECTOR, "(IA)³ vector"
+        return Treatment.VECTOR, Note("ia3_vector")
     table = conventions.is_table(entry.name)
     stack = table or conventions.is_expert_stack(entry.name)
     if len(shape) > 3 or (len(shape) == 3 and not stack):
-        return Treatment.CONV, "convolution kernel"
+        return Treatment.CONV, Note("convolution")
     if table:
-        return Treatment.EMBEDDING, "lookup table"
+        return Treatment.EMBEDDING, Note("table")
     if min(shape[-2:]) == 1:
-        return Treatment.VECTOR, "a single row or column"
+        return Treatment.VECTOR, Note("single_row")
     if conventions.is_text_projection(entry.name):
-        return Treatment.VECTOR, "text projection, not flattened officially"
-    return Treatment.MATRIX, "stack of matrices" if len(shape) == 3 else "matrix"
+        return Treatment.VECTOR, Note("text_projection")
+    return Treatment.MATRIX, Note("stack") if len(shape) == 3 else Note("matrix")
 
 
 def _is_transposed(entry: TensorEntry, config: Mapping[str, Any]) -> bool:
@@ -113,12 +125,15 @@ def _is_transposed(entry: TensorEntry, config: Mapping[str, Any]) -> bool:
 
 def _parts(
     entry: TensorEntry, split: int | list[int], transpose: bool, stacked: bool
-) -> tuple[int, ...] | str:
+) -> tuple[int, ...] | Fault:
     rows = entry.shape[1 if transpose or stacked else 0]
     if isinstance(split, int):
         if rows % split:
-            return f"{entry.name}: {rows} rows cannot be split into {split} equal parts."
+            return Fault(
+                "split", f"{rows} rows cannot be split into {split} equal parts.", entry.name
+            )
         return (rows // split,) * split
     if sum(split) != rows:
-        return f"{entry.name}: split {split} adds up to {sum(split)}, the tensor has {rows} rows."
+        what = f"split {split} adds up to {sum(split)}, the tensor has {rows} rows."
+        return Fault("split", what, entry.name)
     return tuple(split)

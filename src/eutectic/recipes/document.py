@@ -1,16 +1,15 @@
-"""YAML documents written by people: values with line numbers, faults in words."""
+"""YAML documents written by people: values with line numbers, and their faults."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 
-from eutectic.errors import RecipeError, suggest
+from eutectic.errors import Fault, RecipeError, suggest
 
 Location = tuple[str | int, ...]
 
@@ -35,18 +34,15 @@ class Source:
     folder: Path = field(default_factory=Path)
     lines: Mapping[Location, int] = field(default_factory=dict[Location, int])
 
-    def at(self, *location: str | int) -> str:
-        """Return `line N: ` of the deepest known part of a location, or nothing."""
-        for end in range(len(location), 0, -1):
-            line = self.lines.get(location[:end])
-            if line is not None:
-                return f"line {line}: "
-        return ""
+    def line(self, *location: str | int) -> int:
+        """Return the line of the deepest known part of a location, 0 where none is known."""
+        ends = range(len(location), 0, -1)
+        return next((self.lines[location[:n]] for n in ends if location[:n] in self.lines), 0)
 
 
 def read_document(
     path: str | Path, what: str, holds: str, error: type[RecipeError] = RecipeError
-) -> tuple[Mapping[str, Any], Source, list[str]]:
+) -> tuple[Mapping[str, Any], Source, list[Fault]]:
     """Return a YAML mapping, where its parts stand, and the faults found so far (double keys).
 
     Args:
@@ -60,41 +56,44 @@ def read_document(
     """
     path = Path(path)
     noun = what.removeprefix("a ")
-    duplicates: list[str] = []
+    duplicates: list[Fault] = []
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values: object = yaml.safe_load(text)
         lines = _lines(node, duplicates) if node is not None else {}
     except FileNotFoundError:
-        raise error([f"{path}: no such file."], f"the {noun}") from None
+        raise error([Fault("no_file", "no such file.", str(path))], f"the {noun}") from None
     except IsADirectoryError:
-        raise error([f"{path}: is a folder, not a YAML file."], f"the {noun}") from None
+        folder = Fault("no_file", "is a folder, not a YAML file.", str(path))
+        raise error([folder], f"the {noun}") from None
     except OSError as fault:
-        raise error([f"{path}: {fault.strerror or fault}."], f"the {noun}") from None
+        unread = Fault("unreadable", f"{fault.strerror or fault}.", str(path))
+        raise error([unread], f"the {noun}") from None
     except UnicodeDecodeError:
-        raise error([f"{path} is not a UTF-8 text file."], f"the {noun}") from None
+        unread = Fault("unreadable", f"{path} is not a UTF-8 text file.")
+        raise error([unread], f"the {noun}") from None
     except yaml.MarkedYAMLError as fault:
         mark = fault.problem_mark or fault.context_mark
-        where = "" if mark is None else f"line {mark.line + 1}: "
+        line = 0 if mark is None else mark.line + 1
         what = ", ".join(part for part in (fault.context, fault.problem) if part)
-        raise error([f"{where}not valid YAML: {what}."], f"{noun} {path}") from None
+        invalid = Fault("not_yaml", f"not valid YAML: {what}.", line=line)
+        raise error([invalid], f"{noun} {path}") from None
     except UNREADABLE as fault:
-        raise error([f"not valid YAML: {fault}"], f"{noun} {path}") from None
+        raise error([Fault("not_yaml", f"not valid YAML: {fault}")], f"{noun} {path}") from None
     source = Source(f"{noun} {path}", path.parent, lines)
     if not isinstance(values, Mapping):
-        raise error([f"{what} is a mapping with {holds}."], source.name)
+        raise error([Fault("not_a_mapping", f"{what} is a mapping with {holds}.")], source.name)
     return cast("Mapping[str, Any]", values), source, duplicates
 
 
-def by_line(fault: str) -> int:
-    """Return the line that a fault begins with, or 0: a key for sorting."""
-    match = re.match(r"line (\d+): ", fault)
-    return int(match[1]) if match else 0
+def by_line(faults: Iterable[Fault]) -> list[Fault]:
+    """Return faults in the order of the document, those without a line first."""
+    return sorted(faults, key=lambda fault: fault.line)
 
 
-def sentence(item: Any, source: Source, known_keys: Callable[[Location], list[str]]) -> str:
-    """Return one of pydantic's errors in words, with its line.
+def schema_fault(item: Any, source: Source, known_keys: Callable[[Location], list[str]]) -> Fault:
+    """Return one of pydantic's errors as a fault with its line.
 
     Args:
         item: from `ValidationError.errors()`.
@@ -102,21 +101,28 @@ def sentence(item: Any, source: Source, known_keys: Callable[[Location], list[st
         known_keys: location -> the keys that are allowed there.
     """
     location: Location = tuple(part for part in item["loc"])
-    where = source.at(*location)
+    line = source.line(*location)
     name = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
-        return f"{where}unknown key '{name}'.{suggest(str(location[-1]), known_keys(location))}"
+        nearest = suggest(str(location[-1]), known_keys(location))
+        return Fault("unknown_key", f"unknown key '{name}'.", line=line, next=nearest)
     if item["type"] == "missing":
-        return f"{where}'{name}' is missing."
+        return Fault("missing_key", f"'{name}' is missing.", line=line)
     if location and location[-1] == "[key]":
         name = f"the key '{location[-2]}'" if len(location) > 1 else "a key"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
     got = item.get("input")
-    shown = f", got {got!r}" if isinstance(got, (str, int, float, bool)) else ""
-    return f"{where}{name}: {message[0].lower()}{message[1:]}{shown}."
+    shown = repr(got) if isinstance(got, (str, int, float, bool)) else ""
+    return Fault(item["type"], f"{message[0].lower()}{message[1:]}.", name, line, shown)
 
 
-def _lines(root: yaml.Node, duplicates: list[str]) -> dict[Location, int]:
+def no_file(location: Location, path: str, source: Source) -> Fault:
+    """Return the fault of a path in a document that leads nowhere."""
+    where = ".".join(map(str, location))
+    return Fault("no_file", f"no such file: {path}", where, source.line(*location))
+
+
+def _lines(root: yaml.Node, duplicates: list[Fault]) -> dict[Location, int]:
     """Map every location of a YAML document to its line, and note keys that stand twice."""
     lines: dict[Location, int] = {}
     above: list[yaml.Node] = []
@@ -132,7 +138,8 @@ def _lines(root: yaml.Node, duplicates: list[str]) -> dict[Location, int]:
             for key, value in cast("list[tuple[yaml.Node, yaml.Node]]", node.value):
                 name, line = str(cast(object, key.value)), key.start_mark.line + 1
                 if name in names:
-                    duplicates.append(f"line {line}: key '{name}' stands twice.")
+                    twice = f"key '{name}' stands twice."
+                    duplicates.append(Fault("repeated_key", twice, line=line))
                 names.add(name)
                 lines[(*path, name)] = line
                 visit(value, (*path, name))

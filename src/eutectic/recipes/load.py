@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from pydantic import ValidationError
 
-from eutectic.errors import MethodError, RecipeError, suggest
+from eutectic.errors import Fault, MethodError, RecipeError, suggest
 from eutectic.methods import all_methods, get_method
 from eutectic.methods.initial import ZERO
-from eutectic.recipes.document import Location, Source, by_line, read_document, sentence
+from eutectic.recipes.document import (
+    Location,
+    Source,
+    by_line,
+    no_file,
+    read_document,
+    schema_fault,
+)
 from eutectic.recipes.schema import SCALE_TAGS, ExpertSpec, Recipe, ScaleSearch, TensorRule
 
 
@@ -27,7 +35,7 @@ def load_recipe(path: str | Path) -> tuple[Recipe, Source]:
 
 
 def check_recipe(
-    values: Mapping[str, Any], source: Source | None = None, faults: Sequence[str] = ()
+    values: Mapping[str, Any], source: Source | None = None, faults: Sequence[Fault] = ()
 ) -> Recipe:
     """Return a checked recipe with resolved local paths.
 
@@ -41,16 +49,16 @@ def check_recipe(
     try:
         recipe = Recipe.model_validate(dict(values))
     except ValidationError as error:
-        faults += [_sentence(item, source) for item in error.errors()]
+        faults += [_schema_fault(item, source) for item in error.errors()]
     faults += _method_faults(values, source)
     faults += _path_faults(values, source)
     if recipe is not None and recipe.side_files not in ("base", *recipe.experts):
-        faults.append(
-            f"{source.at('side_files')}side_files: '{recipe.side_files}' is neither 'base' nor an "
-            f"expert.{suggest(recipe.side_files, ['base', *recipe.experts])}"
-        )
+        what = f"'{recipe.side_files}' is neither 'base' nor an expert."
+        nearest = suggest(recipe.side_files, ["base", *recipe.experts])
+        line = source.line("side_files")
+        faults.append(Fault("unknown_expert", what, "side_files", line, next=nearest))
     if faults or recipe is None:
-        raise RecipeError(sorted(faults, key=by_line), source.name)
+        raise RecipeError(by_line(faults), source.name)
     return _resolve_paths(recipe, source)
 
 
@@ -62,7 +70,7 @@ def _paths_as_text(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-def _method_faults(values: Mapping[str, Any], source: Source) -> list[str]:
+def _method_faults(values: Mapping[str, Any], source: Source) -> list[Fault]:
     name = values.get("method")
     if not isinstance(name, str):
         return []
@@ -70,28 +78,31 @@ def _method_faults(values: Mapping[str, Any], source: Source) -> list[str]:
     try:
         method = get_method(name)
     except MethodError as error:
-        return [f"{source.at('method')}{' '.join(str(error).splitlines())}"]
-    faults: list[str] = []
+        what = " ".join(str(error).splitlines())
+        return [Fault("unknown_method", what, line=source.line("method"))]
+    faults: list[Fault] = []
     try:
         method.adapter.validate_python({str(key): value for key, value in parameters.items()})
     except ValidationError as error:
-        for item, text in zip(error.errors(), method.faults(error), strict=True):
-            faults.append(f"{source.at('parameters', *item['loc'])}method '{name}': {text}")
+        for item, fault in zip(error.errors(), method.faults(error), strict=True):
+            line, where = source.line("parameters", *item["loc"]), f"method '{name}'"
+            where = f"{where}: {fault.where}" if fault.where else where
+            faults.append(replace(fault, line=line, where=where))
     experts = _mapping(values.get("experts"))
     if experts:
         try:
             method.check_expert_count(len(experts))
         except MethodError as error:
-            faults.append(f"{source.at('experts')}{error}")
+            faults.append(Fault("expert_count", str(error), line=source.line("experts")))
     return faults
 
 
-def _path_faults(values: Mapping[str, Any], source: Source) -> list[str]:
-    faults: list[str] = []
-    for where, path in _paths(values):
-        if (_is_local(path) or where == ("scale", "tasks")) and not _exists(_inside(path, source)):
-            faults.append(f"{source.at(*where)}{'.'.join(map(str, where))}: no such file: {path}")
-    return faults
+def _path_faults(values: Mapping[str, Any], source: Source) -> list[Fault]:
+    return [
+        no_file(where, path, source)
+        for where, path in _paths(values)
+        if (_is_local(path) or where == ("scale", "tasks")) and not _exists(_inside(path, source))
+    ]
 
 
 def _paths(values: Mapping[str, Any]) -> list[tuple[Location, str]]:
@@ -134,7 +145,7 @@ def _exists(path: Path) -> bool:
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
-    """Return the value if it is a mapping, else an empty one: the schema has its own words."""
+    """Return the value if it is a mapping, else an empty one: the schema reports any other."""
     return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
 
 
@@ -157,11 +168,11 @@ def _resolve_paths(recipe: Recipe, source: Source) -> Recipe:
     return recipe.model_copy(update=update)
 
 
-def _sentence(item: Any, source: Source) -> str:
+def _schema_fault(item: Any, source: Source) -> Fault:
     location: Location = tuple(part for part in item["loc"])
     if location[:1] == ("scale",) and location[1:2] and location[1] in SCALE_TAGS:
         item = {**item, "loc": (location[0], *location[2:])}
-    return sentence(item, source, _known_keys)
+    return schema_fault(item, source, _known_keys)
 
 
 def _known_keys(location: Location) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eutectic.errors import RequestError
+from eutectic.errors import Note, RequestError
 from eutectic.execution.unscaled import Choice, Choose, Unscaled
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
@@ -77,11 +77,13 @@ def _by_grams(unscaled: Unscaled) -> Choice:
             if statistics.provenance
         },
     }
-    note = (
-        f"scale {curve.scale:g} in closed form from the Grams of {form.layers} of {open_matrices} "
-        f"matrices: {100 * form.error(curve.scale):.0f} % of the experts' output shifts is lost"
-    )
-    return Choice(curve.scale, note, record)
+    numbers = {
+        "scale": curve.scale,
+        "layers": form.layers,
+        "matrices": open_matrices,
+        "lost_percent": 100 * form.error(curve.scale),
+    }
+    return Choice(curve.scale, Note("closed_form_scale", numbers=numbers), record)
 
 
 def parabola(form: ClosedForm) -> ScaleCurve:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from eutectic.errors import RequestError
+from eutectic.errors import Note, RequestError
 from eutectic.execution import run
 from eutectic.execution.jobs import Limits, Progress
 from eutectic.execution.request import limits_of, recipe_from
@@ -56,7 +56,7 @@ class TuneReport:
     method: str
     scale: float
     search: Mapping[str, Any] = field(repr=False)
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
     output: MergeReport | None = None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eutectic.errors import NumericalError
+from eutectic.errors import Note, NumericalError
 from eutectic.evaluation.metrics import LOWER_IS_BETTER
 from eutectic.evaluation.outputs import score
 from eutectic.execution.jobs import Ledger
@@ -76,18 +76,17 @@ def prepare_objective(search: ScaleSearch, plan: Plan, inputs: Inputs) -> Choose
             record["experts"] = plain_parts(memory.get("experts").parts)
         elif search.compare == "features":
             record["compare"] = "features"
-        note = (
-            f"scale {curve.scale:g} chosen by {search.search} on the "
-            f"{tasks[0].prepared.split} splits of {', '.join(t.task.name for t in tasks)}: "
-            f"{len(curve.points)} values of α, best {curve.value:.4g}"
-        )
-        if curve.at_edge:
-            note += "; it is at the edge of the range, so a wider one may be better"
-        for task in tasks:
-            for other, count in task.tested_elsewhere.items():
-                note += f"; {count} rows of {task.task.name} are test rows of {other}"
-        if idle:
-            note += f"; experts without a task had no say: {', '.join(idle)}"
+        numbers = {
+            "scale": curve.scale,
+            "search": search.search,
+            "split": tasks[0].prepared.split,
+            "points": len(curve.points),
+            "best": curve.value,
+            "edge": curve.at_edge,
+            "shared": [(t.task.name, *pair) for t in tasks for pair in t.tested_elsewhere.items()],
+            "ignored": idle,
+        }
+        note = Note("searched_scale", tuple(t.task.name for t in tasks), numbers)
         return Choice(curve.scale, note, record)
 
     return choose
