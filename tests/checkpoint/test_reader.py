@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eutectic.checkpoint import reader as reader_module
 from eutectic.checkpoint.index import open_index
 from eutectic.checkpoint.memory import StateDictReader
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.errors import CheckpointError
+from eutectic.storage import open_files
 
 from .helpers import item, same_bytes, save_sharded, write_raw
 
@@ -139,7 +139,7 @@ def open_descriptors() -> int:
 def test_threads_share_a_reader_with_few_descriptors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader_module, "_MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(open_files, "_MAX_OPEN_FILES", 2)
     values = {f"t{i}": torch.full((1000,), float(i)) for i in range(12)}
     save_sharded(tmp_path, {f"s{i:02}.safetensors": {n: values[n]} for i, n in enumerate(values)})
     faults: list[str] = []
@@ -187,7 +187,7 @@ def test_file_that_shrinks_or_vanishes_after_opening(tmp_path: Path) -> None:
             reader.read("a", 0, 10)
         reader.close()
         path.unlink()
-        with pytest.raises(CheckpointError, match="cannot be opened"):
+        with pytest.raises(CheckpointError, match="cannot be read"):
             reader.read("a", 0, 10)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from safetensors import safe_open
 from tiny_models import assert_near, assert_same, batched, bert, examples
 from torch import nn
 
-import eutectic.statistics.container as container
 from eutectic.checkpoint.memory import StateDictReader
 from eutectic.errors import NumericalError, OutputError, StatisticsError
 from eutectic.statistics import StatisticsFile, collect, load_statistics
@@ -169,7 +169,7 @@ def test_a_failed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.Monk
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(container.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match="No space left"):
         collected(None).save(path)
     assert path.read_bytes() == before

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from eutectic.checkpoint.names import check_inside
 from eutectic.errors import OutputError
+from eutectic.storage import storage_of
 
 # What a model needs to be loaded and used, and what its licence asks to be kept.
 _PATTERNS = (
@@ -102,8 +102,7 @@ def copy_side_files(
         source = check_inside(folder, name)
         target = destination / name
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+            storage_of(destination).copy(source, target)
         except OSError as error:
             raise OutputError(f"{target}: cannot be written ({error.strerror}).") from error
     return chosen

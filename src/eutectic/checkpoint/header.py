@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from eutectic.errors import CheckpointError
+from eutectic.storage import OpenedFile, storage_of
 
 MAX_HEADER_BYTES = 100_000_000
 METADATA_KEY = "__metadata__"
@@ -78,11 +79,11 @@ def read_header(path: Path) -> Header:
             tensor's byte range does not fit its shape, its neighbours or the file.
     """
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
+        with closing(storage_of(path).open(path)) as file:
+            size = file.size
             if size < 8:
                 raise _broken(path, f"truncated: {size} bytes, too short for a header length")
+            length = int.from_bytes(_bytes_of(file, 0, 8), "little")
             if length > MAX_HEADER_BYTES:
                 raise _broken(
                     path,
@@ -94,10 +95,16 @@ def read_header(path: Path) -> Header:
                     path,
                     f"truncated: it announces a header of {length:,} bytes, the file has {size:,}",
                 )
-            raw = file.read(length)
+            raw = _bytes_of(file, 8, length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
     return _parse(path, raw, data_start=8 + length, file_size=size)
+
+
+def _bytes_of(file: OpenedFile, offset: int, count: int) -> bytes:
+    buffer = bytearray(count)
+    file.read_into(memoryview(buffer), offset)
+    return bytes(buffer)
 
 
 def _parse(path: Path, raw: bytes, data_start: int, file_size: int) -> Header:

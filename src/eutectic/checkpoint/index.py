@@ -14,6 +14,7 @@ from eutectic.checkpoint.header import read_header
 from eutectic.checkpoint.names import check_inside, check_plain_name
 from eutectic.checkpoint.pickles import load_pickle
 from eutectic.errors import CheckpointError
+from eutectic.storage import storage_of
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 # Files that training scripts and PEFT leave beside the weights.
@@ -125,7 +126,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def _weights_in(folder: Path) -> str:
     try:
-        names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        names = [name for name in storage_of(folder).list(folder) if not name.startswith(".")]
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read ({error.strerror}).") from error
     for usual, suffixes in (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from torch import Tensor
 from eutectic.checkpoint.header import HeaderTensor, build_header
 from eutectic.checkpoint.layout import OutputFile
 from eutectic.checkpoint.names import check_plain_name
-from eutectic.checkpoint.reader import read_exactly
 from eutectic.errors import OutputError, RequestError, ResumeError
+from eutectic.storage import StagedFile, storage_of
 
 
 class CheckpointWriter:
@@ -47,7 +46,8 @@ class CheckpointWriter:
         self.folder = Path(folder)
         self.files = tuple(files)
         self.laid_out: tuple[str, ...] = ()
-        self._descriptors: dict[str, int] = {}
+        self._storage = storage_of(self.folder)
+        self._staged: dict[str, StagedFile] = {}
         self._where: dict[str, tuple[str, HeaderTensor]] = {}
         headers: dict[str, bytes] = {}
         for file in self.files:
@@ -59,7 +59,6 @@ class CheckpointWriter:
                 self._where[tensor.name] = (file.name, tensor)
         sizes = {file.name: len(headers[file.name]) + file.data_bytes for file in self.files}
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             pending = [
                 n for n in headers if not (resume and self._take_up(n, headers[n], sizes[n]))
             ]
@@ -90,14 +89,8 @@ class CheckpointWriter:
         if start < 0 or (start + values.numel()) * width > tensor.nbytes:
             raise ValueError(f"'{name}': {values.numel()} values at {start} lie outside of it")
         flat = values.detach().reshape(-1).contiguous().cpu().view(torch.uint8)
-        view = flat.numpy().data
-        position = tensor.offset + start * width
         try:
-            # One call moves at most 2 GiB on Linux, and may move less than asked.
-            while view:
-                count = os.pwrite(self._descriptors[file], view, position)
-                view = view[count:]
-                position += count
+            self._staged[file].write(flat.numpy().data, tensor.offset + start * width)
         except OSError as error:
             raise self._failure(error, tensor.nbytes) from error
 
@@ -112,28 +105,27 @@ class CheckpointWriter:
         stop = tensor.nbytes // width if stop is None else stop
         buffer = torch.empty((stop - start) * width, dtype=torch.uint8)
         try:
-            read_exactly(self._descriptors[file], buffer, tensor.offset + start * width)
+            self._staged[file].read_into(buffer.numpy().data, tensor.offset + start * width)
         except OSError as error:
             raise self._failure(error, tensor.nbytes) from error
         return buffer.view(tensor.dtype)
 
     def sync(self) -> None:
-        """Force all files and the folder's listing to the disk.
+        """Force all that was written into the storage.
 
         Raises:
             OutputError: the disk fails, or a delayed write found it full.
         """
         try:
-            for descriptor in self._descriptors.values():
-                os.fsync(descriptor)
-            sync_folder(self.folder)
+            for staged in self._staged.values():
+                staged.sync()
         except OSError as error:
             raise self._failure(error, 0) from error
 
     def close(self) -> None:
         """Close all files; not a substitute for `sync`."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        while self._staged:
+            self._staged.popitem()[1].close()
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -144,44 +136,40 @@ class CheckpointWriter:
     def _check_room(self, needed: int) -> None:
         # Asked before reserving: some file systems take what there is before they find it too
         # little, and other programs would meet a full disk meanwhile.
-        usage = shutil.disk_usage(self.folder)
-        if usage.total and needed > usage.free:
+        free = self._storage.free_bytes(self.folder)
+        if free is not None and needed > free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _abandon(self) -> None:
         """Give back the space of files that could not all be laid out."""
-        started = [name for name in self.laid_out if name in self._descriptors]
+        started = [name for name in self.laid_out if name in self._staged]
         self.close()
         for name in started:
-            (self.folder / name).unlink(missing_ok=True)
+            self._storage.remove(self.folder / name)
 
     def _lay_out(self, name: str, header: bytes, size: int, fresh: bool) -> None:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
-        # A link planted under the name would send the writes elsewhere.
-        flags |= os.O_EXCL if fresh else getattr(os, "O_NOFOLLOW", 0)
-        descriptor = os.open(self.folder / name, flags, 0o666)
-        self._descriptors[name] = descriptor
-        _reserve(descriptor, size)
+        staged = self._storage.stage(self.folder / name, size, fresh=fresh)
+        self._staged[name] = staged
         # The header comes last: a file that has one has its final size.
-        written = 0
-        while written < len(header):
-            written += os.pwrite(descriptor, header[written:], written)
+        staged.write(memoryview(header), 0)
 
     def _take_up(self, name: str, header: bytes, size: int) -> bool:
         """Open an existing file; False when a previous run had not finished laying it out."""
         path = self.folder / name
-        try:
-            descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
-        except FileNotFoundError:
+        staged = self._storage.staged(path)
+        if staged is None:
             return False
-        found = os.pread(descriptor, len(header), 0)
+        start = bytearray(min(len(header), staged.size))
+        staged.read_into(memoryview(start), 0)
+        found = bytes(start)
         if not any(found):
-            os.close(descriptor)
+            staged.close()
             return False
-        self._descriptors[name] = descriptor
-        actual = os.fstat(descriptor).st_size
-        if found != header or actual != size:
-            what = "another header" if found != header else f"{actual:,} bytes instead of {size:,}"
+        self._staged[name] = staged
+        if found != header or staged.size != size:
+            what = "another header"
+            if found == header:
+                what = f"{staged.size:,} bytes instead of {size:,}"
             raise ResumeError(
                 f"{path}: cannot be continued, it has {what}.\n"
                 f"It belongs to another request or was damaged; remove {self.folder} to start anew."
@@ -190,7 +178,7 @@ class CheckpointWriter:
 
     def _failure(self, error: OSError, needed: int) -> OutputError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = _free_bytes(self.folder)
+            free = self._storage.free_bytes(self.folder) or 0
             return OutputError(
                 f"{self.folder}: the disk is full ({error.strerror}).\n"
                 f"Needed: {needed:,} bytes; free: {free:,} bytes.\n"
@@ -206,14 +194,9 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        with storage_of(path).replacing(path) as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync_folder(path.parent)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
@@ -245,40 +228,3 @@ def _has_keys(path: Path, keys: Set[str]) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and keys <= found.keys()
-
-
-def sync_folder(folder: Path) -> None:
-    """Force a folder's listing (names, renames) to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(folder: Path) -> None:
-    """Force every file below a folder, and the folders' listings, to the disk."""
-    for path in [folder, *folder.rglob("*")]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    allocate = getattr(os, "posix_fallocate", None)  # absent on macOS
-    if allocate is not None:
-        try:
-            allocate(descriptor, 0, size)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise
-    # Sets the size where nothing could be reserved, and cuts off what a killed run left beyond it.
-    os.ftruncate(descriptor, size)
-
-
-def _free_bytes(folder: Path) -> int:
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return shutil.disk_usage(folder).free

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from eutectic.errors import OutputError, RequestError, ResumeError
 from eutectic.evaluation.metrics import Outcomes
+from eutectic.storage import AppendedFile, Lock, storage_of
 
 SUFFIX = ".outcomes.jsonl"
 
@@ -31,28 +31,27 @@ class Journal:
             OutputError: it cannot be written.
         """
         self._found: dict[str, Outcomes] = {}
-        self._file = None
+        self._file: AppendedFile | None = None
+        self._owned: Lock | None = None
         if output is None:
             return
         path = output.with_name(output.name + SUFFIX)
+        storage = storage_of(path)
         try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b", buffering=0)
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._owned = storage.lock(path)
+            self._file = storage.append(path)
+            self._read(path)
         except BlockingIOError:
-            self.close()
             raise RequestError(f"another process is evaluating into {output}.") from None
         except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror}).") from None
-        try:
-            self._read(path)
+            self.close()
+            raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from None
         except BaseException:
             self.close()
             raise
 
     def _read(self, path: Path) -> None:
         assert self._file is not None
-        self._file.seek(0)
         lines = self._file.read().splitlines(keepends=True)
         # A kill may cut the last line short.
         if lines and not lines[-1].endswith(b"\n"):
@@ -68,7 +67,7 @@ class Journal:
             raise ResumeError(
                 f"{path} is not a journal of evaluations.\nMove it away, or choose another output."
             ) from None
-        self._file.truncate(sum(map(len, lines)))
+        self._file.cut(sum(map(len, lines)))
 
     def get(self, pair: str) -> Outcomes | None:
         """Return the outcomes of a finished pair."""
@@ -92,8 +91,7 @@ class Journal:
         }
         line = json.dumps(item).encode() + b"\n"
         try:
-            while line:
-                line = line[self._file.write(line) or 0 :]
+            self._file.append(line)
         except OSError as error:
             raise OutputError(f"the journal cannot be written ({error.strerror}).") from None
 
@@ -101,6 +99,8 @@ class Journal:
         """Close the file and release the lock."""
         if self._file is not None:
             self._file.close()
+        if self._owned is not None:
+            self._owned.release()
 
     def __enter__(self) -> Journal:
         return self

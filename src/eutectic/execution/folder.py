@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import torch
 
 from eutectic.checkpoint.layout import OutputFile, layout_like
-from eutectic.checkpoint.writer import CheckpointWriter, sync_folder, sync_tree
+from eutectic.checkpoint.writer import CheckpointWriter
 from eutectic.errors import Note, OutputError, RequestError
 from eutectic.execution.finish import PROVENANCE, document, stated_recipe, write_folder
 from eutectic.execution.jobs import Limits, hashes, records_of
@@ -22,6 +20,7 @@ from eutectic.execution.unscaled import Choose, unscaled_merge
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.journal import JOURNAL, Finished, Journal, request_identity
 from eutectic.planning.plan import Plan, with_scale
+from eutectic.storage import storage_of
 
 _CHOSEN = "chosen"  # stage of a search's note in the journal
 
@@ -32,23 +31,12 @@ def check_output(output: Path, work: Path) -> None:
     Raises:
         RequestError: it is a file, or a folder with something in it.
     """
-    # os.path answers "no" where a folder above may not be searched; the last check tells.
-    if os.path.islink(output) or (os.path.exists(output) and not output.is_dir()):  # noqa: PTH110, PTH114
-        raise RequestError(
-            f"{output} exists and is a file or a link, not a folder. Choose another output."
-        )
-    occupied = os.path.exists(output) and any(output.iterdir())  # noqa: PTH110
-    if occupied and not ((work / JOURNAL).exists() and _complete(output, work)):
+    storage = storage_of(output)
+    obstacle = storage.obstacle(output)
+    if obstacle is not None:
+        raise RequestError(obstacle)
+    if storage.list(output) and not ((work / JOURNAL).exists() and _complete(output, work)):
         raise RequestError(f"{output} is not empty.\nChoose another output, or remove it first.")
-    if os.path.ismount(output):
-        raise RequestError(
-            f"{output} is a mount point and cannot be replaced. Name a folder in it."
-        )
-    for folder in (output.parent, *output.parent.parents):
-        if folder.exists():
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise RequestError(f"{folder} cannot be written. Choose another output.")
-            return
 
 
 def write_to_folder(
@@ -93,7 +81,7 @@ def write_to_folder(
                     run_scaled(factors, chosen, inputs, deltas, writer, journal, limits)
 
                 _write_model(plan, inputs, output, work, journal, write, identity, search)
-        shutil.rmtree(work)  # while the lock is held
+        journal.remove_folder()
         return plan, records_of(journal), journal.resumed, search
 
 
@@ -117,7 +105,6 @@ def _write_model(
         provenance["search"] = search
     try:
         write_folder(plan, inputs, model, files, provenance, records_of(journal))
-        sync_tree(model)
     except OSError as error:
         where = error.filename or model
         raise OutputError(f"{where}: cannot be written ({error.strerror}).") from error
@@ -143,15 +130,14 @@ def _chosen(journal: Journal) -> Note:
 
 def _complete(output: Path, work: Path) -> bool:
     """Tell whether a run was killed between moving its model and removing its work folder."""
-    moved = output.is_dir() and any(output.iterdir()) and not (work / "model").exists()
-    return moved and (output / PROVENANCE).exists()
+    return (output / PROVENANCE).exists() and not (work / "model").exists()
 
 
 def _move(model: Path, output: Path) -> None:
     try:
-        os.rename(model, output)  # noqa: PTH104 - replaces an empty folder in one step
-        sync_folder(output.parent)
+        storage_of(output).commit(model, output)
     except OSError as error:
         raise OutputError(
-            f"the merge is complete in {model}, but cannot be moved to {output}: {error.strerror}."
-        ) from None
+            f"{error.filename or model}: the merged model cannot be moved to {output} "
+            f"({error.strerror or error})."
+        ) from error

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from eutectic.conventions import CLASSIFIERS, is_token_embedding
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.planning.values import flat_ranges
+from eutectic.storage import storage_of
 
 EXPERTS = "experts"
 
@@ -35,11 +34,11 @@ def write_expert_folders(
     holds a head, or whose keys the expert spells with another prefix, is written once per variant
     and linked by every expert that needs the same one.
     """
+    storage = storage_of(model)
     variants: dict[tuple[str, tuple[str, ...]], Path] = {}
     for name, heads in plan.heads.items():
         expert = inputs.experts[name]
         folder = model / EXPERTS / name
-        folder.mkdir(parents=True, exist_ok=True)
         spelling = _spelling(expert)
         own = frozenset(head.name for head in heads)
         count = len(files) + 1
@@ -60,7 +59,8 @@ def write_expert_folders(
                     _write_variant(source, file, folder, shard, own)
                     variants[key] = folder / shard.name
                 source = variants[key]
-            _link(source, folder / shard.name)
+            if source != folder / shard.name:
+                storage.copy(source, folder / shard.name, share=True)
         shards.append(_write_heads(plan, inputs, name, folder, spelling, count))
         write_atomically(folder / SHARD_INDEX_NAME, weight_index_bytes(shards))
         _side_files(inputs, expert, folder)
@@ -111,7 +111,7 @@ def _write_heads(
         for head in heads
     )
     file = OutputFile(f"model-{count:05d}-of-{count:05d}.safetensors", entries, {"format": "pt"})
-    (folder / file.name).unlink(missing_ok=True)
+    storage_of(folder).remove(folder / file.name)
     with CheckpointWriter(folder, [file], resume=True) as writer:
         for head, (own, kind, _) in zip(heads, entries, strict=True):
             for start, stop in flat_ranges(head.numel):
@@ -139,7 +139,7 @@ def _write_variant(
     source: Path, file: OutputFile, folder: Path, shard: OutputFile, own: frozenset[str]
 ) -> None:
     """Write a shard of the merged model without some tensors, or under other names."""
-    (folder / shard.name).unlink(missing_ok=True)
+    storage_of(folder).remove(folder / shard.name)
     with (
         CheckpointWriter(source.parent, [file], resume=True) as merged,
         CheckpointWriter(folder, [shard], resume=True) as writer,
@@ -149,16 +149,6 @@ def _write_variant(
             for start, stop in flat_ranges(math.prod(shape)):
                 writer.write(spelled, start, merged.read_back(key, start, stop))
         writer.sync()
-
-
-def _link(source: Path, target: Path) -> None:
-    if source == target:
-        return
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # other file system, or one without hard links
-        shutil.copyfile(source, target)
 
 
 def _side_files(inputs: Inputs, expert: Expert, folder: Path) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from eutectic.errors import RequestError
-from eutectic.planning.cost import default_memory, default_threads
 from eutectic.recipes.load import Source, check_recipe, load_recipe
 from eutectic.recipes.schema import Recipe
 from eutectic.recipes.units import parse_bytes
+from eutectic.storage.machine import default_memory, default_threads
 
 
 def recipe_from(

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import resource
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -22,6 +19,7 @@ from eutectic.planning.cost import check_memory, treatments
 from eutectic.planning.inputs import open_inputs
 from eutectic.planning.plan import make_plan
 from eutectic.recipes.schema import ScaleSearch
+from eutectic.storage.machine import peak_bytes
 
 
 @dataclass(frozen=True)
@@ -125,17 +123,6 @@ def merge(
         records=records,
         resumed=resumed,
         seconds=time.perf_counter() - started,
-        peak_bytes=_peak_bytes(),
+        peak_bytes=peak_bytes(),
         search=search,
     )
-
-
-def _peak_bytes() -> int:
-    """Return the largest resident memory of this process so far."""
-    status = Path("/proc/self/status")
-    if status.exists():  # unlike ru_maxrss, it does not start at the parent process's peak
-        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        if match:
-            return int(match[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
-import psutil
 import torch
 
 from eutectic.conventions import PARTS
@@ -23,7 +20,6 @@ from eutectic.recipes.units import format_bytes
 from eutectic.types import Treatment
 
 PROCESS_BYTES = 450_000_000  # interpreter, torch and its allocator's slack
-MEMORY_SHARE = 0.6
 SUMS = 4  # square matrices in float64 beside each other: a sum, its factor, their workspace
 
 
@@ -134,32 +130,6 @@ def check_memory(plan: Plan, inputs: Inputs, memory: int) -> None:
                 )
             ]
         )
-
-
-def default_memory() -> int:
-    """Return 60 % of what is available to this process, cgroup limits included."""
-    available = psutil.virtual_memory().available
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
-        try:
-            ceiling = int(Path(limit).read_text())
-            free = ceiling - int(Path(used).read_text())
-        except (OSError, ValueError):
-            continue
-        available = min(available, max(free, 0))
-    return int(MEMORY_SHARE * available)
-
-
-def default_threads() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return max(1, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import shutil
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from typing import Any
 from eutectic.errors import OutputError, RequestError, ResumeError
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
+from eutectic.storage import AppendedFile, storage_of
 
 JOURNAL = "journal.jsonl"
 _FORMAT = 2
@@ -89,42 +88,43 @@ class Journal:
         self.path = folder / JOURNAL
         self.finished: dict[tuple[str, str], Finished] = {}
         self._lock = threading.Lock()
+        self._storage = storage_of(folder)
+        self._file: AppendedFile | None = None
         try:
-            if folder.exists() and any(folder.iterdir()) and not self.path.exists():
+            if self._storage.list(folder) and not self.path.exists():
                 raise ResumeError(
                     f"{folder} exists and is not an unfinished merge.\n"
                     "Move it away, or choose another output."
                 )
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b", buffering=0)
+            self._owned = self._storage.lock(folder)
+        except BlockingIOError:
+            raise RequestError(f"another process is merging into {folder}.") from None
         except OSError as error:
-            raise OutputError(f"cannot write {folder}: {error.strerror}.") from None
+            raise OutputError(f"cannot write {folder}: {error.strerror or error}.") from None
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if restart:
                 self._discard()
+            self._file = self._storage.append(self.path)
             self.resumed = self._read(identity)
-        except BlockingIOError:
+        except OSError as error:
             self.close()
-            raise RequestError(f"another process is merging into {folder}.") from None
+            raise OutputError(f"cannot write {folder}: {error.strerror or error}.") from None
         except BaseException:
             self.close()
             raise
 
     def _discard(self) -> None:
         """Empty the folder while the lock is held, so that nobody's running merge is deleted."""
-        self._file.seek(0)
-        if not _HEADER.startswith(self._file.read(len(_HEADER))):
+        found = self.path.read_bytes() if self.path.exists() else b""
+        if not _HEADER.startswith(found[: len(_HEADER)]):
             raise ResumeError(f"{self.path} is not the journal of a merge.\nMove it away.")
-        for path in self.path.parent.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path != self.path:
-                path.unlink()
-        self._file.truncate(0)
+        # The journal goes last: without it, the rest would pass for somebody else's.
+        names = [name for name in self._storage.list(self.path.parent) if name != JOURNAL]
+        for name in (*names, JOURNAL):
+            self._storage.remove(self.path.parent / name)
 
     def _read(self, identity: str) -> bool:
-        self._file.seek(0)
+        assert self._file is not None
         header = _line({"eutectic_journal": _FORMAT, "identity": identity})
         lines = self._file.read().splitlines(keepends=True)
         # A kill may cut the last line short.
@@ -135,7 +135,7 @@ class Journal:
                 "input or the version has changed since.\n"
                 "Repeat the earlier command to finish it, or start over with --restart."
             )
-        self._file.truncate(sum(map(len, lines)))
+        self._file.cut(sum(map(len, lines)))
         if not lines:
             self._write(header)
             return False
@@ -151,16 +151,27 @@ class Journal:
         self._write(_line({"stage": stage, "tensor": tensor, **vars(finished)}))
 
     def _write(self, line: bytes) -> None:
+        assert self._file is not None
         try:
             with self._lock:
-                while line:
-                    line = line[self._file.write(line) :]
+                self._file.append(line)
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror}.") from None
 
+    def remove_folder(self) -> None:
+        """Remove the run's folder while the lock is held; the run is finished."""
+        self._close_file()
+        self._storage.remove(self.path.parent)
+
     def close(self) -> None:
         """Close the file and release the lock."""
-        self._file.close()
+        self._close_file()
+        self._owned.release()
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def __enter__(self) -> Journal:
         return self

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.header import build_header, read_header
-from eutectic.checkpoint.writer import sync_folder
 from eutectic.errors import CheckpointError, OutputError, StatisticsError
+from eutectic.storage import storage_of
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 
@@ -42,13 +42,12 @@ class TensorFile(Mapping[str, Tensor]):
         tensor = self._tensors[name]
         buffer = bytearray(tensor.nbytes)
         try:
-            with self.path.open("rb") as file:
-                file.seek(tensor.offset)
-                count = file.readinto(buffer)
+            with closing(storage_of(self.path).open(self.path)) as file:
+                file.read_into(memoryview(buffer), tensor.offset)
         except OSError as error:
-            raise StatisticsError(f"{self.path}: cannot be read ({error.strerror}).") from error
-        if count != tensor.nbytes:
-            raise StatisticsError(f"{self.path}: the file ends early; it changed while being read.")
+            raise StatisticsError(
+                f"{self.path}: cannot be read ({error.strerror or error})."
+            ) from error
         if not buffer:
             return torch.zeros(tensor.shape, dtype=tensor.dtype)
         return torch.frombuffer(buffer, dtype=tensor.dtype).reshape(tensor.shape)
@@ -109,24 +108,16 @@ def write_tensors(
     """
     # One metadata key only: readers and writers of safetensors do not keep an order of keys.
     header, placed = build_header(entries, {key: json.dumps(record, sort_keys=True)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        try:
-            with temporary.open("wb") as file:
-                file.write(header)
-                for tensor in placed:
-                    value = get(tensor.name).detach().cpu().contiguous()
-                    if value.dtype != tensor.dtype or value.numel() * value.element_size() != (
-                        tensor.nbytes
-                    ):
-                        raise ValueError(f"'{tensor.name}' is not what its entry says")
-                    file.write(value.reshape(-1).view(torch.uint8).numpy().data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with storage_of(path).replacing(path) as file:
+            file.write(header)
+            for tensor in placed:
+                value = get(tensor.name).detach().cpu().contiguous()
+                if value.dtype != tensor.dtype or value.numel() * value.element_size() != (
+                    tensor.nbytes
+                ):
+                    raise ValueError(f"'{tensor.name}' is not what its entry says")
+                file.write(value.reshape(-1).view(torch.uint8).numpy().data)
     except OSError as error:
         raise OutputError(
             f"{path}: cannot be written ({error.strerror or error}).\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from eutectic.errors import OutputError, ResumeError, StatisticsError
 from eutectic.statistics.container import TensorFile, entries_of, write_tensors
+from eutectic.storage import storage_of
 
 _KEY = "eutectic_collection"
 _SNAPSHOT = "snapshot.safetensors"
@@ -100,12 +100,12 @@ class Partial:
 
     def remove(self) -> None:
         """Delete the folder; the collection is finished."""
-        shutil.rmtree(self.folder)
+        storage_of(self.folder).remove(self.folder)
 
     def remove_if_empty(self) -> None:
         """Delete the folder of a collection that failed before there was anything to keep."""
-        if not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        if not storage_of(self.folder).list(self.folder):
+            self.remove()
 
 
 def open_partial(output: Path, identity: str) -> Partial:
@@ -118,7 +118,7 @@ def open_partial(output: Path, identity: str) -> Partial:
     folder = output.with_name(f"{output.name}.partial")
     try:
         folder.mkdir(exist_ok=True)
-        strangers = [p.name for p in folder.iterdir() if not _own(p.name)]
+        strangers = [name for name in storage_of(folder).list(folder) if not _own(name)]
     except OSError as error:
         raise OutputError(f"{folder}: cannot be created ({error.strerror}).") from error
     if strangers:
@@ -137,7 +137,7 @@ def identify(description: Mapping[str, Any]) -> str:
 
 
 def _own(name: str) -> bool:
-    return name == _SNAPSHOT or name.startswith("pass-") or name.endswith(".tmp")
+    return name == _SNAPSHOT or name.startswith("pass-")
 
 
 def _open(path: Path, identity: str) -> TensorFile:

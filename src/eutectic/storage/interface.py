@@ -1,0 +1,158 @@
+"""What a storage does.
+
+Locations are paths with the surface of `pathlib`: joining, names, `exists` and reading a small text
+are asked of them. A storage does what differs between a disk and an object store, where nothing can
+be renamed, linked or written in place: large files are staged and become visible by one `commit`.
+
+All methods raise `OSError`, which callers turn into errors that say what they were doing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+
+class OpenedFile(Protocol):
+    """A file that is read at any offset by any thread.
+
+    Attributes:
+        size: bytes of the file when it was opened.
+        stamp: differs once the file was replaced or changed.
+    """
+
+    @property
+    def size(self) -> int: ...  # noqa: D102
+
+    @property
+    def stamp(self) -> Hashable: ...  # noqa: D102
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` with the bytes from `offset` on; OSError where the file ends early."""
+        ...
+
+    def close(self) -> None:
+        """Release the file."""
+        ...
+
+
+class StagedFile(OpenedFile, Protocol):
+    """A file of fixed size that is filled at any offset, in any order, by any thread.
+
+    It counts for nothing before its folder is committed.
+    """
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write all of `data` from `offset` on."""
+        ...
+
+    def sync(self) -> None:
+        """Force what was written into the storage; a delayed write fails here."""
+        ...
+
+
+class AppendedFile(Protocol):
+    """A file that grows line by line, such as a journal."""
+
+    def read(self) -> bytes:
+        """Return all that it holds."""
+        ...
+
+    def cut(self, size: int) -> None:
+        """Drop everything after the first `size` bytes."""
+        ...
+
+    def append(self, data: bytes) -> None:
+        """Add `data`, which outlives this process when the call returns."""
+        ...
+
+    def close(self) -> None:
+        """Release the file."""
+        ...
+
+
+class Lock(Protocol):
+    """The right to be the only one to write somewhere; it ends with its process at the latest."""
+
+    def release(self) -> None:
+        """Give the right up."""
+        ...
+
+
+class SequentialFile(Protocol):
+    """A file that is written from its start to its end."""
+
+    def write(self, data: bytes | memoryview, /) -> int:
+        """Write all of `data`."""
+        ...
+
+
+class Storage(Protocol):
+    """A place of files."""
+
+    def list(self, folder: Path) -> Sequence[str]:
+        """Return the sorted names in a folder; nothing where there is no folder."""
+        ...
+
+    def identity(self, file: Path) -> tuple[int, int] | None:
+        """Return bytes and time of change (ns) of a file, links followed; None if it is absent."""
+        ...
+
+    def open(self, file: Path) -> OpenedFile:
+        """Open a file for reading at any offset."""
+        ...
+
+    def free_bytes(self, folder: Path) -> int | None:
+        """Return the room for files in a folder that may not exist yet; None if it is unlimited."""
+        ...
+
+    def stage(self, file: Path, size: int, *, fresh: bool) -> StagedFile:
+        """Reserve a file of `size` bytes; what it holds before it is written is undefined.
+
+        Args:
+            file: where it will be read when its folder is committed.
+            size: its final size.
+            fresh: refuse a file that exists already.
+        """
+        ...
+
+    def staged(self, file: Path) -> StagedFile | None:
+        """Take up a file that was staged earlier; None where there is none. Links are refused."""
+        ...
+
+    def replacing(self, file: Path) -> AbstractContextManager[SequentialFile]:
+        """Write a file that is absent (or as before) until the block has ended without an error."""
+        ...
+
+    def append(self, file: Path) -> AppendedFile:
+        """Open a file that grows, or create it."""
+        ...
+
+    def copy(self, source: Path, target: Path, *, share: bool = False) -> None:
+        """Put a file's content under another name; `share` lets both names take room once."""
+        ...
+
+    def remove(self, location: Path) -> None:
+        """Remove a file or a whole folder, if it is there."""
+        ...
+
+    def obstacle(self, folder: Path) -> str | None:
+        """Return why nothing can be committed to `folder`, whatever it holds; None if it can."""
+        ...
+
+    def commit(self, folder: Path, target: Path) -> None:
+        """Force a folder into the storage and move it to `target`, in one step for its readers.
+
+        `target` must not hold anything.
+        """
+        ...
+
+    def lock(self, location: Path) -> Lock:
+        """Become the only writer of a file or folder.
+
+        Raises:
+            BlockingIOError: another process is it.
+        """
+        ...

@@ -1,0 +1,216 @@
+"""The local disk: positioned reads and writes, hard links, and a rename to commit."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from eutectic.storage.interface import Lock
+from eutectic.storage.positioned import PositionedFile
+
+_CLOSED_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
+_BYTES = getattr(os, "O_BINARY", 0)  # Windows would translate line ends
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+_UNFINISHED = ".unfinished"
+
+
+class LocalDisk:
+    """Files of this machine, or of a file system mounted on it; see `Storage`."""
+
+    def list(self, folder: Path) -> Sequence[str]:
+        """Return the sorted names in a folder, without leftovers of `replacing`."""
+        try:
+            return sorted(n for n in os.listdir(folder) if not _is_leftover(n))  # noqa: PTH208
+        except FileNotFoundError:
+            return []
+
+    def identity(self, file: Path) -> tuple[int, int] | None:
+        """Return bytes and time of change (ns) of a file, links followed; None if it is absent."""
+        if not file.exists():
+            return None
+        status = file.stat()
+        return status.st_size, status.st_mtime_ns
+
+    def open(self, file: Path) -> PositionedFile:
+        """Open a file for reading at any offset."""
+        return PositionedFile(os.open(file, os.O_RDONLY | _BYTES | _CLOSED_ON_EXEC))
+
+    def free_bytes(self, folder: Path) -> int | None:
+        """Return the room on the disk of a folder; None where the file system does not tell."""
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        usage = shutil.disk_usage(folder)
+        return usage.free if usage.total else None
+
+    def stage(self, file: Path, size: int, *, fresh: bool) -> PositionedFile:
+        """Create a file of `size` bytes, with room on the disk; nothing is left when that fails."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # A link planted under the name would send the writes elsewhere.
+        own = os.O_EXCL if fresh else _NO_LINK
+        flags = os.O_RDWR | os.O_CREAT | _BYTES | _CLOSED_ON_EXEC | own
+        staged = PositionedFile(os.open(file, flags, 0o666))
+        try:
+            staged.reserve(size)
+        except OSError:
+            staged.close()
+            file.unlink()
+            raise
+        return staged
+
+    def staged(self, file: Path) -> PositionedFile | None:
+        """Open a file that was staged earlier; None where there is none."""
+        try:
+            return PositionedFile(os.open(file, os.O_RDWR | _BYTES | _CLOSED_ON_EXEC | _NO_LINK))
+        except FileNotFoundError:
+            return None
+
+    @contextmanager
+    def replacing(self, file: Path) -> Iterator[BinaryIO]:
+        """Write under another name beside `file`, and rename when it is on the disk."""
+        # The process is part of the name: two that write the same file do not mix their bytes.
+        aside = file.with_name(f".{file.name}.{os.getpid()}{_UNFINISHED}")
+        try:
+            with aside.open("wb") as written:
+                yield written
+                written.flush()
+                os.fsync(written.fileno())
+            aside.replace(file)
+            _sync_folder(file.parent)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def append(self, file: Path) -> GrowingFile:
+        """Open a file that grows, or create it and its folder."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return GrowingFile(file)
+
+    def copy(self, source: Path, target: Path, *, share: bool = False) -> None:
+        """Copy a file, links followed; with `share`, make a hard link where that is possible."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if share:
+            target.unlink(missing_ok=True)
+            try:
+                os.link(source, target)
+                return
+            except OSError:  # other file system, or one without hard links
+                pass
+        shutil.copyfile(source, target)
+
+    def remove(self, location: Path) -> None:
+        """Remove a file, a link or a whole folder, if it is there."""
+        if location.is_dir() and not location.is_symlink():
+            shutil.rmtree(location)
+        else:
+            location.unlink(missing_ok=True)
+
+    def obstacle(self, folder: Path) -> str | None:
+        """Return why no folder can be moved to this name, whatever it holds; None if one can."""
+        # os.path answers "no" where a folder above may not be searched; the last check tells.
+        if os.path.islink(folder) or (os.path.exists(folder) and not folder.is_dir()):  # noqa: PTH110, PTH114
+            return f"{folder} exists and is a file or a link, not a folder. Choose another output."
+        if os.path.ismount(folder):
+            return f"{folder} is a mount point and cannot be replaced. Name a folder in it."
+        for parent in (folder.parent, *folder.parent.parents):
+            if parent.exists():
+                if not os.access(parent, os.W_OK | os.X_OK):
+                    return f"{parent} cannot be written. Choose another output."
+                break
+        return None
+
+    def commit(self, folder: Path, target: Path) -> None:
+        """Force everything in a folder to the disk and rename it to `target`."""
+        for path in [folder, *folder.rglob("*")]:
+            if _is_leftover(path.name):
+                path.unlink()
+            elif path.is_dir():
+                _sync_folder(path)
+            else:
+                _sync_file(path)
+        if os.name == "nt" and target.is_dir():
+            target.rmdir()  # elsewhere, the rename replaces an empty folder in one step
+        folder.rename(target)
+        _sync_folder(target.parent)
+
+    def lock(self, location: Path) -> Lock:
+        """Lock `<location>.lock`, which is removed with the lock."""
+        return FileLock(location.with_name(location.name + ".lock"))
+
+
+LOCAL_DISK = LocalDisk()
+
+
+class GrowingFile:
+    """A file to which lines are added; each is handed to the system before `append` returns."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file.open("a+b", buffering=0)
+
+    def read(self) -> bytes:
+        """Return all that it holds."""
+        self._file.seek(0)
+        return self._file.read()
+
+    def cut(self, size: int) -> None:
+        """Drop everything after the first `size` bytes."""
+        self._file.truncate(size)
+
+    def append(self, data: bytes) -> None:
+        """Add `data` at the end."""
+        while data:
+            data = data[self._file.write(data) :]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class FileLock:
+    """A lock file held by this process; the system releases it when the process is killed."""
+
+    def __init__(self, file: Path) -> None:
+        import filelock
+
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._path = file
+        # Not bound to a thread: whoever holds the object may release it.
+        self._lock = filelock.FileLock(file, timeout=0, thread_local=False)
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise BlockingIOError(f"{file} is locked by another process") from None
+
+    def release(self) -> None:
+        """Release the lock and remove its file."""
+        if os.name != "nt" and self._lock.is_locked:
+            # While it is held: afterwards it may be another process's. Windows cannot do that, and
+            # filelock removes the file there.
+            with suppress(OSError):
+                self._path.unlink()
+        self._lock.release()
+
+
+def _is_leftover(name: str) -> bool:
+    """Tell whether a file was being written by `replacing` when its process was killed."""
+    return name.startswith(".") and name.endswith(_UNFINISHED)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a folder's listing (names, renames) to the disk; Windows has no such call."""
+    if os.name != "nt":
+        _sync(folder, os.O_RDONLY)
+
+
+def _sync_file(file: Path) -> None:
+    _sync(file, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
