@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eutectic.routed.build import finish, install
+from eutectic.routed.assembly import finish, install
 from eutectic.routed.call import Routing
 from eutectic.routed.layers import choose_layers
 from eutectic.routed.router import DiscriminantRouter
@@ -43,9 +43,9 @@ def make_routed(model: nn.Module) -> nn.Module:
         tuple(map(str, range(EXPERTS))), "discriminant", accumulate=False, batch_first=True
     )
     for layer in choose_layers(model):
-        up = torch.randn(EXPERTS, layer.out_features, RANK) * 1e-3
-        down = torch.randn(EXPERTS, RANK, layer.in_features) * 1e-3
-        router = DiscriminantRouter(torch.randn(EXPERTS, layer.in_features), torch.zeros(EXPERTS))
+        up = torch.randn(EXPERTS, layer.shape[0], RANK) * 1e-3
+        down = torch.randn(EXPERTS, RANK, layer.shape[1]) * 1e-3
+        router = DiscriminantRouter(torch.randn(EXPERTS, layer.shape[1]), torch.zeros(EXPERTS))
         install(routed, layer, up, down, router, routing)
     return finish(routed, routing)
 
@@ -68,9 +68,9 @@ def make_dense(model: nn.Module) -> nn.Module:
     dense = copy.deepcopy(model)
     shared: dict[tuple[int, int], Tensor] = {}
     for layer in choose_layers(model):
-        shape = (layer.out_features, layer.in_features)
+        shape = (layer.shape[0], layer.shape[1])
         deltas = shared.setdefault(shape, torch.randn(EXPERTS, *shape) * 1e-3)
-        router = DiscriminantRouter(torch.randn(EXPERTS, layer.in_features), torch.zeros(EXPERTS))
+        router = DiscriminantRouter(torch.randn(EXPERTS, layer.shape[1]), torch.zeros(EXPERTS))
         parent, _, child = layer.path.rpartition(".")
         base = dense.get_submodule(layer.path)
         setattr(dense.get_submodule(parent), child, DenseExperts(base, deltas, router))

@@ -185,9 +185,9 @@ def test_an_empty_cell_is_named() -> None:
 
 def test_targets_at_padding_are_ignored() -> None:
     rows = [{"source": "a b", "target": "c d e"}, {"source": "a", "target": "f"}]
-    (batch,) = encoded(rows, "seq2seq")
+    (batch,) = encoded(rows, "sequence-to-sequence")
     assert batch["labels"].tolist() == [[1, 1, 1], [1, -100, -100]]
-    (batch,) = encoded([{"text": "a b"}, {"text": "a"}], "causal-lm")
+    (batch,) = encoded([{"text": "a b"}, {"text": "a"}], "language-model")
     assert batch["labels"].tolist() == [[1, 1], [1, -100]]
 
 
@@ -202,7 +202,7 @@ def test_pairs_and_columns_of_other_names() -> None:
         list(encoded(rows, "text-classification", text="premise", text_pair="hypotesis"))
     ragged = [{"text": "a"}, {"text": "a"}, {"other": "b"}]
     with pytest.raises(RequestError, match="row 3 has no column 'text'"):
-        list(encoded(ragged, "causal-lm"))
+        list(encoded(ragged, "language-model"))
 
 
 def test_images_are_opened_and_faults_named(tmp_path: Path) -> None:
@@ -232,6 +232,6 @@ def test_ready_batches_of_a_function_pass_through(monkeypatch: pytest.MonkeyPatc
 
     batches = [{"x": torch.ones(1, 2)}]
     monkeypatch.setitem(sys.modules, "ready", SimpleNamespace(make=lambda: batches))
-    loaded: Any = SimpleNamespace(processor=None, model=None, task="causal-lm", label_ids={})
+    loaded: Any = SimpleNamespace(processor=None, model=None, task="language-model", label_ids={})
     found = open_batches("ready:make", loaded, columns=Columns(), batch_size=2, trust_code=True)
     assert list(found) == batches

@@ -24,8 +24,8 @@ from tiny_models import (
 from torch import Tensor, nn
 
 from eutectic.errors import NumericalError, RequestError
+from eutectic.models.linear_head import Head
 from eutectic.statistics import collect
-from eutectic.statistics.heads import Head
 
 
 def naive_fisher(model: nn.Module, data: list[Example]) -> dict[str, list[Tensor]]:

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from eutectic.errors import StatisticsError
+from eutectic.models.loading import LoadedModel
 from eutectic.statistics.data import open_batches
 from eutectic.statistics.encode import Columns, beside
-from eutectic.statistics.models import LoadedModel
 from eutectic.statistics.rows import read_rows
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.errors import RequestError, StatisticsError
+from eutectic.models.processors import longest_input
 from eutectic.statistics import add_statistics, collect
-from eutectic.statistics.data import longest_input
 from eutectic.statistics.encode import Columns, EncodedRows
 from helpers.configs import tiny_model
 

@@ -11,10 +11,10 @@ import yaml
 
 import eutectic
 from eutectic.errors import NumericalError, RequestError
-from eutectic.evaluation.models import load_model
 from eutectic.evaluation.outputs import outputs, score
 from eutectic.evaluation.prepare import prepare
 from eutectic.evaluation.tasks import load_tasks
+from eutectic.models.task_models import load_model
 from eutectic.tuning import feature_distance, kl_divergence, objectives
 
 pytest.importorskip("transformers")

@@ -59,7 +59,7 @@ class AdapterReader:
                 shapes contradict the configuration or the base; a key is not understood.
         """
         self.folder: Path | None = folder
-        self._label = str(folder)
+        self.label = str(folder)
         lora = read_adapter_config(folder)
         self.config: Mapping[str, Any] = lora.raw
         name = next((n for n in WEIGHT_NAMES if (folder / n).exists()), None)
@@ -69,7 +69,7 @@ class AdapterReader:
         self._reader = CheckpointReader(open_index(folder / name))
         self._weights_name = name
         targets = self._collect(lora)
-        mapping, alignment = align(base, targets, expert=self._label)
+        mapping, alignment = align(base, targets, expert=self.label)
         self.alignment = alignment
         self._targets: dict[str, _Target] = {}
         self._extra: dict[str, str] = {}
@@ -113,7 +113,7 @@ class AdapterReader:
             result = self._reader.read(target.full, start, stop).to(dtype)
             if result.shape != base.shape:
                 raise CheckpointError(
-                    f"{self._label}: '{name}' has the shape {list(self.entries[name].shape)}, "
+                    f"{self.label}: '{name}' has the shape {list(self.entries[name].shape)}, "
                     "which differs from the base's; it has no difference from it."
                 )
             result.sub_(base)
@@ -156,13 +156,13 @@ class AdapterReader:
         """
         target = self._targets.get(name)
         if target is None or target.full is None or target.a is not None:
-            raise CheckpointError(f"{self._label}: does not store '{name}' in full.")
+            raise CheckpointError(f"{self.label}: does not store '{name}' in full.")
         return self._reader.read(target.full, start, stop)
 
     def read_extra(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return elements of a tensor in `extra`, 1-D in the file's dtype."""
         if name not in self._extra:
-            raise CheckpointError(f"{self._label}: has no extra tensor '{name}'.")
+            raise CheckpointError(f"{self.label}: has no extra tensor '{name}'.")
         return self._reader.read(self._extra[name], start, stop)
 
     def factors(
@@ -186,7 +186,7 @@ class AdapterReader:
 
     def identity(self) -> list[tuple[str, int, int]]:
         """Return (name, bytes, mtime in ns) of the adapter's files."""
-        return file_identity(Path(self._label), [CONFIG_NAME, self._weights_name])
+        return file_identity(Path(self.label), [CONFIG_NAME, self._weights_name])
 
     def close(self) -> None:
         """Close the file."""
@@ -209,7 +209,7 @@ class AdapterReader:
                     target.b = key
             elif "lora_" in own or "token_adapter" in own:
                 raise CheckpointError(
-                    f"{self._label}: the tensor '{key}' is not understood.\n"
+                    f"{self.label}: the tensor '{key}' is not understood.\n"
                     "It belongs to a variant of LoRA that cannot be merged"
                     f"{' (DoRA)' if 'magnitude' in own else ''}; merge it with peft first."
                 )
@@ -219,7 +219,7 @@ class AdapterReader:
             if (target.a is None) != (target.b is None):
                 has, lacks = ("A", "B") if target.a else ("B", "A")
                 raise CheckpointError(
-                    f"{self._label}: '{own}' has the factor {has} but lacks {lacks}."
+                    f"{self.label}: '{own}' has the factor {has} but lacks {lacks}."
                 )
             if target.a and target.b:
                 self._check_ranks(own.removesuffix(".weight"), target, lora)
@@ -229,12 +229,12 @@ class AdapterReader:
         a, b = self._shape(target.a), self._shape(target.b)
         if min(len(a), len(b)) < 2 or math.prod(b[2:]) != 1:
             raise CheckpointError(
-                f"{self._label}: '{module}' has factors A {list(a)} and B {list(b)}; expected "
+                f"{self.label}: '{module}' has factors A {list(a)} and B {list(b)}; expected "
                 "matrices, or kernels of which B's has size 1.\nWas the adapter saved in shards?"
             )
         if not a[0] == b[1] == lora.rank(module):
             raise CheckpointError(
-                f"{self._label}: '{module}' has factors of rank {a[0]} (A) and {b[1]} (B), but "
+                f"{self.label}: '{module}' has factors of rank {a[0]} (A) and {b[1]} (B), but "
                 f"{CONFIG_NAME} gives it rank {lora.rank(module)}.\n"
                 "The scaling alpha/r would be wrong; restore the matching configuration."
             )
@@ -258,7 +258,7 @@ class AdapterReader:
                 len(shape) > 2 and tuple(shape[1:]) != a[1:]
             ):
                 raise CheckpointError(
-                    f"{self._label}: the factors of '{name}' make a [{rows}, {columns}] matrix, "
+                    f"{self.label}: the factors of '{name}' make a [{rows}, {columns}] matrix, "
                     f"the base's tensor is {list(shape)}.\nThe adapter belongs to another base."
                 )
             if target.embedding:
@@ -307,6 +307,6 @@ class AdapterReader:
     ) -> CheckpointError:
         shown = ", ".join(list(base)[:3])
         return CheckpointError(
-            f"{self._label}: acts on '{own}', which the base does not have ({alignment}).\n"
+            f"{self.label}: acts on '{own}', which the base does not have ({alignment}).\n"
             f"The base's tensors: {shown} …\nThe adapter belongs to another base."
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from eutectic.checkpoint.adapter_config import CONFIG_NAME
 from eutectic.checkpoint.adapters import AdapterReader
 from eutectic.checkpoint.content import TensorSource
+from eutectic.checkpoint.ia3 import is_ia3, open_ia3
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index
 from eutectic.checkpoint.memory import StateDictReader
 from eutectic.checkpoint.names import Alignment, align
@@ -23,6 +24,7 @@ class Expert(Protocol):
     """One fine-tuned model as the engine sees it.
 
     Attributes:
+        label: what to call it in messages.
         entries: tensors that the base has too, by the base's name, with the expert's own dtype and
             shape (an adapter: the tensors it changes or replaces).
         extra: tensors that the base lacks, by their name in the base's scheme.
@@ -33,6 +35,7 @@ class Expert(Protocol):
         folder: where it was read from; None in memory.
     """
 
+    label: str
     entries: Mapping[str, TensorEntry]
     extra: Mapping[str, TensorEntry]
     missing: tuple[str, ...]
@@ -244,3 +247,19 @@ def expert_in_memory(
 def is_adapter(path: Path) -> bool:
     """Return whether `path` is a PEFT adapter folder."""
     return (path / CONFIG_NAME).is_file()
+
+
+def fingerprint_of(path: Path, base: Path | None = None) -> str:
+    """Return the identity of the content of a checkpoint, or of an adapter alone.
+
+    Raises:
+        CheckpointError: it cannot be read, or is an adapter of a kind that no reader understands.
+    """
+    if is_adapter(path) and not is_ia3(path) and base is not None:
+        expert = open_expert(path, open_index(base))
+        try:
+            return expert.fingerprint()
+        finally:
+            expert.close()
+    with CheckpointReader(open_ia3(path) if is_ia3(path) else open_index(path)) as reader:
+        return reader.fingerprint()

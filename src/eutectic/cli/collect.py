@@ -188,9 +188,9 @@ def _collected(
     """Return the statistics, and the names of parameters that the checkpoint does not hold."""
     import torch
 
+    from eutectic.models.linear_head import read_head
+    from eutectic.models.loading import load_model
     from eutectic.statistics import collect as run
-    from eutectic.statistics.heads import read_head
-    from eutectic.statistics.models import load_model
     from eutectic.statistics.rows import check_split
 
     checkpoint, data, head, task = expert.checkpoint, expert.data, gradients.head, reading.task
@@ -201,7 +201,7 @@ def _collected(
         raise RequestError(f"--head is for bare models, not for --task {task}.\nLeave it out.")
     own = None if head is None else read_head(head, gradients.pooling, gradients.normalize)  # pyright: ignore[reportArgumentType]
     wanted = "feature-extraction" if own is not None else task
-    loaded = load_model(checkpoint, expert.base, wanted, reading.device)  # pyright: ignore[reportArgumentType]
+    loaded = load_model(checkpoint, expert.base, wanted, reading.device)
     if gradients.any:
         loaded.check_head(own)
     batches = reading.batches(
@@ -229,7 +229,7 @@ def _collected(
             progress=lambda done, total: tell(done, total or done + 1, f"batch {done}"),
             **options,
         )
-    return result, loaded.made_up
+    return result, loaded.randomly_initialised
 
 
 def _report(

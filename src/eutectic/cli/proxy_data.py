@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from eutectic.statistics.batches import Batch
-    from eutectic.statistics.models import LoadedModel
+    from eutectic.models.batch import Batch
+    from eutectic.models.loading import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,9 @@ class DataOptions:
     task: Annotated[
         str | None,
         typer.Option(
-            help="text-classification, feature-extraction, image-classification, causal-lm or "
-            "seq2seq (default: by the checkpoint's architecture)."
+            help="What the model does: text-classification, feature-extraction, "
+            "image-classification, language-model, sequence-to-sequence, … (default: by the "
+            "checkpoint's architecture)."
         ),
     ] = None
     device: Annotated[str, typer.Option(help="Where the model runs, collecting.")] = "cpu"

@@ -115,13 +115,13 @@ def route(
         raise RequestError(f"--router is discriminant or prototype, got '{build.router}'.")
     if not target.dry_run:
         _check_folders(target)
+    from eutectic.models.transformers_loading import load_stored
     from eutectic.routed import build_routed, export_lora, routed_costs
     from eutectic.routed.layers import routed_layers
     from eutectic.routed.sources import expert_statistics as check_statistics
     from eutectic.routed.sources import open_experts
-    from eutectic.routed.store import load_model
 
-    model = load_model(merged)
+    model = load_stored(merged)
     of_experts = expert_statistics(statistics)
     chosen, left_out = routed_layers(model, build.layers, of_experts)
     costs = dataclasses.asdict(
@@ -156,7 +156,7 @@ def route(
 
 def _show(folder: Path, export: Path | None, json: bool) -> None:
     from eutectic.routed import export_lora, load_routed
-    from eutectic.routed.store import experts_of
+    from eutectic.routed.saving import experts_of
 
     routed = load_routed(folder)
     layers = experts_of(routed)

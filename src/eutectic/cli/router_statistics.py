@@ -76,9 +76,9 @@ def _collected(
     merged: Path,
     layers: list[str] | None,
 ) -> dict[str, Any]:
+    from eutectic.models.loading import load_model
     from eutectic.routed.layers import choose_layers
     from eutectic.statistics import collect
-    from eutectic.statistics.models import load_model
     from eutectic.statistics.rows import check_split, has_splits
 
     if reading.split is not None:

@@ -15,11 +15,10 @@ from eutectic.errors import CheckpointError, Fault, NumericalError, RequestError
 from eutectic.evaluation.metrics import Array, Outcomes, metric_value, per_example
 from eutectic.evaluation.prepare import Prepared, normal_text
 from eutectic.evaluation.schema import Task
-from eutectic.statistics.batches import IGNORED_LABEL
-from eutectic.statistics.data import positions_of
-from eutectic.statistics.heads import Head, features, read_head
-from eutectic.statistics.hooks import evaluating
-from eutectic.statistics.models import padding_id, tell_padding
+from eutectic.models.batch import IGNORED_LABEL
+from eutectic.models.hooks import evaluating
+from eutectic.models.linear_head import Head, features, read_head
+from eutectic.models.processors import padding_id, positions_of, tell_padding
 
 Precision = Literal["float32", "bfloat16"]
 Tell = Callable[[int], None]

@@ -13,26 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eutectic.errors import (
-    CheckpointError,
-    Fault,
-    MissingExtraError,
-    RequestError,
-    TaskError,
-    suggest,
-)
+from eutectic.errors import CheckpointError, Fault, RequestError, TaskError, suggest
 from eutectic.evaluation.pictures import Pictures
 from eutectic.evaluation.rows import data_hash, split_rows
 from eutectic.evaluation.schema import Split, Task
 from eutectic.evaluation.sources import processor_hash
-from eutectic.statistics.batches import IGNORED_LABEL
-from eutectic.statistics.data import longest_input, positions_of
-from eutectic.statistics.encode import image_mode, named_by_numbers
-from eutectic.statistics.models import load_processor, padding_id
+from eutectic.models.batch import IGNORED_LABEL
+from eutectic.models.processors import (
+    image_mode,
+    load_processor,
+    longest_input,
+    padding_id,
+    positions_of,
+)
+from eutectic.models.transformers_loading import first_line, load_config
+from eutectic.statistics.encode import named_by_numbers
 from eutectic.statistics.rows import Row
 
 BATCH_SIZE = 64
-_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +96,10 @@ def prepare(
         CheckpointError: no usable tokenizer in `folder`.
         MissingExtraError: transformers is not installed.
     """
+    if task.kind in ("function", "lm-eval"):
+        raise RequestError(f"task '{task.name}' ({task.kind}) reads its rows itself.")
     rows = split_rows(task, split, limit)
-    processor, config = _open(task, Path(folder), base)
+    processor, config = _open(Path(folder), task, base)
     if task.kind == "sequence-to-sequence":
         _check_targets(task, split, rows)
     references = references_of(task, rows, label_ids or config.label2id or {}) if answers else ()
@@ -174,7 +174,7 @@ def open_tokenizer(folder: Path, task: Task, base: Path | None = None) -> Any:
         CheckpointError: no usable tokenizer in `folder`.
         MissingExtraError: transformers is not installed.
     """
-    return _processor(folder, task, "causal-lm", base)[0]
+    return _open(folder, task, base)[0]
 
 
 def normal_text(text: str) -> str:
@@ -214,33 +214,18 @@ def _truth(value: bool, known: Mapping[str, int]) -> str | int:
     return int(value)
 
 
-def _open(task: Task, folder: Path, base: Path | None) -> tuple[Any, Any]:
-    if task.kind in ("function", "lm-eval"):
-        raise RequestError(f"task '{task.name}' ({task.kind}) reads its rows itself.")
-    kind = {
-        "image-classification": "image-classification",
-        "language-model": "causal-lm",
-        "sequence-to-sequence": "seq2seq",
-    }.get(task.kind, "text-classification")
-    return _processor(folder, task, kind, base)
-
-
-def _processor(folder: Path, task: Task, kind: str, base: Path | None) -> tuple[Any, Any]:
+def _open(folder: Path, task: Task, base: Path | None) -> tuple[Any, Any]:
+    """Return the processor and the configuration of a folder, or of an adapter's to a base."""
+    images = task.kind == "image-classification"
     try:
-        import transformers
-    except ImportError:
-        raise MissingExtraError("transformers", "hf", "Evaluating models") from None
-    try:
-        configured = folder if base is None or (folder / "config.json").exists() else base
-        config = transformers.AutoConfig.from_pretrained(configured, **_LOCAL)
-        found = load_processor(transformers, kind, folder, folder)  # pyright: ignore[reportArgumentType]
+        config = load_config(folder if base is None or (folder / "config.json").exists() else base)
+        found = load_processor(folder, folder, images=images)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{folder}: no configuration and tokenizer for task '{task.name}': {reason}"
+            f"{folder}: no configuration and tokenizer for task '{task.name}': {first_line(error)}"
         ) from None
     # Without its files transformers makes a tokenizer of special tokens that knows no word.
-    empty = kind != "image-classification" and len(found) < len({*found.all_special_tokens}) + 2
+    empty = not images and len(found) < len({*found.all_special_tokens}) + 2
     if empty or not processor_hash(folder):
         raise CheckpointError(
             f"{folder}: no tokenizer or image processor for task '{task.name}'.\n"

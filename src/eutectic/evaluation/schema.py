@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from eutectic.errors import suggest
 from eutectic.evaluation.metrics import METRICS_OF_KIND
+from eutectic.models.linear_head import Pooling
 from eutectic.recipes.schema import Name
-from eutectic.statistics.heads import Pooling
 
 Kind = Literal[
     "text-classification",

@@ -17,8 +17,9 @@ from eutectic.checkpoint.index import open_index
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.errors import RequestError
 from eutectic.evaluation.functions import source_file
-from eutectic.evaluation.models import EXPERTS, GENERATION, borrows_head, load_model
 from eutectic.evaluation.schema import CLASSIFICATION, Task
+from eutectic.models.generation import GENERATION
+from eutectic.models.task_models import EXPERTS, borrows_head, load_model
 
 Role = Literal["base", "expert", "model"]
 RoutingMode = Literal["route", "oracle", "base"]

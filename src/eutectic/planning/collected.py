@@ -10,12 +10,12 @@ from torch import Tensor
 
 from eutectic.checkpoint.content import same_content, sample_ranges
 from eutectic.checkpoint.experts import Expert
-from eutectic.checkpoint.model_names import names_in
 from eutectic.checkpoint.names import align
 from eutectic.conventions import PARTS, is_packed
 from eutectic.errors import CheckpointError, Fault
 from eutectic.methods import Method, get_method
 from eutectic.methods.registry import all_methods
+from eutectic.models.names import names_in
 from eutectic.planning.inputs import BaseReader, Inputs
 from eutectic.types import Statistics
 

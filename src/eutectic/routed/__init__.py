@@ -4,9 +4,9 @@ from eutectic.routed.build import build_routed
 from eutectic.routed.export import export_lora
 from eutectic.routed.layers import RoutedCosts, routed_costs
 from eutectic.routed.linear import RoutedAttention, RoutedLinear
+from eutectic.routed.loading import load_routed
 from eutectic.routed.modes import routing, routing_accuracy, routing_accuracy_by_task
 from eutectic.routed.router import DiscriminantRouter, PrototypeRouter
-from eutectic.routed.store import load_routed
 
 __all__ = [
     "DiscriminantRouter",

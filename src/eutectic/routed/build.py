@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MethodType
 from typing import Literal, TypeVar
 
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 
 from eutectic.errors import NumericalError, RequestError, StatisticsError
 from eutectic.linalg.essential import essential_subspace
-from eutectic.routed.call import Routing, install_hooks
-from eutectic.routed.layers import Layer, layer_rank, routed_layers
-from eutectic.routed.linear import Experts, RoutedAttention, RoutedLinear
+from eutectic.models.sites import Site, feeds_batch_first
+from eutectic.routed.assembly import finish, install
+from eutectic.routed.call import Routing
+from eutectic.routed.layers import layer_rank, routed_layers
 from eutectic.routed.router import (
     Router,
     RouterKind,
@@ -109,7 +109,7 @@ def build_routed(
         else called
     )
 
-    def of_router(layer: Layer) -> list[LayerStatistics]:
+    def of_router(layer: Site) -> list[LayerStatistics]:
         return [routes[n][c[layer.name]] for n, c in zip(names, routes_called, strict=True)]
 
     if router is None:
@@ -121,13 +121,9 @@ def build_routed(
             "Leave it out, or give statistics with pooled sums and router='discriminant'."
         )
     routed = copy.deepcopy(model)
-    batch_first = all(
-        m.batch_first for m in model.modules() if isinstance(m, nn.MultiheadAttention)
-    )
     steps = accumulate if accumulate is not None else router == "discriminant"
-    routing = Routing(names, router, steps, batch_first)
+    routing = Routing(names, router, steps, feeds_batch_first(model))
     routing.left_out = left_out
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     with open_experts(model, experts, base) as opened, torch.no_grad():
         for layer in chosen:
             if statistics_of == "expert":
@@ -138,34 +134,32 @@ def build_routed(
             if statistics_of == "expert" and router_statistics is not None:
                 for n, own in zip(names, routes_called, strict=True):
                     where = f"'{layer.name}', the router's data of '{n}'"
-                    check_origin(routes[n], own[layer.name], parameters[layer.name], where)
+                    check_origin(routes[n], own[layer.name], layer.weight, where)
             entries = [statistics[n][c[layer.name]] for n, c in zip(names, called, strict=True)]
-            up, down, kept = thin_experts(layer, parameters[layer.name], opened, entries, rank)
+            up, down, kept = thin_experts(layer, opened, entries, rank)
             if min(kept) < up.shape[-1]:
                 routing.short[layer.name] = {
                     n: k for n, k in zip(names, kept, strict=True) if k < up.shape[-1]
                 }
-            device = parameters[layer.name].device
             scorer = _router(router, of_router(layer), layer, shrinkage, names)
-            install(routed, layer, up, down, scorer.to(device), routing)
+            install(routed, layer, up, down, scorer.to(layer.weight.device), routing)
     return finish(routed, routing)
 
 
 def thin_experts(
-    layer: Layer,
-    parameter: Tensor,
+    layer: Site,
     experts: Sequence[ExpertWeights],
     statistics: Sequence[LayerStatistics],
     rank: int,
 ) -> tuple[Tensor, Tensor, list[int]]:
-    """Return B `[T, out, ρ]`, F `[T, ρ, in]` in the parameter's dtype, and directions per expert.
+    """Return B `[T, out, ρ]`, F `[T, ρ, in]` in the layer's dtype, and directions per expert.
 
     Directions that neither the tokens nor δ_t determine are zero columns.
     """
-    merged = layer.matrix(parameter.detach()).float().cpu()
+    merged = layer.matrix(layer.weight.detach()).float().cpu()
     size = layer_rank(layer, rank)
-    up = torch.zeros(len(experts), layer.out_features, size)
-    down = torch.zeros(len(experts), size, layer.in_features)
+    up = torch.zeros(len(experts), layer.shape[0], size)
+    down = torch.zeros(len(experts), size, layer.shape[1])
     kept: list[int] = []
     for t, (expert, entry) in enumerate(zip(experts, statistics, strict=True)):
         where = f"'{layer.name}', expert '{expert.name}'"
@@ -183,13 +177,13 @@ def thin_experts(
         up[t, :, :k] = directions.float()
         down[t, :k] = (directions.T @ residual.double()).float()
         kept.append(k)
-    return up.to(parameter), down.to(parameter), kept
+    return up.to(layer.weight), down.to(layer.weight), kept
 
 
 def _router(
     kind: RouterKind,
     entries: list[LayerStatistics],
-    layer: Layer,
+    layer: Site,
     shrinkage: float | None,
     names: Sequence[str],
 ) -> Router:
@@ -199,43 +193,9 @@ def _router(
         router = discriminant_router(entries, f"'{layer.name}'", shrinkage, names)
     else:
         raise RequestError(f"unknown router '{kind}'; known: discriminant, prototype.")
-    if router.weight.shape[1] != layer.in_features:
+    if router.weight.shape[1] != layer.shape[1]:
         raise StatisticsError(
             f"'{layer.name}': the router statistics are for {router.weight.shape[1]} inputs, the "
-            f"layer has {layer.in_features}.\nThey belong to another model; collect them again."
+            f"layer has {layer.shape[1]}.\nThey belong to another model; collect them again."
         )
     return router
-
-
-def install(
-    model: nn.Module, layer: Layer, up: Tensor, down: Tensor, router: Router, routing: Routing
-) -> None:
-    """Replace one layer of `model` by a routed one, which takes over its parameters."""
-    experts = Experts(layer.name, up, down, router, routing)
-    base = model.get_submodule(layer.path)
-    replacement: nn.Module
-    if layer.kind == "in_projection":
-        assert isinstance(base, nn.MultiheadAttention)
-        replacement = RoutedAttention(base, experts)
-    else:
-        replacement = RoutedLinear(base, experts, transposed=layer.kind == "conv1d")
-    replacement.train(base.training)
-    # One module may be called by several paths.
-    paths = [n for n, m in model.named_modules(remove_duplicate=False) if m is base]
-    for path in paths:
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, replacement)
-
-
-def finish(model: Model, routing: Routing) -> Model:
-    """Attach the handle, the hooks and `save_pretrained` to a model with routed layers."""
-    from eutectic.routed.store import save_routed
-
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
-            # It would drop the padding between its layers, so that no mask fits what they see.
-            module.use_nested_tensor = False
-    install_hooks(model, routing)
-    model.routing = routing  # type: ignore[assignment]
-    model.save_pretrained = MethodType(save_routed, model)  # type: ignore[assignment]
-    return model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from eutectic.errors import OutputError, RequestError
 from eutectic.routed.linear import RoutedLinear
 from eutectic.routed.modes import routing_of
-from eutectic.routed.store import base_state_dict, experts_of
+from eutectic.routed.saving import base_state_dict, experts_of
 
 BASE = "merged"
 EXPERTS = "experts"

@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from eutectic.conventions import PARTS, is_attention_or_mlp_input
 from eutectic.errors import RequestError
+from eutectic.models.sites import Site, routable_sites, selected
 from eutectic.routed.linear import RoutedAttention, RoutedLinear
-
-Kind = Literal["linear", "conv1d", "in_projection", "out_projection"]
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """One linear map that can be routed.
-
-    Attributes:
-        name: the parameter's name.
-        path: name of the module that is replaced.
-        kind: how the module stores and applies it.
-        out_features: rows of the linear map.
-        in_features: columns of the linear map.
-    """
-
-    name: str
-    path: str
-    kind: Kind
-    out_features: int
-    in_features: int
-
-    def matrix(self, stored: Tensor) -> Tensor:
-        """Return the map `[out, in]` from the parameter as stored."""
-        return stored.mT if self.kind == "conv1d" else stored
 
 
 @dataclass(frozen=True)
@@ -62,36 +37,7 @@ class RoutedCosts:
     model_multiply_adds_per_token: int
 
 
-def find_layers(model: nn.Module) -> dict[str, Layer]:
-    """Return every layer that can be routed, by the name of its weight, in module order."""
-    found: dict[str, Layer] = {}
-    inside_attention: set[str] = set()
-    for path, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            if module.kdim == module.vdim == module.embed_dim:
-                inside_attention.add(f"{path}.out_proj")
-                rows, columns = module.in_proj_weight.shape
-                name = f"{path}.in_proj_weight"
-                found[name] = Layer(name, path, "in_projection", rows, columns)
-        elif (kind := _kind(module)) is not None:
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            if weight.is_floating_point():
-                rows, columns = (weight.mT if kind == "conv1d" else weight).shape
-                kind = "out_projection" if path in inside_attention else kind
-                name = f"{path}.weight"
-                found[name] = Layer(name, path, kind, rows, columns)
-    return found
-
-
-def _kind(module: nn.Module) -> Kind | None:
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-        return "linear"
-    # By name, so that transformers is not imported for models that do not come from it.
-    return "conv1d" if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else None
-
-
-def choose_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list[Layer]:
+def choose_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list[Site]:
     """Return the layers to route.
 
     Args:
@@ -104,17 +50,13 @@ def choose_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> li
     """
     if any(isinstance(m, RoutedLinear | RoutedAttention) for m in model.modules()):
         raise RequestError("the model is routed already; build from the merged model itself.")
-    layers = find_layers(model)
+    layers = routable_sites(model)
     if patterns is None:
-        chosen = [layer for name, layer in layers.items() if is_attention_or_mlp_input(name)]
+        chosen = [layer for layer in layers if is_attention_or_mlp_input(layer.name)]
     else:
-        chosen = [
-            layer
-            for name, layer in layers.items()
-            if any(fnmatchcase(name, pattern) for pattern in patterns)
-        ]
+        chosen = [layer for layer in layers if selected(layer.name, patterns)]
     if not chosen:
-        shown = ", ".join(list(layers)[:5]) or "none: it has no linear layer"
+        shown = ", ".join(layer.name for layer in layers[:5]) or "none: it has no linear layer"
         raise RequestError(
             f"no layer to route: {'none has a usual name' if patterns is None else patterns}.\n"
             f"Name layers by globs over parameter names. Layers: {shown} …"
@@ -133,7 +75,7 @@ def routed_layers(
     model: nn.Module,
     patterns: Sequence[str] | None = None,
     statistics: Mapping[str, Iterable[str]] | None = None,
-) -> tuple[list[Layer], list[str]]:
+) -> tuple[list[Site], list[str]]:
     """Return the layers to route, and the names of default layers that are left out.
 
     Packed attention keeps three inputs for one in-projection where queries and keys differ, and
@@ -208,15 +150,14 @@ def routed_costs(
     """
     chosen, _ = routed_layers(model, layers, statistics)
     factors = nbytes = per_token = per_sample = routers = 0
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     for layer in chosen:
-        width = layer.out_features + layer.in_features
+        width = sum(layer.shape)
         thin = layer_rank(layer, rank)
         factors += experts * thin * width
-        nbytes += experts * thin * width * parameters[layer.name].element_size()
+        nbytes += experts * thin * width * layer.weight.element_size()
         per_token += thin * width
-        per_sample += experts * layer.in_features
-        routers += experts * (layer.in_features + 1)
+        per_sample += experts * layer.shape[1]
+        routers += experts * (layer.shape[1] + 1)
     return RoutedCosts(
         layers=len(chosen),
         parameters=factors + routers,
@@ -225,11 +166,11 @@ def routed_costs(
         multiply_adds_per_sample=per_sample,
         model_parameters=sum(p.numel() for p in model.parameters()),
         model_multiply_adds_per_token=sum(
-            layer.out_features * layer.in_features for layer in find_layers(model).values()
+            math.prod(layer.shape) for layer in routable_sites(model)
         ),
     )
 
 
-def layer_rank(layer: Layer, rank: int) -> int:
+def layer_rank(layer: Site, rank: int) -> int:
     """Return the inner size of a layer's factors."""
-    return min(rank, layer.out_features, layer.in_features)
+    return min(rank, *layer.shape)

@@ -13,11 +13,12 @@ from eutectic.checkpoint.content import same_content, sample_of
 from eutectic.checkpoint.experts import Expert, FullExpert, is_adapter, open_expert
 from eutectic.checkpoint.index import CheckpointIndex, open_index
 from eutectic.checkpoint.memory import StateDictReader
-from eutectic.checkpoint.model_names import names_in, saved_names
 from eutectic.checkpoint.names import align
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.errors import RequestError, StatisticsError
-from eutectic.routed.layers import Layer, in_parts
+from eutectic.models.names import names_in, saved_names
+from eutectic.models.sites import Site
+from eutectic.routed.layers import in_parts
 from eutectic.types import LayerStatistics, as_statistics
 
 StateDict = Mapping[str, Tensor]
@@ -120,7 +121,7 @@ def open_experts(
 def expert_statistics(
     given: Mapping[str, Mapping[str, LayerStatistics]],
     experts: Sequence[str],
-    layers: Sequence[Layer],
+    layers: Sequence[Site],
     what: str,
 ) -> list[dict[str, str]]:
     """Return per expert how the layers are called in its statistics.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eutectic.errors import RequestError, StatisticsError
 from eutectic.statistics.gram import triangular_factor, truncate_factor
+from eutectic.statistics.likelihood import objective_name
 from eutectic.statistics.store import (
     EXAMPLES,
     GRAM_NAMES,
@@ -97,6 +98,8 @@ def _check(files: Sequence[StatisticsFile]) -> None:
                 faults.append(f"{what}: {first.provenance[what]} and {other.provenance[what]}")
         for what in _SETTINGS:
             ours, theirs = (f.provenance["settings"].get(what) for f in (first, other))
+            if what == "objective" and ours and theirs:
+                ours, theirs = objective_name(ours), objective_name(theirs)
             if ours != theirs:
                 faults.append(f"{what}: {ours} and {theirs}")
         faults += _layer_faults(first, other)

@@ -14,24 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.checkpoint.memory import StateDictReader
-from eutectic.checkpoint.model_names import saved_names
 from eutectic.errors import OutputError, RequestError
-from eutectic.statistics.batches import (
-    Batch,
-    TokenMask,
-    Unmatched,
-    mask_policy,
-    sample_count,
-)
+from eutectic.models.batch import Batch, sample_count
+from eutectic.models.linear_head import Head
+from eutectic.models.masks import TokenMask, Unmatched, mask_policy
+from eutectic.models.names import saved_names
+from eutectic.models.sites import is_encoder_decoder
 from eutectic.statistics.container import entries_of, write_tensors
-from eutectic.statistics.heads import Head
 from eutectic.statistics.likelihood import LogLikelihood, Objective
 from eutectic.statistics.partial import DataLog, Partial, Snapshot, identify, open_partial
 from eutectic.statistics.passes import Pass, run_pass
 from eutectic.statistics.plan import Plan, describe_layers, make_plan
 from eutectic.statistics.samples import sample_weights
 from eutectic.statistics.settings import Labels, Settings
-from eutectic.statistics.sites import is_encoder_decoder
 from eutectic.statistics.store import (
     EXAMPLES,
     FORMAT,

@@ -8,14 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from eutectic.statistics.batches import Batch
-from eutectic.statistics.encode import Columns, EncodedRows, beside, image_mode
-from eutectic.statistics.models import LoadedModel, takes_images
+from eutectic.models.batch import Batch
+from eutectic.models.loading import LoadedModel
+from eutectic.models.processors import image_mode, longest_input, takes_images
+from eutectic.statistics.encode import Columns, EncodedRows, beside
 from eutectic.statistics.rows import read_rows
-
-DEFAULT_MAX_LENGTH = 512
-# Models whose first position comes after the number of the padding token, as RoBERTa's.
-_COUNTED_FROM_PADDING = {"camembert", "data2vec-text", "ibert", "longformer", "mpnet"}
 
 
 def open_batches(
@@ -73,20 +70,3 @@ def _classes(config: Any) -> int | None:
 
 def _is_batch(item: Any) -> bool:
     return isinstance(item, Mapping) and any(isinstance(v, Tensor) for v in item.values())
-
-
-def positions_of(config: Any) -> int | None:
-    """Return how many tokens a model has positions for; None where it has no table of them."""
-    positions = getattr(config, "max_position_embeddings", None)
-    kind = str(getattr(config, "model_type", ""))
-    if not isinstance(positions, int) or positions < 1:
-        return None
-    if "roberta" in kind or kind in _COUNTED_FROM_PADDING:
-        positions -= (getattr(config, "pad_token_id", None) or 0) + 1
-    return positions
-
-
-def longest_input(processor: Any, config: Any) -> int:
-    """Return how many tokens a model takes, and its tokenizer allows; at most 512."""
-    limits = [getattr(processor, "model_max_length", None), positions_of(config)]
-    return min([DEFAULT_MAX_LENGTH, *(n for n in limits if isinstance(n, int) and n > 0)])

@@ -7,26 +7,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from eutectic.errors import RequestError, StatisticsError
-from eutectic.statistics.batches import IGNORED_LABEL
+from eutectic.models.batch import IGNORED_LABEL
+from eutectic.models.task_kinds import GENERATIVE, TaskKind
 from eutectic.statistics.rows import Row, half_paired
-
-Task = Literal[
-    "text-classification", "feature-extraction", "image-classification", "causal-lm", "seq2seq"
-]
-TASKS: tuple[Task, ...] = (
-    "text-classification",
-    "feature-extraction",
-    "image-classification",
-    "causal-lm",
-    "seq2seq",
-)
-_LABELLED = ("text-classification", "feature-extraction", "image-classification")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +57,7 @@ class EncodedRows:
 
     rows: Sequence[Row]
     processor: Any
-    task: Task
+    task: TaskKind
     columns: Columns
     batch_size: int
     max_length: int
@@ -80,7 +69,7 @@ class EncodedRows:
     def __post_init__(self) -> None:
         """Refuse data of which some rows are pairs."""
         column = self.columns.text_pair
-        if self.image_mode is not None or self.task in ("seq2seq", "causal-lm"):
+        if self.image_mode is not None or self.task in GENERATIVE:
             return
         if mixed := half_paired(self.rows, column):
             raise RequestError(
@@ -107,20 +96,20 @@ class EncodedRows:
             column = self._column("image", rows, start)
             images = [open_image(v, self.image_mode) for v in column]
             batch = dict(self.processor(images=images, return_tensors="pt"))
-            return batch | (self._labels(rows, start) if self.task in _LABELLED else {})
-        if self.task == "seq2seq":
+            return batch | ({} if self.task in GENERATIVE else self._labels(rows, start))
+        if self.task == "sequence-to-sequence":
             batch = self._texts(self._column("source", rows, start))
             target = self._texts(self._column("target", rows, start), target=True)
             return batch | {"labels": _masked(target["input_ids"], target["attention_mask"])}
         texts = self._column("text", rows, start)
-        if self.task == "causal-lm":
+        if self.task == "language-model":
             batch = self._texts(texts)
             return batch | {"labels": _masked(batch["input_ids"], batch["attention_mask"])}
         pairs = None
         if self.columns.text_pair in rows[0] or self.columns.text_pair != Columns.text_pair:
             pairs = self._column("text_pair", rows, start)
         batch = self._texts(texts, pairs)
-        return batch | (self._labels(rows, start) if self.task in _LABELLED else {})
+        return batch | ({} if self.task in GENERATIVE else self._labels(rows, start))
 
     def _column(self, name: str, rows: Sequence[Row], start: int) -> list[Any]:
         column = getattr(self.columns, name)
@@ -182,12 +171,6 @@ class EncodedRows:
 
 def _masked(tokens: Tensor, mask: Tensor) -> Tensor:
     return tokens.masked_fill(mask == 0, IGNORED_LABEL)
-
-
-def image_mode(config: Any) -> str:
-    """Return what pictures a model takes: grey (`L`) where its configuration has one channel."""
-    seen = getattr(config, "vision_config", None) or config
-    return "L" if getattr(seen, "num_channels", None) == 1 else "RGB"
 
 
 def open_image(value: Any, mode: str = "RGB") -> Any:

@@ -4,21 +4,37 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from eutectic.errors import RequestError
-from eutectic.statistics.batches import IGNORED_LABEL
-from eutectic.statistics.sites import is_encoder_decoder
+from eutectic.models.batch import IGNORED_LABEL
+from eutectic.models.sites import is_encoder_decoder
+from eutectic.models.task_kinds import ARCHITECTURES, spelled
 
 Objective = Literal[
-    "classification", "multi_label", "regression", "causal_lm", "seq2seq", "token_classification"
+    "classification",
+    "multi-label",
+    "regression",
+    "language-model",
+    "sequence-to-sequence",
+    "token-classification",
 ]
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 LogLikelihood = Callable[[Any, Any], Tensor]
-_CAUSAL = ("ForCausalLM", "LMHeadModel")
+
+
+def objective_name(name: str) -> str:
+    """Return the spelling in force of an objective; statistics files may hold earlier ones.
+
+    >>> objective_name("multi_label"), objective_name("causal_lm"), objective_name("auto")
+    ('multi-label', 'language-model', 'auto')
+    """
+    hyphened = spelled(name).replace("_", "-")
+    return hyphened if hyphened in OBJECTIVES else name
 
 
 def log_likelihoods(
@@ -28,23 +44,23 @@ def log_likelihoods(
 
     Args:
         logits: `[B, C]`, or `[B, T, V]` for the objectives over tokens.
-        labels: `[B]`, `[B, C]` or `[B, T]`; targets of -100 do not count. For `causal_lm` they
-            are not yet moved: position i is predicted by position i − 1.
+        labels: `[B]`, `[B, C]` or `[B, T]`; targets of -100 do not count. For
+            `language-model` they are not yet moved: position i is predicted by position i − 1.
         objective: what the logits stand for. `regression` is a Gaussian of unit variance.
         mask: `[B, T]` of the tokens; targets at padding do not count.
     """
     logits = logits.float() if logits.dtype != torch.float64 else logits
     if objective == "classification":
         return -nn.functional.cross_entropy(logits, labels, reduction="none")
-    if objective == "multi_label":
+    if objective == "multi-label":
         loss = nn.functional.binary_cross_entropy_with_logits
         return -loss(logits, labels.to(logits), reduction="none").sum(1)
     if objective == "regression":
         errors = logits.reshape(len(labels), -1) - labels.to(logits).reshape(len(labels), -1)
         return -0.5 * errors.square().sum(1)
-    if mask is not None and mask.shape == labels.shape and objective != "seq2seq":
+    if mask is not None and mask.shape == labels.shape and objective != "sequence-to-sequence":
         labels = labels.masked_fill(~mask.bool(), IGNORED_LABEL)
-    if objective == "causal_lm":
+    if objective == "language-model":
         logits, labels = logits[:, :-1], labels[:, 1:]
         if mask is not None and mask.shape[1] == labels.shape[1] + 1:
             # Padding on the left: nothing predicts the first token.
@@ -74,7 +90,7 @@ def sample_labels(
         for source in (mask, None if labels is None else labels != IGNORED_LABEL):
             if source is not None and source.shape == valid.shape:
                 valid &= source.bool().cpu()
-        if objective == "causal_lm":
+        if objective == "language-model":
             # Position i of the logits predicts token i + 1 of the labels, unless it is padding.
             predicts = valid if mask is None or mask.shape != valid.shape else mask.bool().cpu()
             last = torch.zeros_like(valid[:, :1])
@@ -85,7 +101,7 @@ def sample_labels(
         row = logits[index].detach().double().cpu()
         if objective == "regression":
             drawn.append(row + torch.from_numpy(generator.standard_normal(row.shape)))
-        elif objective == "multi_label":
+        elif objective == "multi-label":
             uniform = torch.from_numpy(generator.random(row.shape))
             drawn.append((uniform < row.sigmoid()).double())
         elif valid is None:
@@ -93,7 +109,7 @@ def sample_labels(
         else:
             chosen = torch.full(row.shape[:1], IGNORED_LABEL)
             chosen[valid[index]] = _draw(row[valid[index]], generator)
-            drawn.append(chosen.roll(1, 0) if objective == "causal_lm" else chosen)
+            drawn.append(chosen.roll(1, 0) if objective == "language-model" else chosen)
     return torch.stack(drawn).to(logits.device)
 
 
@@ -113,7 +129,7 @@ def resolve_objective(model: nn.Module, logits: Tensor, labels: Tensor | None) -
     config = getattr(model, "config", None)
     named = {
         "single_label_classification": "classification",
-        "multi_label_classification": "multi_label",
+        "multi_label_classification": "multi-label",
         "regression": "regression",
     }
     problem = getattr(config, "problem_type", None)
@@ -123,14 +139,15 @@ def resolve_objective(model: nn.Module, logits: Tensor, labels: Tensor | None) -
         if logits.shape[1] == 1:
             return "regression"
         if labels is not None and labels.is_floating_point():
-            return "multi_label" if labels.shape == logits.shape else "regression"
+            return "multi-label" if labels.shape == logits.shape else "regression"
         return "classification"
     if logits.ndim == 3:
         if is_encoder_decoder(model):
-            return "seq2seq"
+            return "sequence-to-sequence"
         inner = getattr(getattr(model, "base_model", None), "model", model)
         names = (type(model).__name__, type(inner).__name__)
-        return "causal_lm" if any(n.endswith(_CAUSAL) for n in names) else "token_classification"
+        causal = any(n.endswith(ARCHITECTURES["language-model"]) for n in names)
+        return "language-model" if causal else "token-classification"
     raise RequestError(
         f"logits {[*logits.shape]} fit no objective; allowed are [examples, classes] and "
         "[examples, tokens, classes].\n"
@@ -189,7 +206,8 @@ def evaluate(
     name = resolve_objective(model, logits, labels) if objective == "auto" else objective
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if sampled:
-        labels = sample_labels(logits, labels, name, seeds, None if name == "seq2seq" else mask)
+        of_targets = None if name == "sequence-to-sequence" else mask
+        labels = sample_labels(logits, labels, name, seeds, of_targets)
     if labels is None:
         raise RequestError(
             "gradients of the log-likelihood need 'labels' in every batch.\n"

@@ -10,22 +10,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from eutectic.errors import NumericalError, RequestError, ResumeError, StatisticsError
-from eutectic.statistics.batches import (
-    LABEL_KEYS,
-    Batch,
-    call,
-    example_hashes,
-    examples,
-    sample_count,
-    transform,
-)
-from eutectic.statistics.hooks import evaluating, observing, requiring_gradients
+from eutectic.models.batch import LABEL_KEYS, Batch, call, examples, sample_count, transform
+from eutectic.models.hooks import evaluating, observing, requiring_gradients
+from eutectic.models.sites import is_encoder_decoder
+from eutectic.statistics.batches import example_hashes
 from eutectic.statistics.likelihood import evaluate, label_seeds
 from eutectic.statistics.partial import DataLog
 from eutectic.statistics.plan import Plan, device_of, make_layout
 from eutectic.statistics.record import Recorder
 from eutectic.statistics.settings import Settings
-from eutectic.statistics.sites import is_encoder_decoder
 from eutectic.statistics.sums import PassSums
 
 

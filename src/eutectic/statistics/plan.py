@@ -10,24 +10,18 @@ import torch
 from torch import nn
 
 from eutectic.errors import RequestError
-from eutectic.statistics.batches import (
-    Batch,
-    Layout,
-    call,
-    examples,
-    layout,
-    sample_count,
-    transform,
-)
-from eutectic.statistics.hooks import evaluating, observing
-from eutectic.statistics.record import Probe
-from eutectic.statistics.settings import Settings
-from eutectic.statistics.sites import (
+from eutectic.models.batch import Batch, call, examples, sample_count, transform
+from eutectic.models.hooks import evaluating, observing
+from eutectic.models.masks import Layout, layout
+from eutectic.models.sites import (
     Site,
+    feeds_batch_first,
     find_sites,
     is_encoder_decoder,
     named_parameters,
 )
+from eutectic.statistics.record import Probe
+from eutectic.statistics.settings import Settings
 
 _BYTES = 8  # of one number in a running sum
 
@@ -198,12 +192,8 @@ def describe_layers(
 
 def make_layout(model: nn.Module, batch: Batch, settings: Settings) -> Layout:
     """Return the layout of a batch for this model."""
-    batch_first = all(
-        m.batch_first for m in model.modules() if isinstance(m, nn.MultiheadAttention)
-    )
-    return layout(
-        batch, is_encoder_decoder(model), settings.token_mask, batch_first, settings.unmatched
-    )
+    paired, batch_first = is_encoder_decoder(model), feeds_batch_first(model)
+    return layout(batch, paired, settings.token_mask, batch_first, settings.unmatched)
 
 
 def device_of(model: nn.Module) -> torch.device:

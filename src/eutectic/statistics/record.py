@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import StatisticsError
-from eutectic.statistics.batches import Layout, Tokens, same_memory
+from eutectic.models.masks import Layout, Tokens, same_memory
+from eutectic.models.sites import Site, as_matrix, output_rows
 from eutectic.statistics.gram import GramSum, as_float, check_finite
-from eutectic.statistics.sites import Site, as_matrix, output_rows
 
 
 class InputSums:

@@ -8,10 +8,15 @@ from typing import Any, Literal
 import torch
 
 from eutectic.errors import RequestError
-from eutectic.statistics.batches import TokenMask, Unmatched
+from eutectic.models.linear_head import Head
+from eutectic.models.masks import TokenMask, Unmatched
 from eutectic.statistics.callables import describe_callable
-from eutectic.statistics.heads import Head
-from eutectic.statistics.likelihood import LogLikelihood, Objective
+from eutectic.statistics.likelihood import (
+    OBJECTIVES,
+    LogLikelihood,
+    Objective,
+    objective_name,
+)
 
 Labels = Literal["data", "sample"]
 DEFAULT_GRADIENT_EXAMPLES = 1000
@@ -52,9 +57,15 @@ class Settings:
             return DEFAULT_GRADIENT_EXAMPLES
         return self.max_examples
 
+    def __post_init__(self) -> None:
+        """Take an objective in any spelling."""
+        if isinstance(self.objective, str):
+            object.__setattr__(self, "objective", objective_name(self.objective))
+
     def check(self) -> None:
         """Raise RequestError naming everything that is out of range."""
         faults = [
+            *_choice("objective", self.objective, ("auto", *OBJECTIVES)),
             *_choice("labels", self.labels, ("data", "sample")),
             *_choice("unmatched", self.unmatched, ("error", "all", "skip")),
             *_choice("dtype", self.dtype, (torch.float32, torch.float64)),
@@ -101,7 +112,7 @@ class Settings:
 
 
 def _choice(name: str, value: object, allowed: tuple[object, ...]) -> list[str]:
-    if value in allowed:
+    if callable(value) or value in allowed:
         return []
     return [f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}"]
 

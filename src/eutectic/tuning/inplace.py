@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from eutectic.evaluation.models import file_keys, put_tensors
+from eutectic.models.file_keys import file_keys, put_tensors
 
 
 class Lazily(Mapping[str, Tensor]):
@@ -45,7 +45,7 @@ def set_scale(
     """Set every tensor that `deltas` names to W₀ + αΔ, in place; others keep their values.
 
     Args:
-        module: any model, such as that of `eutectic.evaluation.models.load_model`.
+        module: any model, such as that of `eutectic.evaluation.load_model`.
         base: checkpoint key -> W₀; `Lazily` reads from files.
         deltas: checkpoint key -> Δ of the same shape.
         alpha: α.

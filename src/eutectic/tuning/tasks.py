@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.errors import RequestError
-from eutectic.evaluation.models import load_model
 from eutectic.evaluation.outputs import load_head, outputs
 from eutectic.evaluation.prepare import Prepared, prepare
 from eutectic.evaluation.rows import disjoint_keys
 from eutectic.evaluation.schema import Task
 from eutectic.evaluation.sources import Checkpoint, Sources
 from eutectic.evaluation.tasks import load_tasks
+from eutectic.models.linear_head import Head
+from eutectic.models.task_models import load_model
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.recipes.schema import ScaleSearch
-from eutectic.statistics.heads import Head
 from eutectic.types import Treatment
 
 Split = Literal["proxy", "validation"]
@@ -234,7 +234,7 @@ def _token_logits(model: Any, prepared: Prepared) -> Tensor:
 
 def _predicted(batch: Mapping[str, Tensor], prepared: Prepared) -> Tensor:
     """Return which positions predict a token: `[n, length]`, without the last for causal models."""
-    from eutectic.statistics.batches import IGNORED_LABEL
+    from eutectic.models.batch import IGNORED_LABEL
 
     labels = batch["labels"]
     return (labels[:, 1:] if prepared.task.kind == "language-model" else labels) != IGNORED_LABEL

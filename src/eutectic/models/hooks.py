@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.conventions import is_packed
-from eutectic.statistics.sites import Site, is_encoder_decoder
+from eutectic.models.sites import Site, is_encoder_decoder
 
 
 class Observer(Protocol):

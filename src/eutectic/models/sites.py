@@ -1,9 +1,9 @@
-"""Which parameters of a model are observed, and under which names their statistics are kept."""
+"""The linear maps of a model: which are observed, which can be routed, and what they are called."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -32,7 +32,7 @@ _CONVOLUTIONS = (
 
 @dataclass(eq=False)
 class Site:
-    """One weight whose inputs and outputs are observed.
+    """One linear map of a model: a weight, and how inputs meet it.
 
     Attributes:
         name: the parameter's name, as in the checkpoint; a packed in-projection whose query, key
@@ -54,6 +54,10 @@ class Site:
     shape: tuple[int, int]
     weight: Tensor
     tied: list[nn.Module] = field(default_factory=list)
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """Return the map `[out, in]` of a layer from its parameter as stored; no convolution's."""
+        return stored.mT if self.kind == "conv1d" else stored
 
 
 @dataclass
@@ -82,7 +86,7 @@ def find_sites(
     sites = Sites([], {}, {})
     by_weight: dict[tuple[int, str], Site] = {}
     observed: set[int] = set()
-    for site in _candidates(model, convolutions, sites.skipped):
+    for site in _linear_maps(model, convolutions, sites.skipped):
         observed.add(id(site.weight))
         if not selected(site.name, patterns):
             continue
@@ -96,6 +100,27 @@ def find_sites(
     sites.skipped = {**_unobservable(model, observed), **sites.skipped}
     sites.skipped = {n: why for n, why in sites.skipped.items() if selected(n, patterns)}
     return sites
+
+
+def routable_sites(model: nn.Module) -> list[Site]:
+    """Return the layers to which experts can be added, in module order; tied ones each.
+
+    Their modules can be replaced by ones that compute the same: `nn.Linear` itself, `Conv1D`, and
+    both projections of `nn.MultiheadAttention` where the in-projection is packed.
+    """
+    found: list[Site] = []
+    for site in _linear_maps(model, False, {}):
+        module = site.module
+        if isinstance(module, nn.MultiheadAttention):
+            if getattr(module, "in_proj_weight", None) is None or "[" in site.name:
+                continue
+            if site.kind == "out_projection":  # a layer of its own, inside of the attention
+                path = f"{site.path}.out_proj".lstrip(".")
+                site = replace(site, path=path, module=module.out_proj)
+        elif isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+            continue
+        found.append(site)
+    return found
 
 
 def _unobservable(model: nn.Module, observed: set[int]) -> dict[str, str]:
@@ -179,7 +204,8 @@ def output_rows(site: Site, outputs: Tensor) -> Tensor:
     return outputs.flatten(2).transpose(1, 2)
 
 
-def _candidates(model: nn.Module, convolutions: bool, skipped: dict[str, str]) -> Iterator[Site]:
+def _linear_maps(model: nn.Module, convolutions: bool, skipped: dict[str, str]) -> Iterator[Site]:
+    """Yield every linear map in module order, tied ones too; note why others are skipped."""
     encoder_decoder = is_encoder_decoder(model)
     attention_paths: set[str] = set()
     for path, module in model.named_modules():
@@ -243,6 +269,11 @@ def _attention_sites(path: str, module: nn.MultiheadAttention, role: Role) -> It
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Tell whether the model's configuration says that it has an encoder and a decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def feeds_batch_first(model: nn.Module) -> bool:
+    """Tell which axis holds the samples where both fit; torch's attention may take tokens first."""
+    return all(m.batch_first for m in model.modules() if isinstance(m, nn.MultiheadAttention))
 
 
 def _role(path: str, encoder_decoder: bool) -> Role:

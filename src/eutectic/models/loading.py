@@ -1,0 +1,188 @@
+"""Checkpoints and adapters ready to run on data, with their processors and labels."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from eutectic.checkpoint.experts import fingerprint_of, is_adapter
+from eutectic.checkpoint.memory import StateDictReader
+from eutectic.conventions import canonical_name
+from eutectic.errors import CheckpointError, MissingExtraError, RequestError
+from eutectic.models.linear_head import Head
+from eutectic.models.processors import load_processor, takes_images, tell_padding
+from eutectic.models.task_kinds import (
+    COLLECTED,
+    MODEL_CLASSES,
+    TaskKind,
+    kind_of_architectures,
+    task_kind,
+)
+from eutectic.models.transformers_loading import (
+    first_line,
+    load_config,
+    pretrained,
+    transformers_for,
+)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, what it is for, what feeds it, and which checkpoint it is.
+
+    Attributes:
+        model: in float32, on its device.
+        task: decides the model class.
+        processor: tokenizer or image processor.
+        label_ids: class name -> index, from the configuration.
+        fingerprint: of the checkpoint.
+        randomly_initialised: parameters that no file holds, so that transformers drew them.
+    """
+
+    model: nn.Module
+    task: TaskKind
+    processor: Any
+    label_ids: dict[str, int]
+    fingerprint: str
+    randomly_initialised: tuple[str, ...] = ()
+
+    def check_head(self, head: Head | None = None) -> None:
+        """Refuse a model whose predictions, and so whose gradients, mean nothing.
+
+        Args:
+            head: of its own file; a pooler that it does not use may be missing.
+
+        Raises:
+            RequestError: some of its parameters were drawn at random, or it predicts nothing.
+        """
+        unused = head is not None and head.pooling != "pooler"
+        drawn = self.randomly_initialised
+        needed = [n for n in drawn if not (unused and "pooler" in n.split("."))]
+        if head is None and self.task == "feature-extraction":
+            raise RequestError(
+                "a bare model predicts nothing, so there are no gradients to collect.\n"
+                "Name its linear head with --head, another --task, or collect without gradients."
+            )
+        if needed:
+            first, *others = needed
+            more = f" and {len(others)} more" if others else ""
+            raise RequestError(
+                f"the checkpoint does not hold {first}{more}, which a model for "
+                f"{self.task} needs: gradients of random numbers mean nothing.\n"
+                "Name another --task, or collect without gradients."
+            )
+
+
+def load_model(
+    checkpoint: Path, base: Path | None = None, task: str | None = None, device: str = "cpu"
+) -> LoadedModel:
+    """Load a checkpoint, or a PEFT adapter on its base, in float32 with what feeds it.
+
+    Adapters stay beside the layers that they adapt; parameters keep the base's names. The
+    fingerprint is that of the checkpoint's (the adapter's) files.
+
+    Args:
+        checkpoint: folder of a checkpoint or of an adapter.
+        base: the base's folder; for adapters only.
+        task: a kind of task, which decides the class; default by the architecture that the
+            configuration names.
+        device: where to run it.
+
+    Raises:
+        CheckpointError: the folder is unusable, or its model needs code of its own.
+        RequestError: an adapter without a base, an unknown task, or a device that is not there.
+        MissingExtraError: transformers or peft is not installed.
+    """
+    transformers = transformers_for("running a checkpoint")
+    kind = None if task is None else task_kind(task, COLLECTED)
+    _check_device(device)
+    for given in (checkpoint, base):
+        if given is not None and not given.is_dir():
+            raise CheckpointError(f"{given}: no such folder.")
+    folder = base_folder(checkpoint, base)
+    if base is not None and folder == checkpoint:
+        raise RequestError(f"{checkpoint}: is a full checkpoint; --base is for adapters.")
+    try:
+        config = load_config(folder)
+        kind = kind or _kind_told_by(config, folder)
+        model, report = pretrained(getattr(transformers, MODEL_CLASSES[kind]), folder)
+        model = model.to(torch.float32)
+        processor = load_processor(
+            checkpoint, folder, images=takes_images(model) or kind == "image-classification"
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder}: transformers cannot load it: {first_line(error)}"
+        ) from error
+    tell_padding(model, processor)
+    if folder != checkpoint:
+        model = _with_adapter(model, checkpoint)
+    labels = {str(k): int(v) for k, v in (getattr(config, "label2id", None) or {}).items()}
+    brought = {canonical_name(n) for n, _ in model.named_parameters() if ".modules_to_save." in n}
+    drawn = tuple(sorted({*report["missing_keys"]} - brought))
+    fingerprint = _fingerprint(checkpoint, base, model)
+    return LoadedModel(model.to(device), kind, processor, labels, fingerprint, drawn)
+
+
+def base_folder(folder: Path, base: str | Path | None) -> Path:
+    """Return the folder that holds the full weights: an adapter's base, or the folder itself.
+
+    Raises:
+        RequestError: an adapter without a base.
+    """
+    if not is_adapter(folder):
+        return folder
+    if base is None:
+        raise RequestError(f"{folder}: is an adapter; name the base it belongs to with --base.")
+    return Path(base)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RequestError(
+            f"--device {device} cannot be used here: {first_line(error)}."
+        ) from error
+
+
+def _kind_told_by(config: Any, folder: Path) -> TaskKind:
+    architectures: list[str] = getattr(config, "architectures", None) or []
+    kind = kind_of_architectures(architectures)
+    if kind is None:
+        raise RequestError(
+            f"{folder}: its configuration does not tell the task (architectures: {architectures})."
+            f"\nName one with --task: {', '.join(COLLECTED)}."
+        )
+    return kind
+
+
+def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingExtraError(
+            "peft", "adapters", f"running the adapter {adapter.name}"
+        ) from error
+    try:
+        with warnings.catch_warnings():
+            # peft asks transformers by names that are going away.
+            warnings.simplefilter("ignore", FutureWarning)
+            return peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)  # pyright: ignore[reportArgumentType]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{adapter}: does not fit the base: {first_line(error)}") from error
+
+
+def _fingerprint(checkpoint: Path, base: Path | None, model: nn.Module) -> str:
+    try:
+        return fingerprint_of(checkpoint, base)
+    except CheckpointError:
+        if base is None:
+            raise
+        # Adapters that are run but not merged as checkpoints.
+        return StateDictReader(model.state_dict()).fingerprint()

@@ -1,0 +1,221 @@
+"""Which tokens of a batch count, and how a layer's activations divide into samples and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from eutectic.errors import RequestError, StatisticsError
+from eutectic.models.batch import IGNORED_LABEL, Batch, sample_count, tensors_by_name
+from eutectic.models.sites import Site
+
+TokenMask = Callable[[Any], Tensor | None]
+Unmatched = Literal["error", "all", "skip"]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How one layer's activations divide into samples and tokens.
+
+    Attributes:
+        arrange: from activations with features last to `[samples, tokens, features]`.
+        mask: `[samples, tokens]`, True where a token counts; None when all do.
+        pooled: whether the first axis of the arrangement holds samples, so that means per sample
+            make sense.
+    """
+
+    arrange: Callable[[Tensor], Tensor]
+    mask: Tensor | None
+    pooled: bool = True
+
+
+@dataclass
+class Layout:
+    """The masks of one batch, on the model's device.
+
+    Attributes:
+        samples: number of examples.
+        first: mask `[samples, tokens]` of the encoder, or of the only text; None without one.
+        second: mask of the decoder.
+        paired: the model has an encoder and a decoder.
+        batch_first: which axis holds the samples when both fit.
+        unmatched: what becomes of activations that fit no mask.
+        images: number of pictures, where the batch holds any.
+        encoder_outputs: storage addresses of the encoder's outputs of this forward pass, whose
+            readers are keys and values of cross-attention whatever their name.
+    """
+
+    samples: int
+    first: Tensor | None
+    second: Tensor | None
+    paired: bool
+    batch_first: bool = True
+    unmatched: Unmatched = "error"
+    images: int | None = None
+    encoder_outputs: list[Tensor] = field(default_factory=list)
+
+    def tokens(self, site: Site, activations: Tensor) -> Tokens | None:
+        """Return how activations `[..., features]` divide, or None when they are to be skipped.
+
+        `[samples, features]`: every row counts. `[samples·tokens, features]` and
+        `[tokens, samples, features]` are recognised; further axes are flattened.
+
+        Raises:
+            StatisticsError: the activations fit no mask and `unmatched` is "error".
+        """
+        lead = tuple(activations.shape[:-1])
+        # The towers of CLIP may see different numbers of images and texts.
+        images = self.samples if self.images is None else self.images
+        if lead == (images if site.role == "image" else self.samples,):
+            return Tokens(lambda t: t.unsqueeze(1), None)
+        if site.role == "image":
+            arrange = _fit_samples(lead, images, self.batch_first)
+            if arrange is not None:
+                return Tokens(arrange, None)
+            return Tokens(lambda t: t.reshape(lead[0], -1, t.shape[-1]), None)
+        preferred, other = self._preference(site, activations)
+        for mask in (preferred, other):
+            if mask is not None and (arrange := _fit(lead, mask, self.batch_first)) is not None:
+                return Tokens(arrange, mask)
+        if preferred is None:
+            arrange = _fit_samples(lead, self.samples, self.batch_first)
+            if arrange is not None:
+                return Tokens(arrange, None)
+        if self.unmatched == "all":
+            return Tokens(lambda t: t.reshape(1, -1, t.shape[-1]), None, pooled=False)
+        if self.unmatched == "skip":
+            return None
+        raise StatisticsError(
+            f"'{site.name}' sees inputs {[*activations.shape]}, which fit no mask of the batch "
+            f"({self._describe()}).\n"
+            "Leave the layer out, or pass unmatched='all' (count every row) or 'skip'."
+        )
+
+    def _preference(self, site: Site, activations: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        if not self.paired:
+            return self.first, None
+        from_encoder = site.role in ("encoder", "cross") or any(
+            same_memory(activations, output) for output in self.encoder_outputs
+        )
+        if from_encoder:
+            # Sounds and images have no mask, and the decoder's says nothing about them.
+            return self.first, None if self.first is None else self.second
+        return self.second, self.first
+
+    def _describe(self) -> str:
+        masks = [f"mask {[*m.shape]}" for m in (self.first, self.second) if m is not None]
+        return ", ".join([f"{self.samples} samples", *masks])
+
+
+def _fit(
+    lead: tuple[int, ...], mask: Tensor, batch_first: bool
+) -> Callable[[Tensor], Tensor] | None:
+    samples, length = mask.shape
+    turned = lead == (length, samples) and (samples != length or not batch_first)
+    if turned:
+        return lambda t: t.transpose(0, 1)
+    flat = lead == (samples * length,)
+    nested = len(lead) > 1 and lead[0] == samples and _product(lead[1:]) == length
+    if flat or nested:
+        return lambda t: t.reshape(samples, length, t.shape[-1])
+    return None
+
+
+def _fit_samples(
+    lead: tuple[int, ...], samples: int, batch_first: bool
+) -> Callable[[Tensor], Tensor] | None:
+    turned = len(lead) == 2 and lead[1] == samples and (lead[0] != samples or not batch_first)
+    if turned:
+        return lambda t: t.transpose(0, 1)
+    if samples and _product(lead) % samples == 0:
+        # Windows and patches are split off sample by sample, so that the samples stay outermost.
+        return lambda t: t.reshape(samples, -1, t.shape[-1])
+    return None
+
+
+def _product(sizes: Sequence[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def same_memory(left: Tensor, right: Tensor) -> bool:
+    """Tell whether two living tensors are one view of the same memory."""
+    return left is right or (
+        left.data_ptr() == right.data_ptr()
+        and left.shape == right.shape
+        and left.stride() == right.stride()
+        and left.dtype == right.dtype
+    )
+
+
+def layout(
+    batch: Batch,
+    paired: bool,
+    token_mask: TokenMask | None = None,
+    batch_first: bool = True,
+    unmatched: Unmatched = "error",
+) -> Layout:
+    """Read the masks of a batch.
+
+    The first mask is `attention_mask`, or what `token_mask(batch)` returns; without either, all
+    tokens of `input_ids` count. The decoder's is `decoder_attention_mask`, or the positions whose
+    label is not -100, or all of `decoder_input_ids`.
+
+    Raises:
+        RequestError: a mask that is not `[samples, tokens]`.
+    """
+    items = tensors_by_name(batch)
+    samples = sample_count(batch)
+    if token_mask is not None:
+        first = token_mask(batch)
+    else:
+        first = items.get("attention_mask")
+        if first is None and isinstance(items.get("input_ids"), Tensor):
+            first = torch.ones_like(items["input_ids"], dtype=torch.bool)
+    second = decoder_mask(items) if paired else None
+    for name, mask in (("attention", first), ("decoder", second)):
+        if mask is not None and (mask.ndim != 2 or mask.shape[0] != samples):
+            raise RequestError(
+                f"the {name} mask must be [samples, tokens] with {samples} samples, got "
+                f"{[*mask.shape]}.\nPass token_mask=… to say which tokens count."
+            )
+    return Layout(
+        samples,
+        None if first is None else first.bool(),
+        None if second is None else second.bool(),
+        paired,
+        batch_first,
+        unmatched,
+        len(pixels) if isinstance(pixels := items.get("pixel_values"), Tensor) else None,
+    )
+
+
+def decoder_mask(items: Mapping[str, Any]) -> Tensor | None:
+    """Return the decoder's mask `[samples, tokens]`, or None without decoder inputs."""
+    if items.get("decoder_attention_mask") is not None:
+        return items["decoder_attention_mask"]
+    if isinstance(labels := items.get("labels"), Tensor) and labels.ndim == 2:
+        # The decoder's input is the labels moved one to the right: the position that predicts
+        # label i counts when label i does.
+        return labels != IGNORED_LABEL
+    inputs = items.get("decoder_input_ids")
+    return None if inputs is None else torch.ones_like(inputs, dtype=torch.bool)
+
+
+def mask_policy(batch: Batch, paired: bool, token_mask: TokenMask | None) -> dict[str, str]:
+    """Return, in words, where the masks of batches like this one come from."""
+    items = tensors_by_name(batch)
+    names = ("attention_mask", "input_ids")
+    first = next((n for n in names if isinstance(items.get(n), Tensor)), "none")
+    policy = {"tokens": "caller" if token_mask else "all" if first != names[0] else first}
+    if paired:
+        names = ("decoder_attention_mask", "labels", "decoder_input_ids")
+        second = next((n for n in names if isinstance(items.get(n), Tensor)), "none")
+        policy["decoder"] = {"decoder_input_ids": "all", "none": "all"}.get(second, second)
+    return policy

@@ -1,0 +1,275 @@
+"""Checkpoints as models for a task; bodies without the task's head borrow the expert's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from eutectic.checkpoint.experts import Expert, is_adapter, open_expert
+from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index
+from eutectic.checkpoint.reader import CheckpointReader
+from eutectic.conventions import CLASSIFIERS
+from eutectic.errors import CheckpointError
+from eutectic.models.generation import set_generation
+from eutectic.models.loading import base_folder
+from eutectic.models.task_kinds import MODEL_CLASSES, TaskKind
+from eutectic.models.transformers_loading import (
+    LOCAL,
+    first_line,
+    load_config,
+    pretrained,
+    transformers_for,
+)
+
+EXPERTS = "experts"  # the folder of a merged model that holds one loadable folder per expert
+
+
+class ModelTask(Protocol):
+    """What decides the model of a task; `eutectic.evaluation.Task` is one."""
+
+    @property
+    def name(self) -> str:
+        """Its name, for messages."""
+        ...
+
+    @property
+    def expert_name(self) -> str:
+        """The expert whose head it uses."""
+        ...
+
+    @property
+    def kind(self) -> TaskKind:
+        """Decides the class of the model; not `function`."""
+        ...
+
+    @property
+    def head(self) -> str | None:
+        """A file with a linear head on the bare model's features; None: the model has its own."""
+        ...
+
+    @property
+    def pooling(self) -> str:
+        """Of the features that `head` takes."""
+        ...
+
+    @property
+    def head_tensors(self) -> tuple[str, ...]:
+        """Patterns of further tensors that count as the expert's head."""
+        ...
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Names of the classes, where the configuration does not say them."""
+        ...
+
+
+def load_model(
+    folder: str | Path,
+    task: ModelTask,
+    *,
+    base: str | Path | None = None,
+    expert: str | Path | None = None,
+    device: str = "cpu",
+) -> Any:
+    """Return the transformers model that evaluates `task` on a checkpoint, in float32.
+
+    With a linear head in the task it is the bare encoder. Otherwise it is a model with a task head:
+    a merged folder with `experts/<expert>/` takes that folder; a folder that lacks head tensors of
+    the expert (the base, a body alone) borrows them: its body, the expert's head.
+
+    Args:
+        folder: a checkpoint, or a LoRA adapter (which needs `base`).
+        task: decides the class; not of the kind `function`.
+        base: the base of adapters, `folder` or `expert`.
+        expert: the folder of the task's expert, for its head; None: `folder` has its own.
+        device: where the model goes.
+
+    Raises:
+        CheckpointError: the folder is unusable, or tensors that the task needs are nowhere.
+        RequestError: an adapter without a base.
+        MissingExtraError: transformers is not installed.
+    """
+    folder = whole = Path(folder)
+    own = folder / EXPERTS / task.expert_name
+    if task.head is None and own.is_dir():
+        folder, expert = own, None
+    state = checkpoint_tensors(folder, base)
+    configured = folder
+    if expert is not None and task.head is None and Path(expert) != folder:
+        state, configured = _with_head(state, folder, Path(expert), base, task)
+    model = _build(base_folder(configured, base), task, state)
+    set_generation(model, task.kind, (folder, whole, base_folder(configured, base)))
+    return model.to(device)
+
+
+def checkpoint_tensors(folder: str | Path, base: str | Path | None = None) -> dict[str, Tensor]:
+    """Return all tensors of a checkpoint by the file's keys; an adapter as W₀ + ΔW on its base.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        RequestError: an adapter without a base.
+    """
+    index = open_index(base_folder(Path(folder), base))
+    with CheckpointReader(index) as reader:
+        state = {n: reader.read(n).view(e.shape) for n, e in reader.entries.items()}
+    if not is_adapter(Path(folder)):
+        return state
+    expert = open_expert(Path(folder), index)
+    try:
+        for name, entry in expert.entries.items():
+            if entry.shape != state[name].shape:
+                state[name] = expert.read(name).view(entry.shape)
+                continue
+            values = state[name].view(-1)
+            dtype = torch.promote_types(values.dtype, torch.float32)
+            changed = expert.weight(name, base=values.to(dtype), dtype=dtype)
+            state[name] = changed.view(entry.shape)
+        for name, entry in expert.extra.items():
+            state[name] = expert.read_extra(name).view(entry.shape)
+    finally:
+        expert.close()
+    return state
+
+
+def head_tensors(
+    expert: str | Path, body: str | Path, task: ModelTask, base: str | Path | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors of an expert that count as its head, by its own keys.
+
+    Those that `body` lacks or has in another shape, and those that `task.head_tensors` names.
+
+    Raises:
+        CheckpointError: one of them cannot be read, or they are fine-tunes of different models.
+    """
+    index = open_index(Path(body))
+    with _opened(Path(expert), index, base) as lender:
+        return _head(lender, index, task)
+
+
+def borrows_head(
+    folder: str | Path, expert: str | Path, task: ModelTask, base: str | Path | None = None
+) -> bool:
+    """Return whether `load_model(folder, task, base=base, expert=expert)` takes the expert's head.
+
+    False where the body has a head of the same shape itself. Headers are read, no tensor.
+
+    Raises:
+        CheckpointError: one of them cannot be read, or they are fine-tunes of different models.
+    """
+    index = open_index(base_folder(Path(folder), base))
+    with _opened(Path(expert), index, base) as lender:
+        own = (_is_head(name, entry, index, task) for name, entry in lender.entries.items())
+        return bool(lender.extra) or any(own)
+
+
+def _build(folder: Path, task: ModelTask, state: Mapping[str, Tensor]) -> Any:
+    """Return the model of a folder's configuration with the tensors of a state, by file keys.
+
+    Raises:
+        CheckpointError: transformers does not know it, or misses tensors in the state.
+        MissingExtraError: transformers is not installed.
+    """
+    transformers = transformers_for("Evaluating models")
+    auto = "AutoModel" if task.head is not None else MODEL_CLASSES[task.kind]
+    try:
+        config = load_config(folder)
+        if auto.endswith("Classification"):
+            _fit_labels(config, task, state)
+        with torch.device("meta"):
+            empty = getattr(transformers, auto).from_config(
+                config, trust_remote_code=LOCAL["trust_remote_code"]
+            )
+        model, report = pretrained(type(empty), None, config=config, state=state)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder}: transformers cannot load it for task '{task.name}' ({task.kind}): "
+            f"{first_line(error)}"
+        ) from None
+    pooled = task.head is None or task.pooling == "pooler"
+    missing = [name for name in report["missing_keys"] if pooled or "pooler" not in name]
+    wrong = [str(item[0]) for item in report["mismatched_keys"]]
+    if missing or wrong:
+        named = ", ".join([*sorted(missing), *wrong][:4])
+        raise CheckpointError(
+            f"{folder}: task '{task.name}' ({task.kind}) needs tensors that the checkpoint lacks "
+            f"or has in another shape: {named}.\nName the expert that has this head with --expert "
+            f"{task.expert_name}=PATH, or a linear head with `head:` in the task."
+        )
+    return model.eval()
+
+
+def _fit_labels(config: Any, task: ModelTask, state: Mapping[str, Tensor]) -> None:
+    """Set the number of outputs where the configuration is the base's and knows no task."""
+    if task.kind == "regression":
+        config.num_labels = 1
+    elif task.labels is not None:
+        config.num_labels = len(task.labels)
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {name: i for i, name in enumerate(task.labels)}
+    else:
+        rows = [len(state[name]) for name in CLASSIFIERS if name in state and state[name].ndim == 2]
+        if rows and rows[0] != config.num_labels:
+            config.num_labels = rows[0]
+
+
+@contextmanager
+def _opened(expert: Path, index: CheckpointIndex, base: str | Path | None) -> Iterator[Expert]:
+    try:
+        opened = open_expert(expert, index)
+    except CheckpointError:
+        if base is None or not is_adapter(expert):
+            raise
+        # A merged body may be named otherwise than the base that the adapter was made for.
+        opened = open_expert(expert, open_index(Path(base)))
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def _with_head(
+    state: dict[str, Tensor], folder: Path, expert: Path, base: str | Path | None, task: ModelTask
+) -> tuple[dict[str, Tensor], Path]:
+    """Return the body of `folder` with the expert's head, under the expert's keys."""
+    body = base_folder(folder, base)
+    index = open_index(body)
+    with _opened(expert, index, base) as lender:
+        head = _head(lender, index, task)
+        if not head:
+            return state, folder
+        if lender.is_delta:
+            return {**state, **head}, body
+        spelled = {entry.name: state[name] for name, entry in lender.entries.items()}
+        return {**spelled, **head}, expert
+
+
+def _head(lender: Expert, index: CheckpointIndex, task: ModelTask) -> dict[str, Tensor]:
+    # An adapter's files have names of PEFT's own; the body's are the base's.
+    found = {
+        n if lender.is_delta else e.name: lender.read_extra(n).view(e.shape)
+        for n, e in lender.extra.items()
+    }
+    for name, entry in lender.entries.items():
+        if not _is_head(name, entry, index, task):
+            continue
+        own = index.entries.get(name)
+        if lender.is_delta and own is not None and own.shape == entry.shape:
+            raise CheckpointError(
+                f"{lender.label}: holds '{name}' as a change of the base's, not a head of its own."
+            )
+        key = name if lender.is_delta else entry.name
+        found[key] = lender.read(name).view(entry.shape)
+    return found
+
+
+def _is_head(name: str, entry: TensorEntry, index: CheckpointIndex, task: ModelTask) -> bool:
+    """Tell whether an expert's tensor, by the body's name, is of its head."""
+    own = index.entries.get(name)
+    named = any(fnmatchcase(name, pattern) for pattern in task.head_tensors)
+    return own is None or own.shape != entry.shape or named
