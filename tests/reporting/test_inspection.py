@@ -173,6 +173,10 @@ def test_an_unchanged_expert_has_no_direction(world):
 
 
 def test_wrong_requests_are_refused_before_work(world, tmp_path):
+    with pytest.raises(RequestError, match="inspect has no option 'layer'. Did you mean 'layers'?"):
+        eutectic.inspect(**world, layer="*")
+    with pytest.raises(RequestError, match="the rank of subspaces must be at least 1, got 0"):
+        eutectic.inspect(**world, rank=0)
     with pytest.raises(RequestError, match="'nothing' matches none of 2 matrices, such as layers"):
         eutectic.inspect(**world, layers="nothing")
     with pytest.raises(RequestError, match="merged model 'iso_c'.*"):

@@ -1,4 +1,4 @@
-"""The public entry: a merge from files to files, and its report."""
+"""A merge from files to files, and its report."""
 
 from __future__ import annotations
 
@@ -66,32 +66,10 @@ def merge(
     choose: Chooser | None = None,
     **options: Any,
 ) -> MergeReport:
-    """Merge checkpoints from files to files, streamed tensor by tensor.
+    """Merge checkpoints from files to files; see `eutectic.merge`, which chooses α where asked to.
 
-    Args:
-        recipe: a YAML file, or a mapping of the same form. Without it, `options` are the recipe.
-        output: folder to write; it must not exist, or be empty. Work goes on in
-            `<output>.partial`, which is renamed when complete; the same call resumes it.
-        threads: jobs side by side (default: the cores of this process).
-        memory: limit, such as "4GB" (default: 60 % of what is available).
-        restart: discard an unfinished run instead of resuming it.
-        progress: called with (seconds done, seconds in all, tensor), both estimates.
-        choose: chooses α where the recipe asks for a search (default, in `eutectic.merge`:
-            `eutectic.tuning.choose_scale`).
-        **options: keys of a recipe (`base`, `experts`, `method`, `scale`, `dtype`, …), which win
-            over those of `recipe`; other keys are the method's parameters.
-
-    Returns:
-        A report. The same facts, without times, are in the output's `eutectic.json`.
-
-    Raises:
-        RequestError: the request is wrong; nothing was started.
-        EutecticError: the work failed; what is finished is kept for the next call.
-
-    Example:
-        >>> eutectic.merge(base="base", experts={"a": "a", "b": "b"}, method="iso_c",
-        ...                scale=1.3, output="merged")  # doctest: +SKIP
-    """
+    Without `choose`, a recipe that asks for a search is refused.
+    """  # noqa: D417 - described there
     started = time.perf_counter()
     output = Path(output)
     checked, source = recipe_from(recipe, options)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from eutectic.checkpoint.experts import Expert, open_expert
 from eutectic.checkpoint.hub import resolve
 from eutectic.checkpoint.writer import check_replaced, write_atomically
 from eutectic.errors import EutecticError, RequestError
+from eutectic.options import options_from
 from eutectic.planning.inputs import Inputs, open_inputs
 from eutectic.planning.plan import Plan, make_plan
 from eutectic.recipes.load import Source, check_recipe, load_recipe
@@ -24,7 +26,35 @@ from eutectic.reporting.results import KnownNai, read_nai
 from eutectic.reporting.schema import Inspection, Layer
 from eutectic.reporting.summary import summarise
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Progress = Callable[[float, float, str], None]
 _KEPT = ("base", "experts", "tensors", "statistics_of")  # of a recipe; the rest is about merging
+
+
+class InspectionOptions(TypedDict, total=False):
+    """What is measured, and who is told.
+
+    Attributes:
+        layers: shell pattern over tensor names; other matrices are left out.
+        rank: k, leading singular triplets that overlaps compare; None: int(r/T).
+        error: relative error of Δ_M that defines q in SAR, see `subspace_alignment_ratio` (0.05).
+        progress: called with (done, total, tensor).
+    """
+
+    layers: str | None
+    rank: int | None
+    error: float
+    progress: Progress | None
+
+
+@dataclass(frozen=True)
+class _Options:
+    layers: str | None = None
+    rank: int | None = None
+    error: float = 0.05
+    progress: Progress | None = None
 
 
 def inspect(
@@ -34,12 +64,9 @@ def inspect(
     experts: Mapping[str, Any] | None = None,
     merged: Mapping[str, str | Path] | None = None,
     results: str | Path | None = None,
-    layers: str | None = None,
-    rank: int | None = None,
-    error: float = 0.05,
     output: str | Path | None = None,
     plots: str | Path | None = None,
-    progress: Callable[[float, float, str], None] | None = None,
+    **options: Unpack[InspectionOptions],
 ) -> Inspection:
     """Measure norms, spectra, interference and, of merged models, subspace alignment.
 
@@ -53,12 +80,9 @@ def inspect(
         merged: name -> folder of a merged model, or adapter. Δ_M = W_M − W₀ holds the scale.
         results: `results.json` of `eutectic evaluate`; its checkpoints have the names of `merged`,
             its tasks those of the experts.
-        layers: shell pattern over tensor names; other matrices are left out.
-        rank: k, leading singular triplets that overlaps compare; None: int(r/T).
-        error: relative error of Δ_M that defines q in SAR, see `subspace_alignment_ratio`.
         output: file for the inspection as JSON, written at the end, whole or not at all.
         plots: folder for PNGs.
-        progress: called with (done, total, tensor).
+        **options: `layers`, `rank`, `error`, `progress`; see `InspectionOptions`.
 
     Returns:
         The inspection; `.summary` for the whole model, `.layers` per matrix.
@@ -80,9 +104,10 @@ def inspect(
         >>> found.summary.merged["iso_c"].task_sar  # doctest: +SKIP
         {'a': 0.97, 'b': 0.95}
     """
-    check_error(error)
-    if rank is not None and rank < 1:
-        raise RequestError(f"the rank of subspaces must be at least 1, got {rank}.")
+    asked = options_from(_Options, options, "inspect")
+    check_error(asked.error)
+    if asked.rank is not None and asked.rank < 1:
+        raise RequestError(f"the rank of subspaces must be at least 1, got {asked.rank}.")
     if results is not None and not merged:
         raise RequestError("results without merged models: name the models that they are of.")
     target = _checked_output(output)
@@ -95,15 +120,15 @@ def inspect(
         inputs = stack.enter_context(open_inputs(checked, source))
         models = _open_merged(paths, inputs, stack)
         plan = make_plan(checked, inputs, source)
-        measured = _measure(plan, inputs, models, layers, error, rank, progress)
+        measured = _measure(plan, inputs, models, asked)
         notes = _notes(plan, inputs, measured, known)
     found = Inspection(
         eutectic=version("eutectic"),
         base=checked.base,
         experts={name: spec.path for name, spec in checked.experts.items()},
         merged=paths,
-        error=error,
-        pattern=layers,
+        error=asked.error,
+        pattern=asked.layers,
         notes=notes,
         summary=summarise(measured, None if known is None else known.values),
         layers=measured,
@@ -116,26 +141,20 @@ def inspect(
 
 
 def _measure(
-    plan: Plan,
-    inputs: Inputs,
-    models: Mapping[str, Expert],
-    pattern: str | None,
-    error: float,
-    rank: int | None,
-    progress: Callable[[float, float, str], None] | None,
+    plan: Plan, inputs: Inputs, models: Mapping[str, Expert], asked: _Options
 ) -> list[Layer]:
-    chosen = selected_layers(plan, models, pattern)
+    chosen = selected_layers(plan, models, asked.layers)
     work = work_of(chosen)
     done = 0.0
     measured: list[Layer] = []
     for planned, cost in zip(chosen, work, strict=True):
-        if progress is not None:
-            progress(done, sum(work), planned.name)
+        if asked.progress is not None:
+            asked.progress(done, sum(work), planned.name)
         for matrices in stream_matrices(planned, plan, inputs, models):
-            measured.append(measure_layer(matrices, error, rank))
+            measured.append(measure_layer(matrices, asked.error, asked.rank))
         done += cost
-    if progress is not None:
-        progress(done, sum(work), "")
+    if asked.progress is not None:
+        asked.progress(done, sum(work), "")
     return measured
 
 

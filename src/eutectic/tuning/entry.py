@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from eutectic.errors import Note, RequestError
 from eutectic.execution import run
 from eutectic.execution.jobs import Limits, Progress
 from eutectic.execution.request import limits_of, recipe_from
 from eutectic.execution.run import MergeReport
-from eutectic.execution.unscaled import Choice, unscaled_folder
+from eutectic.execution.unscaled import Choice, Chooser, unscaled_folder
 from eutectic.planning.cost import check_memory
 from eutectic.planning.inputs import open_inputs
 from eutectic.planning.plan import make_plan
@@ -23,22 +22,55 @@ from eutectic.recipes.load import Source, check_recipe
 from eutectic.recipes.schema import NOT_TAKEN, Recipe, ScaleSearch
 from eutectic.tuning.choose import choose_scale
 
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
+_RUN = ("threads", "memory", "restart", "progress")
 
 
-def _searching(merge: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Let a merge carry out searches for α: execution itself knows of no tasks."""
+def merge(
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    *,
+    output: str | Path,
+    threads: int | None = None,
+    memory: str | int | None = None,
+    restart: bool = False,
+    progress: Progress | None = None,
+    choose: Chooser = choose_scale,
+    **options: Any,
+) -> MergeReport:
+    """Merge checkpoints from files to files, streamed tensor by tensor.
 
-    @functools.wraps(merge)
-    def searching(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        kwargs.setdefault("choose", choose_scale)
-        return merge(*args, **kwargs)
+    Args:
+        recipe: a YAML file, or a mapping of the same form. Without it, `options` are the recipe.
+        output: folder to write; it must not exist, or be empty. Work goes on in
+            `<output>.partial`, which is renamed when complete; the same call resumes it.
+        threads: jobs side by side (default: the cores of this process).
+        memory: limit, such as "4GB" (default: 60 % of what is available).
+        restart: discard an unfinished run instead of resuming it.
+        progress: called with (seconds done, seconds in all, tensor), both estimates.
+        choose: chooses α where the recipe asks for a search.
+        **options: keys of a recipe (`base`, `experts`, `method`, `scale`, `dtype`, …), which win
+            over those of `recipe`; other keys are the method's parameters.
 
-    return searching
+    Returns:
+        A report. The same facts, without times, are in the output's `eutectic.json`.
 
+    Raises:
+        RequestError: the request is wrong; nothing was started.
+        EutecticError: the work failed; what is finished is kept for the next call.
 
-merge = _searching(run.merge)
+    Example:
+        >>> eutectic.merge(base="base", experts={"a": "a", "b": "b"}, method="iso_c",
+        ...                scale=1.3, output="merged")  # doctest: +SKIP
+    """
+    return run.merge(
+        recipe,
+        output=output,
+        threads=threads,
+        memory=memory,
+        restart=restart,
+        progress=progress,
+        choose=choose,
+        **options,
+    )
 
 
 @dataclass(frozen=True)
@@ -66,10 +98,6 @@ def tune(
     search: Mapping[str, Any] | str | None = None,
     output: str | Path | None = None,
     work: str | Path | None = None,
-    threads: int | None = None,
-    memory: str | int | None = None,
-    restart: bool = False,
-    progress: Progress | None = None,
     **options: Any,
 ) -> TuneReport:
     """Search the scale α of a merge, without or with writing the model.
@@ -83,11 +111,8 @@ def tune(
         output: folder for the model at the best α (default: none is written).
         work: without `output`, a folder that keeps the deltas and what was measured, so that
             another search begins at once (default: a temporary one).
-        threads: as for `eutectic.merge`.
-        memory: as for `eutectic.merge`.
-        restart: as for `eutectic.merge`.
-        progress: as for `eutectic.merge`; while searching, called with numbers of values.
-        **options: as for `eutectic.merge`.
+        **options: `threads`, `memory`, `restart`, `progress` (while searching, called with numbers
+            of values), keys of a recipe and parameters of the method, as for `eutectic.merge`.
 
     Returns:
         The best α and the curve.
@@ -100,6 +125,7 @@ def tune(
         >>> eutectic.tune("recipe.yaml", search={"search": "divergence", "tasks": "tasks.yaml"})
         ... # doctest: +SKIP
     """
+    limited = {name: options.pop(name) for name in _RUN if name in options}
     checked, source = _with_search(*recipe_from(recipe, options), search)
     if not isinstance(checked.scale, ScaleSearch):
         raise RequestError(
@@ -113,17 +139,12 @@ def tune(
                 "work and output exclude each other: with an output, deltas are in "
                 "<output>.partial until the model is finished."
             )
-        report = merge(
-            checked.model_dump(mode="json", exclude_unset=True),
-            output=output,
-            threads=threads,
-            memory=memory,
-            restart=restart,
-            progress=progress,
-        )
+        stated = checked.model_dump(mode="json", exclude_unset=True)
+        report = merge(stated, output=output, **limited)
         assert report.search is not None
         return TuneReport(report.method, report.scale, report.search, report.notes, report)
-    limits = Limits(*limits_of(threads, memory), progress)
+    restart = limited.pop("restart", False)
+    limits = _limits(**limited)
     with open_inputs(checked, source) as inputs, _folder(work) as folder:
         plan = make_plan(checked, inputs, source)
         check_memory(plan, inputs, limits.memory)
@@ -131,6 +152,12 @@ def tune(
         with unscaled_folder(folder, plan, inputs, limits, restart) as unscaled:
             choice: Choice = find(unscaled)
     return TuneReport(plan.method.name, choice.scale, choice.record, (*plan.notes, choice.note))
+
+
+def _limits(
+    threads: int | None = None, memory: str | int | None = None, progress: Progress | None = None
+) -> Limits:
+    return Limits(*limits_of(threads, memory), progress)
 
 
 def _with_search(
