@@ -57,6 +57,11 @@ def test_refusals(deltas, more, words):
         merge_matrices("average", deltas, **more)
 
 
+def test_a_misspelt_keyword_of_the_call_gets_a_suggestion():
+    with pytest.raises(MethodError, match="unknown parameter 'expert'. Did you mean 'experts'"):
+        merge_matrices("average", DELTAS, expert=["a", "b", "c"])
+
+
 def test_matrix_methods_take_matrices():
     with pytest.raises(
         MethodError, match=r"'iso_c' takes deltas \[T, out, in\], got shape \[2, 3\]"

@@ -12,7 +12,7 @@ from annotated_types import Ge, Le
 from eutectic.errors import MethodError
 from eutectic.methods import all_methods, get_method, register
 from eutectic.methods import registry as registry_module
-from eutectic.methods.registry import Context, Parameters
+from eutectic.methods.registry import Context, Parameters, Takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ def table(monkeypatch):
 
 @pytest.fixture
 def sample(table):
-    register("sample", family="tests", summary="A sample.", parameters=SampleParameters)(
+    register("sample", summary="A sample.", parameters=SampleParameters)(
         lambda deltas, parameters, context: deltas.sum(0)
     )
     return get_method("sample")
@@ -47,14 +47,12 @@ def test_the_table_is_sorted_and_a_copy():
 
 def test_a_name_is_registered_once(table):
     with pytest.raises(ValueError, match="'average' is registered twice"):
-        register("average", family="tests", summary="")(lambda d, p, c: d[0])
+        register("average", summary="")(lambda d, p, c: d[0])
 
 
 def test_laws_that_nobody_checks_cannot_be_claimed(table):
     with pytest.raises(ValueError, match=r"'fresh' claims laws that nobody checks: \['gravity'\]"):
-        register("fresh", family="tests", summary="", laws={"zero", "gravity"})(
-            lambda d, p, c: d[0]
-        )
+        register("fresh", summary="", laws={"zero", "gravity"})(lambda d, p, c: d[0])
     assert "fresh" not in all_methods()
 
 
@@ -62,7 +60,7 @@ def test_registering_leaves_the_function_alone(table):
     def function(deltas, parameters, context):
         return deltas[0]
 
-    assert register("fresh", family="tests", summary="")(function) is function
+    assert register("fresh", summary="")(function) is function
 
 
 @pytest.mark.parametrize(
@@ -118,7 +116,7 @@ def test_numbers_that_are_none_are_out_of_range(sample, value):
     ],
 )
 def test_expert_counts(table, bounds, count, words):
-    register("fresh", family="tests", summary="", experts=bounds)(lambda d, p, c: d[0])
+    register("fresh", summary="", takes=Takes(experts=bounds))(lambda d, p, c: d[0])
     with pytest.raises(MethodError, match=f"'fresh' takes {words}"):
         get_method("fresh").check_expert_count(count)
     get_method("fresh").check_expert_count(bounds[0])

@@ -1,24 +1,19 @@
-"""Merging methods as pure functions. Importing this package fills the registry."""
+"""Merging methods as pure functions. Importing this package imports all its modules: the table."""
 
+import pkgutil
 import sys
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from eutectic.methods import arithmetic as arithmetic
-from eutectic.methods import essential as essential
-from eutectic.methods import isotropic as isotropic
-from eutectic.methods import linear as linear
-from eutectic.methods import matching as matching
-from eutectic.methods import regmean as regmean
-from eutectic.methods import singular as singular
-from eutectic.methods import sparsify as sparsify
-from eutectic.methods import spherical as spherical
-from eutectic.methods import ties as ties
 from eutectic.methods.matrices import merge_matrices, methods
 from eutectic.methods.registry import (
     Context,
+    Cost,
     Method,
     Parameters,
+    Rules,
+    Takes,
     all_methods,
     get_method,
     register,
@@ -26,8 +21,11 @@ from eutectic.methods.registry import (
 
 __all__ = [
     "Context",
+    "Cost",
     "Method",
     "Parameters",
+    "Rules",
+    "Takes",
     "all_methods",
     "get_method",
     "merge_matrices",
@@ -36,8 +34,16 @@ __all__ = [
 ]
 
 
+for _module in pkgutil.iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+
 class _Room(ModuleType):
-    """A package that can be called: importing it anywhere binds `eutectic.methods` to it."""
+    """A package that can be called, because two things have one public name.
+
+    `eutectic.methods()` lists the methods, and Python binds `eutectic.methods` to this package as
+    soon as anything imports it: an attribute of `eutectic` could not stay a function.
+    """
 
     def __call__(self) -> dict[str, dict[str, Any]]:
         return methods()

@@ -5,16 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from eutectic.methods.linear import weighted_sum
-from eutectic.methods.registry import Context, Parameters, register
+from eutectic.methods.registry import Context, Parameters, Takes, register
 
 
 @register(
     "task_arithmetic",
-    family="arithmetic",
     summary="Sum of the task vectors; the scale α decides how much of it is added.",
     paper="Editing models with task arithmetic, arXiv 2212.04089",
-    elementwise=True,
     laws={"permutation", "homogeneous", "zero", "single", "absent", "rotation"},
+    takes=Takes(elementwise=True),
 )
 def task_arithmetic(deltas: Tensor, parameters: Parameters, context: Context) -> Tensor:
     """Return Σ w_t Δ_t.

@@ -14,7 +14,7 @@ from eutectic.errors import StatisticsError
 from eutectic.linalg import lapack
 from eutectic.linalg.essential import EssentialSubspace, essential_subspace
 from eutectic.linalg.polar import polar
-from eutectic.methods.registry import Context, Parameters, Precision, register
+from eutectic.methods.registry import Context, Cost, Parameters, Precision, Rules, Takes, register
 from eutectic.methods.singular import TsvMParameters, tsv_m
 from eutectic.types import Merged
 
@@ -105,16 +105,13 @@ def _explain(shape: tuple[int, ...], parameters: EssentialParameters, precision:
 
 @register(
     "esm",
-    family="essential",
     summary="Fuse, per layer, the output directions that each expert's own inputs excite most.",
     paper="Model merging in the essential subspace, arXiv 2602.20208",
     parameters=EssentialParameters,
-    needs={"gram"},
-    fallback="tsv_m",
-    workspace=6.0,
-    finish=_layer_factors,
-    explain=_explain,
     laws={"permutation", "homogeneous", "zero"},
+    takes=Takes(needs={"gram"}, fallback="tsv_m"),
+    cost=Cost(workspace=6.0),
+    rules=Rules(explain=_explain, finish=_layer_factors),
 )
 def esm(deltas: Tensor, parameters: EssentialParameters, context: Context) -> Merged:
     """Return β · mean(σ(E_*)) polar(E_*) · mean(σ(C_*)) polar(C_*).

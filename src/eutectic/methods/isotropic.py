@@ -16,7 +16,7 @@ from eutectic.linalg.leading import explain_leading, leading_singular, leading_s
 from eutectic.linalg.polar import Precision, Support, explain_polar, polar
 from eutectic.linalg.svd import default_tolerance, dependence_tolerance
 from eutectic.methods.linear import weighted_sum
-from eutectic.methods.registry import Context, Parameters, register
+from eutectic.methods.registry import Context, Cost, Parameters, Rules, Takes, register
 
 PAPER = "No task left behind: isotropic model merging, arXiv 2502.04959"
 
@@ -96,15 +96,13 @@ def _explain_iso_a(shape: tuple[int, ...], parameters: Any, precision: Precision
 
 @register(
     "iso_c",
-    family="isotropic",
     summary="Sum of the task matrices with its spectrum made flat.",
     paper=PAPER,
     parameters=IsoCParameters,
     laws={"permutation", "homogeneous", "zero", "absent", "rotation"},
-    workspace=lambda count: 1.5 + 18 / count,
-    products=2.5,  # 18 to 21 in all, measured with 8 experts at sides of 768
-    default_scale=_by_count(1.3, 1.0, 0.9),
-    explain=_explain_iso_c,
+    # 18 to 21 products in all, measured with 8 experts at sides of 768.
+    cost=Cost(workspace=lambda count: 1.5 + 18 / count, products=2.5),
+    rules=Rules(default_scale=_by_count(1.3, 1.0, 0.9), explain=_explain_iso_c),
 )
 def iso_c(deltas: Tensor, parameters: IsoCParameters, context: Context) -> Tensor:
     """Return mean(S)·U Vᵀ, where Σ w_tΔ_t = U S Vᵀ.
@@ -137,14 +135,12 @@ def iso_c(deltas: Tensor, parameters: IsoCParameters, context: Context) -> Tenso
 
 @register(
     "iso_cts",
-    family="isotropic",
     summary="Iso-C on the common subspace, and a few directions of each task beside it.",
     paper=PAPER,
     parameters=IsoCtsParameters,
     laws={"permutation", "homogeneous", "zero", "rotation"},
-    workspace=lambda count: 1.5 + 28 / count,
-    default_scale=_by_count(1.5, 1.2, 1.1),
-    explain=_explain_iso_cts,
+    cost=Cost(workspace=lambda count: 1.5 + 28 / count),
+    rules=Rules(default_scale=_by_count(1.5, 1.2, 1.1), explain=_explain_iso_cts),
 )
 def iso_cts(deltas: Tensor, parameters: IsoCtsParameters, context: Context) -> Tensor:
     """Return mean(s_*)·polar(U_*)·polar(V_*)ᵀ of the common and the task-specific directions.
@@ -202,16 +198,13 @@ def split_spectrum(rank: int, common_fraction: float, experts: int) -> tuple[int
 
 @register(
     "iso_a",
-    family="isotropic",
     summary="Iso-C in the metric of the experts' own inputs.",
     paper="This project; Iso-C is arXiv 2502.04959",
     parameters=IsoAParameters,
-    needs={"gram"},
-    fallback="iso_c",
     laws={"permutation", "homogeneous", "zero", "rotation"},
-    workspace=lambda count: 1.5 + 28 / count,
-    default_scale=_by_count(1.3, 1.0, 0.9),
-    explain=_explain_iso_a,
+    takes=Takes(needs={"gram"}, fallback="iso_c"),
+    cost=Cost(workspace=lambda count: 1.5 + 28 / count),
+    rules=Rules(default_scale=_by_count(1.3, 1.0, 0.9), explain=_explain_iso_a),
 )
 def iso_a(deltas: Tensor, parameters: IsoAParameters, context: Context) -> Tensor:
     """Return mean(S)·U Vᵀ·C̄^{-1/2}, where Σ w_tΔ_t C_t^{1/2} = U S Vᵀ.

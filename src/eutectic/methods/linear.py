@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import MethodError
-from eutectic.methods.registry import Context, Parameters, register
+from eutectic.methods.registry import Context, Parameters, Rules, Takes, register
 
 
 def _summable(parameters: Parameters, weights: Sequence[float]) -> str | None:
@@ -24,13 +24,11 @@ def _summable(parameters: Parameters, weights: Sequence[float]) -> str | None:
 
 @register(
     "average",
-    family="linear",
     summary="Mean of the experts' weights, weighted and normalised.",
     paper="Model soups: averaging weights of multiple fine-tuned models, arXiv 2203.05482",
-    elementwise=True,
-    space="either",
-    check=_summable,
     laws={"permutation", "homogeneous", "zero", "single", "copies", "absent", "rotation"},
+    takes=Takes(elementwise=True, space="either"),
+    rules=Rules(check=_summable),
 )
 def average(deltas: Tensor, parameters: Parameters, context: Context) -> Tensor:
     """Return Σ w_t Δ_t / Σ w_t.
@@ -57,14 +55,12 @@ class LinearParameters(Parameters):
 
 @register(
     "linear",
-    family="linear",
     summary="Weighted sum of the experts' weights, normalised unless told otherwise.",
     paper="Model soups: averaging weights of multiple fine-tuned models, arXiv 2203.05482",
     parameters=LinearParameters,
-    elementwise=True,
-    space=lambda p: "either" if p.normalize else "weight",
-    check=_summable,
     laws={"permutation", "homogeneous", "zero", "single", "copies", "absent", "rotation"},
+    takes=Takes(elementwise=True, space=lambda p: "either" if p.normalize else "weight"),
+    rules=Rules(check=_summable),
 )
 def linear(inputs: Tensor, parameters: LinearParameters, context: Context) -> Tensor:
     """Return Σ w_t W_t, divided by Σ w_t if `normalize`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, cast, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,18 @@ from eutectic.errors import MethodError, NumericalError
 from eutectic.methods.linear import finite
 from eutectic.methods.registry import Context, Method, Precision, all_methods, get_method
 from eutectic.types import LayerStatistics, Merged
+
+
+class _Call(TypedDict):
+    """Keywords of one call of `merge_matrices` that stand among the method's parameters."""
+
+    experts: Sequence[str] | None
+    tensor: str
+    seed: int
+    precision: Precision
+
+
+_DEFAULTS: _Call = {"experts": None, "tensor": "", "seed": 0, "precision": "fast"}
 
 
 @overload
@@ -35,12 +47,8 @@ def merge_matrices(
     base: Tensor | None = None,
     statistics: Sequence[LayerStatistics | None] | None = None,
     initial: Tensor | None = None,
-    experts: Sequence[str] | None = None,
-    tensor: str = "",
-    seed: int = 0,
-    precision: Precision = "fast",
     full_output: bool = False,
-    **parameters: Any,
+    **options: Any,
 ) -> Tensor | Merged:
     """Merge T task matrices Δ_t = W_t − W₀ into one merged delta, before the scale α.
 
@@ -52,12 +60,10 @@ def merge_matrices(
         base: W₀ `[out, in]`, for methods that need it.
         statistics: one `LayerStatistics` (or None) per expert, for methods that use data.
         initial: merged delta `[out, in]` from which an iterative method starts.
-        experts: names; they seed per-expert random numbers (default "0", "1", …).
-        tensor: the tensor's name; it seeds random numbers.
-        seed: seed of the random numbers.
-        precision: "fast" or "exact" linear algebra.
         full_output: return a `Merged` with the method's record instead of the bare delta.
-        **parameters: the method's own parameters.
+        **options: the method's own parameters; and `experts`, names, which seed per-expert random
+            numbers (default "0", "1", …), `tensor`, the tensor's name, and `seed` (default 0),
+            which seed all of them, `precision`, "fast" or "exact" linear algebra.
 
     Returns:
         The merged delta `[out, in]`, float32 (float64 for float64 input).
@@ -75,17 +81,18 @@ def merge_matrices(
                 [0., 2.]])
     """
     entry = get_method(method)
-    values = entry.parse(parameters)
+    call = cast(_Call, {k: options.pop(k, default) for k, default in _DEFAULTS.items()})
+    values = entry.parse(options, beside=_DEFAULTS)
     stack = _as_stack(entry, deltas)
     context = Context(
         weights=_as_weights(weights, len(stack)),
-        experts=_as_names(experts, len(stack)),
-        tensor=tensor,
+        experts=_as_names(call["experts"], len(stack)),
+        tensor=call["tensor"],
         base=_like_one(base, stack, "base"),
         statistics=_as_statistics(statistics, len(stack)),
         initial=_like_one(initial, stack, "initial"),
-        seed=seed,
-        precision=precision,
+        seed=call["seed"],
+        precision=call["precision"],
     )
     lacking = missing_needs(entry, values, context)
     if lacking and entry.fallback(values) != method:

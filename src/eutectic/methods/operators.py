@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eutectic.linalg import lapack
 from eutectic.linalg.cg import LinearMap
-from eutectic.methods.collected import (
+from eutectic.methods.expert_statistics import (
     dense_gram,
     divisor,
     fisher_diagonal,

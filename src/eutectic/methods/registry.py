@@ -2,19 +2,20 @@
 
 A method is a pure function from stacked task matrices to one merged matrix:
 
-    @register("my_method", family="mine", parameters=MyParameters, summary="…", paper="…")
+    @register("my_method", summary="…", paper="…", parameters=MyParameters)
     def my_method(deltas: Tensor, parameters: MyParameters, context: Context) -> Tensor: ...
 
 `deltas` is `[T, *shape]`, float32 or float64, never modified; the result is `[*shape]`, before α.
-It reads no file, prints nothing, chooses no device and looks at no tensor name (`context.tensor`
-seeds random numbers, nothing else).
+A method that declares `Takes(factors=True)` may also get a `LowRankStack`, the same matrices as
+products of thin factors. It reads no file, prints nothing, chooses no device and looks at no tensor
+name (`context.tensor` seeds random numbers, nothing else).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -88,12 +89,85 @@ class Context:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-MethodFunction = Callable[[Tensor, Any, Context], "Tensor | Merged"]
+MethodFunction = Callable[[Any, Any, Context], "Tensor | Merged"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Takes:
+    """What a method is given.
+
+    Attributes:
+        elementwise: each output entry depends on the same entry of the deltas and on `prepare`'s
+            state alone: it treats tensors of any shape, and the engine runs it in chunks.
+        vectors: it has a rule of its own for 1-D parameters (element-wise methods always do);
+            all other methods see matrices only, and vectors are averaged.
+        factors: its first argument may be a `LowRankStack` of deltas; methods without it, and
+            those that work on weights, get such deltas expanded.
+        space: "delta": deltas in, delta out. "weight": the experts' weights in, the merged
+            weight out. "either": the function commutes with adding the same matrix to every
+            input, f(W_1 … W_T) = W₀ + f(Δ_1 … Δ_T), so the engine need not read the base.
+            May depend on the parameters, as `needs` and `fallback` may.
+        experts: fewest and most experts.
+        needs: of "base", "gram", "output_gradient_gram", "fisher_diagonal", "block_fisher":
+            what a tensor must come with. A tensor without it takes `fallback`.
+        fallback: method for tensors that lack what is needed; its own name when the function
+            handles the lack itself.
+    """
+
+    elementwise: bool = False
+    vectors: bool = False
+    factors: bool = False
+    space: Space | Callable[[Any], Space] = "delta"
+    experts: tuple[int, int | None] = (1, None)
+    needs: Set[str] | Callable[[Any], Set[str]] = frozenset()
+    fallback: str | Callable[[Any], str] = "average"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a method costs, for the plan's estimate; element-wise ones are estimated by bytes.
+
+    Attributes:
+        workspace: scratch memory, in multiples of the stack of deltas, or a function of the number
+            of experts.
+        products: time, in matrix products `[out, in] @ [in, in]` per expert (smaller side).
+        statistics_copies: how many float64 copies of each expert's Grams it may hold beside the
+            stored ones, or a function of the parameters.
+    """
+
+    workspace: float | Callable[[int], float] = 3.0
+    products: float = 10.0
+    statistics_copies: float | Callable[[Any], float] = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What a method does and says beside the merge of one tensor.
+
+    Attributes:
+        default_scale: α when the user names none, or a function of the number of experts.
+        check: from the parameters and the experts' weights to a fault in words, found before any
+            work; None where they fit together.
+        explain: from the stack's shape `[T, out, in]`, the parameters and the precision to one
+            sentence saying which numerical route will be taken, for the plan.
+        prepare: a reduction over all chunks before the merge; called with a function that starts
+            a fresh iteration over `[T, n]` chunks. Its result becomes `context.state`.
+        model_scope: whether, with these parameters, `prepare` runs over the whole model at once.
+        finish: from the Frobenius norms of the merged matrices of like layers and the parameters
+            to a factor for each, for rules that compare layers. The engine knows which are alike.
+    """
+
+    default_scale: float | Callable[[int], float] = 1.0
+    check: Callable[[Any, Sequence[float]], str | None] | None = None
+    explain: Callable[[tuple[int, ...], Any, Precision], str] | None = None
+    prepare: Callable[[Chunks, Any, Context], Any] | None = None
+    model_scope: Callable[[Any], bool] = lambda parameters: False
+    finish: Callable[[Sequence[float], Any], Sequence[float]] | None = None
 
 
 @dataclass(frozen=True)
 class Method:
-    """One entry of the table; see `register` for the meaning of the fields."""
+    """One entry of the table: what `register` was told, constants made functions."""
 
     name: str
     family: str
@@ -101,26 +175,30 @@ class Method:
     paper: str
     function: MethodFunction
     parameters: type[Parameters]
+    laws: frozenset[str]
+    # Takes
     elementwise: bool
     vectors: bool
+    takes_factors: bool
     space: Callable[[Any], Space]
-    prepare: Callable[[Chunks, Any, Context], Any] | None
-    model_scope: Callable[[Any], bool]
     experts: tuple[int, int | None]
     needs: Callable[[Any], Set[str]]
-    laws: frozenset[str]
     fallback: Callable[[Any], str]
+    # Cost
     workspace: Callable[[int], float]
-    statistics_copies: Callable[[Any], float]
     products: float
+    statistics_copies: Callable[[Any], float]
+    # Rules
     default_scale: Callable[[int], float]
-    finish: Callable[[Sequence[float], Any], Sequence[float]] | None
-    explain: Callable[[tuple[int, ...], Any, Precision], str] | None
     check: Callable[[Any, Sequence[float]], str | None] | None
+    explain: Callable[[tuple[int, ...], Any, Precision], str] | None
+    prepare: Callable[[Chunks, Any, Context], Any] | None
+    model_scope: Callable[[Any], bool]
+    finish: Callable[[Sequence[float], Any], Sequence[float]] | None
     adapter: TypeAdapter[Any] = field(repr=False)
 
-    def parse(self, values: Mapping[str, Any]) -> Any:
-        """Return checked parameters.
+    def parse(self, values: Mapping[str, Any], *, beside: Iterable[str] = ()) -> Any:
+        """Return checked parameters; `beside` names keywords that are allowed beside them.
 
         Raises:
             MethodError: naming every unknown key (with the nearest known one) and every value out
@@ -129,17 +207,17 @@ class Method:
         try:
             return self.adapter.validate_python(dict(values))
         except ValidationError as error:
-            faults = "\n".join(f"  - {f}" for f in self.faults(error))
+            faults = "\n".join(f"  - {f}" for f in self.faults(error, beside))
             raise MethodError(f"method '{self.name}' refuses its parameters:\n{faults}") from None
 
-    def faults(self, error: ValidationError) -> list[Fault]:
+    def faults(self, error: ValidationError, beside: Iterable[str] = ()) -> list[Fault]:
         """Return one record for each fault that pydantic found in the parameters."""
         known = [f.name for f in dataclasses.fields(self.parameters)]
         faults: list[Fault] = []
         for item in error.errors():
             name = ".".join(str(part) for part in item["loc"])
             if item["type"] == "unexpected_keyword_argument":
-                what = f"unknown parameter '{name}'.{suggest(name, known)}"
+                what = f"unknown parameter '{name}'.{suggest(name, [*known, *beside])}"
                 if not known:
                     what += " It takes none."
                 faults.append(Fault("unknown_parameter", what, allowed=", ".join(known)))
@@ -161,68 +239,32 @@ class Method:
 _METHODS: dict[str, Method] = {}
 
 
+_TAKES, _COST, _RULES = Takes(), Cost(), Rules()
+
+
 def register(
     name: str,
     *,
-    family: str,
     summary: str,
-    parameters: type[Parameters] = Parameters,
     paper: str = "",
-    elementwise: bool = False,
-    vectors: bool = False,
-    space: Space | Callable[[Any], Space] = "delta",
-    prepare: Callable[[Chunks, Any, Context], Any] | None = None,
-    model_scope: Callable[[Any], bool] = lambda parameters: False,
-    experts: tuple[int, int | None] = (1, None),
-    needs: Set[str] | Callable[[Any], Set[str]] = frozenset(),
+    parameters: type[Parameters] = Parameters,
     laws: Set[str] = frozenset(),
-    fallback: str | Callable[[Any], str] = "average",
-    workspace: float | Callable[[int], float] = 3.0,
-    statistics_copies: float | Callable[[Any], float] = 0.0,
-    products: float = 10.0,
-    default_scale: float | Callable[[int], float] = 1.0,
-    finish: Callable[[Sequence[float], Any], Sequence[float]] | None = None,
-    explain: Callable[[tuple[int, ...], Any, Precision], str] | None = None,
-    check: Callable[[Any, Sequence[float]], str | None] | None = None,
+    takes: Takes = _TAKES,
+    cost: Cost = _COST,
+    rules: Rules = _RULES,
 ) -> Callable[[MethodFunction], MethodFunction]:
-    """Enter a method into the table.
+    """Enter a method into the table; its family is the file it lives in.
 
     Args:
         name: published name in snake_case.
-        family: the file it lives in.
         summary: one line for tables.
-        parameters: its frozen dataclass.
         paper: "Title, arXiv NNNN.NNNNN".
-        elementwise: each output entry depends on the same entry of the deltas and on `prepare`'s
-            state alone: it treats tensors of any shape, and the engine runs it in chunks.
-        vectors: it has a rule of its own for 1-D parameters (element-wise methods always do);
-            all other methods see matrices only, and vectors are averaged.
-        space: "delta": deltas in, delta out. "weight": the experts' weights in, the merged
-            weight out. "either": the function commutes with adding the same matrix to every
-            input, f(W_1 … W_T) = W₀ + f(Δ_1 … Δ_T), so the engine need not read the base.
-        prepare: a reduction over all chunks before the merge; called with a function that starts
-            a fresh iteration over `[T, n]` chunks. Its result becomes `context.state`.
-        model_scope: whether, with these parameters, `prepare` runs over the whole model at once.
-        experts: fewest and most experts.
-        needs: of "base", "gram", "output_gradient_gram", "fisher_diagonal", "block_fisher":
-            what a tensor must come with. A tensor without it takes `fallback`.
+        parameters: its frozen dataclass.
         laws: the names in `LAWS` that it keeps with its default parameters; tests/conformance
             holds it to them.
-        fallback: method for tensors that lack what is needed; its own name when the function
-            handles the lack itself.
-        workspace: scratch memory, in multiples of the stack of deltas, or a function of the number
-            of experts.
-        statistics_copies: how many float64 copies of each expert's Grams it may hold beside the
-            stored ones, or a function of the parameters; for the plan's estimate.
-        products: time, in matrix products `[out, in] @ [in, in]` per expert (smaller side), for
-            the plan's estimate; element-wise methods are estimated from their bytes.
-        default_scale: α when the user names none, or a function of the number of experts.
-        finish: from the Frobenius norms of the merged matrices of like layers and the parameters
-            to a factor for each, for rules that compare layers. The engine knows which are alike.
-        explain: from the stack's shape `[T, out, in]`, the parameters and the precision to one
-            sentence saying which numerical route will be taken, for the plan.
-        check: from the parameters and the experts' weights to a fault in words, found before any
-            work; None where they fit together.
+        takes: what it is given.
+        cost: what it costs, for the plan's estimate.
+        rules: what it does and says beside the merge of one tensor.
     """
 
     def enter(function: MethodFunction) -> MethodFunction:
@@ -232,27 +274,28 @@ def register(
             raise ValueError(f"method '{name}' claims laws that nobody checks: {unknown}")
         _METHODS[name] = Method(
             name=name,
-            family=family,
+            family=function.__module__.rpartition(".")[2],
             summary=summary,
             paper=paper,
             function=function,
             parameters=parameters,
-            elementwise=elementwise,
-            vectors=vectors or elementwise,
-            space=_constant(space),
-            prepare=prepare,
-            model_scope=model_scope,
-            experts=experts,
-            needs=_constant(needs),
             laws=frozenset(laws),
-            fallback=_constant(fallback),
-            workspace=_constant(workspace),
-            statistics_copies=_constant(statistics_copies),
-            products=products,
-            default_scale=_constant(default_scale),
-            finish=finish,
-            explain=explain,
-            check=check,
+            elementwise=takes.elementwise,
+            vectors=takes.vectors or takes.elementwise,
+            takes_factors=takes.factors,
+            space=_constant(takes.space),
+            experts=takes.experts,
+            needs=_constant(takes.needs),
+            fallback=_constant(takes.fallback),
+            workspace=_constant(cost.workspace),
+            products=cost.products,
+            statistics_copies=_constant(cost.statistics_copies),
+            default_scale=_constant(rules.default_scale),
+            check=rules.check,
+            explain=rules.explain,
+            prepare=rules.prepare,
+            model_scope=rules.model_scope,
+            finish=rules.finish,
             adapter=TypeAdapter(parameters),
         )
         return function

@@ -13,7 +13,7 @@ from eutectic.linalg.gram import explain_routes
 from eutectic.linalg.leading import explain_leading, leading_singular_stack
 from eutectic.linalg.polar import Precision, explain_polar, polar
 from eutectic.linalg.svd import default_tolerance, dependence_tolerance
-from eutectic.methods.registry import Context, Parameters, register
+from eutectic.methods.registry import Context, Cost, Parameters, Rules, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +39,12 @@ def _explain(shape: tuple[int, ...], parameters: TsvMParameters, precision: Prec
 
 @register(
     "tsv_m",
-    family="singular",
     summary="Leading singular vectors of every expert, decorrelated and put together.",
     paper="Task singular vectors: reducing task interference in model merging, arXiv 2412.00081",
     parameters=TsvMParameters,
     laws={"permutation", "homogeneous", "zero", "single", "rotation"},
-    workspace=lambda count: 1.5 + 32 / count,
-    explain=_explain,
+    cost=Cost(workspace=lambda count: 1.5 + 32 / count),
+    rules=Rules(explain=_explain),
 )
 def tsv_m(deltas: Tensor, parameters: TsvMParameters, context: Context) -> Tensor:
     """Return polar(U_*)·diag(s_*)·polar(V_*)ᵀ of the experts' leading singular triplets.

@@ -18,7 +18,7 @@ from eutectic.linalg.cg import (
 )
 from eutectic.linalg.cholesky import ridged_cholesky
 from eutectic.linalg.preconditioners import jacobi, kronecker
-from eutectic.methods.collected import lack
+from eutectic.methods.expert_statistics import lack
 from eutectic.methods.linear import mean_of_deltas
 from eutectic.methods.operators import (
     NEEDS,

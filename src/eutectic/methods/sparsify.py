@@ -11,7 +11,7 @@ from annotated_types import Gt, Le
 from torch import Tensor
 
 from eutectic.methods.linear import weighted_sum
-from eutectic.methods.registry import Chunks, Context, Parameters, register
+from eutectic.methods.registry import Chunks, Context, Parameters, Rules, Takes, register
 from eutectic.methods.ties import Aggregate, disjoint_merge, signed_votes
 
 PAPER = "Language models are super Mario, arXiv 2311.03099"
@@ -64,12 +64,11 @@ def drop(deltas: Tensor, parameters: DareParameters, context: Context, offset: i
 
 @register(
     "dare_linear",
-    family="sparsify",
     summary="Drop entries at random, rescale the rest, add up.",
     paper=PAPER,
     parameters=DareParameters,
-    elementwise=True,
     laws={"permutation", "homogeneous", "zero", "absent"},
+    takes=Takes(elementwise=True),
 )
 def dare_linear(deltas: Tensor, parameters: DareParameters, context: Context) -> Tensor:
     """Return Σ w_t (m_t ⊙ Δ_t) / density.
@@ -90,13 +89,12 @@ def _prepare(chunks: Chunks, parameters: DareTiesParameters, context: Context) -
 
 @register(
     "dare_ties",
-    family="sparsify",
     summary="Drop entries at random, rescale the rest, merge by the sign consensus of TIES.",
     paper=PAPER,
     parameters=DareTiesParameters,
-    elementwise=True,
-    prepare=_prepare,
     laws={"permutation", "homogeneous", "zero", "absent"},
+    takes=Takes(elementwise=True),
+    rules=Rules(prepare=_prepare),
 )
 def dare_ties(deltas: Tensor, parameters: DareTiesParameters, context: Context) -> Tensor:
     """Return the disjoint merge (see `ties`) of the dropped and rescaled deltas.

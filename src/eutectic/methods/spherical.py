@@ -12,7 +12,7 @@ from annotated_types import Ge, Le
 from torch import Tensor
 
 from eutectic.errors import MethodError
-from eutectic.methods.registry import Chunks, Context, Parameters, register
+from eutectic.methods.registry import Chunks, Context, Parameters, Rules, Takes, register
 
 PARALLEL = 0.9995  # above this cosine the great circle is a straight line to rounding
 
@@ -49,16 +49,12 @@ def _position(parameters: SlerpParameters, weights: Sequence[float]) -> str | No
 
 @register(
     "slerp",
-    family="spherical",
     summary="Spherical interpolation between the weights of two experts.",
     paper="Animating rotation with quaternion curves, SIGGRAPH 1985",
     parameters=SlerpParameters,
-    elementwise=True,
-    space="weight",
-    prepare=_dot_products,
-    experts=(2, 2),
-    check=_position,
     laws={"permutation", "zero", "copies"},
+    takes=Takes(elementwise=True, space="weight", experts=(2, 2)),
+    rules=Rules(check=_position, prepare=_dot_products),
 )
 def slerp(inputs: Tensor, parameters: SlerpParameters, context: Context) -> Tensor:
     """Return sin((1−t)θ)/sin θ · W_1 + sin(tθ)/sin θ · W_2, θ the angle between W_1 and W_2.

@@ -10,7 +10,7 @@ from annotated_types import Ge, Le
 from torch import Tensor
 
 from eutectic.linalg.select import magnitude_thresholds
-from eutectic.methods.registry import Chunks, Context, Parameters, register
+from eutectic.methods.registry import Chunks, Context, Parameters, Rules, Takes, register
 
 Aggregate = Literal["mean", "sum"]
 
@@ -48,14 +48,12 @@ def _prepare(chunks: Chunks, parameters: TiesParameters, context: Context) -> Ti
 
 @register(
     "ties",
-    family="ties",
     summary="Trim small entries, elect a sign per entry, merge the entries that agree with it.",
     paper="TIES-Merging: resolving interference when merging models, arXiv 2306.01708",
     parameters=TiesParameters,
-    elementwise=True,
-    prepare=_prepare,
-    model_scope=lambda p: p.scope == "model",
     laws={"permutation", "homogeneous", "zero", "absent"},
+    takes=Takes(elementwise=True),
+    rules=Rules(prepare=_prepare, model_scope=lambda p: p.scope == "model"),
 )
 def ties(deltas: Tensor, parameters: TiesParameters, context: Context) -> Tensor:
     """Return the weighted disjoint mean (or sum) of the trimmed deltas that agree in sign.
