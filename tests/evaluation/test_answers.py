@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import eutectic
 from eutectic.errors import CheckpointError, RequestError, TaskError
 from eutectic.evaluation import load_tasks, prepare
-from eutectic.evaluation.functions import call_function
-from eutectic.evaluation.rows import split_rows
+from eutectic.evaluation.function_tasks import call_function
+from eutectic.evaluation.splits import split_rows
 from evaluation import world
 
 LABELS = ("no", "maybe", "yes")

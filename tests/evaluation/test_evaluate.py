@@ -21,9 +21,9 @@ from eutectic.evaluation import (
     load_model,
     load_tasks,
     outputs,
+    pairs,
     prepare,
     put_tensors,
-    run,
     score,
 )
 from eutectic.evaluation.results import schema_text
@@ -325,8 +325,8 @@ def test_results_tell_which_heads_were_put_on(tmp_path: Path, texts: Path):
 
 def test_finished_pairs_are_not_computed_again(family: Path, monkeypatch: pytest.MonkeyPatch):
     calls = []
-    original = run.outputs
-    monkeypatch.setattr(run, "outputs", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = pairs.outputs
+    monkeypatch.setattr(pairs, "outputs", lambda *a, **k: calls.append(1) or original(*a, **k))
 
     def evaluate():
         calls.clear()

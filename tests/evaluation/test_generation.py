@@ -10,7 +10,7 @@ import torch
 
 import eutectic
 from eutectic.errors import CheckpointError, RequestError
-from eutectic.evaluation import load_model, load_tasks, outputs, prepare, run
+from eutectic.evaluation import load_model, load_tasks, outputs, pairs, prepare
 from evaluation import world
 
 FILE = "generation_config.json"
@@ -81,8 +81,8 @@ def test_a_body_takes_the_files_beside_its_configuration(folder: Path):
 
 def test_a_changed_file_is_measured_again(folder: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
-    original = run.outputs
-    monkeypatch.setattr(run, "outputs", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = pairs.outputs
+    monkeypatch.setattr(pairs, "outputs", lambda *a, **k: calls.append(1) or original(*a, **k))
 
     def evaluate() -> None:
         eutectic.evaluate(

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import eutectic
+from eutectic.data.python_functions import source_file
 from eutectic.errors import EutecticError, RequestError, TaskError
 from eutectic.evaluation import load_tasks, outputs, prepare
-from eutectic.evaluation.functions import source_file
 from evaluation import world
 from helpers.cli import invoke
 

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 import eutectic
+from eutectic.data.images import open_image
 from eutectic.errors import RequestError
 from eutectic.evaluation import load_model, load_tasks, outputs, prepare
-from eutectic.evaluation.rows import check_disjoint, split_rows
-from eutectic.statistics.encode import open_image
+from eutectic.evaluation.splits import check_disjoint, split_rows
 from evaluation import world
 
 
@@ -82,7 +82,7 @@ def test_pixels_beyond_a_bound_are_not_kept(tmp_path: Path, monkeypatch: pytest.
     whole = prepare(task, "test", folder, batch_size=4)
     model = load_model(folder, task)
     assert whole.batches[0] is whole.batches[0]
-    monkeypatch.setattr("eutectic.evaluation.pictures.KEPT_PIXELS", 4 * 3 * 8 * 8)  # one batch
+    monkeypatch.setattr("eutectic.data.images.KEPT_PIXELS", 4 * 3 * 8 * 8)  # one batch
     bounded = prepare(task, "test", folder, batch_size=4)
     assert bounded.batches[0] is bounded.batches[0]
     assert bounded.batches[1] is not bounded.batches[1]

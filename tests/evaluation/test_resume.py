@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import eutectic
-from eutectic.evaluation import run
+from eutectic.evaluation import pairs
 from evaluation import world
 
 LABELS = ("no", "maybe", "yes")
@@ -56,8 +56,8 @@ def test_what_decides_a_pair_is_part_of_its_identity(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ):
     calls: list[int] = []
-    original = run.outputs
-    monkeypatch.setattr(run, "outputs", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = pairs.outputs
+    monkeypatch.setattr(pairs, "outputs", lambda *a, **k: calls.append(1) or original(*a, **k))
     (folder / "expert" / "notes.json").write_text("{}")
 
     def evaluate(output: str):
@@ -80,8 +80,8 @@ def test_what_decides_a_pair_is_part_of_its_identity(
 
 def test_the_image_processor_is_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[int] = []
-    original = run.outputs
-    monkeypatch.setattr(run, "outputs", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = pairs.outputs
+    monkeypatch.setattr(pairs, "outputs", lambda *a, **k: calls.append(1) or original(*a, **k))
     world.save(world.make("vit"), tmp_path / "m")
     world.images(tmp_path / "i", 6)
     path = world.tasks(tmp_path / "t.yaml", a={"kind": "image-classification", "data": "i"})

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from eutectic.data.fingerprints import data_hash, row_key
 from eutectic.errors import TaskError
 from eutectic.evaluation import load_tasks
-from eutectic.evaluation.rows import check_disjoint, data_hash, row_key, split_rows
+from eutectic.evaluation.splits import check_disjoint, split_rows
 from evaluation import world
 
 

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from eutectic.data.columns import Columns
+from eutectic.data.encoded_rows import BatchOptions, EncodedRows, open_batches
+from eutectic.data.labels import ClassLabels
+from eutectic.data.row_files import read_rows
 from eutectic.errors import RequestError, StatisticsError
-from eutectic.statistics.encode import Columns, EncodedRows
-from eutectic.statistics.rows import read_rows
 
 ROWS = [{"text": "one,\u2028two", "label": "a"}, {"text": 'three "four"', "label": "b"}]
 
@@ -123,20 +125,19 @@ def test_code_runs_only_when_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyP
         read_rows("proxy_rows_module:numbers", trust_code=True)
 
 
-def fake_tokenizer(**options: Any) -> dict[str, torch.Tensor]:
+LABELS = ClassLabels({"bad": 0, "good": 1})
+
+
+def fake_tokenizer(**options: Any) -> dict[str, list[list[int]]]:
     """Splits at spaces; a token's id is its length."""
     texts = options["text_target"] if "text_target" in options else options["text"]
     pairs = options.get("text_pair") or [""] * len(texts)
     ids = [[len(w) for w in f"{t} {p}".split()] for t, p in zip(texts, pairs, strict=True)]
-    width = max(map(len, ids))
-    tensor = torch.tensor([row + [0] * (width - len(row)) for row in ids])
-    return {"input_ids": tensor, "attention_mask": (tensor > 0).long()}
+    return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids]}
 
 
-def encoded(rows: list[dict[str, Any]], task: str, **columns: str) -> EncodedRows:
-    return EncodedRows(
-        rows, fake_tokenizer, task, Columns(**columns), 2, 8, {"bad": 0, "good": 1}
-    )  # fmt: skip  # pyright: ignore[reportArgumentType]
+def encoded(rows: list[dict[str, Any]], kind: Any, **columns: str) -> EncodedRows:
+    return EncodedRows(rows, kind, fake_tokenizer, Columns(**columns), 2, 8, LABELS)
 
 
 def test_batches_can_be_read_again_and_keep_their_order() -> None:
@@ -161,7 +162,7 @@ def test_labels_by_name_index_or_number() -> None:
 
 def test_labels_are_looked_at_only_where_they_are_needed() -> None:
     rows = [{"text": "a", "label": value} for value in ("ugly", 9)]
-    unread = dataclasses.replace(encoded(rows, "text-classification"), needs_labels=False)
+    unread = dataclasses.replace(encoded(rows, "text-classification"), labels=None)
     (batch,) = unread
     assert "labels" not in batch
 
@@ -169,17 +170,18 @@ def test_labels_are_looked_at_only_where_they_are_needed() -> None:
 @pytest.mark.parametrize("label", [2, -1, 0.5, "7", "0.5", math.nan])
 def test_labels_that_are_no_class_are_refused(label: Any) -> None:
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": label}]
-    data = dataclasses.replace(encoded(rows, "text-classification"), classes=2)
+    two = ClassLabels(LABELS.names, 2)
+    data = dataclasses.replace(encoded(rows, "text-classification"), labels=two)
     with pytest.raises(StatisticsError, match=f"row 2: label {label} is none of the model's 2"):
         list(data)
     whole = [{"text": "a", "label": value} for value in (1.0, "1.0", True, "good")]
-    batches = dataclasses.replace(encoded(whole, "text-classification"), classes=2)
+    batches = dataclasses.replace(encoded(whole, "text-classification"), labels=two)
     labels = torch.cat([batch["labels"] for batch in batches])
     assert labels.tolist() == [1, 1, 1, 1] and labels.dtype == torch.int64
 
 
 def test_an_empty_cell_is_named() -> None:
-    with pytest.raises(StatisticsError, match="row 2: column 'text' is empty"):
+    with pytest.raises(RequestError, match="row 2 is empty in the column 'text'"):
         list(encoded([{"text": "a"}, {"text": None}], "feature-extraction"))
 
 
@@ -217,9 +219,7 @@ def test_images_are_opened_and_faults_named(tmp_path: Path) -> None:
 
     def data(name: str) -> EncodedRows:
         rows = [{"image": tmp_path / name, "label": "good"}]
-        columns = Columns()
-        labels = {"good": 1}
-        return EncodedRows(rows, processor, "image-classification", columns, 2, 8, labels, "RGB")
+        return EncodedRows(rows, "image-classification", processor, Columns(), 2, 8, LABELS, "RGB")
 
     (batch,) = data("a.png")
     assert batch["pixel_values"].shape == (1, 3, 4, 4) and batch["labels"].tolist() == [1]
@@ -228,10 +228,8 @@ def test_images_are_opened_and_faults_named(tmp_path: Path) -> None:
 
 
 def test_ready_batches_of_a_function_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    from eutectic.statistics.data import open_batches
-
     batches = [{"x": torch.ones(1, 2)}]
     monkeypatch.setitem(sys.modules, "ready", SimpleNamespace(make=lambda: batches))
     loaded: Any = SimpleNamespace(processor=None, model=None, task="language-model", label_ids={})
-    found = open_batches("ready:make", loaded, columns=Columns(), batch_size=2, trust_code=True)
+    found = open_batches("ready:make", loaded, BatchOptions(trust_code=True))
     assert list(found) == batches

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from eutectic.data.encoded_rows import BatchOptions, open_batches
+from eutectic.data.images import locate_images
+from eutectic.data.row_files import read_rows
 from eutectic.errors import StatisticsError
 from eutectic.models.loading import LoadedModel
-from eutectic.statistics.data import open_batches
-from eutectic.statistics.encode import Columns, beside
-from eutectic.statistics.rows import read_rows
 
 
 def _shades(images: list[Any], return_tensors: str) -> dict[str, torch.Tensor]:
@@ -39,7 +39,7 @@ def test_pictures_lie_beside_the_rows_or_where_their_names_say(
     def shades(names: list[str]) -> list[float]:
         rows = tmp_path / "data" / "rows.jsonl"
         rows.write_text("\n".join(json.dumps({"image": name}) for name in names))
-        batches = open_batches(str(rows), loaded, columns=Columns(), batch_size=8)
+        batches = open_batches(str(rows), loaded, BatchOptions(batch_size=8))
         return [shade for batch in batches for shade in batch["pixel_values"].tolist()]  # type: ignore[call-overload,index]
 
     whole = str(tmp_path / "data" / "i" / "one.png")
@@ -57,8 +57,8 @@ def test_only_names_in_a_file_are_looked_for(tmp_path: Path) -> None:
         '{"image": "a.png"}\n{"image": {"bytes": null, "path": "a.png"}}\n{"text": "a.png"}'
     )
     rows = read_rows(str(file))
-    assert beside(rows, "image", "module:function") is rows
-    assert beside(rows, "image", str(tmp_path)) is rows
-    assert [row.get("image") for row in beside(rows, "image", str(file))] == [
+    assert locate_images(rows, "image", "module:function") is rows
+    assert locate_images(rows, "image", str(tmp_path)) is rows
+    assert [row.get("image") for row in locate_images(rows, "image", str(file))] == [
         tmp_path / "a.png", tmp_path / "a.png", None,
     ]  # fmt: skip

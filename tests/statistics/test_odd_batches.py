@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from eutectic.data.columns import Columns
+from eutectic.data.encoded_rows import EncodedRows
+from eutectic.data.labels import ClassLabels
 from eutectic.errors import RequestError, StatisticsError
 from eutectic.models.processors import longest_input
 from eutectic.statistics import add_statistics, collect
-from eutectic.statistics.encode import Columns, EncodedRows
 from helpers.configs import tiny_model
 
 
@@ -137,7 +139,7 @@ def test_sums_keep_what_a_copy_shares():
 
 
 def rows_of(rows: list[dict[str, Any]], labels: dict[str, int]) -> EncodedRows:
-    return EncodedRows(rows, None, "text-classification", Columns(), 2, 8, labels, None, True, 3)
+    return EncodedRows(rows, "text-classification", None, Columns(), 2, 8, ClassLabels(labels, 3))
 
 
 def test_rows_are_pairs_or_single_texts():
@@ -147,12 +149,12 @@ def test_rows_are_pairs_or_single_texts():
 
 
 def test_numbers_are_names_where_classes_are_named_by_numbers():
-    stars = rows_of([{"text": "a"}], {"1": 0, "2": 1, "3": 2})
-    assert [stars._label(n, 1) for n in (1, 2, 3)] == [0, 1, 2]
+    stars = ClassLabels({"1": 0, "2": 1, "3": 2}, 3)
+    assert [stars.of_row(n, 1) for n in (1, 2, 3)] == [0, 1, 2]
     with pytest.raises(StatisticsError, match="knows no label '0'"):
-        stars._label(0, 1)
-    plain = rows_of([{"text": "a"}], {"no": 0, "yes": 1})
-    assert [plain._label(n, 1) for n in (0, "yes", 2)] == [0, 1, 2]
+        stars.of_row(0, 1)
+    plain = ClassLabels({"no": 0, "yes": 1}, 3)
+    assert [plain.of_row(n, 1) for n in (0, "yes", 2)] == [0, 1, 2]
 
 
 class OwnEncoder(nn.Module):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from eutectic.evaluation.prepare import prepare
-from eutectic.evaluation.tasks import load_tasks
+from eutectic.evaluation.encoded_splits import prepare
+from eutectic.evaluation.task_files import load_tasks
 from eutectic.tuning.inplace import Lazily, set_scale, share_bodies
 from eutectic.tuning.tasks import _token_logits
 

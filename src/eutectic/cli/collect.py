@@ -188,10 +188,10 @@ def _collected(
     """Return the statistics, and the names of parameters that the checkpoint does not hold."""
     import torch
 
+    from eutectic.data.row_files import check_split
     from eutectic.models.linear_head import read_head
     from eutectic.models.loading import load_model
     from eutectic.statistics import collect as run
-    from eutectic.statistics.rows import check_split
 
     checkpoint, data, head, task = expert.checkpoint, expert.data, gradients.head, reading.task
     assert checkpoint is not None and data is not None

@@ -41,10 +41,18 @@ class DataOptions:
     target_column: Annotated[str, typer.Option(help="Column of target texts.")] = "target"
     image_column: Annotated[str, typer.Option(help="Column of images.")] = "image"
 
-    def batches(self, source: str, loaded: LoadedModel, **further: Any) -> Iterable[Batch]:
+    def batches(
+        self,
+        source: str,
+        loaded: LoadedModel,
+        *,
+        needs_labels: bool = False,
+        classes: int | None = None,
+        **further: Any,
+    ) -> Iterable[Batch]:
         """Return the batches of a data set for a loaded model; see `open_batches`."""
-        from eutectic.statistics.data import open_batches
-        from eutectic.statistics.encode import Columns
+        from eutectic.data.columns import Columns
+        from eutectic.data.encoded_rows import BatchOptions, open_batches
 
         named = {
             name.removesuffix("_column"): value
@@ -58,7 +66,8 @@ class DataOptions:
             "trust_code": self.trust_code,
             **further,
         }
-        return open_batches(source, loaded, columns=Columns(**named), **options)
+        how = BatchOptions(columns=Columns(**named), **options)
+        return open_batches(source, loaded, how, needs_labels=needs_labels, classes=classes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,10 +76,10 @@ def _collected(
     merged: Path,
     layers: list[str] | None,
 ) -> dict[str, Any]:
+    from eutectic.data.row_files import check_split, has_splits
     from eutectic.models.loading import load_model
     from eutectic.routed.layers import choose_layers
     from eutectic.statistics import collect
-    from eutectic.statistics.rows import check_split, has_splits
 
     if reading.split is not None:
         check_split(list(sources.values()), reading.split)

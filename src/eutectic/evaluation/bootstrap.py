@@ -17,7 +17,7 @@ from eutectic.evaluation.metrics import (
     resampled_values,
 )
 from eutectic.evaluation.results import Difference, Mean, Result
-from eutectic.evaluation.schema import Task
+from eutectic.evaluation.task_schema import Task
 
 CONFIDENCE = (2.5, 97.5)
 _BLOCK_ELEMENTS = 1 << 21

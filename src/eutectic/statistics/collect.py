@@ -8,7 +8,7 @@ from hashlib import sha256
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,16 @@ from torch import Tensor, nn
 from eutectic.checkpoint.memory import StateDictReader
 from eutectic.errors import OutputError, RequestError
 from eutectic.models.batch import Batch, sample_count
-from eutectic.models.linear_head import Head
-from eutectic.models.masks import TokenMask, Unmatched, mask_policy
+from eutectic.models.masks import mask_policy
 from eutectic.models.names import saved_names
 from eutectic.models.sites import is_encoder_decoder
+from eutectic.options import options_from
 from eutectic.statistics.container import entries_of, write_tensors
-from eutectic.statistics.likelihood import LogLikelihood, Objective
 from eutectic.statistics.partial import DataLog, Partial, Snapshot, identify, open_partial
 from eutectic.statistics.passes import Pass, run_pass
 from eutectic.statistics.plan import Plan, describe_layers, make_plan
 from eutectic.statistics.samples import sample_weights
-from eutectic.statistics.settings import Labels, Settings
+from eutectic.statistics.settings import CollectOptions, Settings
 from eutectic.statistics.store import (
     EXAMPLES,
     FORMAT,
@@ -36,6 +35,9 @@ from eutectic.statistics.store import (
     load_statistics,
 )
 from eutectic.statistics.sums import PassSums
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Progress = Callable[[int, int | None], None]
 Counts = Mapping[str, Sequence[int]]
@@ -48,27 +50,8 @@ def collect(
     grams: bool = True,
     output_gradients: bool = False,
     *,
-    fisher: bool = False,
-    block_fisher: bool = False,
-    labels: Labels = "data",
-    objective: Objective | LogLikelihood | Literal["auto"] = "auto",
-    head: Head | None = None,
-    max_examples: int | None = None,
-    layers: Sequence[str] | None = None,
-    convolutions: bool = False,
-    rank: int | None = None,
-    share_inputs: bool = True,
-    unmatched: Unmatched = "error",
-    token_mask: TokenMask | None = None,
-    seed: int = 0,
-    memory_bytes: int | None = None,
-    layers_per_pass: int | None = None,
-    output_gradient_limit: int = 16384,
-    block_limit: int = 4096,
-    dtype: torch.dtype = torch.float32,
-    fingerprint: str | None = None,
-    snapshot_seconds: float = 60.0,
     progress: Progress | None = None,
+    **options: Unpack[CollectOptions],
 ) -> StatisticsFile:
     """Collect the statistics of one expert over its proxy data.
 
@@ -101,33 +84,37 @@ def collect(
             from `<output>.partial` when the same call is made again, and gives the same bytes.
         grams: input Grams, input sums, pooled sums and Grams.
         output_gradients: output-gradient Grams (K-FAC).
-        fisher: diagonal Fisher of every floating-point parameter.
-        block_fisher: block Fisher of vectors: norms, biases, (IA)³ vectors.
-        labels: "data": labels of the batch (empirical Fisher). "sample": labels drawn from the
-            model's predictions (true Fisher); unlabelled data are enough.
-        objective: what the logits stand for; "auto" asks the model's configuration and class. Or
-            a function (outputs, batch) -> log-likelihoods `[examples]`, known to a resumed run and
-            to `add_statistics` by its code, defaults and closure.
-        head: from `statistics.heads.read_head`: makes logits of a bare model's pooled features,
-            for gradients. It is no part of the model and gets no statistics.
-        max_examples: stop after so many; default all, or 1000 when gradients are collected.
-        layers: globs over parameter names.
-        convolutions: ungrouped 1-D and 2-D convolutions too, as `[out, in·k·k]`.
-        rank: store Grams of layers wider than this as `rank` directions plus a diagonal.
-        share_inputs: detect layers that see the same inputs.
-        unmatched: what becomes of a layer whose inputs fit no mask: "error", "all" rows count (no
-            pooled statistics then), or "skip".
-        token_mask: function from a batch to `[samples, tokens]`, instead of `attention_mask`.
-        seed: of sampled labels; each example's labels depend on it and on the example alone.
-        memory_bytes: limit for the running sums.
-        layers_per_pass: limit for layers (groups with shared inputs) summed in one pass.
-        output_gradient_limit: layers with more outputs (a vocabulary) get no Σ y yᵀ, and are
-            listed as skipped.
-        block_limit: longer vectors get no block Fisher, and are listed as skipped.
-        dtype: of the stored sums, float32 or float64.
-        fingerprint: of the checkpoint; default that of the model's state dict.
-        snapshot_seconds: how often the unfinished state is saved.
         progress: called with (batches done, batches in all or None).
+        **options: what else is collected, how, and how fast:
+
+            - `fisher`: diagonal Fisher of every floating-point parameter.
+            - `block_fisher`: block Fisher of vectors: norms, biases, (IA)³ vectors.
+            - `labels`: "data": labels of the batch (empirical Fisher). "sample": labels drawn from
+              the model's predictions (true Fisher); unlabelled data are enough.
+            - `objective`: what the logits stand for; "auto" asks the model's configuration and
+              class. Or a function (outputs, batch) -> log-likelihoods `[examples]`, known to a
+              resumed run and to `add_statistics` by its code, defaults and closure.
+            - `head`: from `read_head`: makes logits of a bare model's pooled features, for
+              gradients. It is no part of the model and gets no statistics.
+            - `max_examples`: stop after so many; default all, or 1000 when gradients are collected.
+            - `layers`: globs over parameter names.
+            - `convolutions`: ungrouped 1-D and 2-D convolutions too, as `[out, in·k·k]`.
+            - `rank`: store Grams of layers wider than this as `rank` directions plus a diagonal.
+            - `share_inputs`: detect layers that see the same inputs (the default).
+            - `unmatched`: what becomes of a layer whose inputs fit no mask: "error", "all" rows
+              count (no pooled statistics then), or "skip".
+            - `token_mask`: function from a batch to `[samples, tokens]`, instead of
+              `attention_mask`.
+            - `seed`: of sampled labels; each example's labels depend on it and on the example
+              alone.
+            - `output_gradient_limit` (16384): layers with more outputs (a vocabulary) get no
+              Σ y yᵀ, and are listed as skipped.
+            - `block_limit` (4096): longer vectors get no block Fisher, and are listed as skipped.
+            - `dtype`: of the stored sums, float32 or float64.
+            - `memory_bytes`: limit for the running sums.
+            - `layers_per_pass`: limit for layers (groups with shared inputs) summed in one pass.
+            - `fingerprint`: of the checkpoint; default that of the model's state dict.
+            - `snapshot_seconds` (60): how often the unfinished state is saved.
 
     Returns:
         The statistics, a mapping from parameter name to `LayerStatistics` with `.provenance`. A
@@ -155,41 +142,22 @@ def collect(
         (tensor([[2., 1.],
                 [1., 2.]], dtype=torch.float64), 3)
     """
-    settings = Settings(
-        grams=grams,
-        output_gradients=output_gradients,
-        fisher=fisher,
-        block_fisher=block_fisher,
-        labels=labels,
-        objective=objective,
-        head=head,
-        max_examples=max_examples,
-        layers=None if layers is None else tuple(layers),
-        convolutions=convolutions,
-        rank=rank,
-        share_inputs=share_inputs,
-        unmatched=unmatched,
-        token_mask=token_mask,
-        seed=seed,
-        output_gradient_limit=output_gradient_limit,
-        block_limit=block_limit,
-        dtype=dtype,
-    )
+    given = {"grams": grams, "output_gradients": output_gradients, **options}
+    settings = options_from(Settings, given, "collect")
     settings.check()
     first, batches, once = _peek(batches)
     plan = make_plan(model, first, settings)
-    parts = plan.parts(settings, memory_bytes, layers_per_pass)
+    parts = plan.parts(settings)
     if once and len(parts) > 1:
         raise RequestError(
             f"{len(parts)} passes over the data are needed, but the batches can be read only once."
             "\nPass a list or a data loader instead of an iterator, or allow more memory."
         )
-    if fingerprint is None:
-        fingerprint = StateDictReader(model.state_dict()).fingerprint()
+    fingerprint = settings.fingerprint or StateDictReader(model.state_dict()).fingerprint()
     record: dict[str, Any] = {
         "format": FORMAT,
         "checkpoint": {"fingerprint": fingerprint},
-        "mask_policy": mask_policy(first, is_encoder_decoder(model), token_mask),
+        "mask_policy": mask_policy(first, is_encoder_decoder(model), settings.token_mask),
         "settings": settings.describe(),
         "versions": _versions(model),
         "samples": sample_weights(model, plan),
@@ -204,7 +172,7 @@ def collect(
         for index, part in enumerate(parts):
             report.part = index
             job = Pass(model, batches, part, settings, PassSums(part, settings), log, 0, report)
-            results.append(_one_pass(job, index, partial, snapshot_seconds, keep=len(parts) > 1))
+            results.append(_one_pass(job, index, partial, keep=len(parts) > 1))
             log = job.log
     except BaseException:
         if partial is not None:
@@ -230,7 +198,7 @@ class _Report:
 
 
 def _one_pass(
-    job: Pass, index: int, partial: Partial | None, snapshot_seconds: float, keep: bool
+    job: Pass, index: int, partial: Partial | None, keep: bool
 ) -> tuple[Mapping[str, Tensor], Counts]:
     """Run one pass, or take up what a killed run left of it."""
     if partial is None:
@@ -244,6 +212,7 @@ def _one_pass(
     if snapshot is not None and snapshot.part == index:
         job.sums.load(snapshot.sums)
         job.start = snapshot.batches
+    snapshot_seconds = job.settings.snapshot_seconds
     report, saved, pause, batches = job.after_batch, time.monotonic(), snapshot_seconds, 0
 
     def after_batch(done: int) -> None:

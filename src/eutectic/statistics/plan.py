@@ -51,15 +51,14 @@ class Plan:
         """Parameters whose own gradients are needed."""
         return [*self.diagonal.values(), *self.block.values()]
 
-    def parts(
-        self, settings: Settings, memory_bytes: int | None, layers_per_pass: int | None
-    ) -> list[Plan]:
+    def parts(self, settings: Settings) -> list[Plan]:
         """Split into plans whose running sums fit the memory, one pass over the data each.
 
         Raises:
             RequestError: one layer alone needs more than `memory_bytes`; nothing is left to
                 observe.
         """
+        memory_bytes, layers_per_pass = settings.memory_bytes, settings.layers_per_pass
         units = self._units(settings)
         if not units:
             none = "the model has no linear layer"

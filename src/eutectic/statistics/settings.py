@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 
@@ -24,7 +25,7 @@ DEFAULT_GRADIENT_EXAMPLES = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The arguments of `collect` that decide what its file holds."""
+    """The arguments of `collect`; all but the last four decide what its file holds."""
 
     grams: bool = True
     output_gradients: bool = False
@@ -34,7 +35,7 @@ class Settings:
     objective: Objective | LogLikelihood | Literal["auto"] = "auto"
     head: Head | None = None
     max_examples: int | None = None
-    layers: tuple[str, ...] | None = None
+    layers: Sequence[str] | None = None
     convolutions: bool = False
     rank: int | None = None
     share_inputs: bool = True
@@ -44,6 +45,10 @@ class Settings:
     output_gradient_limit: int = 16384
     block_limit: int = 4096
     dtype: torch.dtype = torch.float32
+    memory_bytes: int | None = None
+    layers_per_pass: int | None = None
+    fingerprint: str | None = None
+    snapshot_seconds: float = 60.0
 
     @property
     def gradients(self) -> bool:
@@ -109,6 +114,31 @@ class Settings:
             "token_mask": None if self.token_mask is None else _described(self.token_mask),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+
+
+class CollectOptions(TypedDict, total=False):
+    """Further keywords of `collect`; see there, and `Settings` for the defaults."""
+
+    fisher: bool
+    block_fisher: bool
+    labels: Labels
+    objective: Objective | LogLikelihood | Literal["auto"]
+    head: Head | None
+    max_examples: int | None
+    layers: Sequence[str] | None
+    convolutions: bool
+    rank: int | None
+    share_inputs: bool
+    unmatched: Unmatched
+    token_mask: TokenMask | None
+    seed: int
+    output_gradient_limit: int
+    block_limit: int
+    dtype: torch.dtype
+    memory_bytes: int | None
+    layers_per_pass: int | None
+    fingerprint: str | None
+    snapshot_seconds: float
 
 
 def _choice(name: str, value: object, allowed: tuple[object, ...]) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from eutectic.errors import Note, NumericalError
 from eutectic.evaluation.metrics import LOWER_IS_BETTER
-from eutectic.evaluation.outputs import score
+from eutectic.evaluation.model_outputs import score
 from eutectic.execution.jobs import Ledger
 from eutectic.execution.unscaled import Choice, Choose, Unscaled
 from eutectic.planning.inputs import Inputs

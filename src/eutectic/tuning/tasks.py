@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.errors import RequestError
-from eutectic.evaluation.outputs import load_head, outputs
-from eutectic.evaluation.prepare import Prepared, prepare
-from eutectic.evaluation.rows import disjoint_keys
-from eutectic.evaluation.schema import Task
-from eutectic.evaluation.sources import Checkpoint, Sources
-from eutectic.evaluation.tasks import load_tasks
+from eutectic.evaluation.checkpoints import Checkpoint, Checkpoints
+from eutectic.evaluation.encoded_splits import Prepared, prepare
+from eutectic.evaluation.model_outputs import load_head, outputs
+from eutectic.evaluation.splits import disjoint_keys
+from eutectic.evaluation.task_files import load_tasks
+from eutectic.evaluation.task_schema import Task
+from eutectic.models.batch import IGNORED_LABEL
 from eutectic.models.linear_head import Head
+from eutectic.models.task_kinds import GENERATIVE
 from eutectic.models.task_models import load_model
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
@@ -28,7 +30,6 @@ from eutectic.recipes.schema import ScaleSearch
 from eutectic.types import Treatment
 
 Split = Literal["proxy", "validation"]
-GENERATIVE = ("language-model", "sequence-to-sequence")
 POSITIONS = 512  # of one task whose next-token distributions are compared: vocabularies are large
 
 
@@ -168,7 +169,7 @@ def _encoded(task: Task, split: Split, inputs: Inputs) -> tuple[Prepared, str]:
     base, expert = _base(inputs), _expert(inputs, task.expert_name)
     body = Checkpoint("base", "base", base)
     own = Checkpoint(task.expert_name, "expert", expert)
-    sources = Sources(base, {task.expert_name: expert}, (body, own))
+    sources = Checkpoints(base, {task.expert_name: expert}, (body, own))
     labels = sources.label_ids(own, task)
     merged = sources.label_ids(body, task)
     if task.labels is None and merged != labels:
@@ -234,7 +235,5 @@ def _token_logits(model: Any, prepared: Prepared) -> Tensor:
 
 def _predicted(batch: Mapping[str, Tensor], prepared: Prepared) -> Tensor:
     """Return which positions predict a token: `[n, length]`, without the last for causal models."""
-    from eutectic.models.batch import IGNORED_LABEL
-
     labels = batch["labels"]
     return (labels[:, 1:] if prepared.task.kind == "language-model" else labels) != IGNORED_LABEL

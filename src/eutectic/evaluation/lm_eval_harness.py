@@ -22,8 +22,8 @@ import torch
 
 from eutectic.errors import MissingExtraError, RequestError
 from eutectic.evaluation.metrics import Outcomes
-from eutectic.evaluation.outputs import Precision
-from eutectic.evaluation.schema import Task
+from eutectic.evaluation.model_outputs import Precision
+from eutectic.evaluation.task_schema import Task
 
 
 @dataclass(frozen=True, eq=False)

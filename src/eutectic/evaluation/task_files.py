@@ -7,8 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from eutectic.data.columns import Columns
 from eutectic.errors import Fault, TaskError
-from eutectic.evaluation.schema import ColumnNames, HarnessOptions, Part, Task, TaskFile, TaskSpec
+from eutectic.evaluation.task_schema import HarnessOptions, Part, Task, TaskFile, TaskSpec
 from eutectic.recipes.document import (
     Location,
     Source,
@@ -35,9 +36,10 @@ def load_tasks(path: str | Path) -> dict[str, Task]:
         raise TaskError(by_line(faults), source.name) from None
     tasks: dict[str, Task] = {}
     for name, spec in checked.tasks.items():
-        faults += _path_faults(name, spec, source)
+        values, missing = _resolved(name, spec, source)
+        faults += missing
         try:
-            tasks[name] = _resolved(name, spec, source.folder)
+            tasks[name] = Task.model_validate(values)
         except ValidationError as error:  # two names of one file are one only when resolved
             found = [{**item, "loc": ("tasks", name, *item["loc"])} for item in error.errors()]
             faults += [schema_fault(item, source, _known_keys) for item in found]
@@ -53,46 +55,31 @@ def _known_keys(location: Location) -> list[str]:
     if inside[:1] == ["data"] and len(inside) > 2:
         return list(Part.model_fields)
     if inside[:1] == ["columns"] and len(inside) > 1:
-        return list(ColumnNames.model_fields)
+        return list(Columns.model_fields)
     if inside[:1] == ["harness"] and len(inside) > 1:
         return list(HarnessOptions.model_fields)
     return list(TaskSpec.model_fields)
 
 
-def _path_faults(name: str, spec: TaskSpec, source: Source) -> list[Fault]:
-    named: list[tuple[Location, str]] = [
-        (("tasks", name, "data", split), part.path) for split, part in spec.data.items()
-    ]
-    named += [
-        (("tasks", name, key), value)
-        for key, value in (("head", spec.head), ("base_head", spec.base_head))
-        if value is not None
-    ]
-    if spec.harness is not None and spec.harness.include_path is not None:
-        named.append((("tasks", name, "harness", "include_path"), spec.harness.include_path))
-    if spec.function is not None and ".py:" in spec.function:
-        file = spec.function.rpartition(":")[0]
-        named.append((("tasks", name, "function"), file))
-    return [
-        no_file(where, path, source)
-        for where, path in named
-        if not _inside(path, source.folder).exists()
-    ]
-
-
-def _resolved(name: str, spec: TaskSpec, folder: Path) -> Task:
+def _resolved(name: str, spec: TaskSpec, source: Source) -> tuple[dict[str, Any], list[Fault]]:
+    """Return a task's values with paths that start at the file's folder, and those not there."""
     values: dict[str, Any] = spec.model_dump() | {"name": name}
-    for part in values["data"].values():
-        part["path"] = str(_inside(part["path"], folder))
-    for key in ("head", "base_head"):
-        if values[key] is not None:
-            values[key] = str(_inside(values[key], folder))
-    if values["harness"] is not None and values["harness"]["include_path"] is not None:
-        values["harness"]["include_path"] = str(_inside(values["harness"]["include_path"], folder))
+    harness = values["harness"] or {}
+    places: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
+        (values["data"][split], "path", ("data", split)) for split in spec.data
+    ]
+    places += [(values, key, (key,)) for key in ("head", "base_head")]
+    places.append((harness, "include_path", ("harness", "include_path")))
     if spec.function is not None and ".py:" in spec.function:
-        values["function"] = str(_inside(spec.function, folder))
-    return Task.model_validate(values)
-
-
-def _inside(path: str, folder: Path) -> Path:
-    return folder / Path(path).expanduser()
+        places.append((values, "function", ("function",)))
+    faults: list[Fault] = []
+    for holder, key, inside in places:
+        stated = holder.get(key)
+        if stated is None:
+            continue
+        file = stated.rpartition(":")[0] if key == "function" else stated
+        path = source.folder / Path(file).expanduser()
+        if not path.exists():
+            faults.append(no_file(("tasks", name, *inside), file, source))
+        holder[key] = f"{path}{stated.removeprefix(file)}"
+    return values, faults

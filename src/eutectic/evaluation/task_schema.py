@@ -1,4 +1,4 @@
-"""What a file of tasks may say. Unknown keys are refused; see `tasks.py` for files and lines."""
+"""What a file of tasks may say. Unknown keys are refused; `task_files` reads it."""
 
 from __future__ import annotations
 
@@ -7,25 +7,15 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from eutectic.data.columns import Columns
 from eutectic.errors import suggest
 from eutectic.evaluation.metrics import METRICS_OF_KIND
 from eutectic.models.linear_head import Pooling
+from eutectic.models.task_kinds import CLASSIFICATION, WITH_HEAD, TaskKind, spelled
 from eutectic.recipes.schema import Name
 
-Kind = Literal[
-    "text-classification",
-    "pair-classification",
-    "regression",
-    "image-classification",
-    "sequence-to-sequence",
-    "language-model",
-    "function",
-    "lm-eval",
-]
 Split = Literal["proxy", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("proxy", "validation", "test")
-CLASSIFICATION = ("text-classification", "pair-classification", "image-classification")
-WITH_HEAD = (*CLASSIFICATION, "regression")
 NOT_TOKENIZED = ("image-classification", "function", "lm-eval")  # here, that is
 
 
@@ -45,17 +35,6 @@ class Part(_Strict):
     path: str
     share: Annotated[float, Field(gt=0, le=1)] | None = None
     subset: str | None = None
-
-
-class ColumnNames(_Strict):
-    """Which column holds what."""
-
-    text: str = "text"
-    text_pair: str = "text_pair"
-    label: str = "label"
-    source: str = "source"
-    target: str = "target"
-    image: str = "image"
 
 
 class HarnessOptions(_Strict):
@@ -100,9 +79,9 @@ class TaskSpec(_Strict):
         harness: for the kind `lm-eval`, which brings its rows and metrics itself.
     """
 
-    kind: Kind
+    kind: TaskKind
     data: Annotated[dict[Split, Part], Field(default_factory=dict[Split, Part])]
-    columns: ColumnNames = ColumnNames()
+    columns: Columns = Columns()
     metric: str | None = None
     expert: Name | None = None
     labels: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
@@ -115,6 +94,17 @@ class TaskSpec(_Strict):
     function: str | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     harness: HarnessOptions | None = None
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _kind(cls, value: Any) -> str:
+        found = spelled(str(value))
+        if found not in METRICS_OF_KIND:
+            raise ValueError(
+                f"must be one of {', '.join(METRICS_OF_KIND)}"
+                f"{suggest(str(value), list(METRICS_OF_KIND))}"
+            )
+        return found
 
     @field_validator("labels", mode="before")
     @classmethod

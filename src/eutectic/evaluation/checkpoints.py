@@ -1,44 +1,34 @@
-"""What is evaluated: checkpoints with their roles, identities, and the model each task runs."""
+"""Checkpoints to evaluate with their roles; the model, classes and tokenizer of each per task."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from eutectic.checkpoint.experts import is_adapter, open_expert
-from eutectic.checkpoint.index import open_index
-from eutectic.checkpoint.reader import CheckpointReader
-from eutectic.errors import RequestError
-from eutectic.evaluation.functions import source_file
-from eutectic.evaluation.schema import CLASSIFICATION, Task
+from eutectic.checkpoint.experts import is_adapter
+from eutectic.data.python_functions import source_file
+from eutectic.errors import RequestError, suggest
+from eutectic.evaluation.identities import (
+    ROUTED,
+    digest_of,
+    file_hash,
+    head_hashes,
+    processor_hash,
+    versions,
+    weights_identity,
+)
+from eutectic.evaluation.task_schema import Task
 from eutectic.models.generation import GENERATION
+from eutectic.models.task_kinds import ARCHITECTURES, CLASSIFICATION
 from eutectic.models.task_models import EXPERTS, borrows_head, load_model
 
 Role = Literal["base", "expert", "model"]
 RoutingMode = Literal["route", "oracle", "base"]
-ROUTED = "routed.json"
-_PROCESSOR_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
-    *("tokenizer.model", "source.spm", "target.spm"),
-    *("preprocessor_config.json", "processor_config.json"),
-)
-_ROUTED_HEADS = {
-    "text-classification": ("ForSequenceClassification",),
-    "pair-classification": ("ForSequenceClassification",),
-    "regression": ("ForSequenceClassification",),
-    "image-classification": ("ForImageClassification",),
-    "language-model": ("ForCausalLM", "LMHeadModel"),
-    "lm-eval": ("ForCausalLM", "LMHeadModel"),
-    "sequence-to-sequence": ("ForConditionalGeneration",),
-}
+EXPERTS_MEAN = "experts"
 
 
 @dataclass(frozen=True)
@@ -54,21 +44,30 @@ class Checkpoint:
         """Whether it is a routed model."""
         return (self.folder / ROUTED).is_file()
 
+    def of_expert(self, task: Task) -> Path:
+        """Return where a merged model keeps the task's expert; it need not be there."""
+        return self.folder / EXPERTS / task.expert_name
+
+    def runs_from(self, task: Task) -> Path:
+        """Return the folder that the task's model is loaded from."""
+        own = self.of_expert(task)
+        return own if task.head is None and own.is_dir() else self.folder
+
 
 @dataclass(frozen=True)
-class Sources:
+class Checkpoints:
     """All checkpoints of an evaluation, base and experts for reference first."""
 
     base: Path | None
     experts: Mapping[str, Path]
-    checkpoints: tuple[Checkpoint, ...]
+    all: tuple[Checkpoint, ...]
     routing: RoutingMode = "route"
 
     def head_of(self, checkpoint: Checkpoint, task: Task) -> Path | None:
         """Return the expert folder that lends its head, or None where none is needed."""
         expert = self.experts.get(task.expert_name)
-        own = checkpoint.folder / EXPERTS / task.expert_name
-        if task.head is not None or expert == checkpoint.folder or own.is_dir():
+        own_head = checkpoint.of_expert(task).is_dir()
+        if task.head is not None or expert == checkpoint.folder or own_head:
             return None
         return expert
 
@@ -79,13 +78,12 @@ class Sources:
         base's: the first that has one and a configuration. An adapter's tokenizer goes with the
         base's configuration.
         """
-        folders = [checkpoint.folder / EXPERTS / task.expert_name, checkpoint.folder]
+        folders = [checkpoint.of_expert(task), checkpoint.folder]
         folders += [f for f in (self.experts.get(task.expert_name), self.base) if f is not None]
         for folder in folders:
-            own = (
-                folder / "tokenizer_config.json"
-            ).exists() and task.kind != "image-classification"
-            adapted = own and self.base is not None and is_adapter(folder)
+            brings = (folder / "tokenizer_config.json").exists()
+            adapted = brings and self.base is not None and is_adapter(folder)
+            adapted = adapted and task.kind != "image-classification"
             configured = adapted or (folder / "config.json").exists()
             if configured and processor_hash(folder):
                 return folder
@@ -107,7 +105,7 @@ class Sources:
         """
         if task.kind not in CLASSIFICATION:
             return {}
-        own = checkpoint.folder / EXPERTS / task.expert_name
+        own = checkpoint.of_expert(task)
         expert = self.experts.get(task.expert_name)
         lender = self.head_of(checkpoint, task)
         if task.head is not None:
@@ -135,8 +133,7 @@ class Sources:
         Configurations of the model and of what it borrows from, classes, the tokenizer or image
         processor, and how texts are generated.
         """
-        own = checkpoint.folder / EXPERTS / task.expert_name
-        folders = [own if task.head is None and own.is_dir() else checkpoint.folder]
+        folders = [checkpoint.runs_from(task)]
         folders += [f for f in (self.head_of(checkpoint, task),) if f is not None]
         if self.base is not None and any(is_adapter(f) for f in folders):
             folders.append(self.base)
@@ -148,8 +145,32 @@ class Sources:
             "configs": [_config(f) for f in folders],
             "labels": sorted(self.label_ids(checkpoint, task).items()),
             "processor": processor_hash(encoder),
-            "generation": [_file_hash(f) if f.is_file() else None for f in generation],
+            "generation": [file_hash(f) if f.is_file() else None for f in generation],
         }
+
+    def pair_identity(
+        self, checkpoint: Checkpoint, task: Task, data_hash: str, settings: Any
+    ) -> str:
+        """Return a hash of all that decides a pair's outcomes.
+
+        Weights (by fingerprint, size and time of change of their files), heads, configurations,
+        classes, tokenizer or image processor, rows, settings, versions.
+        """
+        folders = (checkpoint.runs_from(task), self.head_of(checkpoint, task))
+        code = None if task.function is None else source_file(task.function.rpartition(":")[0])
+        described = {
+            "weights": [weights_identity(f, self.base) for f in folders if f is not None],
+            "reading": self.reading(checkpoint, task),
+            "heads": head_hashes(task),
+            "role": checkpoint.role if task.base_head else None,
+            "routing": [self.routing, task.expert_name] if checkpoint.routed else None,
+            "function": file_hash(code) if code is not None else None,
+            "task": task.model_dump(mode="json", exclude={"name", "data", "head", "base_head"}),
+            "data": data_hash,
+            "settings": settings,
+            "versions": versions(),
+        }
+        return digest_of(described)
 
     def load(self, checkpoint: Checkpoint, task: Task) -> Any:
         """Return the model that runs a task; see `models.load_model`.
@@ -164,7 +185,7 @@ class Sources:
 
         model = load_routed(checkpoint.folder).float()
         name = type(model).__name__
-        endings = ("Model",) if task.head is not None else _ROUTED_HEADS[task.kind]
+        endings = ("Model",) if task.head is not None else ARCHITECTURES[task.kind]
         if not name.endswith(endings) or (task.head is not None and "LMHead" in name):
             raise RequestError(
                 f"{checkpoint.folder}: a routed {name} cannot run task '{task.name}' "
@@ -176,8 +197,7 @@ class Sources:
     def routed_as_asked(self, model: Any, checkpoint: Checkpoint, task: Task) -> Iterator[None]:
         """Choose the experts of a routed model; nothing for other models."""
         if not checkpoint.routed:
-            with nullcontext():
-                yield
+            yield
             return
         from eutectic.routed import routing
 
@@ -186,89 +206,44 @@ class Sources:
             yield
 
 
-def fingerprint(folder: Path, base: Path | None) -> str:
-    """Return the identity of a checkpoint's weights; of an adapter's own and its base's.
+def named_checkpoints(
+    tasks: Mapping[str, Task],
+    base: str | Path | None,
+    experts: Mapping[str, str | Path],
+    models: Sequence[str | Path] | Mapping[str, str | Path],
+    routing: RoutingMode,
+) -> Checkpoints:
+    """Return base, experts and models by name.
 
     Raises:
-        CheckpointError: it cannot be read.
-        RequestError: an adapter without a base.
+        RequestError: none is named, a name is taken or belongs to no task, a folder is not there.
     """
-    if is_adapter(folder):
-        if base is None:
-            raise RequestError(f"{folder}: is an adapter; name the base it belongs to with --base.")
-        expert = open_expert(folder, open_index(base))
-        try:
-            return _digest([expert.fingerprint(), fingerprint(base, None)])
-        finally:
-            expert.close()
-    with CheckpointReader(open_index(folder)) as reader:
-        found = reader.fingerprint()
-    if not (folder / ROUTED).is_file():
-        return found
-    extra = [_file_hash(folder / name) for name in (ROUTED, "routed.safetensors")]
-    return _digest([found, *extra])
-
-
-def pair_identity(
-    sources: Sources, checkpoint: Checkpoint, task: Task, data_hash: str, settings: Any
-) -> str:
-    """Return a hash of all that decides a pair's outcomes.
-
-    Weights (by fingerprint, size and time of change of their files), heads, configurations,
-    classes, tokenizer or image processor, rows, settings, versions.
-    """
-    own = checkpoint.folder / EXPERTS / task.expert_name
-    folder = own if task.head is None and own.is_dir() else checkpoint.folder
-    lender = sources.head_of(checkpoint, task)
-    code = None if task.function is None else source_file(task.function.rpartition(":")[0])
-    described = {
-        "weights": [_identity(f, sources.base) for f in (folder, lender) if f is not None],
-        "reading": sources.reading(checkpoint, task),
-        "heads": head_hashes(task),
-        "role": checkpoint.role if task.base_head else None,
-        "routing": [sources.routing, task.expert_name] if checkpoint.routed else None,
-        "function": _file_hash(code) if code is not None else None,
-        "task": task.model_dump(mode="json", exclude={"name", "data", "head", "base_head"}),
-        "data": data_hash,
-        "settings": settings,
-        "versions": versions(),
-    }
-    return _digest(described)
-
-
-def head_hashes(task: Task) -> dict[Literal["head", "base_head"], str]:
-    """Return the SHA-256 of the head files that a task names."""
-    files: dict[Literal["head", "base_head"], str | None]
-    files = {"head": task.head, "base_head": task.base_head}
-    return {role: _file_hash(Path(file)) for role, file in files.items() if file is not None}
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Return the versions of what computes the figures."""
-    found: dict[str, str] = {}
-    for package in ("eutectic", "torch", "transformers", "tokenizers", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def processor_hash(folder: Path) -> str:
-    """Return the identity of a folder's tokenizer or image processor, "" if it has none."""
-    found = {n: _file_hash(folder / n) for n in _PROCESSOR_FILES if (folder / n).is_file()}
-    return _digest(found) if found else ""
-
-
-def _identity(folder: Path, base: Path | None) -> list[Any]:
-    folders = [folder, base] if base is not None and is_adapter(folder) else [folder]
-    files = [p for f in folders for p in sorted(f.glob("*")) if p.suffix in _WEIGHTS]
-    stats = [(p.name, p.stat()) for p in files]
-    return [fingerprint(folder, base), [[n, s.st_size, s.st_mtime_ns] for n, s in stats]]
-
-
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
+    named = dict(models) if isinstance(models, Mapping) else {str(m).rstrip("/"): m for m in models}
+    wanted = [task.expert_name for task in tasks.values()]
+    for name in experts:
+        if name not in wanted:
+            raise RequestError(
+                f"the expert '{name}' has no task.{suggest(name, wanted)}\n"
+                f"Tasks are of the experts: {', '.join(dict.fromkeys(wanted))}."
+            )
+    reserved = [name for name in named if name in ("base", EXPERTS_MEAN) or name in experts]
+    if reserved:
+        raise RequestError(f"the name '{reserved[0]}' is taken; write another as NAME=FOLDER.")
+    taken = [name for name in experts if name in ("base", EXPERTS_MEAN)]
+    if taken:
+        raise RequestError(f"an expert cannot be called '{taken[0]}'; tables use that name.")
+    found = [Checkpoint("base", "base", Path(base))] if base is not None else []
+    found += [Checkpoint(name, "expert", Path(path)) for name, path in experts.items()]
+    found += [Checkpoint(name, "model", Path(path)) for name, path in named.items()]
+    if not found:
+        raise RequestError("nothing to evaluate: name a base, experts or models.")
+    for checkpoint in found:
+        if not checkpoint.folder.is_dir():
+            raise RequestError(f"{checkpoint.folder}: no such folder ({checkpoint.name}).")
+    if routing != "route" and not any(checkpoint.routed for checkpoint in found):
+        raise RequestError(f"routing '{routing}' is for routed models, and none of these is one.")
+    folders = {name: Path(path) for name, path in experts.items()}
+    return Checkpoints(None if base is None else Path(base), folders, tuple(found), routing)
 
 
 def _config(folder: Path | None) -> dict[str, Any]:
@@ -294,15 +269,3 @@ def _classes(folder: Path | None) -> dict[str, int]:
 
 def _says_names(labels: Mapping[str, int]) -> bool:
     return any(name != f"LABEL_{i}" for name, i in labels.items())
-
-
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

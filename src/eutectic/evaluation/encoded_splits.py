@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,22 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eutectic.data.columns import Row
+from eutectic.data.fingerprints import data_hash
+from eutectic.data.images import PixelBatches
+from eutectic.data.labels import class_index, finite_number
+from eutectic.data.texts import longest_target, token_ids
 from eutectic.errors import CheckpointError, Fault, RequestError, TaskError, suggest
-from eutectic.evaluation.pictures import Pictures
-from eutectic.evaluation.rows import data_hash, split_rows
-from eutectic.evaluation.schema import Split, Task
-from eutectic.evaluation.sources import processor_hash
-from eutectic.models.batch import IGNORED_LABEL
-from eutectic.models.processors import (
-    image_mode,
-    load_processor,
-    longest_input,
-    padding_id,
-    positions_of,
-)
+from eutectic.evaluation.identities import processor_hash
+from eutectic.evaluation.splits import split_rows
+from eutectic.evaluation.task_schema import Split, Task
+from eutectic.models.processors import image_mode, load_processor, longest_input, positions_of
 from eutectic.models.transformers_loading import first_line, load_config
-from eutectic.statistics.encode import named_by_numbers
-from eutectic.statistics.rows import Row
 
 BATCH_SIZE = 64
 
@@ -96,25 +90,40 @@ def prepare(
         CheckpointError: no usable tokenizer in `folder`.
         MissingExtraError: transformers is not installed.
     """
+    rows = split_rows(task, split, limit)
     if task.kind in ("function", "lm-eval"):
         raise RequestError(f"task '{task.name}' ({task.kind}) reads its rows itself.")
-    rows = split_rows(task, split, limit)
-    processor, config = _open(Path(folder), task, base)
+    processor, config = open_processor(task, Path(folder), base)
     if task.kind == "sequence-to-sequence":
         _check_targets(task, split, rows)
     references = references_of(task, rows, label_ids or config.label2id or {}) if answers else ()
-    digest = data_hash(task, rows)
     generate = 0
+    batches: Sequence[dict[str, Tensor]]
+    order = list(range(len(rows)))
     if task.kind == "image-classification":
-        batches = Pictures(task, rows, processor, batch_size, image_mode(config))
-        order = list(range(len(rows)))
+        values = [row[task.columns.image] for row in rows]
+        where = f"task '{task.name}': "
+        batches = PixelBatches(values, processor, batch_size, image_mode(config), where)
     else:
-        limit_tokens = task.max_length or longest_input(processor, config)
-        encode = _Texts(task, rows, processor, limit_tokens)
-        batches, order = encode.batches(batch_size)
-        generate = min(encode.longest_target + 1, positions_of(config) or sys.maxsize)
+        encoded = token_ids(
+            task, rows, processor, task.max_length or longest_input(processor, config)
+        )
+        lengths = [len(ids) for ids in encoded.inputs["input_ids"]]
+        # The longest first: if memory is short, that shows at once.
+        order.sort(key=lambda i: -lengths[i])
+        chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        batches = tuple(encoded.batch(chunk) for chunk in chunks)
+        longest = longest_target(task, rows, processor) + 1
+        generate = min(longest, positions_of(config) or sys.maxsize)
     return Prepared(
-        task, split, batches, torch.tensor(order), references, digest, processor, generate
+        task,
+        split,
+        batches,
+        torch.tensor(order),
+        references,
+        data_hash(task, rows),
+        processor,
+        generate,
     )
 
 
@@ -137,19 +146,20 @@ def references_of(
         label_ids = {name: i for i, name in enumerate(task.labels)}
     known = {str(name): int(i) for name, i in label_ids.items()}
     # Without names in the task, only the model's outputs tell how many classes there are.
-    top = math.inf if task.labels is None else len(task.labels)
+    classes = math.inf if task.labels is None else len(task.labels)
     found: list[Any] = []
     faults: list[Fault] = []
     for number, value in enumerate(values, 1):
         try:
-            found.append(_finite(value) if task.kind == "regression" else _class(value, known, top))
-        except (TypeError, ValueError):
             if task.kind == "regression":
-                what = f"the label {value!r} is no finite number."
-                faults.append(Fault("label", what, f"row {number}"))
-                continue
-            what = f"the label {value!r} is none of {', '.join(list(known)[:20])}."
-            nearest = suggest(str(value), list(known))
+                found.append(finite_number(value))
+            else:
+                found.append(class_index(value, known, classes))
+        except (TypeError, ValueError):
+            what, nearest = f"the label {value!r} is no finite number.", ""
+            if task.kind != "regression":
+                what = f"the label {value!r} is none of {', '.join(list(known)[:20])}."
+                nearest = suggest(str(value), list(known))
             faults.append(Fault("label", what, f"row {number}", next=nearest))
     if faults:
         raise TaskError(faults[:10], f"task '{task.name}'")
@@ -167,60 +177,29 @@ def _check_targets(task: Task, split: Split, rows: Sequence[Row]) -> None:
             )
 
 
-def open_tokenizer(folder: Path, task: Task, base: Path | None = None) -> Any:
-    """Return the tokenizer of a language model's folder, or of an adapter's to a base.
-
-    Raises:
-        CheckpointError: no usable tokenizer in `folder`.
-        MissingExtraError: transformers is not installed.
-    """
-    return _open(folder, task, base)[0]
-
-
 def normal_text(text: str) -> str:
     """Return a text with runs of white space made one blank: what exact match compares."""
     return " ".join(text.split())
 
 
-def _finite(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(value)
-    return number
+def open_processor(task: Task, folder: Path, base: Path | None = None) -> tuple[Any, Any]:
+    """Return the tokenizer or image processor of a folder, and the configuration that it goes with.
 
+    Args:
+        task: decides which of the two.
+        folder: a checkpoint, or an adapter with a tokenizer of its own.
+        base: whose configuration counts where the folder has none.
 
-def _class(value: Any, known: Mapping[str, int], top: float) -> int:
-    if isinstance(value, bool):
-        value = _truth(value, known)
-    if isinstance(value, float) and value.is_integer() and str(value) not in known:
-        value = int(value)
-    text = str(value)
-    if text in known:
-        return known[text]
-    if isinstance(value, float):
-        raise ValueError(text)
-    if named_by_numbers(known) or not 0 <= int(value) < top:
-        raise ValueError(text)
-    return int(value)
-
-
-def _truth(value: bool, known: Mapping[str, int]) -> str | int:
-    """Return the name of a truth value, or 0 and 1 where no names of classes say otherwise."""
-    for name in (str(value), str(value).lower()):
-        if name in known:
-            return name
-    if any(name not in (f"LABEL_{i}", str(i)) for name, i in known.items()):
-        raise ValueError(str(value))
-    return int(value)
-
-
-def _open(folder: Path, task: Task, base: Path | None) -> tuple[Any, Any]:
-    """Return the processor and the configuration of a folder, or of an adapter's to a base."""
+    Raises:
+        CheckpointError: neither in `folder`.
+        MissingExtraError: transformers is not installed.
+    """
     images = task.kind == "image-classification"
     try:
-        config = load_config(folder if base is None or (folder / "config.json").exists() else base)
+        configured = folder if base is None or (folder / "config.json").exists() else base
+        config = load_config(configured)
         found = load_processor(folder, folder, images=images)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{folder}: no configuration and tokenizer for task '{task.name}': {first_line(error)}"
         ) from None
@@ -232,58 +211,3 @@ def _open(folder: Path, task: Task, base: Path | None) -> tuple[Any, Any]:
             "Copy its files there from the model that this one was made from."
         )
     return found, config
-
-
-class _Texts:
-    """Token ids of all rows, before they are sorted and padded."""
-
-    def __init__(self, task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int) -> None:
-        self.task = task
-        self.tokenizer = tokenizer
-        options: dict[str, Any] = {"truncation": True, "max_length": max_length}
-        columns = task.columns
-        first = columns.source if task.kind == "sequence-to-sequence" else columns.text
-        texts = [str(row[first]) for row in rows]
-        pairs = None
-        paired = ("pair-classification", "text-classification", "regression")
-        if task.kind in paired and rows[0].get(columns.text_pair) is not None:
-            pairs = [str(row[columns.text_pair]) for row in rows]
-        self.inputs: dict[str, list[list[int]]] = dict(tokenizer(texts, pairs, **options))
-        self.targets: list[list[int]] | None = None
-        self.longest_target = 0
-        if task.kind == "sequence-to-sequence":
-            answers = [str(row[columns.target]) for row in rows]
-            self.targets = tokenizer(text_target=answers, **options)["input_ids"]
-            # What is scored is generated in full, however inputs are cut.
-            uncut = tokenizer(text_target=answers, truncation=False, verbose=False)["input_ids"]
-            self.longest_target = max(map(len, uncut))
-
-    def batches(self, batch_size: int) -> tuple[tuple[dict[str, Tensor], ...], list[int]]:
-        ids = self.inputs["input_ids"]
-        # The longest first: if memory is short, that shows at once.
-        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-        chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        return tuple(self._batch(chunk) for chunk in chunks), order
-
-    def _batch(self, chosen: Sequence[int]) -> dict[str, Tensor]:
-        fill = {
-            "input_ids": padding_id(self.tokenizer),
-            "token_type_ids": getattr(self.tokenizer, "pad_token_type_id", 0),
-        }
-        batch = {
-            name: padded([values[i] for i in chosen], fill.get(name, 0))
-            for name, values in self.inputs.items()
-        }
-        if self.targets is not None:
-            batch["labels"] = padded([self.targets[i] for i in chosen], IGNORED_LABEL)
-        elif self.task.kind == "language-model":
-            batch["labels"] = batch["input_ids"].masked_fill(
-                batch["attention_mask"] == 0, IGNORED_LABEL
-            )
-        return batch
-
-
-def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """Return `[n, longest]` int64, filled on the right; one column at least, models need one."""
-    width = max(1, *map(len, rows))
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.int64)

@@ -1,20 +1,18 @@
-"""Data as rows: JSON, CSV, TSV, parquet, image folders, `datasets` folders, Python functions."""
+"""Rows of files: JSON, CSV, TSV, parquet, image folders, `datasets` folders, Python functions."""
 
 from __future__ import annotations
 
 import csv
-import importlib
 import io
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from eutectic.data.columns import Row
+from eutectic.data.python_functions import import_function
 from eutectic.errors import MissingExtraError, RequestError, StatisticsError
-
-Row = Mapping[str, Any]
 
 _IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _SPLITS = "dataset_dict.json"
@@ -63,20 +61,6 @@ def read_rows(source: str, *, split: str | None = None, trust_code: bool = False
     return readers[path.suffix.lower()](path)
 
 
-def look_in(folder: Path) -> None:
-    """Let modules of a folder be imported; an installed command looks in no folder by itself."""
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
-
-
-def half_paired(rows: Sequence[Row], column: str) -> tuple[int, int] | None:
-    """Return two rows, counted from 1, of which only the first has a second text; else None."""
-    present = [row.get(column) is not None for row in rows]
-    if len(set(present)) < 2:
-        return None
-    return present.index(True) + 1, present.index(False) + 1
-
-
 def has_splits(source: str) -> bool:
     """Tell whether a source is a `datasets` folder of several splits; nothing else has any."""
     return (Path(source) / _SPLITS).is_file()
@@ -97,18 +81,7 @@ def check_split(sources: Sequence[str], split: str) -> None:
 
 
 def _call(source: str, trust_code: bool) -> Sequence[Any]:
-    if not trust_code:
-        raise RequestError(
-            f"'{source}' runs Python code of the module it names.\n"
-            "Add --trust-code if you trust it, or check the path if you meant a file."
-        )
-    module, _, name = source.partition(":")
-    look_in(Path.cwd())
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise RequestError(f"'{source}' cannot be imported: {error}.") from error
-    rows: list[Any] = list(function())
+    rows: list[Any] = list(import_function(source, trust_code=trust_code)())
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise StatisticsError(

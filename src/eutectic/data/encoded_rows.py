@@ -1,0 +1,172 @@
+"""Rows of a file as batches for a model, by the checkpoint's own tokenizer or image processor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eutectic.data.columns import Columns, Row, check_columns, check_pairs, required_inputs
+from eutectic.data.images import image_inputs, locate_images
+from eutectic.data.labels import ClassLabels
+from eutectic.data.row_files import read_rows
+from eutectic.data.texts import token_ids
+from eutectic.models.batch import Batch
+from eutectic.models.loading import LoadedModel
+from eutectic.models.processors import image_mode, longest_input, takes_images
+from eutectic.models.task_kinds import GENERATIVE, TaskKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """How the rows of a file become batches.
+
+    Attributes:
+        columns: names of the columns.
+        batch_size: rows per batch.
+        max_length: tokens per text; None: what the model takes, at most 512.
+        max_examples: the first rows only.
+        split: the split of a `datasets` folder that has several.
+        trust_code: allow `module:function` as data.
+    """
+
+    columns: Columns = Columns()
+    batch_size: int = 16
+    max_length: int | None = None
+    max_examples: int | None = None
+    split: str | None = None
+    trust_code: bool = False
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Batches of model inputs, encoded when they are read; the same on every reading.
+
+    Texts are padded on the right to the longest of a batch, and cut to `max_length` tokens.
+
+    Attributes:
+        rows: the data.
+        kind: what the model is given.
+        processor: tokenizer or image processor, as transformers makes them.
+        columns: names of the columns.
+        batch_size: rows per batch.
+        max_length: tokens per text.
+        labels: what labels may be; None: they are not read, and any or none will do.
+        image_mode: of the images that the model takes; None: it takes texts.
+    """
+
+    rows: Sequence[Row]
+    kind: TaskKind
+    processor: Any
+    columns: Columns
+    batch_size: int
+    max_length: int
+    labels: ClassLabels | None = None
+    image_mode: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse data of which some rows are pairs."""
+        if self.image_mode is None:
+            check_pairs(self.rows, self)
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for start in range(0, len(self.rows), self.batch_size):
+            stop = min(start + self.batch_size, len(self.rows))
+            yield self._encode([self.rows[i] for i in range(start, stop)], start + 1)
+
+    def _encode(self, rows: Sequence[Row], first: int) -> dict[str, Tensor]:
+        """Return one batch; `first` is the number of its first row, for messages.
+
+        Raises:
+            RequestError: a column that the task needs is missing or empty.
+            StatisticsError: a label that the model does not know, or an unreadable image.
+        """
+        wanted = ["image"] if self.image_mode is not None else required_inputs(self)
+        if self.kind == "sequence-to-sequence":
+            wanted.append("target")
+        labelled = self.kind not in GENERATIVE and self.columns.label in rows[0]
+        if labelled and self.labels is not None:
+            wanted.append("label")
+        check_columns(rows, self.columns, wanted, advice=_advice, first=first)
+        if self.image_mode is not None:
+            images = [row[self.columns.image] for row in rows]
+            where = f"rows {first} to {first + len(rows) - 1}"
+            batch = image_inputs(images, self.processor, self.image_mode, where)
+        else:
+            encoded = token_ids(self, rows, self.processor, self.max_length)
+            batch = encoded.batch(range(len(rows)))
+        if labelled and self.labels is not None:
+            values = [row[self.columns.label] for row in rows]
+            labels = [self.labels.of_row(value, n) for n, value in enumerate(values, first)]
+            batch["labels"] = torch.tensor(labels)
+        return batch
+
+
+def open_batches(
+    source: str,
+    loaded: LoadedModel,
+    options: BatchOptions,
+    *,
+    needs_labels: bool = False,
+    classes: int | None = None,
+) -> Iterable[Batch]:
+    """Return batches of a data set for a loaded model; see `row_files.read_rows` for sources.
+
+    Images that a file names lie beside it, or else where the name says. A function that returns
+    mappings of tensors is taken to yield ready batches.
+
+    Args:
+        source: the data.
+        loaded: the model, its processor and its kind of task.
+        options: columns, sizes, split.
+        needs_labels: read labels. Without gradients, or with drawn labels, any or none will do.
+        classes: how many there are where a head of its own decides that, not the configuration.
+
+    Raises:
+        RequestError, StatisticsError, MissingExtraError: as `read_rows` and `EncodedRows`.
+    """
+    rows = read_rows(source, split=options.split, trust_code=options.trust_code)
+    if len(rows) and _is_batch(rows[0]):
+        return rows
+    if options.max_examples is not None and len(rows) > options.max_examples:
+        rows = list(islice(rows, options.max_examples))
+    config: Any = loaded.model.config
+    images = takes_images(loaded.model)
+    if images:
+        rows = locate_images(rows, options.columns.image, source)
+    if classes is None:
+        classes = _classes(config)
+    return EncodedRows(
+        rows,
+        loaded.task,
+        loaded.processor,
+        options.columns,
+        options.batch_size,
+        options.max_length or longest_input(loaded.processor, config),
+        ClassLabels(loaded.label_ids, classes if (classes or 0) > 1 else None)
+        if needs_labels
+        else None,
+        image_mode(config) if images else None,
+    )
+
+
+def _advice(field: str) -> str:
+    return f"Name the right one with --{field.replace('_', '-')}-column."
+
+
+def _classes(config: Any) -> int | None:
+    """Return how many classes a label is one of; None where labels are numbers or sets."""
+    if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
+        return None
+    return getattr(config, "num_labels", None)
+
+
+def _is_batch(item: Any) -> bool:
+    return isinstance(item, Mapping) and any(isinstance(v, Tensor) for v in item.values())

@@ -1,0 +1,82 @@
+"""Functions that a user names, as `module:function` or `file.py:function`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from eutectic.errors import RequestError
+
+
+def import_function(name: str, *, trust_code: bool) -> Callable[..., Any]:
+    """Import `module:function` or `file.py:function`, which runs that code.
+
+    Modules are also looked for in the working folder, those of a file also beside it.
+
+    Raises:
+        RequestError: without `trust_code`; whatever goes wrong while the code is imported.
+    """
+    if not trust_code:
+        raise RequestError(
+            f"'{name}' runs Python code.\n"
+            "Add --trust-code (trust_code=True) if you trust it, or check the path if you meant a "
+            "file."
+        )
+    where, _, attribute = name.rpartition(":")
+    is_file = where.endswith(".py")
+    _look_in(Path(where).resolve().parent if is_file else Path.cwd())
+    try:
+        module = _file_as_module(where) if is_file else importlib.import_module(where)
+        return getattr(module, attribute)
+    except Exception as error:  # whatever the code does on import
+        raise RequestError(
+            f"'{name}' cannot be imported: {type(error).__name__}: {error}."
+        ) from error
+
+
+def source_file(where: str) -> Path | None:
+    """Return the file of a function's code, without running any: `file.py`, or a module's name.
+
+    None for a module that does not exist or is not a Python file.
+    """
+    if where.endswith(".py"):
+        return Path(where)
+    _look_in(Path.cwd())
+    path: Sequence[str] | None = None
+    spec = None
+    for depth in range(1, where.count(".") + 2):
+        spec = PathFinder.find_spec(".".join(where.split(".")[:depth]), path)
+        if spec is None:
+            return None
+        path = spec.submodule_search_locations
+    found = Path(spec.origin) if spec is not None and spec.origin else None
+    return found if found is not None and found.suffix == ".py" and found.is_file() else None
+
+
+def _look_in(folder: Path) -> None:
+    """Let modules of a folder be imported; an installed command looks in no folder by itself."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _file_as_module(file: str) -> ModuleType:
+    """Return a file as a module, under a name that no other module has."""
+    name = f"_eutectic_{hashlib.sha256(file.encode()).hexdigest()[:16]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"no module in {file}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look for a class's module there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

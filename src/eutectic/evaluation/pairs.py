@@ -1,0 +1,214 @@
+"""Outcomes of (checkpoint, task) pairs: by a model, a function or lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, get_args
+
+from eutectic.checkpoint.experts import is_adapter
+from eutectic.data.fingerprints import data_hash
+from eutectic.errors import NumericalError, RequestError, TaskError, suggest
+from eutectic.evaluation.checkpoints import Checkpoint, Checkpoints, RoutingMode
+from eutectic.evaluation.encoded_splits import BATCH_SIZE, Prepared, open_processor, prepare
+from eutectic.evaluation.function_tasks import call_function
+from eutectic.evaluation.identities import processor_hash
+from eutectic.evaluation.lm_eval_harness import HarnessRows, read_harness, run_harness
+from eutectic.evaluation.metrics import Outcomes
+from eutectic.evaluation.model_outputs import Precision, load_head, outcomes_of, outputs
+from eutectic.evaluation.outcome_journal import Journal
+from eutectic.evaluation.splits import split_rows
+from eutectic.evaluation.task_schema import Split, Task
+
+Progress = Callable[[float, float, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """How checkpoints are measured; see `evaluate`."""
+
+    split: Split = "test"
+    batch_size: int = BATCH_SIZE
+    limit: int | None = None
+    dtype: Precision = "float32"
+    routing: RoutingMode = "route"
+    seed: int = 0
+    resamples: int = 1000
+    trust_code: bool = False
+
+    def check(self) -> None:
+        """Raise RequestError for a value that is out of range."""
+        for name, kind in {"split": Split, "dtype": Precision, "routing": RoutingMode}.items():
+            value, allowed = getattr(self, name), get_args(kind)
+            if value not in allowed:
+                near = suggest(str(value), allowed)
+                raise RequestError(f"{name} is one of {', '.join(allowed)}; got '{value}'.{near}")
+        for name, least in {"batch_size": 1, "limit": 1, "seed": 0, "resamples": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise RequestError(f"{name} must be at least {least}, got {value}.")
+
+
+@dataclass
+class Pairs:
+    """All pairs of an evaluation, and what stays in memory between them.
+
+    Attributes:
+        checkpoints: what is evaluated.
+        tasks: on what.
+        rows: task -> split -> number of rows.
+        settings: how.
+        progress: told finished rows, all rows, and what is being done.
+        hashes: task -> identity of its rows, of those that were come to.
+    """
+
+    checkpoints: Checkpoints
+    tasks: Mapping[str, Task]
+    rows: Mapping[str, dict[str, int]]
+    settings: EvaluationSettings
+    progress: Progress | None = None
+    hashes: dict[str, str] = field(default_factory=dict[str, str])
+    _done: int = 0
+    _total: int = 0
+    _prepared: dict[tuple[str, str, str], Prepared] = field(default_factory=dict[Any, Any])
+    _harness: dict[str, HarnessRows] = field(default_factory=dict[str, HarnessRows])
+    _loaded: tuple[Any, Any] = (None, None)
+
+    def __post_init__(self) -> None:
+        """Count all rows; refuses tasks without the split."""
+        self._total = sum(self._count(task) for _, task in self)
+
+    def __iter__(self) -> Iterator[tuple[Checkpoint, Task]]:
+        """Yield (checkpoint, task): experts are asked about their own tasks only."""
+        for checkpoint in self.checkpoints.all:
+            for task in self.tasks.values():
+                if checkpoint.role != "expert" or task.expert_name == checkpoint.name:
+                    yield checkpoint, task
+
+    def outcomes(self, journal: Journal) -> dict[tuple[str, str], Outcomes]:
+        """Return (checkpoint, task) names -> outcomes, from the journal where they are finished."""
+        return {(c.name, t.name): self._pair(c, t, journal) for c, t in self}
+
+    def _count(self, task: Task) -> int:
+        split, limit = self.settings.split, self.settings.limit
+        own = ("test",) if task.kind == "lm-eval" else tuple(task.data)
+        if split not in own and task.kind != "function":
+            raise RequestError(
+                f"task '{task.name}' has no split '{split}'; it has {', '.join(own)}."
+            )
+        rows = self.rows[task.name].get(split, 0)
+        return rows if limit is None else min(limit, rows)
+
+    def _pair(self, checkpoint: Checkpoint, task: Task, journal: Journal) -> Outcomes:
+        self._tell(0, checkpoint, task)
+        if task.name not in self.hashes:
+            self.hashes[task.name] = self._data_hash(task)
+        asked = [self.settings.split, self.settings.limit, self.settings.dtype]
+        data = self.hashes[task.name]
+        pair = self.checkpoints.pair_identity(checkpoint, task, data, asked)
+        found = journal.get(pair)
+        if found is None:
+            compute = {"function": self._by_function, "lm-eval": self._by_harness}
+            found = compute.get(task.kind, self._by_model)(checkpoint, task)
+            journal.add(pair, checkpoint.name, task.name, found)
+        else:
+            self._tell(len(found.predictions), checkpoint, task)
+        return found
+
+    def _data_hash(self, task: Task) -> str:
+        if task.kind == "lm-eval":
+            trust_code = self.settings.trust_code
+            self._harness[task.name] = read_harness(
+                task, self.settings.limit, trust_code=trust_code
+            )
+            return self._harness[task.name].data_hash
+        return data_hash(task, self._split_rows(task))
+
+    def _split_rows(self, task: Task) -> list[Any]:
+        return split_rows(task, self.settings.split, self.settings.limit) if task.data else []
+
+    def _by_harness(self, checkpoint: Checkpoint, task: Task) -> Outcomes:
+        model = self._model(checkpoint, task)
+        folder = self.checkpoints.processor(checkpoint, task)
+        tokenizer, _ = open_processor(task, folder, self.checkpoints.base)
+        with self.checkpoints.routed_as_asked(model, checkpoint, task):
+            found = run_harness(
+                task,
+                self._harness[task.name],
+                model,
+                tokenizer,
+                batch_size=self.settings.batch_size,
+                dtype=self.settings.dtype,
+                trust_code=self.settings.trust_code,
+            )
+        self._tell(len(found.predictions), checkpoint, task)
+        return found
+
+    def _by_function(self, checkpoint: Checkpoint, task: Task) -> Outcomes:
+        rows = self._split_rows(task)
+        base = self.checkpoints.base if is_adapter(checkpoint.folder) else None
+        trust_code = self.settings.trust_code
+        found = call_function(task, checkpoint.folder, rows, base, trust_code=trust_code)
+        self._tell(len(rows), checkpoint, task)
+        return found
+
+    def _by_model(self, checkpoint: Checkpoint, task: Task) -> Outcomes:
+        model = self._model(checkpoint, task)  # first: without a head there are no classes
+        ready = self._encoded(checkpoint, task)
+        head = load_head(task, base=checkpoint.role == "base")
+        with self.checkpoints.routed_as_asked(model, checkpoint, task):
+            try:
+                found = outputs(
+                    model,
+                    ready,
+                    head,
+                    dtype=self.settings.dtype,
+                    progress=lambda rows: self._tell(rows, checkpoint, task),
+                )
+            except NumericalError as error:
+                raise NumericalError(f"{checkpoint.name}: {error}") from None
+        return outcomes_of(found, ready)
+
+    def _model(self, checkpoint: Checkpoint, task: Task) -> Any:
+        # Tasks with linear heads share one encoder, whose pooler is there only where one uses it;
+        # others have a head each.
+        own = task.name if task.head is None else None
+        key = (checkpoint.name, own, task.pooling == "pooler")
+        if self._loaded[0] != key:
+            self._loaded = (None, None)  # the old model's memory first
+            self._loaded = (key, self.checkpoints.load(checkpoint, task))
+        return self._loaded[1]
+
+    def _encoded(self, checkpoint: Checkpoint, task: Task) -> Prepared:
+        folder = self.checkpoints.processor(checkpoint, task)
+        labels = self.checkpoints.label_ids(checkpoint, task)
+        key = (task.name, processor_hash(folder), str(sorted(labels.items())))
+        if key not in self._prepared:
+            try:
+                self._prepared[key] = prepare(
+                    task,
+                    self.settings.split,
+                    folder,
+                    batch_size=self.settings.batch_size,
+                    limit=self.settings.limit,
+                    label_ids=labels,
+                    base=self.checkpoints.base,
+                )
+            except TaskError as error:
+                if task.labels is not None or checkpoint.role == "expert":
+                    raise
+                *first, last = error.faults
+                hint = (
+                    f"These are the classes of the head that '{checkpoint.name}' predicts with. "
+                    "Name those of all models\nin the task (labels: […]), or let bodies take the "
+                    "expert's head (head_tensors: ['classifier.*'])."
+                )
+                last = replace(last, next=f"{last.next}\n{hint}")
+                raise TaskError([*first, last], f"task '{task.name}'") from None
+        return self._prepared[key]
+
+    def _tell(self, rows: int, checkpoint: Checkpoint, task: Task) -> None:
+        self._done += rows
+        if self.progress is not None:
+            total = max(self._total, self._done)
+            self.progress(self._done, total, f"{checkpoint.name}, {task.name}")
