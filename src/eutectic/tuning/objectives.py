@@ -83,7 +83,7 @@ def prepare_objective(search: ScaleSearch, plan: Plan, inputs: Inputs) -> Choose
             "points": len(curve.points),
             "best": curve.value,
             "edge": curve.at_edge,
-            "shared": [(t.task.name, *pair) for t in tasks for pair in t.tested_elsewhere.items()],
+            "shared": [[t.task.name, *pair] for t in tasks for pair in t.tested_elsewhere.items()],
             "ignored": idle,
         }
         note = Note("searched_scale", tuple(t.task.name for t in tasks), numbers)
