@@ -65,7 +65,7 @@ HOSTILE: dict[str, tuple[Any, bytes, str]] = {
     "gap": ({"a": item([1], 0, 4), "b": item([1], 8, 12)}, FOUR * 3, "'b' leaves a gap"),
     "gap at the start": ({"a": item([1], 4, 8)}, FOUR * 2, "gap after the header"),
     "data missing": ({"a": item([2], 0, 8)}, FOUR, "truncated"),
-    "data in excess": ({"a": item([1], 0, 4)}, FOUR * 2, "the header lies"),
+    "data in excess": ({"a": item([1], 0, 4)}, FOUR * 2, "inconsistent header"),
     "half a surrogate": (b'{"\\ud800": {}}', b"", "not valid Unicode"),
 }
 

@@ -105,7 +105,7 @@ def test_a_header_that_lies(inputs: Path) -> None:
     raw = path.read_bytes()
     assert raw.count(b"[32,16]") > 0
     path.write_bytes(raw.replace(b"[32,16]", b"[32,99]", 1))
-    expect(merge(inputs), WRONG_REQUEST, "base:", "the header lies")
+    expect(merge(inputs), WRONG_REQUEST, "base:", "inconsistent header")
 
 
 def test_an_index_that_points_outside(inputs: Path) -> None:

@@ -352,10 +352,10 @@ def test_grams_need_no_labels_no_head_and_not_even_tokens(expert: Path, tmp_path
     output = tmp_path / "x.safetensors"
     words = [expert, "--data", data, "-o", output, "--batch-size", 1, "--json"]
     report = json.loads(run(*words, "--task", "causal-lm").stdout)
-    assert "cls.predictions.bias" in report["made_up"]
+    assert "cls.predictions.bias" in report["randomly_initialised"]
     assert load_statistics(output)[QUERY].count == 3  # the empty text has none
     drawn = run(*words, "--output-gradients", "--labels", "sample")
-    assert json.loads(drawn.stdout)["made_up"] == []
+    assert json.loads(drawn.stdout)["randomly_initialised"] == []
 
 
 def test_a_causal_model_and_an_encoder_decoder(tmp_path: Path) -> None:

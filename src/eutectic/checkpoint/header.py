@@ -124,7 +124,7 @@ def _parse(path: Path, raw: bytes, data_start: int, file_size: int) -> Header:
     for tensor in tensors:
         if tensor.offset != position:
             fault = "overlaps" if tensor.offset < position else "leaves a gap after"
-            raise _broken(path, f"the header lies: '{tensor.name}' {fault} {previous}")
+            raise _broken(path, f"inconsistent header: tensor '{tensor.name}' {fault} {previous}")
         position += tensor.nbytes
         previous = f"'{tensor.name}'"
     if position > file_size:
@@ -134,14 +134,14 @@ def _parse(path: Path, raw: bytes, data_start: int, file_size: int) -> Header:
     if position < file_size:
         raise _broken(
             path,
-            f"the header lies: it describes {position:,} bytes, the file has {file_size:,}",
+            f"inconsistent header: it describes {position:,} bytes, the file has {file_size:,}",
         )
     return Header(tuple(tensors), metadata)
 
 
 def _tensor(path: Path, name: str, item: Any, data_start: int) -> HeaderTensor:
     def broken(what: str) -> CheckpointError:
-        return _broken(path, f"the header lies about '{name}': {what}")
+        return _broken(path, f"inconsistent header: tensor '{name}': {what}")
 
     try:
         name.encode("utf-8")

@@ -149,7 +149,7 @@ def collect(
 
     started = time.monotonic()
     given = given_options(context)
-    made_up: Sequence[str] = ()
+    randomly_initialised: Sequence[str] = ()
     if expert.checkpoint is None:
         if expert.data is not None or not add:
             raise RequestError(
@@ -170,12 +170,12 @@ def collect(
             load_statistics(file)  # a file that cannot be added is told before any data are run
         # What is to be added goes through a file of its own, so that OUTPUT is never half a sum.
         target = output.with_name(f"{output.name}.collected") if add else output
-        result, made_up = _collected(expert, gradients, sums, reading, target)
+        result, randomly_initialised = _collected(expert, gradients, sums, reading, target)
         if add:
             result = add_statistics([result, *add], output)
             target.unlink()
     seconds = round(time.monotonic() - started, 1)
-    _report(result, output, made_up, seconds, json)
+    _report(result, output, randomly_initialised, seconds, json)
 
 
 def _collected(
@@ -233,7 +233,11 @@ def _collected(
 
 
 def _report(
-    result: StatisticsFile, output: Path, made_up: Sequence[str], seconds: float, json: bool
+    result: StatisticsFile,
+    output: Path,
+    randomly_initialised: Sequence[str],
+    seconds: float,
+    json: bool,
 ) -> None:
     from eutectic.words import few
 
@@ -245,7 +249,7 @@ def _report(
         "checkpoint": result.fingerprint,
         "unseen": result.provenance["unseen"],
         "skipped": result.provenance["skipped"],
-        "made_up": list(made_up),
+        "randomly_initialised": list(randomly_initialised),
         "seconds": seconds,
     }
     if json:
@@ -262,7 +266,7 @@ def _report(
         alike.setdefault(reason, []).append(name)
     for reason, names in alike.items():
         table.add_row("left out", f"{few(names)}: {reason}")
-    for name in made_up:
+    for name in randomly_initialised:
         table.add_row("at random", f"{name}: the checkpoint does not hold it")
     table.add_row("took", f"{seconds:.1f} s, {format_bytes(report['bytes'])}")
     out.print(table)

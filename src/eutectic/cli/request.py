@@ -185,10 +185,15 @@ def named_experts(
     ):
         for name, value in values.items():
             if name not in experts:
+                given = f"Experts on the command line: {', '.join(experts)}."
+                if not experts:
+                    given = (
+                        "No experts were given on the command line. When you pass a recipe, set "
+                        "them there."
+                    )
                 raise RequestError(
                     f"{option} names '{name}', which is not an expert on the command line."
-                    f"{suggest(name, list(experts))}\n"
-                    f"Experts here: {', '.join(experts) or 'none; in a recipe, it stands there'}."
+                    f"{suggest(name, list(experts))}\n{given}"
                 )
             experts[name][key] = value
     return experts

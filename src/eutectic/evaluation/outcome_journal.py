@@ -19,7 +19,7 @@ class Journal:
     """Outcomes by the identity of what made them; appended to and locked while in use.
 
     A pair whose checkpoint, head, data or settings changed has another identity, so it is computed
-    again; the old line stays. The file holds the outcome of every row, for tests of one's own.
+    again; the old line stays. The file holds the outcome of every row, for further tests.
     """
 
     def __init__(self, output: Path | None) -> None:

@@ -252,7 +252,7 @@ def _peek(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch], bool]:
 
 def _begin(path: Path, record: Mapping[str, Any], parts: Sequence[Plan]) -> Partial:
     if path.is_dir() or not path.parent.is_dir():
-        why = "is a folder" if path.is_dir() else f"{path.parent} is no folder"
+        why = "is a folder" if path.is_dir() else f"{path.parent} is not a folder"
         raise OutputError(f"{path}: cannot be written: {why}.")
     observed = [
         {

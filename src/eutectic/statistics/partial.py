@@ -123,7 +123,7 @@ def open_partial(output: Path, identity: str) -> Partial:
         raise OutputError(f"{folder}: cannot be created ({error.strerror}).") from error
     if strangers:
         raise ResumeError(
-            f"{folder}: holds '{strangers[0]}', which no collection wrote.\n"
+            f"{folder}: holds '{strangers[0]}', which was not written by `collect`.\n"
             "Choose another output, or remove the folder."
         )
     partial = Partial(folder, identity)

@@ -149,7 +149,10 @@ def grid(low: float, high: float, points: int) -> list[float]:
 
 
 def rounded(scale: float) -> float:
-    """Return α to six digits, as it is printed: who repeats a merge by hand gets its bytes."""
+    """Return α rounded to six digits, as it is printed.
+
+    Re-running with the printed value reproduces the output byte for byte.
+    """
     return float(f"{scale:.6g}")
 
 

@@ -199,7 +199,7 @@ def _base(inputs: Inputs) -> Path:
 def _expert(inputs: Inputs, name: str) -> Path:
     folder = inputs.experts[name].folder
     if folder is None:
-        raise RequestError(f"expert '{name}' is no folder, so that it cannot be run.")
+        raise RequestError(f"expert '{name}' is not a folder, so it cannot be run.")
     return folder
 
 
