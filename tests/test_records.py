@@ -43,7 +43,8 @@ def test_the_text_of_a_note():
     assert len({Note("copied", names), Note("copied", names)}) == 1
 
 
-def test_every_kind_in_the_source_has_a_sentence():
+def test_every_kind_has_a_sentence_and_every_sentence_a_use():
     text = "\n".join(p.read_text("utf-8") for p in SOURCES.rglob("*.py") if p.name != "words.py")
     used = set(re.findall(r'\bNote\(\s*"(\w+)"', text))
     assert used <= set(words.SENTENCES)
+    assert all(f'"{kind}"' in text for kind in words.SENTENCES)

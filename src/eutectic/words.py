@@ -70,6 +70,13 @@ def _searched(tasks: Sequence[str], numbers: Mapping[str, Any]) -> str:
     return text
 
 
+def _no_gain(_: Sequence[str], values: Mapping[str, Any]) -> str:
+    listed = ", ".join(f"{t} ({own:.4g}, base {base:.4g})" for t, (own, base) in values.items())
+    return (
+        "the expert is not better than the base, so that a larger NAI says nothing good: " + listed
+    )
+
+
 SENTENCES: dict[str, Template] = {
     # Why a tensor takes its treatment.
     "matrix": "matrix",
@@ -132,4 +139,10 @@ SENTENCES: dict[str, Template] = {
         "{lost_percent:.0f} % of the experts' output shifts is lost"
     ),
     "searched_scale": _searched,
+    # What a reader of measurements should know.
+    "no_gain": _no_gain,
+    "inspected": "{matrices} matrices; {others} other tensors play no part",
+    "unchanged": "expert '{0}' leaves {unchanged} of {matrices} matrices unchanged",
+    "no_activation_interference": "no activation interference on the data of {all}",
+    "nai_split": "NAI on the split '{0}'",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import permutations
 
+from eutectic.errors import Note
 from eutectic.evaluation.bootstrap import (
     Draws,
     compare,
@@ -22,8 +23,6 @@ from eutectic.evaluation.metrics import LOWER_IS_BETTER, Outcomes
 from eutectic.evaluation.pairs import Pairs
 from eutectic.evaluation.results import CheckpointRecord, Results, TaskRecord
 
-NO_GAIN = "the expert is not better than the base, so that a larger NAI says nothing good: {}"
-
 
 def results_of(pairs: Pairs, outcomes: Mapping[tuple[str, str], Outcomes]) -> Results:
     """Return the results of an evaluation.
@@ -38,7 +37,7 @@ def results_of(pairs: Pairs, outcomes: Mapping[tuple[str, str], Outcomes]) -> Re
         for c, t in pairs
     }
     figures: dict[str, dict[str, tuple[Draws, Draws, Draws]]] = {}
-    without_gain: list[str] = []
+    without_gain: dict[str, tuple[float, float]] = {}
     for checkpoint, task in pairs:
         own = draws[checkpoint.name, task.name]
         named = task.expert_name in checkpoints.experts
@@ -46,7 +45,7 @@ def results_of(pairs: Pairs, outcomes: Mapping[tuple[str, str], Outcomes]) -> Re
         below = draws.get(("base", task.name))
         relative = compare(task, own, expert, below)
         if expert is own and below is not None and gain(task, own, below) <= 0:
-            without_gain.append(f"{task.name} ({own.value:.4g}, base {below.value:.4g})")
+            without_gain[task.name] = (own.value, below.value)
         row = EXPERTS_MEAN if checkpoint.role == "expert" else checkpoint.name
         figures.setdefault(row, {})[task.name] = (own, *relative)
     records = [
@@ -100,5 +99,5 @@ def results_of(pairs: Pairs, outcomes: Mapping[tuple[str, str], Outcomes]) -> Re
             difference(row, other, together[row], together[other])
             for row, other in permutations(compared, 2)
         ),
-        notes=(NO_GAIN.format(", ".join(without_gain)),) if without_gain else (),
+        notes=(str(Note("no_gain", numbers=without_gain)),) if without_gain else (),
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from eutectic.checkpoint.experts import Expert, open_expert
 from eutectic.checkpoint.hub import resolve
 from eutectic.checkpoint.writer import check_replaced, write_atomically
-from eutectic.errors import EutecticError, RequestError
+from eutectic.errors import EutecticError, Note, RequestError
 from eutectic.options import options_from
 from eutectic.planning.inputs import Inputs, open_inputs
 from eutectic.planning.plan import Plan, make_plan
@@ -207,14 +207,15 @@ def _notes(
     plan: Plan, inputs: Inputs, layers: Sequence[Layer], known: KnownNai | None
 ) -> list[str]:
     other = len(plan.tensors) - len({layer.name.partition("[")[0] for layer in layers})
-    notes = [f"{len(layers)} matrices; {other} other tensors play no part"]
+    count = len(layers)
+    notes = [Note("inspected", numbers={"matrices": count, "others": other})]
     for name in inputs.experts:
         zero = sum(layer.experts[name].norm == 0 for layer in layers)
         if zero:
-            notes.append(f"expert '{name}' leaves {zero} of {len(layers)} matrices unchanged")
-    without = [n for n in inputs.experts if n not in inputs.statistics]
+            notes.append(Note("unchanged", (name,), {"unchanged": zero, "matrices": count}))
+    without = tuple(n for n in inputs.experts if n not in inputs.statistics)
     if inputs.statistics and without:
-        notes.append(f"no activation interference on the data of {', '.join(without)}")
+        notes.append(Note("no_activation_interference", without))
     if known is not None:
-        notes.append(f"NAI on the split '{known.split}'")
-    return notes
+        notes.append(Note("nai_split", (known.split,)))
+    return [str(note) for note in notes]
