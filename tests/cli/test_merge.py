@@ -109,7 +109,7 @@ def test_an_output_in_use_is_refused(eutectic, models):
         ((*BY_WORDS[1:], "-p", "x=[1"), 2, "'[1' is not a YAML value"),
         (("a", "--base", "base", "-m", "iso_c"), 2, "given with a name each: NAME=a"),
         ((*BY_WORDS[1:], "-w", "c=1"), 2, "--weight names 'c', which is not an expert"),
-        ((*BY_WORDS[1:], "-w", "c=1"), 2, "Experts here: a, b."),
+        ((*BY_WORDS[1:], "-w", "c=1"), 2, "Experts on the command line: a, b."),
         ((*BY_WORDS[1:], "-w", "a=lots"), 2, "experts.a.weight: should be a valid number"),
         ((*BY_WORDS[1:], "-w", "a=1", "-w", "a=2"), 2, "--weight 'a' is given twice"),
         ((*BY_WORDS[1:], "-w", "a=1", "-w", "b=-1"), 2, "the experts' weights sum to zero"),
