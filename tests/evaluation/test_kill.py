@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 from eutectic.evaluation import run
 from evaluation import world
 from helpers.cli import invoke
-from helpers.folders import command
+from helpers.processes import start_cli
 
 LABELS = ("no", "maybe", "yes")
 # Waits while a file says so: the kill comes in the middle, whatever the machine's speed.
@@ -50,9 +49,7 @@ def test_sigkill_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole, killed = tmp_path / "whole.json", tmp_path / "killed.json"
 
     (tmp_path / "hold").touch()
-    process = subprocess.Popen(
-        command(*line, "-o", killed), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = start_cli(*line, "-o", killed)
     while not (tmp_path / "reached").exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

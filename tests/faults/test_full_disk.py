@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from helpers.cli import invoke
-from helpers.folders import digests, looks_finished, make_base, make_expert, run_cli, save
+from helpers.folders import digests, looks_finished, make_base, make_expert, save
+from helpers.processes import run_cli
 
 PAGE = 4096
 
@@ -81,12 +82,13 @@ def test_a_disk_that_fills_at_any_moment(
     assert [p.name for p in disk.iterdir()] == ["merged"]
 
 
-def test_a_limit_on_file_sizes(inputs: Path, tmp_path: Path) -> None:
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+def _limit() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
+
+def test_a_limit_on_file_sizes(inputs: Path, tmp_path: Path) -> None:
     output = tmp_path / "merged"
-    result = run_cli(*words(inputs, output), preexec_fn=limit)
+    result = run_cli(*words(inputs, output), before=_limit)
     assert result.returncode == 1
     assert "disk is full" in result.stderr
     assert "Traceback" not in result.stderr

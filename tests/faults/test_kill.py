@@ -11,7 +11,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ import eutectic
 from eutectic.planning.journal import JOURNAL
 from helpers.cli import invoke
 from helpers.folders import (
-    command,
     digests,
     looks_finished,
     make_base,
@@ -31,6 +29,7 @@ from helpers.folders import (
     save,
     save_sharded,
 )
+from helpers.processes import Forked, start_cli
 
 needs_proc = pytest.mark.skipif(
     not Path("/proc/self/fd").exists(), reason="looks into /proc for what a process holds open"
@@ -65,13 +64,7 @@ def partial(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def start(*line: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(*line), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for_journal(process: subprocess.Popen[str], output: Path) -> None:
+def wait_for_journal(process: Forked, output: Path) -> None:
     """Return when the process has taken the journal, or has ended."""
     journal = str(partial(output) / JOURNAL)
     while process.poll() is None:
@@ -84,7 +77,7 @@ def wait_for_journal(process: subprocess.Popen[str], output: Path) -> None:
         time.sleep(0.005)
 
 
-def end(process: subprocess.Popen[str]) -> int:
+def end(process: Forked) -> int:
     _, error = process.communicate(timeout=120)
     assert "Traceback" not in error, error
     return process.returncode
@@ -100,7 +93,7 @@ def test_a_killed_run_is_finished_by_the_same_command(
     kills = 3
     calm = tmp_path / "calm/merged"
     line = words(inputs, calm, method=method)
-    began = start(*line)
+    began = start_cli(*line)
     wait_for_journal(began, calm)
     taken = time.perf_counter()
     assert end(began) == 0
@@ -113,7 +106,7 @@ def test_a_killed_run_is_finished_by_the_same_command(
     while kills > 0 or partial(output).exists():
         if not partial(output).exists():
             shutil.rmtree(output, ignore_errors=True)
-        process = start(*line)
+        process = start_cli(*line)
         wait_for_journal(process, output)
         if kills > 0:
             time.sleep(chance.uniform(0, 1.1 * duration))
@@ -131,7 +124,7 @@ def test_a_killed_run_is_finished_by_the_same_command(
 def unfinished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The `.partial` folder of a run that was killed when some of its tensors were finished."""
     output = tmp_path_factory.mktemp("unfinished") / "merged"
-    process = start(*words(inputs, output))
+    process = start_cli(*words(inputs, output))
     journal = partial(output) / JOURNAL
     while process.poll() is None:
         if journal.exists() and journal.read_bytes().count(b"\n") > 3:
@@ -232,7 +225,7 @@ def test_a_second_process_is_refused_and_the_first_is_not_disturbed(
     inputs: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "merged"
-    first = start(*words(inputs, output))
+    first = start_cli(*words(inputs, output))
     wait_for_journal(first, output)
     first.send_signal(signal.SIGSTOP)
     try:

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.folders import run_cli, save
+from helpers.cli import invoke
+from helpers.folders import save
+from helpers.processes import run_cli
 
 SLACK = 300_000_000
 
@@ -21,7 +23,7 @@ SLACK = 300_000_000
 def test_peak_memory_stays_under_the_plan(method: str, large: Path) -> None:
     experts = [f"{name}={large / name}" for name in "abc"]
     request = ["--base", large / "base", "-m", method, "--threads", 2, "--json", *experts]
-    plan = json.loads(run_cli("plan", *request).stdout)
+    plan = json.loads(invoke("plan", *request).out)
     result = run_cli("merge", *request, "-o", large / f"merged-{method}")
     assert result.returncode == 0, result.stderr
     peak = json.loads(result.stdout)["peak_bytes"]

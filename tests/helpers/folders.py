@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,19 +83,6 @@ def digests(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-def command(*words: object) -> list[str]:
-    """Return the command line of `eutectic WORDS` in this interpreter."""
-    return [sys.executable, "-m", "eutectic.cli.main", *map(str, words)]
-
-
-def run_cli(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run `eutectic WORDS` to its end in a process of its own."""
-    environment = {**os.environ, "COLUMNS": "200"}
-    return subprocess.run(
-        command(*words), capture_output=True, text=True, timeout=240, env=environment, **options
-    )
 
 
 def looks_finished(output: Path) -> bool:

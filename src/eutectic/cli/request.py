@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from eutectic.cli.console import pairs
 from eutectic.cli.options import StatisticsFiles
 from eutectic.errors import RequestError, suggest
-from eutectic.recipes.document import UNREADABLE
 
 What = Annotated[
     list[str] | None,
@@ -112,6 +110,10 @@ def request(asked: RecipeOptions) -> tuple[Path | None, dict[str, Any]]:
 
 def _values(items: list[str], option: str) -> dict[str, Any]:
     """Return name -> value of `name=value` words, with values as a recipe would have them."""
+    import yaml
+
+    from eutectic.recipes.document import UNREADABLE
+
     found: dict[str, Any] = {}
     for name, text in pairs(items, option).items():
         try:
