@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eutectic.statistics.callables import describe_callable
+from eutectic.statistics.function_identity import describe_callable
 
 
 def closing(value: Any) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eutectic.statistics.store import RECORD_KEY, StatisticsFile
+from eutectic.statistics.statistics_file import RECORD_KEY, StatisticsFile
 
 
 def _save(path, inputs, shapes):

@@ -2,6 +2,6 @@
 
 from eutectic.statistics.add import add_statistics
 from eutectic.statistics.collect import collect
-from eutectic.statistics.store import StatisticsFile, load_statistics
+from eutectic.statistics.statistics_file import StatisticsFile, load_statistics
 
 __all__ = ["StatisticsFile", "add_statistics", "collect", "load_statistics"]

@@ -13,7 +13,8 @@ from torch import Tensor
 from eutectic.errors import RequestError, StatisticsError
 from eutectic.statistics.gram import triangular_factor, truncate_factor
 from eutectic.statistics.likelihood import objective_name
-from eutectic.statistics.store import (
+from eutectic.statistics.pass_sums import stored_form
+from eutectic.statistics.statistics_file import (
     EXAMPLES,
     GRAM_NAMES,
     INPUT_STATISTICS,
@@ -22,7 +23,6 @@ from eutectic.statistics.store import (
     expand,
     load_statistics,
 )
-from eutectic.statistics.sums import stored_form
 
 # What must agree for a sum to mean anything.
 _SETTINGS = (

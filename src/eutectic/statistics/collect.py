@@ -20,13 +20,11 @@ from eutectic.models.masks import mask_policy
 from eutectic.models.names import saved_names
 from eutectic.models.sites import is_encoder_decoder
 from eutectic.options import options_from
-from eutectic.statistics.container import entries_of, write_tensors
-from eutectic.statistics.partial import DataLog, Partial, Snapshot, identify, open_partial
-from eutectic.statistics.passes import Pass, run_pass
-from eutectic.statistics.plan import Plan, describe_layers, make_plan
-from eutectic.statistics.samples import sample_weights
+from eutectic.statistics.collection_plan import Plan, describe_layers, make_plan
+from eutectic.statistics.data_pass import Pass, run_pass
+from eutectic.statistics.pass_sums import PassSums
 from eutectic.statistics.settings import CollectOptions, Settings
-from eutectic.statistics.store import (
+from eutectic.statistics.statistics_file import (
     EXAMPLES,
     FORMAT,
     GRAM_NAMES,
@@ -34,7 +32,15 @@ from eutectic.statistics.store import (
     StatisticsFile,
     load_statistics,
 )
-from eutectic.statistics.sums import PassSums
+from eutectic.statistics.tensor_file import entries_of, write_tensors
+from eutectic.statistics.unfinished_collection import (
+    DataLog,
+    Partial,
+    Snapshot,
+    identify,
+    open_partial,
+)
+from eutectic.statistics.weight_samples import sample_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -11,7 +11,7 @@ import torch
 from eutectic.errors import RequestError
 from eutectic.models.linear_head import Head
 from eutectic.models.masks import TokenMask, Unmatched
-from eutectic.statistics.callables import describe_callable
+from eutectic.statistics.function_identity import describe_callable
 from eutectic.statistics.likelihood import (
     OBJECTIVES,
     LogLikelihood,

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import NumericalError
+from eutectic.statistics.collection_plan import Plan
 from eutectic.statistics.gram import GramSum
-from eutectic.statistics.plan import Plan
-from eutectic.statistics.record import InputSums, below
+from eutectic.statistics.recorder import InputSums, below
 from eutectic.statistics.settings import Settings
-from eutectic.statistics.store import GRAM_NAMES
+from eutectic.statistics.statistics_file import GRAM_NAMES
 
 
 class PassSums:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import StatisticsError, suggest
-from eutectic.statistics.container import Entry, TensorFile, entries_of, write_tensors
+from eutectic.statistics.tensor_file import Entry, TensorFile, entries_of, write_tensors
 from eutectic.types import LayerStatistics
 
 RECORD_KEY = "eutectic_statistics"

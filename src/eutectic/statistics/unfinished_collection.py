@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import OutputError, ResumeError, StatisticsError
-from eutectic.statistics.container import TensorFile, entries_of, write_tensors
+from eutectic.statistics.tensor_file import TensorFile, entries_of, write_tensors
 from eutectic.storage import storage_of
 
 _KEY = "eutectic_collection"

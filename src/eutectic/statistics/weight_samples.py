@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from eutectic.checkpoint.content import sample_of
 from eutectic.conventions import IA3_SUFFIX
-from eutectic.statistics.plan import Plan
+from eutectic.statistics.collection_plan import Plan
 
 
 def sample_weights(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:

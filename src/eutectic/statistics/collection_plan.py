@@ -20,7 +20,7 @@ from eutectic.models.sites import (
     is_encoder_decoder,
     named_parameters,
 )
-from eutectic.statistics.record import Probe
+from eutectic.statistics.recorder import Probe
 from eutectic.statistics.settings import Settings
 
 _BYTES = 8  # of one number in a running sum

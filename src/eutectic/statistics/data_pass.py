@@ -14,12 +14,12 @@ from eutectic.errors import NumericalError, RequestError, ResumeError, Statistic
 from eutectic.models.batch import LABEL_KEYS, Batch, call, examples, sample_count, transform
 from eutectic.models.hooks import evaluating, observing, requiring_gradients
 from eutectic.models.sites import is_encoder_decoder
+from eutectic.statistics.collection_plan import Plan, device_of, make_layout
 from eutectic.statistics.likelihood import evaluate, label_seeds
-from eutectic.statistics.partial import DataLog
-from eutectic.statistics.plan import Plan, device_of, make_layout
-from eutectic.statistics.record import Recorder
+from eutectic.statistics.pass_sums import PassSums
+from eutectic.statistics.recorder import Recorder
 from eutectic.statistics.settings import Settings
-from eutectic.statistics.sums import PassSums
+from eutectic.statistics.unfinished_collection import DataLog
 
 
 @dataclass
