@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, Protocol, runtime_checkable
 
@@ -65,6 +65,12 @@ class LayerStatistics:
         if statistic == "gram":
             return self.gram is not None or self.gram_factor is not None
         return getattr(self, statistic) is not None
+
+    def to(self, device: str) -> LayerStatistics:
+        """Return the same sums on a device."""
+        held = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {k: v.to(device) for k, v in held.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
     def dense_gram(self, dtype: torch.dtype = torch.float64) -> Tensor | None:
         """Return A `[in, in]` in `dtype` whichever way it is stored, or None if there is none."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import eutectic
 from eutectic.errors import EutecticError, RecipeError
-from eutectic.planning import values
+from eutectic.execution import tensor_values
 from helpers.folders import Tensors, make_base, make_expert
 from helpers.merging import merge_files
 
@@ -312,7 +312,7 @@ def test_chunks_do_not_change_a_byte(
     options: dict[str, Any] = {"method": method, "scale": 0.9, "weights": weights, **parameters}
     whole = eutectic.merge_state_dicts(base, others, **options)
     for size in (37, 256):
-        monkeypatch.setattr(values, "CHUNK", size)
+        monkeypatch.setattr(tensor_values, "CHUNK", size)
         chunked = eutectic.merge_state_dicts(base, others, **options)
         assert all(torch.equal(chunked[name], whole[name]) for name in base)
 
@@ -321,7 +321,7 @@ def test_chunks_change_slerp_by_rounding_alone(monkeypatch: pytest.MonkeyPatch) 
     base = make_base()
     others = family(base, 2)
     whole = eutectic.merge_state_dicts(base, others, method="slerp")
-    monkeypatch.setattr(values, "CHUNK", 41)
+    monkeypatch.setattr(tensor_values, "CHUNK", 41)
     chunked = eutectic.merge_state_dicts(base, others, method="slerp")
     for name in base:
         torch.testing.assert_close(chunked[name], whole[name], rtol=1e-6, atol=1e-7)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import eutectic
 from eutectic.errors import NumericalError
-from eutectic.planning import values
+from eutectic.execution import tensor_values
 from eutectic.statistics import collect, load_statistics
 from eutectic.types import LayerStatistics
 from helpers.folders import load
@@ -34,7 +34,7 @@ def apart(fused: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_fused_and_separate_matrices_are_scaled_alike(
     preset: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(values, "CHUNK", chunk)
+    monkeypatch.setattr(tensor_values, "CHUNK", chunk)
     g = torch.Generator().manual_seed(1)
     names = [f"h.{i}.qkv.weight" for i in range(3)]
     base = {name: torch.randn(24, 8, generator=g) for name in names}

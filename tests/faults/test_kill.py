@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import eutectic
-from eutectic.planning.journal import JOURNAL
+from eutectic.execution.journal import JOURNAL
 from helpers.cli import invoke
 from helpers.folders import (
     digests,

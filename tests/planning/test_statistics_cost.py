@@ -26,7 +26,7 @@ def cost(folder: Path, **parameters: object) -> tuple[int, int]:
     with open_inputs(recipe) as inputs:
         plan = make_plan(recipe, inputs)
         matrix = next(t for t in plan.tensors if t.name == "weight")
-        found = tensor_cost(matrix, plan, inputs)
+        found = tensor_cost(matrix, inputs)
     return found.read_bytes, found.peak_bytes
 
 
@@ -62,7 +62,7 @@ def test_the_limit_holds_the_largest_job_and_the_process(tmp_path: Path) -> None
     recipe = check_recipe({"base": tmp_path / "base", "experts": experts, "method": "iso_c"})
     with open_inputs(recipe) as inputs:
         plan = make_plan(recipe, inputs)
-        peak = max(tensor_cost(tensor, plan, inputs).peak_bytes for tensor in plan.tensors)
+        peak = max(tensor_cost(tensor, inputs).peak_bytes for tensor in plan.tensors)
         check_memory(plan, inputs, peak + PROCESS_BYTES)
         with pytest.raises(RecipeError, match="weight alone needs"):
             check_memory(plan, inputs, peak + PROCESS_BYTES - 1)

@@ -12,12 +12,14 @@ from torch import Tensor
 from eutectic.checkpoint.adapter_config import CONFIG_NAME
 from eutectic.checkpoint.adapters import AdapterReader
 from eutectic.checkpoint.content import TensorSource
-from eutectic.checkpoint.ia3 import is_ia3, open_ia3
+from eutectic.checkpoint.ia3 import identity_adapter, is_ia3, is_identity_adapter, open_ia3
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index
 from eutectic.checkpoint.memory import StateDictReader
 from eutectic.checkpoint.names import Alignment, align
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.errors import CheckpointError
+
+BaseReader = CheckpointReader | StateDictReader
 
 
 class Expert(Protocol):
@@ -215,25 +217,45 @@ class FullExpert:
         self._source.close()
 
 
+def common_base(
+    base: CheckpointReader, experts: Mapping[str, Path]
+) -> tuple[BaseReader, CheckpointIndex]:
+    """Return what the experts' tensors are compared with, and its layout.
+
+    The base itself; where every expert is an (IA)³ adapter, the adapter of it that changes nothing.
+
+    Raises:
+        CheckpointError: (IA)³ adapters that do not fit together, or do not fit the base.
+    """
+    if not experts or not all(is_ia3(path) for path in experts.values()):
+        return base, base.index
+    return identity_adapter({name: open_ia3(path) for name, path in experts.items()}, base)
+
+
 def open_expert(path: Path, base: CheckpointIndex) -> Expert:
     """Return the expert at `path`: a checkpoint (folder or file) or a PEFT adapter folder.
 
     A folder with an adapter_config.json is an adapter, whatever else it holds.
+
+    Args:
+        path: of the expert.
+        base: the layout that `common_base` returned.
 
     Raises:
         CheckpointError: it cannot be read, is of a kind that is not supported, or belongs to
             another base.
     """
     path = Path(path)
-    if is_adapter(path):
+    vectors = is_identity_adapter(base) and is_ia3(path)
+    if is_adapter(path) and not vectors:
         return AdapterReader(path, base.entries)
-    index = open_index(path)
+    index = open_ia3(path) if vectors else open_index(path)
     return FullExpert(
         CheckpointReader(index),
         base.entries,
         label=str(path),
         config=index.config,
-        folder=index.folder,
+        folder=path if vectors else index.folder,
     )
 
 

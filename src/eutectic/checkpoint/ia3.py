@@ -32,6 +32,11 @@ def is_ia3(path: Path) -> bool:
     return config.is_file() and read_json_object(config).get("peft_type") == "IA3"
 
 
+def is_identity_adapter(index: CheckpointIndex) -> bool:
+    """Return whether a table is that of an `identity_adapter`."""
+    return bool(_vectors(index))
+
+
 def open_ia3(folder: Path) -> CheckpointIndex:
     """Return the table of an (IA)³ adapter's tensors: vectors, and modules saved in full.
 

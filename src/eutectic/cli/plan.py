@@ -36,23 +36,24 @@ def plan(
 
       eutectic plan --base ./base -m iso_c --explain sst2=./sst2 mnli=./mnli
     """
-    from eutectic.execution.request import limits_of, recipe_from
+    from eutectic.execution.limits import limits_of
+    from eutectic.execution.recipe_options import recipe_from
     from eutectic.planning.cost import check_memory, plan_cost, tensor_cost
     from eutectic.planning.inputs import open_inputs
     from eutectic.planning.plan import make_plan
-    from eutectic.recipes.schema import ScaleSearch
 
     recipe, options = request(asked)
     checked, source = recipe_from(recipe, options)
-    count, limit = limits_of(limits.threads, limits.memory)
+    allowed = limits_of(limits.threads, limits.memory)
+    count, limit = allowed.threads, allowed.memory
     with open_inputs(checked, source) as inputs:
         made = make_plan(checked, inputs, source)
         check_memory(made, inputs, limit)
         total = plan_cost(made, inputs, count)
-        costs = {t.name: tensor_cost(t, made, inputs) for t in made.tensors}
-    searched = made.recipe.scale if isinstance(made.recipe.scale, ScaleSearch) else None
+        costs = {t.name: tensor_cost(t, inputs) for t in made.tensors}
+    searched = made.search
     scale_text = f"{made.scale:g}" if searched is None else f"by {searched.search}"
-    rows = [_row(t, costs[t.name], made, explain, searched is not None) for t in made.tensors]
+    rows = [_row(t, costs[t.name], explain, searched is not None) for t in made.tensors]
     if json:
         tell_notes(made.notes, warnings_only=True)
         print_json(
@@ -94,36 +95,35 @@ def plan(
     )
 
 
-def _row(planned: Any, cost: Any, made: Any, explain: bool, searched: bool) -> dict[str, Any]:
+def _row(planned: Any, cost: Any, explain: bool, searched: bool) -> dict[str, Any]:
     return {
         "name": planned.name,
-        "shape": list(planned.entry.shape),
+        "shape": list(planned.shape),
         "dtype": str(planned.dtype).removeprefix("torch."),
-        "treatment": planned.decision.treatment.value,
+        "treatment": planned.treatment.value,
         "method": planned.method,
         "scale": planned.scale if not (searched and planned.tunable) else None,
-        "why": planned.decision.why,
-        "kinds": [note.kind for note in planned.decision.reason],
+        "why": planned.why,
+        "kinds": [note.kind for note in planned.reason],
         "peak_bytes": cost.peak_bytes,
         "read_bytes": cost.read_bytes,
         "write_bytes": cost.write_bytes,
         "seconds": cost.seconds,
-        "route": _route(planned, made) if explain else "",
+        "route": _route(planned) if explain else "",
     }
 
 
-def _route(planned: Any, made: Any) -> str:
-    from eutectic.planning.plan import method_of
-    from eutectic.planning.values import matrix_shapes
+def _route(planned: Any) -> str:
+    from eutectic.methods import get_method
 
-    if planned.method == "copy" or planned.decision.treatment.value != "matrix":
+    if not planned.merged or planned.treatment.value != "matrix":
         return ""
-    method, parameters = method_of(planned, made)
+    method = get_method(planned.method)
     if method.explain is None:
         return ""
-    shapes = dict.fromkeys(matrix_shapes(planned))
+    shapes = dict.fromkeys(planned.matrix_shapes)
     texts = [
-        method.explain((len(planned.experts), *shape), parameters, made.recipe.precision)
+        method.explain((len(planned.experts), *shape), planned.parameters, planned.precision)
         for shape in shapes
     ]
     return "; ".join(texts)

@@ -37,7 +37,7 @@ def document(
     `identity` is the request's (see `request_identity`): by it a sweep knows its own merges again.
     Nothing depends on when or how it ran, so that a resumed run gives the same bytes.
     """
-    recipe = plan.recipe
+    names = plan.request.names
     provenance: dict[str, Any] = {
         "eutectic": version("eutectic"),
         "torch": version("torch"),
@@ -48,34 +48,34 @@ def document(
         "notes": [str(note) for note in plan.notes],
         "parents": {
             "base": {
-                "name": _shown(recipe.base),
+                "name": names["base"],
                 "fingerprint": inputs.base.fingerprint(),
                 "licence": _licence(inputs.index.folder if inputs.index else None),
             },
             **{
-                name: {**_parent(recipe.experts[name].path, expert), **_proxy_data(name, inputs)}
+                name: {**_parent(names[name], expert), **_proxy_data(name, inputs)}
                 for name, expert in inputs.experts.items()
             },
         },
         "tensors": {
             t.name: {
-                "treatment": t.decision.treatment.value,
+                "treatment": t.treatment.value,
                 "method": t.method,
                 "scale": t.scale,
-                "reason": t.decision.why,
+                "reason": t.why,
                 "sha256": hashes[t.name],
             }
             for t in plan.tensors
         },
     }
     if inputs.initial is not None:
-        provenance["initial"] = _parent(recipe.parameters["init"], inputs.initial)
+        provenance["initial"] = _parent(names["initial"], inputs.initial)
     return provenance
 
 
-def _parent(path: str, expert: Expert) -> dict[str, Any]:
+def _parent(name: str, expert: Expert) -> dict[str, Any]:
     return {
-        "name": _shown(path),
+        "name": name,
         "fingerprint": expert.fingerprint(),
         "licence": _licence(expert.folder),
     }
@@ -90,15 +90,7 @@ def _proxy_data(name: str, inputs: Inputs) -> dict[str, Any]:
 
 def stated_recipe(plan: Plan) -> dict[str, Any]:
     """Return the recipe as a user would write it, with the scale that was used."""
-    values = plan.recipe.model_dump(mode="json", exclude_defaults=True)
-    values["base"] = _shown(plan.recipe.base)
-    if isinstance(init := plan.recipe.parameters.get("init"), str):
-        values["parameters"] = {**plan.recipe.parameters, "init": _shown(init)}
-    for name, spec in plan.recipe.experts.items():
-        own = spec.model_dump(mode="json", exclude_defaults=True)
-        own = {k: _shown(v) if isinstance(v, str) else v for k, v in own.items()}
-        values["experts"][name] = own["path"] if len(own) == 1 else own
-    return {**values, "scale": plan.scale}
+    return {**plan.request.published, "scale": plan.scale}
 
 
 def write_folder(
@@ -115,8 +107,8 @@ def write_folder(
     if index_name is not None:
         write_atomically(model / index_name, weight_index_bytes(files))
     donor = inputs.index.folder
-    if plan.recipe.side_files != "base":
-        donor = inputs.experts[plan.recipe.side_files].folder or donor
+    if plan.output.side_files != "base":
+        donor = inputs.experts[plan.output.side_files].folder or donor
     if not (donor / "config.json").is_file():  # an adapter brings a tokenizer at most
         copy_side_files(inputs.index.folder, model)
     copy_side_files(donor, model)
@@ -124,11 +116,12 @@ def write_folder(
         copy_side_files(donor, model, [CONFIG_NAME])
     copy_side_files(inputs.index.folder, model, module_weights(inputs.index.folder))
     write_expert_folders(plan, inputs, model, files)
-    own = _stated_dtype(inputs.config) if plan.recipe.dtype is None else plan.recipe.dtype
-    dtype = own or _prevailing_dtype(files)
+    asked = plan.output.dtype
+    stated = _stated_dtype(inputs.config) if asked is None else _name_of(asked)
+    dtype = stated or _prevailing_dtype(files)
     for config in model.glob("experts/*/config.json"):
         _state_dtype(config, dtype)
-    if plan.recipe.dtype is not None or plan.recipe.side_files != "base":
+    if asked is not None or plan.output.side_files != "base":
         _state_dtype(model / "config.json", dtype)
     write_atomically(model / "README.md", card(provenance).encode())
     text = json.dumps({**provenance, "records": dict(records)}, indent=1, ensure_ascii=False)
@@ -164,14 +157,6 @@ def card(provenance: Mapping[str, Any]) -> str:
     )
 
 
-def _shown(path: str) -> str:
-    """Return a hub id as it is, and of a local path its last two parts: cards are published."""
-    parts = Path(path).parts
-    if not path.startswith((".", "/", "~")) and len(parts) <= 2:
-        return path
-    return Path(path).name or path
-
-
 def _licence(folder: Path | None) -> str:
     """Return the licence that a model's card states, or "unknown"."""
     if folder is None:
@@ -201,7 +186,11 @@ def _prevailing_dtype(files: Sequence[OutputFile]) -> str:
     for file in files:
         for _, dtype, shape in file.entries:
             counts[dtype] += math.prod(shape) if dtype.is_floating_point else 0
-    return str(counts.most_common(1)[0][0]).removeprefix("torch.")
+    return _name_of(counts.most_common(1)[0][0])
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _state_dtype(config: Path, dtype: str) -> None:
@@ -210,5 +199,5 @@ def _state_dtype(config: Path, dtype: str) -> None:
         return  # bare weights without a config
     values = json.loads(config.read_text(encoding="utf-8"))
     key = "torch_dtype" if "torch_dtype" in values else "dtype"
-    values[key] = str(getattr(torch, dtype)).removeprefix("torch.")
+    values[key] = _name_of(getattr(torch, dtype))
     write_atomically(config, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())

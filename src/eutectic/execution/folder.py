@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from eutectic.checkpoint.layout import OutputFile, layout_like
 from eutectic.checkpoint.writer import CheckpointWriter
 from eutectic.errors import Note, OutputError, RequestError
 from eutectic.execution.finish import PROVENANCE, document, stated_recipe, write_folder
-from eutectic.execution.jobs import Limits, hashes, records_of
-from eutectic.execution.stages import run_scaled, run_stages
-from eutectic.execution.unscaled import Choose, unscaled_merge
+from eutectic.execution.journal import JOURNAL, Journal, hashes, records_of, request_identity
+from eutectic.execution.limits import Limits
+from eutectic.execution.scale_choice import Choose, Unscaled
+from eutectic.execution.schedule import CHOSEN, Desk, merged_deltas, run_schedule
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.journal import JOURNAL, Finished, Journal, request_identity
 from eutectic.planning.plan import Plan, with_scale
 from eutectic.storage import storage_of
-
-_CHOSEN = "chosen"  # stage of a search's note in the journal
 
 
 def check_output(output: Path, work: Path) -> None:
@@ -39,67 +38,95 @@ def check_output(output: Path, work: Path) -> None:
         raise RequestError(f"{output} is not empty.\nChoose another output, or remove it first.")
 
 
+@dataclass(frozen=True)
+class OutputPlace:
+    """Where a model shall stand, and where it is written until it is complete."""
+
+    output: Path
+    work: Path
+
+    @property
+    def model(self) -> Path:
+        """The unfinished model."""
+        return self.work / "model"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished model.
+
+    Attributes:
+        plan: the plan with α.
+        records: tensor -> what its method reported.
+        resumed: an unfinished run was continued.
+        search: how α was chosen, where it was searched.
+    """
+
+    plan: Plan
+    records: dict[str, Any]
+    resumed: bool
+    search: dict[str, Any] | None
+
+
 def write_to_folder(
     plan: Plan,
+    place: OutputPlace,
     inputs: Inputs,
-    output: Path,
-    work: Path,
     limits: Limits,
     restart: bool,
-    find: Choose | None,
-) -> tuple[Plan, dict[str, Any], bool, dict[str, Any] | None]:
+    choose: Choose | None,
+) -> Written:
     """Write the model into the work folder and move it to its name when it is complete.
 
-    `find` chooses α when the deltas are known. Returns the plan with α, records, whether a run was
-    continued, and the search.
+    `choose` finds α when the deltas are known.
     """
     identity = request_identity(plan, inputs)
-    search = None
-    with Journal(work, identity, restart=restart) as journal:
-        if journal.resumed and _complete(output, work):
-            if find is not None:
-                made = json.loads((output / PROVENANCE).read_text(encoding="utf-8"))
-                search = made["search"]
-                plan = with_scale(plan, made["scale"], _chosen(journal))
-        elif find is None:
-
-            def scratch(layout: OutputFile) -> CheckpointWriter:
-                return CheckpointWriter(work, [layout], resume=(work / layout.name).exists())
-
-            def write(writer: CheckpointWriter) -> None:
-                run_stages(plan, inputs, writer, journal, limits, scratch)
-
-            _write_model(plan, inputs, output, work, journal, write, identity, search)
+    with Journal(place.work, identity, restart=restart) as journal:
+        if journal.resumed and _complete(place.output, place.work):
+            plan, search = _chosen_before(plan, place.output, journal, choose)
         else:
-            with unscaled_merge(work, plan, inputs, journal, limits) as unscaled:
-                choice = find(unscaled)
-                search, factors, deltas = choice.record, unscaled.factors, unscaled.deltas
-                journal.add(_CHOSEN, "note", Finished("", vars(choice.note)))
-                plan = chosen = with_scale(plan, choice.scale, choice.note)
-
-                def write(writer: CheckpointWriter) -> None:
-                    run_scaled(factors, chosen, inputs, deltas, writer, journal, limits)
-
-                _write_model(plan, inputs, output, work, journal, write, identity, search)
+            plan, choice = run_schedule(plan, _desk(place, inputs, journal, limits), choose)
+            search = None if choice is None else choice.record
+            _finish(plan, place, inputs, journal, identity, search)
         journal.remove_folder()
-        return plan, records_of(journal), journal.resumed, search
+        return Written(plan, records_of(journal), journal.resumed, search)
 
 
-def _write_model(
+def _chosen_before(
+    plan: Plan, output: Path, journal: Journal, choose: Choose | None
+) -> tuple[Plan, dict[str, Any] | None]:
+    """Return the plan with the α of a model that was finished before its run could end."""
+    if choose is None:
+        return plan, None
+    made = json.loads((output / PROVENANCE).read_text(encoding="utf-8"))
+    return with_scale(plan, made["scale"], _chosen(journal)), made["search"]
+
+
+def _desk(place: OutputPlace, inputs: Inputs, journal: Journal, limits: Limits) -> Desk:
+    @contextmanager
+    def open_output(plan: Plan) -> Iterator[CheckpointWriter]:
+        files = _layout(plan, inputs)
+        with CheckpointWriter(place.model, files, resume=place.model.exists()) as writer:
+            yield writer
+            writer.sync()
+
+    return Desk(inputs, journal, limits, partial(open_scratch, place.work), open_output)
+
+
+def open_scratch(folder: Path, layout: OutputFile) -> CheckpointWriter:
+    """Open a scratch file in a run's folder; what is in it already is kept."""
+    return CheckpointWriter(folder, [layout], resume=(folder / layout.name).exists())
+
+
+def _finish(
     plan: Plan,
+    place: OutputPlace,
     inputs: Inputs,
-    output: Path,
-    work: Path,
     journal: Journal,
-    write: Callable[[CheckpointWriter], None],
     identity: str,
     search: Mapping[str, Any] | None,
 ) -> None:
-    model = work / "model"
-    files = _layout(plan, inputs)
-    with CheckpointWriter(model, files, resume=model.exists()) as writer:
-        write(writer)
-        writer.sync()
+    model, files = place.model, _layout(plan, inputs)
     provenance = document(plan, inputs, hashes(journal), identity)
     if search is not None:
         provenance["search"] = search
@@ -108,23 +135,25 @@ def _write_model(
     except OSError as error:
         where = error.filename or model
         raise OutputError(f"{where}: cannot be written ({error.strerror}).") from error
-    _move(model, output)
+    _move(model, place.output)
 
 
 def _layout(plan: Plan, inputs: Inputs) -> list[OutputFile]:
     """Return the output's files: the base's, in the recipe's dtype, with the recipe inside."""
     if inputs.index is None:
         raise RequestError("a merge into files needs a base in files.")
-    dtype = getattr(torch, plan.recipe.dtype) if plan.recipe.dtype else None
     recipe = json.dumps(stated_recipe(plan), sort_keys=True)
     return layout_like(
-        inputs.index, dtype, {"eutectic": version("eutectic"), "recipe": recipe}, drop=plan.left_out
+        inputs.index,
+        plan.output.dtype,
+        {"eutectic": version("eutectic"), "recipe": recipe},
+        drop=plan.left_out,
     )
 
 
 def _chosen(journal: Journal) -> Note:
     """Return the note on the scale that an earlier run has chosen."""
-    kept = journal.finished[_CHOSEN, "note"].record
+    kept = journal.finished[CHOSEN, "note"].record
     return Note(kept["kind"], tuple(kept["subject"]), kept["numbers"], kept["level"])
 
 
@@ -141,3 +170,28 @@ def _move(model: Path, output: Path) -> None:
             f"{error.filename or model}: the merged model cannot be moved to {output} "
             f"({error.strerror or error})."
         ) from error
+
+
+@contextmanager
+def unscaled_folder(
+    folder: Path, plan: Plan, inputs: Inputs, limits: Limits, restart: bool = False
+) -> Iterator[Unscaled]:
+    """Merge into a scratch folder of its own, before α, for any number of searches.
+
+    The folder stays. The same recipe finds its deltas there again, whatever it says of the scale.
+
+    Raises:
+        ResumeError: the folder is not of this recipe and these inputs.
+    """
+    identity = request_identity(_at_one(plan), inputs)
+    with Journal(folder, identity, restart=restart) as journal:
+        desk = _desk(OutputPlace(folder, folder), inputs, journal, limits)
+        with merged_deltas(plan, desk, plan.merged) as unscaled:
+            yield unscaled
+
+
+def _at_one(plan: Plan) -> Plan:
+    """Return the plan with α = 1 wherever it is the recipe's."""
+    tensors = tuple(replace(t, scale=1.0) if t.tunable else t for t in plan.tensors)
+    request = replace(plan.request, complete={**plan.request.complete, "scale": None})
+    return replace(plan, scale=1.0, tensors=tensors, request=request)

@@ -17,9 +17,9 @@ from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.layout import SHARD_INDEX_NAME, OutputFile, weight_index_bytes
 from eutectic.checkpoint.writer import CheckpointWriter, write_atomically
 from eutectic.conventions import CLASSIFIERS, is_token_embedding
+from eutectic.execution.tensor_values import flat_ranges
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
-from eutectic.planning.values import flat_ranges
 from eutectic.storage import storage_of
 
 EXPERTS = "experts"
@@ -94,7 +94,7 @@ def _write_heads(
     plan: Plan, inputs: Inputs, name: str, folder: Path, spelling: _Prefix, count: int
 ) -> OutputFile:
     expert = inputs.experts[name]
-    dtype = getattr(torch, plan.recipe.dtype) if plan.recipe.dtype else None
+    dtype = plan.output.dtype
     heads = plan.heads[name]
     own_names = {
         head.name: expert.extra[head.name].name

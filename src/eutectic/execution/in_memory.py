@@ -10,11 +10,11 @@ from torch import Tensor
 
 from eutectic.checkpoint.memory import MemoryWriter
 from eutectic.errors import RequestError
-from eutectic.execution.jobs import Limits
-from eutectic.execution.request import limits_of, sorted_options
-from eutectic.execution.stages import run_stages
+from eutectic.execution.limits import limits_of
+from eutectic.execution.recipe_options import sorted_options
+from eutectic.execution.schedule import Desk, run_schedule
+from eutectic.execution.tasks import Finished
 from eutectic.planning.inputs import in_memory_inputs
-from eutectic.planning.journal import Finished
 from eutectic.planning.plan import make_plan
 from eutectic.recipes.load import check_recipe
 from eutectic.types import LayerStatistics
@@ -25,7 +25,6 @@ def merge_state_dicts(
     experts: Mapping[str, Mapping[str, Tensor]],
     *,
     method: str,
-    scale: float | None = None,
     weights: Mapping[str, float] | None = None,
     statistics: Mapping[str, Mapping[str, LayerStatistics]] | None = None,
     threads: int | None = None,
@@ -38,14 +37,13 @@ def merge_state_dicts(
         base: name -> tensor of the base model.
         experts: name -> state dict.
         method: a name from `eutectic.methods()`.
-        scale: α (default: the method's).
         weights: name -> w_t (default 1).
         statistics: name -> statistics, for methods that use data.
         threads: jobs side by side.
         config: the base's `config.json` as a mapping (`model.config.to_dict()`). GPT-2 and its
             relatives keep some matrices as [in, out], which only their `model_type` tells.
-        **options: other keys of a recipe (`tensors`, `dtype`, `missing`, …) or the method's
-            parameters.
+        **options: other keys of a recipe (`scale`, `tensors`, `dtype`, `missing`, …) or the
+            method's parameters.
 
     Returns:
         The merged state dict: the base's keys, order, shapes and dtypes, in new memory. Heads are
@@ -61,22 +59,18 @@ def merge_state_dicts(
         raise RequestError(f"weights or statistics name experts that are not given: {unknown}.")
     specs = {n: {"path": "memory", "weight": weights.get(n, 1.0)} for n in experts}
     values = {"base": "memory", "experts": specs, "method": method, "heads": "base", **options}
-    if scale is not None:
-        values["scale"] = scale
     recipe = check_recipe(sorted_options(values))
     inputs = in_memory_inputs(base, experts, statistics or {}, config)
     plan = make_plan(recipe, inputs)
-    entries = [(t.name, t.dtype, t.entry.shape) for t in plan.tensors]
-    sink = MemoryWriter(entries)
-    count, memory = limits_of(threads, None)
-    run_stages(
-        plan,
+    sink = MemoryWriter([(t.name, t.dtype, t.shape) for t in plan.tensors])
+    desk = Desk(
         inputs,
-        sink,
         _Recollection(),
-        Limits(count, memory),
-        lambda layout: nullcontext(MemoryWriter(layout.entries)),
+        limits_of(threads, None),
+        open_deltas=lambda layout: nullcontext(MemoryWriter(layout.entries)),
+        open_output=lambda plan: nullcontext(sink),
     )
+    run_schedule(plan, desk)
     return sink.tensors
 
 

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from eutectic.errors import Note, RequestError
-from eutectic.execution.folder import check_output, write_to_folder
-from eutectic.execution.jobs import Limits, Progress
-from eutectic.execution.request import limits_of, recipe_from
-from eutectic.execution.stages import refuse_search
-from eutectic.execution.unscaled import Chooser
+from eutectic.execution.folder import OutputPlace, check_output, write_to_folder
+from eutectic.execution.limits import Progress, limits_of
+from eutectic.execution.recipe_options import recipe_from
+from eutectic.execution.scale_choice import Chooser, refuse_search
 from eutectic.planning.cost import check_memory, treatments
 from eutectic.planning.inputs import open_inputs
 from eutectic.planning.plan import make_plan
-from eutectic.recipes.schema import ScaleSearch
 from eutectic.storage.machine import peak_bytes
 
 
@@ -73,23 +71,21 @@ def merge(
     started = time.perf_counter()
     output = Path(output)
     checked, source = recipe_from(recipe, options)
-    threads, memory = limits_of(threads, memory)
+    limits = limits_of(threads, memory, progress)
     if output.name in ("", ".."):
         raise RequestError(f"'{output}' has no name of its own. Name a new folder.")
     work = output.with_name(output.name + ".partial")
     check_output(output, work)
     with open_inputs(checked, source) as inputs:
         plan = make_plan(checked, inputs, source)
-        check_memory(plan, inputs, memory)
-        limits = Limits(threads, memory, progress)
+        check_memory(plan, inputs, limits.memory)
         find = None
-        if isinstance(checked.scale, ScaleSearch) and choose is not None:
+        if plan.search is not None and choose is not None:
             find = choose(plan, inputs)
         else:
             refuse_search(plan)
-        plan, records, resumed, search = write_to_folder(
-            plan, inputs, output, work, limits, restart, find
-        )
+        written = write_to_folder(plan, OutputPlace(output, work), inputs, limits, restart, find)
+    plan = written.plan
     return MergeReport(
         output=output,
         method=plan.method.name,
@@ -98,9 +94,9 @@ def merge(
         merged_by=dict(sorted(Counter(t.method for t in plan.tensors).items())),
         heads={n: tuple(e.name for e in own) for n, own in plan.heads.items()},
         notes=plan.notes,
-        records=records,
-        resumed=resumed,
+        records=written.records,
+        resumed=written.resumed,
         seconds=time.perf_counter() - started,
         peak_bytes=peak_bytes(),
-        search=search,
+        search=written.search,
     )

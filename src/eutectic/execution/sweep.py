@@ -9,10 +9,10 @@ from typing import Any
 
 from eutectic.errors import RequestError
 from eutectic.execution.finish import PROVENANCE
-from eutectic.execution.request import recipe_from
+from eutectic.execution.journal import request_identity
+from eutectic.execution.recipe_options import recipe_from
 from eutectic.execution.run import MergeReport, merge
 from eutectic.planning.inputs import open_inputs
-from eutectic.planning.journal import request_identity
 from eutectic.planning.plan import make_plan
 
 

@@ -8,14 +8,12 @@ from functools import cache
 
 import torch
 
-from eutectic.conventions import PARTS
 from eutectic.errors import Fault, RecipeError
 from eutectic.methods import get_method
 from eutectic.planning.collected import wanted
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.plan import Plan, method_of
-from eutectic.planning.tensors import TensorPlan
-from eutectic.planning.values import CHUNK, blocks_of
+from eutectic.planning.plan import Plan
+from eutectic.planning.tensor_plan import CHUNK, TensorPlan
 from eutectic.recipes.units import format_bytes
 from eutectic.types import Treatment
 
@@ -40,18 +38,20 @@ class Cost:
     seconds: float
 
 
-def tensor_cost(planned: TensorPlan, plan: Plan, inputs: Inputs) -> Cost:
-    """Estimate one job from shapes and dtypes alone."""
-    base_bytes = planned.entry.nbytes
+def tensor_cost(planned: TensorPlan, inputs: Inputs) -> Cost:
+    """Estimate one task from shapes and dtypes alone."""
+    base = None if planned.base is None else inputs.base.entries.get(planned.base.tensor or "")
+    base_bytes = 0 if base is None else base.nbytes
     write_bytes = planned.elements * planned.dtype.itemsize
     rates = machine_rates()
     chunk = min(planned.elements, CHUNK)
-    if planned.method == "copy":
-        peak = chunk * (planned.entry.dtype.itemsize + planned.dtype.itemsize)
+    if not planned.merged:
+        held = planned.dtype.itemsize if base is None else base.dtype.itemsize
+        peak = chunk * (held + planned.dtype.itemsize)
         seconds = (base_bytes + write_bytes) / rates.bytes_per_second
         return Cost(base_bytes, write_bytes, peak, seconds)
     method = get_method(planned.method)
-    experts = [inputs.experts[n].entries.get(planned.name) for n in planned.experts]
+    experts = [inputs.experts[s.owner].entries.get(s.tensor or "") for s in planned.experts]
     expert_bytes = sum(e.nbytes for e in experts if e is not None)
     count, width = len(planned.experts), planned.compute.itemsize
     passes = 4 if method.prepare is not None else 1
@@ -60,39 +60,37 @@ def tensor_cost(planned: TensorPlan, plan: Plan, inputs: Inputs) -> Cost:
         passes = passes if planned.elements > CHUNK else 1
         work = planned.elements * count * width * 4 * passes / rates.bytes_per_second
     else:
-        blocks, held = blocks_of(planned)
-        rows = planned.entry.shape[0 if blocks == 1 else 1] if planned.entry.shape else 1
+        blocks, held = planned.blocks
+        rows = planned.shape[0 if blocks == 1 else 1] if planned.shape else 1
         small = min(rows, held // max(rows, 1))
         work = method.products * count * 2 * planned.elements * small / rates.flops
     stack = held * count * width
     peak = int(stack * (1 + method.workspace(count)) + held * (4 * width + planned.dtype.itemsize))
-    collected, scratch = _statistics_bytes(planned, plan, inputs)
+    collected, scratch = _statistics_bytes(planned, inputs)
     peak += collected + scratch
     read = (base_bytes + expert_bytes) * passes + collected
     moved = (read + write_bytes) / rates.bytes_per_second
     return Cost(read, write_bytes, peak, moved + work)
 
 
-def _statistics_bytes(planned: TensorPlan, plan: Plan, inputs: Inputs) -> tuple[int, int]:
-    """Return bytes of the statistics that a job reads, and of what its method makes of them.
+def _statistics_bytes(planned: TensorPlan, inputs: Inputs) -> tuple[int, int]:
+    """Return bytes of the statistics that a task reads, and of what its method makes of them.
 
     The latter: a few square matrices in float64, and as many copies of every expert's Grams as
     the method says.
     """
-    method, parameters = method_of(planned, plan)
+    method, parameters = get_method(planned.method), planned.parameters
     only = wanted(method, parameters)
-    shape = planned.entry.shape
-    if not (only and inputs.statistics) or planned.decision.stacked or not shape:
+    shape = planned.shape
+    if not (only and inputs.statistics) or planned.layout.stacked or not shape:
         return 0, 0
     collected = 0
-    for expert in planned.experts:
-        own = plan.statistics_names.get(expert, {})
-        names = [own.get(planned.name + part) for part in ("", *PARTS)]
-        held = inputs.statistics.get(expert)
+    for source in planned.experts:
+        held = inputs.statistics.get(source.owner)
         if held is not None:
-            collected += sum(held.read_bytes(name, only) for name in names if name is not None)
+            collected += sum(held.read_bytes(name, only) for name in source.statistics.values())
     sides = (shape[0], planned.elements // max(shape[0], 1))
-    if planned.decision.treatment is not Treatment.MATRIX:
+    if planned.treatment is not Treatment.MATRIX:
         sides = (0, planned.elements) if "block_fisher" in only else (0, 0)
     copies = method.statistics_copies(parameters) * len(planned.experts)
     square = sum(side * side for side in sides) * torch.float64.itemsize
@@ -101,7 +99,7 @@ def _statistics_bytes(planned: TensorPlan, plan: Plan, inputs: Inputs) -> tuple[
 
 def plan_cost(plan: Plan, inputs: Inputs, threads: int) -> Cost:
     """Add up the jobs; the peak is that of the largest ones side by side, and the process."""
-    costs = [tensor_cost(t, plan, inputs) for t in plan.tensors]
+    costs = [tensor_cost(t, inputs) for t in plan.tensors]
     largest = sorted((c.peak_bytes for c in costs), reverse=True)[:threads]
     return Cost(
         sum(c.read_bytes for c in costs),
@@ -117,8 +115,8 @@ def check_memory(plan: Plan, inputs: Inputs, memory: int) -> None:
     Raises:
         RecipeError: naming the largest tensor and the memory it needs.
     """
-    largest = max(plan.tensors, key=lambda t: tensor_cost(t, plan, inputs).peak_bytes)
-    peak = tensor_cost(largest, plan, inputs).peak_bytes
+    largest = max(plan.tensors, key=lambda t: tensor_cost(t, inputs).peak_bytes)
+    peak = tensor_cost(largest, inputs).peak_bytes
     if peak + PROCESS_BYTES > memory:
         needed = f"{largest.name} alone needs {format_bytes(peak + PROCESS_BYTES)}"
         raise RecipeError(
@@ -166,5 +164,5 @@ def treatments(plan: Plan) -> dict[str, int]:
     """Return how many tensors take each treatment."""
     counts = {t.value: 0 for t in Treatment}
     for planned in plan.tensors:
-        counts[planned.decision.treatment.value] += 1
+        counts[planned.treatment.value] += 1
     return {name: count for name, count in counts.items() if count}

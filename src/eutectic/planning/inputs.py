@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,26 +11,41 @@ from typing import Any
 from torch import Tensor
 
 from eutectic.checkpoint.experts import (
+    BaseReader,
     Expert,
-    FullExpert,
+    common_base,
     expert_in_memory,
     is_adapter,
     open_expert,
 )
 from eutectic.checkpoint.hub import resolve
-from eutectic.checkpoint.ia3 import identity_adapter, is_ia3, open_ia3
 from eutectic.checkpoint.index import CheckpointIndex, open_index
 from eutectic.checkpoint.memory import StateDictReader
 from eutectic.checkpoint.reader import CheckpointReader
-from eutectic.errors import EutecticError, Fault, MethodError, RecipeError, suggest
-from eutectic.methods import get_method
+from eutectic.errors import EutecticError, Fault, RecipeError, suggest
 from eutectic.methods.initial import ZERO
 from eutectic.methods.registry import all_methods
-from eutectic.recipes.load import Source
+from eutectic.planning.tensor_plan import Source
+from eutectic.recipes.document import Source as Document
 from eutectic.recipes.schema import Recipe
 from eutectic.types import LayerStatistics, Statistics, as_statistics
 
-BaseReader = CheckpointReader | StateDictReader
+
+@dataclass(frozen=True)
+class InputPaths:
+    """Where the inputs of a merge lie: enough to open them again in another process.
+
+    Attributes:
+        base: folder or file of the base.
+        experts: name -> folder or file, in the recipe's order.
+        statistics: name -> statistics file, for experts that have one.
+        initial: a merged checkpoint that an iterative method starts from.
+    """
+
+    base: Path
+    experts: Mapping[str, Path]
+    statistics: Mapping[str, str]
+    initial: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,8 @@ class Inputs:
         statistics: name -> statistics, for experts that have a file.
         initial: a merged checkpoint that an iterative method starts from.
         stated: the base's configuration, in memory.
+        paths: where all of it lies; None in memory.
+        device: where methods are given what is read from here.
     """
 
     base: BaseReader
@@ -53,12 +70,21 @@ class Inputs:
     statistics: Mapping[str, Statistics] = field(default_factory=dict)
     initial: Expert | None = None
     stated: Mapping[str, Any] = field(default_factory=dict)
+    paths: InputPaths | None = None
+    device: str = "cpu"
     _stack: ExitStack = field(default_factory=ExitStack, repr=False)
 
     @property
     def config(self) -> Mapping[str, Any]:
         """The base's config.json, or what was stated in memory."""
         return self.stated if self.index is None else self.index.config
+
+    def owner(self, source: Source) -> Expert:
+        """Return the expert, or the initial checkpoint, that a source belongs to."""
+        if source.owner != "initial":
+            return self.experts[source.owner]
+        assert self.initial is not None
+        return self.initial
 
     def __enter__(self) -> Inputs:
         return self
@@ -67,57 +93,90 @@ class Inputs:
         self._stack.close()
 
 
-def open_inputs(recipe: Recipe, source: Source | None = None) -> Inputs:
+def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
     """Open everything that a recipe names; read headers only.
 
     Raises:
         RecipeError: listing every input that cannot be opened.
     """
-    source = source or Source()
-    with ExitStack() as stack:
-        try:
-            index = open_index(resolve(recipe.base))
-        except (EutecticError, OSError) as error:
-            raise RecipeError(
-                [
-                    Fault("unusable_base", str(error), "base", source.line("base")),
-                    *_other_faults(recipe, source),
-                ],
-                source.name,
-            ) from None
-        base: BaseReader = stack.enter_context(CheckpointReader(index))
-        faults: list[Fault] = []
-        vectors = _only_vectors(recipe)
-        if vectors:
-            try:
-                tables = {name: open_ia3(path) for name, path in vectors.items()}
-                base, index = identity_adapter(tables, base)
-            except (EutecticError, OSError) as error:
-                fault = Fault("unusable_expert", str(error), line=source.line("experts"))
-                raise RecipeError([fault], source.name) from None
-        experts: dict[str, Expert] = {}
-        statistics: dict[str, Statistics] = {}
-        for name, spec in recipe.experts.items():
-            try:
-                experts[name] = _open_expert(resolve(spec.path), index, bool(vectors))
-                stack.callback(experts[name].close)
-            except (EutecticError, OSError) as error:
-                faults.append(_unusable(name, error, source))
-            if spec.statistics is None:
-                continue
-            try:
-                from eutectic.statistics import load_statistics
+    document = document or Document()
+    paths: dict[str, Path] = {}
+    experts: dict[str, Expert] = {}
+    statistics: dict[str, Statistics] = {}
+    faults: list[Fault] = []
 
-                statistics[name] = load_statistics(spec.statistics)
-            except EutecticError as error:
-                line, where = source.line("experts", name), f"statistics of '{name}'"
-                faults.append(Fault("unusable_statistics", str(error), where, line))
-        initial = _open_initial(recipe, index, bool(vectors), source, faults)
-        if initial is not None:
-            stack.callback(initial.close)
+    @contextmanager
+    def told(kind: str, what: str, *location: str) -> Iterator[None]:
+        try:
+            yield
+        except (EutecticError, OSError) as error:
+            faults.append(Fault(f"unusable_{kind}", str(error), what, document.line(*location)))
+
+    with ExitStack() as stack:
+        for name, spec in recipe.experts.items():
+            with told("expert", f"expert '{name}'", "experts", name):
+                paths[name] = resolve(spec.path)
+        place, readers = Path(), list[CheckpointReader]()
+        with told("base", "base", "base"):
+            place = resolve(recipe.base)
+            readers.append(stack.enter_context(CheckpointReader(open_index(place))))
+        if not readers:
+            for name, path in paths.items():  # their faults are not hidden by the base's
+                with told("expert", f"expert '{name}'", "experts", name):
+                    None if is_adapter(path) else open_index(path)
+            raise RecipeError(faults, document.name)
+        all_found = len(paths) == len(recipe.experts)
+        base, index = readers[0], readers[0].index
+        with told("expert", "", "experts"):
+            base, index = common_base(readers[0], paths if all_found else {})
+        if faults and all_found:
+            raise RecipeError(faults, document.name)
+        for name, spec in recipe.experts.items():
+            if name in paths:
+                with told("expert", f"expert '{name}'", "experts", name):
+                    experts[name] = open_expert(paths[name], index)
+                    stack.callback(experts[name].close)
+            if spec.statistics is not None:
+                with told("statistics", f"statistics of '{name}'", "experts", name):
+                    statistics[name] = _load_statistics(spec.statistics)
+        start = _initial_path(recipe, document, faults)
+        initial = None
+        if start is not None:
+            with told("init", "init", "parameters", "init"):
+                initial = open_expert(start, index)
+                stack.callback(initial.close)
         if faults:
-            raise RecipeError(faults, source.name)
-        return Inputs(base, index, experts, statistics, initial, _stack=stack.pop_all())
+            raise RecipeError(faults, document.name)
+        files = {n: s.statistics for n, s in recipe.experts.items() if s.statistics is not None}
+        where = InputPaths(place, paths, files, start)
+        return Inputs(
+            base, index, experts, statistics, initial, paths=where, _stack=stack.pop_all()
+        )
+
+
+def reopen(paths: InputPaths) -> Inputs:
+    """Open inputs that were opened before, in this process or another.
+
+    Raises:
+        EutecticError: one of them is not there any more, or another than before.
+    """
+    with ExitStack() as stack:
+        opened = stack.enter_context(CheckpointReader(open_index(paths.base)))
+        base, index = common_base(opened, paths.experts)
+        experts = {name: open_expert(path, index) for name, path in paths.experts.items()}
+        initial = None if paths.initial is None else open_expert(paths.initial, index)
+        for expert in (*experts.values(), *([] if initial is None else [initial])):
+            stack.callback(expert.close)
+        statistics = {n: _load_statistics(path) for n, path in paths.statistics.items()}
+        return Inputs(
+            base, index, experts, statistics, initial, paths=paths, _stack=stack.pop_all()
+        )
+
+
+def _load_statistics(path: str) -> Statistics:
+    from eutectic.statistics import load_statistics
+
+    return load_statistics(path)
 
 
 def in_memory_inputs(
@@ -136,64 +195,15 @@ def in_memory_inputs(
     return Inputs(reader, None, opened, wrapped, stated=config or {})
 
 
-def _only_vectors(recipe: Recipe) -> dict[str, Path]:
-    """Return the experts' folders if all are (IA)³ adapters, else nothing."""
-    try:
-        paths = {name: resolve(spec.path) for name, spec in recipe.experts.items()}
-        return paths if all(is_ia3(path) for path in paths.values()) else {}
-    except (EutecticError, OSError):
-        return {}  # reported expert by expert
-
-
-def _open_expert(path: Path, index: CheckpointIndex, vectors: bool) -> Expert:
-    if not vectors:
-        return open_expert(path, index)
-    table = open_ia3(path)
-    return FullExpert(
-        CheckpointReader(table), index.entries, label=str(path), config=table.config, folder=path
-    )
-
-
-def _unusable(name: str, error: Exception, source: Source) -> Fault:
-    line = source.line("experts", name)
-    return Fault("unusable_expert", str(error), f"expert '{name}'", line)
-
-
-def _other_faults(recipe: Recipe, source: Source) -> list[Fault]:
-    """Open the experts by themselves, so that their faults are not hidden by the base's."""
-    faults: list[Fault] = []
-    for name, spec in recipe.experts.items():
-        try:
-            path = resolve(spec.path)
-            if not is_adapter(path):
-                open_index(path)
-        except (EutecticError, OSError) as error:
-            faults.append(_unusable(name, error, source))
-    return faults
-
-
-def _open_initial(
-    recipe: Recipe, index: CheckpointIndex, vectors: bool, source: Source, faults: list[Fault]
-) -> Expert | None:
-    """Open `parameters.init` where it names a checkpoint instead of a method."""
+def _initial_path(recipe: Recipe, document: Document, faults: list[Fault]) -> Path | None:
+    """Return `parameters.init` where it names a checkpoint instead of a method."""
     init = recipe.parameters.get("init")
-    if not isinstance(init, str):
+    if not isinstance(init, str) or init == ZERO or init in all_methods():
         return None
-    try:
-        get_method(init)
-        return None
-    except MethodError:
-        path = Path(init)
-    if init == ZERO:
-        return None
-    line = source.line("parameters", "init")
-    if not path.exists():
-        what = f"init '{init}' is no method, not '{ZERO}', and no checkpoint either."
-        nearest = suggest(init, list(all_methods()))
-        faults.append(Fault("unknown_init", what, line=line, next=nearest))
-        return None
-    try:
-        return _open_expert(path, index, vectors)
-    except EutecticError as error:
-        faults.append(Fault("unusable_init", str(error), "init", line))
-        return None
+    path = Path(init)
+    if path.exists():
+        return path
+    what = f"init '{init}' is no method, not '{ZERO}', and no checkpoint either."
+    line, nearest = document.line("parameters", "init"), suggest(init, list(all_methods()))
+    faults.append(Fault("unknown_init", what, line=line, next=nearest))
+    return None

@@ -9,7 +9,7 @@ from typing import Any, cast
 from eutectic.conventions import classification_head
 from eutectic.errors import Note
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.tensors import TensorPlan
+from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.recipes.schema import Recipe
 from eutectic.types import Treatment
 
@@ -30,14 +30,15 @@ def label_warnings(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs
     donor = "the base" if recipe.side_files == "base" else f"'{recipe.side_files}'"
     found: dict[tuple[str, tuple[tuple[str, Difference], ...]], list[str]] = {}
     for planned in tensors:
-        if planned.decision.treatment in (Treatment.COPY, Treatment.HEAD):
+        if planned.treatment in (Treatment.COPY, Treatment.HEAD):
             continue
-        if not planned.entry.shape or classification_head(planned.name) is None:
+        if not planned.shape or classification_head(planned.name) is None:
             continue
-        having = [f"'{n}'" for n in planned.experts if planned.name in inputs.experts[n].entries]
+        owners = [source.owner for source in planned.experts]
+        having = [f"'{n}'" for n in owners if planned.name in inputs.experts[n].entries]
         # The model whose label2id the output keeps comes first, if it names its classes.
         order = sorted(dict.fromkeys(["the base", *having]), key=lambda owner: owner != donor)
-        known = [(o, n) for o in order if (n := classes[o]) and len(n) == planned.entry.shape[0]]
+        known = [(o, n) for o in order if (n := classes[o]) and len(n) == planned.shape[0]]
         if not known:
             continue
         (owner, wanted), *others = known

@@ -13,7 +13,8 @@ from eutectic.methods import Method, get_method
 from eutectic.planning.collected import lacks, unknown_origin
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.labels import label_warnings
-from eutectic.planning.tensors import TensorPlan
+from eutectic.planning.merge_request import MergeRequest
+from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.recipes.schema import Recipe
 
 _OPTIONS = {
@@ -27,12 +28,11 @@ def notes_on(
     tensors: Sequence[TensorPlan],
     heads: Mapping[str, tuple[TensorEntry, ...]],
     left_out: Sequence[str],
-    recipe: Recipe,
-    inputs: Inputs,
-    method: Method,
-    parameters: Any,
+    request: MergeRequest,
 ) -> list[Note]:
     """Return warnings, alignments, tensors that nobody changes, heads, idle rules, fall-backs."""
+    recipe, inputs = request.recipe, request.inputs
+    method, parameters = request.method, request.parameters
     notes = label_warnings(tensors, recipe, inputs)
     for name, expert in inputs.experts.items():
         if expert.alignment.strip:
@@ -80,7 +80,7 @@ def notes_on(
 
 def _because(kinds: Collection[str], tensors: Sequence[TensorPlan]) -> tuple[str, ...]:
     """Return the tensors that are treated as they are for a reason of such a kind."""
-    return tuple(t.name for t in tensors if any(r.kind in kinds for r in t.decision.reason))
+    return tuple(t.name for t in tensors if any(r.kind in kinds for r in t.reason))
 
 
 def _ignored(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs) -> list[Note]:
@@ -90,15 +90,13 @@ def _ignored(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs) -> l
         partner = planned.seed_name
         if partner != planned.name and _rules(recipe, planned.name) != _rules(recipe, partner):
             notes.append(Note("rules_of_tied", (planned.name, partner)))
-    whole = [t for t in tensors if t.decision.split and t.method != "copy" and _sees_all(t.method)]
+    whole = [t for t in tensors if t.layout.split and t.merged and _sees_all(t.method)]
     if whole:
         names = tuple(t.name for t in whole)
         notes.append(Note("split_ignored", names, {"method": whole[0].method}))
     if recipe.side_files in inputs.experts:
         held = inputs.experts[recipe.side_files].entries
-        other = tuple(
-            t.name for t in tensors if t.name in held and held[t.name].shape != t.entry.shape
-        )
+        other = tuple(t.name for t in tensors if t.name in held and held[t.name].shape != t.shape)
         if other:
             notes.append(Note("side_files_shape", other, {"expert": recipe.side_files}))
     return notes

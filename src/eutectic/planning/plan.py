@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.errors import Fault, MethodError, Note, RecipeError
 from eutectic.methods import Method, get_method
-from eutectic.planning.assignment import with_method
 from eutectic.planning.collected import statistics_faults, statistics_names
 from eutectic.planning.inputs import Inputs
+from eutectic.planning.merge_request import MergeRequest
+from eutectic.planning.method_choice import with_method
 from eutectic.planning.notes import notes_on
-from eutectic.planning.tensors import TensorPlan, plan_tensor
+from eutectic.planning.stated_request import StatedRequest, stated_request
+from eutectic.planning.tensor_plan import TensorPlan
+from eutectic.planning.tensors import plan_tensor
 from eutectic.planning.ties import is_copy, tied_to
 from eutectic.recipes.load import Source
 from eutectic.recipes.schema import Recipe, ScaleSearch
@@ -22,30 +27,52 @@ from eutectic.words import few
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A merge, decided.
+class OutputOptions:
+    """What is decided of the output as a whole.
 
     Attributes:
-        recipe: what was asked for.
-        method: the method's table entry.
+        dtype: of all floating-point tensors; None where each keeps its own.
+        heads: what becomes of the experts' heads.
+        side_files: "base", or the expert whose config and tokenizer files are copied.
+    """
+
+    dtype: torch.dtype | None
+    heads: Literal["per_expert", "base", "drop"]
+    side_files: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge, decided. Its tensors own what decides their bytes; the rest is told of the whole.
+
+    Attributes:
+        method: the recipe's method.
         parameters: its checked parameters.
         scale: α where no rule says otherwise; while it is to be searched, the method's default.
+        search: how α is to be chosen; None where it is a number.
         tensors: one entry per tensor of the output, in file order.
         heads: expert -> tensors kept for it alone.
         left_out: tensors of the base that the output does not hold (`heads: drop`).
-        statistics_names: expert -> base name -> name in its statistics file.
+        output: what is decided of the output as a whole.
+        request: what was asked for, for the card and the journal.
         notes: what a user should know: alignments, tensors that nobody changes, fall-backs.
     """
 
-    recipe: Recipe
     method: Method
     parameters: Any
     scale: float
+    search: ScaleSearch | None
     tensors: tuple[TensorPlan, ...]
     heads: Mapping[str, tuple[TensorEntry, ...]]
     left_out: tuple[str, ...]
-    statistics_names: Mapping[str, Mapping[str, str]]
+    output: OutputOptions
+    request: StatedRequest
     notes: tuple[Note, ...]
+
+    @property
+    def merged(self) -> list[TensorPlan]:
+        """The tensors that are not copied."""
+        return [t for t in self.tensors if t.merged]
 
 
 def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> Plan:
@@ -55,46 +82,40 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         RecipeError: listing every tensor and expert that cannot be merged as asked.
     """
     source = source or Source()
-    method = get_method(recipe.method)
-    parameters = method.parse(dict(recipe.parameters))
-    scale = recipe.scale
-    if scale is None or isinstance(scale, ScaleSearch):
-        scale = method.default_scale(len(inputs.experts))
     faults: list[Fault] = []
     _check_kinship(inputs, source, faults)
-    names = {n: statistics_names(s, inputs) for n, s in inputs.statistics.items()}
+    request = _request(recipe, inputs, source)
     if recipe.statistics_of == "expert":
-        faults += statistics_faults(inputs, names)
-    tied = tied_to(inputs.base)
-    tensors: list[TensorPlan] = []
-    for entry in inputs.base.entries.values():
-        planned = plan_tensor(entry, recipe, inputs, source, tied)
-        if isinstance(planned, Fault):
-            faults.append(planned)
-        else:
-            tensors.append(planned)
-    if faults:
-        raise RecipeError(_shortened(faults), source.name)
-    tensors = [
-        with_method(t, method, parameters, scale, recipe, inputs.statistics, names, tied)
-        for t in tensors
-    ]
-    faults += _unfit(tensors, method, parameters, recipe)
-    if faults:
-        raise RecipeError(_shortened(faults), source.name)
+        faults += statistics_faults(inputs, request.statistics_names)
+    planned = [plan_tensor(entry, request) for entry in inputs.base.entries.values()]
+    faults += [fault for fault in planned if isinstance(fault, Fault)]
+    _refuse(faults, source)
+    tensors = [with_method(t, request) for t in planned if not isinstance(t, Fault)]
+    _refuse(_unfit(tensors), source)
     heads = _heads(recipe, inputs, tensors)
     left_out = ()
     if recipe.heads == "drop":
-        left_out = tuple(t.name for t in tensors if t.decision.treatment is Treatment.HEAD)
-        tensors = [t for t in tensors if t.decision.treatment is not Treatment.HEAD]
+        left_out = tuple(t.name for t in tensors if t.treatment is Treatment.HEAD)
+        tensors = [t for t in tensors if t.treatment is not Treatment.HEAD]
+    method, parameters = request.method, request.parameters
     if method.prepare is not None and method.model_scope(parameters):
-        _refuse_partial(tensors, method, inputs, source)
-    if not any(t.method != "copy" for t in tensors):
+        _refuse_partial(tensors, request)
+    if not any(t.merged for t in tensors):
         nothing = Fault("nothing_to_merge", "no tensor would be merged: every one is copied.")
         raise RecipeError([nothing], source.name)
-    notes = notes_on(tensors, heads, left_out, recipe, inputs, method, parameters)
     return Plan(
-        recipe, method, parameters, scale, tuple(tensors), heads, left_out, names, tuple(notes)
+        method=method,
+        parameters=parameters,
+        scale=request.scale,
+        search=recipe.scale if isinstance(recipe.scale, ScaleSearch) else None,
+        tensors=tuple(tensors),
+        heads=heads,
+        left_out=left_out,
+        output=OutputOptions(
+            getattr(torch, recipe.dtype) if recipe.dtype else None, recipe.heads, recipe.side_files
+        ),
+        request=stated_request(recipe),
+        notes=tuple(notes_on(tensors, heads, left_out, request)),
     )
 
 
@@ -103,19 +124,35 @@ def with_scale(plan: Plan, scale: float, note: Note) -> Plan:
 
     `note` says where the number came from.
     """
-    tensors = tuple(replace(t, scale=scale) if t.tunable else t for t in plan.tensors)
-    recipe = plan.recipe.model_copy(update={"scale": scale})
-    return replace(plan, recipe=recipe, scale=scale, tensors=tensors, notes=(*plan.notes, note))
+    return replace(
+        plan,
+        scale=scale,
+        search=None,
+        tensors=tuple(replace(t, scale=scale) if t.tunable else t for t in plan.tensors),
+        notes=(*plan.notes, note),
+    )
 
 
-def method_of(planned: TensorPlan, plan: Plan) -> tuple[Method, Any]:
-    """Return the method that merges a tensor: the recipe's, or a fall-back at its defaults."""
-    return _resolved(planned.method, plan.method, plan.parameters)
+def _request(recipe: Recipe, inputs: Inputs, source: Source) -> MergeRequest:
+    method = get_method(recipe.method)
+    scale = recipe.scale
+    if scale is None or isinstance(scale, ScaleSearch):
+        scale = method.default_scale(len(inputs.experts))
+    return MergeRequest(
+        recipe=recipe,
+        inputs=inputs,
+        document=source,
+        method=method,
+        parameters=method.parse(dict(recipe.parameters)),
+        scale=scale,
+        tied=tied_to(inputs.base),
+        statistics_names={n: statistics_names(s, inputs) for n, s in inputs.statistics.items()},
+    )
 
 
-def _resolved(name: str, method: Method, parameters: Any) -> tuple[Method, Any]:
-    own = get_method(name)
-    return own, parameters if own is method else own.parameters()
+def _refuse(faults: Sequence[Fault], source: Source) -> None:
+    if faults:
+        raise RecipeError(_shortened(faults), source.name)
 
 
 def _check_kinship(inputs: Inputs, source: Source, faults: list[Fault]) -> None:
@@ -133,48 +170,44 @@ def _check_kinship(inputs: Inputs, source: Source, faults: list[Fault]) -> None:
             faults.append(Fault("another_base", what, line=source.line("experts", name)))
 
 
-def _unfit(
-    tensors: Sequence[TensorPlan], method: Method, parameters: Any, recipe: Recipe
-) -> list[Fault]:
+def _unfit(tensors: Sequence[TensorPlan]) -> list[Fault]:
     """Return what is wrong with the number or the weights of the experts that hold a tensor."""
     faults: list[Fault] = []
     seen: set[tuple[str, tuple[str, ...]]] = set()
     for planned in tensors:
-        if planned.method == "copy" or (planned.method, planned.experts) in seen:
+        held = (planned.method, tuple(source.owner for source in planned.experts))
+        if not planned.merged or held in seen:
             continue
-        seen.add((planned.method, planned.experts))
-        own, chosen = _resolved(planned.method, method, parameters)
+        seen.add(held)
+        method = get_method(planned.method)
         try:
-            own.check_expert_count(len(planned.experts))
+            method.check_expert_count(len(planned.experts))
         except MethodError as error:
             choose = "Choose missing: base, which counts an expert without the tensor as unchanged."
             faults.append(Fault("expert_count", str(error), planned.name, next=choose))
             continue
-        weights = [recipe.experts[name].weight for name in planned.experts]
-        fault = None if own.check is None else own.check(chosen, weights)
+        weights = [source.weight for source in planned.experts]
+        fault = None if method.check is None else method.check(planned.parameters, weights)
         if fault is not None:
             faults.append(Fault("method_check", fault, planned.name))
     return faults
 
 
-def _refuse_partial(
-    tensors: Sequence[TensorPlan], method: Method, inputs: Inputs, source: Source
-) -> None:
+def _refuse_partial(tensors: Sequence[TensorPlan], request: MergeRequest) -> None:
     """Refuse tensors that some expert lacks, for a method that looks at the whole model at once."""
-    partial = [
-        t.name for t in tensors if t.method == method.name and len(t.experts) < len(inputs.experts)
-    ]
+    name, count = request.method.name, len(request.inputs.experts)
+    partial = [t.name for t in tensors if t.method == name and len(t.experts) < count]
     if partial:
         raise RecipeError(
             [
                 Fault(
                     "missing_tensor",
-                    f"method '{method.name}' looks at the whole model at once, but some expert "
+                    f"method '{name}' looks at the whole model at once, but some expert "
                     f"lacks {few(partial)}.",
                     next="Choose missing: base, which counts it as unchanged.",
                 )
             ],
-            source.name,
+            request.document.name,
         )
 
 
@@ -184,7 +217,7 @@ def _heads(
     """Return, per expert, the head tensors that it has."""
     if recipe.heads != "per_expert":
         return {}
-    shared = [t.name for t in tensors if t.decision.treatment is Treatment.HEAD]
+    shared = [t.name for t in tensors if t.treatment is Treatment.HEAD]
     heads: dict[str, tuple[TensorEntry, ...]] = {}
     for name, expert in inputs.experts.items():
         own = [replace(expert.entries[k], name=k) for k in shared if k in expert.entries]

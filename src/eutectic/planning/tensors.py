@@ -1,111 +1,93 @@
-"""One tensor of the base: its treatment, and what the experts hold of it."""
+"""One tensor of the base: its treatment, and where the base and the experts keep it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.index import TensorEntry
+from eutectic.conventions import PARTS, is_counter
 from eutectic.errors import Fault, Note
-from eutectic.planning.inputs import Inputs
+from eutectic.planning.merge_request import MergeRequest
+from eutectic.planning.tensor_plan import Layout, Source, TensorPlan
 from eutectic.planning.treatment import Decision, decide
-from eutectic.recipes.load import Source
-from eutectic.recipes.schema import Recipe
 from eutectic.types import Treatment
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-@dataclass(frozen=True)
-class TensorPlan:
-    """What will be done to one tensor of the base.
-
-    Attributes:
-        entry: the tensor in the base.
-        decision: treatment, reason and layout.
-        method: the method that merges it, or "copy".
-        experts: the experts that take part.
-        scale: α.
-        dtype: of the output.
-        compute: dtype of the arithmetic.
-        seed_name: name that seeds random numbers; a tied tensor shares its partner's.
-        tunable: α is the recipe's, which a search may choose, not that of a rule.
-    """
-
-    entry: TensorEntry
-    decision: Decision
-    method: str
-    experts: tuple[str, ...]
-    scale: float
-    dtype: torch.dtype
-    compute: torch.dtype
-    seed_name: str
-    tunable: bool = False
-
-    @property
-    def name(self) -> str:
-        """The tensor's name in the base."""
-        return self.entry.name
-
-    @property
-    def elements(self) -> int:
-        """Number of entries."""
-        return self.entry.numel
-
-
-def plan_tensor(
-    entry: TensorEntry,
-    recipe: Recipe,
-    inputs: Inputs,
-    source: Source,
-    tied: Mapping[str, str],
-) -> TensorPlan | Fault:
+def plan_tensor(entry: TensorEntry, request: MergeRequest) -> TensorPlan | Fault:
     """Decide one tensor, or return its fault; the method follows in `with_method`."""
-    rule_entry = replace(entry, name=tied.get(entry.name, entry.name))
-    decision = decide(rule_entry, recipe.tensors, inputs.config)
+    recipe, inputs = request.recipe, request.inputs
+    partner = request.named_by(entry.name)
+    decision = decide(replace(entry, name=partner), recipe.tensors, inputs.config)
     if isinstance(decision, Fault):
         return decision
-    if entry.name in tied:
-        decision = decision.because(Note("tied", (tied[entry.name],)))
-    partner = tied.get(entry.name, entry.name)
+    if partner != entry.name:
+        decision = decision.because(Note("tied", (partner,)))
     having = {
-        n: e.entries[own]
-        for n, e in inputs.experts.items()
-        if (own := stored_name(e, entry.name, partner)) in e.entries
+        name: expert.entries[own]
+        for name, expert in inputs.experts.items()
+        if (own := _stored_name(expert, entry.name, partner)) in expert.entries
     }
     lacking = [n for n, e in inputs.experts.items() if n not in having and entry.name in e.missing]
-    decision = _meet_experts(entry, decision, having, lacking, recipe, inputs, source)
+    decision = _meet_experts(entry, decision, having, lacking, request)
     if isinstance(decision, Fault):
         return decision
-    merged = decision.treatment not in (Treatment.COPY, Treatment.HEAD)
-    if merged:
+    if decision.treatment not in (Treatment.COPY, Treatment.HEAD):
         fault = _dtype_fault(entry, having)
         if fault:
             return fault
-    takes_part = tuple(inputs.experts)
-    if recipe.missing == "available":
-        takes_part = tuple(n for n in inputs.experts if n not in lacking)
+    left_out = lacking if recipe.missing == "available" else []
     dtypes = [entry.dtype, *(e.dtype for e in having.values())]
     wide = torch.float64 in dtypes or recipe.dtype == "float64"
     floating = entry.dtype.is_floating_point
+    free = decision.ruled or is_counter(entry.name)
     return TensorPlan(
-        entry=entry,
-        decision=decision,
-        method="copy",
-        experts=takes_part,
-        scale=1.0,
+        name=entry.name,
+        shape=entry.shape,
         dtype=getattr(torch, recipe.dtype) if recipe.dtype and floating else entry.dtype,
         compute=torch.float64 if wide else torch.float32,
-        seed_name=tied.get(entry.name, entry.name),
+        treatment=decision.treatment,
+        reason=decision.reason,
+        layout=Layout(decision.transpose, decision.split, decision.stacked),
+        base=Source("base", entry.name),
+        experts=tuple(
+            _expert_source(name, entry.name, request)
+            for name in inputs.experts
+            if name not in left_out
+        ),
+        scale=1.0 if decision.scale is None else decision.scale,
+        tunable=decision.scale is None,
+        seed=recipe.seed,
+        seed_name=partner,
+        precision=recipe.precision,
+        nonfinite=recipe.nonfinite,
+        must_agree=decision.treatment is Treatment.COPY and not floating and not free,
     )
 
 
-def stored_name(expert: Expert, name: str, partner: str) -> str:
-    """Return under which name an expert stores a tensor: its tied partner's, if it dropped it."""
+def source_in(owner: str, expert: Expert, name: str, partner: str) -> Source:
+    """Return where a checkpoint keeps a tensor of the base: under its name, or its tied partner's.
+
+    An adapter that does not act on the tensor still has it: its change there is zero.
+    """
+    stored = _stored_name(expert, name, partner)
+    return Source(owner, stored if expert.is_delta or stored in expert.entries else None)
+
+
+def _stored_name(expert: Expert, name: str, partner: str) -> str:
     return name if name in expert.entries else partner
+
+
+def _expert_source(owner: str, name: str, request: MergeRequest) -> Source:
+    own = request.statistics_names.get(owner, {})
+    parts = {part: own[name + part] for part in ("", *PARTS) if name + part in own}
+    found = source_in(owner, request.inputs.experts[owner], name, request.named_by(name))
+    return replace(found, weight=request.recipe.experts[owner].weight, statistics=parts)
 
 
 def _meet_experts(
@@ -113,9 +95,7 @@ def _meet_experts(
     decision: Decision,
     having: Mapping[str, TensorEntry],
     lacking: Sequence[str],
-    recipe: Recipe,
-    inputs: Inputs,
-    source: Source,
+    request: MergeRequest,
 ) -> Decision | Fault:
     """Adjust a decision to what the experts hold of this tensor."""
     fixed = decision.treatment in (Treatment.COPY, Treatment.HEAD)
@@ -137,15 +117,15 @@ def _meet_experts(
     if fixed:
         return decision
     if not having:
-        absent = len(lacking) == len(inputs.experts)
+        absent = len(lacking) == len(request.inputs.experts)
         reason = Note("in_no_expert") if absent else Note("unchanged_by_adapters")
         return decision.because(reason, treatment=Treatment.COPY)
-    if lacking and recipe.missing == "error":
+    if lacking and request.recipe.missing == "error":
         return Fault(
             "missing_tensor",
             f"missing from {', '.join(lacking)}.",
             entry.name,
-            source.line("experts", lacking[0]),
+            request.document.line("experts", lacking[0]),
             next="Choose missing: base (count it as unchanged) or missing: available.",
         )
     return decision

@@ -150,7 +150,7 @@ def _measure(
     for planned, cost in zip(chosen, work, strict=True):
         if asked.progress is not None:
             asked.progress(done, sum(work), planned.name)
-        for matrices in stream_matrices(planned, plan, inputs, models):
+        for matrices in stream_matrices(planned, inputs, models):
             measured.append(measure_layer(matrices, asked.error, asked.rank))
         done += cost
     if asked.progress is not None:

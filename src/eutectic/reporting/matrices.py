@@ -11,14 +11,15 @@ from torch import Tensor
 
 from eutectic.checkpoint.experts import Expert
 from eutectic.errors import NumericalError, RequestError
+from eutectic.execution.tensor_values import as_map, read_base, read_delta
 from eutectic.linalg import lapack
 from eutectic.linalg.lowrank import LowRank
 from eutectic.methods.linear import finite
 from eutectic.planning.collected import lacks
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
-from eutectic.planning.tensors import TensorPlan, stored_name
-from eutectic.planning.values import as_map, blocks_of, read_base, read_delta, row_parts
+from eutectic.planning.tensor_plan import Source, TensorPlan
+from eutectic.planning.tensors import source_in
 from eutectic.types import LayerStatistics, Treatment
 
 _GRAM = frozenset({"gram"})
@@ -59,7 +60,7 @@ def selected_layers(
     Raises:
         RequestError: no matrix is left, or a merged model lacks some of them.
     """
-    every = [t for t in plan.tensors if t.decision.treatment is Treatment.MATRIX]
+    every = [t for t in plan.tensors if t.treatment is Treatment.MATRIX]
     chosen = [t for t in every if pattern is None or fnmatchcase(t.name, pattern)]
     if not chosen:
         raise RequestError(
@@ -80,7 +81,7 @@ def selected_layers(
 
 
 def stream_matrices(
-    planned: TensorPlan, plan: Plan, inputs: Inputs, merged: Mapping[str, Expert]
+    planned: TensorPlan, inputs: Inputs, merged: Mapping[str, Expert]
 ) -> Iterator[LayerMatrices]:
     """Yield every matrix of one tensor: blocks of a stack, parts of a fused matrix, or itself.
 
@@ -89,18 +90,22 @@ def stream_matrices(
     Raises:
         NumericalError: NaN or Inf in one of them.
     """
-    blocks, size = blocks_of(planned)
-    records = _records(planned, plan, inputs)
-    factors = {} if planned.decision.stacked else _factors(planned, inputs)
+    blocks, size = planned.blocks
+    records = _records(planned, inputs)
+    factors = {} if planned.layout.stacked else _factors(planned, inputs)
     for block in range(blocks):
         start = block * size
         base = read_base(planned, inputs, start, start + size)
         weight = as_map(base, planned)
-        experts = {n: inputs.experts[n] for n in planned.experts}
-        deltas = {n: _map_of(n, e, planned, start, base) for n, e in experts.items()}
-        models = {n: _map_of(n, m, planned, start, base) for n, m in merged.items()}
+        deltas = {
+            s.owner: _map_of(inputs.owner(s), s, planned, start, base) for s in planned.experts
+        }
+        models = {
+            n: _map_of(m, source_in(n, m, planned.name, planned.seed_name), planned, start, base)
+            for n, m in merged.items()
+        }
         suffix = f"[{block}]" if blocks > 1 else ""
-        for label, rows in row_parts(planned, len(weight)):
+        for label, rows in planned.row_parts(len(weight)):
             yield LayerMatrices(
                 planned.name + suffix + label,
                 lapack.norm(weight[rows], torch.float64),
@@ -111,53 +116,52 @@ def stream_matrices(
             )
 
 
-def _map_of(label: str, model: Expert, planned: TensorPlan, start: int, base: Tensor) -> Tensor:
+def _map_of(model: Expert, source: Source, planned: TensorPlan, start: int, base: Tensor) -> Tensor:
     """Read one block of a model as the map Δ [out, in]; `base` is that block, flat."""
-    flat = read_delta(model, planned, start, start + base.numel(), base)
+    flat = read_delta(model, source, start, base)
     if not finite(flat):
         raise NumericalError(
-            f"{planned.name}: NaN or Inf in '{label}' or in the base.\n"
+            f"{planned.name}: NaN or Inf in '{source.owner}' or in the base.\n"
             "Repair the checkpoint, or leave the layer out with --layers."
         )
     return as_map(flat, planned)
 
 
 def _holds(model: Expert, planned: TensorPlan) -> bool:
-    name = stored_name(model, planned.name, planned.seed_name)
-    if name not in model.entries:
+    found = source_in("", model, planned.name, planned.seed_name).tensor
+    if found is None or found not in model.entries:
         return model.is_delta
-    return model.entries[name].shape == planned.entry.shape
+    return model.entries[found].shape == planned.shape
 
 
 def _factors(planned: TensorPlan, inputs: Inputs) -> dict[str, LowRank]:
     """Return the factors of adapters whose rank is low enough to be worth it."""
     found: dict[str, LowRank] = {}
-    for name in planned.experts:
-        expert = inputs.experts[name]
-        pair = expert.factors(stored_name(expert, planned.name, planned.seed_name))
+    for source in planned.experts:
+        pair = inputs.owner(source).factors(source.tensor or "")
         if pair is None:
             continue
         left, right = pair
-        if planned.decision.transpose:
+        if planned.layout.transpose:
             left, right = right.mT, left.mT
         if 4 * left.shape[1] <= min(len(left), right.shape[1]):
-            found[name] = LowRank(left, right)
+            found[source.owner] = LowRank(left, right)
     return found
 
 
-def _records(planned: TensorPlan, plan: Plan, inputs: Inputs) -> dict[str, LayerStatistics]:
-    if planned.decision.stacked:
+def _records(planned: TensorPlan, inputs: Inputs) -> dict[str, LayerStatistics]:
+    if planned.layout.stacked:
         return {}  # the blocks see different inputs
     found: dict[str, LayerStatistics] = {}
-    for name in planned.experts:
-        statistics = inputs.statistics.get(name)
-        inside = plan.statistics_names.get(name, {}).get(planned.name)
+    for source in planned.experts:
+        statistics = inputs.statistics.get(source.owner)
+        inside = source.statistics.get("")
         if statistics is None or inside is None or lacks(statistics, inside, _GRAM):
             continue
-        found[name] = statistics.read(inside, _GRAM)
+        found[source.owner] = statistics.read(inside, _GRAM)
     return found
 
 
 def work_of(layers: Sequence[TensorPlan]) -> list[float]:
     """Return the relative cost of each tensor: its entries times the shorter side of a matrix."""
-    return [float(t.elements * min(t.entry.shape[-2:])) for t in layers]
+    return [float(t.elements * min(t.shape[-2:])) for t in layers]

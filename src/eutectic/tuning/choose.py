@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from eutectic.errors import Note, RequestError
-from eutectic.execution.unscaled import Choice, Choose, Unscaled
+from eutectic.execution.scale_choice import Choice, Choose, Unscaled
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
-from eutectic.recipes.schema import ScaleSearch
 from eutectic.tuning.output_error import (
     ClosedForm,
     closed_form_scale,
@@ -25,9 +24,9 @@ def choose_scale(plan: Plan, inputs: Inputs) -> Choose:
     Raises:
         RequestError: no tensor's α is open, or the search lacks what it needs.
     """
-    search = plan.recipe.scale
-    if not isinstance(search, ScaleSearch):
-        raise RequestError(f"the recipe's scale is {search}: there is nothing to search.")
+    search = plan.search
+    if search is None:
+        raise RequestError(f"the recipe's scale is {plan.scale}: there is nothing to search.")
     if not any(t.tunable for t in plan.tensors):
         raise RequestError(
             "no tensor takes the recipe's scale: rules or scale_tensors fix every one of them.\n"
@@ -42,7 +41,7 @@ def choose_scale(plan: Plan, inputs: Inputs) -> Choose:
 
 
 def _check_statistics(plan: Plan, inputs: Inputs) -> None:
-    lacking = [name for name in plan.recipe.experts if name not in inputs.statistics]
+    lacking = [name for name in inputs.experts if name not in inputs.statistics]
     if lacking:
         raise RequestError(
             f"scale: auto needs statistics of every expert, and {', '.join(lacking)} "
@@ -67,7 +66,7 @@ def _by_grams(unscaled: Unscaled) -> Choice:
     form = closed_form_scale(measured_layers(unscaled, tell))
     curve = parabola(form)
     plan, inputs = unscaled.plan, unscaled.inputs
-    open_matrices = sum(t.tunable and t.decision.treatment.value == "matrix" for t in plan.tensors)
+    open_matrices = sum(t.tunable and t.treatment.value == "matrix" for t in plan.tensors)
     record = {
         **record_of("gram", curve),
         "layers": form.layers,

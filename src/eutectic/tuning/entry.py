@@ -11,10 +11,11 @@ from typing import Any
 
 from eutectic.errors import Note, RequestError
 from eutectic.execution import run
-from eutectic.execution.jobs import Limits, Progress
-from eutectic.execution.request import limits_of, recipe_from
+from eutectic.execution.folder import unscaled_folder
+from eutectic.execution.limits import Progress, limits_of
+from eutectic.execution.recipe_options import recipe_from
 from eutectic.execution.run import MergeReport
-from eutectic.execution.unscaled import Choice, Chooser, unscaled_folder
+from eutectic.execution.scale_choice import Choice, Chooser
 from eutectic.planning.cost import check_memory
 from eutectic.planning.inputs import open_inputs
 from eutectic.planning.plan import make_plan
@@ -144,7 +145,7 @@ def tune(
         assert report.search is not None
         return TuneReport(report.method, report.scale, report.search, report.notes, report)
     restart = limited.pop("restart", False)
-    limits = _limits(**limited)
+    limits = limits_of(**limited)
     with open_inputs(checked, source) as inputs, _folder(work) as folder:
         plan = make_plan(checked, inputs, source)
         check_memory(plan, inputs, limits.memory)
@@ -152,12 +153,6 @@ def tune(
         with unscaled_folder(folder, plan, inputs, limits, restart) as unscaled:
             choice: Choice = find(unscaled)
     return TuneReport(plan.method.name, choice.scale, choice.record, (*plan.notes, choice.note))
-
-
-def _limits(
-    threads: int | None = None, memory: str | int | None = None, progress: Progress | None = None
-) -> Limits:
-    return Limits(*limits_of(threads, memory), progress)
 
 
 def _with_search(

@@ -9,16 +9,15 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from eutectic.errors import Note, NumericalError
 from eutectic.evaluation.metrics import LOWER_IS_BETTER
 from eutectic.evaluation.model_outputs import score
-from eutectic.execution.jobs import Ledger
-from eutectic.execution.unscaled import Choice, Choose, Unscaled
+from eutectic.execution.journal import Ledger
+from eutectic.execution.scale_choice import Choice, Choose, Unscaled
+from eutectic.execution.tasks import Finished
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.journal import Finished
 from eutectic.planning.plan import Plan
 from eutectic.recipes.schema import ScaleSearch
 from eutectic.tuning.divergence import feature_distance, kl_divergence
@@ -38,7 +37,7 @@ def prepare_objective(search: ScaleSearch, plan: Plan, inputs: Inputs) -> Choose
         RequestError: the tasks lack something, see `open_tasks`.
     """
     tasks = open_tasks(search, plan, inputs)
-    idle = [name for name in plan.recipe.experts if name not in {t.expert for t in tasks}]
+    idle = [name for name in inputs.experts if name not in {t.expert for t in tasks}]
 
     def choose(unscaled: Unscaled) -> Choice:
         progress = unscaled.limits.progress
@@ -132,7 +131,7 @@ def _objective(
     unscaled: Unscaled,
 ) -> Callable[[float], Measured]:
     """Return α -> mean over tasks, in models that are loaded now."""
-    merged = {t.name: t for t in unscaled.plan.tensors if t.method != "copy"}
+    merged = {t.name: t for t in unscaled.plan.merged}
     dtypes = {name: t.dtype for name, t in merged.items()}
     base = Lazily(merged, lambda name: unscaled.base(merged[name]))
     deltas, fixed = (
@@ -167,11 +166,7 @@ def _objective(
 
 def _load_bodies(tasks: list[TuningTask], unscaled: Unscaled) -> Bodies:
     """Load the base once per head; what the plan keeps per expert is not part of the body."""
-    common = {
-        t.name: t.entry.shape
-        for t in unscaled.plan.tensors
-        if t.decision.treatment is not Treatment.HEAD
-    }
+    common = {t.name: t.shape for t in unscaled.plan.tensors if t.treatment is not Treatment.HEAD}
     bare: dict[bool, nn.Module] = {}  # a pooler may be missing where no task uses it
     models: list[nn.Module] = []
     shapes: list[dict[str, tuple[int, ...]]] = []
@@ -187,9 +182,10 @@ def _load_bodies(tasks: list[TuningTask], unscaled: Unscaled) -> Bodies:
         shapes.append(
             {k: s for k, s in common.items() if not any(fnmatchcase(k, p) for p in patterns)}
         )
-    if unscaled.plan.recipe.dtype is not None:
+    dtype = unscaled.plan.output.dtype
+    if dtype is not None:
         for model in {id(m): m for m in models}.values():
-            round_tensors(model, getattr(torch, unscaled.plan.recipe.dtype))
+            round_tensors(model, dtype)
     return share_bodies(models, shapes)
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import NumericalError, RequestError
-from eutectic.execution.unscaled import Unscaled
+from eutectic.execution.scale_choice import Unscaled
+from eutectic.execution.tensor_values import as_map, read_delta
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
-from eutectic.planning.tensors import TensorPlan
-from eutectic.planning.values import as_map, read_delta
+from eutectic.planning.tensor_plan import Source, TensorPlan
 from eutectic.types import LayerStatistics, Treatment
 
 
@@ -125,9 +125,9 @@ def usable_layers(plan: Plan, inputs: Inputs) -> list[TensorPlan]:
         t
         for t in plan.tensors
         if t.tunable
-        and t.decision.treatment is Treatment.MATRIX
-        and not t.decision.stacked
-        and all(_has_gram(t, name, plan, inputs) for name in t.experts)
+        and t.treatment is Treatment.MATRIX
+        and not t.layout.stacked
+        and all(_has_gram(source, inputs) for source in t.experts)
     ]
 
 
@@ -141,26 +141,22 @@ def measured_layers(
         if tell is not None:
             tell(done, len(layers), planned.name)
         base = unscaled.base(planned).flatten()
-        statistics = [
-            inputs.statistics[name].read(plan.statistics_names[name][planned.name])
-            for name in planned.experts
-        ]
+        statistics = [inputs.statistics[s.owner].read(s.statistics[""]) for s in planned.experts]
         # A negative weight asks for less of an expert; no error says how much less.
-        weights = [max(plan.recipe.experts[name].weight, 0.0) for name in planned.experts]
+        weights = [max(source.weight, 0.0) for source in planned.experts]
 
-        def read(name: str, planned: TensorPlan = planned, base: Tensor = base) -> Tensor:
-            flat = read_delta(inputs.experts[name], planned, 0, planned.elements, base)
-            return as_map(flat, planned)
+        def read(source: Source, planned: TensorPlan = planned, base: Tensor = base) -> Tensor:
+            return as_map(read_delta(inputs.owner(source), source, 0, base), planned)
 
         merged = as_map(unscaled.delta(planned).flatten(), planned)
         yield output_terms(map(read, planned.experts), merged, statistics, weights)
 
 
-def _has_gram(planned: TensorPlan, expert: str, plan: Plan, inputs: Inputs) -> bool:
-    inside = plan.statistics_names.get(expert, {}).get(planned.name)
+def _has_gram(source: Source, inputs: Inputs) -> bool:
+    inside = source.statistics.get("")
     if inside is None:
         return False
-    statistics = inputs.statistics[expert]
+    statistics = inputs.statistics[source.owner]
     return statistics.has(inside, "gram") and statistics.read(inside, only=()).count > 0
 
 

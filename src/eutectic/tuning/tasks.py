@@ -107,7 +107,7 @@ def open_tasks(search: ScaleSearch, plan: Plan, inputs: Inputs) -> list[TuningTa
     assert search.tasks is not None
     split: Split = "validation" if search.search == "validation" else "proxy"
     found = load_tasks(search.tasks)
-    faults = [_fault(task, split, search, plan) for task in found.values()]
+    faults = [_fault(task, split, search, inputs) for task in found.values()]
     listed = [fault for fault in faults if fault]
     if listed:
         raise RequestError(
@@ -139,19 +139,19 @@ def _lent_heads(plan: Plan) -> list[str]:
     So the written model is run: with `heads: per_expert` from the expert's folder inside, with
     `drop` by borrowing. `heads: base` leaves the base's own where it has them.
     """
-    if plan.recipe.heads == "base":
+    if plan.output.heads == "base":
         return []
-    kept = [t.name for t in plan.tensors if t.decision.treatment is Treatment.HEAD]
+    kept = [t.name for t in plan.tensors if t.treatment is Treatment.HEAD]
     return [*kept, *plan.left_out]
 
 
-def _fault(task: Task, split: str, search: ScaleSearch, plan: Plan) -> str | None:
+def _fault(task: Task, split: str, search: ScaleSearch, inputs: Inputs) -> str | None:
     if task.kind in ("function", "lm-eval"):
         return f"  - task '{task.name}' is of the kind {task.kind}, which reads its data itself."
-    if task.expert_name not in plan.recipe.experts:
+    if task.expert_name not in inputs.experts:
         return (
             f"  - task '{task.name}' belongs to '{task.expert_name}', which is none of the "
-            f"experts: {', '.join(plan.recipe.experts)}. Name it: expert: NAME."
+            f"experts: {', '.join(inputs.experts)}. Name it: expert: NAME."
         )
     if split not in task.data:
         return f"  - task '{task.name}' has no split '{split}'; it has {', '.join(task.data)}."

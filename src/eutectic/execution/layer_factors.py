@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from eutectic.conventions import layer_group
+from eutectic.execution.tensor_values import as_map
 from eutectic.methods import Method
-from eutectic.planning.tensors import TensorPlan
-from eutectic.planning.values import as_map, blocks_of, matrix_shape, row_parts
+from eutectic.planning.tensor_plan import TensorPlan
 
 
 def matrix_name(planned: TensorPlan, block: int, part: str) -> str:
@@ -20,7 +20,7 @@ def matrix_name(planned: TensorPlan, block: int, part: str) -> str:
     A stack's matrices are numbered as layers are, so that they are like layers, as they would be
     with a tensor each. Parts of a fused matrix keep their brackets: they are different layers.
     """
-    return planned.name + (f".{block}" if planned.decision.stacked else "") + part
+    return planned.name + (f".{block}" if planned.layout.stacked else "") + part
 
 
 def layer_factors(method: Method, norms: Mapping[str, float], parameters: Any) -> dict[str, float]:
@@ -51,7 +51,7 @@ def matrix_norms(planned: TensorPlan, block: int, delta: Tensor) -> dict[str, fl
         matrix_name(planned, block, part): float(
             torch.linalg.vector_norm(matrix[rows], dtype=torch.float64)
         )
-        for part, rows in row_parts(planned, len(matrix))
+        for part, rows in planned.row_parts(len(matrix))
     }
 
 
@@ -59,11 +59,11 @@ def range_factor(
     planned: TensorPlan, factors: Mapping[str, float], start: int, stop: int
 ) -> float | Tensor:
     """Return the factor of a flat range inside one block: a number, or one per entry."""
-    _, size = blocks_of(planned)
+    _, size = planned.blocks
     block = start // max(size, 1)
-    if not planned.decision.split:
+    if not planned.layout.split:
         return factors.get(matrix_name(planned, block, ""), 1.0)
-    heights = planned.decision.split
+    heights = planned.layout.split
     own = [factors.get(name) for name in _parts(planned, block)]
     if all(factor is None for factor in own):
         return 1.0
@@ -74,8 +74,17 @@ def range_factor(
         ]
     )
     entries = torch.arange(start - block * size, stop - block * size)
-    columns = matrix_shape(planned)[-1]
-    return per_row[entries % columns if planned.decision.transpose else entries // columns]
+    columns = planned.matrix_shape[-1]
+    return per_row[entries % columns if planned.layout.transpose else entries // columns]
+
+
+def factors_of(planned: TensorPlan, factors: Mapping[str, float]) -> dict[str, float]:
+    """Return the factors of one tensor's matrices."""
+    if not factors:
+        return {}
+    blocks, _ = planned.blocks
+    names = (name for block in range(blocks) for name in _parts(planned, block))
+    return {name: factors[name] for name in names if name in factors}
 
 
 def with_factors(
@@ -83,7 +92,7 @@ def with_factors(
 ) -> dict[str, Any]:
     """Return what a method reported of a tensor, with the factor of each of its matrices."""
     found = dict(record)
-    blocks, _ = blocks_of(planned)
+    blocks, _ = planned.blocks
     for block in range(blocks):
         for part, name in zip(_labels(planned), _parts(planned, block), strict=True):
             label = (f"[{block}]" if blocks > 1 else "") + part
@@ -101,4 +110,4 @@ def _parts(planned: TensorPlan, block: int) -> Iterator[str]:
 
 
 def _labels(planned: TensorPlan) -> list[str]:
-    return [part for part, _ in row_parts(planned, 0)]
+    return [part for part, _ in planned.row_parts(0)]

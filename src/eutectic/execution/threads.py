@@ -1,16 +1,20 @@
-"""Jobs on the threads of one machine, under a memory limit."""
+"""The executor of one machine: tasks on threads, under a memory limit."""
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any
 
 import torch
 
 from eutectic.errors import EutecticError
+from eutectic.execution.limits import Limits
+from eutectic.execution.tasks import Finished, Task, Workplace, carry_out
 
 
 @dataclass(frozen=True)
@@ -27,20 +31,30 @@ class Job:
     name: str
     peak_bytes: int
     seconds: float
-    run: Callable[[Callable[[], None]], None]
+    run: Callable[[Callable[[], None]], Any]
 
 
 class _Stopped(Exception):
     """Another job failed, or the user interrupted."""
 
 
-def run_jobs(
-    jobs: Sequence[Job],
-    *,
-    threads: int,
-    memory: int,
-    done: Callable[[Job], None] = lambda job: None,
-) -> None:
+def on_threads(
+    tasks: Sequence[Task], place: Workplace, limits: Limits
+) -> Generator[tuple[Task, Finished], None, None]:
+    """Carry out tasks on threads of this process; see `executors.Executor`."""
+
+    def job(task: Task) -> Job:
+        def run(check: Callable[[], None]) -> tuple[Task, Finished]:
+            return task, carry_out(task, place, check)
+
+        return Job(task.tensor.name, task.peak_bytes, task.seconds, run)
+
+    yield from run_jobs(
+        [job(task) for task in tasks], threads=limits.threads, memory=limits.job_memory
+    )
+
+
+def run_jobs(jobs: Sequence[Job], *, threads: int, memory: int) -> Generator[Any, None, None]:
     """Run every job, several side by side while their peaks together stay under `memory`.
 
     Each job computes with one intra-op thread, so the result does not depend on how many run.
@@ -50,10 +64,13 @@ def run_jobs(
         jobs: in any order; longer ones are started first.
         threads: most jobs at a time.
         memory: limit in bytes on the sum of the running jobs' peaks.
-        done: called after each job, under a lock.
+
+    Yields:
+        The result of each job as soon as it is finished.
     """
     waiting = sorted(jobs, key=lambda job: (-job.seconds, job.name))
     state = threading.Condition()
+    results: SimpleQueue[tuple[Any] | None] = SimpleQueue()
     held = 0
     failures: list[BaseException] = []
 
@@ -72,41 +89,54 @@ def run_jobs(
                 state.wait()
             return None
 
+    def fail(error: BaseException) -> None:
+        with state:
+            failures.append(error)
+            state.notify_all()
+
     def work() -> None:
         nonlocal held
         torch.set_num_threads(1)
         while (job := take()) is not None:
             try:
-                job.run(check)
-                with state:
-                    done(job)
+                results.put((job.run(check),))
             except _Stopped:
                 return
             except BaseException as error:
-                with state:
-                    failures.append(_named(error, job))
-                    state.notify_all()
+                fail(_named(error, job))
                 return
             finally:
                 with state:
                     held -= job.peak_bytes
                     state.notify_all()
 
+    def last(worker: Callable[[], None]) -> None:
+        try:
+            worker()
+        finally:
+            results.put(None)
+
+    count = max(1, threads)
     with one_intra_op_thread():
-        workers = [threading.Thread(target=work, daemon=True) for _ in range(max(1, threads))]
+        workers = [threading.Thread(target=last, args=(work,), daemon=True) for _ in range(count)]
         for worker in workers:
             worker.start()
         try:
-            for worker in workers:
-                while worker.is_alive():
-                    worker.join(timeout=0.2)
-        except BaseException as error:
-            with state:
-                failures.append(error)
-                state.notify_all()
+            while count:
+                try:  # a wait without an end could not be interrupted everywhere
+                    result = results.get(timeout=0.2)
+                except Empty:
+                    continue
+                if result is None:
+                    count -= 1
+                else:
+                    yield result[0]
+        except BaseException as error:  # the caller's, an interrupt, or the generator is closed
+            fail(error)
+            raise
+        finally:
             for worker in workers:
                 worker.join()
-            raise
     if failures:
         raise failures[0]
 

@@ -6,12 +6,12 @@ import hashlib
 import json
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from eutectic.errors import OutputError, RequestError, ResumeError
+from eutectic.execution.tasks import Finished
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.storage import AppendedFile, storage_of
@@ -21,19 +21,33 @@ _FORMAT = 2
 _HEADER = b'{"eutectic_journal": '
 
 
-@dataclass(frozen=True)
-class Finished:
-    """One finished job.
+class Ledger(Protocol):
+    """What is finished. `durable`: it outlives the process, so finished bytes are hashed."""
 
-    Attributes:
-        sha256: of the bytes written.
-        record: what the method reported.
-        norms: the Frobenius norm of each of its matrices' deltas, before α.
-    """
+    finished: dict[tuple[str, str], Finished]
+    durable: bool
 
-    sha256: str
-    record: dict[str, Any]
-    norms: dict[str, float] = field(default_factory=dict[str, float])
+    def add(self, stage: str, tensor: str, finished: Finished) -> None:
+        """Note a finished task."""
+        ...
+
+
+def hashes(ledger: Ledger) -> Mapping[str, str]:
+    """Return tensor -> hash of its bytes in the output."""
+    return {
+        tensor: done.sha256
+        for (stage, tensor), done in sorted(ledger.finished.items())
+        if stage == "merge"
+    }
+
+
+def records_of(ledger: Ledger) -> dict[str, Any]:
+    """Return tensor -> what its method reported, for tensors with something to report."""
+    return {
+        tensor: done.record
+        for (stage, tensor), done in sorted(ledger.finished.items())
+        if stage == "merge" and done.record
+    }
 
 
 def request_identity(plan: Plan, inputs: Inputs) -> str:
@@ -44,18 +58,19 @@ def request_identity(plan: Plan, inputs: Inputs) -> str:
     described = {
         "eutectic": version("eutectic"),
         "torch": version("torch"),
-        "recipe": plan.recipe.model_dump(mode="json"),
+        "recipe": plan.request.complete,
         "tensors": [
-            [t.name, t.method, t.decision.treatment.value, t.scale, str(t.dtype), t.experts]
+            [
+                *(t.name, t.shape, str(t.dtype), t.treatment.value, t.method, t.scale),
+                *([s.owner, s.tensor, s.rows, s.weight] for s in t.experts),
+            ]
             for t in plan.tensors
         ],
         "base": [inputs.base.fingerprint(), inputs.base.identity()],
         "experts": {n: [e.fingerprint(), e.identity()] for n, e in inputs.experts.items()},
         "initial": inputs.initial.identity() if inputs.initial else None,
         "statistics": {
-            name: _file_identity(spec.statistics)
-            for name, spec in plan.recipe.experts.items()
-            if spec.statistics is not None
+            name: _file_identity(path) for name, path in plan.request.statistics_files.items()
         },
     }
     text = json.dumps(described, sort_keys=True, default=str)

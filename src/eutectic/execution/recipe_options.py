@@ -1,4 +1,4 @@
-"""What a caller asks for, checked: the recipe from a file, a mapping or options, and the limits."""
+"""What a caller asks for, checked: the recipe from a file, a mapping or options."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eutectic.errors import RequestError
 from eutectic.recipes.load import Source, check_recipe, load_recipe
 from eutectic.recipes.schema import Recipe
-from eutectic.recipes.units import parse_bytes
-from eutectic.storage.machine import default_memory, default_threads
 
 
 def recipe_from(
@@ -44,16 +41,3 @@ def sorted_options(
     if other or "parameters" in known:
         known["parameters"] = {**before, **known.get("parameters", {}), **other}
     return known
-
-
-def limits_of(threads: int | None, memory: str | int | None) -> tuple[int, int]:
-    """Return the number of threads and bytes of memory to use.
-
-    Raises:
-        RequestError: either is not positive, or the memory is not a size.
-    """
-    count = default_threads() if threads is None else threads
-    size = default_memory() if memory is None else parse_bytes(memory)
-    if count < 1 or size < 1:
-        raise RequestError(f"threads and memory must be positive, got {threads} and {memory}.")
-    return count, size

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eutectic.errors import CheckpointError, MissingExtraError, RecipeError
-from eutectic.execution.local import Job, run_jobs
+from eutectic.execution.threads import Job, run_jobs
 
 
 class Gauge:
@@ -27,17 +27,20 @@ class Gauge:
         self.ran: list[str] = []
 
     def job(self, name: str, size: int, seconds: float = 1.0) -> Job:
-        def run(check: Callable[[], None]) -> None:
+        def run(check: Callable[[], None]) -> str:
             with self.lock:
                 self.held += size
                 self.running += 1
                 self.peak, self.most = max(self.peak, self.held), max(self.most, self.running)
-            threading.Event().wait(0.001)
-            check()
-            with self.lock:
-                self.held -= size
-                self.running -= 1
+            try:
+                threading.Event().wait(0.001)
+                check()
                 self.ran.append(name)
+            finally:
+                with self.lock:
+                    self.held -= size
+                    self.running -= 1
+            return name
 
         return Job(name, size, seconds, run)
 
@@ -50,9 +53,8 @@ def test_every_job_runs_once_and_memory_is_respected(
     sizes: list[int], threads: int, memory: int
 ) -> None:
     gauge = Gauge()
-    told: list[str] = []
     jobs = [gauge.job(f"j{i}", size, float(i % 3)) for i, size in enumerate(sizes)]
-    run_jobs(jobs, threads=threads, memory=memory, done=lambda job: told.append(job.name))
+    told = list(run_jobs(jobs, threads=threads, memory=memory))
     assert sorted(gauge.ran) == sorted(told) == sorted(job.name for job in jobs)
     assert gauge.peak <= max([memory, *sizes])
     assert gauge.most <= threads
@@ -61,7 +63,7 @@ def test_every_job_runs_once_and_memory_is_respected(
 def test_longer_jobs_start_first() -> None:
     gauge = Gauge()
     jobs = [gauge.job("short", 1, 1.0), gauge.job("long", 1, 3.0), gauge.job("middle", 1, 2.0)]
-    run_jobs(jobs, threads=1, memory=10)
+    assert list(run_jobs(jobs, threads=1, memory=10)) == gauge.ran
     assert gauge.ran == ["long", "middle", "short"]
 
 
@@ -74,7 +76,7 @@ def test_the_first_error_stops_the_rest(threads: int) -> None:
 
     jobs = [Job("bad", 1, 9.0, fail), *(gauge.job(f"j{i}", 1) for i in range(200))]
     with pytest.raises(CheckpointError, match="bad: the file ends early"):
-        run_jobs(jobs, threads=threads, memory=2)
+        list(run_jobs(jobs, threads=threads, memory=2))
     assert len(gauge.ran) < 200
 
 
@@ -89,7 +91,7 @@ def test_errors_of_any_form_keep_their_kind_and_words(error: Exception) -> None:
         raise error
 
     with pytest.raises(type(error)) as caught:
-        run_jobs([Job("bad", 1, 1.0, fail)], threads=2, memory=1)
+        list(run_jobs([Job("bad", 1, 1.0, fail)], threads=2, memory=1))
     assert text in str(caught.value)
 
 
@@ -111,16 +113,27 @@ def test_running_jobs_learn_that_another_failed() -> None:
         raise CheckpointError("gone")
 
     with pytest.raises(CheckpointError):
-        run_jobs([Job("a", 1, 2.0, endless), Job("b", 1, 1.0, fail)], threads=2, memory=2)
+        list(run_jobs([Job("a", 1, 2.0, endless), Job("b", 1, 1.0, fail)], threads=2, memory=2))
     assert stopped.is_set()
 
 
-def test_an_error_in_the_progress_report_is_raised() -> None:
-    def done(job: Job) -> None:
-        raise KeyError("broken bar")
+def test_an_error_of_the_caller_stops_the_rest() -> None:
+    gauge = Gauge()
+    jobs = [gauge.job(f"j{i}", 1) for i in range(200)]
+    with pytest.raises(KeyError, match="broken bar"):
+        for _ in run_jobs(jobs, threads=2, memory=2):
+            raise KeyError("broken bar")
+    assert len(gauge.ran) < 200
+    assert gauge.running == 0
 
-    with pytest.raises(KeyError):
-        run_jobs([Gauge().job("a", 1)], threads=1, memory=1, done=done)
+
+def test_jobs_that_nobody_waits_for_any_more_end() -> None:
+    gauge = Gauge()
+    results = run_jobs([gauge.job(f"j{i}", 1) for i in range(200)], threads=2, memory=2)
+    next(results)
+    results.close()
+    assert len(gauge.ran) < 200
+    assert gauge.running == 0
 
 
 def test_jobs_compute_with_one_thread_and_the_setting_is_restored() -> None:
@@ -129,7 +142,7 @@ def test_jobs_compute_with_one_thread_and_the_setting_is_restored() -> None:
     torch.set_num_threads(2)
     try:
         job = Job("a", 1, 1.0, lambda check: seen.append(torch.get_num_threads()))
-        run_jobs([job], threads=1, memory=1)
+        list(run_jobs([job], threads=1, memory=1))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from eutectic.errors import OutputError, RequestError, ResumeError
-from eutectic.planning.journal import JOURNAL, Finished, Journal
+from eutectic.execution.journal import JOURNAL, Journal
+from eutectic.execution.tasks import Finished
 
 DONE = Finished("ab" * 32, {"rank": 3}, {"w": 1.5})
 

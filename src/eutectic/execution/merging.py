@@ -1,0 +1,159 @@
+"""One tensor merged, whatever the files and whoever schedules it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eutectic.errors import EutecticError, NumericalError
+from eutectic.execution.elementwise_merging import merge_elementwise
+from eutectic.execution.layer_factors import matrix_norms, range_factor
+from eutectic.execution.matrix_merging import merge_matrices
+from eutectic.execution.tensor_values import block_ranges, flat_ranges, read_base
+from eutectic.methods import get_method
+from eutectic.methods.linear import finite
+from eutectic.planning.inputs import Inputs
+from eutectic.planning.tensor_plan import TensorPlan
+
+Emit = Callable[[int, Tensor], None]
+ReadDelta = Callable[[int, int], Tensor]
+
+
+@dataclass
+class Found:
+    """What the merge of a tensor found out besides its values: for the journal and the report.
+
+    Attributes:
+        norms: the norms of its matrices, before α; see `layer_factors`.
+        record: what the method reported.
+    """
+
+    norms: dict[str, float] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def copy_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit) -> Found:
+    """Emit the base's values; integer buffers must agree in every expert unless a rule says copy.
+
+    Raises:
+        EutecticError: an expert holds other values in an integer or boolean buffer.
+    """
+    assert planned.base is not None
+    assert planned.base.tensor is not None
+    for start, stop in flat_ranges(planned.elements):
+        values = inputs.base.read(planned.base.tensor, start, stop)
+        for source in planned.experts if planned.must_agree else ():
+            expert = inputs.owner(source)
+            if source.tensor is None or expert.is_delta:
+                continue
+            own = expert.read(source.tensor, start, stop)
+            if not torch.equal(own.to(values.dtype), values):
+                raise EutecticError(
+                    f"{planned.name}: the {values.dtype} buffer of expert '{source.owner}' "
+                    "differs from the base's, and such values cannot be averaged.\n"
+                    "Add a rule for it: treatment head (kept per expert) or copy (the base's)."
+                )
+        emit(start, narrow(values, planned))
+    return Found()
+
+
+def merge_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any = None) -> Found:
+    """Merge one tensor and emit W₀ + α·Δ in ascending flat ranges, in the output's dtype.
+
+    Args:
+        planned: the tensor and all that decides it.
+        inputs: readers.
+        emit: takes (flat start, values).
+        state: what `prepare` returned for the whole model, if the method's scope is the model.
+
+    Raises:
+        NumericalError: NaN or Inf in an expert, named, unless the plan allows it.
+    """
+    if get_method(planned.method).elementwise:
+        for start, result, base in merge_elementwise(planned, inputs, state):
+            emit(start, narrow(scaled(base, result, planned, planned.scale), planned))
+        return Found()
+
+    def emit_weight(start: int, delta: Tensor) -> None:
+        base = read_base(planned, inputs, start, start + delta.numel())
+        emit(start, narrow(scaled(base, delta, planned, planned.scale), planned))
+
+    return merge_unscaled(planned, inputs, emit_weight)
+
+
+def merge_unscaled(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any = None) -> Found:
+    """Emit the merged delta itself, before α, in the dtype of the arithmetic.
+
+    Methods that work on weights give W₀ + Δ, see `holds_weight`. Arguments as for `merge_tensor`.
+    """
+    found = Found()
+    if get_method(planned.method).elementwise:
+        for start, result, _ in merge_elementwise(planned, inputs, state):
+            emit(start, result)
+        return found
+    for block, (start, delta, record) in enumerate(merge_matrices(planned, inputs)):
+        found.norms.update(matrix_norms(planned, block, delta))
+        found.record.update(record)
+        emit(start, delta)
+    return found
+
+
+def scale_tensor(
+    planned: TensorPlan,
+    inputs: Inputs,
+    emit: Emit,
+    read_delta: ReadDelta,
+    factors: Mapping[str, float],
+) -> None:
+    """Emit W₀ + α·Δ from what `merge_unscaled` emitted: the bytes of `merge_tensor`.
+
+    Args:
+        planned: the tensor, with its α.
+        inputs: readers.
+        emit: takes (flat start, values).
+        read_delta: returns a flat range of the merged delta.
+        factors: matrix -> factor of its delta besides α; see `layer_factors`.
+    """
+    for start, stop in block_ranges(planned):
+        base = read_base(planned, inputs, start, stop)
+        merged = read_delta(start, stop)
+        alpha, factor = planned.scale, range_factor(planned, factors, start, stop)
+        if isinstance(factor, Tensor):
+            merged = merged * factor
+        else:
+            alpha *= factor
+        emit(start, narrow(scaled(base, merged, planned, alpha), planned))
+
+
+def scaled(base: Tensor | None, merged: Tensor, planned: TensorPlan, alpha: float) -> Tensor:
+    """Return W₀ + α·Δ from what `merge_unscaled` emits; `base` may be absent where α = 1."""
+    if not holds_weight(planned):
+        assert base is not None
+        return torch.add(base, merged, alpha=alpha)
+    return merged if alpha == 1 or base is None else torch.lerp(base, merged, alpha)
+
+
+def holds_weight(planned: TensorPlan) -> bool:
+    """Tell whether a tensor's method gives the merged weight W₀ + Δ itself, instead of Δ."""
+    method = get_method(planned.method)
+    return method.elementwise and method.space(planned.parameters) != "delta"
+
+
+def narrow(values: Tensor, planned: TensorPlan) -> Tensor:
+    """Return values in the output's dtype.
+
+    Raises:
+        NumericalError: they are finite but beyond float16's range, unless the plan allows it.
+    """
+    result = values.to(planned.dtype)
+    at_risk = planned.dtype == torch.float16 and values.dtype != torch.float16
+    if at_risk and planned.nonfinite == "error" and finite(values) and not finite(result):
+        raise NumericalError(
+            f"{planned.name}: merged values reach {float(values.abs().max()):.3g}, beyond the "
+            "range of float16.\nChoose dtype: bfloat16 or float32, or a smaller scale."
+        )
+    return result

@@ -1,0 +1,190 @@
+"""The one schedule of a merge: deltas that wait, factors between layers, α, then the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eutectic.checkpoint.layout import OutputFile
+from eutectic.execution.elementwise_merging import context_of, stream_chunks
+from eutectic.execution.executors import EXECUTORS
+from eutectic.execution.journal import Ledger
+from eutectic.execution.layer_factors import factors_of, layer_factors
+from eutectic.execution.limits import Limits
+from eutectic.execution.scale_choice import Choice, Choose, Unscaled, refuse_search
+from eutectic.execution.tasks import Finished, Sink, Stage, Task, Workplace
+from eutectic.execution.threads import one_intra_op_thread
+from eutectic.planning.cost import tensor_cost
+from eutectic.planning.inputs import Inputs
+from eutectic.planning.plan import Plan, with_scale
+from eutectic.planning.tensor_plan import TensorPlan
+
+DELTAS = "deltas.safetensors"
+CHOSEN = "chosen"  # stage of a search's note in the ledger
+
+Tell = Callable[[Task], None]
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where a merge reads, writes and notes what is done.
+
+    Attributes:
+        inputs: what is read.
+        ledger: what is finished; only the schedule adds to it.
+        limits: what may be used.
+        open_deltas: lays out and opens the scratch file of merged deltas.
+        open_output: lays out and opens the model's files, once α is known.
+    """
+
+    inputs: Inputs
+    ledger: Ledger
+    limits: Limits
+    open_deltas: Callable[[OutputFile], AbstractContextManager[Sink]]
+    open_output: Callable[[Plan], AbstractContextManager[Sink]]
+
+
+def run_schedule(
+    plan: Plan, desk: Desk, choose: Choose | None = None
+) -> tuple[Plan, Choice | None]:
+    """Write every tensor of a plan; finished ones are checked by their hash and kept.
+
+    A tensor is merged and written in one go, unless its factor waits for the norms of other layers
+    or its α for a search: such a one is merged into a scratch file first, and scaled afterwards.
+
+    Args:
+        plan: what to do.
+        desk: where.
+        choose: chooses α when all deltas are known; None where the plan names it.
+
+    Returns:
+        The plan with the α that was used, and how it was chosen.
+
+    Raises:
+        RequestError: the plan's scale is a search and `choose` is None.
+    """
+    late = plan.merged if choose is not None else [t for t in plan.tensors if t.compared]
+    waiting = {t.name for t in late}
+    tell = _meter(plan.tensors, desk)
+    with ExitStack() as stack:
+        output, unscaled, choice = None, None, None
+        if choose is None:  # a full disk is found before any work
+            refuse_search(plan)
+            output = stack.enter_context(desk.open_output(plan))
+        if late:
+            unscaled = stack.enter_context(merged_deltas(plan, desk, late, tell))
+        if choose is not None:
+            assert unscaled is not None
+            choice = choose(unscaled)
+            desk.ledger.add(CHOSEN, "note", Finished("", vars(choice.note)))
+            plan = with_scale(plan, choice.scale, choice.note)
+            output = stack.enter_context(desk.open_output(plan))
+        place = _place(desk, output, None if unscaled is None else unscaled.deltas)
+        _carry_out(
+            "merge", [t for t in plan.tensors if t.name not in waiting], plan, desk, place, tell
+        )
+        if unscaled is not None:
+            scaled = [t for t in plan.tensors if t.name in waiting]
+            _carry_out("scale", scaled, plan, desk, place, tell, unscaled.factors)
+    return plan, choice
+
+
+@contextmanager
+def merged_deltas(
+    plan: Plan, desk: Desk, tensors: Sequence[TensorPlan], tell: Tell | None = None
+) -> Iterator[Unscaled]:
+    """Merge tensors into a scratch file, before α, and compare those that are compared."""
+    with desk.open_deltas(_delta_layout(tensors)) as deltas:
+        place = _place(desk, None, deltas)
+        _carry_out("delta", tensors, plan, desk, place, tell or _meter(tensors, desk))
+        norms: dict[str, float] = {}
+        for planned in tensors:
+            if planned.compared:
+                norms |= desk.ledger.finished["delta", planned.name].norms
+        factors: dict[str, float] = {}
+        if plan.method.finish is not None and norms:
+            factors = layer_factors(plan.method, norms, plan.parameters)
+        yield Unscaled(plan, desk.inputs, deltas, factors, desk.ledger, desk.limits)
+
+
+def _carry_out(
+    stage: Stage,
+    tensors: Sequence[TensorPlan],
+    plan: Plan,
+    desk: Desk,
+    place: Workplace,
+    tell: Tell,
+    factors: Mapping[str, float] | None = None,
+) -> None:
+    """Make one task of each tensor, let the executor do them, and note what is finished."""
+    noted = "delta" if stage == "delta" else "merge"
+    finished, limits = desk.ledger.finished, desk.limits
+    state = None if stage == "scale" else _model_state(plan, tensors, desk.inputs)
+    tasks: list[Task] = []
+    for planned in tensors:
+        cost = tensor_cost(planned, desk.inputs)
+        tasks.append(
+            Task(
+                planned,
+                stage,
+                cost.peak_bytes,
+                cost.seconds,
+                device=limits.device,
+                state=state if planned.method == plan.method.name else None,
+                factors=factors_of(planned, factors or {}),
+                delta=finished.get(("delta", planned.name)) if stage == "scale" else None,
+                before=finished.get((noted, planned.name)),
+            )
+        )
+    with closing(EXECUTORS[limits.executor](tasks, place, limits)) as results:
+        for task, found in results:
+            if found != task.before:
+                desk.ledger.add(noted, task.tensor.name, found)
+            tell(task)
+
+
+def _place(desk: Desk, output: Sink | None, deltas: Sink | None) -> Workplace:
+    return Workplace(desk.inputs, output, deltas, desk.ledger.durable)
+
+
+def _meter(tensors: Sequence[TensorPlan], desk: Desk) -> Tell:
+    """Return what counts the seconds of finished tasks and tells how far the run is."""
+    total = max(sum(tensor_cost(t, desk.inputs).seconds for t in tensors), 1e-9)
+    done = 0.0
+
+    def tell(task: Task) -> None:
+        nonlocal done
+        done = min(total, done + task.seconds)
+        if desk.limits.progress is not None:
+            desk.limits.progress(done, total, task.tensor.name)
+
+    return tell
+
+
+def _delta_layout(tensors: Sequence[TensorPlan]) -> OutputFile:
+    """Return the layout of a scratch file of merged deltas, in the dtype of the arithmetic."""
+    return OutputFile(DELTAS, tuple((t.name, t.compute, t.shape) for t in tensors))
+
+
+def _model_state(plan: Plan, tensors: Sequence[TensorPlan], inputs: Inputs) -> Any:
+    """Run a model-scope `prepare` over every tensor of the method, or return None."""
+    method, parameters = plan.method, plan.parameters
+    if method.prepare is None or not method.model_scope(parameters):
+        return None
+    if not any(t.method == method.name for t in tensors):
+        return None
+    taking = [t for t in plan.tensors if t.method == method.name and t.elements]
+    wide = torch.float64 if any(t.compute == torch.float64 for t in taking) else torch.float32
+
+    def chunks() -> Iterator[Tensor]:
+        for planned in taking:
+            for chunk in stream_chunks(planned, inputs):
+                yield chunk.to(wide)
+
+    with one_intra_op_thread():
+        return method.prepare(chunks, parameters, context_of(taking[0]))

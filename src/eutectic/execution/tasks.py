@@ -1,0 +1,204 @@
+"""A unit of work as data: one tensor and what shall be done to it, carried out by any worker."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from eutectic.checkpoint.layout import OutputFile
+from eutectic.checkpoint.writer import CheckpointWriter
+from eutectic.execution.layer_factors import with_factors
+from eutectic.execution.merging import (
+    Emit,
+    Found,
+    copy_tensor,
+    merge_tensor,
+    merge_unscaled,
+    scale_tensor,
+)
+from eutectic.execution.tensor_values import flat_ranges
+from eutectic.planning.inputs import InputPaths, Inputs, reopen
+from eutectic.planning.tensor_plan import TensorPlan
+
+Stage = Literal["merge", "delta", "scale"]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One finished task.
+
+    Attributes:
+        sha256: of the bytes written.
+        record: what the method reported.
+        norms: the Frobenius norm of each of its matrices' deltas, before α.
+    """
+
+    sha256: str
+    record: dict[str, Any]
+    norms: dict[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True)
+class Task:
+    """One tensor and one stage. It can be pickled, and carried out wherever the inputs are.
+
+    Attributes:
+        tensor: what decides its bytes.
+        stage: "merge" writes the output's tensor in one go; "delta" writes the merged delta before
+            α to the scratch file; "scale" writes the output's tensor from there.
+        peak_bytes: memory held while it runs.
+        seconds: estimated time.
+        device: where the method computes.
+        state: what the method's `prepare` returned for the whole model, if that is its scope.
+        factors: of "scale": matrix -> factor of its delta besides α.
+        delta: of "scale": what the "delta" task of the tensor found.
+        before: what an earlier run noted of this task; kept if the bytes are still those.
+    """
+
+    tensor: TensorPlan
+    stage: Stage
+    peak_bytes: int
+    seconds: float
+    device: str = "cpu"
+    state: Any = None
+    factors: Mapping[str, float] = field(default_factory=dict[str, float])
+    delta: Finished | None = None
+    before: Finished | None = None
+
+
+class Sink(Protocol):
+    """Where merged values go: files, or memory."""
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Write flat values of a tensor from `start` on; any order, any thread."""
+        ...
+
+    def read_back(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return flat values that were written."""
+        ...
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the files of a run lie: enough for a worker elsewhere to open them.
+
+    Attributes:
+        inputs: what is read.
+        output: folder and files of the model, or None before α is known.
+        deltas: folder and file of the merged deltas, or None without any.
+    """
+
+    inputs: InputPaths
+    output: tuple[Path, tuple[OutputFile, ...]] | None
+    deltas: tuple[Path, tuple[OutputFile, ...]] | None
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a worker has open.
+
+    Attributes:
+        inputs: readers of base, experts and statistics.
+        output: of the model.
+        deltas: of the merged deltas before α.
+        hashed: finished bytes are hashed, since they outlive the process.
+    """
+
+    inputs: Inputs
+    output: Sink | None = None
+    deltas: Sink | None = None
+    hashed: bool = True
+
+    @property
+    def site(self) -> Site | None:
+        """How to open the same elsewhere; None in memory."""
+        if self.inputs.paths is None:
+            return None
+        return Site(self.inputs.paths, _place_of(self.output), _place_of(self.deltas))
+
+    def sink(self, stage: Stage) -> Sink:
+        """Return where a stage writes."""
+        sink = self.deltas if stage == "delta" else self.output
+        assert sink is not None
+        return sink
+
+
+@contextmanager
+def open_site(site: Site) -> Iterator[Workplace]:
+    """Open the files of a run that were laid out before, in this process or another."""
+    with reopen(site.inputs) as inputs, _writer(site.output) as output, _writer(site.deltas) as own:
+        yield Workplace(inputs, output, own)
+
+
+def _place_of(sink: Sink | None) -> tuple[Path, tuple[OutputFile, ...]] | None:
+    return (sink.folder, sink.files) if isinstance(sink, CheckpointWriter) else None
+
+
+@contextmanager
+def _writer(place: tuple[Path, tuple[OutputFile, ...]] | None) -> Iterator[Sink | None]:
+    if place is None:
+        yield None
+        return
+    with CheckpointWriter(*place, resume=True) as writer:
+        yield writer
+
+
+def carry_out(task: Task, place: Workplace, check: Callable[[], None] = lambda: None) -> Finished:
+    """Do a task and return what is to be noted of it.
+
+    Args:
+        task: what to do.
+        place: what is open.
+        check: raises where the run is being stopped; called before every write.
+    """
+    planned, sink = task.tensor, place.sink(task.stage)
+    if task.before is not None and _hash_of(sink, planned) == task.before.sha256:
+        return task.before
+    digest = hashlib.sha256()
+
+    def emit(start: int, values: Tensor) -> None:
+        check()
+        values = values.contiguous()
+        if place.hashed:
+            digest.update(_bytes_of(values))
+        sink.write(planned.name, start, values)
+
+    found = _run(task, place, emit)
+    return Finished(digest.hexdigest(), found.record, found.norms)
+
+
+def _run(task: Task, place: Workplace, emit: Emit) -> Found:
+    planned, inputs = task.tensor, replace(place.inputs, device=task.device)
+    if task.stage == "delta":
+        return merge_unscaled(planned, inputs, emit, task.state)
+    if task.stage == "merge":
+        if not planned.merged:
+            return copy_tensor(planned, inputs, emit)
+        return merge_tensor(planned, inputs, emit, task.state)
+    deltas, before = place.deltas, task.delta
+    assert deltas is not None
+    assert before is not None
+
+    def read_delta(start: int, stop: int) -> Tensor:
+        return deltas.read_back(planned.name, start, stop)
+
+    scale_tensor(planned, inputs, emit, read_delta, task.factors)
+    return Found(before.norms, with_factors(before.record, planned, task.factors))
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    return values.view(torch.uint8).numpy().data
+
+
+def _hash_of(sink: Sink, planned: TensorPlan) -> str:
+    digest = hashlib.sha256()
+    for start, stop in flat_ranges(planned.elements):
+        digest.update(_bytes_of(sink.read_back(planned.name, start, stop)))
+    return digest.hexdigest()

@@ -1,0 +1,180 @@
+"""What will be done to one tensor of the output: all that decides its bytes, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from eutectic.errors import Note
+from eutectic.types import Treatment
+
+CHUNK = 1 << 17  # entries of one tensor merged at a time: 8 experts' chunks fit the cache
+COPY = "copy"  # in place of a method: the base's values as they are
+
+
+@dataclass(frozen=True)
+class RowMap:
+    """Which rows of a stored tensor stand where in the output, such as those of a vocabulary.
+
+    Attributes:
+        width: entries of one row.
+        runs: (first row in the output, first row in the source, number of rows), ascending in the
+            output and disjoint there. Rows of the output that no run covers are not in the source.
+    """
+
+    width: int
+    runs: tuple[tuple[int, int, int], ...]
+
+    def ranges(self, start: int, stop: int) -> Iterator[tuple[slice, int, int]]:
+        """Yield (place in the range, start, stop in the source) of the covered parts of a range.
+
+        `start` and `stop` are flat positions in the output; the place counts from `start`.
+        """
+        for out, own, rows in self.runs:
+            first = max(start, out * self.width)
+            last = min(stop, (out + rows) * self.width)
+            if first < last:
+                shift = (own - out) * self.width
+                yield slice(first - start, last - start), first + shift, last + shift
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one checkpoint keeps its values of a tensor of the output.
+
+    Attributes:
+        owner: "base", "initial", or the expert's name.
+        tensor: its name there, in the base's scheme. None where the expert has no such tensor and
+            counts as unchanged.
+        rows: which of its rows stand where; None where its shape is the output's.
+        weight: w_t.
+        parameters: the method's parameters for this expert, where they differ from the tensor's.
+        statistics: part of the tensor ("" for the whole) -> its name in the expert's statistics.
+    """
+
+    owner: str
+    tensor: str | None
+    rows: RowMap | None = None
+    weight: float = 1.0
+    parameters: Any = None
+    statistics: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the file lays out the linear maps `[out, in]` that a method sees.
+
+    Attributes:
+        transpose: the file holds [in, out].
+        split: heights of fused matrices, or empty.
+        stacked: a stack [E, out, in], merged matrix by matrix.
+    """
+
+    transpose: bool = False
+    split: tuple[int, ...] = ()
+    stacked: bool = False
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor of the output. Whoever holds this and the opened inputs can write its bytes.
+
+    Attributes:
+        name: in the output.
+        shape: in the output.
+        dtype: in the output.
+        compute: dtype of the arithmetic.
+        treatment: what becomes of the tensor.
+        reason: why it is this treatment and method.
+        layout: how its matrices lie in the file.
+        base: the base's tensor; None where the base has none, which counts as zero.
+        experts: the experts that take part, in order.
+        initial: where a merged checkpoint that the method starts from keeps it.
+        method: the method that merges it, or "copy".
+        parameters: the method's checked parameters.
+        scale: α.
+        tunable: α is the recipe's, which a search may choose, not that of a rule.
+        compared: its matrices wait for the norms of the other layers' before they are scaled.
+        seed: of the random numbers.
+        seed_name: name that seeds random numbers; a tied tensor shares its partner's.
+        precision: of the linear algebra.
+        nonfinite: what NaN and Inf are.
+        must_agree: a copied buffer that every expert must hold alike.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    compute: torch.dtype
+    treatment: Treatment
+    reason: tuple[Note, ...]
+    layout: Layout = Layout()
+    base: Source | None = None
+    experts: tuple[Source, ...] = ()
+    initial: Source | None = None
+    method: str = COPY
+    parameters: Any = None
+    scale: float = 1.0
+    tunable: bool = False
+    compared: bool = False
+    seed: int = 0
+    seed_name: str = ""
+    precision: Literal["fast", "exact"] = "fast"
+    nonfinite: Literal["error", "allow"] = "error"
+    must_agree: bool = False
+
+    @property
+    def why(self) -> str:
+        """The reason as a text."""
+        return "; ".join(map(str, self.reason))
+
+    @property
+    def elements(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def merged(self) -> bool:
+        """Whether a method merges it."""
+        return self.method != COPY
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """How many matrices it stacks, and the entries of one; one unless it is a stack."""
+        count = self.shape[0] if self.layout.stacked else 1
+        return count, self.elements // max(count, 1)
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """The shape of one of its matrices, as the file lays it out.
+
+        Tables and convolutions are no linear maps: what merges them sees entries in a row.
+        """
+        if self.treatment in (Treatment.EMBEDDING, Treatment.CONV):
+            return (self.elements,)
+        if self.layout.stacked:
+            return self.shape[1:]
+        if len(self.shape) > 2:
+            return (self.shape[0], self.elements // self.shape[0])
+        return self.shape
+
+    @property
+    def matrix_shapes(self) -> list[tuple[int, int]]:
+        """[out, in] of each matrix that a method sees."""
+        *_, rows, columns = self.matrix_shape
+        if self.layout.transpose:
+            rows, columns = columns, rows
+        return [(height, columns) for height in self.layout.split or (rows,)]
+
+    def row_parts(self, rows: int) -> Iterator[tuple[str, slice]]:
+        """Yield (label, rows) of the parts of a fused matrix, or the whole under an empty label."""
+        if not self.layout.split:
+            yield "", slice(0, rows)
+        start = 0
+        for part, height in enumerate(self.layout.split):
+            yield f"[{part}]", slice(start, start + height)
+            start += height
