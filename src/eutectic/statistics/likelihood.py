@@ -27,13 +27,15 @@ OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
 LogLikelihood = Callable[[Any, Any], Tensor]
 
 
-def objective_name(name: str) -> str:
-    """Return the spelling in force of an objective; statistics files may hold earlier ones.
+def objective_name(name: Any) -> Any:
+    """Return the spelling in force of an objective; functions are returned as they are.
+
+    Callers and statistics files may use earlier spellings.
 
     >>> objective_name("multi_label"), objective_name("causal_lm"), objective_name("auto")
     ('multi-label', 'language-model', 'auto')
     """
-    hyphened = spelled(name).replace("_", "-")
+    hyphened = spelled(name).replace("_", "-") if isinstance(name, str) else name
     return hyphened if hyphened in OBJECTIVES else name
 
 
@@ -203,7 +205,9 @@ def evaluate(
             )
         return objective(outputs, batch)
     logits, labels = find_logits(outputs), find_labels(batch)
-    name = resolve_objective(model, logits, labels) if objective == "auto" else objective
+    name = objective_name(objective)
+    if name == "auto":
+        name = resolve_objective(model, logits, labels)
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if sampled:
         of_targets = None if name == "sequence-to-sequence" else mask

@@ -62,15 +62,10 @@ class Settings:
             return DEFAULT_GRADIENT_EXAMPLES
         return self.max_examples
 
-    def __post_init__(self) -> None:
-        """Take an objective in any spelling."""
-        if isinstance(self.objective, str):
-            object.__setattr__(self, "objective", objective_name(self.objective))
-
     def check(self) -> None:
         """Raise RequestError naming everything that is out of range."""
         faults = [
-            *_choice("objective", self.objective, ("auto", *OBJECTIVES)),
+            *_choice("objective", objective_name(self.objective), ("auto", *OBJECTIVES)),
             *_choice("labels", self.labels, ("data", "sample")),
             *_choice("unmatched", self.unmatched, ("error", "all", "skip")),
             *_choice("dtype", self.dtype, (torch.float32, torch.float64)),
