@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eutectic.routed.assembly import finish, install
-from eutectic.routed.call import Routing
-from eutectic.routed.layers import choose_layers
+from eutectic.routed.forward_pass import Routing
+from eutectic.routed.routed_layers import choose_layers
 from eutectic.routed.router import DiscriminantRouter
 
 EXPERTS, RANK = 8, 32

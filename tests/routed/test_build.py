@@ -316,7 +316,7 @@ class Pooling(nn.Module):
 
 
 def test_costs_leave_out_what_building_leaves_out():
-    from eutectic.routed.layers import routed_layers
+    from eutectic.routed.routed_layers import routed_layers
     from eutectic.statistics import collect
 
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from eutectic.errors import RequestError
 from eutectic.routed import build_routed, routing
-from eutectic.routed.linear import Experts
+from eutectic.routed.routed_modules import Experts
 from eutectic.statistics import collect
 from eutectic.types import LayerStatistics
 from helpers.configs import tiny_model

@@ -117,9 +117,9 @@ def route(
         _check_folders(target)
     from eutectic.models.transformers_loading import load_stored
     from eutectic.routed import build_routed, export_lora, routed_costs
-    from eutectic.routed.layers import routed_layers
-    from eutectic.routed.sources import expert_statistics as check_statistics
-    from eutectic.routed.sources import open_experts
+    from eutectic.routed.expert_weights import expert_statistics as check_statistics
+    from eutectic.routed.expert_weights import open_experts
+    from eutectic.routed.routed_layers import routed_layers
 
     model = load_stored(merged)
     of_experts = expert_statistics(statistics)

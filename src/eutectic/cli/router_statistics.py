@@ -78,7 +78,7 @@ def _collected(
 ) -> dict[str, Any]:
     from eutectic.data.row_files import check_split, has_splits
     from eutectic.models.loading import load_model
-    from eutectic.routed.layers import choose_layers
+    from eutectic.routed.routed_layers import choose_layers
     from eutectic.statistics import collect
 
     if reading.split is not None:

@@ -6,7 +6,7 @@ from eutectic.evaluation.results import Results, results_schema
 from eutectic.evaluation.run import evaluate
 from eutectic.evaluation.task_files import load_tasks
 from eutectic.evaluation.task_schema import Task
-from eutectic.models.file_keys import file_keys, put_tensors
+from eutectic.models.names import file_keys, put_tensors
 from eutectic.models.task_models import checkpoint_tensors, head_tensors, load_model
 
 __all__ = [

@@ -22,9 +22,8 @@ from eutectic.evaluation.identities import (
     weights_identity,
 )
 from eutectic.evaluation.task_schema import Task
-from eutectic.models.generation import GENERATION
 from eutectic.models.task_kinds import ARCHITECTURES, CLASSIFICATION
-from eutectic.models.task_models import EXPERTS, borrows_head, load_model
+from eutectic.models.task_models import EXPERTS, GENERATION, borrows_head, load_model
 
 Role = Literal["base", "expert", "model"]
 RoutingMode = Literal["route", "oracle", "base"]

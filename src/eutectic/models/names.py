@@ -1,13 +1,18 @@
-"""Names of a model's parameters in memory and in the files that transformers writes of it."""
+"""Names of a model's parameters in memory against names in files; tensors put in by either."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eutectic.checkpoint.names import align
+from eutectic.errors import CheckpointError
+from eutectic.models.transformers_loading import pretrained
+
+_PROBE = 1 << 20  # above the values of fresh weights, and exact in float32 for as many keys again
 
 
 def saved_names(model: nn.Module) -> dict[str, str]:
@@ -37,3 +42,78 @@ def names_in(keys: Iterable[str], names: Iterable[str], saved: Mapping[str, str]
     if renamed == own or len(align(renamed.values(), keys)[0]) <= len(align(own, keys)[0]):
         return own
     return renamed
+
+
+def file_keys(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Return file key -> name in `model.state_dict()`, for a model from `load_model`.
+
+    Names that agree, or agree after a prefix, are taken as they are. For the others (transformers
+    renames some between file and memory) a model is loaded from tensors that hold a number each,
+    which tells where every key goes. Keys that the model has no use for are left out.
+
+    Args:
+        model: from `load_model`.
+        shapes: key -> shape, as in the checkpoint's files.
+
+    Raises:
+        CheckpointError: transformers joins or splits tensors when it loads them, so that there is
+            no such mapping.
+    """
+    held = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    mapping, _ = align(held, shapes, expert="the checkpoint")
+    found = {k: n for k, n in mapping.items() if held[n] == tuple(shapes[k])}
+    if len(found) == len(shapes) or not _unfilled(model, found.values()):
+        return found
+    return _probed(model, shapes)
+
+
+def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
+    """Copy tensors, by file key, into a loaded model; keys that it has no use for are passed over.
+
+    Args:
+        model: from `load_model`.
+        tensors: file key -> values, any dtype, any subset of the keys.
+        keys: from `file_keys`.
+
+    Raises:
+        CheckpointError: a tensor has another shape than the model's.
+    """
+    state = model.state_dict()
+    with torch.no_grad():
+        for key, values in tensors.items():
+            if key not in keys:
+                continue
+            target = state[keys[key]]
+            if target.shape != values.shape:
+                raise CheckpointError(
+                    f"'{key}' has the shape {list(values.shape)}, the model's '{keys[key]}' has "
+                    f"{list(target.shape)}."
+                )
+            target.copy_(values)
+
+
+def _unfilled(model: nn.Module, names: Iterable[str]) -> bool:
+    """Tell whether a parameter shares memory with none of the named tensors."""
+    state = model.state_dict()
+    filled = {state[name].data_ptr() for name in names}
+    return any(p.data_ptr() not in filled for p in model.parameters())
+
+
+def _probed(model: Any, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    keys = list(shapes)
+    state = {k: torch.tensor(float(_PROBE + i)).expand(*shapes[k]) for i, k in enumerate(keys)}
+    loaded, _ = pretrained(type(model), None, config=model.config, state=state)
+    found: dict[str, str] = {}
+    for name, values in loaded.state_dict().items():
+        if not values.is_floating_point() or values.numel() == 0:
+            continue
+        low, high = (float(v) for v in values.aminmax())
+        if high < _PROBE:
+            continue
+        if low != high or tuple(values.shape) != tuple(shapes[keys[int(low) - _PROBE]]):
+            raise CheckpointError(
+                f"'{name}' is put together from several tensors of the file, so a state cannot be "
+                "put into the loaded model.\nEvaluate checkpoint folders instead."
+            )
+        found.setdefault(keys[int(low) - _PROBE], name)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,7 +16,7 @@ from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.conventions import CLASSIFIERS
 from eutectic.errors import CheckpointError
-from eutectic.models.generation import set_generation
+from eutectic.models.linear_head import Pooling
 from eutectic.models.loading import base_folder
 from eutectic.models.task_kinds import MODEL_CLASSES, TaskKind
 from eutectic.models.transformers_loading import (
@@ -27,45 +27,41 @@ from eutectic.models.transformers_loading import (
     transformers_for,
 )
 
+GENERATION = "generation_config.json"
+_SEARCH = (
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "penalty_alpha"),
+    *("num_beams", "num_beam_groups", "diversity_penalty", "length_penalty", "early_stopping"),
+    *("num_return_sequences", "constraints", "force_words_ids", "dola_layers"),
+    *("max_length", "max_new_tokens", "max_time", "prompt_lookup_num_tokens"),
+    *("min_length", "min_new_tokens", "repetition_penalty", "encoder_repetition_penalty"),
+    *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty"),
+    *("return_dict_in_generate", "output_scores", "output_logits"),
+)
 EXPERTS = "experts"  # the folder of a merged model that holds one loadable folder per expert
 
 
 class ModelTask(Protocol):
-    """What decides the model of a task; `eutectic.evaluation.Task` is one."""
+    """What decides the model of a task; `eutectic.evaluation.Task` is one.
 
-    @property
-    def name(self) -> str:
-        """Its name, for messages."""
-        ...
+    Attributes:
+        name: for messages.
+        kind: decides the class of the model; not `function`.
+        head: file of a linear head on the bare model's features; None: the model has its own.
+        pooling: of the features that `head` takes.
+        head_tensors: patterns of tensors that count as the expert's head besides the usual ones.
+        labels: names of the classes, where the configuration does not say them.
+    """
+
+    name: str
+    kind: TaskKind
+    head: str | None
+    pooling: Pooling
+    head_tensors: tuple[str, ...]
+    labels: tuple[str, ...] | None
 
     @property
     def expert_name(self) -> str:
         """The expert whose head it uses."""
-        ...
-
-    @property
-    def kind(self) -> TaskKind:
-        """Decides the class of the model; not `function`."""
-        ...
-
-    @property
-    def head(self) -> str | None:
-        """A file with a linear head on the bare model's features; None: the model has its own."""
-        ...
-
-    @property
-    def pooling(self) -> str:
-        """Of the features that `head` takes."""
-        ...
-
-    @property
-    def head_tensors(self) -> tuple[str, ...]:
-        """Patterns of further tensors that count as the expert's head."""
-        ...
-
-    @property
-    def labels(self) -> tuple[str, ...] | None:
-        """Names of the classes, where the configuration does not say them."""
         ...
 
 
@@ -104,7 +100,7 @@ def load_model(
     if expert is not None and task.head is None and Path(expert) != folder:
         state, configured = _with_head(state, folder, Path(expert), base, task)
     model = _build(base_folder(configured, base), task, state)
-    set_generation(model, task.kind, (folder, whole, base_folder(configured, base)))
+    _set_generation(model, task.kind, (folder, whole, base_folder(configured, base)))
     return model.to(device)
 
 
@@ -216,6 +212,33 @@ def _fit_labels(config: Any, task: ModelTask, state: Mapping[str, Tensor]) -> No
         rows = [len(state[name]) for name in CLASSIFIERS if name in state and state[name].ndim == 2]
         if rows and rows[0] != config.num_labels:
             config.num_labels = rows[0]
+
+
+def _set_generation(model: Any, kind: TaskKind, folders: Sequence[Path]) -> None:
+    """Let a model generate as the first `generation_config.json` in `folders` says, if any.
+
+    Tokens that it forces or forbids are part of the model. Its search is not: exact match is of
+    greedy decoding, and lm-evaluation-harness names its own.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    folder = next((f for f in folders if (f / GENERATION).is_file()), None)
+    if folder is None or kind not in ("sequence-to-sequence", "lm-eval"):
+        return
+    settings = transformers_for("Generating texts").GenerationConfig
+    try:
+        found = settings.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / GENERATION}: cannot be read: {first_line(error)}"
+        ) from None
+    if kind == "sequence-to-sequence":
+        plain = settings()
+        for name in _SEARCH:
+            if hasattr(plain, name):  # names come and go with transformers' versions
+                setattr(found, name, getattr(plain, name))
+    model.generation_config = found
 
 
 @contextmanager

@@ -2,11 +2,11 @@
 
 from eutectic.routed.build import build_routed
 from eutectic.routed.export import export_lora
-from eutectic.routed.layers import RoutedCosts, routed_costs
-from eutectic.routed.linear import RoutedAttention, RoutedLinear
 from eutectic.routed.loading import load_routed
-from eutectic.routed.modes import routing, routing_accuracy, routing_accuracy_by_task
+from eutectic.routed.routed_layers import RoutedCosts, routed_costs
+from eutectic.routed.routed_modules import RoutedAttention, RoutedLinear
 from eutectic.routed.router import DiscriminantRouter, PrototypeRouter
+from eutectic.routed.routing_modes import routing, routing_accuracy, routing_accuracy_by_task
 
 __all__ = [
     "DiscriminantRouter",

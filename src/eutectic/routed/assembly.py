@@ -8,8 +8,8 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from eutectic.models.sites import Site
-from eutectic.routed.call import Routing, install_hooks
-from eutectic.routed.linear import Experts, RoutedAttention, RoutedLinear
+from eutectic.routed.forward_pass import Routing, install_hooks
+from eutectic.routed.routed_modules import Experts, RoutedAttention, RoutedLinear
 from eutectic.routed.router import Router
 from eutectic.routed.saving import save_routed
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,17 @@ from torch import Tensor, nn
 from eutectic.errors import NumericalError, RequestError, StatisticsError
 from eutectic.linalg.essential import essential_subspace
 from eutectic.models.sites import Site, feeds_batch_first
+from eutectic.options import options_from
 from eutectic.routed.assembly import finish, install
-from eutectic.routed.call import Routing
-from eutectic.routed.layers import layer_rank, routed_layers
+from eutectic.routed.expert_weights import (
+    ExpertWeights,
+    StateDict,
+    check_origin,
+    expert_statistics,
+    open_experts,
+)
+from eutectic.routed.forward_pass import Routing
+from eutectic.routed.routed_layers import layer_rank, routed_layers
 from eutectic.routed.router import (
     Router,
     RouterKind,
@@ -23,16 +32,31 @@ from eutectic.routed.router import (
     has_pooled,
     prototype_router,
 )
-from eutectic.routed.sources import (
-    ExpertWeights,
-    StateDict,
-    check_origin,
-    expert_statistics,
-    open_experts,
-)
 from eutectic.types import LayerStatistics
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedSettings:
+    """Further options of `build_routed`, which describes them."""
+
+    accumulate: bool | None = None
+    base: str | Path | None = None
+    shrinkage: float | None = None
+    statistics_of: Literal["expert", "any"] = "expert"
+
+
+class RoutedOptions(TypedDict, total=False):
+    """The fields of `RoutedSettings` as keyword arguments."""
+
+    accumulate: bool | None
+    base: str | Path | None
+    shrinkage: float | None
+    statistics_of: Literal["expert", "any"]
 
 
 def build_routed(
@@ -44,10 +68,7 @@ def build_routed(
     rank: int = 32,
     router: RouterKind | None = None,
     layers: Sequence[str] | None = None,
-    accumulate: bool | None = None,
-    base: str | Path | None = None,
-    shrinkage: float | None = None,
-    statistics_of: Literal["expert", "any"] = "expert",
+    **options: Unpack[RoutedOptions],
 ) -> Model:
     """Return a copy of a merged model whose layers keep, per expert, what merging lost.
 
@@ -95,6 +116,8 @@ def build_routed(
 
     Reference: arXiv 2606.19164 (experts and the prototype router).
     """
+    asked = options_from(RoutedSettings, options, "build_routed")
+    shrinkage = asked.shrinkage
     if rank < 1 or (shrinkage is not None and not 0 < shrinkage <= 1):
         raise RequestError(
             f"rank must be at least 1 and shrinkage in (0, 1], got {rank} and {shrinkage}."
@@ -121,20 +144,19 @@ def build_routed(
             "Leave it out, or give statistics with pooled sums and router='discriminant'."
         )
     routed = copy.deepcopy(model)
-    steps = accumulate if accumulate is not None else router == "discriminant"
-    routing = Routing(names, router, steps, feeds_batch_first(model))
-    routing.left_out = left_out
-    with open_experts(model, experts, base) as opened, torch.no_grad():
+    steps = router == "discriminant" if asked.accumulate is None else asked.accumulate
+    routing = Routing(names, router, steps, feeds_batch_first(model), left_out=left_out)
+    with open_experts(model, experts, asked.base) as opened, torch.no_grad():
         for layer in chosen:
-            if statistics_of == "expert":
-                for source, own in zip(opened, called, strict=True):
-                    where = f"'{layer.name}', expert '{source.name}'"
-                    weight = source.read(layer.name)
-                    check_origin(statistics[source.name], own[layer.name], weight, where)
-            if statistics_of == "expert" and router_statistics is not None:
-                for n, own in zip(names, routes_called, strict=True):
+            for source, own, of_routes in zip(opened, called, routes_called, strict=True):
+                if asked.statistics_of == "any":
+                    continue
+                n, weight = source.name, source.read(layer.name)
+                where = f"'{layer.name}', expert '{n}'"
+                check_origin(statistics[n], own[layer.name], weight, where)
+                if router_statistics is not None:
                     where = f"'{layer.name}', the router's data of '{n}'"
-                    check_origin(routes[n], own[layer.name], layer.weight, where)
+                    check_origin(routes[n], of_routes[layer.name], layer.weight, where)
             entries = [statistics[n][c[layer.name]] for n, c in zip(names, called, strict=True)]
             up, down, kept = thin_experts(layer, opened, entries, rank)
             if min(kept) < up.shape[-1]:

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eutectic.errors import OutputError, RequestError
-from eutectic.routed.linear import RoutedLinear
-from eutectic.routed.modes import routing_of
+from eutectic.routed.routed_modules import RoutedLinear
+from eutectic.routed.routing_modes import routing_of
 from eutectic.routed.saving import base_state_dict, experts_of
 
 BASE = "merged"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -14,9 +15,9 @@ from eutectic.errors import CheckpointError
 from eutectic.models.sites import Site, routable_sites
 from eutectic.models.transformers_loading import load_stored
 from eutectic.routed.assembly import finish, install
-from eutectic.routed.call import Routing
+from eutectic.routed.forward_pass import Routing
 from eutectic.routed.router import ROUTERS
-from eutectic.routed.saving import DESCRIPTION, FACTORS, FORMAT, PLAIN_WEIGHTS
+from eutectic.routed.saving import DESCRIPTION, FACTORS, FORMAT, PLAIN_WEIGHTS, Description
 
 
 def load_routed(folder: str | Path, model: nn.Module | type[Any] | None = None) -> Any:
@@ -40,87 +41,60 @@ def load_routed(folder: str | Path, model: nn.Module | type[Any] | None = None) 
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path / FACTORS}: cannot be read: {error}.") from None
     routing = Routing(
-        tuple(description["experts"]),
-        description["router"],
-        description["accumulate"],
-        description["batch_first"],
+        tuple(description.experts),
+        description.router,
+        description.accumulate,
+        description.batch_first,
+        description.short,
+        description.left_out,
     )
-    routing.short = description["short"]
-    routing.left_out = description["left_out"]
     available = {layer.name: layer for layer in routable_sites(loaded)}
-    for item in description["layers"]:
-        layer = available.get(item["name"])
-        if layer is None or layer.path != item["path"]:
+    device = next(loaded.parameters()).device
+    for item in description.layers:
+        layer = available.get(item.name)
+        if layer is None or layer.path != item.path:
             raise CheckpointError(
-                f"{path}: the routed layer '{item['name']}' is not in {type(loaded).__name__}.\n"
+                f"{path}: the routed layer '{item.name}' is not in {type(loaded).__name__}.\n"
                 "Load it with the class that it was saved from."
             )
         up, down, weight, bias = _tensors(path, tensors, layer, len(routing.experts))
-        router = ROUTERS[routing.router](weight, bias)
-        device = next(loaded.parameters()).device
+        router = ROUTERS[description.router](weight, bias)
         install(loaded, layer, up.to(device), down.to(device), router.to(device), routing)
     return finish(loaded, routing)
 
 
-def _tensors(
-    path: Path, tensors: dict[str, Tensor], layer: Site, experts: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    found = [
-        tensors.get(f"{layer.path}.{key}") for key in ("up", "down", "router.weight", "router.bias")
-    ]
-    up, down, weight, bias = found
-    if up is None or down is None or weight is None or bias is None or up.ndim != 3:
+def _tensors(path: Path, held: Mapping[str, Tensor], layer: Site, experts: int) -> list[Tensor]:
+    """Return `up`, `down`, and the router's weight and bias of one layer."""
+    keys = [f"{layer.path}.{key}" for key in ("up", "down", "router.weight", "router.bias")]
+    found = [held[key] for key in keys if key in held]
+    if len(found) < len(keys) or found[0].ndim != 3:
         raise CheckpointError(f"{path / FACTORS}: incomplete for the layer '{layer.name}'.")
-    size = up.shape[2]
-    wanted = [
-        (experts, layer.shape[0], size),
-        (experts, size, layer.shape[1]),
-        (experts, layer.shape[1]),
-        (experts,),
-    ]
-    shapes = [tuple(t.shape) for t in (up, down, weight, bias)]
+    size, (rows, columns) = found[0].shape[2], layer.shape
+    wanted = [(experts, rows, size), (experts, size, columns), (experts, columns), (experts,)]
+    shapes = [tuple(tensor.shape) for tensor in found]
     if shapes != wanted:
         raise CheckpointError(
             f"{path / FACTORS}: '{layer.name}' has factors of shapes {shapes}, where {wanted} fit."
         )
-    return up, down, weight, bias
+    return found
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def _read_description(path: Path) -> Description:
     file = path / DESCRIPTION
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
+        description = Description.model_validate_json(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not a routed model, it has no {DESCRIPTION}.") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error}.") from None
-    if isinstance(description, dict):
-        description.setdefault("left_out", [])  # files of earlier versions do not name them
-    wanted = {
-        "format": int,
-        "experts": list,
-        "router": str,
-        "accumulate": bool,
-        "batch_first": bool,
-        "short": dict,
-        "left_out": list,
-        "layers": list,
-    }
-    bad = [
-        key
-        for key, kind in wanted.items()
-        if not isinstance(description, dict) or not isinstance(description.get(key), kind)
-    ]
-    if not bad and not all(
-        isinstance(item, dict) and {type(item.get("name")), type(item.get("path"))} == {str}
-        for item in description["layers"]
-    ):
-        bad = ["layers"]
-    if bad or description["router"] not in ROUTERS:
-        raise CheckpointError(f"{file}: damaged; {', '.join(bad) or 'router'} is not as expected.")
-    if description["format"] != FORMAT:
+    except ValidationError as error:
+        bad = dict.fromkeys(str(item["loc"][0]) for item in error.errors() if item["loc"])
         raise CheckpointError(
-            f"{file}: format {description['format']}, this version reads {FORMAT}; update eutectic."
+            f"{file}: damaged; {', '.join(bad) or 'its JSON'} is not as expected."
+        ) from None
+    if description.format != FORMAT:
+        raise CheckpointError(
+            f"{file}: format {description.format}, this version reads {FORMAT}; update eutectic."
         )
     return description
 

@@ -6,17 +6,42 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eutectic.errors import OutputError, RequestError
-from eutectic.routed.linear import Experts
-from eutectic.routed.modes import routing_of
+from eutectic.routed.routed_modules import Experts
+from eutectic.routed.router import RouterKind
+from eutectic.routed.routing_modes import routing_of
 
 DESCRIPTION = "routed.json"
 FACTORS = "routed.safetensors"
 PLAIN_WEIGHTS = "model.safetensors"  # of models that do not come from transformers
 FORMAT = 1
+
+
+class RoutedLayer(BaseModel):
+    """A routed layer: the name of its weight, and the path of its module."""
+
+    name: str
+    path: str
+
+
+class Description(BaseModel):
+    """What `routed.json` says; see `Routing` for most of it."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: int = FORMAT
+    architecture: str
+    experts: list[str]
+    router: RouterKind
+    accumulate: bool
+    batch_first: bool
+    short: dict[str, dict[str, int]]
+    left_out: list[str] = []  # absent in files of earlier versions
+    layers: list[RoutedLayer]
 
 
 def save_routed(routed: nn.Module, folder: str | Path, **options: Any) -> None:
@@ -37,17 +62,21 @@ def save_routed(routed: nn.Module, folder: str | Path, **options: Any) -> None:
     handle = routing_of(routed)
     path = Path(folder)
     weights = base_state_dict(routed)
-    layers, tensors = _describe(routed)
-    description = {
-        "format": FORMAT,
-        "architecture": type(routed).__name__,
-        "experts": list(handle.experts),
-        "router": handle.router,
-        "accumulate": handle.accumulate,
-        "batch_first": handle.batch_first,
-        "short": handle.short,
-        "left_out": handle.left_out,
-        "layers": layers,
+    held = experts_of(routed)
+    description = Description(
+        architecture=type(routed).__name__,
+        experts=list(handle.experts),
+        router=handle.router,
+        accumulate=handle.accumulate,
+        batch_first=handle.batch_first,
+        short=handle.short,
+        left_out=handle.left_out,
+        layers=[RoutedLayer(name=experts.name, path=path) for path, experts in held.items()],
+    )
+    tensors = {
+        f"{path}.{key}": tensor.contiguous()
+        for path, experts in held.items()
+        for key, tensor in experts.state_dict().items()
     }
     own = getattr(type(routed), "save_pretrained", None)
     if own is None and options:
@@ -61,7 +90,8 @@ def save_routed(routed: nn.Module, folder: str | Path, **options: Any) -> None:
             save_file({n: t.contiguous().clone() for n, t in weights.items()}, path / PLAIN_WEIGHTS)
         save_file(tensors, path / FACTORS)
         # Last: a folder without it is no finished routed model.
-        (path / DESCRIPTION).write_text(json.dumps(description, indent=1), encoding="utf-8")
+        text = json.dumps(description.model_dump(), indent=1)
+        (path / DESCRIPTION).write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{path}: the routed model cannot be written: {error}.") from error
 
@@ -79,13 +109,3 @@ def experts_of(routed: nn.Module) -> dict[str, Experts]:
         for path, module in routed.named_modules()
         if isinstance(module, Experts)
     }
-
-
-def _describe(routed: nn.Module) -> tuple[list[dict[str, str]], dict[str, Tensor]]:
-    layers: list[dict[str, str]] = []
-    tensors: dict[str, Tensor] = {}
-    for path, experts in experts_of(routed).items():
-        layers.append({"name": experts.name, "path": path})
-        for key, tensor in experts.state_dict().items():
-            tensors[f"{path}.{key}"] = tensor.contiguous()
-    return layers, tensors

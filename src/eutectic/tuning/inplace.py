@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from eutectic.models.file_keys import file_keys, put_tensors
+from eutectic.models.names import file_keys, put_tensors
 
 
 class Lazily(Mapping[str, Tensor]):

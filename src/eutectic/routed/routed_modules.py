@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from eutectic.conventions import reads_encoder
 from eutectic.errors import RequestError
-from eutectic.routed.call import Call, Routing, innermost, uncompiled
-from eutectic.routed.frames import Frame
+from eutectic.routed.forward_masks import Frame
+from eutectic.routed.forward_pass import Call, Routing, innermost, uncompiled
 from eutectic.routed.router import Router
 
 # None: no expert. int: one expert for all. Long [N]: one each. Float [N, T]: a mixture each.

@@ -15,10 +15,11 @@ from eutectic.checkpoint.index import CheckpointIndex, open_index
 from eutectic.checkpoint.memory import StateDictReader
 from eutectic.checkpoint.names import align
 from eutectic.checkpoint.reader import CheckpointReader
+from eutectic.conventions import canonical_name
 from eutectic.errors import RequestError, StatisticsError
 from eutectic.models.names import names_in, saved_names
 from eutectic.models.sites import Site
-from eutectic.routed.layers import in_parts
+from eutectic.routed.routed_layers import in_parts
 from eutectic.types import LayerStatistics, as_statistics
 
 StateDict = Mapping[str, Tensor]
@@ -27,21 +28,20 @@ StateDict = Mapping[str, Tensor]
 class ExpertWeights:
     """The weights of one expert; adapters are applied to their base.
 
-    `called` tells what the model's parameters are called there, where that differs; of adapters,
-    what they are called in the base.
+    `called` tells what the model's parameters are called there; of adapters, in the base.
     """
 
     def __init__(
         self,
         name: str,
         expert: Expert,
+        called: Mapping[str, str],
         base: CheckpointReader | None = None,
-        called: Mapping[str, str] | None = None,
     ) -> None:
         self.name = name
         self._expert = expert
+        self._called = called
         self._base = base
-        self._called = called or {}
 
     def read(self, name: str) -> Tensor:
         """Return the stored weight under the model's name, float32.
@@ -49,21 +49,18 @@ class ExpertWeights:
         Raises:
             RequestError: the expert (or an adapter's base) has no such tensor.
         """
-        key = self._called.get(name, name if self._base is None else None)
-        entries = self._base.entries if self._base is not None else self._expert.entries
-        if key is None or key not in entries:
+        key = self._called.get(name)
+        held = self._expert.entries if self._base is None else self._base.entries
+        if key is None or key not in held:
             raise RequestError(
                 f"expert '{self.name}' has no tensor '{name}'.\n"
                 "If the model names its tensors otherwise in memory than in files, pass the "
                 "expert's state_dict()."
             )
-        shape = entries[key].shape
-        if self._base is None:
-            return self._expert.weight(key, base=None, dtype=torch.float32).view(shape)
-        base = self._base.read(key).float()
-        if key not in self._expert.entries:
-            return base.view(shape)
-        return self._expert.weight(key, base=base, dtype=torch.float32).view(shape)
+        values = None if self._base is None else self._base.read(key).float()
+        if values is None or key in self._expert.entries:
+            values = self._expert.weight(key, base=values, dtype=torch.float32)
+        return values.view(held[key].shape)
 
 
 @contextmanager
@@ -80,7 +77,8 @@ def open_experts(
     """
     if not experts:
         raise RequestError("a routed model needs at least one expert, got none.")
-    tensors = {n: p.detach() for n, p in model.named_parameters(remove_duplicate=False)}
+    parameters = model.named_parameters(remove_duplicate=False)
+    tensors = {canonical_name(n): p.detach() for n, p in parameters}
     own = StateDictReader(tensors, "the model")
     names, saved = list(own.entries), saved_names(model)
     with ExitStack() as stack:
@@ -98,7 +96,7 @@ def open_experts(
                 called = names_in(reader.entries, names, saved)
                 entries = {called[n]: entry for n, entry in own.entries.items()}
                 expert = FullExpert(reader, entries, label=label)
-                opened.append(ExpertWeights(name, expert, called=called))
+                opened.append(ExpertWeights(name, expert, called))
                 continue
             if base is None:
                 raise RequestError(
@@ -114,7 +112,7 @@ def open_experts(
             mapping, _ = align(called.values(), reader.entries, expert=f"the base of '{name}'")
             keys = {own_name: key for key, own_name in mapping.items()}
             called = {n: keys[c] for n, c in called.items() if c in keys}
-            opened.append(ExpertWeights(name, adapter, reader, called))
+            opened.append(ExpertWeights(name, adapter, called, reader))
         yield opened
 
 

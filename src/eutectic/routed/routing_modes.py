@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.errors import RequestError, suggest
-from eutectic.routed.call import MODES, Decisions, Mode, Routing, Settings, applying
-from eutectic.routed.linear import Experts
+from eutectic.routed.forward_pass import MODES, Decisions, Mode, Routing, Settings, applying
+from eutectic.routed.routed_modules import Experts
 
 
 @contextmanager

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.errors import RequestError, suggest
-from eutectic.routed.frames import Frame, hidden_states, open_frame
+from eutectic.routed.forward_masks import Frame, hidden_states, open_frame
+from eutectic.routed.router import RouterKind
 
 Mode = Literal["route", "oracle", "base", "soft", "vote"]
 MODES = ("route", "oracle", "base", "soft", "vote")
@@ -112,6 +113,7 @@ _ENCODED: ContextVar[Encoded | None] = ContextVar("eutectic_routed_encoded", def
 _HELD: weakref.WeakKeyDictionary[Any, Held] = weakref.WeakKeyDictionary()
 
 
+@dataclass(eq=False)
 class Routing:
     """What the routed layers of one model share.
 
@@ -124,15 +126,12 @@ class Routing:
         left_out: default layers that are not routed, as torch's packed cross-attention.
     """
 
-    def __init__(
-        self, experts: tuple[str, ...], router: str, accumulate: bool, batch_first: bool
-    ) -> None:
-        self.experts = experts
-        self.router = router
-        self.short: dict[str, dict[str, int]] = {}
-        self.left_out: list[str] = []
-        self.accumulate = accumulate
-        self.batch_first = batch_first
+    experts: tuple[str, ...]
+    router: RouterKind
+    accumulate: bool
+    batch_first: bool
+    short: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    left_out: list[str] = field(default_factory=list[str])
 
     def settings(self) -> Settings:
         """Return the settings in force in this context."""
@@ -247,11 +246,7 @@ class _Scope:
 
 
 def _cache(given: Mapping[str, Any]) -> Any:
-    for name in _CACHES:
-        cache = given.get(name)
-        if cache is not None:
-            return cache
-    return None
+    return next((given[name] for name in _CACHES if given.get(name) is not None), None)
 
 
 def _length(cache: Any) -> int:

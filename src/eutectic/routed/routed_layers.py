@@ -11,7 +11,7 @@ from torch import nn
 from eutectic.conventions import PARTS, is_attention_or_mlp_input
 from eutectic.errors import RequestError
 from eutectic.models.sites import Site, routable_sites, selected
-from eutectic.routed.linear import RoutedAttention, RoutedLinear
+from eutectic.routed.routed_modules import RoutedAttention, RoutedLinear
 
 
 @dataclass(frozen=True)
