@@ -284,7 +284,7 @@ def test_ia3_vectors_have_a_block_fisher() -> None:
             2,
             "does not hold cls.predictions",
         ),
-        (["EXPERT", "-o", "no/where/x", "--data", "DATA"], 1, "no folder"),
+        (["EXPERT", "-o", "no/where/x", "--data", "DATA"], 1, "is not a folder"),
         (["EXPERT", "-o", "x", "--data", "DATA", "--memory", "1KB"], 2, "more than the"),
         (
             ["EXPERT", "-o", "x", "--data", "DATA", "--labels", "mine", "--fisher"],

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +30,8 @@ from eutectic.statistics.statistics_file import (
     EXAMPLES,
     FORMAT,
     GRAM_NAMES,
-    RECORD_KEY,
     StatisticsFile,
-    load_statistics,
 )
-from eutectic.statistics.tensor_file import entries_of, write_tensors
 from eutectic.statistics.unfinished_collection import (
     DataLog,
     Partial,
@@ -172,12 +171,11 @@ def collect(
     path = None if output is None else Path(output)
     partial = None if path is None else _begin(path, record, parts)
     log, results = DataLog(), []
-    total = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore
-    report = _Report(progress, total, len(parts))
+    report = _reporter(progress, batches, len(parts))
     try:
         for index, part in enumerate(parts):
-            report.part = index
-            job = Pass(model, batches, part, settings, PassSums(part, settings), log, 0, report)
+            sums, tell = PassSums(part, settings), functools.partial(report, index)
+            job = Pass(model, batches, part, settings, sums, log, 0, tell)
             results.append(_one_pass(job, index, partial, keep=len(parts) > 1))
             log = job.log
     except BaseException:
@@ -187,20 +185,17 @@ def collect(
     return _finish(path, partial, plan, record, log, results)
 
 
-class _Report:
-    """Turns batches done in a pass into batches done in all."""
+def _reporter(
+    progress: Progress | None, batches: Iterable[Batch], parts: int
+) -> Callable[[int, int], None]:
+    """Return what turns (pass, batches done in it) into batches done in all."""
+    total = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore
 
-    def __init__(self, progress: Progress | None, total: int | None, parts: int) -> None:
-        self.part = 0
-        self._progress, self._total, self._parts = progress, total, parts
+    def report(part: int, done: int) -> None:
+        if progress is not None:
+            progress(done + part * (total or 0), None if total is None else parts * total)
 
-    def __call__(self, done: int) -> None:
-        if self._progress is None:
-            return
-        if self._total is None:
-            self._progress(done, None)
-        else:
-            self._progress(self.part * self._total + done, self._parts * self._total)
+    return report
 
 
 def _one_pass(
@@ -286,32 +281,21 @@ def _finish(
         "examples": len(hashes),
         "fingerprint": sha256(hashes.numpy().tobytes()).hexdigest(),
     }
-    source: dict[str, Mapping[str, Tensor]] = {
-        n: tensors for tensors, _ in results for n in tensors
-    }
+    # Finished passes stay in their files until their tensors are asked for.
+    maps = [{EXAMPLES: hashes}, *(found for found, _ in results)]
+    tensors = ChainMap(*cast("list[dict[str, Tensor]]", maps))
     record["layers"] = describe_layers(plan, counts, len(hashes))
-    record["unseen"] = _unseen(record["layers"], source)
+    record["unseen"] = _unseen(record["layers"], tensors)
     record["skipped"] = plan.skipped
+    result = StatisticsFile(record, tensors)
     if path is None or partial is None:
-        found = {name: tensors[name] for name, tensors in source.items()}
-        return StatisticsFile(record, found | {EXAMPLES: hashes})
-    entries = entries_of({EXAMPLES: hashes})
-    for tensors, _ in results:
-        entries += entries_of(tensors)
-    write_tensors(
-        path,
-        sorted(entries),
-        lambda name: hashes if name == EXAMPLES else source[name][name],
-        RECORD_KEY,
-        record,
-    )
+        return result
+    result = result.save(path)
     partial.remove()
-    return load_statistics(path)
+    return result
 
 
-def _unseen(
-    layers: Mapping[str, Mapping[str, Any]], source: Mapping[str, Mapping[str, Tensor]]
-) -> list[str]:
+def _unseen(layers: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the layers that no token reached, and the other parameters that no gradient did."""
 
     def moved(name: str) -> bool:
@@ -319,7 +303,7 @@ def _unseen(
             f"{name}/{kind}"
             for kind in ("fisher_diagonal", *vars(GRAM_NAMES["block_fisher"]).values())
         )
-        return any(bool(source[n][n].any()) for n in names if n in source)
+        return any(bool(tensors[n].any()) for n in names if n in tensors)
 
     return [
         name

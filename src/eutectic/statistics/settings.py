@@ -21,6 +21,11 @@ from eutectic.statistics.likelihood import (
 
 Labels = Literal["data", "sample"]
 DEFAULT_GRADIENT_EXAMPLES = 1000
+# These change how statistics are collected; layers that a limit leaves out are listed in the file.
+_HOW = (
+    *("share_inputs", "output_gradient_limit", "block_limit", "memory_bytes"),
+    *("layers_per_pass", "fingerprint", "snapshot_seconds"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,20 +97,13 @@ class Settings:
     def describe(self) -> dict[str, Any]:
         """Return the settings as JSON values, for the file and for the identity of a run."""
         gradients = self.gradients
-        return {
-            "grams": self.grams,
-            "output_gradients": self.output_gradients,
-            "fisher": self.fisher,
-            "block_fisher": self.block_fisher,
+        return {name: value for name, value in vars(self).items() if name not in _HOW} | {
             "labels": self.labels if gradients else None,
             "objective": _described(self.objective) if gradients else None,
             "head": self.head.fingerprint() if gradients and self.head else None,
             "seed": self.seed if gradients and self.labels == "sample" else None,
             "max_examples": self.limit,
             "layers": None if self.layers is None else list(self.layers),
-            "convolutions": self.convolutions,
-            "rank": self.rank,
-            "unmatched": self.unmatched,
             "token_mask": None if self.token_mask is None else _described(self.token_mask),
             "dtype": str(self.dtype).removeprefix("torch."),
         }

@@ -185,7 +185,7 @@ class StatisticsFile(Mapping[str, LayerStatistics]):
             OutputError: it cannot be written.
         """
         path = Path(path)
-        write_tensors(path, self.entries(), self.tensors.__getitem__, RECORD_KEY, self.provenance)
+        write_tensors(path, self.tensors, RECORD_KEY, self.provenance)
         return load_statistics(path)
 
     def _get(self, name: str, statistic: str, stored: str) -> Tensor | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -89,34 +90,28 @@ def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:
     """Return name, dtype and shape of tensors, those of a file without reading them."""
     if isinstance(tensors, TensorFile):
         return tensors.entries()
+    if isinstance(tensors, ChainMap):
+        return sorted(entry for part in tensors.maps for entry in entries_of(part))
     return [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in sorted(tensors)]
 
 
 def write_tensors(
-    path: Path,
-    entries: Sequence[Entry],
-    get: Callable[[str], Tensor],
-    key: str,
-    record: Mapping[str, Any],
+    path: Path, tensors: Mapping[str, Tensor], key: str, record: Mapping[str, Any]
 ) -> None:
     """Write a file that is either absent (or as before) or complete and on disk.
 
-    One tensor at a time is asked for. The same entries, values and record give the same bytes.
+    One tensor at a time is asked for. The same tensors and record give the same bytes.
 
     Raises:
         OutputError: the folder does not exist, or the disk is full or fails.
     """
     # One metadata key only: readers and writers of safetensors do not keep an order of keys.
-    header, placed = build_header(entries, {key: json.dumps(record, sort_keys=True)})
+    header, placed = build_header(entries_of(tensors), {key: json.dumps(record, sort_keys=True)})
     try:
         with storage_of(path).replacing(path) as file:
             file.write(header)
             for tensor in placed:
-                value = get(tensor.name).detach().cpu().contiguous()
-                if value.dtype != tensor.dtype or value.numel() * value.element_size() != (
-                    tensor.nbytes
-                ):
-                    raise ValueError(f"'{tensor.name}' is not what its entry says")
+                value = tensors[tensor.name].detach().cpu().contiguous()
                 file.write(value.reshape(-1).view(torch.uint8).numpy().data)
     except OSError as error:
         raise OutputError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import OutputError, ResumeError, StatisticsError
-from eutectic.statistics.tensor_file import TensorFile, entries_of, write_tensors
+from eutectic.statistics.tensor_file import TensorFile, write_tensors
 from eutectic.storage import storage_of
 
 _KEY = "eutectic_collection"
@@ -70,7 +70,7 @@ class Partial:
             "log": snapshot.log.batches,
         }
         path = self.folder / _SNAPSHOT
-        write_tensors(path, entries_of(tensors), tensors.__getitem__, _KEY, record)
+        write_tensors(path, tensors, _KEY, record)
 
     def load(self) -> Snapshot | None:
         """Return the snapshot, or None when the collection had not come to one."""
@@ -88,7 +88,7 @@ class Partial:
         """Keep what a finished pass gave."""
         record = {"identity": self.identity, "counts": dict(counts)}
         path = self.folder / f"pass-{part:04d}.safetensors"
-        write_tensors(path, entries_of(tensors), tensors.__getitem__, _KEY, record)
+        write_tensors(path, tensors, _KEY, record)
 
     def load_pass(self, part: int) -> tuple[Mapping[str, Tensor], dict[str, Any]] | None:
         """Return what a pass gave, read when asked for, or None when it is not finished."""
