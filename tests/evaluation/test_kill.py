@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from eutectic.evaluation import run
+from eutectic.evaluation import pairs
 from evaluation import world
 from helpers.cli import invoke
 from helpers.processes import start_cli
@@ -64,10 +64,10 @@ def test_sigkill_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     models: list[int] = []
     functions: list[str] = []
-    outputs, function = run.outputs, run.call_function
-    monkeypatch.setattr(run, "outputs", lambda *w, **k: models.append(1) or outputs(*w, **k))
+    outputs, function = pairs.outputs, pairs.call_function
+    monkeypatch.setattr(pairs, "outputs", lambda *w, **k: models.append(1) or outputs(*w, **k))
     monkeypatch.setattr(
-        run,
+        pairs,
         "call_function",
         lambda t, f, *w, **k: functions.append(f.name) or function(t, f, *w, **k),
     )
