@@ -23,6 +23,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column, Table
 
 from eutectic.cli.records import call_with_records, parameters_of
 from eutectic.errors import EutecticError, Note, RequestError
@@ -131,6 +132,12 @@ def progress_bar(title: str) -> Iterator[Callable[[float, float, str], None]]:
             bar.update(task, completed=done, total=total, current=escape(current[-40:]))
 
         yield tell
+
+
+def plain_table(*headers: Column | str, numbers: Iterable[str] = ()) -> Table:
+    """Return a table without lines; columns of `numbers` follow, aligned on the right."""
+    right = (Column(name, justify="right") for name in numbers)
+    return Table(*headers, *right, box=None, pad_edge=False, header_style="bold")
 
 
 def tell(label: str, text: object) -> None:

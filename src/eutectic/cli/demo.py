@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column
 
-from eutectic.cli.console import out, print_json, progress_bar, verb
+from eutectic.cli.console import out, plain_table, print_json, progress_bar, verb
 from eutectic.cli.options import Json
 from eutectic.errors import EutecticError, RequestError
 
@@ -148,10 +148,8 @@ def _with_means(row: dict[str, float], experts: dict[str, float]) -> dict[str, f
 
 
 def _show(summary: dict[str, dict[str, float]], names: list[str]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("accuracy, % (scale)", no_wrap=True)
-    for name in (*names, "mean", "of experts"):
-        table.add_column(name, justify="right")
+    title = Column("accuracy, % (scale)", no_wrap=True)
+    table = plain_table(title, numbers=(*names, "mean", "of experts"))
     best = max((row["mean"] for name, row in summary.items() if name not in ("base", "experts")))
     for name, row in summary.items():
         cells: list[Any] = [f"{100 * row[key]:.1f}" for key in (*names, "mean", "share_of_experts")]

@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
-from eutectic.cli.console import out, pairs, print_json, progress_bar, tell, tell_done, verb
+from eutectic.cli.console import (
+    out,
+    pairs,
+    plain_table,
+    print_json,
+    progress_bar,
+    tell,
+    tell_done,
+    verb,
+)
 from eutectic.cli.options import Json, StatisticsFiles
 from eutectic.cli.request import Base, What, named_experts, split_recipe
 from eutectic.errors import RequestError
@@ -180,11 +189,7 @@ def _alignment(found: Inspection, names: Sequence[str]) -> Table:
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(first, no_wrap=True)
-    for name in others:
-        table.add_column(name, justify="right")
-    return table
+    return plain_table(Column(first, no_wrap=True), numbers=others)
 
 
 def _cut(name: str, length: int = 22) -> str:

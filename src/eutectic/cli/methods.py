@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from eutectic.cli.console import out, print_json, verb
+from eutectic.cli.console import out, plain_table, print_json, verb
 from eutectic.cli.options import Json
 
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
@@ -42,9 +41,7 @@ def methods(
         print_json(table if name is None else table[name])
         return
     if name is None:
-        listing = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("method", "what it does", "needs"):
-            listing.add_column(column)
+        listing = plain_table("method", "what it does", "needs")
         for key, entry in table.items():
             listing.add_row(key, entry["summary"], ", ".join(entry["needs"]))
         out.print(listing)
@@ -61,9 +58,7 @@ def methods(
     if entry["parameters"]:
         kind = get_method(name).parameters
         hints, meanings = get_type_hints(kind, include_extras=True), _meanings(kind)
-        parameters = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("parameter", "type", "default", "meaning"):
-            parameters.add_column(column)
+        parameters = plain_table("parameter", "type", "default", "meaning")
         for key, value in entry["parameters"].items():
             default = encoding.dumps(value["default"]).strip('"')
             parameters.add_row(

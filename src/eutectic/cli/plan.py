@@ -6,9 +6,17 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column
 
-from eutectic.cli.console import notes_as_json, out, print_json, tell, tell_notes, verb
+from eutectic.cli.console import (
+    notes_as_json,
+    out,
+    plain_table,
+    print_json,
+    tell,
+    tell_notes,
+    verb,
+)
 from eutectic.cli.options import Json, LimitOptions
 from eutectic.cli.request import RecipeOptions, request
 from eutectic.conventions import layer_group
@@ -70,12 +78,9 @@ def plan(
             }
         )
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("tensor", overflow="fold")
-    for name in ("shape", "treatment", "method", "α"):
-        table.add_column(name, no_wrap=True)
-    if every:
-        table.add_column("why")
+    fixed = [Column(name, no_wrap=True) for name in ("shape", "treatment", "method", "α")]
+    why = ["why"] if every else []
+    table = plain_table(Column("tensor", overflow="fold"), *fixed, *why)
     for row in rows if every else _grouped(rows):
         alpha = "searched" if row["scale"] is None else f"{row['scale']:g}"
         alpha = alpha if row["method"] != "copy" else ""

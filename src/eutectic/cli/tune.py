@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from eutectic.cli.console import (
     notes_as_json,
     out,
+    plain_table,
     print_json,
     progress_bar,
     tell,
@@ -147,20 +148,16 @@ def tune(
 def curve_table(search: Mapping[str, Any]) -> Table:
     """Return the curve as a table with one bar per α."""
     points = search["points"]
-    names = list(points[0]["parts"])
+    names = [name for name in points[0]["parts"] if len(points[0]["parts"]) <= 8]
     values = [p["value"] for p in points if p["value"] is not None]
     top = max((abs(v) for v in values), default=0.0)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("α", justify="right", no_wrap=True)
-    table.add_column("objective", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for name in names if len(names) <= 8 else ():
-        table.add_column(name, justify="right", no_wrap=True)
+    right = [Column(name, justify="right", no_wrap=True) for name in ("α", "objective", *names)]
+    table = plain_table(*right[:2], Column("", no_wrap=True), *right[2:])
     for point in points:
         value = point["value"]
         best = point["scale"] == search["scale"]
         length = 0 if value is None or top == 0 else round(BAR * abs(value) / top)
-        cells = [_shown(point["parts"].get(name)) for name in names] if len(names) <= 8 else []
+        cells = [_shown(point["parts"].get(name)) for name in names]
         table.add_row(
             f"{point['scale']:.3g}",
             _shown(value),
