@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from eutectic.execution.unscaled import Choice
+from eutectic.execution.scale_choice import Choice
 
 from eutectic import words
 from eutectic.errors import Fault, Note, RecipeError
