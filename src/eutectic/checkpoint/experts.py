@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -278,10 +279,7 @@ def fingerprint_of(path: Path, base: Path | None = None) -> str:
         CheckpointError: it cannot be read, or is an adapter of a kind that no reader understands.
     """
     if is_adapter(path) and not is_ia3(path) and base is not None:
-        expert = open_expert(path, open_index(base))
-        try:
+        with closing(open_expert(path, open_index(base))) as expert:
             return expert.fingerprint()
-        finally:
-            expert.close()
     with CheckpointReader(open_ia3(path) if is_ia3(path) else open_index(path)) as reader:
         return reader.fingerprint()

@@ -9,11 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from eutectic.checkpoint.experts import is_adapter, open_expert
-from eutectic.checkpoint.index import open_index
-from eutectic.checkpoint.reader import CheckpointReader
-from eutectic.errors import RequestError
+from eutectic.checkpoint.experts import fingerprint_of, is_adapter
 from eutectic.evaluation.task_schema import Task
+from eutectic.models.loading import base_folder
 
 _PROCESSOR_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -32,16 +30,10 @@ def fingerprint(folder: Path, base: Path | None) -> str:
         CheckpointError: it cannot be read.
         RequestError: an adapter without a base.
     """
-    if is_adapter(folder):
-        if base is None:
-            raise RequestError(f"{folder}: is an adapter; name the base it belongs to with --base.")
-        expert = open_expert(folder, open_index(base))
-        try:
-            return digest_of([expert.fingerprint(), fingerprint(base, None)])
-        finally:
-            expert.close()
-    with CheckpointReader(open_index(folder)) as reader:
-        found = reader.fingerprint()
+    whole = base_folder(folder, base)
+    found = fingerprint_of(folder, whole)
+    if whole != folder:
+        return digest_of([found, fingerprint(whole, None)])
     if not (folder / ROUTED).is_file():
         return found
     extra = [file_hash(folder / name) for name in (ROUTED, "routed.safetensors")]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -115,11 +116,10 @@ def _fit(
     lead: tuple[int, ...], mask: Tensor, batch_first: bool
 ) -> Callable[[Tensor], Tensor] | None:
     samples, length = mask.shape
-    turned = lead == (length, samples) and (samples != length or not batch_first)
-    if turned:
+    if lead == (length, samples) and (samples != length or not batch_first):
         return lambda t: t.transpose(0, 1)
     flat = lead == (samples * length,)
-    nested = len(lead) > 1 and lead[0] == samples and _product(lead[1:]) == length
+    nested = len(lead) > 1 and lead[0] == samples and math.prod(lead[1:]) == length
     if flat or nested:
         return lambda t: t.reshape(samples, length, t.shape[-1])
     return None
@@ -128,20 +128,12 @@ def _fit(
 def _fit_samples(
     lead: tuple[int, ...], samples: int, batch_first: bool
 ) -> Callable[[Tensor], Tensor] | None:
-    turned = len(lead) == 2 and lead[1] == samples and (lead[0] != samples or not batch_first)
-    if turned:
+    if len(lead) == 2 and lead[1] == samples and (lead[0] != samples or not batch_first):
         return lambda t: t.transpose(0, 1)
-    if samples and _product(lead) % samples == 0:
+    if samples and math.prod(lead) % samples == 0:
         # Windows and patches are split off sample by sample, so that the samples stay outermost.
         return lambda t: t.reshape(samples, -1, t.shape[-1])
     return None
-
-
-def _product(sizes: Sequence[int]) -> int:
-    result = 1
-    for size in sizes:
-        result *= size
-    return result
 
 
 def same_memory(left: Tensor, right: Tensor) -> bool:
@@ -200,12 +192,21 @@ def decoder_mask(items: Mapping[str, Any]) -> Tensor | None:
     """Return the decoder's mask `[samples, tokens]`, or None without decoder inputs."""
     if items.get("decoder_attention_mask") is not None:
         return items["decoder_attention_mask"]
-    if isinstance(labels := items.get("labels"), Tensor) and labels.ndim == 2:
-        # The decoder's input is the labels moved one to the right: the position that predicts
-        # label i counts when label i does.
-        return labels != IGNORED_LABEL
+    if (mask := predicting_positions(items.get("labels"))) is not None:
+        return mask
     inputs = items.get("decoder_input_ids")
     return None if inputs is None else torch.ones_like(inputs, dtype=torch.bool)
+
+
+def predicting_positions(labels: Any) -> Tensor | None:
+    """Return which of a decoder's positions predict a label that counts, where labels are tokens.
+
+    The decoder's input is the labels moved one to the right: the position that predicts label i
+    counts when label i does.
+    """
+    if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
+        return labels != IGNORED_LABEL
+    return None
 
 
 def mask_policy(batch: Batch, paired: bool, token_mask: TokenMask | None) -> dict[str, str]:

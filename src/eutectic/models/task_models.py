@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,8 +116,7 @@ def checkpoint_tensors(folder: str | Path, base: str | Path | None = None) -> di
         state = {n: reader.read(n).view(e.shape) for n, e in reader.entries.items()}
     if not is_adapter(Path(folder)):
         return state
-    expert = open_expert(Path(folder), index)
-    try:
+    with closing(open_expert(Path(folder), index)) as expert:
         for name, entry in expert.entries.items():
             if entry.shape != state[name].shape:
                 state[name] = expert.read(name).view(entry.shape)
@@ -128,8 +127,6 @@ def checkpoint_tensors(folder: str | Path, base: str | Path | None = None) -> di
             state[name] = changed.view(entry.shape)
         for name, entry in expert.extra.items():
             state[name] = expert.read_extra(name).view(entry.shape)
-    finally:
-        expert.close()
     return state
 
 
@@ -241,19 +238,14 @@ def _set_generation(model: Any, kind: TaskKind, folders: Sequence[Path]) -> None
     model.generation_config = found
 
 
-@contextmanager
-def _opened(expert: Path, index: CheckpointIndex, base: str | Path | None) -> Iterator[Expert]:
+def _opened(expert: Path, index: CheckpointIndex, base: str | Path | None) -> closing[Expert]:
     try:
-        opened = open_expert(expert, index)
+        return closing(open_expert(expert, index))
     except CheckpointError:
         if base is None or not is_adapter(expert):
             raise
         # A merged body may be named otherwise than the base that the adapter was made for.
-        opened = open_expert(expert, open_index(Path(base)))
-    try:
-        yield opened
-    finally:
-        opened.close()
+        return closing(open_expert(expert, open_index(Path(base))))
 
 
 def _with_head(

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eutectic.models.masks import predicting_positions
+
 # Name of a mask argument -> whether True (or 1) marks tokens that count.
 _MASKS = {"attention_mask": True, "src_key_padding_mask": False, "key_padding_mask": False}
 _TEXTS = ("input_ids", "inputs_embeds")
 _NO_TEXTS = ("pixel_values", "input_features", "input_values")
 _OF_DECODER = ("decoder_input_ids", "decoder_inputs_embeds")
 _STATES = "encoder_hidden_states"
-_IGNORED_LABEL = -100
 
 
 @dataclass(eq=False)
@@ -137,14 +138,9 @@ def _flat(mask: Any, otherwise: Tensor | None) -> Tensor | None:
 
 def _decoder_mask(given: Mapping[str, Any], source: Tensor | None, above: Frame) -> Tensor | None:
     """Return which of the decoder's tokens count, as `collect` takes it."""
-    mask = _flat(given.get("decoder_attention_mask"), None)
+    mask = _flat(given.get("decoder_attention_mask"), predicting_positions(given.get("labels")))
     if mask is not None:
         return mask
-    labels = given.get("labels")
-    if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
-        # The decoder's input is the labels moved one to the right: the position that predicts
-        # label i counts when label i does.
-        return labels != _IGNORED_LABEL
     if above.decodes:
         return above.mask
     # Without input of its own, the decoder is given the encoder's, moved likewise.
