@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
 import shutil
@@ -18,20 +17,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from eutectic.checkpoint.index import open_index
-from eutectic.checkpoint.layout import (
-    OutputFile,
-    layout_like,
-    weight_index_bytes,
-    weight_index_name,
-)
+from eutectic.checkpoint.layout import OutputFile
 from eutectic.checkpoint.writer import CheckpointWriter, write_atomically
 from eutectic.errors import CheckpointError, OutputError, ResumeError
 
-from .helpers import same_bytes, save_sharded
+from .helpers import same_bytes
 
 FILE = OutputFile("model.safetensors", (("a", torch.float32, (1000,)),), {"format": "pt"})
 
@@ -299,83 +293,7 @@ def test_unwritable_folder(tmp_path: Path) -> None:
         CheckpointWriter(tmp_path / "file" / "out", [FILE])
 
 
-# --- layout ----------------------------------------------------------------------------------
-
-
-def test_layout_of_a_single_file_keeps_metadata(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file(tensors, tmp_path / "odd.safetensors", metadata={"format": "np", "own": "1"})
-    index = open_index(tmp_path)
-    (file,) = layout_like(index, torch.bfloat16, {"eutectic": "recipe"})
-    assert file.name == "odd.safetensors"
-    assert file.metadata == {"format": "pt", "own": "1", "eutectic": "recipe"}
-    assert [n for n, _, _ in file.entries] == list(index.entries)
-    for name, dtype, shape in file.entries:
-        floating = tensors[name].dtype.is_floating_point
-        assert dtype == (torch.bfloat16 if floating else tensors[name].dtype)
-        assert shape == tuple(tensors[name].shape)
-    assert weight_index_name(index) is None
-    assert layout_like(index)[0].data_bytes == sum(e.nbytes for e in index.entries.values())
-
-
-def test_layout_of_shards_and_its_index(tmp_path: Path) -> None:
-    shards = {
-        "x-1.safetensors": {"b": torch.ones(4), "a": torch.ones(2)},
-        "x-2.safetensors": {"c": torch.ones(3)},
-    }
-    index = open_index(save_sharded(tmp_path, shards))
-    files = layout_like(index)
-    assert [(f.name, [n for n, _, _ in f.entries]) for f in files] == [
-        ("x-1.safetensors", ["a", "b"]),
-        ("x-2.safetensors", ["c"]),
-    ]
-    table = json.loads(weight_index_bytes(files))
-    assert table["metadata"] == {"total_size": 36}
-    assert table["weight_map"] == {
-        "a": "x-1.safetensors",
-        "b": "x-1.safetensors",
-        "c": "x-2.safetensors",
-    }
-    assert weight_index_name(index) == "model.safetensors.index.json"
-    dropped = layout_like(index, drop={"c"}, shapes={"a": (7, 2)})
-    assert [f.name for f in dropped] == ["x-1.safetensors"]
-    assert dropped[0].entries[0] == ("a", torch.float32, (7, 2))
-
-
-def test_layout_of_pickles(tmp_path: Path) -> None:
-    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model.bin")
-    (file,) = layout_like(open_index(tmp_path))
-    assert (file.name, file.metadata) == ("model.safetensors", {"format": "pt"})
-    sharded = tmp_path / "sharded"
-    sharded.mkdir()
-    weight_map: dict[str, str] = {}
-    for i, name in enumerate("ab", start=1):
-        torch.save({name: torch.ones(2)}, sharded / f"pytorch_model-0000{i}-of-00002.bin")
-        weight_map[name] = f"pytorch_model-0000{i}-of-00002.bin"
-    (sharded / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    index = open_index(sharded)
-    names = [f.name for f in layout_like(index)]
-    assert names == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    assert weight_index_name(index) == "model.safetensors.index.json"
-
-
-def test_output_laid_out_like_shards_is_a_checkpoint(
-    tmp_path: Path, tensors: dict[str, Tensor]
-) -> None:
-    names = list(tensors)
-    shards = {f"s{i}.safetensors": {n: tensors[n] for n in names[i::2]} for i in range(2)}
-    index = open_index(save_sharded(tmp_path / "base", shards))
-    files = layout_like(index)
-    with CheckpointWriter(tmp_path / "out", files) as writer:
-        for name, value in tensors.items():
-            writer.write(name, 0, value)
-    name = weight_index_name(index)
-    assert name is not None
-    write_atomically(tmp_path / "out" / name, weight_index_bytes(files))
-    out = open_index(tmp_path / "out")
-    assert list(out.entries) == list(index.entries)
-    for file in shards:
-        written, original = (load_file(tmp_path / d / file) for d in ("out", "base"))
-        assert all(same_bytes(written[k], original[k]) for k in original)
+# --- small files ---------------------------------------------------------------------------
 
 
 def test_atomic_write_leaves_the_old_file_on_failure(

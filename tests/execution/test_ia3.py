@@ -180,6 +180,11 @@ def test_the_command_line_gives_an_adapter_that_peft_loads(world: World, tmp_pat
     assert "vector mats" in again.out
 
 
+def test_an_adapter_stays_in_one_file(world: World, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="shard_size: .* PEFT reads from one file"):
+        eutectic.merge(world.recipe(method="average", shard_size="1GB"), output=tmp_path / "m")
+
+
 def test_adapters_that_cannot_meet_are_refused(world: World, tmp_path: Path) -> None:
     others = {
         "train different vectors": adapted(7, target_modules=["k", "wo"]),

@@ -1,18 +1,38 @@
-"""The layout of an output: which files, which tensors in them, in which order."""
+"""Which files an output consists of, and which tensors they hold, in which order."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from eutectic.checkpoint.index import PICKLE_SUFFIXES, CheckpointIndex
-
 SINGLE_NAME = "model.safetensors"
 SHARD_INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of an output.
+
+    Attributes:
+        name: its key.
+        dtype: its type in the output.
+        shape: its shape in the output.
+        file: the base's weight file that holds its like; None where the base has no such tensor.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -35,54 +55,17 @@ class OutputFile:
         return sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self.entries)
 
 
-def layout_like(
-    index: CheckpointIndex,
-    dtype: torch.dtype | None = None,
-    metadata: Mapping[str, str] | None = None,
-    *,
-    drop: Container[str] = (),
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-) -> list[OutputFile]:
-    """Return output files laid out as those of `index`.
-
-    The same shards hold the same tensors in the same order. Torch pickles become safetensors
-    under the names transformers uses. A shard of which nothing is left is omitted.
-
-    Args:
-        index: the checkpoint to imitate.
-        dtype: type of the floating-point tensors (default: each keeps its own); others keep theirs.
-        metadata: added to each file's own `__metadata__`; "format" is always "pt".
-        drop: tensors to leave out.
-        shapes: tensors whose shape differs from that in `index`.
-    """
-    held: dict[str, list[tuple[str, torch.dtype, tuple[int, ...]]]] = {f: [] for f in index.files}
-    for entry in index.entries.values():
-        if entry.name in drop:
-            continue
-        shape = (shapes or {}).get(entry.name, entry.shape)
-        stored = dtype if dtype and entry.dtype.is_floating_point else entry.dtype
-        held[entry.file].append((entry.name, stored, shape))
-    files = [file for file in index.files if held[file]]
-    names = _output_names(files)
-    return [
-        OutputFile(
-            names[file],
-            tuple(held[file]),
-            {**index.metadata.get(file, {}), **(metadata or {}), "format": "pt"},
-        )
-        for file in files
-    ]
+def output_file(
+    name: str, tensors: Sequence[OutputTensor], metadata: Mapping[str, str]
+) -> OutputFile:
+    """Return a file of these tensors; "format" in its metadata is always "pt"."""
+    entries = tuple((t.name, t.dtype, t.shape) for t in tensors)
+    return OutputFile(name, entries, {**metadata, "format": "pt"})
 
 
-def weight_index_name(index: CheckpointIndex) -> str | None:
-    """Return the name of the output's weight index when laid out like `index`; None if unsharded.
-
-    One that stands for pickles gets the name that transformers uses for safetensors.
-    """
-    if index.weight_index is None:
-        return None
-    stem = index.weight_index.removesuffix(".index.json")
-    return index.weight_index if stem.endswith(".safetensors") else SHARD_INDEX_NAME
+def shard_name(position: int, count: int) -> str:
+    """Return the name of a shard as transformers writes it; `position` starts at 1."""
+    return f"model-{position:05d}-of-{count:05d}.safetensors"
 
 
 def weight_index_bytes(files: Sequence[OutputFile]) -> bytes:
@@ -93,14 +76,3 @@ def weight_index_bytes(files: Sequence[OutputFile]) -> bytes:
         "weight_map": dict(sorted(weight_map.items())),
     }
     return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-
-
-def _output_names(files: Sequence[str]) -> dict[str, str]:
-    if not any(file.endswith(PICKLE_SUFFIXES) for file in files):
-        return {file: file for file in files}
-    if len(files) == 1:
-        return {files[0]: SINGLE_NAME}
-    count = len(files)
-    return {
-        file: f"model-{i:05d}-of-{count:05d}.safetensors" for i, file in enumerate(files, start=1)
-    }

@@ -75,12 +75,15 @@ class StateDictReader:
 class MemoryWriter:
     """Tensors in memory with the surface of `CheckpointWriter`."""
 
+    reopening = None
+
     def __init__(self, entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
         self.tensors = {name: torch.empty(shape, dtype=dtype) for name, dtype, shape in entries}
 
-    def write(self, name: str, start: int, values: Tensor) -> None:
+    def write(self, name: str, start: int, values: Tensor) -> Tensor:
         """Write `values` over elements [start, start + n) of the flattened tensor `name`."""
         self.tensors[name].view(-1)[start : start + values.numel()] = values
+        return values
 
     def read_back(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return elements [start, stop) of a tensor, 1-D."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,18 @@ class CheckpointWriter:
             self.close()
             raise
 
-    def write(self, name: str, start: int, values: Tensor) -> None:
+    @property
+    def reopening(self) -> Callable[[], CheckpointWriter]:
+        """What takes up the same files in another process."""
+        return partial(CheckpointWriter, self.folder, self.files, resume=True)
+
+    def write(self, name: str, start: int, values: Tensor) -> Tensor:
         """Write `values` over elements [start, start + n) of the flattened tensor `name`.
 
         Any order, any thread; ranges written at the same time must not overlap.
+
+        Returns:
+            What is in the file now, as bytes.
 
         Raises:
             OutputError: the disk is full or fails.
@@ -93,6 +102,7 @@ class CheckpointWriter:
             self._staged[file].write(flat.numpy().data, tensor.offset + start * width)
         except OSError as error:
             raise self._failure(error, tensor.nbytes) from error
+        return flat
 
     def read_back(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return elements [start, stop) of a tensor as they are in the file, 1-D.

@@ -45,6 +45,7 @@ def plan(
       eutectic plan --base ./base -m iso_c --explain sst2=./sst2 mnli=./mnli
     """
     from eutectic.execution.limits import limits_of
+    from eutectic.execution.output_layout import output_layout
     from eutectic.execution.recipe_options import recipe_from
     from eutectic.planning.cost import check_memory, plan_cost, tensor_cost
     from eutectic.planning.inputs import open_inputs
@@ -59,6 +60,7 @@ def plan(
         check_memory(made, inputs, limit)
         total = plan_cost(made, inputs, count)
         costs = {t.name: tensor_cost(t, inputs) for t in made.tensors}
+        files = len(output_layout(made, inputs).files)
     searched = made.search
     scale_text = f"{made.scale:g}" if searched is None else f"by {searched.search}"
     rows = [_row(t, costs[t.name], explain, searched is not None) for t in made.tensors]
@@ -72,6 +74,7 @@ def plan(
                 "threads": count,
                 "memory_limit_bytes": limit,
                 "cost": vars(total),
+                "files": files,
                 **notes_as_json(made.notes),
                 "heads": {n: [e.name for e in own] for n, own in made.heads.items()},
                 "tensors": rows,
@@ -92,10 +95,11 @@ def plan(
         for text in dict.fromkeys(row["route"] for row in rows if row["route"]):
             tell("route", text)
     tell_notes(made.notes)
+    written = format_bytes(total.write_bytes) + (f" in {files} files" if files > 1 else "")
     out.print(
         f"{made.method.name}, scale {scale_text}: reads {format_bytes(total.read_bytes)}, writes "
-        f"{format_bytes(total.write_bytes)}, peak about {format_bytes(total.peak_bytes)} of "
-        f"{format_bytes(limit)} allowed, about {_duration(total.seconds)} on {count} threads.",
+        f"{written}, peak about {format_bytes(total.peak_bytes)} of {format_bytes(limit)} allowed, "
+        f"about {_duration(total.seconds)} on {count} threads.",
         highlight=False,
     )
 

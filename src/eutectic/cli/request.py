@@ -48,6 +48,13 @@ class RecipeOptions:
         typer.Option("--weight", "-w", metavar="NAME=W", help="Weight of an expert (default 1)."),
     ] = None
     statistics: StatisticsFiles = None
+    shard_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Most bytes of tensors in one file, such as 5GB (default: files like the base's).",
+        ),
+    ] = None
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -64,6 +71,7 @@ class SearchedRecipeOptions(RecipeOptions):
     """The same where the scale is searched."""
 
     scale: None = field(default=None, init=False)
+    shard_size: None = field(default=None, init=False)
 
 
 def request(asked: RecipeOptions) -> tuple[Path | None, dict[str, Any]]:
@@ -91,7 +99,7 @@ def request(asked: RecipeOptions) -> tuple[Path | None, dict[str, Any]]:
             )
     if asked.scale is not None:
         _check_scale(asked.scale)
-    stated = {"base": asked.base, "method": asked.method, "scale": asked.scale}
+    stated = {key: getattr(asked, key) for key in ("base", "method", "scale", "shard_size")}
     options.update({key: value for key, value in stated.items() if value is not None})
     if asked.param:
         options["parameters"] = _values(asked.param, "--param")

@@ -18,9 +18,10 @@ from eutectic.checkpoint.adapter_config import CONFIG_NAME
 from eutectic.checkpoint.adapters import WEIGHT_NAMES
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.folder import copy_side_files, module_weights
-from eutectic.checkpoint.layout import OutputFile, weight_index_bytes, weight_index_name
+from eutectic.checkpoint.layout import OutputFile
 from eutectic.checkpoint.writer import write_atomically
 from eutectic.execution.heads import write_expert_folders
+from eutectic.execution.output_layout import OutputLayout, stated_recipe
 from eutectic.planning.cost import treatments
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
@@ -88,37 +89,30 @@ def _proxy_data(name: str, inputs: Inputs) -> dict[str, Any]:
     return {"statistics": known["data"]} if known else {}
 
 
-def stated_recipe(plan: Plan) -> dict[str, Any]:
-    """Return the recipe as a user would write it, with the scale that was used."""
-    return {**plan.request.published, "scale": plan.scale}
-
-
 def write_folder(
     plan: Plan,
     inputs: Inputs,
     model: Path,
-    files: Sequence[OutputFile],
+    layout: OutputLayout,
     provenance: Mapping[str, Any],
     records: Mapping[str, Any],
 ) -> None:
     """Complete a folder of merged weights; may be repeated after a kill."""
     assert inputs.index is not None
-    index_name = weight_index_name(inputs.index)
-    if index_name is not None:
-        write_atomically(model / index_name, weight_index_bytes(files))
+    layout.format.finish(model, layout.files)
     donor = inputs.index.folder
     if plan.output.side_files != "base":
         donor = inputs.experts[plan.output.side_files].folder or donor
     if not (donor / "config.json").is_file():  # an adapter brings a tokenizer at most
         copy_side_files(inputs.index.folder, model)
     copy_side_files(donor, model)
-    if files[0].name == WEIGHT_NAMES[0]:  # (IA)³ vectors: the output is an adapter again
+    if layout.files[0].name == WEIGHT_NAMES[0]:  # (IA)³ vectors: the output is an adapter again
         copy_side_files(donor, model, [CONFIG_NAME])
     copy_side_files(inputs.index.folder, model, module_weights(inputs.index.folder))
-    write_expert_folders(plan, inputs, model, files)
+    write_expert_folders(plan, inputs, model, layout)
     asked = plan.output.dtype
     stated = _stated_dtype(inputs.config) if asked is None else _name_of(asked)
-    dtype = stated or _prevailing_dtype(files)
+    dtype = stated or _prevailing_dtype(layout.files)
     for config in model.glob("experts/*/config.json"):
         _state_dtype(config, dtype)
     if asked is not None or plan.output.side_files != "base":

@@ -7,16 +7,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from eutectic.checkpoint.layout import OutputFile, layout_like
+from eutectic.checkpoint.layout import OutputFile
+from eutectic.checkpoint.output_format import TensorSink
 from eutectic.checkpoint.writer import CheckpointWriter
 from eutectic.errors import Note, OutputError, RequestError
-from eutectic.execution.finish import PROVENANCE, document, stated_recipe, write_folder
+from eutectic.execution.finish import PROVENANCE, document, write_folder
 from eutectic.execution.journal import JOURNAL, Journal, hashes, records_of, request_identity
 from eutectic.execution.limits import Limits
+from eutectic.execution.output_layout import output_layout
 from eutectic.execution.scale_choice import Choose, Unscaled
 from eutectic.execution.schedule import CHOSEN, Desk, merged_deltas, run_schedule
 from eutectic.planning.inputs import Inputs
@@ -104,11 +105,11 @@ def _chosen_before(
 
 def _desk(place: OutputPlace, inputs: Inputs, journal: Journal, limits: Limits) -> Desk:
     @contextmanager
-    def open_output(plan: Plan) -> Iterator[CheckpointWriter]:
-        files = _layout(plan, inputs)
-        with CheckpointWriter(place.model, files, resume=place.model.exists()) as writer:
-            yield writer
-            writer.sync()
+    def open_output(plan: Plan) -> Iterator[TensorSink]:
+        layout = output_layout(plan, inputs)
+        with layout.open(place.model, resume=place.model.exists()) as files:
+            yield files
+            files.sync()
 
     return Desk(inputs, journal, limits, partial(open_scratch, place.work), open_output)
 
@@ -126,29 +127,16 @@ def _finish(
     identity: str,
     search: Mapping[str, Any] | None,
 ) -> None:
-    model, files = place.model, _layout(plan, inputs)
+    model, layout = place.model, output_layout(plan, inputs)
     provenance = document(plan, inputs, hashes(journal), identity)
     if search is not None:
         provenance["search"] = search
     try:
-        write_folder(plan, inputs, model, files, provenance, records_of(journal))
+        write_folder(plan, inputs, model, layout, provenance, records_of(journal))
     except OSError as error:
         where = error.filename or model
         raise OutputError(f"{where}: cannot be written ({error.strerror}).") from error
     _move(model, place.output)
-
-
-def _layout(plan: Plan, inputs: Inputs) -> list[OutputFile]:
-    """Return the output's files: the base's, in the recipe's dtype, with the recipe inside."""
-    if inputs.index is None:
-        raise RequestError("a merge into files needs a base in files.")
-    recipe = json.dumps(stated_recipe(plan), sort_keys=True)
-    return layout_like(
-        inputs.index,
-        plan.output.dtype,
-        {"eutectic": version("eutectic"), "recipe": recipe},
-        drop=plan.left_out,
-    )
 
 
 def _chosen(journal: Journal) -> Note:

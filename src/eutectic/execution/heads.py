@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,9 +14,16 @@ from torch import Tensor
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.folder import copy_side_files
 from eutectic.checkpoint.index import TensorEntry
-from eutectic.checkpoint.layout import SHARD_INDEX_NAME, OutputFile, weight_index_bytes
-from eutectic.checkpoint.writer import CheckpointWriter, write_atomically
+from eutectic.checkpoint.layout import (
+    SHARD_INDEX_NAME,
+    OutputFile,
+    OutputTensor,
+    shard_name,
+    weight_index_bytes,
+)
+from eutectic.checkpoint.writer import write_atomically
 from eutectic.conventions import CLASSIFIERS, is_token_embedding
+from eutectic.execution.output_layout import OutputLayout
 from eutectic.execution.tensor_values import flat_ranges
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
@@ -25,14 +32,12 @@ from eutectic.storage import storage_of
 EXPERTS = "experts"
 
 
-def write_expert_folders(
-    plan: Plan, inputs: Inputs, model: Path, files: Sequence[OutputFile]
-) -> None:
+def write_expert_folders(plan: Plan, inputs: Inputs, model: Path, layout: OutputLayout) -> None:
     """Write `experts/<name>/` for every expert with heads of its own.
 
-    A shard without a head is linked, not copied, where the file system allows it. A shard that
-    holds a head, or whose keys the expert spells with another prefix, is written once per variant
-    and linked by every expert that needs the same one.
+    A shard without a head is linked, not copied, where the storage allows it. A shard that holds a
+    head, or whose keys the expert spells with another prefix, is written once per variant and
+    linked by every expert that needs the same one.
     """
     storage = storage_of(model)
     variants: dict[tuple[str, tuple[str, ...]], Path] = {}
@@ -41,11 +46,13 @@ def write_expert_folders(
         folder = model / EXPERTS / name
         spelling = _spelling(expert)
         own = frozenset(head.name for head in heads)
-        count = len(files) + 1
+        rows = _head_rows(expert, heads, spelling, plan.output.dtype)
+        ends = layout.format.lay_out(rows, {})
+        count = len(layout.files) + len(ends)
         shards: list[OutputFile] = []
-        for position, file in enumerate(files, start=1):
+        for position, file in enumerate(layout.files, start=1):
             shard = OutputFile(
-                f"model-{position:05d}-of-{count:05d}.safetensors",
+                shard_name(position, count),
                 tuple((spelling(k), d, s) for k, d, s in file.entries if k not in own),
                 file.metadata,
             )
@@ -56,12 +63,15 @@ def write_expert_folders(
             if tuple(k for k, _, _ in shard.entries) != tuple(k for k, _, _ in file.entries):
                 key = (file.name, tuple(k for k, _, _ in shard.entries))
                 if key not in variants:
-                    _write_variant(source, file, folder, shard, own)
+                    _write_variant(OutputLayout(layout.format, (file,)), model, shard, folder, own)
                     variants[key] = folder / shard.name
                 source = variants[key]
             if source != folder / shard.name:
                 storage.copy(source, folder / shard.name, share=True)
-        shards.append(_write_heads(plan, inputs, name, folder, spelling, count))
+        for position, file in enumerate(ends, start=len(layout.files) + 1):
+            shards.append(OutputFile(shard_name(position, count), file.entries, {"format": "pt"}))
+        written = OutputLayout(layout.format, tuple(shards[-len(ends) :]))
+        _write_heads(inputs, expert, dict(zip(heads, rows, strict=True)), folder, written)
         write_atomically(folder / SHARD_INDEX_NAME, weight_index_bytes(shards))
         _side_files(inputs, expert, folder)
         if expert.is_delta:
@@ -90,35 +100,35 @@ def _spelling(expert: Expert) -> _Prefix:
     return _Prefix("", "")
 
 
+def _head_rows(
+    expert: Expert, heads: Sequence[TensorEntry], spelling: _Prefix, dtype: torch.dtype | None
+) -> list[OutputTensor]:
+    """Return an expert's heads as its folder holds them, under the expert's own names."""
+    rows: list[OutputTensor] = []
+    for head in heads:
+        name = spelling(head.name)
+        if head.name in expert.extra and not expert.is_delta:
+            name = expert.extra[head.name].name
+        stored = dtype if dtype is not None and head.dtype.is_floating_point else head.dtype
+        rows.append(OutputTensor(name, stored, head.shape))
+    return rows
+
+
 def _write_heads(
-    plan: Plan, inputs: Inputs, name: str, folder: Path, spelling: _Prefix, count: int
-) -> OutputFile:
-    expert = inputs.experts[name]
-    dtype = plan.output.dtype
-    heads = plan.heads[name]
-    own_names = {
-        head.name: expert.extra[head.name].name
-        if head.name in expert.extra and not expert.is_delta
-        else spelling(head.name)
-        for head in heads
-    }
-    entries = tuple(
-        (
-            own_names[head.name],
-            dtype if dtype is not None and head.dtype.is_floating_point else head.dtype,
-            head.shape,
-        )
-        for head in heads
-    )
-    file = OutputFile(f"model-{count:05d}-of-{count:05d}.safetensors", entries, {"format": "pt"})
-    storage_of(folder).remove(folder / file.name)
-    with CheckpointWriter(folder, [file], resume=True) as writer:
-        for head, (own, kind, _) in zip(heads, entries, strict=True):
+    inputs: Inputs,
+    expert: Expert,
+    heads: Mapping[TensorEntry, OutputTensor],
+    folder: Path,
+    layout: OutputLayout,
+) -> None:
+    for file in layout.files:
+        storage_of(folder).remove(folder / file.name)
+    with layout.open(folder, resume=True) as files:
+        for head, row in heads.items():
             for start, stop in flat_ranges(head.numel):
                 values = _head_values(inputs, expert, head, start, stop)
-                writer.write(own, start, values.to(kind))
-        writer.sync()
-    return file
+                files.write(row.name, start, values.to(row.dtype))
+        files.sync()
 
 
 def _head_values(
@@ -136,19 +146,17 @@ def _head_values(
 
 
 def _write_variant(
-    source: Path, file: OutputFile, folder: Path, shard: OutputFile, own: frozenset[str]
+    merged: OutputLayout, model: Path, shard: OutputFile, folder: Path, own: frozenset[str]
 ) -> None:
     """Write a shard of the merged model without some tensors, or under other names."""
     storage_of(folder).remove(folder / shard.name)
-    with (
-        CheckpointWriter(source.parent, [file], resume=True) as merged,
-        CheckpointWriter(folder, [shard], resume=True) as writer,
-    ):
-        kept = [(k, s) for k, _, s in file.entries if k not in own]
+    variant = OutputLayout(merged.format, (shard,))
+    with merged.open(model, resume=True) as source, variant.open(folder, resume=True) as files:
+        kept = [(k, s) for k, _, s in merged.files[0].entries if k not in own]
         for (key, shape), (spelled, _, _) in zip(kept, shard.entries, strict=True):
             for start, stop in flat_ranges(math.prod(shape)):
-                writer.write(spelled, start, merged.read_back(key, start, stop))
-        writer.sync()
+                files.write(spelled, start, source.read_back(key, start, stop))
+        files.sync()
 
 
 def _side_files(inputs: Inputs, expert: Expert, folder: Path) -> None:

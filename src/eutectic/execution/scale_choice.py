@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eutectic.checkpoint.output_format import TensorSink
 from eutectic.errors import Note, RequestError
 from eutectic.execution.journal import Ledger
 from eutectic.execution.layer_factors import range_factor
 from eutectic.execution.limits import Limits
 from eutectic.execution.merging import holds_weight
-from eutectic.execution.tasks import Sink
 from eutectic.execution.tensor_values import block_ranges, read_base
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
@@ -36,7 +36,7 @@ class Unscaled:
 
     plan: Plan
     inputs: Inputs
-    deltas: Sink
+    deltas: TensorSink
     factors: Mapping[str, float]
     journal: Ledger
     limits: Limits

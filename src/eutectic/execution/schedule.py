@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.layout import OutputFile
+from eutectic.checkpoint.output_format import TensorSink
 from eutectic.execution.elementwise_merging import context_of, stream_chunks
 from eutectic.execution.executors import EXECUTORS
 from eutectic.execution.journal import Ledger
 from eutectic.execution.layer_factors import factors_of, layer_factors
 from eutectic.execution.limits import Limits
 from eutectic.execution.scale_choice import Choice, Choose, Unscaled, refuse_search
-from eutectic.execution.tasks import Finished, Sink, Stage, Task, Workplace
+from eutectic.execution.tasks import Finished, Stage, Task, Workplace
 from eutectic.execution.threads import one_intra_op_thread
 from eutectic.planning.cost import tensor_cost
 from eutectic.planning.inputs import Inputs
@@ -45,8 +46,8 @@ class Desk:
     inputs: Inputs
     ledger: Ledger
     limits: Limits
-    open_deltas: Callable[[OutputFile], AbstractContextManager[Sink]]
-    open_output: Callable[[Plan], AbstractContextManager[Sink]]
+    open_deltas: Callable[[OutputFile], AbstractContextManager[TensorSink]]
+    open_output: Callable[[Plan], AbstractContextManager[TensorSink]]
 
 
 def run_schedule(
@@ -148,7 +149,7 @@ def _carry_out(
             tell(task)
 
 
-def _place(desk: Desk, output: Sink | None, deltas: Sink | None) -> Workplace:
+def _place(desk: Desk, output: TensorSink | None, deltas: TensorSink | None) -> Workplace:
     return Workplace(desk.inputs, output, deltas, desk.ledger.durable)
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from eutectic.checkpoint.layout import OutputFile
-from eutectic.checkpoint.writer import CheckpointWriter
+from eutectic.checkpoint.output_format import TensorSink
 from eutectic.execution.layer_factors import with_factors
 from eutectic.execution.merging import (
     Emit,
@@ -28,6 +26,7 @@ from eutectic.planning.inputs import InputPaths, Inputs, reopen
 from eutectic.planning.tensor_plan import TensorPlan
 
 Stage = Literal["merge", "delta", "scale"]
+Opening = Callable[[], AbstractContextManager[TensorSink]]
 
 
 @dataclass(frozen=True)
@@ -73,31 +72,19 @@ class Task:
     before: Finished | None = None
 
 
-class Sink(Protocol):
-    """Where merged values go: files, or memory."""
-
-    def write(self, name: str, start: int, values: Tensor) -> None:
-        """Write flat values of a tensor from `start` on; any order, any thread."""
-        ...
-
-    def read_back(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return flat values that were written."""
-        ...
-
-
 @dataclass(frozen=True)
 class Site:
     """Where the files of a run lie: enough for a worker elsewhere to open them.
 
     Attributes:
         inputs: what is read.
-        output: folder and files of the model, or None before α is known.
-        deltas: folder and file of the merged deltas, or None without any.
+        output: opens the files of the model; None before α is known.
+        deltas: opens the file of the merged deltas; None without any.
     """
 
     inputs: InputPaths
-    output: tuple[Path, tuple[OutputFile, ...]] | None
-    deltas: tuple[Path, tuple[OutputFile, ...]] | None
+    output: Opening | None
+    deltas: Opening | None
 
 
 @dataclass(frozen=True)
@@ -112,8 +99,8 @@ class Workplace:
     """
 
     inputs: Inputs
-    output: Sink | None = None
-    deltas: Sink | None = None
+    output: TensorSink | None = None
+    deltas: TensorSink | None = None
     hashed: bool = True
 
     @property
@@ -121,9 +108,13 @@ class Workplace:
         """How to open the same elsewhere; None in memory."""
         if self.inputs.paths is None:
             return None
-        return Site(self.inputs.paths, _place_of(self.output), _place_of(self.deltas))
+        return Site(
+            self.inputs.paths,
+            None if self.output is None else self.output.reopening,
+            None if self.deltas is None else self.deltas.reopening,
+        )
 
-    def sink(self, stage: Stage) -> Sink:
+    def sink(self, stage: Stage) -> TensorSink:
         """Return where a stage writes."""
         sink = self.deltas if stage == "delta" else self.output
         assert sink is not None
@@ -133,21 +124,13 @@ class Workplace:
 @contextmanager
 def open_site(site: Site) -> Iterator[Workplace]:
     """Open the files of a run that were laid out before, in this process or another."""
-    with reopen(site.inputs) as inputs, _writer(site.output) as output, _writer(site.deltas) as own:
-        yield Workplace(inputs, output, own)
-
-
-def _place_of(sink: Sink | None) -> tuple[Path, tuple[OutputFile, ...]] | None:
-    return (sink.folder, sink.files) if isinstance(sink, CheckpointWriter) else None
-
-
-@contextmanager
-def _writer(place: tuple[Path, tuple[OutputFile, ...]] | None) -> Iterator[Sink | None]:
-    if place is None:
-        yield None
-        return
-    with CheckpointWriter(*place, resume=True) as writer:
-        yield writer
+    with ExitStack() as stack:
+        inputs = stack.enter_context(reopen(site.inputs))
+        output, deltas = (
+            None if opening is None else stack.enter_context(opening())
+            for opening in (site.output, site.deltas)
+        )
+        yield Workplace(inputs, output, deltas)
 
 
 def carry_out(task: Task, place: Workplace, check: Callable[[], None] = lambda: None) -> Finished:
@@ -165,10 +148,9 @@ def carry_out(task: Task, place: Workplace, check: Callable[[], None] = lambda: 
 
     def emit(start: int, values: Tensor) -> None:
         check()
-        values = values.contiguous()
+        stored = sink.write(planned.name, start, values)
         if place.hashed:
-            digest.update(_bytes_of(values))
-        sink.write(planned.name, start, values)
+            digest.update(_bytes_of(stored))
 
     found = _run(task, place, emit)
     return Finished(digest.hexdigest(), found.record, found.norms)
@@ -197,7 +179,7 @@ def _bytes_of(values: Tensor) -> memoryview:
     return values.view(torch.uint8).numpy().data
 
 
-def _hash_of(sink: Sink, planned: TensorPlan) -> str:
+def _hash_of(sink: TensorSink, planned: TensorPlan) -> str:
     digest = hashlib.sha256()
     for start, stop in flat_ranges(planned.elements):
         digest.update(_bytes_of(sink.read_back(planned.name, start, stop)))

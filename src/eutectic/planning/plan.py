@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from eutectic.checkpoint.adapters import WEIGHT_NAMES
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.errors import Fault, MethodError, Note, RecipeError
 from eutectic.methods import Method, get_method
@@ -34,11 +35,13 @@ class OutputOptions:
         dtype: of all floating-point tensors; None where each keeps its own.
         heads: what becomes of the experts' heads.
         side_files: "base", or the expert whose config and tokenizer files are copied.
+        shard_bytes: most bytes of tensors in one file; None where files are the base's.
     """
 
     dtype: torch.dtype | None
     heads: Literal["per_expert", "base", "drop"]
     side_files: str
+    shard_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
     source = source or Source()
     faults: list[Fault] = []
     _check_kinship(inputs, source, faults)
+    _check_shards(recipe, inputs, source, faults)
     request = _request(recipe, inputs, source)
     if recipe.statistics_of == "expert":
         faults += statistics_faults(inputs, request.statistics_names)
@@ -112,7 +116,10 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         heads=heads,
         left_out=left_out,
         output=OutputOptions(
-            getattr(torch, recipe.dtype) if recipe.dtype else None, recipe.heads, recipe.side_files
+            getattr(torch, recipe.dtype) if recipe.dtype else None,
+            recipe.heads,
+            recipe.side_files,
+            recipe.shard_size,
         ),
         request=stated_request(recipe),
         notes=tuple(notes_on(tensors, heads, left_out, request)),
@@ -153,6 +160,21 @@ def _request(recipe: Recipe, inputs: Inputs, source: Source) -> MergeRequest:
 def _refuse(faults: Sequence[Fault], source: Source) -> None:
     if faults:
         raise RecipeError(_shortened(faults), source.name)
+
+
+def _check_shards(recipe: Recipe, inputs: Inputs, source: Source, faults: list[Fault]) -> None:
+    """Refuse shards of an adapter."""
+    adapter = inputs.index is not None and inputs.index.files[0] in WEIGHT_NAMES
+    if recipe.shard_size is not None and adapter:
+        faults.append(
+            Fault(
+                "adapter_in_shards",
+                "the output is an (IA)³ adapter, which PEFT reads from one file.",
+                "shard_size",
+                source.line("shard_size"),
+                next="Leave shard_size out.",
+            )
+        )
 
 
 def _check_kinship(inputs: Inputs, source: Source, faults: list[Fault]) -> None:

@@ -15,6 +15,8 @@ from pydantic import (
     model_validator,
 )
 
+from eutectic.errors import RequestError
+from eutectic.recipes.units import parse_bytes
 from eutectic.types import Treatment
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
@@ -148,6 +150,8 @@ class Recipe(_Strict):
         statistics_of: statistics must have been collected on the `expert` itself, or may come from
             `any` checkpoint.
         side_files: "base", or the expert whose config and tokenizer files are copied.
+        shard_size: most bytes of tensors in one file, such as "5GB"; None lays the output out like
+            the base.
     """
 
     base: str
@@ -165,6 +169,7 @@ class Recipe(_Strict):
     nonfinite: Literal["error", "allow"] = "error"
     side_files: str = "base"
     statistics_of: Literal["expert", "any"] = "expert"
+    shard_size: Annotated[int, Field(ge=1, strict=True)] | None = None
 
     @field_validator("experts", mode="before")
     @classmethod
@@ -178,6 +183,14 @@ class Recipe(_Strict):
                 f"an expert cannot be called '{taken[0]}': that is another parent's name"
             )
         return {n: {"path": s} if isinstance(s, str) else s for n, s in specs.items()}
+
+    @field_validator("shard_size", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        try:
+            return parse_bytes(value) if isinstance(value, str) else value
+        except RequestError:
+            raise ValueError("must be a size such as 5GB, 512MiB or 800000") from None
 
     @field_validator("scale", mode="before")
     @classmethod
