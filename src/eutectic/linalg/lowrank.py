@@ -1,7 +1,9 @@
-"""Matrices given as a product of thin factors, which never become dense here."""
+"""Matrices given as products of thin factors, which become dense only where `dense` says so."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,3 +49,58 @@ class LowRank:
         P, R = lapack.qr(self.left.double() / units[0])
         Q, L = lapack.qr(self.right.double().mT / units[1])
         return P, R @ L.mT, Q, units[0] * units[1]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankStack:
+    """T matrices left_t·right_t: what a stack `[T, out, in]` holds, at the cost of Σ r_t.
+
+    Iterating gives each as a `LowRank`.
+
+    Attributes:
+        left: T factors `[out, r_t]`; the r_t may differ, and may be 0.
+        right: T factors `[r_t, in]`.
+    """
+
+    left: tuple[Tensor, ...]
+    right: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+    def __iter__(self) -> Iterator[LowRank]:
+        return map(LowRank, self.left, self.right)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(T, out, in)`."""
+        return len(self.left), self.left[0].shape[0], self.right[0].shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Σ r_t."""
+        return sum(factor.shape[1] for factor in self.left)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the products."""
+        return functools.reduce(torch.promote_types, (f.dtype for f in (*self.left, *self.right)))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the factors."""
+        return self.left[0].device
+
+    def weighted(self, weights: Sequence[float]) -> LowRankStack:
+        """Return w_t·left_t·right_t; factors of weight 1 are shared."""
+        left = (f if w == 1 else f * w for f, w in zip(self.left, weights, strict=True))
+        return LowRankStack(tuple(left), self.right)
+
+    def total(self) -> LowRank:
+        """Return Σ left_t·right_t as one product of inner size Σ r_t: factors side by side."""
+        left = torch.cat([factor.to(self.dtype) for factor in self.left], 1)
+        return LowRank(left, torch.cat([factor.to(self.dtype) for factor in self.right]))
+
+    def dense(self) -> Tensor:
+        """Return the products `[T, out, in]`."""
+        return torch.stack([LowRank(p.left.to(self.dtype), p.right).dense() for p in self])

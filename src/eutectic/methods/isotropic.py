@@ -13,6 +13,7 @@ from torch import Tensor
 from eutectic.linalg import lapack
 from eutectic.linalg.gram import explain_routes
 from eutectic.linalg.leading import explain_leading, leading_singular, leading_singular_stack
+from eutectic.linalg.lowrank import LowRankStack
 from eutectic.linalg.polar import Precision, Support, explain_polar, polar
 from eutectic.linalg.svd import default_tolerance, dependence_tolerance
 from eutectic.methods.linear import weighted_sum
@@ -100,11 +101,12 @@ def _explain_iso_a(shape: tuple[int, ...], parameters: Any, precision: Precision
     paper=PAPER,
     parameters=IsoCParameters,
     laws={"permutation", "homogeneous", "zero", "absent", "rotation"},
+    takes=Takes(factors=True),
     # 18 to 21 products in all, measured with 8 experts at sides of 768.
     cost=Cost(workspace=lambda count: 1.5 + 18 / count, products=2.5),
     rules=Rules(default_scale=_by_count(1.3, 1.0, 0.9), explain=_explain_iso_c),
 )
-def iso_c(deltas: Tensor, parameters: IsoCParameters, context: Context) -> Tensor:
+def iso_c(deltas: Tensor | LowRankStack, parameters: IsoCParameters, context: Context) -> Tensor:
     """Return mean(S)·U Vᵀ, where Σ w_tΔ_t = U S Vᵀ.
 
     Shapes: `[T, out, in]` -> `[out, in]`. Cost: one polar factor, whatever T is (see
@@ -118,19 +120,39 @@ def iso_c(deltas: Tensor, parameters: IsoCParameters, context: Context) -> Tenso
     shrink a rank-96 sum in 384 dimensions fourfold.) `support="full"` is the official behaviour:
     null directions, which are arbitrary, get the mean too. Both agree at full rank.
 
+    Thin factors: the polar factor of their sum is found in its core of side Σ r_t, in float64, and
+    multiplied out once. The result is that of the expanded deltas up to their rounding, which in
+    float32 moves it by 1e-7 over the smallest kept singular value, relative to S₁. They are
+    expanded where that costs no more (Σ r_t from min(out, in) on), and where the null space counts,
+    which is rounding then: `support="full"`, or a `rank_tolerance` below the default.
+
     Deviations from the source: the numerical support; weights; the default tolerance for half
     precision is that of float32, since the sum is formed there.
 
     Reference: Marczak et al., "No Task Left Behind: Isotropic Model Merging with Common and
     Task-Specific Subspaces", arXiv 2502.04959.
     """
-    flat = polar(
-        weighted_sum(deltas, context),
-        support=parameters.support,
-        rank_tolerance=parameters.rank_tolerance,
-        precision=context.precision,
-    )
+    how: dict[str, Any] = {
+        "support": parameters.support,
+        "rank_tolerance": parameters.rank_tolerance,
+        "precision": context.precision,
+    }
+    if isinstance(deltas, LowRankStack):
+        if _stays_thin(deltas, parameters):
+            thin = polar(context.weigh(deltas).total(), **how)
+            return thin.factor.dense() * thin.mean_singular_value
+        deltas = deltas.dense()
+    flat = polar(weighted_sum(deltas, context), **how)
     return flat.factor * flat.mean_singular_value
+
+
+def _stays_thin(deltas: LowRankStack, parameters: IsoCParameters) -> bool:
+    """Tell whether the thin sum has the expanded one's result, and for less."""
+    tolerance = parameters.rank_tolerance
+    if parameters.support == "full" or deltas.rank >= min(deltas.shape[1:]):
+        return False
+    # A tighter bound keeps directions that only the rounding of the expanded sum has.
+    return tolerance is None or tolerance >= default_tolerance(deltas.dtype, deltas.shape[1:])
 
 
 @register(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import MethodError
+from eutectic.linalg.lowrank import LowRankStack
 from eutectic.methods.registry import Context, Parameters, Rules, Takes, register
 
 
@@ -27,14 +28,15 @@ def _summable(parameters: Parameters, weights: Sequence[float]) -> str | None:
     summary="Mean of the experts' weights, weighted and normalised.",
     paper="Model soups: averaging weights of multiple fine-tuned models, arXiv 2203.05482",
     laws={"permutation", "homogeneous", "zero", "single", "copies", "absent", "rotation"},
-    takes=Takes(elementwise=True, space="either"),
+    takes=Takes(elementwise=True, factors=True, space="either"),
     rules=Rules(check=_summable),
 )
-def average(deltas: Tensor, parameters: Parameters, context: Context) -> Tensor:
+def average(deltas: Tensor | LowRankStack, parameters: Parameters, context: Context) -> Tensor:
     """Return Σ w_t Δ_t / Σ w_t.
 
     Shapes: `[T, *shape]` -> `[*shape]`. Cost: one pass. At T = 1 the expert itself; zero deltas
-    give zero; rank plays no part.
+    give zero; rank plays no part. Thin factors cost one product of inner size Σ r_t and give the
+    same up to the rounding of that product.
 
     Raises:
         MethodError: the weights sum to zero.
@@ -59,14 +61,17 @@ class LinearParameters(Parameters):
     paper="Model soups: averaging weights of multiple fine-tuned models, arXiv 2203.05482",
     parameters=LinearParameters,
     laws={"permutation", "homogeneous", "zero", "single", "copies", "absent", "rotation"},
-    takes=Takes(elementwise=True, space=lambda p: "either" if p.normalize else "weight"),
+    takes=Takes(
+        elementwise=True, factors=True, space=lambda p: "either" if p.normalize else "weight"
+    ),
     rules=Rules(check=_summable),
 )
-def linear(inputs: Tensor, parameters: LinearParameters, context: Context) -> Tensor:
+def linear(inputs: Tensor | LowRankStack, parameters: LinearParameters, context: Context) -> Tensor:
     """Return Σ w_t W_t, divided by Σ w_t if `normalize`.
 
     Shapes: `[T, *shape]` -> `[*shape]`. Cost: one pass. At T = 1 the expert itself (normalised).
     Without normalisation the sum is taken over weights, not deltas, so the base does not enter.
+    Thin factors as in `average` if `normalize`; without, they are expanded first.
 
     Raises:
         MethodError: `normalize` with weights that sum to zero.
@@ -76,8 +81,13 @@ def linear(inputs: Tensor, parameters: LinearParameters, context: Context) -> Te
     return weighted_sum(inputs, context)
 
 
-def weighted_sum(inputs: Tensor, context: Context) -> Tensor:
-    """Return Σ w_t x_t over the first dimension, expert by expert in order."""
+def weighted_sum(inputs: Tensor | LowRankStack, context: Context) -> Tensor:
+    """Return Σ w_t x_t over the first dimension, expert by expert in order.
+
+    Of factors, in one product of inner size Σ r_t, which rounds the sum once instead of T times.
+    """
+    if isinstance(inputs, LowRankStack):
+        return context.weigh(inputs).total().dense()
     w = context.weights
     total = inputs[0] * w[0] if w[0] != 1.0 else inputs[0].clone()
     for x, weight in zip(inputs[1:], w[1:], strict=True):
@@ -85,7 +95,7 @@ def weighted_sum(inputs: Tensor, context: Context) -> Tensor:
     return total
 
 
-def _mean(inputs: Tensor, context: Context) -> Tensor:
+def _mean(inputs: Tensor | LowRankStack, context: Context) -> Tensor:
     total = sum(context.weights)
     if fault := _summable(Parameters(), context.weights):
         raise MethodError(fault)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypedDict, cast, overload
 
 import torch
 from torch import Tensor
 
 from eutectic.errors import MethodError, NumericalError
+from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.methods.linear import finite
 from eutectic.methods.registry import Context, Method, Precision, all_methods, get_method
 from eutectic.types import LayerStatistics, Merged
+
+Deltas = Tensor | LowRankStack | Sequence[Tensor | LowRank | tuple[Tensor, Tensor]]
 
 
 class _Call(TypedDict):
@@ -29,19 +33,19 @@ _DEFAULTS: _Call = {"experts": None, "tensor": "", "seed": 0, "precision": "fast
 
 @overload
 def merge_matrices(
-    method: str, deltas: Tensor | Sequence[Tensor], *, full_output: Literal[True], **kwargs: Any
+    method: str, deltas: Deltas, *, full_output: Literal[True], **kwargs: Any
 ) -> Merged: ...
 @overload
 def merge_matrices(
     method: str,
-    deltas: Tensor | Sequence[Tensor],
+    deltas: Deltas,
     *,
     full_output: Literal[False] = ...,
     **kwargs: Any,
 ) -> Tensor: ...
 def merge_matrices(
     method: str,
-    deltas: Tensor | Sequence[Tensor],
+    deltas: Deltas,
     *,
     weights: Sequence[float] | None = None,
     base: Tensor | None = None,
@@ -55,7 +59,10 @@ def merge_matrices(
     Args:
         method: a name from `eutectic.methods()`.
         deltas: `[T, out, in]`, or a sequence of T matrices; vectors `[T, n]` for methods with a
-            rule for them. float16 and bfloat16 are computed in float32.
+            rule for them. Each matrix may be given as a pair of thin factors `[out, r_t]` and
+            `[r_t, in]` (LoRA's scaling·B and A), all of them as a `LowRankStack`; methods that
+            take factors then never form `[T, out, in]`. float16 and bfloat16 are computed in
+            float32.
         weights: w_t, one per expert (default 1).
         base: W₀ `[out, in]`, for methods that need it.
         statistics: one `LayerStatistics` (or None) per expert, for methods that use data.
@@ -101,14 +108,22 @@ def merge_matrices(
     return merged if full_output else merged.delta
 
 
-def run_method(entry: Method, deltas: Tensor, values: Any, context: Context) -> Merged:
+def run_method(
+    entry: Method, deltas: Tensor | LowRankStack, values: Any, context: Context
+) -> Merged:
     """Run a method on a whole tensor in memory, in whichever space it works.
 
-    The state is prepared here unless `context.state` holds one already (model scope).
+    Thin factors are expanded unless the method takes them. The state is prepared here unless
+    `context.state` holds one already (model scope).
     """
     in_weights = entry.space(values) == "weight"
     if in_weights and context.base is None:
         raise MethodError(f"method '{entry.name}' works on weights and needs base.")
+    if isinstance(deltas, LowRankStack):
+        if entry.takes_factors and not in_weights:
+            result = entry.function(deltas, values, context)
+            return result if isinstance(result, Merged) else Merged(result)
+        deltas = deltas.dense()
     inputs = deltas + context.base if in_weights and context.base is not None else deltas
     if entry.prepare is not None and context.state is None:
         state = entry.prepare(lambda: iter([inputs.flatten(1)]), values, context)
@@ -160,14 +175,16 @@ def methods() -> dict[str, dict[str, Any]]:
     return table
 
 
-def _as_stack(entry: Method, deltas: Tensor | Sequence[Tensor]) -> Tensor:
+def _as_stack(entry: Method, deltas: Deltas) -> Tensor | LowRankStack:
+    if isinstance(deltas, LowRankStack):
+        return _checked_factors(entry, list(deltas))
     if not isinstance(deltas, Tensor):
-        shapes = {tuple(d.shape) for d in deltas}
-        if len(shapes) != 1:
-            raise MethodError(
-                f"the deltas must all have one shape, got {sorted(shapes) or 'no delta at all'}."
-            )
-        deltas = torch.stack(list(deltas))
+        thin = [_as_factors(d) for d in deltas if not isinstance(d, Tensor)]
+        if thin and len(thin) == len(deltas):
+            return _checked_factors(entry, thin)
+        whole = [d if isinstance(d, Tensor) else _as_factors(d).dense() for d in deltas]
+        _check_one_shape(tuple(d.shape) for d in whole)
+        deltas = torch.stack(whole)
     if deltas.ndim < 2 or (deltas.ndim != 3 and not entry.vectors):
         allowed = "[T, ...]" if entry.vectors else "[T, out, in]"
         raise MethodError(
@@ -182,6 +199,45 @@ def _as_stack(entry: Method, deltas: Tensor | Sequence[Tensor]) -> Tensor:
         bad = [t for t, d in enumerate(deltas) if not finite(d)]
         raise NumericalError(f"NaN or Inf in the deltas of expert {bad}; nothing was merged.")
     return deltas
+
+
+def _as_factors(pair: LowRank | Sequence[Tensor]) -> LowRank:
+    factors = [pair.left, pair.right] if isinstance(pair, LowRank) else list(pair)
+    shapes = [list(factor.shape) for factor in factors]
+    if [len(s) for s in shapes] != [2, 2] or shapes[0][1] != shapes[1][0]:
+        raise MethodError(
+            "a delta is a tensor, or a pair of thin factors [out, r] and [r, in]; "
+            f"got a sequence of shapes {shapes}."
+        )
+    return LowRank(*factors)
+
+
+def _checked_factors(entry: Method, pairs: Sequence[LowRank]) -> LowRankStack:
+    """Return the deltas as factors in float32 or float64.
+
+    Raises:
+        MethodError: of different shapes, too few or too many, or not floating-point.
+        NumericalError: NaN or Inf in a factor.
+    """
+    _check_one_shape(pair.shape for pair in pairs)
+    entry.check_expert_count(len(pairs))
+    dtype = functools.reduce(torch.promote_types, (pair.dtype for pair in pairs))
+    if not dtype.is_floating_point:
+        raise MethodError(f"deltas must be floating-point, got {dtype}.")
+    bad = [t for t, p in enumerate(pairs) if not (finite(p.left) and finite(p.right))]
+    if bad:
+        raise NumericalError(f"NaN or Inf in the deltas of expert {bad}; nothing was merged.")
+    wide = dtype if dtype == torch.float64 else torch.float32
+    left, right = zip(*((p.left.to(wide), p.right.to(wide)) for p in pairs), strict=True)
+    return LowRankStack(left, right)
+
+
+def _check_one_shape(shapes: Iterable[tuple[int, ...]]) -> None:
+    found = set(shapes)
+    if len(found) != 1:
+        raise MethodError(
+            f"the deltas must all have one shape, got {sorted(found) or 'no delta at all'}."
+        )
 
 
 def _as_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
@@ -212,15 +268,15 @@ def _as_statistics(
     return tuple(statistics)
 
 
-def _like_one(value: Tensor | None, stack: Tensor, name: str) -> Tensor | None:
+def _like_one(value: Tensor | None, stack: Tensor | LowRankStack, name: str) -> Tensor | None:
     if value is None:
         return None
-    if value.shape != stack.shape[1:]:
+    if tuple(value.shape) != tuple(stack.shape[1:]):
         raise MethodError(
             f"{name} must have the shape of one delta {list(stack.shape[1:])}, "
             f"got {list(value.shape)}."
         )
-    return value.to(stack)
+    return value.to(stack.device, stack.dtype)
 
 
 __all__ = ["merge_matrices", "methods", "missing_needs", "run_method"]

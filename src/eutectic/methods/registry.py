@@ -17,13 +17,14 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from eutectic.errors import Fault, MethodError, suggest
+from eutectic.linalg.lowrank import LowRankStack
 from eutectic.types import LayerStatistics, Merged
 
 Precision = Literal["fast", "exact"]
@@ -76,10 +77,16 @@ class Context:
     offset: int = 0
     state: Any = None
 
-    def weigh(self, deltas: Tensor) -> Tensor:
+    @overload
+    def weigh(self, deltas: Tensor) -> Tensor: ...
+    @overload
+    def weigh(self, deltas: LowRankStack) -> LowRankStack: ...
+    def weigh(self, deltas: Tensor | LowRankStack) -> Tensor | LowRankStack:
         """Return w_tΔ_t; the deltas themselves when every weight is 1."""
         if all(w == 1.0 for w in self.weights):
             return deltas
+        if isinstance(deltas, LowRankStack):
+            return deltas.weighted(self.weights)
         w = torch.tensor(self.weights, dtype=deltas.dtype, device=deltas.device)
         return deltas * w.view(-1, *[1] * (deltas.ndim - 1))
 

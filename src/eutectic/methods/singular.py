@@ -11,9 +11,10 @@ from torch import Tensor
 
 from eutectic.linalg.gram import explain_routes
 from eutectic.linalg.leading import explain_leading, leading_singular_stack
+from eutectic.linalg.lowrank import LowRankStack
 from eutectic.linalg.polar import Precision, explain_polar, polar
 from eutectic.linalg.svd import default_tolerance, dependence_tolerance
-from eutectic.methods.registry import Context, Cost, Parameters, Rules, register
+from eutectic.methods.registry import Context, Cost, Parameters, Rules, Takes, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +44,11 @@ def _explain(shape: tuple[int, ...], parameters: TsvMParameters, precision: Prec
     paper="Task singular vectors: reducing task interference in model merging, arXiv 2412.00081",
     parameters=TsvMParameters,
     laws={"permutation", "homogeneous", "zero", "single", "rotation"},
+    takes=Takes(factors=True),
     cost=Cost(workspace=lambda count: 1.5 + 32 / count),
     rules=Rules(explain=_explain),
 )
-def tsv_m(deltas: Tensor, parameters: TsvMParameters, context: Context) -> Tensor:
+def tsv_m(deltas: Tensor | LowRankStack, parameters: TsvMParameters, context: Context) -> Tensor:
     """Return polar(U_*)·diag(s_*)·polar(V_*)ᵀ of the experts' leading singular triplets.
 
     Of every w_tΔ_t the first k = int(r/T) triplets are kept, r = min(out, in), and put side by
@@ -60,6 +62,10 @@ def tsv_m(deltas: Tensor, parameters: TsvMParameters, context: Context) -> Tenso
     expert's first) are left out, and directions that several experts share count once, with their
     shares added; the official code completes both with arbitrary directions, which then disturb
     the others. Where all kT directions are independent the two agree.
+
+    Thin factors: each expert's triplets are found in its core of side r_t, in float64, and the
+    result is multiplied out once. It is that of the expanded deltas up to their rounding, which in
+    float32 moves the kept directions by 1e-7 over the relative gap behind the k-th singular value.
 
     Deviations from the source: the above; weights; `rank_fraction`.
 
