@@ -150,3 +150,9 @@ def suggest(word: str, allowed: Sequence[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest allowed word, or an empty string."""
     near = get_close_matches(word, allowed, n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -12,24 +12,10 @@ Record = TypeVar("Record")
 
 
 def options_from(record: type[Record], given: Mapping[str, Any], of: str) -> Record:
-    """Return keyword arguments as a record, with its defaults for those that are absent.
-
-    Args:
-        record: a dataclass with a default for every field.
-        given: names and values.
-        of: the function that takes them, for messages.
+    """Return the keyword arguments of a function as a record; absent ones have their defaults.
 
     Raises:
-        RequestError: a name that the record does not have.
-
-    Example:
-        >>> from dataclasses import dataclass
-        >>> @dataclass(frozen=True)
-        ... class Sizes:
-        ...     width: int = 1
-        ...     height: int = 1
-        >>> options_from(Sizes, {"width": 3}, "draw")
-        Sizes(width=3, height=1)
+        RequestError: a name that the record does not have; `of` names the function.
     """
     known = [field.name for field in fields(record)]  # pyright: ignore[reportArgumentType]
     for name in given:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from eutectic.errors import CheckpointError, MissingExtraError
+from eutectic.errors import CheckpointError, MissingExtraError, first_line
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 _PATTERNS = [
@@ -81,7 +81,7 @@ def _download(model_id: str, revision: str | None) -> Path:
             f"hold the model{at}.\nConnect (is HF_HUB_OFFLINE set?) or name a local folder."
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise CheckpointError(
             f"{model_id}: could not be downloaded from the hub{at}.\n{reason}"
         ) from error

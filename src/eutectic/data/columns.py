@@ -76,18 +76,11 @@ def check_columns(
     where: str = "",
     first: int = 1,
 ) -> None:
-    """Refuse rows that lack a value in one of the wanted columns.
-
-    Args:
-        rows: the rows.
-        columns: names of the columns.
-        wanted: which of them are read, by the fields of `Columns`.
-        advice: from a field of `Columns` to what to do about a column of another name.
-        where: the place of the rows, for messages.
-        first: the number of the first row, for messages.
+    """Refuse rows that lack a value in one of the `wanted` fields of `Columns`.
 
     Raises:
-        RequestError: naming the first such row.
+        RequestError: naming the first such row, counted from `first`, its place and, for a column
+            of another name, what to do (`advice`).
     """
     names = {field: getattr(columns, field) for field in wanted}
     for number, row in enumerate(rows, first):
@@ -102,11 +95,7 @@ def check_columns(
 
 
 def check_pairs(rows: Sequence[Row], task: RowsOfTask, where: str = "") -> None:
-    """Refuse data of which some rows have a second text and others have none.
-
-    Raises:
-        RequestError: naming a row of either sort.
-    """
+    """Refuse (RequestError) data of which some rows have a second text and others have none."""
     if task.kind not in _PAIRS_ALLOWED:
         return
     column = task.columns.text_pair

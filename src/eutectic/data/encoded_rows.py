@@ -122,12 +122,8 @@ def open_batches(
     Images that a file names lie beside it, or else where the name says. A function that returns
     mappings of tensors is taken to yield ready batches.
 
-    Args:
-        source: the data.
-        loaded: the model, its processor and its kind of task.
-        options: columns, sizes, split.
-        needs_labels: read labels. Without gradients, or with drawn labels, any or none will do.
-        classes: how many there are where a head of its own decides that, not the configuration.
+    Labels are read only if `needs_labels`: without gradients, or with drawn labels, any or none
+    will do. `classes` says how many there are where a head of its own decides that.
 
     Raises:
         RequestError, StatisticsError, MissingExtraError: as `read_rows` and `EncodedRows`.

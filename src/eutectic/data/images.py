@@ -11,7 +11,7 @@ from typing import Any, cast, overload
 from torch import Tensor
 
 from eutectic.data.columns import Row
-from eutectic.errors import RequestError, StatisticsError
+from eutectic.errors import RequestError, StatisticsError, first_line
 
 KEPT_PIXELS = 1 << 26  # values of float32, of one split
 
@@ -39,12 +39,9 @@ def open_image(value: Any, mode: str = "RGB") -> Any:
 
 
 def locate_images(rows: Sequence[Row], column: str, source: str) -> Sequence[Row]:
-    """Return the rows of a file with the images that they name found: beside it, or as named.
+    """Return the rows of a file with the images found that they name: beside it, or as named.
 
-    Args:
-        rows: as `read_rows` returns them.
-        column: the column of images; values that name no file beside it stay as they are.
-        source: the file; rows of folders and of functions are returned as they are.
+    Values that name no file beside it stay as they are, and so do rows of folders and functions.
     """
     if not Path(source).is_file():
         return rows
@@ -62,13 +59,7 @@ def locate_images(rows: Sequence[Row], column: str, source: str) -> Sequence[Row
 def image_inputs(
     values: Sequence[Any], processor: Any, mode: str, where: str = ""
 ) -> dict[str, Tensor]:
-    """Return what an image processor makes of a batch of images.
-
-    Args:
-        values: paths, bytes or images; see `open_image`.
-        processor: as transformers makes them.
-        mode: of the images that the model takes; see `models.processors.image_mode`.
-        where: the place of the rows, for messages.
+    """Return what an image processor makes of images in a mode; for values see `open_image`.
 
     Raises:
         StatisticsError: a file is not a readable image.
@@ -80,7 +71,7 @@ def image_inputs(
     except (ValueError, TypeError) as error:
         sizes = sorted({getattr(image, "size", None) for image in images}, key=str)
         raise RequestError(
-            f"{where} cannot be made one batch of pixels ({str(error).splitlines()[0]}).\n"
+            f"{where} cannot be made one batch of pixels ({first_line(error)}).\n"
             f"Their sizes: {', '.join(map(str, sizes[:5]))}; an image processor that resizes helps."
         ) from error
 

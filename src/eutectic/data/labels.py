@@ -16,8 +16,7 @@ class ClassLabels:
 
     Attributes:
         names: class name -> index.
-        classes: the number of classes that a label is one of; None: labels are also numbers, or
-            lists of numbers.
+        classes: how many there are; None: labels may also be numbers, or lists of numbers.
     """
 
     names: Mapping[str, int]
@@ -34,20 +33,18 @@ class ClassLabels:
         if isinstance(value, bool) and str(value) not in self.names:
             value = int(value)
         try:
-            if self.classes is not None:
-                return class_index(value, self.names, self.classes)
-            return _index_or_number(value, self.names)
+            if self.classes is None and not named_by_numbers(self.names):
+                if str(value) not in self.names:
+                    whole = isinstance(value, int) or str(value).isdecimal()
+                    return int(value) if whole else float(value)
+            return class_index(value, self.names, self.classes or math.inf)
         except (TypeError, ValueError):
-            pass
-        if self.classes is not None and not named_by_numbers(self.names) and _is_number(value):
+            known = ", ".join([*self.names][:20])
+            if self.classes is not None and not named_by_numbers(self.names):
+                known += f", or 0 to {self.classes - 1}"
             raise StatisticsError(
-                f"row {number}: label {value} is none of the model's {self.classes} classes, "
-                f"0 to {self.classes - 1}."
-            )
-        raise StatisticsError(
-            f"row {number}: the model knows no label '{value}'.\n"
-            f"Its labels: {', '.join(list(self.names)[:20])}."
-        )
+                f"row {number}: the model knows no label '{value}'.\nIts labels: {known}."
+            ) from None
 
 
 def named_by_numbers(names: Mapping[str, int]) -> bool:
@@ -60,13 +57,8 @@ def class_index(value: Any, names: Mapping[str, int], classes: float = math.inf)
 
     Truth values are classes by their name; they are 0 and 1 only where names merely count.
 
-    Args:
-        value: the label.
-        names: class name -> index.
-        classes: how many there are.
-
     Raises:
-        ValueError, TypeError: the label is not a class.
+        ValueError, TypeError: the label is none of the classes.
 
     Example:
         >>> class_index("yes", {"no": 0, "yes": 1}), class_index(1.0, {"no": 0, "yes": 1})
@@ -94,22 +86,6 @@ def finite_number(value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError(value)
     return number
-
-
-def _index_or_number(value: Any, names: Mapping[str, int]) -> int | float:
-    if str(value) in names:
-        return names[str(value)]
-    if named_by_numbers(names):
-        raise ValueError(value)
-    return int(value) if isinstance(value, int) or str(value).isdecimal() else float(value)
-
-
-def _is_number(value: Any) -> bool:
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True
 
 
 def _truth_value(value: bool, names: Mapping[str, int]) -> str | int:

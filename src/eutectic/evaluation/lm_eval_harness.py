@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eutectic.errors import MissingExtraError, RequestError
+from eutectic.errors import MissingExtraError, RequestError, first_line
 from eutectic.evaluation.metrics import Outcomes
 from eutectic.evaluation.model_outputs import Precision
 from eutectic.evaluation.task_schema import Task
@@ -75,7 +75,7 @@ def read_harness(task: Task, limit: int | None, *, trust_code: bool) -> HarnessR
         except Exception as error:  # whatever the hub, a file or a task's own code raises
             raise RequestError(
                 f"task '{task.name}': lm-eval cannot load {', '.join(asked.tasks)}: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
     return HarnessRows(tasks, digest, first)
 
@@ -122,7 +122,7 @@ def run_harness(
                 confirm_run_unsafe_code=trust_code,
             )
         except ValueError as error:
-            raise RequestError(f"task '{task.name}': lm-eval: {_first_line(error)}") from error
+            raise RequestError(f"task '{task.name}': lm-eval: {first_line(error)}") from error
     assert found is not None
     values = [_of_task(task, name, found) for name in found["samples"]]
     together = np.concatenate(values)
@@ -216,7 +216,3 @@ def _seeded() -> Iterator[None]:
     finally:
         random.setstate(plain)
         np.random.set_state(numpy)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

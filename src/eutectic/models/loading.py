@@ -13,7 +13,7 @@ from torch import nn
 from eutectic.checkpoint.experts import fingerprint_of, is_adapter
 from eutectic.checkpoint.memory import StateDictReader
 from eutectic.conventions import canonical_name
-from eutectic.errors import CheckpointError, MissingExtraError, RequestError
+from eutectic.errors import CheckpointError, MissingExtraError, RequestError, first_line
 from eutectic.models.linear_head import Head
 from eutectic.models.processors import load_processor, takes_images, tell_padding
 from eutectic.models.task_kinds import (
@@ -24,7 +24,6 @@ from eutectic.models.task_kinds import (
     task_kind,
 )
 from eutectic.models.transformers_loading import (
-    first_line,
     load_config,
     pretrained,
     transformers_for,

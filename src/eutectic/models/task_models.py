@@ -15,13 +15,12 @@ from eutectic.checkpoint.experts import Expert, is_adapter, open_expert
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.conventions import CLASSIFIERS
-from eutectic.errors import CheckpointError
+from eutectic.errors import CheckpointError, first_line
 from eutectic.models.linear_head import Pooling
 from eutectic.models.loading import base_folder
 from eutectic.models.task_kinds import MODEL_CLASSES, TaskKind
 from eutectic.models.transformers_loading import (
     LOCAL,
-    first_line,
     load_config,
     pretrained,
     transformers_for,

@@ -87,12 +87,6 @@ def load_config(folder: Path) -> Any:
     return transformers_for("Reading configurations").AutoConfig.from_pretrained(folder, **LOCAL)
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def load_stored(folder: Path, model_class: Any = None) -> Any:
     """Return a transformers model in the class and the dtype that it is stored in.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -93,27 +94,20 @@ def correlate(
 def correlation(points: Sequence[tuple[float, float]]) -> Correlation:
     """Return Pearson's and Spearman's correlation of (x, y) points."""
     first, second = [x for x, _ in points], [y for _, y in points]
-    pearson = _pearson(first, second)
-    # Ranks would make much of differences that are rounding.
-    spearman = None if pearson is None else _pearson(_ranks(first), _ranks(second))
-    return Correlation(pearson, spearman, len(points))
+    # Correlations and ranks would make much of differences that are rounding.
+    if len(points) < FEWEST or _is_flat(first) or _is_flat(second):
+        return Correlation(None, None, len(points))
+    return Correlation(
+        _pearson(first, second), _pearson(_ranks(first), _ranks(second)), len(points)
+    )
 
 
-def _pearson(first: Sequence[float], second: Sequence[float]) -> float | None:
-    if len(first) < FEWEST or _is_flat(first) or _is_flat(second):
-        return None
-    x, y = _centred(first), _centred(second)
-    product = math.fsum(a * b for a, b in zip(x, y, strict=True))
-    return max(-1.0, min(1.0, product / (math.hypot(*x) * math.hypot(*y))))
+def _pearson(first: Sequence[float], second: Sequence[float]) -> float:
+    return max(-1.0, min(1.0, statistics.correlation(first, second)))
 
 
 def _is_flat(values: Sequence[float]) -> bool:
     return max(values) - min(values) <= FLAT * max(map(abs, values))
-
-
-def _centred(values: Sequence[float]) -> list[float]:
-    mean = math.fsum(values) / len(values)
-    return [value - mean for value in values]
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
