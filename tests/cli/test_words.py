@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from eutectic.execution.scale_choice import Choice
 
 from eutectic import words
 from eutectic.errors import Fault, Note, RecipeError
 from eutectic.execution.run import merge
+from eutectic.execution.scale_choice import Choice
 from eutectic.recipes.load import load_recipe
 from helpers.folders import digests, make_base, make_expert, save
 

@@ -172,7 +172,8 @@ def test_labels_that_are_no_class_are_refused(label: Any) -> None:
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": label}]
     two = ClassLabels(LABELS.names, 2)
     data = dataclasses.replace(encoded(rows, "text-classification"), labels=two)
-    with pytest.raises(StatisticsError, match=f"row 2: the model knows no label '{label}'.*\n.*0 to 1"):
+    fault = f"row 2: the model knows no label '{label}'.*\n.*0 to 1"
+    with pytest.raises(StatisticsError, match=fault):
         list(data)
     whole = [{"text": "a", "label": value} for value in (1.0, "1.0", True, "good")]
     batches = dataclasses.replace(encoded(whole, "text-classification"), labels=two)
