@@ -36,11 +36,6 @@ class Decision:
     scale: float | None = None
     ruled: bool = False
 
-    @property
-    def why(self) -> str:
-        """The reason as a text."""
-        return "; ".join(map(str, self.reason))
-
     def because(self, *reason: Note, treatment: Treatment | None = None) -> Decision:
         """Return the decision with another reason, and another treatment if one is given."""
         return replace(self, reason=reason, treatment=treatment or self.treatment)
@@ -129,9 +124,8 @@ def _parts(
     rows = entry.shape[1 if transpose or stacked else 0]
     if isinstance(split, int):
         if rows % split:
-            return Fault(
-                "split", f"{rows} rows cannot be split into {split} equal parts.", entry.name
-            )
+            what = f"{rows} rows cannot be split into {split} equal parts."
+            return Fault("split", what, entry.name)
         return (rows // split,) * split
     if sum(split) != rows:
         what = f"split {split} adds up to {sum(split)}, the tensor has {rows} rows."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,17 +63,13 @@ def read_document(
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values: object = yaml.safe_load(text)
         lines = _lines(node, duplicates) if node is not None else {}
-    except FileNotFoundError:
-        raise error([Fault("no_file", "no such file.", str(path))], f"the {noun}") from None
-    except IsADirectoryError:
-        folder = Fault("no_file", "is a folder, not a YAML file.", str(path))
-        raise error([folder], f"the {noun}") from None
     except OSError as fault:
-        unread = Fault("unreadable", f"{fault.strerror or fault}.", str(path))
-        raise error([unread], f"the {noun}") from None
+        known = {errno.ENOENT: "no such file", errno.EISDIR: "is a folder, not a YAML file"}
+        why = known.get(fault.errno or 0, fault.strerror or fault)
+        raise error([Fault("unreadable", f"{why}.", str(path))], f"the {noun}") from None
     except UnicodeDecodeError:
-        unread = Fault("unreadable", f"{path} is not a UTF-8 text file.")
-        raise error([unread], f"the {noun}") from None
+        binary = Fault("unreadable", f"{path} is not a UTF-8 text file.")
+        raise error([binary], f"the {noun}") from None
     except yaml.MarkedYAMLError as fault:
         mark = fault.problem_mark or fault.context_mark
         line = 0 if mark is None else mark.line + 1
