@@ -11,7 +11,7 @@ from torch import nn
 from eutectic.evaluation.encoded_splits import prepare
 from eutectic.evaluation.task_files import load_tasks
 from eutectic.tuning.inplace import Lazily, set_scale, share_bodies
-from eutectic.tuning.tasks import _token_logits
+from eutectic.tuning.search_tasks import _token_logits
 
 hf = pytest.importorskip("transformers")
 from helpers.configs import tiny_model  # noqa: E402
@@ -57,7 +57,7 @@ def test_bodies_are_held_once():
 
 @pytest.mark.parametrize("positions", [512, 10])
 def test_next_token_logits(tmp_path, monkeypatch, positions):
-    monkeypatch.setattr("eutectic.tuning.tasks.POSITIONS", positions)
+    monkeypatch.setattr("eutectic.tuning.search_tasks.POSITIONS", positions)
     torch.manual_seed(0)
     model = tiny_model("GPT2LMHeadModel", n_layer=1, initializer_range=0.3).eval()
     model.save_pretrained(tmp_path)

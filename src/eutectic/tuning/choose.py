@@ -12,7 +12,6 @@ from eutectic.tuning.output_error import (
     measured_layers,
     usable_layers,
 )
-from eutectic.tuning.record import record_of
 from eutectic.tuning.search import Measured, ScaleCurve, grid, rounded
 
 
@@ -68,7 +67,7 @@ def _by_grams(unscaled: Unscaled) -> Choice:
     plan, inputs = unscaled.plan, unscaled.inputs
     open_matrices = sum(t.tunable and t.treatment.value == "matrix" for t in plan.tensors)
     record = {
-        **record_of("gram", curve),
+        **curve.described("gram"),
         "layers": form.layers,
         "statistics": {
             name: statistics.provenance.get("data")

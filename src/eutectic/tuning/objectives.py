@@ -22,9 +22,8 @@ from eutectic.planning.plan import Plan
 from eutectic.recipes.schema import ScaleSearch
 from eutectic.tuning.divergence import feature_distance, kl_divergence
 from eutectic.tuning.inplace import Bodies, Lazily, round_tensors, set_scale, share_bodies
-from eutectic.tuning.record import record_of
 from eutectic.tuning.search import Measured, plain_parts, search_scale
-from eutectic.tuning.tasks import TuningTask, open_tasks
+from eutectic.tuning.search_tasks import TuningTask, open_tasks
 from eutectic.types import Treatment
 
 STAGE = "scale"  # of measurements in the journal
@@ -66,7 +65,7 @@ def prepare_objective(search: ScaleSearch, plan: Plan, inputs: Inputs) -> Choose
             tell=tell,
         )
         record = {
-            **record_of(search.search, curve),
+            **curve.described(search.search),
             "range": list(search.range),
             "tolerance": search.tolerance,
             "tasks": {t.task.name: t.described() for t in tasks},

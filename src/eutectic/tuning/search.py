@@ -9,6 +9,11 @@ from typing import Any
 
 from eutectic.errors import NumericalError, RequestError
 
+OBJECTIVES = {
+    "validation": "mean over tasks of the metric's share of the expert's, on validation data",
+    "divergence": "mean over tasks of the divergence from the expert's outputs, on proxy data",
+    "gram": "squared error of layer outputs relative to the experts' shifts, from Grams",
+}
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -52,6 +57,10 @@ class ScaleCurve:
             for scale, m in self.points.items()
         ]
         return {"scale": self.scale, "maximise": self.maximise, "points": points}
+
+    def described(self, search: str) -> dict[str, Any]:
+        """Return what `eutectic.json` says of a search: its objective and the whole curve."""
+        return {"search": search, "objective": OBJECTIVES[search], **self.as_record()}
 
 
 def search_scale(
