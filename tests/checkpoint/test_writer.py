@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import random
 import shutil
 import subprocess
@@ -162,6 +163,16 @@ def test_resume_keeps_what_was_written(tmp_path: Path) -> None:
         assert writer.read_back("a").sum() == 50
         writer.write("b", 0, torch.ones(50).bfloat16())
     assert load_file(tmp_path / "two.safetensors")["b"].sum() == 50
+
+
+def test_a_worker_takes_up_the_files_from_a_description(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path, two_files()) as writer:
+        stored = writer.write("a", 0, torch.ones(50))
+        description = pickle.dumps(writer.reopening)
+        assert bytes(stored.numpy().data) == torch.ones(50).numpy().tobytes()
+    with pickle.loads(description)() as again:
+        assert again.laid_out == ()
+        assert again.read_back("a").sum() == 50
 
 
 @pytest.mark.parametrize("left", ["nothing", "empty file", "zeros"])

@@ -18,7 +18,7 @@ from helpers.folders import digests, make_base, make_expert, save
 # offset, no /proc. Locks are then those that filelock builds on files alone.
 HIDDEN = textwrap.dedent(
     """
-    import os, sys, warnings
+    import importlib, os, pkgutil, sys, warnings
     from pathlib import Path
 
     import psutil, torch  # on Linux, they use these modules themselves
@@ -35,7 +35,9 @@ HIDDEN = textwrap.dedent(
     # filelock says that its locks are less sure here.
     warnings.filterwarnings("ignore", "only soft file lock")
     import eutectic
-    import eutectic.cli.main, eutectic.evaluation, eutectic.statistics
+
+    for module in pkgutil.walk_packages(eutectic.__path__, "eutectic."):
+        importlib.import_module(module.name)
 
     folder = Path(sys.argv[1])
     report = eutectic.merge(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as encoding
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Column
 from eutectic.cli.console import out, plain_table, print_json, progress_bar, verb
 from eutectic.cli.options import Json
 from eutectic.errors import EutecticError, RequestError
+from eutectic.storage import storage_of
 
 if TYPE_CHECKING:
     from eutectic.evaluation import Prepared
@@ -128,7 +128,7 @@ def _remove_earlier(folder: Path, names: Sequence[str]) -> None:
             f"{folder} is there already and is not an earlier demo's.\n"
             "Name another folder with --output."
         )
-    shutil.rmtree(folder)
+    storage_of(folder).remove(folder)
 
 
 def _accuracies(

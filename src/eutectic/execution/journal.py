@@ -70,16 +70,12 @@ def request_identity(plan: Plan, inputs: Inputs) -> str:
         "experts": {n: [e.fingerprint(), e.identity()] for n, e in inputs.experts.items()},
         "initial": inputs.initial.identity() if inputs.initial else None,
         "statistics": {
-            name: _file_identity(path) for name, path in plan.request.statistics_files.items()
+            name: storage_of(Path(path)).identity(Path(path))
+            for name, path in plan.request.statistics_files.items()
         },
     }
     text = json.dumps(described, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _file_identity(path: str) -> list[int]:
-    status = Path(path).stat()
-    return [status.st_size, status.st_mtime_ns]
 
 
 class Journal:
