@@ -139,7 +139,7 @@ def test_the_note_of_a_search_that_was_killed_after_the_move(
         with pytest.raises(KeyboardInterrupt):
             merge(**request, choose=lambda *_: lambda _: Choice(0.5, note, {}))
     report = merge(**request, choose=lambda *_: lambda _: Choice(0.1, Note("matrix"), {}))
-    assert (report.scale, report.notes[-1]) == (0.5, note)
+    assert (report.scale, report.note_records[-1]) == (0.5, note)
 
 
 def test_faults_keep_their_order_and_the_exit_code(

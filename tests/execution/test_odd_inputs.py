@@ -132,7 +132,7 @@ def notes(family: Path, **options: Any) -> str:
         "base": str(family / "base"), "experts": {n: str(family / n) for n in "ab"},
         "method": "average", "output": family / "noted",
     }  # fmt: skip
-    return "\n".join(map(str, eutectic.merge(**request | options).notes))
+    return "\n".join(eutectic.merge(**request | options).notes)
 
 
 def test_rules_that_a_copy_does_not_follow_are_told(tmp_path: Path):

@@ -155,7 +155,7 @@ def test_merge_with_scale_auto(tmp_path, request_with_statistics, save_statistic
     report = eutectic.merge(**options, scale="auto", output=tmp_path / "auto")
     scale, error = naive(layers)
     assert math.isclose(report.scale, scale, rel_tol=1e-4)
-    assert "Grams of 2 of 3 matrices" in str(report.notes[-1])
+    assert "Grams of 2 of 3 matrices" in report.notes[-1]
     search = json.loads((tmp_path / "auto" / "eutectic.json").read_text())["search"]
     assert search["search"] == "gram" and search["layers"] == 2
     values = {p["scale"]: p["value"] for p in search["points"]}

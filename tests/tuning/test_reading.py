@@ -174,7 +174,7 @@ def test_rows_that_other_tasks_test_are_told(folder: Path):
     report = tune(folder, tasks="two.yaml")
     assert report.search["tasks"]["a"]["test_rows_of_other_tasks"] == {"other": 7}
     assert report.search["tasks"]["other"]["test_rows_of_other_tasks"] == {}
-    assert any("7 rows of a are test rows of other" in str(note) for note in report.notes)
+    assert any("7 rows of a are test rows of other" in note for note in report.notes)
 
 
 def test_another_search_leaves_out_what_it_does_not_take(folder: Path):

@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from eutectic.cli.console import (
-    notes_as_json,
     out,
     print_json,
     progress_bar,
@@ -69,8 +68,8 @@ def merge(
     with progress_bar("merging") as tell:
         report = run(recipe, progress=tell, **options)
     if json:
-        tell_notes(report.notes, warnings_only=True)
-        print_json(_as_json(report))
+        tell_notes(report.note_records, warnings_only=True)
+        print_json(dataclasses.asdict(report))
         return
     table = Table.grid(padding=(0, 2))
     table.add_row("method", f"{report.method}, scale {report.scale:g}")
@@ -83,22 +82,18 @@ def merge(
         "took", f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_bytes)}{resumed}"
     )
     out.print(table)
-    tell_notes(report.notes)
+    tell_notes(report.note_records)
     tell_done("written", report.output)
-
-
-def _as_json(report: Any) -> dict[str, Any]:
-    return {**dataclasses.asdict(report), **notes_as_json(report.notes)}
 
 
 def _sweep(recipe: Path | None, weights: list[float], options: dict[str, Any], json: bool) -> None:
     from eutectic.execution.sweep import mixture_name, sweep
 
     reports = sweep(recipe, mixtures=weights, **options)
-    notes = dict.fromkeys(note for report in reports.values() for note in report.notes)
+    notes = dict.fromkeys(note for report in reports.values() for note in report.note_records)
     tell_notes(notes, warnings_only=True)
     if json:
-        print_json({str(value): _as_json(report) for value, report in reports.items()})
+        print_json({str(value): dataclasses.asdict(report) for value, report in reports.items()})
         return
     for value in weights:
         state = f"{reports[value].seconds:.1f} s" if value in reports else "was finished"

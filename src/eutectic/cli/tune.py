@@ -126,18 +126,18 @@ def tune(
         "method": report.method,
         "scale": report.scale,
         "output": None if output is None else str(output),
-        **notes_as_json(report.notes),
+        **notes_as_json(report.note_records),
         **report.search,
     }
     if plot is not None:
         plot_curve(record, plot)
     if json:
-        tell_notes(report.notes, warnings_only=True)
+        tell_notes(report.note_records, warnings_only=True)
         print_json(record)
         return
     out.print(curve_table(report.search))
     tell("objective", report.search["objective"])
-    tell_notes(report.notes)
+    tell_notes(report.note_records)
     out.print(f"[bold green]α = {report.scale:g}[/] for {report.method}", highlight=False)
     numbers = None if plot is None else numbers_of(plot)
     for title, path in (("written", output), ("drawn", plot), ("numbers", numbers)):

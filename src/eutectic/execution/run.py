@@ -37,6 +37,7 @@ class MergeReport:
         seconds: wall-clock time.
         peak_bytes: the largest resident memory of this process so far.
         search: how α was chosen, where the recipe asks for a search.
+        note_records: the notes as records, for programs.
     """
 
     output: Path
@@ -45,12 +46,13 @@ class MergeReport:
     tensors: Mapping[str, int]
     merged_by: Mapping[str, int]
     heads: Mapping[str, tuple[str, ...]]
-    notes: tuple[Note, ...]
+    notes: tuple[str, ...]
     records: Mapping[str, Any] = field(repr=False)
     resumed: bool
     seconds: float
     peak_bytes: int
     search: Mapping[str, Any] | None = field(default=None, repr=False)
+    note_records: tuple[Note, ...] = field(default=(), repr=False)
 
 
 def merge(
@@ -93,7 +95,8 @@ def merge(
         tensors=treatments(plan),
         merged_by=dict(sorted(Counter(t.method for t in plan.tensors).items())),
         heads={n: tuple(e.name for e in own) for n, own in plan.heads.items()},
-        notes=plan.notes,
+        notes=tuple(map(str, plan.notes)),
+        note_records=plan.notes,
         records=written.records,
         resumed=written.resumed,
         seconds=time.perf_counter() - started,

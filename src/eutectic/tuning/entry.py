@@ -84,13 +84,15 @@ class TuneReport:
         search: the whole search as in `eutectic.json`: objective, points, data.
         notes: what a user should know.
         output: report of the merge at α, if one was asked for.
+        note_records: the notes as records, for programs.
     """
 
     method: str
     scale: float
     search: Mapping[str, Any] = field(repr=False)
-    notes: tuple[Note, ...]
+    notes: tuple[str, ...]
     output: MergeReport | None = None
+    note_records: tuple[Note, ...] = field(default=(), repr=False)
 
 
 def tune(
@@ -143,7 +145,8 @@ def tune(
         stated = checked.model_dump(mode="json", exclude_unset=True)
         report = merge(stated, output=output, **limited)
         assert report.search is not None
-        return TuneReport(report.method, report.scale, report.search, report.notes, report)
+        found = (report.method, report.scale, report.search)
+        return TuneReport(*found, report.notes, report, report.note_records)
     restart = limited.pop("restart", False)
     limits = limits_of(**limited)
     with open_inputs(checked, source) as inputs, _folder(work) as folder:
@@ -152,7 +155,9 @@ def tune(
         find = choose_scale(plan, inputs)
         with unscaled_folder(folder, plan, inputs, limits, restart) as unscaled:
             choice: Choice = find(unscaled)
-    return TuneReport(plan.method.name, choice.scale, choice.record, (*plan.notes, choice.note))
+    noted = (*plan.notes, choice.note)
+    found = (plan.method.name, choice.scale, choice.record)
+    return TuneReport(*found, tuple(map(str, noted)), note_records=noted)
 
 
 def _with_search(
