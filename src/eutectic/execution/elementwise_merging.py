@@ -22,6 +22,7 @@ def context_of(planned: TensorPlan, state: Any = None) -> Context:
         tensor=planned.seed_name,
         seed=planned.seed,
         precision=planned.precision,
+        own=tuple(source.parameters for source in planned.experts),
         state=state,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,9 @@ from torch import Tensor
 DIGIT_BITS = 16
 
 
-def magnitude_thresholds(chunks: Callable[[], Iterator[Tensor]], density: float) -> Tensor:
+def magnitude_thresholds(
+    chunks: Callable[[], Iterator[Tensor]], density: float | Sequence[float]
+) -> Tensor:
     """Return, for each row of a stream of `[T, n_c]` chunks, the k-th largest magnitude.
 
     k = int(density · n) with n the length of a row over all chunks. The bits of non-negative IEEE
@@ -19,15 +21,23 @@ def magnitude_thresholds(chunks: Callable[[], Iterator[Tensor]], density: float)
 
     Args:
         chunks: starts a fresh iteration over the same chunks, all float32 or all float64.
-        density: fraction to keep, in [0, 1].
+        density: fraction to keep, in [0, 1]; one for all rows, or one for each.
 
     Returns:
         `[T]` thresholds in the chunks' dtype: |x| ≥ threshold keeps at least k entries (more only
         where magnitudes are equal). k = 0 gives +inf, k = n gives 0.
     """
-    prefixes, remaining, dtype = _first_digit(chunks, density)
-    if remaining is None:
-        return prefixes.to(dtype)
+    counts, dtype = _first_digit(chunks)
+    if counts is None:
+        return torch.empty(0)
+    n = int(counts[0].sum())
+    densities = [density] * len(counts) if isinstance(density, (int, float)) else density
+    k = torch.tensor([int(share * n) for share in densities])
+    settled = torch.where(k == 0, float("inf"), 0.0).to(dtype)
+    open_rows = (k > 0) & (k < n)
+    if not open_rows.any():
+        return settled
+    prefixes, remaining = _descend(counts, k.clamp(1, n))
     digits = (4 if dtype == torch.float64 else 2) - 1
     for digit in reversed(range(digits)):
         counts = torch.zeros(len(prefixes), 1 << DIGIT_BITS, dtype=torch.int64)
@@ -38,13 +48,12 @@ def magnitude_thresholds(chunks: Callable[[], Iterator[Tensor]], density: float)
                 counts[row] += _histogram(inside & 0xFFFF, 1 << DIGIT_BITS)
         bins, remaining = _descend(counts, remaining)
         prefixes = (prefixes << DIGIT_BITS) | bins
-    return (prefixes if dtype == torch.float64 else prefixes.to(torch.int32)).view(dtype)
+    found = (prefixes if dtype == torch.float64 else prefixes.to(torch.int32)).view(dtype)
+    return torch.where(open_rows, found, settled)
 
 
-def _first_digit(
-    chunks: Callable[[], Iterator[Tensor]], density: float
-) -> tuple[Tensor, Tensor | None, torch.dtype]:
-    """Histogram the highest digit, which also counts the stream; settle k = 0 and k = n."""
+def _first_digit(chunks: Callable[[], Iterator[Tensor]]) -> tuple[Tensor | None, torch.dtype]:
+    """Histogram the highest digit, which also counts the stream; None of an empty one."""
     counts, dtype = None, torch.float32
     for chunk in chunks():
         dtype = chunk.dtype
@@ -53,14 +62,7 @@ def _first_digit(
         shift = (8 * dtype.itemsize) - DIGIT_BITS
         for row, bits in enumerate(_magnitude_bits(chunk)):
             counts[row] += _histogram(bits >> shift, 1 << (DIGIT_BITS - 1))
-    if counts is None:
-        return torch.empty(0), None, dtype
-    n = int(counts[0].sum())
-    k = int(density * n)
-    if k == 0 or k >= n:
-        return torch.full((len(counts),), float("inf") if k == 0 else 0.0), None, dtype
-    bins, remaining = _descend(counts, torch.full((len(counts),), k))
-    return bins, remaining, dtype
+    return counts, dtype
 
 
 def _magnitude_bits(chunk: Tensor) -> Tensor:

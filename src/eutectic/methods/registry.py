@@ -62,6 +62,7 @@ class Context:
         initial: a merged delta to start from, for iterative methods.
         seed: the recipe's seed.
         precision: "fast" (Gram and iterative kernels, error-checked) or "exact" (full SVD).
+        own: parameters of single experts, None where they are the tensor's; empty where all are.
         offset: flat index of the first entry, when an element-wise method sees one chunk.
         state: what the method's `prepare` returned for this tensor or this model.
     """
@@ -74,8 +75,14 @@ class Context:
     initial: Tensor | None = None
     seed: int = 0
     precision: Precision = "fast"
+    own: tuple[Any, ...] = ()
     offset: int = 0
     state: Any = None
+
+    def each(self, parameters: Any, name: str) -> list[Any]:
+        """Return the value of one parameter for every expert."""
+        own = self.own or (None,) * len(self.experts)
+        return [getattr(parameters if p is None else p, name) for p in own]
 
     @overload
     def weigh(self, deltas: Tensor) -> Tensor: ...
@@ -115,6 +122,8 @@ class Takes:
             input, f(W_1 … W_T) = W₀ + f(Δ_1 … Δ_T), so the engine need not read the base.
             May depend on the parameters, as `needs` and `fallback` may.
         experts: fewest and most experts.
+        per_expert: parameters of which each expert may have a value of its own; the function reads
+            them by `Context.each`.
         needs: of "base", "gram", "output_gradient_gram", "fisher_diagonal", "block_fisher":
             what a tensor must come with. A tensor without it takes `fallback`.
         fallback: method for tensors that lack what is needed; its own name when the function
@@ -126,6 +135,7 @@ class Takes:
     factors: bool = False
     space: Space | Callable[[Any], Space] = "delta"
     experts: tuple[int, int | None] = (1, None)
+    per_expert: Set[str] = frozenset()
     needs: Set[str] | Callable[[Any], Set[str]] = frozenset()
     fallback: str | Callable[[Any], str] = "average"
 
@@ -189,6 +199,7 @@ class Method:
     takes_factors: bool
     space: Callable[[Any], Space]
     experts: tuple[int, int | None]
+    per_expert: Set[str]
     needs: Callable[[Any], Set[str]]
     fallback: Callable[[Any], str]
     # Cost
@@ -292,6 +303,7 @@ def register(
             takes_factors=takes.factors,
             space=_constant(takes.space),
             experts=takes.experts,
+            per_expert=takes.per_expert,
             needs=_constant(takes.needs),
             fallback=_constant(takes.fallback),
             workspace=_constant(cost.workspace),

@@ -49,17 +49,18 @@ def drop(deltas: Tensor, parameters: DareParameters, context: Context, offset: i
     The stream of random numbers depends on (seed, tensor, expert) only, and each entry uses the
     number at its own flat index: order, threads, chunks and resume cannot change it.
     """
-    if parameters.density == 1:
+    densities = context.each(parameters, "density")
+    if all(density == 1 for density in densities):
         return deltas
     rows: list[Tensor] = []
-    for delta, expert in zip(deltas, context.experts, strict=True):
+    for delta, expert, density in zip(deltas, context.experts, densities, strict=True):
         stream = np.random.PCG64(context.seed_for("dare", expert))
         stream.advance(offset)
         draws = np.random.Generator(stream).random(delta.numel())
-        mask = torch.as_tensor(draws < parameters.density).view(delta.shape).to(delta.device)
-        rows.append(torch.where(mask, delta, 0))
-    kept = torch.stack(rows)
-    return kept.div_(parameters.density) if parameters.rescale else kept
+        mask = torch.as_tensor(draws < density).view(delta.shape).to(delta.device)
+        kept = torch.where(mask, delta, 0)
+        rows.append(kept.div_(density) if parameters.rescale else kept)
+    return torch.stack(rows)
 
 
 @register(
@@ -68,7 +69,7 @@ def drop(deltas: Tensor, parameters: DareParameters, context: Context, offset: i
     paper=PAPER,
     parameters=DareParameters,
     laws={"permutation", "homogeneous", "zero", "absent"},
-    takes=Takes(elementwise=True),
+    takes=Takes(elementwise=True, per_expert={"density"}),
 )
 def dare_linear(deltas: Tensor, parameters: DareParameters, context: Context) -> Tensor:
     """Return Σ w_t (m_t ⊙ Δ_t) / density.
@@ -93,7 +94,7 @@ def _prepare(chunks: Chunks, parameters: DareTiesParameters, context: Context) -
     paper=PAPER,
     parameters=DareTiesParameters,
     laws={"permutation", "homogeneous", "zero", "absent"},
-    takes=Takes(elementwise=True),
+    takes=Takes(elementwise=True, per_expert={"density"}),
     rules=Rules(prepare=_prepare),
 )
 def dare_ties(deltas: Tensor, parameters: DareTiesParameters, context: Context) -> Tensor:

@@ -39,7 +39,7 @@ class TiesState:
 
 
 def _prepare(chunks: Chunks, parameters: TiesParameters, context: Context) -> TiesState:
-    thresholds = magnitude_thresholds(chunks, parameters.density)
+    thresholds = magnitude_thresholds(chunks, context.each(parameters, "density"))
     total = 0.0
     for chunk in chunks():
         total += signed_votes(trim(chunk, thresholds), context)
@@ -52,7 +52,7 @@ def _prepare(chunks: Chunks, parameters: TiesParameters, context: Context) -> Ti
     paper="TIES-Merging: resolving interference when merging models, arXiv 2306.01708",
     parameters=TiesParameters,
     laws={"permutation", "homogeneous", "zero", "absent"},
-    takes=Takes(elementwise=True),
+    takes=Takes(elementwise=True, per_expert={"density"}),
     rules=Rules(prepare=_prepare, model_scope=lambda p: p.scope == "model"),
 )
 def ties(deltas: Tensor, parameters: TiesParameters, context: Context) -> Tensor:

@@ -23,6 +23,7 @@ class MergeRequest:
         method: the recipe's method.
         parameters: its checked parameters.
         scale: α where no rule says otherwise; while it is to be searched, the method's default.
+        own_parameters: expert -> its parameters, for experts that have some of their own.
         tied: tensor -> the earlier tensor of the file that it is a copy of.
         statistics_names: expert -> base name (with the part of a packed tensor) -> name in its
             statistics.
@@ -34,6 +35,7 @@ class MergeRequest:
     method: Method
     parameters: Any
     scale: float
+    own_parameters: Mapping[str, Any]
     tied: Mapping[str, str]
     statistics_names: Mapping[str, Mapping[str, str]]
 

@@ -56,12 +56,18 @@ def with_method(planned: TensorPlan, request: MergeRequest) -> TensorPlan:
         planned,
         method=chosen,
         parameters=parameters if own is method else own.parameters(),
+        experts=_with_own_parameters(planned, request) if own is method else planned.experts,
         reason=reason,
         scale=request.scale if planned.tunable and not plain else planned.scale,
         tunable=planned.tunable and not plain,
         compared=method.finish is not None and is_matrix and not own.elementwise,
         initial=_initial(planned, request) if starts else None,
     )
+
+
+def _with_own_parameters(planned: TensorPlan, request: MergeRequest) -> tuple[Source, ...]:
+    own = request.own_parameters
+    return tuple(replace(s, parameters=own.get(s.owner)) for s in planned.experts)
 
 
 def _initial(planned: TensorPlan, request: MergeRequest) -> Source:

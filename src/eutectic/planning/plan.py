@@ -145,6 +145,11 @@ def _request(recipe: Recipe, inputs: Inputs, source: Source) -> MergeRequest:
     scale = recipe.scale
     if scale is None or isinstance(scale, ScaleSearch):
         scale = method.default_scale(len(inputs.experts))
+    own = {
+        name: method.parse({**recipe.parameters, **spec.parameters})
+        for name, spec in recipe.experts.items()
+        if spec.parameters
+    }
     return MergeRequest(
         recipe=recipe,
         inputs=inputs,
@@ -152,6 +157,7 @@ def _request(recipe: Recipe, inputs: Inputs, source: Source) -> MergeRequest:
         method=method,
         parameters=method.parse(dict(recipe.parameters)),
         scale=scale,
+        own_parameters=own,
         tied=tied_to(inputs.base),
         statistics_names={n: statistics_names(s, inputs) for n, s in inputs.statistics.items()},
     )

@@ -10,7 +10,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from eutectic.errors import Fault, MethodError, RecipeError, suggest
-from eutectic.methods import all_methods, get_method
+from eutectic.methods import Method, all_methods, get_method
 from eutectic.methods.initial import ZERO
 from eutectic.recipes.document import (
     Location,
@@ -80,21 +80,41 @@ def _method_faults(values: Mapping[str, Any], source: Source) -> list[Fault]:
     except MethodError as error:
         what = " ".join(str(error).splitlines())
         return [Fault("unknown_method", what, line=source.line("method"))]
-    faults: list[Fault] = []
-    try:
-        method.adapter.validate_python({str(key): value for key, value in parameters.items()})
-    except ValidationError as error:
-        for item, fault in zip(error.errors(), method.faults(error), strict=True):
-            line, where = source.line("parameters", *item["loc"]), f"method '{name}'"
-            where = f"{where}: {fault.where}" if fault.where else where
-            faults.append(replace(fault, line=line, where=where))
+    faults = _parameter_faults(method, parameters, source, ("parameters",))
     experts = _mapping(values.get("experts"))
+    for expert, spec in experts.items():
+        own = _mapping(_mapping(spec).get("parameters"))
+        where: Location = ("experts", expert, "parameters")
+        if shared := [key for key in own if key not in method.per_expert]:
+            allowed = ", ".join(sorted(method.per_expert)) or "none"
+            what = f"method '{name}' has no {shared[0]} of each expert's own."
+            line = source.line(*where, shared[0])
+            faults.append(
+                Fault("shared_parameter", what, f"expert '{expert}'", line, allowed=allowed)
+            )
+        elif own and not faults:
+            faults += _parameter_faults(method, {**parameters, **own}, source, where)
     if experts:
         try:
             method.check_expert_count(len(experts))
         except MethodError as error:
             faults.append(Fault("expert_count", str(error), line=source.line("experts")))
     return faults
+
+
+def _parameter_faults(
+    method: Method, parameters: Mapping[str, Any], source: Source, place: Location
+) -> list[Fault]:
+    try:
+        method.adapter.validate_python({str(key): value for key, value in parameters.items()})
+    except ValidationError as error:
+        faults: list[Fault] = []
+        for item, fault in zip(error.errors(), method.faults(error), strict=True):
+            line, where = source.line(*place, *item["loc"]), f"method '{method.name}'"
+            where = f"{where}: {fault.where}" if fault.where else where
+            faults.append(replace(fault, line=line, where=where))
+        return faults
+    return []
 
 
 def _path_faults(values: Mapping[str, Any], source: Source) -> list[Fault]:
@@ -151,10 +171,11 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 def _resolve_paths(recipe: Recipe, source: Source) -> Recipe:
     experts = {
-        name: ExpertSpec(
-            path=_resolve(spec.path, source),
-            weight=spec.weight,
-            statistics=None if spec.statistics is None else _resolve(spec.statistics, source),
+        name: spec.model_copy(
+            update={
+                "path": _resolve(spec.path, source),
+                "statistics": spec.statistics and _resolve(spec.statistics, source),
+            }
         )
         for name, spec in recipe.experts.items()
     }

@@ -46,11 +46,14 @@ class ExpertSpec(_Strict):
         path: folder, file or hub id.
         weight: w_t in the method's formula.
         statistics: the expert's statistics file, for methods that use data.
+        parameters: the method's parameters for this expert, where they differ from the recipe's
+            (a `density` of its own).
     """
 
     path: str
     weight: Finite = 1.0
     statistics: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
 
 
 class TensorRule(_Strict):
@@ -134,7 +137,7 @@ class Recipe(_Strict):
 
     Attributes:
         base: folder, file or hub id of the model that all experts started from.
-        experts: name -> path, or name -> {path, weight, statistics}.
+        experts: name -> path, or name -> {path, weight, statistics, parameters}.
         method: a name from `eutectic methods`.
         parameters: the method's own parameters.
         scale: α, or a search for it; None takes the method's default.
