@@ -9,7 +9,7 @@ import torch
 
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.index import TensorEntry
-from eutectic.conventions import PARTS, is_counter
+from eutectic.conventions import PARTS, is_counter, is_output_vocabulary
 from eutectic.errors import Fault, Note
 from eutectic.planning.merge_request import MergeRequest
 from eutectic.planning.tensor_plan import Layout, Source, TensorPlan
@@ -102,7 +102,7 @@ def _meet_experts(
     shapes = {name: e.shape for name, e in having.items() if e.shape != entry.shape}
     if shapes and not fixed:
         listed = ", ".join(f"{n} {list(s)}" for n, s in shapes.items())
-        if decision.treatment is Treatment.EMBEDDING:
+        if decision.treatment is Treatment.EMBEDDING or is_output_vocabulary(entry.name):
             return Fault(
                 "table_size",
                 f"the base has {list(entry.shape)}, but {listed}. Tables of different size cannot "
