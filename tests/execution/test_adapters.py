@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import eutectic
+from eutectic.checkpoint.adapters import AdapterReader
 from helpers.folders import load
 from helpers.models import make_model
 
@@ -89,9 +90,33 @@ def test_an_adapter_is_as_good_as_its_checkpoint(
     _assert_same_merge(*family, method, tmp_path)
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "iso_c", "tsv_m"])
 @pytest.mark.parametrize("family", [("gpt2", CONV1D)], ids=["conv1d"], indirect=True)
-def test_an_adapter_of_conv1d_layers(family: Family, tmp_path: Path) -> None:
-    _assert_same_merge(*family, "task_arithmetic", tmp_path)
+def test_an_adapter_of_conv1d_layers(family: Family, method: str, tmp_path: Path) -> None:
+    _assert_same_merge(*family, method, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["iso_c", "tsv_m"])
+@pytest.mark.parametrize("family", [LORAS["patterns"]], ids=["patterns"], indirect=True)
+def test_thin_factors_are_not_expanded(
+    family: Family, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapters, _ = family
+    expanded: list[str] = []
+    delta = AdapterReader.delta
+
+    def noted(self: AdapterReader, name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+        expanded.append(name)
+        return delta(self, name, *args, **kwargs)
+
+    monkeypatch.setattr(AdapterReader, "delta", noted)
+    eutectic.merge(base=base, experts=adapters, method=method, output=tmp_path / "thin")
+    assert not [name for name in expanded if name.endswith("weight")]
+    split = [{"match": "*", "split": 2}]  # parts of a matrix are cut from its expanded delta
+    eutectic.merge(
+        base=base, experts=adapters, method=method, tensors=split, output=tmp_path / "parts"
+    )
+    assert [name for name in expanded if name.endswith("weight")]
 
 
 @pytest.mark.parametrize("family", [LORAS["plain"]], ids=["plain"], indirect=True)

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eutectic.checkpoint.experts import Expert
 from eutectic.errors import NumericalError
 from eutectic.execution.elementwise_merging import context_of
 from eutectic.execution.tensor_statistics import part_statistics, statistics_of
-from eutectic.execution.tensor_values import as_map, read_base, read_delta, read_stack
+from eutectic.execution.tensor_values import as_map, check_finite, read_base, read_delta, read_stack
+from eutectic.linalg.lowrank import LowRankStack
 from eutectic.methods import Context, get_method
 from eutectic.methods.matrices import run_method
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.tensor_plan import TensorPlan
+from eutectic.planning.tensor_plan import Source, TensorPlan
 from eutectic.types import Merged
 
 
@@ -29,7 +31,10 @@ def merge_matrices(
     for block in range(blocks):
         start = block * size
         base = read_base(planned, inputs, start, start + size)
-        deltas = read_stack(planned, inputs, (start, start + size), base, weights=False)
+        deltas = _thin(planned, inputs, base)
+        if deltas is None:
+            stack = read_stack(planned, inputs, (start, start + size), base, weights=False)
+            deltas = as_map(stack, planned).to(inputs.device)
         initial = None
         if planned.initial is not None:
             flat = read_delta(inputs.owner(planned.initial), planned.initial, start, base)
@@ -42,15 +47,49 @@ def merge_matrices(
             initial=initial,
             statistics=statistics_of(planned, inputs),
         )
-        stack = as_map(deltas, planned).to(inputs.device)
-        merged, record = _merge_parts(planned, inputs, stack, own, suffix)
+        merged, record = _merge_parts(planned, inputs, deltas, own, suffix)
         if planned.layout.transpose:
             merged = merged.mT
         yield start, merged.contiguous().flatten().cpu(), record
 
 
+def _thin(planned: TensorPlan, inputs: Inputs, base: Tensor) -> LowRankStack | None:
+    """Return the deltas as thin factors, where the method takes them and every expert has them.
+
+    Parts of a fused matrix, and the matrices of a stack, are merged from expanded deltas.
+    """
+    layout = planned.layout
+    if not get_method(planned.method).takes_factors or layout.split or layout.stacked:
+        return None
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for source in planned.experts:
+        pair = _factors(planned, source, inputs.owner(source))
+        if pair is None:
+            return None
+        left, right = (factor.to(inputs.device) for factor in pair)
+        pairs.append((right.mT, left.mT) if layout.transpose else (left, right))
+    if planned.nonfinite == "error":
+        check_finite([torch.cat([f.flatten() for f in pair]) for pair in pairs], planned, base)
+    return LowRankStack(*(tuple(side) for side in zip(*pairs, strict=True)))
+
+
+def _factors(planned: TensorPlan, source: Source, expert: Expert) -> tuple[Tensor, Tensor] | None:
+    """Return the factors of one expert's delta as the file lays it out; of rank 0 where it is 0."""
+    if source.rows is not None or source.tensor is None or len(planned.shape) != 2:
+        return None
+    if expert.is_delta and source.tensor not in expert.entries:
+        rows, columns = planned.shape
+        zeros = torch.zeros(rows, 0, dtype=planned.compute)
+        return zeros, torch.zeros(0, columns, dtype=planned.compute)
+    return expert.factors(source.tensor, planned.compute)
+
+
 def _merge_parts(
-    planned: TensorPlan, inputs: Inputs, deltas: Tensor, context: Context, suffix: str
+    planned: TensorPlan,
+    inputs: Inputs,
+    deltas: Tensor | LowRankStack,
+    context: Context,
+    suffix: str,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Merge one matrix `[T, out, in]`, part by part where it is a fused one."""
     if not planned.layout.split:
@@ -58,6 +97,7 @@ def _merge_parts(
         return result.delta, {suffix or "matrix": result.record} if result.record else {}
     base, initial = context.base, context.initial
     assert base is not None
+    assert isinstance(deltas, Tensor)
     merged: list[Tensor] = []
     records: dict[str, Any] = {}
     for part, rows in planned.row_parts(len(base)):
@@ -75,7 +115,7 @@ def _merge_parts(
     return torch.cat(merged), records
 
 
-def _run(planned: TensorPlan, deltas: Tensor, context: Context) -> Merged:
+def _run(planned: TensorPlan, deltas: Tensor | LowRankStack, context: Context) -> Merged:
     try:
         return run_method(get_method(planned.method), deltas, planned.parameters, context)
     except NumericalError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -88,17 +88,25 @@ def read_stack(
             assert base is not None
             stack[row] = read_delta(expert, source, start, base)
     if planned.nonfinite == "error":
-        _check_finite(stack, planned, base)
+        check_finite(stack, planned, base)
     return stack
 
 
-def _check_finite(stack: Tensor, planned: TensorPlan, base: Tensor | None) -> None:
-    if finite(stack) and (base is None or finite(base)):
+def check_finite(
+    rows: Tensor | Sequence[Tensor], planned: TensorPlan, base: Tensor | None = None
+) -> None:
+    """Refuse NaN and Inf in what was read: a row an expert, and the base.
+
+    Raises:
+        NumericalError: naming who holds them.
+    """
+    sound = finite(rows) if isinstance(rows, Tensor) else all(map(finite, rows))
+    if sound and (base is None or finite(base)):
         return
     if base is not None and not finite(base):
         culprit = "the base"
     else:
-        bad = [s.owner for s, row in zip(planned.experts, stack, strict=True) if not finite(row)]
+        bad = [s.owner for s, row in zip(planned.experts, rows, strict=True) if not finite(row)]
         culprit = "expert " + ", ".join(f"'{n}'" for n in bad)
     raise NumericalError(
         f"{planned.name}: NaN or Inf in {culprit}.\n"
