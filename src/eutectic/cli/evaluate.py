@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
@@ -13,6 +13,7 @@ from rich.table import Table
 
 from eutectic.cli.console import out, pair, pairs, progress_bar, tell, tell_done, unique, verb
 from eutectic.cli.options import Json
+from eutectic.cli.records import argument, option
 
 if TYPE_CHECKING:
     from eutectic.evaluation.results import Figures, Results
@@ -25,47 +26,33 @@ _TASKS_ACROSS = 6
 class MeasureOptions:
     """How checkpoints are measured."""
 
-    split: Annotated[str, typer.Option(help="proxy, validation or test.")] = "test"
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 64
-    limit: Annotated[int | None, typer.Option(min=1, help="Score the first rows only.")] = None
-    dtype: Annotated[
-        str, typer.Option(help="float32, or bfloat16: autocast, faster, 2-3 digits.")
-    ] = "float32"
-    routing: Annotated[
-        str, typer.Option(help="Of routed models: route, oracle (the task's expert) or base.")
-    ] = "route"
-    proxy: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TASK=DATA",
-            help="Data given to `collect`: must share no row with other splits; repeatable.",
-        ),
-    ] = None
-    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0
-    resamples: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 1000
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Allow tasks that run Python code of yours.")
-    ] = False
+    split: str = option("test", "proxy, validation or test.")
+    batch_size: int = option(64, "Rows per batch.", min=1)
+    limit: int | None = option(None, "Score the first rows only.", min=1)
+    dtype: str = option("float32", "float32, or bfloat16: autocast, faster, 2-3 digits.")
+    routing: str = option("route", "Of routed models: route, oracle (the task's expert) or base.")
+    proxy: list[str] | None = option(
+        None,
+        "Data given to `collect`: must share no row with other splits; repeatable.",
+        metavar="TASK=DATA",
+    )
+    seed: int = option(0, "Of the bootstrap.", min=0)
+    resamples: int = option(1000, "Of the bootstrap.", min=0)
+    trust_code: bool = option(False, "Allow tasks that run Python code of yours.", "--trust-code")
 
 
 @verb
 def evaluate(
     *,
-    models: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[NAME=]MODEL…", help="Merged or routed models' folders."),
-    ] = None,
-    tasks: Annotated[Path, typer.Option("--tasks", "-t", help="File of tasks (YAML).")],
-    base: Annotated[
-        Path | None, typer.Option(help="The base: measured too, and the base of adapters.")
-    ] = None,
-    expert: Annotated[
-        list[str] | None,
-        typer.Option("--expert", "-e", metavar="NAME=EXPERT", help="An expert, for its own tasks."),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="results.json to write.")
-    ] = None,
+    models: list[str] | None = argument(
+        None, "Merged or routed models' folders.", metavar="[NAME=]MODEL…"
+    ),
+    tasks: Path = option(..., "File of tasks (YAML).", "--tasks", "-t"),
+    base: Path | None = option(None, "The base: measured too, and the base of adapters."),
+    expert: list[str] | None = option(
+        None, "An expert, for its own tasks.", "--expert", "-e", metavar="NAME=EXPERT"
+    ),
+    output: Path | None = option(None, "results.json to write.", "--output", "-o"),
     measures: MeasureOptions,
     json: Json = False,
 ) -> None:

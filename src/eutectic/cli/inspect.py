@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.table import Column, Table
 
 from eutectic.cli.console import (
@@ -21,6 +20,7 @@ from eutectic.cli.console import (
     verb,
 )
 from eutectic.cli.options import Json, StatisticsFiles
+from eutectic.cli.records import option
 from eutectic.cli.request import Base, What, named_experts, split_recipe
 from eutectic.errors import RequestError
 
@@ -36,30 +36,22 @@ class ModelOptions:
 
     what: What = None
     base: Base = None
-    merged: Annotated[
-        list[str] | None,
-        typer.Option("--merged", "-m", metavar="NAME=FOLDER", help="A merged model; repeatable."),
-    ] = None
+    merged: list[str] | None = option(
+        None, "A merged model; repeatable.", "--merged", "-m", metavar="NAME=FOLDER"
+    )
     statistics: StatisticsFiles = None
-    results: Annotated[
-        Path | None, typer.Option(help="results.json of `eutectic evaluate`, for NAI.")
-    ] = None
+    results: Path | None = option(None, "results.json of `eutectic evaluate`, for NAI.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureOptions:
     """What is measured."""
 
-    layers: Annotated[
-        str | None, typer.Option(metavar="GLOB", help="Only tensors with such names.")
-    ] = None
-    rank: Annotated[
-        int | None,
-        typer.Option(help="Leading singular triplets to compare (default: side/experts).", min=1),
-    ] = None
-    error: Annotated[
-        float, typer.Option(help="Relative error that defines the merged subspace.")
-    ] = 0.05
+    layers: str | None = option(None, "Only tensors with such names.", metavar="GLOB")
+    rank: int | None = option(
+        None, "Leading singular triplets to compare (default: side/experts).", min=1
+    )
+    error: float = option(0.05, "Relative error that defines the merged subspace.")
 
 
 @verb
@@ -67,12 +59,8 @@ def inspect(
     *,
     models: ModelOptions,
     measures: MeasureOptions,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write everything as JSON there.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Draw PNGs into this folder.")
-    ] = None,
+    output: Path | None = option(None, "Write everything as JSON there.", "--output", "-o"),
+    plot: Path | None = option(None, "Draw PNGs into this folder.", metavar="FOLDER"),
     json: Json = False,
 ) -> None:
     """Show how experts and merged models relate: norms, spectra, interference, alignment.

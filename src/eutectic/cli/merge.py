@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,6 +19,7 @@ from eutectic.cli.console import (
 )
 from eutectic.cli.options import Json, LimitOptions
 from eutectic.cli.outcomes import summary
+from eutectic.cli.records import option
 from eutectic.cli.request import RecipeOptions, mixtures, request
 from eutectic.recipes.units import format_bytes
 
@@ -27,21 +27,15 @@ from eutectic.recipes.units import format_bytes
 @verb
 def merge(
     *,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder to write; must not hold anything.")
-    ],
+    output: Path = option(..., "Folder to write; must not hold anything.", "--output", "-o"),
     asked: RecipeOptions,
     limits: LimitOptions,
-    restart: Annotated[
-        bool, typer.Option(help="Discard an unfinished run instead of continuing it.")
-    ] = False,
-    sweep: Annotated[
-        str | None,
-        typer.Option(
-            metavar="λ,λ,… | START:STOP:COUNT",
-            help="Two experts only: merge with weights λ and 1−λ into OUTPUT/λ for each λ.",
-        ),
-    ] = None,
+    restart: bool = option(False, "Discard an unfinished run instead of continuing it."),
+    sweep: str | None = option(
+        None,
+        "Two experts only: merge with weights λ and 1−λ into OUTPUT/λ for each λ.",
+        metavar="λ,λ,… | START:STOP:COUNT",
+    ),
     json: Json = False,
 ) -> None:
     """Merge experts into one model.

@@ -7,20 +7,18 @@ import json as encoding
 import re
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
-import typer
 from rich.markup import escape
 
 from eutectic.cli.console import out, plain_table, print_json, verb
 from eutectic.cli.options import Json
+from eutectic.cli.records import argument
 
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 @verb
 def methods(
-    name: Annotated[
-        str | None, typer.Argument(help="Show one method's page.", show_default=False)
-    ] = None,
+    name: str | None = argument(None, "Show one method's page.", show_default=False),
     json: Json = False,
 ) -> None:
     """List the methods, or show one method's page.

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eutectic.cli.records import parameters_of
+from eutectic.cli.records import option, parameters_of
 from eutectic.errors import RequestError
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -22,13 +22,10 @@ StatisticsFiles = Annotated[
 class LimitOptions:
     """What a merge may use of the machine."""
 
-    threads: Annotated[
-        int | None,
-        typer.Option(help="Tensors merged side by side (default: one per core).", min=1),
-    ] = None
-    memory: Annotated[
-        str | None, typer.Option(help="Limit, such as 4GB (default: 60 % of what is available).")
-    ] = None
+    threads: int | None = option(
+        None, "Tensors merged side by side (default: one per core).", min=1
+    )
+    memory: str | None = option(None, "Limit, such as 4GB (default: 60 % of what is available).")
 
 
 def given_options(context: typer.Context, record: type[Any] | None = None) -> dict[str, str]:

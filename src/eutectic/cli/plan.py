@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.markup import escape
 from rich.table import Column
 
@@ -18,6 +17,7 @@ from eutectic.cli.console import (
     verb,
 )
 from eutectic.cli.options import Json, LimitOptions
+from eutectic.cli.records import option
 from eutectic.cli.request import RecipeOptions, request
 from eutectic.conventions import layer_group
 from eutectic.recipes.units import format_bytes
@@ -28,10 +28,8 @@ def plan(
     *,
     asked: RecipeOptions,
     limits: LimitOptions,
-    every: Annotated[bool, typer.Option("--all", help="One line per tensor.")] = False,
-    explain: Annotated[
-        bool, typer.Option(help="Say which linear algebra each matrix would take, and why.")
-    ] = False,
+    every: bool = option(False, "One line per tensor.", "--all"),
+    explain: bool = option(False, "Say which linear algebra each matrix would take, and why."),
     json: Json = False,
 ) -> None:
     """Show what a merge would do, from the files' headers: quick, and nothing is written.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+from eutectic.cli.records import option
 
 if TYPE_CHECKING:
     from eutectic.models.batch import Batch
@@ -17,29 +17,23 @@ if TYPE_CHECKING:
 class DataOptions:
     """How a model and its proxy data are read."""
 
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch.")] = 16
-    max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per text (default: at most 512).")
-    ] = None
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="What the model does: text-classification, feature-extraction, "
-            "image-classification, language-model, sequence-to-sequence, … (default: by the "
-            "checkpoint's architecture)."
-        ),
-    ] = None
-    device: Annotated[str, typer.Option(help="Where the model runs, collecting.")] = "cpu"
-    split: Annotated[str | None, typer.Option(help="Split of a `datasets` folder.")] = None
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Allow data from module:function.")
-    ] = False
-    text_column: Annotated[str, typer.Option(help="Column of texts.")] = "text"
-    text_pair_column: Annotated[str, typer.Option(help="Column of second texts.")] = "text_pair"
-    label_column: Annotated[str, typer.Option(help="Column of labels.")] = "label"
-    source_column: Annotated[str, typer.Option(help="Column of source texts.")] = "source"
-    target_column: Annotated[str, typer.Option(help="Column of target texts.")] = "target"
-    image_column: Annotated[str, typer.Option(help="Column of images.")] = "image"
+    batch_size: int = option(16, "Examples per batch.", min=1)
+    max_length: int | None = option(None, "Tokens per text (default: at most 512).", min=1)
+    task: str | None = option(
+        None,
+        "What the model does: text-classification, feature-extraction, "
+        "image-classification, language-model, sequence-to-sequence, … (default: by the "
+        "checkpoint's architecture).",
+    )
+    device: str = option("cpu", "Where the model runs, collecting.")
+    split: str | None = option(None, "Split of a `datasets` folder.")
+    trust_code: bool = option(False, "Allow data from module:function.", "--trust-code")
+    text_column: str = option("text", "Column of texts.")
+    text_pair_column: str = option("text_pair", "Column of second texts.")
+    label_column: str = option("label", "Column of labels.")
+    source_column: str = option("source", "Column of source texts.")
+    target_column: str = option("target", "Column of target texts.")
+    image_column: str = option("image", "Column of images.")
 
     def batches(
         self,
@@ -74,5 +68,5 @@ class DataOptions:
 class RouterDataOptions(DataOptions):
     """The same for the data of a router, which takes no labels."""
 
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch, collecting.")] = 16
+    batch_size: int = option(16, "Examples per batch, collecting.", min=1)
     label_column: str = field(default="label", init=False)

@@ -10,6 +10,7 @@ import typer
 
 from eutectic.cli.console import pairs
 from eutectic.cli.options import StatisticsFiles
+from eutectic.cli.records import option
 from eutectic.errors import RequestError, suggest
 
 What = Annotated[
@@ -29,41 +30,30 @@ class RecipeOptions:
 
     what: What = None
     base: Base = None
-    method: Annotated[
-        str | None, typer.Option("--method", "-m", help="Method; see `eutectic methods`.")
-    ] = None
-    scale: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NUMBER | auto",
-            help="α: how much of the merged delta is added; auto: in closed form from statistics.",
-        ),
-    ] = None
-    param: Annotated[
-        list[str] | None,
-        typer.Option("--param", "-p", metavar="NAME=VALUE", help="A parameter of the method."),
-    ] = None
-    weight: Annotated[
-        list[str] | None,
-        typer.Option("--weight", "-w", metavar="NAME=W", help="Weight of an expert (default 1)."),
-    ] = None
+    method: str | None = option(None, "Method; see `eutectic methods`.", "--method", "-m")
+    scale: str | None = option(
+        None,
+        "α: how much of the merged delta is added; auto: in closed form from statistics.",
+        metavar="NUMBER | auto",
+    )
+    param: list[str] | None = option(
+        None, "A parameter of the method.", "--param", "-p", metavar="NAME=VALUE"
+    )
+    weight: list[str] | None = option(
+        None, "Weight of an expert (default 1).", "--weight", "-w", metavar="NAME=W"
+    )
     statistics: StatisticsFiles = None
-    shard_size: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Most bytes of tensors in one file, such as 5GB (default: files like the base's).",
-        ),
-    ] = None
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Any other key of a recipe: dtype, heads, missing, seed, precision, "
-            "scale_tensors …",
-        ),
-    ] = None
+    shard_size: str | None = option(
+        None,
+        "Most bytes of tensors in one file, such as 5GB (default: files like the base's).",
+        metavar="SIZE",
+    )
+    set_: list[str] | None = option(
+        None,
+        "Any other key of a recipe: dtype, heads, missing, seed, precision, scale_tensors …",
+        "--set",
+        metavar="KEY=VALUE",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +179,7 @@ def named_experts(
     experts: dict[str, dict[str, Any]] = {
         name: {"path": path} for name, path in pairs(words, "expert").items()
     }
-    for option, key, values in (
+    for flag, key, values in (
         ("--weight", "weight", pairs(weights, "--weight")),
         ("--statistics", "statistics", pairs(statistics, "--statistics")),
     ):
@@ -202,7 +192,7 @@ def named_experts(
                         "them there."
                     )
                 raise RequestError(
-                    f"{option} names '{name}', which is not an expert on the command line."
+                    f"{flag} names '{name}', which is not an expert on the command line."
                     f"{suggest(name, list(experts))}\n{given}"
                 )
             experts[name][key] = value

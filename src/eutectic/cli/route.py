@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from eutectic.cli.console import pairs, verb
 from eutectic.cli.options import Json, given_options, refuse
 from eutectic.cli.proxy_data import RouterDataOptions
+from eutectic.cli.records import argument, option
 from eutectic.cli.routed_report import report_routed
 from eutectic.cli.router_statistics import (
     StatisticsOptions,
@@ -27,53 +28,39 @@ _SHOWING = {"merged", "export", "json"}
 class BuildOptions:
     """What is built of the experts."""
 
-    rank: Annotated[int, typer.Option(min=1, help="Rank of every expert, ρ.")] = 32
-    router: Annotated[
-        str | None,
-        typer.Option(help="discriminant or prototype (default: as the statistics allow)."),
-    ] = None
-    accumulate: Annotated[
-        bool | None,
-        typer.Option(help="Decide by the evidence of all layers so far (default: discriminant)."),
-    ] = None
-    layers: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Parameters whose layers are routed.")
-    ] = None
-    base: Annotated[
-        Path | None, typer.Option(help="The base before merging; for adapters only.")
-    ] = None
-    statistics_of: Annotated[
-        str, typer.Option(help="expert, or any: accept statistics of another checkpoint.")
-    ] = "expert"
+    rank: int = option(32, "Rank of every expert, ρ.", min=1)
+    router: str | None = option(
+        None, "discriminant or prototype (default: as the statistics allow)."
+    )
+    accumulate: bool | None = option(
+        None, "Decide by the evidence of all layers so far (default: discriminant)."
+    )
+    layers: list[str] | None = option(None, "Parameters whose layers are routed.", metavar="GLOB")
+    base: Path | None = option(None, "The base before merging; for adapters only.")
+    statistics_of: str = option(
+        "expert", "expert, or any: accept statistics of another checkpoint."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TargetOptions:
     """What is written."""
 
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for the routed model.")
-    ] = None
-    export: Annotated[
-        Path | None, typer.Option(help="Folder for PEFT LoRA adapters on the merged model.")
-    ] = None
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show sizes and costs; build nothing. Needs no statistics."),
-    ] = False
+    output: Path | None = option(None, "Folder for the routed model.", "--output", "-o")
+    export: Path | None = option(None, "Folder for PEFT LoRA adapters on the merged model.")
+    dry_run: bool = option(
+        False, "Show sizes and costs; build nothing. Needs no statistics.", "--dry-run"
+    )
 
 
 @verb
 def route(
     *,
     context: typer.Context,
-    merged: Annotated[
-        Path, typer.Argument(help="The merged model's folder, or a routed model's to inspect it.")
-    ],
-    experts: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="NAME=EXPERT…", help="Experts: folders or LoRA adapters."),
-    ] = None,
+    merged: Path = argument(..., "The merged model's folder, or a routed model's to inspect it."),
+    experts: list[str] | None = argument(
+        None, "Experts: folders or LoRA adapters.", metavar="NAME=EXPERT…"
+    ),
     statistics: StatisticsOptions,
     build: BuildOptions,
     reading: RouterDataOptions,

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from eutectic.cli.console import pairs, progress_bar
 from eutectic.cli.options import StatisticsFiles
 from eutectic.cli.proxy_data import RouterDataOptions
+from eutectic.cli.records import option
 from eutectic.errors import RequestError
 
 
@@ -20,16 +19,12 @@ class StatisticsOptions:
     """Statistics of the experts, and where those of the router come from."""
 
     statistics: StatisticsFiles = None
-    router_statistics: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=FILE", help="Statistics of the merged model on a task's data."),
-    ] = None
-    router_data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=DATA", help="Proxy data of a task: collects the router's statistics now."
-        ),
-    ] = None
+    router_statistics: list[str] | None = option(
+        None, "Statistics of the merged model on a task's data.", metavar="NAME=FILE"
+    )
+    router_data: list[str] | None = option(
+        None, "Proxy data of a task: collects the router's statistics now.", metavar="NAME=DATA"
+    )
 
 
 def expert_statistics(given: StatisticsOptions) -> dict[str, Any]:

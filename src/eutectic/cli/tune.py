@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Column, Table
 
 from eutectic.cli.console import (
@@ -22,6 +21,7 @@ from eutectic.cli.console import (
     verb,
 )
 from eutectic.cli.options import Json, LimitOptions
+from eutectic.cli.records import option
 from eutectic.cli.request import SearchedRecipeOptions, request
 from eutectic.errors import RequestError
 
@@ -32,26 +32,17 @@ BAR = 24
 class SearchOptions:
     """The keys of `scale: {…}` that are given on the command line."""
 
-    search: Annotated[
-        str | None,
-        typer.Option(
-            metavar="validation | divergence | gram",
-            help="What to optimise (default: what the recipe says).",
-        ),
-    ] = None
-    tasks: Annotated[
-        Path | None, typer.Option(help="Tasks (YAML) with validation or proxy data.")
-    ] = None
-    range_: Annotated[
-        str | None,
-        typer.Option("--range", metavar="LOW:HIGH", help="Range of α (default: 0.02:3)."),
-    ] = None
-    points: Annotated[int | None, typer.Option(help="Values on the first grid (default: 11).")] = (
-        None
+    search: str | None = option(
+        None,
+        "What to optimise (default: what the recipe says).",
+        metavar="validation | divergence | gram",
     )
-    tolerance: Annotated[float | None, typer.Option(help="Relative precision (default: 0.05).")] = (
-        None
+    tasks: Path | None = option(None, "Tasks (YAML) with validation or proxy data.")
+    range_: str | None = option(
+        None, "Range of α (default: 0.02:3).", "--range", metavar="LOW:HIGH"
     )
+    points: int | None = option(None, "Values on the first grid (default: 11).")
+    tolerance: float | None = option(None, "Relative precision (default: 0.05).")
 
     def stated(self) -> dict[str, Any]:
         """Return the keys that were given, as a recipe would have them."""
@@ -69,25 +60,15 @@ class SearchOptions:
 def tune(
     *,
     search: SearchOptions,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Write the model at the best α there.")
-    ] = None,
-    work: Annotated[
-        Path | None,
-        typer.Option(help="Keep deltas and measurements there, for further searches."),
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            help="Draw the curve into a .png, .svg or .pdf file, with its numbers in a .json "
-            "beside it."
-        ),
-    ] = None,
+    output: Path | None = option(None, "Write the model at the best α there.", "--output", "-o"),
+    work: Path | None = option(None, "Keep deltas and measurements there, for further searches."),
+    plot: Path | None = option(
+        None,
+        "Draw the curve into a .png, .svg or .pdf file, with its numbers in a .json beside it.",
+    ),
     asked: SearchedRecipeOptions,
     limits: LimitOptions,
-    restart: Annotated[
-        bool, typer.Option(help="Discard an unfinished run, or what --work keeps.")
-    ] = False,
+    restart: bool = option(False, "Discard an unfinished run, or what --work keeps."),
     json: Json = False,
 ) -> None:
     """Search the scale α of a merge and show the curve.
