@@ -1,5 +1,7 @@
 """Where files lie: what every room above does to them, and the local disk that does it."""
 
+from pathlib import Path
+
 from eutectic.storage.interface import AppendedFile, Lock, OpenedFile, StagedFile, Storage
 from eutectic.storage.local_disk import LOCAL_DISK
 from eutectic.storage.open_files import OpenFiles
@@ -15,10 +17,7 @@ __all__ = [
 ]
 
 
-def storage_of(location: object) -> Storage:
-    """Return the storage that holds a location.
-
-    Every location is on the local disk so far. The one place to change for another storage.
-    """
-    del location
+def storage_of(location: Path) -> Storage:
+    """Return the storage that holds a location; the one place where another kind is told apart."""
+    del location  # all are on the local disk so far
     return LOCAL_DISK
