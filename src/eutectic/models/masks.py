@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -128,12 +128,35 @@ def _fit(
 def _fit_samples(
     lead: tuple[int, ...], samples: int, batch_first: bool
 ) -> Callable[[Tensor], Tensor] | None:
-    if len(lead) == 2 and lead[1] == samples and (lead[0] != samples or not batch_first):
+    if tokens_first(lead, {samples}, batch_first):
         return lambda t: t.transpose(0, 1)
     if samples and math.prod(lead) % samples == 0:
         # Windows and patches are split off sample by sample, so that the samples stay outermost.
         return lambda t: t.reshape(samples, -1, t.shape[-1])
     return None
+
+
+def tokens_first(lead: Sequence[int], counts: Collection[int], batch_first: bool) -> bool:
+    """Tell whether activations are `[tokens, samples, features]`.
+
+    Args:
+        lead: their shape without the features.
+        counts: how many samples there may be.
+        batch_first: samples come first where both orders would fit.
+    """
+    return len(lead) == 2 and lead[1] in counts and (lead[0] not in counts or not batch_first)
+
+
+def token_means(arranged: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean over the tokens that count, `[samples, features]`; zero where none does.
+
+    It is what statistics pool and what a router sees. Not a product with the mask: what padding
+    holds may be NaN.
+    """
+    if mask is None:
+        return arranged.mean(1)
+    kept = mask.to(arranged.device).unsqueeze(-1)
+    return torch.where(kept, arranged, 0).sum(1) / kept.sum(1).clamp(min=1)
 
 
 def same_memory(left: Tensor, right: Tensor) -> bool:

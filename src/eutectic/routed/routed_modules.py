@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from eutectic.conventions import reads_encoder
 from eutectic.errors import RequestError
+from eutectic.models.masks import token_means, tokens_first
 from eutectic.routed.forward_masks import Frame
 from eutectic.routed.forward_pass import Call, Routing, innermost, uncompiled
 from eutectic.routed.router import Router
@@ -83,11 +84,8 @@ class Experts(nn.Module):
     def _pooled(self, x: Tensor, frame: Frame) -> Tensor:
         """Return the mean over the tokens that count `[N, in]`, float32."""
         mask = frame.cross_mask if self.crossed else frame.mask
-        if mask is None or mask.shape != x.shape[:2]:
-            return x.mean(1, dtype=torch.float32)
-        kept = mask.to(x.device).unsqueeze(-1)
-        total = torch.where(kept, x, 0).sum(1, dtype=torch.float32)
-        return total / kept.sum(1).clamp_min(1)
+        fits = mask is not None and mask.shape == x.shape[:2]
+        return token_means(x.float(), mask if fits else None)
 
     def add_to(self, y: Tensor, x: Tensor, choice: Choice, rows: slice = _ALL) -> Tensor:
         """Return y + B_t(F_t x) for `y [N, P, out]` and `x [N, P, in]`; `y` may be written to.
@@ -131,9 +129,8 @@ class Experts(nn.Module):
         frame = Frame() if call is None else innermost(call).of(x)
         samples, counts = frame.samples, frame.counts
         lead = x.shape[:-1]
-        first, second = lead[0], lead[1] if len(lead) > 1 else None
-        turns = second in counts and (first not in counts or not self.routing.batch_first)
-        if len(lead) == 2 and turns:
+        first = lead[0]
+        if tokens_first(lead, counts, self.routing.batch_first):
             return x.transpose(0, 1), True
         if samples is None or (len(lead) <= 2 and first in counts):
             return (x if x.ndim == 3 else x.reshape(first, -1, x.shape[-1])), False

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import StatisticsError
-from eutectic.models.masks import Layout, Tokens, same_memory
+from eutectic.models.masks import Layout, Tokens, same_memory, token_means
 from eutectic.models.sites import Site, as_matrix, output_rows
 from eutectic.statistics.gram import GramSum, as_float, check_finite
 
@@ -188,13 +188,11 @@ def sample_means(tokens: Tokens, activations: Tensor) -> Tensor | None:
     """Return the mean over counted tokens of every sample that has any, `[samples, features]`."""
     if not tokens.pooled:
         return None
-    arranged = tokens.arrange(activations.detach())
+    arranged = as_float(tokens.arrange(activations.detach()))
     if tokens.mask is None:
-        return as_float(arranged).mean(1) if arranged.shape[1] else None
-    counts = tokens.mask.sum(1)
-    # Not a product with the mask: what padding holds may be NaN.
-    masked = torch.where(tokens.mask.unsqueeze(-1), as_float(arranged), 0)
-    return (masked.sum(1) / counts.clamp(min=1).unsqueeze(1))[counts > 0]
+        return token_means(arranged, None) if arranged.shape[1] else None
+    means = token_means(arranged, tokens.mask)
+    return means[tokens.mask.any(1).to(means.device)]
 
 
 class Probe:
