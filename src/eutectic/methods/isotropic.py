@@ -123,7 +123,7 @@ def iso_c(deltas: Tensor | LowRankStack, parameters: IsoCParameters, context: Co
     Thin factors: the polar factor of their sum is found in its core of side Σ r_t, in float64, and
     multiplied out once. The result is that of the expanded deltas up to their rounding, which in
     float32 moves it by 1e-7 over the smallest kept singular value, relative to S₁. They are
-    expanded where that costs no more (Σ r_t from min(out, in) on), and where the null space counts,
+    expanded where that costs no more (Σ r_t from ⅔ min(out, in) on), and where the null space counts,
     which is rounding then: `support="full"`, or a `rank_tolerance` below the default.
 
     Deviations from the source: the numerical support; weights; the default tolerance for half
@@ -149,7 +149,8 @@ def iso_c(deltas: Tensor | LowRankStack, parameters: IsoCParameters, context: Co
 def _stays_thin(deltas: LowRankStack, parameters: IsoCParameters) -> bool:
     """Tell whether the thin sum has the expanded one's result, and for less."""
     tolerance = parameters.rank_tolerance
-    if parameters.support == "full" or deltas.rank >= min(deltas.shape[1:]):
+    # Measured: from 0.7 of the shorter side on, the thin QR decompositions cost as much.
+    if parameters.support == "full" or 3 * deltas.rank > 2 * min(deltas.shape[1:]):
         return False
     # A tighter bound keeps directions that only the rounding of the expanded sum has.
     return tolerance is None or tolerance >= default_tolerance(deltas.dtype, deltas.shape[1:])
