@@ -14,7 +14,7 @@ import torch
 from eutectic import words
 from eutectic.errors import Fault, Note, RecipeError
 from eutectic.execution.run import merge
-from eutectic.execution.scale_choice import Choice
+from eutectic.execution.schedule import Choice
 from eutectic.recipes.load import load_recipe
 from helpers.folders import digests, make_base, make_expert, save
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from eutectic.errors import RequestError
-from eutectic.execution.sweep import mixture_name, sweep
+from eutectic.execution.run import mixture_name, sweep
 from helpers.cli import invoke
 from helpers.folders import digests, load, make_base, make_expert, save
 from helpers.merging import save_inputs

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eutectic.planning.inputs import open_inputs
-from eutectic.planning.labels import class_names
+from eutectic.planning.notes import class_names
 from eutectic.planning.plan import make_plan
 from eutectic.recipes.load import check_recipe
 from helpers.cli import invoke

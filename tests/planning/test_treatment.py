@@ -12,8 +12,7 @@ import torch
 
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.memory import StateDictReader
-from eutectic.planning.ties import tied_to
-from eutectic.planning.treatment import Decision, decide
+from eutectic.planning.treatment import Decision, decide, tied_to
 from eutectic.recipes.schema import TensorRule
 from eutectic.types import Treatment
 

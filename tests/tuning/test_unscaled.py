@@ -11,7 +11,7 @@ import torch
 import eutectic
 from eutectic.errors import Note, RequestError
 from eutectic.execution.run import merge as plain_merge
-from eutectic.execution.scale_choice import Choice
+from eutectic.execution.schedule import Choice
 from helpers.folders import digests, load, make_base, make_expert
 from helpers.merging import save_inputs
 

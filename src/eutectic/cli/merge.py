@@ -81,7 +81,7 @@ def merge(
 
 
 def _sweep(recipe: Path | None, weights: list[float], options: dict[str, Any], json: bool) -> None:
-    from eutectic.execution.sweep import mixture_name, sweep
+    from eutectic.execution.run import mixture_name, sweep
 
     reports = sweep(recipe, mixtures=weights, **options)
     notes = dict.fromkeys(note for report in reports.values() for note in report.note_records)

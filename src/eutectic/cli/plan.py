@@ -44,7 +44,7 @@ def plan(
     """
     from eutectic.execution.limits import limits_of
     from eutectic.execution.output_layout import output_layout
-    from eutectic.execution.recipe_options import recipe_from
+    from eutectic.execution.run import recipe_from
     from eutectic.planning.cost import check_memory, plan_cost, tensor_cost
     from eutectic.planning.inputs import open_inputs
     from eutectic.planning.plan import make_plan

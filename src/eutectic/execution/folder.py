@@ -18,8 +18,7 @@ from eutectic.execution.finish import PROVENANCE, document, write_folder
 from eutectic.execution.journal import JOURNAL, Journal, hashes, records_of, request_identity
 from eutectic.execution.limits import Limits
 from eutectic.execution.output_layout import output_layout
-from eutectic.execution.scale_choice import Choose, Unscaled
-from eutectic.execution.schedule import CHOSEN, Desk, merged_deltas, run_schedule
+from eutectic.execution.schedule import CHOSEN, Choose, Desk, Unscaled, merged_deltas, run_schedule
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan, with_scale
 from eutectic.storage import storage_of

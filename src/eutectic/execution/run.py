@@ -1,23 +1,66 @@
-"""A merge from files to files, and its report."""
+"""The public entries: a merge of files, of state dicts, and of two experts in every mixture."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from eutectic.checkpoint.memory import MemoryWriter
 from eutectic.errors import Note, RequestError
+from eutectic.execution.finish import PROVENANCE
 from eutectic.execution.folder import OutputPlace, check_output, write_to_folder
+from eutectic.execution.journal import request_identity
 from eutectic.execution.limits import Progress, limits_of
-from eutectic.execution.recipe_options import recipe_from
-from eutectic.execution.scale_choice import Chooser, refuse_search
+from eutectic.execution.schedule import Chooser, Desk, refuse_search, run_schedule
+from eutectic.execution.tasks import Finished
 from eutectic.planning.cost import check_memory, treatments
-from eutectic.planning.inputs import open_inputs
+from eutectic.planning.inputs import in_memory_inputs, open_inputs
 from eutectic.planning.plan import make_plan
+from eutectic.recipes.load import Source, check_recipe, load_recipe
+from eutectic.recipes.schema import Recipe
 from eutectic.storage.machine import peak_bytes
+from eutectic.types import LayerStatistics
+
+
+def recipe_from(
+    recipe: str | Path | Mapping[str, Any] | None, options: Mapping[str, Any]
+) -> tuple[Recipe, Source]:
+    """Return the checked recipe of a file, a mapping, or options, which win over both.
+
+    Raises:
+        RecipeError: with every fault.
+    """
+    if isinstance(recipe, (str, Path)):
+        checked, source = load_recipe(recipe)
+        if not options:
+            return checked, source
+        # Paths of the file are resolved by now; lines no longer describe the whole.
+        stated = checked.model_dump(mode="json", exclude_unset=True)
+        return check_recipe({**stated, **sorted_options(options, stated)}), source
+    stated = dict(recipe or {})
+    return check_recipe({**stated, **sorted_options(options, stated)}), Source()
+
+
+def sorted_options(
+    options: Mapping[str, Any], stated: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Move keys that are no recipe's under `parameters`, where the method checks them."""
+    known = {k: v for k, v in options.items() if k in Recipe.model_fields}
+    other = {k: v for k, v in options.items() if k not in Recipe.model_fields}
+    before = (stated or {}).get("parameters", {})
+    if not isinstance(known.get("parameters", {}), Mapping):
+        return known  # refused with its type when the recipe is checked
+    if other or "parameters" in known:
+        known["parameters"] = {**before, **known.get("parameters", {}), **other}
+    return known
 
 
 @dataclass(frozen=True)
@@ -103,3 +146,148 @@ def merge(
         peak_bytes=peak_bytes(),
         search=written.search,
     )
+
+
+def merge_state_dicts(
+    base: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    *,
+    method: str,
+    weights: Mapping[str, float] | None = None,
+    statistics: Mapping[str, Mapping[str, LayerStatistics]] | None = None,
+    threads: int | None = None,
+    config: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Merge state dicts in memory by the same plan and arithmetic as files.
+
+    Args:
+        base: name -> tensor of the base model.
+        experts: name -> state dict.
+        method: a name from `eutectic.methods()`.
+        weights: name -> w_t (default 1).
+        statistics: name -> statistics, for methods that use data.
+        threads: jobs side by side.
+        config: the base's `config.json` as a mapping (`model.config.to_dict()`). GPT-2 and its
+            relatives keep some matrices as [in, out], which only their `model_type` tells.
+        **options: other keys of a recipe (`scale`, `tensors`, `dtype`, `missing`, …) or the
+            method's parameters.
+
+    Returns:
+        The merged state dict: the base's keys, order, shapes and dtypes, in new memory. Heads are
+        the base's.
+
+    Raises:
+        RequestError: the request is wrong.
+        NumericalError: NaN or Inf in an expert.
+    """
+    weights = dict(weights or {})
+    unknown = [name for name in {**weights, **(statistics or {})} if name not in experts]
+    if unknown:
+        raise RequestError(f"weights or statistics name experts that are not given: {unknown}.")
+    specs = {n: {"path": "memory", "weight": weights.get(n, 1.0)} for n in experts}
+    values = {"base": "memory", "experts": specs, "method": method, "heads": "base", **options}
+    recipe = check_recipe(sorted_options(values))
+    inputs = in_memory_inputs(base, experts, statistics or {}, config)
+    plan = make_plan(recipe, inputs)
+    sink = MemoryWriter([(t.name, t.dtype, t.shape) for t in plan.tensors])
+    desk = Desk(
+        inputs,
+        _Recollection(),
+        limits_of(threads, None),
+        open_deltas=lambda layout: nullcontext(MemoryWriter(layout.entries)),
+        open_output=lambda plan: nullcontext(sink),
+    )
+    run_schedule(plan, desk)
+    return sink.tensors
+
+
+class _Recollection:
+    """The ledger of a merge in memory: it ends with the process."""
+
+    durable = False
+
+    def __init__(self) -> None:
+        self.finished: dict[tuple[str, str], Finished] = {}
+
+    def add(self, stage: str, tensor: str, finished: Finished) -> None:
+        self.finished[stage, tensor] = finished
+
+
+def sweep(
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    *,
+    output: str | Path,
+    mixtures: Sequence[float],
+    threads: int | None = None,
+    memory: str | int | None = None,
+    restart: bool = False,
+    **options: Any,
+) -> dict[float, MergeReport]:
+    """Merge two experts with weights λ and 1 − λ for every λ of `mixtures`.
+
+    The setting of arXiv 2312.04339 in which one expert is wanted and the other, fine-tuned on an
+    intermediate task, helps. Each merge goes to `output/<λ>`, see `mixture_name`; finished ones are
+    kept, so a killed sweep continues.
+
+    Args:
+        recipe: as for `merge`, with exactly two experts; λ is the first one's weight.
+        output: folder of the merges.
+        mixtures: values of λ in [0, 1].
+        threads: as for `merge`.
+        memory: as for `merge`.
+        restart: as for `merge`.
+        **options: as for `merge`.
+
+    Returns:
+        λ -> report of its merge; merges that were finished before are left out.
+
+    Raises:
+        RequestError: there are not two experts, a λ lies outside [0, 1], or a finished merge in
+            `output` was made by another recipe, or of inputs that have changed since.
+    """
+    checked, _ = recipe_from(recipe, options)
+    if len(checked.experts) != 2:
+        raise RequestError(f"a sweep mixes exactly two experts, got {len(checked.experts)}.")
+    outside = [value for value in mixtures if not 0 <= value <= 1]
+    if outside or not mixtures:
+        raise RequestError(f"a sweep takes values from 0 to 1, got {outside or 'none'}.")
+    first, second = checked.experts
+    stated = checked.model_dump(mode="json", exclude_unset=True)
+    reports: dict[float, MergeReport] = {}
+    for value in mixtures:
+        folder = Path(output) / mixture_name(value)
+        experts = {name: dict(spec) for name, spec in stated["experts"].items()}
+        experts[first]["weight"], experts[second]["weight"] = value, 1 - value
+        mixed = {**stated, "experts": experts}
+        if (folder / PROVENANCE).exists():
+            _check_same(folder, mixed)
+            continue
+        reports[value] = merge(
+            mixed, output=folder, threads=threads, memory=memory, restart=restart
+        )
+    return reports
+
+
+def mixture_name(value: float) -> str:
+    """Return the name of λ's folder: the shortest text that reads as λ again, so no two share one.
+
+    Example:
+        >>> mixture_name(1.0), mixture_name(0.5), mixture_name(1 / 3)
+        ('1', '0.5', '0.3333333333333333')
+    """
+    short = f"{value:g}"
+    return short if float(short) == value else repr(float(value))
+
+
+def _check_same(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Refuse a finished merge of another request."""
+    made = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    checked, source = recipe_from(recipe, {})
+    with open_inputs(checked, source) as inputs:
+        asked = request_identity(make_plan(checked, inputs, source), inputs)
+    if made.get("request") != asked:
+        raise RequestError(
+            f"{folder} holds a merge of another request: the recipe, an input or the version has "
+            "changed since.\nChoose another output, or remove it."
+        )

@@ -14,13 +14,11 @@ from eutectic.errors import Fault, MethodError, Note, RecipeError
 from eutectic.methods import Method, get_method
 from eutectic.planning.collected import statistics_faults, statistics_names
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.merge_request import MergeRequest
-from eutectic.planning.method_choice import with_method
+from eutectic.planning.merge_request import MergeRequest, StatedRequest, stated_request
 from eutectic.planning.notes import notes_on
-from eutectic.planning.stated_request import StatedRequest, stated_request
 from eutectic.planning.tensor_plan import TensorPlan
-from eutectic.planning.tensors import plan_tensor
-from eutectic.planning.ties import is_copy, tied_to
+from eutectic.planning.tensors import plan_tensor, with_method
+from eutectic.planning.treatment import is_copy, tied_to
 from eutectic.recipes.load import Source
 from eutectic.recipes.schema import Recipe, ScaleSearch
 from eutectic.types import Treatment

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from eutectic.errors import Note, RequestError
-from eutectic.execution.scale_choice import Choice, Choose, Unscaled
+from eutectic.execution.schedule import Choice, Choose, Unscaled
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.tuning.output_error import (

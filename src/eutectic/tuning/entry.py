@@ -13,9 +13,8 @@ from eutectic.errors import Note, RequestError
 from eutectic.execution import run
 from eutectic.execution.folder import unscaled_folder
 from eutectic.execution.limits import Progress, limits_of
-from eutectic.execution.recipe_options import recipe_from
-from eutectic.execution.run import MergeReport
-from eutectic.execution.scale_choice import Choice, Chooser
+from eutectic.execution.run import MergeReport, recipe_from
+from eutectic.execution.schedule import Choice, Chooser
 from eutectic.planning.cost import check_memory
 from eutectic.planning.inputs import open_inputs
 from eutectic.planning.plan import make_plan

@@ -15,7 +15,7 @@ from eutectic.errors import Note, NumericalError
 from eutectic.evaluation.metrics import LOWER_IS_BETTER
 from eutectic.evaluation.model_outputs import score
 from eutectic.execution.journal import Ledger
-from eutectic.execution.scale_choice import Choice, Choose, Unscaled
+from eutectic.execution.schedule import Choice, Choose, Unscaled
 from eutectic.execution.tasks import Finished
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import NumericalError, RequestError
-from eutectic.execution.scale_choice import Unscaled
+from eutectic.execution.schedule import Unscaled
 from eutectic.execution.tensor_values import as_map, read_delta
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
