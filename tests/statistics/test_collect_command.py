@@ -277,7 +277,11 @@ def test_ia3_vectors_have_a_block_fisher() -> None:
         (["EXPERT", "-o", "x", "--data", "DATA", "--base", "EXPERT"], 2, "--base is for adapters"),
         (["nowhere", "-o", "x", "--data", "DATA"], 1, "nowhere: no such folder"),
         (["EXPERT", "-o", "x", "--data", "DATA", "--device", "mars"], 2, "--device mars cannot"),
-        (["EXPERT", "-o", "x", "--data", "WRONG", "--fisher"], 1, "row 1: the model knows no label '7'"),
+        (
+            ["EXPERT", "-o", "x", "--data", "WRONG", "--fisher"],
+            1,
+            "row 1: the model knows no label '7'",
+        ),
         (["EXPERT", "-o", "x", "--data", "NONE", "--fisher"], 2, "need 'labels' in every batch"),
         (
             ["EXPERT", "-o", "x", "--data", "DATA", "--task", "causal-lm", "--output-gradients"],

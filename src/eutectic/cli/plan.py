@@ -42,7 +42,7 @@ def plan(
 
       eutectic plan --base ./base -m iso_c --explain sst2=./sst2 mnli=./mnli
     """
-    from eutectic.execution.limits import limits_of
+    from eutectic.execution.executors import limits_of
     from eutectic.execution.output_layout import output_layout
     from eutectic.execution.run import recipe_from
     from eutectic.planning.cost import check_memory, plan_cost, tensor_cost

@@ -14,9 +14,9 @@ from eutectic.checkpoint.layout import OutputFile
 from eutectic.checkpoint.output_format import TensorSink
 from eutectic.checkpoint.writer import CheckpointWriter
 from eutectic.errors import Note, OutputError, RequestError
+from eutectic.execution.executors import Limits
 from eutectic.execution.finish import PROVENANCE, document, write_folder
 from eutectic.execution.journal import JOURNAL, Journal, hashes, records_of, request_identity
-from eutectic.execution.limits import Limits
 from eutectic.execution.output_layout import output_layout
 from eutectic.execution.schedule import CHOSEN, Choose, Desk, Unscaled, merged_deltas, run_schedule
 from eutectic.planning.inputs import Inputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from eutectic.planning.plan import Plan
 from eutectic.storage import storage_of
 
 EXPERTS = "experts"
+Spelling = Callable[[str], str]  # the base's name of a tensor -> the expert's
 
 
 def write_expert_folders(plan: Plan, inputs: Inputs, model: Path, layout: OutputLayout) -> None:
@@ -73,35 +74,33 @@ def write_expert_folders(plan: Plan, inputs: Inputs, model: Path, layout: Output
         written = OutputLayout(layout.format, tuple(shards[-len(ends) :]))
         _write_heads(inputs, expert, dict(zip(heads, rows, strict=True)), folder, written)
         write_atomically(folder / SHARD_INDEX_NAME, weight_index_bytes(shards))
-        _side_files(inputs, expert, folder)
+        # The expert's own config and tokenizer replace the base's; an adapter may bring either.
+        for donor in (inputs.index and inputs.index.folder, expert.folder):
+            if donor is not None:
+                copy_side_files(donor, folder)
         if expert.is_delta:
             _fit_config(folder / "config.json", expert, heads)
 
 
-class _Prefix:
-    """How an expert spells the base's names: with another prefix, or the same."""
-
-    def __init__(self, add: str, remove: str) -> None:
-        self.add, self.remove = add, remove
-
-    def __call__(self, name: str) -> str:
-        return self.add + name.removeprefix(self.remove)
-
-
-def _spelling(expert: Expert) -> _Prefix:
-    """Return how the expert spells the base's names, from any tensor that both have."""
-    for name, entry in expert.entries.items():
-        if expert.is_delta or entry.name == name:
+def _spelling(expert: Expert) -> Spelling:
+    """Return how the expert spells the base's names: with or without a prefix, as all of them."""
+    for name, entry in () if expert.is_delta else expert.entries.items():
+        if entry.name == name:
             break
         if entry.name.endswith(name):
-            return _Prefix(entry.name.removesuffix(name), "")
+            more = entry.name.removesuffix(name)
+            return lambda key: more + key
         if name.endswith(entry.name):
-            return _Prefix("", name.removesuffix(entry.name))
-    return _Prefix("", "")
+            less = name.removesuffix(entry.name)
+            return lambda key: key.removeprefix(less)
+    return lambda key: key
 
 
 def _head_rows(
-    expert: Expert, heads: Sequence[TensorEntry], spelling: _Prefix, dtype: torch.dtype | None
+    expert: Expert,
+    heads: Sequence[TensorEntry],
+    spelling: Callable[[str], str],
+    dtype: torch.dtype | None,
 ) -> list[OutputTensor]:
     """Return an expert's heads as its folder holds them, under the expert's own names."""
     rows: list[OutputTensor] = []
@@ -157,14 +156,6 @@ def _write_variant(
             for start, stop in flat_ranges(math.prod(shape)):
                 files.write(spelled, start, source.read_back(key, start, stop))
         files.sync()
-
-
-def _side_files(inputs: Inputs, expert: Expert, folder: Path) -> None:
-    """Copy the expert's own config and tokenizer over the base's; an adapter may bring either."""
-    assert inputs.index is not None
-    copy_side_files(inputs.index.folder, folder)
-    if expert.folder is not None:
-        copy_side_files(expert.folder, folder)
 
 
 _TASKS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}

@@ -63,16 +63,11 @@ def range_factor(
     block = start // max(size, 1)
     if not planned.layout.split:
         return factors.get(matrix_name(planned, block, ""), 1.0)
-    heights = planned.layout.split
-    own = [factors.get(name) for name in _parts(planned, block)]
-    if all(factor is None for factor in own):
+    names = [matrix_name(planned, block, part) for part, _ in planned.row_parts(0)]
+    if not factors.keys() & set(names):
         return 1.0
-    per_row = torch.cat(
-        [
-            torch.full((height,), 1.0 if factor is None else factor, dtype=planned.compute)
-            for height, factor in zip(heights, own, strict=True)
-        ]
-    )
+    own = torch.tensor([factors.get(name, 1.0) for name in names], dtype=planned.compute)
+    per_row = own.repeat_interleave(torch.tensor(planned.layout.split))
     entries = torch.arange(start - block * size, stop - block * size)
     columns = planned.matrix_shape[-1]
     return per_row[entries % columns if planned.layout.transpose else entries // columns]
@@ -80,10 +75,7 @@ def range_factor(
 
 def factors_of(planned: TensorPlan, factors: Mapping[str, float]) -> dict[str, float]:
     """Return the factors of one tensor's matrices."""
-    if not factors:
-        return {}
-    blocks, _ = planned.blocks
-    names = (name for block in range(blocks) for name in _parts(planned, block))
+    names = (name for _, name in _matrices(planned)) if factors else ()
     return {name: factors[name] for name in names if name in factors}
 
 
@@ -92,22 +84,17 @@ def with_factors(
 ) -> dict[str, Any]:
     """Return what a method reported of a tensor, with the factor of each of its matrices."""
     found = dict(record)
-    blocks, _ = planned.blocks
-    for block in range(blocks):
-        for part, name in zip(_labels(planned), _parts(planned, block), strict=True):
-            label = (f"[{block}]" if blocks > 1 else "") + part
-            if name not in factors:
-                continue
-            if label:
-                found[label] = {**found.get(label, {}), "layer_factor": factors[name]}
-            else:
-                found["layer_factor"] = factors[name]
+    for label, name in _matrices(planned):
+        if name in factors:
+            told = {"layer_factor": factors[name]}
+            found |= {label: {**found.get(label, {}), **told}} if label else told
     return found
 
 
-def _parts(planned: TensorPlan, block: int) -> Iterator[str]:
-    return (matrix_name(planned, block, part) for part in _labels(planned))
-
-
-def _labels(planned: TensorPlan) -> list[str]:
-    return [part for part, _ in planned.row_parts(0)]
+def _matrices(planned: TensorPlan) -> Iterator[tuple[str, str]]:
+    """Yield (label in records, name) of every matrix of a tensor."""
+    blocks, _ = planned.blocks
+    for block in range(blocks):
+        for part, _ in planned.row_parts(0):
+            suffix = f"[{block}]" if blocks > 1 else ""
+            yield suffix + part, matrix_name(planned, block, part)

@@ -13,14 +13,13 @@ from torch import Tensor
 from eutectic.checkpoint.layout import OutputFile
 from eutectic.checkpoint.output_format import TensorSink
 from eutectic.errors import Note, RequestError
-from eutectic.execution.executors import EXECUTORS
+from eutectic.execution.executors import Executor, Limits
 from eutectic.execution.journal import Ledger
 from eutectic.execution.layer_factors import factors_of, layer_factors, range_factor
-from eutectic.execution.limits import Limits
 from eutectic.execution.merging import context_of, holds_weight, stream_chunks
 from eutectic.execution.tasks import Finished, Stage, Task, Workplace
 from eutectic.execution.tensor_values import block_ranges, read_base
-from eutectic.execution.threads import one_intra_op_thread
+from eutectic.execution.threads import on_threads, one_intra_op_thread
 from eutectic.planning.cost import tensor_cost
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan, with_scale
@@ -96,6 +95,7 @@ def refuse_search(plan: Plan) -> None:
         )
 
 
+EXECUTORS: Mapping[str, Executor] = {"threads": on_threads}
 DELTAS = "deltas.safetensors"
 CHOSEN = "chosen"  # stage of a search's note in the ledger
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from eutectic.errors import EutecticError
-from eutectic.execution.limits import Limits
+from eutectic.execution.executors import Limits
 from eutectic.execution.tasks import Finished, Task, Workplace, carry_out
 
 
