@@ -12,7 +12,6 @@ from torch import Tensor
 from eutectic.checkpoint.experts import Expert
 from eutectic.conventions import PARTS, is_packed
 from eutectic.errors import NumericalError
-from eutectic.execution.merging import context_of
 from eutectic.execution.tensor_values import as_map, check_finite, read_base, read_delta, read_stack
 from eutectic.linalg.lowrank import LowRankStack
 from eutectic.methods import Context, get_method
@@ -96,6 +95,19 @@ def _joined(whole: LayerStatistics | None, part: LayerStatistics | None) -> Laye
     if whole.gram is not None or whole.gram_factor is not None:
         return whole
     return dataclasses.replace(part, fisher_diagonal=whole.fisher_diagonal)
+
+
+def context_of(planned: TensorPlan, state: Any = None) -> Context:
+    """Return the context of one tensor without what only matrices need."""
+    return Context(
+        weights=tuple(source.weight for source in planned.experts),
+        experts=tuple(source.owner for source in planned.experts),
+        tensor=planned.seed_name,
+        seed=planned.seed,
+        precision=planned.precision,
+        own=tuple(source.parameters for source in planned.experts),
+        state=state,
+    )
 
 
 def merge_matrices(

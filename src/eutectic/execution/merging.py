@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eutectic.errors import EutecticError, NumericalError
 from eutectic.execution.layer_factors import matrix_norms, range_factor
-from eutectic.execution.matrix_merging import merge_matrices
+from eutectic.execution.matrix_merging import context_of, merge_matrices
 from eutectic.execution.tensor_values import (
     block_ranges,
     flat_ranges,
@@ -20,23 +20,10 @@ from eutectic.execution.tensor_values import (
     read_stack,
     reads_no_base,
 )
-from eutectic.methods import Context, get_method
+from eutectic.methods import get_method
 from eutectic.methods.linear import finite
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensor_plan import TensorPlan
-
-
-def context_of(planned: TensorPlan, state: Any = None) -> Context:
-    """Return the context of one tensor without what only matrices need."""
-    return Context(
-        weights=tuple(source.weight for source in planned.experts),
-        experts=tuple(source.owner for source in planned.experts),
-        tensor=planned.seed_name,
-        seed=planned.seed,
-        precision=planned.precision,
-        own=tuple(source.parameters for source in planned.experts),
-        state=state,
-    )
 
 
 def stream_chunks(planned: TensorPlan, inputs: Inputs) -> Iterator[Tensor]:

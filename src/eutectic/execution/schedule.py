@@ -16,7 +16,8 @@ from eutectic.errors import Note, RequestError
 from eutectic.execution.executors import Executor, Limits
 from eutectic.execution.journal import Ledger
 from eutectic.execution.layer_factors import factors_of, layer_factors, range_factor
-from eutectic.execution.merging import context_of, holds_weight, stream_chunks
+from eutectic.execution.matrix_merging import context_of
+from eutectic.execution.merging import holds_weight, stream_chunks
 from eutectic.execution.tasks import Finished, Stage, Task, Workplace
 from eutectic.execution.tensor_values import block_ranges, read_base
 from eutectic.execution.threads import on_threads, one_intra_op_thread
