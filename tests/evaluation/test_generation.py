@@ -116,5 +116,5 @@ def test_rows_without_targets_are_refused_in_words(folder: Path):
     data = {"proxy": "p.jsonl", "test": "d.jsonl"}
     spec = {"kind": "sequence-to-sequence", "data": data}
     task = load_tasks(world.tasks(folder / "t.yaml", a=spec))["a"]
-    with pytest.raises(RequestError, match="split 'proxy': row 1 has no 'target'"):
+    with pytest.raises(RequestError, match="split 'proxy': row 1 has no column 'target'"):
         prepare(task, "proxy", folder / "m")

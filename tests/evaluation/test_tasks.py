@@ -8,9 +8,13 @@ import pytest
 
 from eutectic.data.fingerprints import data_hash, row_key
 from eutectic.errors import TaskError
-from eutectic.evaluation import load_tasks
+from eutectic.evaluation import Task, load_tasks
 from eutectic.evaluation.splits import check_disjoint, split_rows
 from evaluation import world
+
+
+def counts(task: Task) -> dict[str, int]:
+    return {split: len(keys) for split, keys in check_disjoint(task).items()}
 
 
 def test_all_faults_together_with_lines(tmp_path: Path):
@@ -26,6 +30,17 @@ def test_all_faults_together_with_lines(tmp_path: Path):
     assert "line 7: unknown key 'tasks.b.data.test.shares'. Did you mean 'share'?" in text
     assert "line 8: unknown key 'tasks.b.heads'. Did you mean 'head'?" in text
     assert "line 9: tasks.c: metric 'acuracy' is none of language-model: loss, perplexity" in text
+
+
+def test_kinds_of_task_may_be_spelled_as_before(tmp_path: Path):
+    world.jsonl(tmp_path / "x.jsonl", [{"text": "w1"}])
+    kinds = {"causal-lm": "language-model", "text_classification": "text-classification"}
+    for written, kind in kinds.items():
+        path = world.tasks(tmp_path / "t.yaml", a={"kind": written, "data": "x.jsonl"})
+        assert load_tasks(path)["a"].kind == kind
+    path = world.tasks(tmp_path / "t.yaml", a={"kind": "feature-extraction", "data": "x.jsonl"})
+    with pytest.raises(TaskError, match=r"tasks\.a\.kind: must be one of text-cl"):
+        load_tasks(path)
 
 
 def test_missing_files_are_named_with_lines(tmp_path: Path):
@@ -46,7 +61,7 @@ def test_shares_part_a_file_by_content(tmp_path: Path):
     assert sum(map(len, found.values())) == 401
     for split, share in shares.items():
         assert abs(len(found[split]) / 401 - share) < 0.08
-    assert check_disjoint(task)["proxy"] <= len(found["proxy"])
+    assert len(check_disjoint(task)["proxy"]) <= len(found["proxy"])
 
 
 def test_shared_rows_are_refused_with_count_and_example(tmp_path: Path):
@@ -84,7 +99,7 @@ def test_data_given_to_collect_count_as_proxy(tmp_path: Path):
     proxy = world.jsonl(tmp_path / "p.jsonl", [{"text": "X "}])
     path = world.tasks(tmp_path / "t.yaml", a={"kind": "text-classification", "data": "a.jsonl"})
     task = load_tasks(path)["a"]
-    assert check_disjoint(task) == {"test": 1}
+    assert counts(task) == {"test": 1}
     with pytest.raises(TaskError, match="proxy and test share 1 of 1"):
         check_disjoint(task, [str(proxy)])
 
@@ -123,7 +138,7 @@ def test_rows_of_functions_are_compared_by_their_content(tmp_path: Path):
     data = {s: f"{s}.jsonl" for s in ("validation", "test")}
     spec = {"kind": "function", "function": "f.py:f", "data": data}
     unnamed = load_tasks(world.tasks(tmp_path / "t.yaml", a=spec))["a"]
-    assert check_disjoint(unnamed) == {"validation": 2, "test": 2}  # no column is known as content
+    assert counts(unnamed) == {"validation": 2, "test": 2}  # no column is known as content
     named = {**spec, "columns": {"text": "body"}}
     task = load_tasks(world.tasks(tmp_path / "t.yaml", a=named))["a"]
     with pytest.raises(TaskError, match="validation and test share 1 of 2"):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eutectic.data.columns import Row
+from eutectic.data.columns import Row, check_columns
 from eutectic.data.fingerprints import data_hash
 from eutectic.data.images import PixelBatches
 from eutectic.data.labels import class_index, finite_number
@@ -95,7 +95,9 @@ def prepare(
         raise RequestError(f"task '{task.name}' ({task.kind}) reads its rows itself.")
     processor, config = open_processor(task, Path(folder), base)
     if task.kind == "sequence-to-sequence":
-        _check_targets(task, split, rows)
+        # Proxy data of other kinds need no answers.
+        where = f"task '{task.name}', split '{split}': "
+        check_columns(rows, task.columns, ["target"], where=where, advice=_targets_wanted)
     references = references_of(task, rows, label_ids or config.label2id or {}) if answers else ()
     generate = 0
     batches: Sequence[dict[str, Tensor]]
@@ -166,15 +168,11 @@ def references_of(
     return tuple(found)
 
 
-def _check_targets(task: Task, split: Split, rows: Sequence[Row]) -> None:
-    """Refuse rows without a target: proxy data of other kinds need no answers."""
-    for number, row in enumerate(rows, 1):
-        if row.get(task.columns.target) is None:
-            raise RequestError(
-                f"task '{task.name}', split '{split}': row {number} has no "
-                f"'{task.columns.target}'.\nOutputs of such models are compared and scored along "
-                "their targets; name the column (columns: {target: NAME}) or add it."
-            )
+def _targets_wanted(field: str) -> str:
+    return (
+        "Outputs of such models are compared and scored along their targets; name the column "
+        f"(columns: {{{field}: NAME}}) or add it."
+    )
 
 
 def normal_text(text: str) -> str:

@@ -106,7 +106,10 @@ def _checked_splits(
         if name not in tasks:
             raise RequestError(f"no task '{name}' for the proxy data.{suggest(name, list(tasks))}")
         further[name] = [str(p) for p in ([given] if isinstance(given, str | Path) else given)]
-    return {
+    found = {
         name: check_disjoint(task, further.get(name, ()), trust_code=trust_code)
         for name, task in tasks.items()
+    }
+    return {
+        name: {split: len(keys) for split, keys in splits.items()} for name, splits in found.items()
     }

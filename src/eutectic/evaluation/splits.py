@@ -56,8 +56,8 @@ def _in_turn(rows: Sequence[Row], column: str) -> list[Row]:
 
 def check_disjoint(
     task: Task, further_proxy: Sequence[str] = (), *, trust_code: bool = False
-) -> dict[str, int]:
-    """Return split -> number of rows; the splits share no row.
+) -> dict[Split, frozenset[bytes]]:
+    """Return split -> identities of its rows, of splits that have any; they share no row.
 
     Args:
         task: the task; all of its splits are read.
@@ -68,14 +68,6 @@ def check_disjoint(
         TaskError: two splits share rows; names how many, and one of them.
         RequestError: proxy files for a task whose rows lm-evaluation-harness has.
     """
-    found = disjoint_keys(task, further_proxy, trust_code=trust_code)
-    return {split: len(keys) for split, keys in found.items()}
-
-
-def disjoint_keys(
-    task: Task, further_proxy: Sequence[str] = (), *, trust_code: bool = False
-) -> dict[Split, frozenset[bytes]]:
-    """Return split -> identities of its rows, of splits that have any; see `check_disjoint`."""
     if further_proxy and task.kind == "lm-eval":
         raise RequestError(
             f"task '{task.name}' takes its rows from lm-evaluation-harness; they cannot be "

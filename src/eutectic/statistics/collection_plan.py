@@ -72,8 +72,9 @@ class Plan:
         groups: list[list[tuple[Plan, int]]] = [[]]
         for unit, need in units:
             if memory_bytes is not None and need > memory_bytes:
+                first = [*(s.name for s in unit.leaders), *unit.diagonal, *unit.block][0]
                 raise RequestError(
-                    f"the sums of '{unit.first_name}' and what goes with it take {need:,} bytes, "
+                    f"the sums of '{first}' and what goes with it take {need:,} bytes, "
                     f"more than the {memory_bytes:,} allowed.\n"
                     "Allow more memory, or leave the layer out with layers=…."
                 )
@@ -85,12 +86,6 @@ class Plan:
                 groups.append([])
             groups[-1].append((unit, need))
         return [_join([unit for unit, _ in group]) for group in groups if group]
-
-    @property
-    def first_name(self) -> str:
-        """The name of the first thing observed."""
-        names = [*(s.name for s in self.leaders), *self.diagonal, *self.block]
-        return names[0] if names else ""
 
     def _units(self, settings: Settings) -> list[tuple[Plan, int]]:
         """Return the smallest plans that cannot be split, each with the bytes of its sums."""

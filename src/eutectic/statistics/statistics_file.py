@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import StatisticsError, suggest
-from eutectic.statistics.tensor_file import Entry, TensorFile, entries_of, write_tensors
+from eutectic.statistics.tensor_file import TensorFile, write_tensors
 from eutectic.types import LayerStatistics
 
 RECORD_KEY = "eutectic_statistics"
@@ -173,10 +173,6 @@ class StatisticsFile(Mapping[str, LayerStatistics]):
         layer = self._layers[name]
         owner = layer["inputs"] if statistic in INPUT_STATISTICS else layer["same_as"]
         return f"{owner}/{stored}"
-
-    def entries(self) -> list[Entry]:
-        """Return name, dtype and shape of every stored tensor, without reading them."""
-        return entries_of(self.tensors)
 
     def save(self, path: str | Path) -> StatisticsFile:
         """Write the file atomically and return it opened.

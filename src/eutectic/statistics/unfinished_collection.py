@@ -18,6 +18,7 @@ from eutectic.storage import storage_of
 
 _KEY = "eutectic_collection"
 _SNAPSHOT = "snapshot.safetensors"
+_PASS = "pass-{:04d}.safetensors"
 
 
 @dataclass
@@ -61,23 +62,15 @@ class Partial:
 
     def save(self, snapshot: Snapshot) -> None:
         """Replace the snapshot."""
-        tensors = dict(snapshot.sums)
-        tensors["examples"] = torch.tensor(snapshot.log.inputs, dtype=torch.int64)
-        record = {
-            "identity": self.identity,
-            "part": snapshot.part,
-            "batches": snapshot.batches,
-            "log": snapshot.log.batches,
-        }
-        path = self.folder / _SNAPSHOT
-        write_tensors(path, tensors, _KEY, record)
+        examples = torch.tensor(snapshot.log.inputs, dtype=torch.int64)
+        record = {"part": snapshot.part, "batches": snapshot.batches, "log": snapshot.log.batches}
+        self._write(_SNAPSHOT, {**snapshot.sums, "examples": examples}, record)
 
     def load(self) -> Snapshot | None:
         """Return the snapshot, or None when the collection had not come to one."""
-        path = self.folder / _SNAPSHOT
-        if not path.exists():
+        file = self._read(_SNAPSHOT)
+        if file is None:
             return None
-        file = _open(path, self.identity)
         log = DataLog(file["examples"].tolist(), list(file.record["log"]))
         sums = {name: file[name] for name in file if name != "examples"}
         return Snapshot(file.record["part"], file.record["batches"], sums, log)
@@ -86,17 +79,31 @@ class Partial:
         self, part: int, tensors: Mapping[str, Tensor], counts: Mapping[str, Any]
     ) -> None:
         """Keep what a finished pass gave."""
-        record = {"identity": self.identity, "counts": dict(counts)}
-        path = self.folder / f"pass-{part:04d}.safetensors"
-        write_tensors(path, tensors, _KEY, record)
+        self._write(_PASS.format(part), tensors, {"counts": dict(counts)})
 
     def load_pass(self, part: int) -> tuple[Mapping[str, Tensor], dict[str, Any]] | None:
         """Return what a pass gave, read when asked for, or None when it is not finished."""
-        path = self.folder / f"pass-{part:04d}.safetensors"
+        file = self._read(_PASS.format(part))
+        return None if file is None else (file, file.record["counts"])
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        write_tensors(self.folder / name, tensors, _KEY, {"identity": self.identity, **record})
+
+    def _read(self, name: str) -> TensorFile | None:
+        path = self.folder / name
         if not path.exists():
             return None
-        file = _open(path, self.identity)
-        return file, file.record["counts"]
+        try:
+            file = TensorFile(path, _KEY)
+        except StatisticsError as error:
+            raise ResumeError(f"{error}\nRemove {self.folder} to start anew.") from error
+        if file.record.get("identity") != self.identity:
+            raise ResumeError(
+                f"{self.folder}: the unfinished collection in it has another model or other "
+                "settings.\n"
+                "Repeat that one with its own arguments, or remove the folder to start anew."
+            )
+        return file
 
     def remove(self) -> None:
         """Delete the folder; the collection is finished."""
@@ -138,16 +145,3 @@ def identify(description: Mapping[str, Any]) -> str:
 
 def _own(name: str) -> bool:
     return name == _SNAPSHOT or name.startswith("pass-")
-
-
-def _open(path: Path, identity: str) -> TensorFile:
-    try:
-        file = TensorFile(path, _KEY)
-    except StatisticsError as error:
-        raise ResumeError(f"{error}\nRemove {path.parent} to start anew.") from error
-    if file.record.get("identity") != identity:
-        raise ResumeError(
-            f"{path.parent}: the unfinished collection in it has another model or other settings.\n"
-            "Repeat that one with its own arguments, or remove the folder to start anew."
-        )
-    return file

@@ -17,7 +17,7 @@ from eutectic.errors import RequestError
 from eutectic.evaluation.checkpoints import Checkpoint, Checkpoints
 from eutectic.evaluation.encoded_splits import Prepared, prepare
 from eutectic.evaluation.model_outputs import load_head, outputs
-from eutectic.evaluation.splits import disjoint_keys
+from eutectic.evaluation.splits import check_disjoint
 from eutectic.evaluation.task_files import load_tasks
 from eutectic.evaluation.task_schema import Task
 from eutectic.models.batch import IGNORED_LABEL
@@ -116,7 +116,7 @@ def open_tasks(search: ScaleSearch, plan: Plan, inputs: Inputs) -> list[TuningTa
     features = search.compare == "features"
     lent = _lent_heads(plan)
     tasks: list[TuningTask] = []
-    keys = {name: disjoint_keys(task) for name, task in found.items()}
+    keys = {name: check_disjoint(task) for name, task in found.items()}
     for task in found.values():
         own = keys[task.name]
         rows = {name: len(of) for name, of in own.items()}
