@@ -50,7 +50,7 @@ def demo(
       eutectic demo -o demo-output
     """
     from eutectic.evaluation import Task, load_model, prepare
-    from eutectic.evaluation.task_schema import Part
+    from eutectic.evaluation.task_files import Part
     from eutectic.execution.run import merge
 
     examples = _examples() if examples is None else _checked(examples)

@@ -18,9 +18,9 @@ from eutectic.data.images import PixelBatches
 from eutectic.data.labels import class_index, finite_number
 from eutectic.data.texts import longest_target, token_ids
 from eutectic.errors import CheckpointError, Fault, RequestError, TaskError, first_line, suggest
-from eutectic.evaluation.identities import processor_hash
+from eutectic.evaluation.checkpoints import processor_hash
 from eutectic.evaluation.splits import split_rows
-from eutectic.evaluation.task_schema import Split, Task
+from eutectic.evaluation.task_files import Split, Task
 from eutectic.models.processors import image_mode, load_processor, longest_input, positions_of
 from eutectic.models.transformers_loading import load_config
 

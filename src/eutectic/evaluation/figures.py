@@ -1,27 +1,160 @@
-"""From outcomes to the results that are published: figures, means and differences."""
+"""From outcomes to results: metrics with paired bootstrap intervals, relative to the experts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import permutations
+from typing import Any
+
+import numpy as np
 
 from eutectic.errors import Note
-from eutectic.evaluation.bootstrap import (
-    Draws,
-    compare,
-    difference,
-    draw,
-    gain,
-    mean,
-    over_tasks,
-    result,
-)
-from eutectic.evaluation.checkpoints import EXPERTS_MEAN
-from eutectic.evaluation.identities import fingerprint, head_hashes, versions
+from eutectic.evaluation.checkpoints import EXPERTS_MEAN, fingerprint, head_hashes, versions
 from eutectic.evaluation.lm_eval_harness import harness_version
-from eutectic.evaluation.metrics import LOWER_IS_BETTER, Outcomes
+from eutectic.evaluation.metrics import (
+    LOWER_IS_BETTER,
+    Array,
+    Outcomes,
+    metric_value,
+    resampled_values,
+)
 from eutectic.evaluation.pairs import Pairs
-from eutectic.evaluation.results import CheckpointRecord, Results, TaskRecord
+from eutectic.evaluation.results import (
+    CheckpointRecord,
+    Difference,
+    Mean,
+    Result,
+    Results,
+    TaskRecord,
+)
+from eutectic.evaluation.task_files import Task
+
+CONFIDENCE = (2.5, 97.5)
+_BLOCK_ELEMENTS = 1 << 21
+
+
+@dataclass(frozen=True)
+class Draws:
+    """A figure and its bootstrap replicates `[resamples]`; NaN where undefined."""
+
+    value: float
+    replicates: Array
+
+    def error(self) -> float | None:
+        """Return the standard error: the deviation of the replicates that are defined, or None."""
+        known = self.replicates[np.isfinite(self.replicates)]
+        return float(known.std(ddof=1)) if np.isfinite(self.value) and len(known) > 1 else None
+
+    def interval(self) -> tuple[float, float] | None:
+        """Return the percentile interval over the replicates that are defined, or None."""
+        known = self.replicates[np.isfinite(self.replicates)]
+        if np.isfinite(self.value) and len(known):
+            low, high = np.percentile(known, CONFIDENCE)
+            return float(low), float(high)
+        return None
+
+
+def draw(task: Task, outcomes: Outcomes, seed: int, resamples: int) -> Draws:
+    """Return the task's metric and its replicates.
+
+    Rows are drawn with replacement, by a generator of (seed, task name) alone: every checkpoint is
+    scored on the same resamples, so that ratios and differences are paired. Time and memory:
+    resamples × rows, in blocks.
+    """
+    rows = len(outcomes.predictions)
+    generator = np.random.default_rng([seed, zlib.crc32(task.name.encode())])
+    step = max(1, _BLOCK_ELEMENTS // rows)
+    blocks = [
+        resampled_values(
+            task.formula,
+            outcomes,
+            generator.integers(0, rows, (min(step, resamples - start), rows)),
+        )
+        for start in range(0, resamples, step)
+    ]
+    replicates = np.concatenate(blocks) if blocks else np.empty(0)
+    return Draws(metric_value(task.formula, outcomes), replicates)
+
+
+def compare(
+    task: Task, own: Draws, expert: Draws | None, base: Draws | None
+) -> tuple[Draws, Draws]:
+    """Return the value normalised by the expert's, and NAI = (own − base) / (expert − base).
+
+    A share of an expert that is not above 0 (a correlation may be below) is undefined. Where the
+    expert is worse than the base, a larger NAI is a worse model; see `gain`.
+    """
+    if expert is None:
+        return _undefined(own), _undefined(own)
+    if task.formula in LOWER_IS_BETTER:
+        normalized = _quotient(expert, own)
+    else:
+        normalized = _quotient(own, _positive(expert))
+    if base is None:
+        return normalized, _undefined(own)
+    return normalized, _quotient(_difference(own, base), _difference(expert, base))
+
+
+def gain(task: Task, expert: Draws, base: Draws) -> float:
+    """Return by how much the expert is better than the base, in the metric's direction."""
+    sign = -1 if task.formula in LOWER_IS_BETTER else 1
+    return sign * (expert.value - base.value)
+
+
+def over_tasks(
+    tasks: Sequence[Task], figures: Mapping[str, Sequence[Draws]]
+) -> tuple[Draws, Draws, Draws]:
+    """Return the means over tasks; each replicate averages one resample of every task.
+
+    The mean of values is undefined when some metrics are better high and others better low; a mean
+    of normalised values or NAI is undefined when one of them is.
+    """
+
+    def averaged(position: int) -> Draws:
+        parts = [figures[task.name][position] for task in tasks]
+        value = float(np.mean([part.value for part in parts]))
+        return Draws(value, np.mean([part.replicates for part in parts], axis=0))
+
+    value = averaged(0)
+    if len({task.formula in LOWER_IS_BETTER for task in tasks}) > 1:
+        value = _undefined(value)
+    return value, averaged(1), averaged(2)
+
+
+def _described(figures: Sequence[Draws]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, figure in zip(("value", "normalized", "nai"), figures, strict=False):
+        found[key] = figure.value if np.isfinite(figure.value) else None
+        found["interval" if key == "value" else f"{key}_interval"] = figure.interval()
+    return found
+
+
+def _with_error(figures: Sequence[Draws]) -> dict[str, Any]:
+    return _described(figures) | {"standard_error": figures[0].error()}
+
+
+def _undefined(like: Draws) -> Draws:
+    return Draws(float("nan"), np.full(len(like.replicates), np.nan))
+
+
+def _positive(of: Draws) -> Draws:
+    value = of.value if of.value > 0 else float("nan")
+    return Draws(value, np.where(of.replicates > 0, of.replicates, np.nan))
+
+
+def _difference(left: Draws, right: Draws) -> Draws:
+    return Draws(left.value - right.value, left.replicates - right.replicates)
+
+
+def _quotient(left: Draws, right: Draws) -> Draws:
+    value = left.value / right.value if right.value != 0 else float("nan")
+    unknown = np.full(len(left.replicates), np.nan)
+    replicates = np.divide(
+        left.replicates, right.replicates, out=unknown, where=right.replicates != 0
+    )
+    return Draws(value, replicates)
 
 
 def results_of(pairs: Pairs, outcomes: Mapping[tuple[str, str], Outcomes]) -> Results:
@@ -49,16 +182,17 @@ def results_of(pairs: Pairs, outcomes: Mapping[tuple[str, str], Outcomes]) -> Re
         row = EXPERTS_MEAN if checkpoint.role == "expert" else checkpoint.name
         figures.setdefault(row, {})[task.name] = (own, *relative)
     records = [
-        result(
-            c.name,
-            t,
-            len(outcomes[c.name, t.name].predictions),
-            figures[EXPERTS_MEAN if c.role == "expert" else c.name][t.name],
+        Result(
+            checkpoint=c.name,
+            task=t.name,
+            n=len(outcomes[c.name, t.name].predictions),
+            **_with_error(figures[EXPERTS_MEAN if c.role == "expert" else c.name][t.name]),
         )
         for c, t in pairs
     ]
-    own_tasks = {row: [tasks[name] for name in found] for row, found in figures.items()}
-    together = {row: over_tasks(own_tasks[row], found) for row, found in figures.items()}
+    together = {
+        row: over_tasks([tasks[name] for name in found], found) for row, found in figures.items()
+    }
     compared = [row for row in together if row != EXPERTS_MEAN]
     scored = {r.task: r.n for r in records}
     return Results(
@@ -94,9 +228,17 @@ def results_of(pairs: Pairs, outcomes: Mapping[tuple[str, str], Outcomes]) -> Re
             for t in tasks.values()
         ),
         results=tuple(records),
-        means=tuple(mean(row, own_tasks[row], found) for row, found in together.items()),
+        means=tuple(
+            Mean(checkpoint=row, tasks=tuple(figures[row]), **_with_error(found))
+            for row, found in together.items()
+        ),
         differences=tuple(
-            difference(row, other, together[row], together[other])
+            # The interval is that of the paired replicates.
+            Difference(
+                checkpoint=row,
+                other=other,
+                **_described([*map(_difference, together[row][:2], together[other][:2])]),
+            )
             for row, other in permutations(compared, 2)
         ),
         notes=(str(Note("no_gain", numbers=without_gain)),) if without_gain else (),

@@ -12,7 +12,7 @@ from eutectic.data.columns import Row
 from eutectic.data.python_functions import import_function
 from eutectic.errors import RequestError
 from eutectic.evaluation.metrics import Outcomes
-from eutectic.evaluation.task_schema import Task
+from eutectic.evaluation.task_files import Task
 
 
 def call_function(

@@ -23,7 +23,7 @@ import torch
 from eutectic.errors import MissingExtraError, RequestError, first_line
 from eutectic.evaluation.metrics import Outcomes
 from eutectic.evaluation.model_outputs import Precision
-from eutectic.evaluation.task_schema import Task
+from eutectic.evaluation.task_files import Task
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from eutectic.errors import CheckpointError, Fault, NumericalError, RequestError, TaskError
 from eutectic.evaluation.encoded_splits import Prepared, normal_text
 from eutectic.evaluation.metrics import Array, Outcomes, metric_value, per_example
-from eutectic.evaluation.task_schema import Task
+from eutectic.evaluation.task_files import Task
 from eutectic.models.batch import IGNORED_LABEL
 from eutectic.models.hooks import evaluating
 from eutectic.models.linear_head import Head, features, read_head

@@ -9,16 +9,15 @@ from typing import Any, get_args
 from eutectic.checkpoint.experts import is_adapter
 from eutectic.data.fingerprints import data_hash
 from eutectic.errors import NumericalError, RequestError, TaskError, suggest
-from eutectic.evaluation.checkpoints import Checkpoint, Checkpoints, RoutingMode
+from eutectic.evaluation.checkpoints import Checkpoint, Checkpoints, RoutingMode, processor_hash
 from eutectic.evaluation.encoded_splits import BATCH_SIZE, Prepared, open_processor, prepare
 from eutectic.evaluation.function_tasks import call_function
-from eutectic.evaluation.identities import processor_hash
 from eutectic.evaluation.lm_eval_harness import HarnessRows, read_harness, run_harness
 from eutectic.evaluation.metrics import Outcomes
 from eutectic.evaluation.model_outputs import Precision, load_head, outcomes_of, outputs
 from eutectic.evaluation.outcome_journal import Journal
 from eutectic.evaluation.splits import split_rows
-from eutectic.evaluation.task_schema import Split, Task
+from eutectic.evaluation.task_files import Split, Task
 
 Progress = Callable[[float, float, str], None]
 

@@ -14,8 +14,7 @@ from eutectic.evaluation.outcome_journal import Journal
 from eutectic.evaluation.pairs import EvaluationSettings, Pairs, Progress
 from eutectic.evaluation.results import Results
 from eutectic.evaluation.splits import check_disjoint
-from eutectic.evaluation.task_files import load_tasks
-from eutectic.evaluation.task_schema import Split, Task
+from eutectic.evaluation.task_files import Split, Task, load_tasks
 from eutectic.options import options_from
 
 if TYPE_CHECKING:

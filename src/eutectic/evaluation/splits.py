@@ -18,7 +18,7 @@ from eutectic.data.fingerprints import row_key
 from eutectic.data.images import locate_images
 from eutectic.data.row_files import read_rows
 from eutectic.errors import Fault, RequestError, TaskError
-from eutectic.evaluation.task_schema import SPLITS, Part, Split, Task
+from eutectic.evaluation.task_files import SPLITS, Part, Split, Task
 
 
 def split_rows(task: Task, split: Split, limit: int | None = None) -> list[Row]:

@@ -1,15 +1,18 @@
-"""Files of tasks: read, checked as a whole with line numbers, paths resolved."""
+"""Files of tasks: what they may say, read and checked as a whole with line numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from eutectic.data.columns import Columns
-from eutectic.errors import Fault, TaskError
-from eutectic.evaluation.task_schema import HarnessOptions, Part, Task, TaskFile, TaskSpec
+from eutectic.errors import Fault, TaskError, suggest
+from eutectic.evaluation.metrics import METRICS_OF_KIND
+from eutectic.models.linear_head import Pooling
+from eutectic.models.task_kinds import CLASSIFICATION, WITH_HEAD, TaskKind, spelled
 from eutectic.recipes.document import (
     Location,
     Source,
@@ -18,6 +21,191 @@ from eutectic.recipes.document import (
     read_document,
     schema_fault,
 )
+from eutectic.recipes.schema import Name
+
+Split = Literal["proxy", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("proxy", "validation", "test")
+NOT_TOKENIZED = ("image-classification", "function", "lm-eval")  # here, that is
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Part(_Strict):
+    """The rows of one split.
+
+    Attributes:
+        path: jsonl, csv, tsv, parquet, folder of images, or folder written by `datasets`.
+        share: this share of the rows, chosen by the hash of their inputs; None takes them all.
+        subset: the split inside a `datasets` folder that has several.
+    """
+
+    path: str
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    subset: str | None = None
+
+
+class HarnessOptions(_Strict):
+    """What lm-evaluation-harness is asked for.
+
+    Attributes:
+        tasks: names of its tasks or groups; the rows of all are pooled.
+        num_fewshot: examples in the prompt; None: what each task says.
+        limit: the first rows of each of its tasks only.
+        filter: which of its filters, where a task has several.
+        include_path: folder with further tasks, which may run Python code.
+    """
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
+    filter: str | None = None
+    include_path: str | None = None
+
+
+class TaskSpec(_Strict):
+    """One task: data with known answers, a kind of model, a metric.
+
+    Attributes:
+        kind: what the model does.
+        data: split -> file, or {path, share, subset}; a file alone is the split `test`.
+        columns: names of columns, where they are not the usual ones.
+        metric: None takes the kind's first; see `metrics.METRICS_OF_KIND`.
+        expert: the expert whose head and accuracy the task refers to; None: the task's own name.
+        labels: class names in the order of the model's outputs; None: as its configuration says.
+        max_length: tokens per input; None: what the model takes, at most 512.
+        head: safetensors file with `weight` [outputs, hidden] and `bias` [outputs], applied to
+            pooled features; None: the model has a head of its own.
+        base_head: the same for the base, where it differs.
+        pooling: of features for `head`: mean over unmasked tokens, the first token, or the model's
+            own pooled output (for CLIP: the projected image embedding).
+        normalize: scale features to length 1 before the head.
+        head_tensors: shell patterns over tensor names that count as the expert's head, besides
+            those that the base lacks or has in another shape.
+        function: `module:function` or `file.py:function`, for the kind `function`.
+        options: keyword arguments of the function.
+        harness: for the kind `lm-eval`, which brings its rows and metrics itself.
+    """
+
+    kind: TaskKind
+    data: Annotated[dict[Split, Part], Field(default_factory=dict[Split, Part])]
+    columns: Columns = Columns()
+    metric: str | None = None
+    expert: Name | None = None
+    labels: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    max_length: Annotated[int, Field(ge=1)] | None = None
+    head: str | None = None
+    base_head: str | None = None
+    pooling: Pooling = "mean"
+    normalize: bool = False
+    head_tensors: tuple[str, ...] = ()
+    function: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+    harness: HarnessOptions | None = None
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _kind(cls, value: Any) -> str:
+        found = spelled(str(value))
+        if found not in METRICS_OF_KIND:
+            raise ValueError(
+                f"must be one of {', '.join(METRICS_OF_KIND)}"
+                f"{suggest(str(value), list(METRICS_OF_KIND))}"
+            )
+        return found
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _label_names(cls, value: Any) -> Any:
+        # YAML reads an unquoted `1` as a number; it is kept as text.
+        if not isinstance(value, list):
+            return value
+        listed = cast("list[Any]", value)
+        if any(isinstance(v, bool) for v in listed):
+            raise ValueError("YAML reads unquoted yes, no, on, off as true and false: quote them")
+        names = [str(v) for v in listed]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"each class is named once; twice there: {', '.join(twice)}")
+        return names
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _paths_alone(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"test": value}
+        if not isinstance(value, Mapping):
+            return value
+        parts = cast("Mapping[Any, Any]", value)
+        return {s: {"path": p} if isinstance(p, str) else p for s, p in parts.items()}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TaskSpec:
+        known = METRICS_OF_KIND[self.kind]
+        is_harness = self.kind == "lm-eval"
+        if self.metric is not None and self.metric not in known and not is_harness:
+            raise ValueError(
+                f"metric '{self.metric}' is none of {self.kind}: {', '.join(known)}."
+                f"{suggest(self.metric, known)}"
+            )
+        is_function = self.kind == "function"
+        if is_function != (self.function is not None):
+            raise ValueError("`function` and the kind 'function' belong together")
+        if self.options and not is_function:
+            raise ValueError("`options` are for the kind 'function'")
+        if is_harness != (self.harness is not None):
+            raise ValueError("`harness` and the kind 'lm-eval' belong together")
+        if is_harness and self.data:
+            raise ValueError("`data` is not for the kind 'lm-eval', which brings its own rows")
+        if not is_function and not is_harness and not self.data:
+            raise ValueError("'data' is missing")
+        if self.head is None and (self.base_head or self.normalize or self.pooling != "mean"):
+            raise ValueError("base_head, pooling and normalize need `head`")
+        if self.labels is not None and self.kind not in CLASSIFICATION:
+            raise ValueError(f"`labels` name classes, which the kind '{self.kind}' has not")
+        if self.max_length is not None and self.kind in NOT_TOKENIZED:
+            raise ValueError(f"`max_length` is not for the kind '{self.kind}'")
+        if self.kind == "language-model" and self.max_length == 1:
+            raise ValueError("max_length must be at least 2: each token is predicted from others")
+        if self.head is not None and self.kind not in WITH_HEAD:
+            raise ValueError(f"`head` is not for the kind '{self.kind}'")
+        shares: dict[tuple[str, str | None], list[float | None]] = {}
+        for part in self.data.values():
+            shares.setdefault((part.path, part.subset), []).append(part.share)
+        for (path, _), found in shares.items():
+            if len(found) > 1 and (
+                None in found or sum(map(float, filter(None, found))) > 1.000001
+            ):
+                raise ValueError(f"splits of one file ({path}) need shares of at most 1 in sum")
+        return self
+
+
+class Task(TaskSpec):
+    """A checked task with its name; paths are absolute or relative to the working folder."""
+
+    name: str
+
+    @property
+    def expert_name(self) -> str:
+        """The expert that the task belongs to."""
+        return self.expert or self.name
+
+    @property
+    def metric_name(self) -> str:
+        """The metric in force."""
+        return self.metric or METRICS_OF_KIND[self.kind][0]
+
+    @property
+    def formula(self) -> str:
+        """How the metric is computed from outcomes, by its name in `metrics`."""
+        return "mean" if self.kind == "lm-eval" else self.metric_name
+
+
+class TaskFile(_Strict):
+    """The whole file."""
+
+    tasks: Annotated[dict[Name, TaskSpec], Field(min_length=1)]
 
 
 def load_tasks(path: str | Path) -> dict[str, Task]:
