@@ -26,28 +26,22 @@ TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
 # Earlier versions of `collect` and of statistics files -> the spelling in force.
 ALIASES: Mapping[str, str] = {"causal-lm": "language-model", "seq2seq": "sequence-to-sequence"}
 
-# The transformers class that runs each kind; `function` runs code of the user's own.
-MODEL_CLASSES: Mapping[TaskKind, str] = {
-    "text-classification": "AutoModelForSequenceClassification",
-    "pair-classification": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-    "feature-extraction": "AutoModel",
-    "sequence-to-sequence": "AutoModelForSeq2SeqLM",
-    "language-model": "AutoModelForCausalLM",
-    "lm-eval": "AutoModelForCausalLM",
+_SEQUENCES = ("AutoModelForSequenceClassification", ("ForSequenceClassification",))
+_CAUSAL = ("AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel"))
+# The transformers class that runs each kind, and endings of the names of architectures that have
+# its head; `function` runs code of the user's own.
+_MODELS: Mapping[TaskKind, tuple[str, tuple[str, ...]]] = {
+    "text-classification": _SEQUENCES,
+    "pair-classification": _SEQUENCES,
+    "regression": _SEQUENCES,
+    "image-classification": ("AutoModelForImageClassification", ("ForImageClassification",)),
+    "feature-extraction": ("AutoModel", ("Model",)),
+    "sequence-to-sequence": ("AutoModelForSeq2SeqLM", ("ForConditionalGeneration",)),
+    "language-model": _CAUSAL,
+    "lm-eval": _CAUSAL,
 }
-# Endings of the names of architectures that have the head of each kind.
-ARCHITECTURES: Mapping[TaskKind, tuple[str, ...]] = {
-    "text-classification": ("ForSequenceClassification",),
-    "pair-classification": ("ForSequenceClassification",),
-    "regression": ("ForSequenceClassification",),
-    "image-classification": ("ForImageClassification",),
-    "feature-extraction": ("Model",),
-    "sequence-to-sequence": ("ForConditionalGeneration",),
-    "language-model": ("ForCausalLM", "LMHeadModel"),
-    "lm-eval": ("ForCausalLM", "LMHeadModel"),
-}
+MODEL_CLASSES = {kind: name for kind, (name, _) in _MODELS.items()}
+ARCHITECTURES = {kind: endings for kind, (_, endings) in _MODELS.items()}
 CLASSIFICATION: tuple[TaskKind, ...] = (
     "text-classification",
     "pair-classification",

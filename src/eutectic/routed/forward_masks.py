@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import accumulate, count
+from operator import mul
 from typing import Any
 
 import torch
@@ -167,10 +168,8 @@ def _lengths(given: Mapping[str, Any], mask: Tensor | None, cross: Tensor | None
     for name in (*_TEXTS, *_OF_DECODER, _STATES):
         value = given.get(name)
         if isinstance(value, Tensor):
-            rows = 1
-            for size in value.shape[1 : -1 if value.is_floating_point() else None]:
-                rows *= size
-                found.add(rows)
+            sizes = value.shape[1 : -1 if value.is_floating_point() else None]
+            found.update(accumulate(sizes, mul))
     if all(given.get(name) is None for name in _NO_TEXTS):
         # Masks of audio count its samples in time, of which the model makes fewer tokens.
         found |= {m.shape[1] for m in (mask, cross) if m is not None}

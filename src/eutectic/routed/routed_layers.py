@@ -93,23 +93,17 @@ def routed_layers(
     chosen = choose_layers(model, patterns)
     if patterns is not None:
         return chosen, []
-    crossed = {
-        layer.path
-        for layer in chosen
-        if layer.kind == "in_projection"
-        and (
-            all(in_parts(layer.name, keys) for keys in statistics.values())
-            if statistics
-            else _is_cross_attention(model, layer.path)
-        )
-    }
-    left_out = [
-        layer.name
-        for layer in chosen
-        if layer.path in crossed
-        or (layer.kind == "out_projection" and layer.path.rpartition(".")[0] in crossed)
-    ]
-    return [layer for layer in chosen if layer.name not in left_out], left_out
+
+    def is_crossed(layer: Site) -> bool:
+        if statistics:
+            return all(in_parts(layer.name, keys) for keys in statistics.values())
+        return _is_cross_attention(model, layer.path)
+
+    packed = [layer for layer in chosen if layer.kind == "in_projection"]
+    crossed = [layer.path for layer in packed if is_crossed(layer)]
+    crossed += [f"{path}.out_proj" for path in crossed]
+    left_out = [layer.name for layer in chosen if layer.path in crossed]
+    return [layer for layer in chosen if layer.path not in crossed], left_out
 
 
 def _is_cross_attention(model: nn.Module, path: str) -> bool:
@@ -149,25 +143,18 @@ def routed_costs(
         RequestError: nothing to route.
     """
     chosen, _ = routed_layers(model, layers, statistics)
-    factors = nbytes = per_token = per_sample = routers = 0
-    for layer in chosen:
-        width = sum(layer.shape)
-        thin = layer_rank(layer, rank)
-        factors += experts * thin * width
-        nbytes += experts * thin * width * layer.weight.element_size()
-        per_token += thin * width
-        per_sample += experts * layer.shape[1]
-        routers += experts * (layer.shape[1] + 1)
+    thin = {layer: layer_rank(layer, rank) * sum(layer.shape) for layer in chosen}
+    scored = sum(layer.shape[1] for layer in chosen)
+    routers = experts * (scored + len(chosen))
+    nbytes = sum(n * layer.weight.element_size() for layer, n in thin.items())
     return RoutedCosts(
         layers=len(chosen),
-        parameters=factors + routers,
-        nbytes=nbytes + 4 * routers,
-        multiply_adds_per_token=per_token,
-        multiply_adds_per_sample=per_sample,
+        parameters=experts * sum(thin.values()) + routers,
+        nbytes=experts * nbytes + 4 * routers,
+        multiply_adds_per_token=sum(thin.values()),
+        multiply_adds_per_sample=experts * scored,
         model_parameters=sum(p.numel() for p in model.parameters()),
-        model_multiply_adds_per_token=sum(
-            math.prod(layer.shape) for layer in routable_sites(model)
-        ),
+        model_multiply_adds_per_token=sum(math.prod(s.shape) for s in routable_sites(model)),
     )
 
 
