@@ -19,11 +19,12 @@ import time
 from pathlib import Path
 
 import torch
-from data import TASKS, load_task, seeded, write
 from model import embed, features, load_model, save
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from data import TASKS, load_task, seeded, write
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from precision import fast_products

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from data import TASKS, load_task, seeded
 from PIL import Image
+
+from data import TASKS, load_task, seeded
 
 SPLITS = {"proxy": "train", "validation": "validation", "test": "test"}
 PROXIES = 128

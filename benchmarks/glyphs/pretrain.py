@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from data import distort, seeded, write
 from model import HIDDEN, embed, new_model, save
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from data import distort, seeded, write
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from precision import fast_products

@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 import torch
-from data import TASKS, build
 from pretrain import STEPS, pretrain
+
+from data import TASKS, build
 
 
 def run(work: Path, steps: int) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from data import TASKS, load_task
 from model import load_model
 from safetensors.torch import load_file
 from table.suite import SPLITS, Batches, Inputs, Suite
 from torch import Tensor, nn
+
+from data import TASKS, load_task
 
 BATCH = 250
 

@@ -203,7 +203,7 @@ def cases(draw: st.DrawFn, name: str, form: Form = "stack") -> Case:
 def claiming(law: str) -> list[tuple[str, Form]]:
     """Return every method that claims a law, with each form of deltas that it takes."""
     claimed = [method for method in METHODS.values() if law in method.laws]
-    thin: list[tuple[str, Form]] = [(m.name, "factors") for m in claimed if m.takes_factors]
+    thin: list[tuple[str, Form]] = [(m.name, "factors") for m in claimed if m.factors]
     return [*((m.name, "stack") for m in claimed), *thin]
 
 

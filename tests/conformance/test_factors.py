@@ -16,7 +16,7 @@ from eutectic.methods import merge_matrices
 
 from .cases import METHODS, Case, make_case, orthogonal, relative_error
 
-TAKERS = [name for name, method in METHODS.items() if method.takes_factors]
+TAKERS = [name for name, method in METHODS.items() if method.factors]
 BOUND = 1e-5
 
 

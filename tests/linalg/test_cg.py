@@ -15,9 +15,10 @@ from eutectic.linalg.cg import (
     conjugate_gradients_by_eigenbasis,
     eigenbasis_pays,
     inner,
+    jacobi,
+    kronecker,
     norm,
 )
-from eutectic.linalg.preconditioners import jacobi, kronecker
 
 
 def spd(n: int, seed: int, condition: float = 50.0, rank: int | None = None) -> Tensor:

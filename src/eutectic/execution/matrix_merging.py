@@ -147,7 +147,7 @@ def _thin(planned: TensorPlan, inputs: Inputs, base: Tensor) -> LowRankStack | N
     Parts of a fused matrix, and the matrices of a stack, are merged from expanded deltas.
     """
     layout = planned.layout
-    if not get_method(planned.method).takes_factors or layout.split or layout.stacked:
+    if not get_method(planned.method).factors or layout.split or layout.stacked:
         return None
     pairs: list[tuple[Tensor, Tensor]] = []
     for source in planned.experts:

@@ -1,7 +1,5 @@
 """Cholesky factors of Grams that may be singular."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Principal directions of the output shift that a task matrix causes, from Grams alone."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

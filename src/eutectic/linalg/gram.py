@@ -1,7 +1,5 @@
 """Gram matrices, in float64 by default, and what their eigenproblem says about the matrix."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -13,8 +13,6 @@ Routes, each falling back on the next:
 4. thin SVD in float64: exact precision, or triplets below `GRAM_FLOOR`·S₁ have to be kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Literal
 

@@ -19,8 +19,6 @@ is off; `products` 1e-4), for any number of threads to 1e-6.
 Why not cheaper still: docs/linear_algebra.md counts it.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

@@ -5,8 +5,6 @@ decomposition", SIAM J. Matrix Anal. Appl. 31 (2010). Newton–Schulz scaling: C
 "A stable scaling of Newton–Schulz for improving the sign function computation" (2014).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Exact selection of the k-th largest magnitude over a stream, without sorting."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import torch

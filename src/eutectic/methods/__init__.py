@@ -15,6 +15,7 @@ from eutectic.methods.registry import (
     Rules,
     Takes,
     all_methods,
+    always,
     get_method,
     register,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "Rules",
     "Takes",
     "all_methods",
+    "always",
     "get_method",
     "merge_matrices",
     "methods",

@@ -1,7 +1,5 @@
 """Task arithmetic."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from eutectic.linalg.lowrank import LowRankStack

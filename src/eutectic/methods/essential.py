@@ -14,7 +14,16 @@ from eutectic.errors import StatisticsError
 from eutectic.linalg import lapack
 from eutectic.linalg.essential import EssentialSubspace, essential_subspace
 from eutectic.linalg.polar import polar
-from eutectic.methods.registry import Context, Cost, Parameters, Precision, Rules, Takes, register
+from eutectic.methods.registry import (
+    Context,
+    Cost,
+    Parameters,
+    Precision,
+    Rules,
+    Takes,
+    always,
+    register,
+)
 from eutectic.methods.singular import TsvMParameters, tsv_m
 from eutectic.types import Merged
 
@@ -109,8 +118,8 @@ def _explain(shape: tuple[int, ...], parameters: EssentialParameters, precision:
     paper="Model merging in the essential subspace, arXiv 2602.20208",
     parameters=EssentialParameters,
     laws={"permutation", "homogeneous", "zero"},
-    takes=Takes(needs={"gram"}, fallback="tsv_m"),
-    cost=Cost(workspace=6.0),
+    takes=Takes(needs=always({"gram"}), fallback=always("tsv_m")),
+    cost=Cost(workspace=always(6.0)),
     rules=Rules(explain=_explain, finish=_layer_factors),
 )
 def esm(deltas: Tensor, parameters: EssentialParameters, context: Context) -> Merged:

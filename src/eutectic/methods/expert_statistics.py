@@ -1,6 +1,6 @@
 """Statistics as operators need them: present, in shape, finite, divided by their counts."""
 
-from __future__ import annotations
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -52,83 +52,70 @@ def lack(needs: tuple[str, ...], context: Context, normalize_counts: bool) -> st
     return None
 
 
-def divisor(context: Context, t: int, need: str, normalize_counts: bool) -> float:
-    """Return what the sums of expert t are divided by: tokens, or examples for a Fisher."""
-    return float(_examples(_entry(context, t), need)) if normalize_counts else 1.0
+@dataclass(frozen=True)
+class Sums:
+    """What was collected of every expert, divided by its counts or not.
 
-
-def input_gram(
-    context: Context, t: int, size: int, *, factor: float, off_diagonal: float, like: Tensor
-) -> Gram:
-    """Return `factor`·A_t with its off-diagonal entries multiplied by `off_diagonal`.
-
-    It has the dtype and the device of `like`.
-
-    Raises:
-        MethodError: the Gram does not fit a matrix with `size` inputs.
-        NumericalError: NaN or Inf in it.
+    Attributes:
+        context: weights and statistics.
+        normalize_counts: divide the sums by the tokens, or examples of a Fisher.
+        off_diagonal: λ, by which the off-diagonal entries of Grams are multiplied.
+        like: Grams come in its dtype and on its device.
     """
-    entry = _entry(context, t)
-    if entry.gram is not None:
-        return dense_gram(
-            entry.gram,
-            "gram",
-            context,
-            t,
-            size,
-            factor=factor,
-            off_diagonal=off_diagonal,
-            like=like,
-        )
-    if entry.gram_factor is None:
-        raise MethodError(f"{_where(context, t)}: the statistics hold no gram.")
-    rows = len(entry.gram_factor)
-    _check(entry.gram_factor, "gram_factor", (rows, size), context, t)
-    stored = entry.gram_factor.to(like)
-    remainder = None
-    if entry.gram_diagonal is not None:
-        _check(entry.gram_diagonal, "gram_diagonal", (size,), context, t)
-        remainder = entry.gram_diagonal.to(like) * factor
-    if off_diagonal != 1:
-        own = (1 - off_diagonal) * factor * stored.square().sum(0)
-        remainder = own if remainder is None else remainder + own
-    return Gram(None, stored, remainder, roundoff(entry.gram_factor), factor * off_diagonal)
+
+    context: Context
+    normalize_counts: bool
+    off_diagonal: float
+    like: Tensor
+
+    def input_gram(self, t: int, size: int, weight: float) -> Gram:
+        """Return `weight`·A_t of expert t, in the form that it is stored in.
+
+        Raises:
+            MethodError: none is stored, or it does not fit a matrix with `size` inputs.
+            NumericalError: NaN or Inf in it.
+        """
+        entry = _entry(self.context, t)
+        if entry.gram is not None or entry.gram_factor is None:
+            return self.square(t, "gram", size, weight)
+        scale = weight / self._divisor(t, "gram")
+        rows = len(entry.gram_factor)
+        _check(entry.gram_factor, "gram_factor", (rows, size), self.context, t)
+        stored = entry.gram_factor.to(self.like)
+        remainder = None
+        if entry.gram_diagonal is not None:
+            _check(entry.gram_diagonal, "gram_diagonal", (size,), self.context, t)
+            remainder = entry.gram_diagonal.to(self.like) * scale
+        if self.off_diagonal != 1:
+            own = (1 - self.off_diagonal) * scale * stored.square().sum(0)
+            remainder = own if remainder is None else remainder + own
+        eps = roundoff(entry.gram_factor)
+        return Gram(None, stored, remainder, eps, scale * self.off_diagonal)
+
+    def square(self, t: int, need: str, size: int, weight: float) -> Gram:
+        """Return `weight` times a stored square matrix of expert t; see `input_gram`."""
+        stored = _stored(self.context, t, need)
+        _check(stored, need, (size, size), self.context, t)
+        matrix = stored.to(self.like)
+        if self.off_diagonal != 1:
+            matrix = scaled_off_diagonal(matrix, self.off_diagonal)
+        return Gram(matrix, None, None, roundoff(stored), weight / self._divisor(t, need))
+
+    def fisher_diagonal(self, t: int) -> Tensor:
+        """Return the diagonal Fisher of expert t, in the shape of `like`, in float64."""
+        stored = _stored(self.context, t, "fisher_diagonal")
+        _check(stored, "fisher_diagonal", tuple(self.like.shape), self.context, t)
+        return stored.to(self.like.device, torch.float64) / self._divisor(t, "fisher_diagonal")
+
+    def _divisor(self, t: int, need: str) -> float:
+        return float(_examples(_entry(self.context, t), need)) if self.normalize_counts else 1.0
 
 
-def dense_gram(
-    stored: Tensor,
-    name: str,
-    context: Context,
-    t: int,
-    size: int,
-    *,
-    factor: float,
-    off_diagonal: float,
-    like: Tensor,
-) -> Gram:
-    """Return a stored square matrix as a Gram; see `input_gram`."""
-    _check(stored, name, (size, size), context, t)
-    matrix = stored.to(like)
-    if off_diagonal != 1:
-        matrix = scaled_off_diagonal(matrix, off_diagonal)
-    return Gram(matrix, None, None, roundoff(stored), factor)
-
-
-def square_statistic(context: Context, t: int, need: str) -> Tensor:
-    """Return the stored output-gradient Gram or block Fisher of expert t."""
+def _stored(context: Context, t: int, need: str) -> Tensor:
     value: Tensor | None = getattr(_entry(context, t), need)
     if value is None:
         raise MethodError(f"{_where(context, t)}: the statistics hold no {need}.")
     return value
-
-
-def fisher_diagonal(context: Context, t: int, like: Tensor, normalize_counts: bool) -> Tensor:
-    """Return the diagonal Fisher of expert t, divided by its examples, in float64."""
-    stored = square_statistic(context, t, "fisher_diagonal")
-    _check(stored, "fisher_diagonal", tuple(like.shape), context, t)
-    return stored.to(like.device, torch.float64) / divisor(
-        context, t, "fisher_diagonal", normalize_counts
-    )
 
 
 def _entry(context: Context, t: int) -> LayerStatistics:

@@ -1,7 +1,5 @@
 """Where an iterative method starts: another method's result, a checkpoint, or zero."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -17,7 +17,7 @@ from eutectic.linalg.lowrank import LowRankStack
 from eutectic.linalg.polar import Precision, Support, explain_polar, polar
 from eutectic.linalg.svd import default_tolerance, dependence_tolerance
 from eutectic.methods.linear import weighted_sum
-from eutectic.methods.registry import Context, Cost, Parameters, Rules, Takes, register
+from eutectic.methods.registry import Context, Cost, Parameters, Rules, Takes, always, register
 
 PAPER = "No task left behind: isotropic model merging, arXiv 2502.04959"
 
@@ -123,8 +123,8 @@ def iso_c(deltas: Tensor | LowRankStack, parameters: IsoCParameters, context: Co
     Thin factors: the polar factor of their sum is found in its core of side Σ r_t, in float64, and
     multiplied out once. The result is that of the expanded deltas up to their rounding, which in
     float32 moves it by 1e-7 over the smallest kept singular value, relative to S₁. They are
-    expanded where that costs no more (Σ r_t from ⅔ min(out, in) on), and where the null space counts,
-    which is rounding then: `support="full"`, or a `rank_tolerance` below the default.
+    expanded where that costs no more (Σ r_t from ⅔ min(out, in) on), and where the null space is
+    kept, which is rounding then: `support="full"`, or a `rank_tolerance` below the default.
 
     Deviations from the source: the numerical support; weights; the default tolerance for half
     precision is that of float32, since the sum is formed there.
@@ -225,7 +225,7 @@ def split_spectrum(rank: int, common_fraction: float, experts: int) -> tuple[int
     paper="This project; Iso-C is arXiv 2502.04959",
     parameters=IsoAParameters,
     laws={"permutation", "homogeneous", "zero", "rotation"},
-    takes=Takes(needs={"gram"}, fallback="iso_c"),
+    takes=Takes(needs=always({"gram"}), fallback=always("iso_c")),
     cost=Cost(workspace=lambda count: 1.5 + 28 / count),
     rules=Rules(default_scale=_by_count(1.3, 1.0, 0.9), explain=_explain_iso_a),
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eutectic.errors import MethodError
 from eutectic.linalg.lowrank import LowRankStack
-from eutectic.methods.registry import Context, Parameters, Rules, Takes, register
+from eutectic.methods.registry import Context, Parameters, Rules, Takes, always, register
 
 
 def _summable(parameters: Parameters, weights: Sequence[float]) -> str | None:
@@ -28,7 +28,7 @@ def _summable(parameters: Parameters, weights: Sequence[float]) -> str | None:
     summary="Mean of the experts' weights, weighted and normalised.",
     paper="Model soups: averaging weights of multiple fine-tuned models, arXiv 2203.05482",
     laws={"permutation", "homogeneous", "zero", "single", "copies", "absent", "rotation"},
-    takes=Takes(elementwise=True, factors=True, space="either"),
+    takes=Takes(elementwise=True, factors=True, space=always("either")),
     rules=Rules(check=_summable),
 )
 def average(deltas: Tensor | LowRankStack, parameters: Parameters, context: Context) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,18 +12,26 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from eutectic.errors import MethodError
-from eutectic.linalg.cg import CGResult, eigenbasis_pays
+from eutectic.linalg.cg import eigenbasis_pays
 from eutectic.methods.expert_statistics import participants
 from eutectic.methods.initial import initial_guess
 from eutectic.methods.operators import (
     FISHER_FLOOR,
     NEEDS,
     Operator,
-    System,
     build_system,
     fisher_weighted,
 )
-from eutectic.methods.registry import Context, Cost, Parameters, Precision, Rules, Takes, register
+from eutectic.methods.registry import (
+    Context,
+    Cost,
+    Parameters,
+    Precision,
+    Rules,
+    Takes,
+    always,
+    register,
+)
 from eutectic.methods.solving import (
     Preconditioner,
     Unknown,
@@ -102,10 +111,10 @@ def _explain(shape: tuple[int, ...], parameters: MatsParameters, precision: Prec
     paper="Merging by matching models in task parameter subspaces, arXiv 2312.04339",
     parameters=MatsParameters,
     laws={"permutation", "homogeneous", "zero", "absent", "rotation"},
-    takes=Takes(vectors=True, needs=_needs, fallback="mats"),
+    takes=Takes(vectors=True, needs=_needs, fallback=always("mats")),
     # Copies of float64 deltas, and where float32 does not suffice.
     cost=Cost(
-        workspace=6.0,
+        workspace=always(6.0),
         products=60.0,
         statistics_copies=lambda p: 1.0 if p.operator == "kfac" else 0.0,
     ),
@@ -164,10 +173,18 @@ def mats(deltas: Tensor, parameters: MatsParameters, context: Context) -> Merged
     if reason is not None:
         return _rest(deltas, parameters, context, reason)
     direct = parameters.solver == "direct"
+    build = partial(
+        build_system,
+        operator,
+        context=context,
+        off_diagonal=parameters.off_diagonal,
+        normalize_counts=parameters.normalize_counts,
+        dense=direct or parameters.preconditioner == "kronecker",
+    )
     inputs = deltas.reshape(len(deltas), 1, -1) if operator == "block" else deltas.contiguous()
     if direct or context.precision == "exact":
         inputs = inputs.double()
-    system = _system(inputs, parameters, context)
+    system = build(inputs)
     if not bool(system.diagonal.any()):
         return _rest(deltas, parameters, context, "the operators of all experts are zero")
     offset = offset_of(parameters.space, system.right_side, context)
@@ -177,13 +194,18 @@ def mats(deltas: Tensor, parameters: MatsParameters, context: Context) -> Merged
         return Merged(delta.reshape(deltas.shape[1:]).to(deltas), {**record, **details})
 
     start, origin = initial_guess(deltas, parameters.init, parameters.init_scale, context)
+    run = partial(
+        iterate,
+        tolerance=parameters.tolerance,
+        preconditioner=parameters.preconditioner,
+        damping=parameters.damping,
+    )
     steps = parameters.steps()
-    result = _run(system, start, offset, steps, parameters)
+    result = run(system, start, offset, steps=steps)
     # A direction without curvature may be the rounding of a singular operator's null space.
     if result.status in ("stagnated", "breakdown") and inputs.dtype != torch.float64:
-        wide = _system(inputs.double(), parameters, context)
-        offset = None if offset is None else offset.double()
-        rest = _run(wide, result.solution, offset, steps - result.iterations, parameters)
+        wide = None if offset is None else offset.double()
+        rest = run(build(inputs.double()), result.solution, wide, steps=steps - result.iterations)
         result = continued(result, rest)
     record |= {
         "init": origin,
@@ -195,35 +217,6 @@ def mats(deltas: Tensor, parameters: MatsParameters, context: Context) -> Merged
         "residuals": [r if math.isfinite(r) else None for r in result.residuals],
     }
     return Merged(result.solution.reshape(deltas.shape[1:]).to(deltas), record)
-
-
-def _system(inputs: Tensor, parameters: MatsParameters, context: Context) -> System:
-    return build_system(
-        parameters.operator,
-        inputs,
-        context,
-        off_diagonal=parameters.off_diagonal,
-        normalize_counts=parameters.normalize_counts,
-        dense=parameters.solver == "direct" or parameters.preconditioner == "kronecker",
-    )
-
-
-def _run(
-    system: System,
-    start: Tensor,
-    offset: Tensor | None,
-    steps: int,
-    parameters: MatsParameters,
-) -> CGResult:
-    return iterate(
-        system,
-        start,
-        offset,
-        steps=steps,
-        tolerance=parameters.tolerance,
-        preconditioner=parameters.preconditioner,
-        damping=parameters.damping,
-    )
 
 
 def _rest(deltas: Tensor, parameters: MatsParameters, context: Context, reason: str) -> Merged:
@@ -260,9 +253,9 @@ class RegMeanParameters(Parameters):
     takes=Takes(
         vectors=True,
         needs=lambda p: {"gram"} if p.space == "delta" else {"gram", "base"},
-        fallback="regmean",
+        fallback=always("regmean"),
     ),
-    cost=Cost(workspace=4.0, products=4.0),
+    cost=Cost(workspace=always(4.0), products=4.0),
 )
 def regmean(deltas: Tensor, parameters: RegMeanParameters, context: Context) -> Merged:
     """Return (Σ w_tΔ_tA_t)(Σ w_tA_t)⁻¹, with A_t the expert's input Gram.
@@ -331,8 +324,8 @@ class FisherParameters(Parameters):
     paper="Merging models with Fisher-weighted averaging, arXiv 2111.09832",
     parameters=FisherParameters,
     laws={"permutation", "homogeneous", "zero", "single", "copies", "absent"},
-    takes=Takes(vectors=True, needs={"fisher_diagonal"}, fallback="fisher"),
-    cost=Cost(workspace=4.0, products=0.5),
+    takes=Takes(vectors=True, needs=always({"fisher_diagonal"}), fallback=always("fisher")),
+    cost=Cost(workspace=always(4.0), products=0.5),
 )
 def fisher(deltas: Tensor, parameters: FisherParameters, context: Context) -> Merged:
     """Return Σ w_tF_t ⊙ Δ_t / Σ w_tF_t, with F_t the expert's diagonal Fisher, floored.

@@ -1,7 +1,5 @@
 """The in-memory entry: one stack of task matrices in, one merged delta out."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
@@ -120,7 +118,7 @@ def run_method(
     if in_weights and context.base is None:
         raise MethodError(f"method '{entry.name}' works on weights and needs base.")
     if isinstance(deltas, LowRankStack):
-        if entry.takes_factors and not in_weights:
+        if entry.factors and not in_weights:
             result = entry.function(deltas, values, context)
             return result if isinstance(result, Merged) else Merged(result)
         deltas = deltas.dense()
@@ -277,6 +275,3 @@ def _like_one(value: Tensor | None, stack: Tensor | LowRankStack, name: str) -> 
             f"got {list(value.shape)}."
         )
     return value.to(stack.device, stack.dtype)
-
-
-__all__ = ["merge_matrices", "methods", "missing_needs", "run_method"]

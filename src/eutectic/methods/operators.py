@@ -1,8 +1,5 @@
 """The linear system (Σ w_tC_t)(X) = Σ w_tC_t(Δ_t), one builder per operator C_t."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,14 +8,7 @@ from torch import Tensor
 
 from eutectic.linalg import lapack
 from eutectic.linalg.cg import LinearMap
-from eutectic.methods.expert_statistics import (
-    dense_gram,
-    divisor,
-    fisher_diagonal,
-    input_gram,
-    participants,
-    square_statistic,
-)
+from eutectic.methods.expert_statistics import Sums, participants
 from eutectic.methods.grams import Gram, roundoff
 from eutectic.methods.registry import Context
 
@@ -83,10 +73,10 @@ def build_system(
     """
     if operator in ("identity", "diagonal_fisher"):
         return _elementwise_system(operator, deltas, context, normalize_counts)
-    load = _loader(operator, deltas, context, off_diagonal, normalize_counts)
+    sums = Sums(context, normalize_counts, off_diagonal, deltas)
     if operator == "kfac":
-        return _kfac_system(deltas, context, load, off_diagonal, normalize_counts, dense)
-    return _gram_system(deltas, context, load, dense)
+        return _kfac_system(deltas, sums, dense)
+    return _gram_system(operator, deltas, sums, dense)
 
 
 def damped(system: System, damping: float) -> System:
@@ -145,61 +135,28 @@ def fisher_weighted(
     """Return Σ w_tF_t ⊙ Δ_t and Σ w_tF_t, in float64, with F_t at least `floor`."""
     total = torch.zeros_like(deltas[0], dtype=torch.float64)
     mass = torch.zeros_like(total)
+    sums = Sums(context, normalize_counts, 1.0, total)
     for t in participants(context):
-        fisher = fisher_diagonal(context, t, deltas[t], normalize_counts).clamp_min(floor)
+        fisher = sums.fisher_diagonal(t).clamp_min(floor)
         fisher.mul_(context.weights[t])
         mass.add_(fisher)
         total.addcmul_(fisher, deltas[t].double())
     return total, mass
 
 
-_Load = Callable[[int], Gram]
-
-
-def _loader(
-    operator: Operator,
-    deltas: Tensor,
-    context: Context,
-    off_diagonal: float,
-    normalize_counts: bool,
-) -> _Load:
-    """Return t -> w_tA_t of the operators that multiply from the right."""
-    size = deltas.shape[-1]
-
-    def collected(t: int) -> Gram:
-        return input_gram(
-            context,
-            t,
-            size,
-            factor=context.weights[t] / divisor(context, t, "gram", normalize_counts),
-            off_diagonal=off_diagonal,
-            like=deltas,
-        )
-
-    def block(t: int) -> Gram:
-        return dense_gram(
-            square_statistic(context, t, "block_fisher"),
-            "block_fisher",
-            context,
-            t,
-            size,
-            factor=context.weights[t] / divisor(context, t, "block_fisher", normalize_counts),
-            off_diagonal=off_diagonal,
-            like=deltas,
-        )
-
-    def of_task(t: int) -> Gram:
-        delta = deltas[t]
-        square = lapack.norm(delta, torch.float64) ** 2
-        scale = context.weights[t] / square if square > 0 else 0.0
-        remainder = None
-        if off_diagonal != 1:
-            remainder = (1 - off_diagonal) * scale * delta.square().sum(0)
-        return Gram(None, delta, remainder, roundoff(deltas), scale * off_diagonal)
-
+def _weighted_gram(operator: Operator, deltas: Tensor, t: int, sums: Sums) -> Gram:
+    """Return w_tA_t of an operator that multiplies from the right."""
+    size, weight = deltas.shape[-1], sums.context.weights[t]
+    if operator == "gram":
+        return sums.input_gram(t, size, weight)
     if operator == "block":
-        return block
-    return of_task if operator == "task_gram" else collected
+        return sums.square(t, "block_fisher", size, weight)
+    square = lapack.norm(deltas[t], torch.float64) ** 2
+    scale = weight / square if square > 0 else 0.0
+    remainder = None
+    if sums.off_diagonal != 1:
+        remainder = (1 - sums.off_diagonal) * scale * deltas[t].square().sum(0)
+    return Gram(None, deltas[t], remainder, roundoff(deltas), scale * sums.off_diagonal)
 
 
 def _elementwise_system(
@@ -220,17 +177,16 @@ def _elementwise_system(
     return System(lambda x: x * mass, total, mass)
 
 
-def _gram_system(deltas: Tensor, context: Context, load: _Load, dense: bool) -> System:
+def _gram_system(operator: Operator, deltas: Tensor, sums: Sums, dense: bool) -> System:
     """X -> X·ΣA_t: the sum is formed once, densely unless stacked factors are thinner."""
-    members = participants(context)
     size = deltas.shape[-1]
     right_side = torch.zeros_like(deltas[0])
     remainder = torch.zeros(size, dtype=deltas.dtype, device=deltas.device)
     matrix: Tensor | None = None
     factors: list[Tensor] = []
     unit_roundoff = 0.0
-    for t in members:
-        gram = load(t)
+    for t in participants(sums.context):
+        gram = _weighted_gram(operator, deltas, t, sums)
         unit_roundoff = max(unit_roundoff, gram.unit_roundoff)
         gram.add_product(right_side, deltas[t])
         if gram.factor is not None:
@@ -267,14 +223,7 @@ def _gram_system(deltas: Tensor, context: Context, load: _Load, dense: bool) -> 
     )
 
 
-def _kfac_system(
-    deltas: Tensor,
-    context: Context,
-    load: _Load,
-    off_diagonal: float,
-    normalize_counts: bool,
-    dense: bool,
-) -> System:
+def _kfac_system(deltas: Tensor, sums: Sums, dense: bool) -> System:
     """X -> ΣH_t·X·A_t.
 
     Expert by expert: products of stacked matrices take as long and T times the memory. The stored
@@ -282,22 +231,10 @@ def _kfac_system(
     nearest Kronecker product has the factors Σ tr(A_t)H_t and Σ tr(H_t)A_t, the partial traces
     of the operator, which are exact when the experts' Grams are multiples of each other.
     """
-    members = participants(context)
+    members, weights = participants(sums.context), sums.context.weights
     out, size = deltas.shape[1:]
-    grams = [load(t).cheapest() for t in members]
-    outputs = [
-        dense_gram(
-            square_statistic(context, t, "output_gradient_gram"),
-            "output_gradient_gram",
-            context,
-            t,
-            out,
-            factor=1 / divisor(context, t, "output_gradient_gram", normalize_counts),
-            off_diagonal=off_diagonal,
-            like=deltas,
-        )
-        for t in members
-    ]
+    grams = [sums.input_gram(t, size, weights[t]).cheapest() for t in members]
+    outputs = [sums.square(t, "output_gradient_gram", out, 1.0) for t in members]
     left_diagonals = torch.stack([h.diagonal() for h in outputs])
     right_diagonals = torch.stack([g.diagonal() for g in grams])
 

@@ -11,13 +11,11 @@ products of thin factors. It reads no file, prints nothing, chooses no device an
 name (`context.tensor` seeds random numbers, nothing else).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -104,11 +102,17 @@ class Context:
 
 
 MethodFunction = Callable[[Any, Any, Context], "Tensor | Merged"]
+Value = TypeVar("Value")
+
+
+def always(value: Value) -> Callable[[Any], Value]:
+    """Return a function of one value for whatever it is asked."""
+    return lambda _: value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Takes:
-    """What a method is given.
+    """What a method is given; `space`, `needs` and `fallback` may depend on the parameters.
 
     Attributes:
         elementwise: each output entry depends on the same entry of the deltas and on `prepare`'s
@@ -120,7 +124,6 @@ class Takes:
         space: "delta": deltas in, delta out. "weight": the experts' weights in, the merged
             weight out. "either": the function commutes with adding the same matrix to every
             input, f(W_1 … W_T) = W₀ + f(Δ_1 … Δ_T), so the engine need not read the base.
-            May depend on the parameters, as `needs` and `fallback` may.
         experts: fewest and most experts.
         per_expert: parameters of which each expert may have a value of its own; the function reads
             them by `Context.each`.
@@ -133,11 +136,11 @@ class Takes:
     elementwise: bool = False
     vectors: bool = False
     factors: bool = False
-    space: Space | Callable[[Any], Space] = "delta"
+    space: Callable[[Any], Space] = always("delta")
     experts: tuple[int, int | None] = (1, None)
     per_expert: Set[str] = frozenset()
-    needs: Set[str] | Callable[[Any], Set[str]] = frozenset()
-    fallback: str | Callable[[Any], str] = "average"
+    needs: Callable[[Any], Set[str]] = always(frozenset())
+    fallback: Callable[[Any], str] = always("average")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,16 +148,16 @@ class Cost:
     """What a method costs, for the plan's estimate; element-wise ones are estimated by bytes.
 
     Attributes:
-        workspace: scratch memory, in multiples of the stack of deltas, or a function of the number
-            of experts.
+        workspace: from the number of experts to scratch memory, in multiples of the stack of
+            deltas.
         products: time, in matrix products `[out, in] @ [in, in]` per expert (smaller side).
-        statistics_copies: how many float64 copies of each expert's Grams it may hold beside the
-            stored ones, or a function of the parameters.
+        statistics_copies: from the parameters to how many float64 copies of each expert's Grams
+            it may hold beside the stored ones.
     """
 
-    workspace: float | Callable[[int], float] = 3.0
+    workspace: Callable[[int], float] = always(3.0)
     products: float = 10.0
-    statistics_copies: float | Callable[[Any], float] = 0.0
+    statistics_copies: Callable[[Any], float] = always(0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +165,7 @@ class Rules:
     """What a method does and says beside the merge of one tensor.
 
     Attributes:
-        default_scale: α when the user names none, or a function of the number of experts.
+        default_scale: from the number of experts to α when the user names none.
         check: from the parameters and the experts' weights to a fault in words, found before any
             work; None where they fit together.
         explain: from the stack's shape `[T, out, in]`, the parameters and the precision to one
@@ -174,17 +177,17 @@ class Rules:
             to a factor for each, for rules that compare layers. The engine knows which are alike.
     """
 
-    default_scale: float | Callable[[int], float] = 1.0
+    default_scale: Callable[[int], float] = always(1.0)
     check: Callable[[Any, Sequence[float]], str | None] | None = None
     explain: Callable[[tuple[int, ...], Any, Precision], str] | None = None
     prepare: Callable[[Chunks, Any, Context], Any] | None = None
-    model_scope: Callable[[Any], bool] = lambda parameters: False
+    model_scope: Callable[[Any], bool] = always(False)
     finish: Callable[[Sequence[float], Any], Sequence[float]] | None = None
 
 
-@dataclass(frozen=True)
-class Method:
-    """One entry of the table: what `register` was told, constants made functions."""
+@dataclass(frozen=True, kw_only=True)
+class Method(Takes, Cost, Rules):
+    """One entry of the table: what `register` was told."""
 
     name: str
     family: str
@@ -193,26 +196,6 @@ class Method:
     function: MethodFunction
     parameters: type[Parameters]
     laws: frozenset[str]
-    # Takes
-    elementwise: bool
-    vectors: bool
-    takes_factors: bool
-    space: Callable[[Any], Space]
-    experts: tuple[int, int | None]
-    per_expert: Set[str]
-    needs: Callable[[Any], Set[str]]
-    fallback: Callable[[Any], str]
-    # Cost
-    workspace: Callable[[int], float]
-    products: float
-    statistics_copies: Callable[[Any], float]
-    # Rules
-    default_scale: Callable[[int], float]
-    check: Callable[[Any, Sequence[float]], str | None] | None
-    explain: Callable[[tuple[int, ...], Any, Precision], str] | None
-    prepare: Callable[[Chunks, Any, Context], Any] | None
-    model_scope: Callable[[Any], bool]
-    finish: Callable[[Sequence[float], Any], Sequence[float]] | None
     adapter: TypeAdapter[Any] = field(repr=False)
 
     def parse(self, values: Mapping[str, Any], *, beside: Iterable[str] = ()) -> Any:
@@ -255,8 +238,6 @@ class Method:
 
 
 _METHODS: dict[str, Method] = {}
-
-
 _TAKES, _COST, _RULES = Takes(), Cost(), Rules()
 
 
@@ -290,6 +271,8 @@ def register(
             raise ValueError(f"method '{name}' is registered twice")
         if unknown := sorted(set(laws) - LAWS.keys()):
             raise ValueError(f"method '{name}' claims laws that nobody checks: {unknown}")
+        told = {**vars(takes), **vars(cost), **vars(rules)}
+        told["vectors"] = takes.vectors or takes.elementwise
         _METHODS[name] = Method(
             name=name,
             family=function.__module__.rpartition(".")[2],
@@ -298,32 +281,12 @@ def register(
             function=function,
             parameters=parameters,
             laws=frozenset(laws),
-            elementwise=takes.elementwise,
-            vectors=takes.vectors or takes.elementwise,
-            takes_factors=takes.factors,
-            space=_constant(takes.space),
-            experts=takes.experts,
-            per_expert=takes.per_expert,
-            needs=_constant(takes.needs),
-            fallback=_constant(takes.fallback),
-            workspace=_constant(cost.workspace),
-            products=cost.products,
-            statistics_copies=_constant(cost.statistics_copies),
-            default_scale=_constant(rules.default_scale),
-            check=rules.check,
-            explain=rules.explain,
-            prepare=rules.prepare,
-            model_scope=rules.model_scope,
-            finish=rules.finish,
             adapter=TypeAdapter(parameters),
+            **told,
         )
         return function
 
     return enter
-
-
-def _constant(value: Any) -> Callable[[Any], Any]:
-    return value if callable(value) else lambda _: value
 
 
 def get_method(name: str) -> Method:

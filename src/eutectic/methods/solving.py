@@ -1,7 +1,5 @@
 """From a linear system to its solution: conjugate gradients or Cholesky, for deltas or weights."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,9 +13,10 @@ from eutectic.linalg.cg import (
     conjugate_gradients,
     conjugate_gradients_by_eigenbasis,
     eigenbasis_pays,
+    jacobi,
+    kronecker,
 )
 from eutectic.linalg.cholesky import ridged_cholesky
-from eutectic.linalg.preconditioners import jacobi, kronecker
 from eutectic.methods.expert_statistics import lack
 from eutectic.methods.linear import mean_of_deltas
 from eutectic.methods.operators import (

@@ -12,7 +12,7 @@ from annotated_types import Ge, Le
 from torch import Tensor
 
 from eutectic.errors import MethodError
-from eutectic.methods.registry import Chunks, Context, Parameters, Rules, Takes, register
+from eutectic.methods.registry import Chunks, Context, Parameters, Rules, Takes, always, register
 
 PARALLEL = 0.9995  # above this cosine the great circle is a straight line to rounding
 
@@ -53,7 +53,7 @@ def _position(parameters: SlerpParameters, weights: Sequence[float]) -> str | No
     paper="Animating rotation with quaternion curves, SIGGRAPH 1985",
     parameters=SlerpParameters,
     laws={"permutation", "zero", "copies"},
-    takes=Takes(elementwise=True, space="weight", experts=(2, 2)),
+    takes=Takes(elementwise=True, space=always("weight"), experts=(2, 2)),
     rules=Rules(check=_position, prepare=_dot_products),
 )
 def slerp(inputs: Tensor, parameters: SlerpParameters, context: Context) -> Tensor:
