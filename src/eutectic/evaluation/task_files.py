@@ -109,10 +109,7 @@ class TaskSpec(_Strict):
     def _kind(cls, value: Any) -> str:
         found = spelled(str(value))
         if found not in METRICS_OF_KIND:
-            raise ValueError(
-                f"must be one of {', '.join(METRICS_OF_KIND)}"
-                f"{suggest(str(value), list(METRICS_OF_KIND))}"
-            )
+            raise ValueError(f"must be one of {', '.join(METRICS_OF_KIND)}")
         return found
 
     @field_validator("labels", mode="before")
