@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eutectic.errors import MethodError
 from eutectic.linalg.cg import eigenbasis_pays
-from eutectic.methods.expert_statistics import participants
+from eutectic.methods.grams import participants
 from eutectic.methods.initial import initial_guess
 from eutectic.methods.operators import (
     FISHER_FLOOR,

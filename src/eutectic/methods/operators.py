@@ -8,8 +8,7 @@ from torch import Tensor
 
 from eutectic.linalg import lapack
 from eutectic.linalg.cg import LinearMap
-from eutectic.methods.expert_statistics import Sums, participants
-from eutectic.methods.grams import Gram, roundoff
+from eutectic.methods.grams import Gram, Sums, participants, roundoff
 from eutectic.methods.registry import Context
 
 Operator = Literal["gram", "kfac", "diagonal_fisher", "block", "task_gram", "identity"]

@@ -17,7 +17,7 @@ from eutectic.linalg.cg import (
     kronecker,
 )
 from eutectic.linalg.cholesky import ridged_cholesky
-from eutectic.methods.expert_statistics import lack
+from eutectic.methods.grams import lack
 from eutectic.methods.linear import mean_of_deltas
 from eutectic.methods.operators import (
     NEEDS,
