@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from eutectic.checkpoint.adapters import AdapterReader
+from eutectic.checkpoint.adapters import open_lora
+from eutectic.checkpoint.expert_tensors import Expert
 from eutectic.checkpoint.index import open_index
 from eutectic.checkpoint.memory import StateDictReader
 from eutectic.errors import CheckpointError
@@ -42,11 +43,11 @@ def write(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
     return folder
 
 
-def read(folder: Path, base: dict[str, Tensor] | None = None) -> AdapterReader:
-    return AdapterReader(folder, StateDictReader(BASE if base is None else base).entries)
+def read(folder: Path, base: dict[str, Tensor] | None = None) -> Expert:
+    return open_lora(folder, StateDictReader(BASE if base is None else base).entries)
 
 
-def whole_delta(adapter: AdapterReader, name: str, base: Tensor) -> Tensor:
+def whole_delta(adapter: Expert, name: str, base: Tensor) -> Tensor:
     flat = base.reshape(-1).double()
     return adapter.delta(name, base=flat, dtype=F64).view(base.shape)
 
@@ -318,7 +319,7 @@ def test_same_weights_as_merge_and_unload(tmp_path: Path, case: str) -> None:
     save_file({k: v.clone() for k, v in base.items()}, tmp_path / "model.safetensors")
 
     index = open_index(tmp_path / "model.safetensors")
-    adapter = AdapterReader(tmp_path / "adapter", index.entries)
+    adapter = open_lora(tmp_path / "adapter", index.entries)
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert sum(bool(e.nbytes) for e in adapter.entries.values()) == len(adapter.entries)
     assert len(stored) >= len(adapter.entries) > 0
@@ -354,4 +355,4 @@ def test_dora_and_ia3_of_peft_are_refused(tmp_path: Path) -> None:
             warnings.simplefilter("ignore")  # of peft, about names that transformers deprecates
             get_peft_model(bert(), config).save_pretrained(str(folder))  # type: ignore[arg-type]
         with pytest.raises(CheckpointError, match=reason):
-            AdapterReader(folder, entries)
+            open_lora(folder, entries)

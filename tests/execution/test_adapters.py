@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import eutectic
-from eutectic.checkpoint.adapters import AdapterReader
+from eutectic.checkpoint.expert_tensors import Expert
 from helpers.folders import load
 from helpers.models import make_model
 
@@ -103,13 +103,13 @@ def test_thin_factors_are_not_expanded(
 ) -> None:
     base, adapters, _ = family
     expanded: list[str] = []
-    delta = AdapterReader.delta
+    delta = Expert.delta
 
-    def noted(self: AdapterReader, name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def noted(self: Expert, name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
         expanded.append(name)
         return delta(self, name, *args, **kwargs)
 
-    monkeypatch.setattr(AdapterReader, "delta", noted)
+    monkeypatch.setattr(Expert, "delta", noted)
     eutectic.merge(base=base, experts=adapters, method=method, output=tmp_path / "thin")
     assert not [name for name in expanded if name.endswith("weight")]
     split = [{"match": "*", "split": 2}]  # parts of a matrix are cut from its expanded delta

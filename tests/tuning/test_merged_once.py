@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 import eutectic
-from eutectic.checkpoint.experts import FullExpert
+from eutectic.checkpoint.expert_tensors import Expert
 from eutectic.methods import registry
 
 pytest.importorskip("transformers")
@@ -32,13 +32,13 @@ def seen(monkeypatch):
 
     monkeypatch.setitem(registry._METHODS, "iso_c", replace(method, function=counted))
     for name in ("delta", "weight"):
-        real = getattr(FullExpert, name)
+        real = getattr(Expert, name)
 
         def noted(self, tensor, *words, real=real, **more):
             reads[self.label, tensor] += 1
             return real(self, tensor, *words, **more)
 
-        monkeypatch.setattr(FullExpert, name, noted)
+        monkeypatch.setattr(Expert, name, noted)
     return calls, reads
 
 

@@ -2,311 +2,263 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from eutectic.checkpoint.adapter_config import CONFIG_NAME, LoraConfig, read_adapter_config
-from eutectic.checkpoint.content import sampled_fingerprint
-from eutectic.checkpoint.index import TensorEntry, open_index
-from eutectic.checkpoint.names import Alignment, align, check_inside
-from eutectic.checkpoint.reader import CheckpointReader, file_identity
+from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG, Expert, Factors
+from eutectic.checkpoint.index import TensorEntry, open_index, read_json_object
+from eutectic.checkpoint.names import align, check_inside
+from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.conventions import PEFT_ROOT, lora_factor, unwrapped_key
 from eutectic.errors import CheckpointError
 
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 
+# Options under which the merged weight is more, or other, than W₀ + scaling·B·A.
+_REFUSED = {
+    "use_dora": "DoRA rescales every column of the merged weight; its change is no matrix product",
+    "target_parameters": "LoRA on bare parameters (fused mixture-of-experts weights)",
+    "layer_replication": "it repeats layers, so that its tensors are not those of the base",
+    "trainable_token_indices": "single rows of the embedding are stored apart",
+    "alora_invocation_tokens": "activated LoRA acts on some tokens only and has no merged weight",
+    "use_qalora": "QALoRA pools the inputs of its factors",
+    "use_bdlora": "block-diagonal factors are stored in another form",
+    "lora_bias": "LoRA with a trained bias in its B factor",
+    "arrow_config": "Arrow routes between adapters and has no merged weight",
+    "kasa_config": "KaSA also changes the base weight",
+    "monteclora_config": "MonteCLoRA stores a distribution over factors",
+}
+# Initialisations that move part of the base weight into the factors: B·A is then no difference
+# from the base on disk.
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
-@dataclass
-class _Target:
-    """Keys in the adapter's file that act on one tensor of the base."""
-
-    full: str | None = None
-    a: str | None = None
-    b: str | None = None
-    embedding: bool = False
-    scaling: float = 1.0
-    transposed: bool = False
-
-    @property
-    def keys(self) -> list[str]:
-        return [key for key in (self.full, self.a, self.b) if key]
+_Group = dict[str, TensorEntry]  # what acts on one parameter: "A", "B", or "full"
 
 
-class AdapterReader:
-    """A LoRA adapter seen as an expert: the tensors it changes or replaces, under the base's names.
+def open_lora(folder: Path, base: Mapping[str, TensorEntry]) -> Expert:
+    """Return a LoRA adapter as an expert, aligned to the base.
 
     Linear layers, embeddings (`lora_embedding_A/B`), convolutions without groups and `Conv1D`
     (stored `[in, out]`) are understood; tensors stored in full (`modules_to_save`, trained biases,
-    resized embeddings) replace the base's. Implements `experts.Expert`.
+    resized embeddings) replace the base's.
+
+    Raises:
+        CheckpointError: the configuration is damaged, of another kind than LoRA, or uses an option
+            under which the merged weight is not W₀ + scaling·B·A; a factor lacks its partner;
+            shapes contradict the configuration or the base; a key is not understood.
     """
-
-    is_delta = True
-    missing: tuple[str, ...] = ()
-
-    def __init__(self, folder: Path, base: Mapping[str, TensorEntry]) -> None:
-        """Read the adapter's configuration and header, and align them to the base.
-
-        Raises:
-            CheckpointError: see `adapter_config.read_adapter_config`; a factor lacks its partner;
-                shapes contradict the configuration or the base; a key is not understood.
-        """
-        self.folder: Path | None = folder
-        self.label = str(folder)
-        lora = read_adapter_config(folder)
-        self.config: Mapping[str, Any] = lora.raw
-        name = next((n for n in WEIGHT_NAMES if (folder / n).exists()), None)
-        if name is None:
-            raise CheckpointError(f"{folder}: has {CONFIG_NAME} but no {WEIGHT_NAMES[0]}.")
-        check_inside(folder, name)
-        self._reader = CheckpointReader(open_index(folder / name))
-        self._weights_name = name
-        targets = self._collect(lora)
-        mapping, alignment = align(base, targets, expert=self.label)
-        self.alignment = alignment
-        self._targets: dict[str, _Target] = {}
-        self._extra: dict[str, str] = {}
-        for own, target in targets.items():
-            if own in mapping:
-                self._targets[mapping[own]] = target
-            elif target.a is None and target.full is not None:
-                self._extra[alignment.to_base(own, base)] = target.full
-            else:
-                raise self._unknown_module(own, alignment, base)
-        self._settle_orientation(lora, base)
-        self.entries: Mapping[str, TensorEntry] = {
-            key: self._entry(key, base[key]) for key in base if key in self._targets
-        }
-        self.extra: Mapping[str, TensorEntry] = {
-            key: self._reader.entries[own] for key, own in self._extra.items()
-        }
-
-    def delta(
-        self,
-        name: str,
-        start: int = 0,
-        stop: int | None = None,
-        *,
-        base: Tensor,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """Return elements [start, stop) of W_t − W₀, 1-D in `dtype`, in the base's order.
-
-        Only the rows that the range touches are formed: O(r·(stop − start)) operations. Zero where
-        the adapter does not act.
-
-        Raises:
-            CheckpointError: a tensor stored in full has another size than the base's.
-        """
-        target = self._targets.get(name)
-        if target is None:
-            return torch.zeros_like(base, dtype=dtype)
-        result: Tensor | None = None
-        if target.full is not None:
-            result = self._reader.read(target.full, start, stop).to(dtype)
-            if result.shape != base.shape:
-                raise CheckpointError(
-                    f"{self.label}: '{name}' has the shape {list(self.entries[name].shape)}, "
-                    "which differs from the base's; it has no difference from it."
-                )
-            result.sub_(base)
-        if target.a is not None:
-            product = self._product(name, target, start, stop, dtype)
-            result = product if result is None else result.add_(product)
-        assert result is not None
-        return result
-
-    def weight(
-        self,
-        name: str,
-        start: int = 0,
-        stop: int | None = None,
-        *,
-        base: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """Return elements [start, stop) of W_t, 1-D in `dtype`.
-
-        Args:
-            name: the base's name of the tensor.
-            start: first element.
-            stop: one past the last element.
-            base: the same range of the base in `dtype`; may be None for tensors stored in full.
-            dtype: type to compute in.
-        """
-        target = self._targets.get(name)
-        if target is not None and target.a is None:
-            return self.read(name, start, stop).to(dtype)
-        if base is None:
-            raise ValueError(f"'{name}': an adapter's weight needs the base")
-        return base + self.delta(name, start, stop, base=base, dtype=dtype)
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return elements of a tensor stored in full, 1-D in the file's dtype.
-
-        Raises:
-            CheckpointError: the adapter stores no such tensor, or stores it as factors.
-        """
-        target = self._targets.get(name)
-        if target is None or target.full is None or target.a is not None:
-            raise CheckpointError(f"{self.label}: does not store '{name}' in full.")
-        return self._reader.read(target.full, start, stop)
-
-    def read_extra(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return elements of a tensor in `extra`, 1-D in the file's dtype."""
-        if name not in self._extra:
-            raise CheckpointError(f"{self.label}: has no extra tensor '{name}'.")
-        return self._reader.read(self._extra[name], start, stop)
-
-    def factors(
-        self, name: str, dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, Tensor] | None:
-        """Return (L, R) with Δ_t = L·R, in the base tensor's layout, or None if there are none.
-
-        For a linear layer L = scaling·B `[out, r]` and R = A `[r, in]`; for `Conv1D` and
-        embeddings, whose rows are the inputs, L = Aᵀ and R = scaling·Bᵀ; for convolutions R is
-        `[r, in·k·k]`. None also where a tensor stored in full adds to the change.
-        """
-        target = self._targets.get(name)
-        if target is None or target.a is None or target.full is not None:
-            return None
-        return self._factors(target, dtype)
-
-    def fingerprint(self) -> str:
-        """Return a SHA-256 over the configuration and the sampled content of the tensors."""
-        text = json.dumps(self.config, sort_keys=True)
-        return hashlib.sha256((text + sampled_fingerprint(self._reader)).encode()).hexdigest()
-
-    def identity(self) -> list[tuple[str, int, int]]:
-        """Return (name, bytes, mtime in ns) of the adapter's files."""
-        return file_identity(Path(self.label), [CONFIG_NAME, self._weights_name])
-
-    def close(self) -> None:
-        """Close the file."""
-        self._reader.close()
-
-    def _collect(self, lora: LoraConfig) -> dict[str, _Target]:
-        """Group the file's keys by the parameter they act on, in the adapted model's own names."""
-        targets: dict[str, _Target] = {}
-        for key in self._reader.entries:
-            own = key.removeprefix(PEFT_ROOT)
-            factor = lora_factor(own)
-            if factor:
-                module = factor["module"]
-                target = targets.setdefault(f"{module}.weight", _Target())
-                target.embedding = bool(factor["embedding"])
-                target.scaling = lora.scaling(module)
-                if factor["side"] == "A":
-                    target.a = key
-                else:
-                    target.b = key
-            elif "lora_" in own or "token_adapter" in own:
-                raise CheckpointError(
-                    f"{self.label}: the tensor '{key}' is not understood.\n"
-                    "It belongs to a variant of LoRA that cannot be merged"
-                    f"{' (DoRA)' if 'magnitude' in own else ''}; merge it with peft first."
-                )
-            else:
-                targets.setdefault(unwrapped_key(own), _Target()).full = key
-        for own, target in targets.items():
-            if (target.a is None) != (target.b is None):
-                has, lacks = ("A", "B") if target.a else ("B", "A")
-                raise CheckpointError(
-                    f"{self.label}: '{own}' has the factor {has} but lacks {lacks}."
-                )
-            if target.a and target.b:
-                self._check_ranks(own.removesuffix(".weight"), target, lora)
-        return targets
-
-    def _check_ranks(self, module: str, target: _Target, lora: LoraConfig) -> None:
-        a, b = self._shape(target.a), self._shape(target.b)
-        if min(len(a), len(b)) < 2 or math.prod(b[2:]) != 1:
+    label = str(folder)
+    lora = _read_config(folder)
+    reader = CheckpointReader(open_index(adapter_weights(folder)))
+    groups = _grouped(reader.entries, label)
+    for own, group in groups.items():
+        _check_factors(own.removesuffix(".weight"), group, lora, label)
+    mapping, alignment = align(base, groups, expert=label)
+    extra: dict[str, TensorEntry] = {}
+    for own, group in groups.items():
+        if own in mapping:
+            continue
+        if "A" in group:
             raise CheckpointError(
-                f"{self.label}: '{module}' has factors A {list(a)} and B {list(b)}; expected "
-                "matrices, or kernels of which B's has size 1.\nWas the adapter saved in shards?"
+                f"{label}: acts on '{own}', which the base does not have ({alignment}).\n"
+                f"The base's tensors: {', '.join(list(base)[:3])} …\n"
+                "The adapter belongs to another base."
             )
-        if not a[0] == b[1] == lora.rank(module):
-            raise CheckpointError(
-                f"{self.label}: '{module}' has factors of rank {a[0]} (A) and {b[1]} (B), but "
-                f"{CONFIG_NAME} gives it rank {lora.rank(module)}.\n"
-                "The scaling alpha/r would be wrong; restore the matching configuration."
-            )
+        extra[alignment.to_base(own, base)] = group["full"]
+    modules = {name: own.removesuffix(".weight") for own, name in mapping.items()}
+    named = {name: groups[own] for own, name in mapping.items()}
+    return Expert(
+        label,
+        reader,
+        alignment,
+        {name: _entry(base[name], named[name]) for name in base if name in named},
+        extra,
+        stored={name: group["full"] for name, group in named.items() if "full" in group},
+        factored={
+            n: Factors(named[n]["A"], named[n]["B"], lora.scaling(modules[n]), transposed)
+            for n, transposed in _orientations(named, base, lora.fan_in_fan_out, label).items()
+        },
+        is_delta=True,
+        config=lora.raw,
+        folder=folder,
+    )
 
-    def _settle_orientation(self, lora: LoraConfig, base: Mapping[str, TensorEntry]) -> None:
-        """Decide per tensor whether the base stores [out, in] or [in, out].
 
-        Shapes decide; for square matrices the configuration does, or else what the adapter's
-        other tensors show: all of GPT-2's `Conv1D` are stored alike.
-        """
-        square: list[_Target] = []
-        any_transposed = False
-        for name, target in self._targets.items():
-            if target.a is None:
-                continue
-            a, b = self._shape(target.a), self._shape(target.b)
-            rows, columns = b[0], math.prod(a[1:])
-            shape = base[name].shape
-            held = (shape[0], math.prod(shape[1:])) if shape else (0, 0)
-            if held not in ((rows, columns), (columns, rows)) or (
-                len(shape) > 2 and tuple(shape[1:]) != a[1:]
-            ):
-                raise CheckpointError(
-                    f"{self.label}: the factors of '{name}' make a [{rows}, {columns}] matrix, "
-                    f"the base's tensor is {list(shape)}.\nThe adapter belongs to another base."
-                )
-            if target.embedding:
-                target.transposed = True
-            elif rows == columns and len(shape) == 2:
-                square.append(target)
-            else:
-                target.transposed = held != (rows, columns)
-                any_transposed |= target.transposed
-        for target in square:
-            target.transposed = lora.fan_in_fan_out or any_transposed
+def adapter_weights(folder: Path) -> Path:
+    """Return the file with an adapter's tensors.
 
-    def _entry(self, name: str, base: TensorEntry) -> TensorEntry:
-        target = self._targets[name]
-        nbytes = sum(self._reader.entries[key].nbytes for key in target.keys)
-        own = self._reader.entries[target.keys[0]]
-        shape = base.shape if target.full is None else own.shape
-        return TensorEntry(name, own.dtype, shape, own.file, -1, nbytes)
+    Raises:
+        CheckpointError: there is none, or it is a link that leads out of the folder.
+    """
+    name = next((n for n in WEIGHT_NAMES if (folder / n).exists()), None)
+    if name is None:
+        raise CheckpointError(f"{folder}: has {ADAPTER_CONFIG} but no {WEIGHT_NAMES[0]}.")
+    check_inside(folder, name)
+    return folder / name
 
-    def _shape(self, key: str | None) -> tuple[int, ...]:
-        assert key is not None
-        return self._reader.entries[key].shape
 
-    def _factors(self, target: _Target, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        assert target.a is not None
-        assert target.b is not None
-        rank = self._shape(target.a)[0]
-        a = self._reader.read(target.a).to(dtype).view(rank, -1)
-        b = self._reader.read(target.b).to(dtype).view(-1, rank).mul_(target.scaling)
-        return (a.T, b.T) if target.transposed else (b, a)
+@dataclass(frozen=True)
+class _LoraConfig:
+    """The fields of a LoRA configuration that decide the weights; names as in PEFT."""
 
-    def _product(
-        self, name: str, target: _Target, start: int, stop: int | None, dtype: torch.dtype
-    ) -> Tensor:
-        left, right = self._factors(target, dtype)
-        columns = right.shape[1]
-        stop = left.shape[0] * columns if stop is None else stop
-        if start >= stop or columns == 0:
-            return torch.zeros(0, dtype=dtype)
-        first, last = start // columns, -(-stop // columns)
-        rows = (left[first:last] @ right).view(-1)
-        return rows[start - first * columns : stop - first * columns]
+    r: int
+    lora_alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    fan_in_fan_out: bool
+    raw: Mapping[str, Any]
 
-    def _unknown_module(
-        self, own: str, alignment: Alignment, base: Mapping[str, TensorEntry]
-    ) -> CheckpointError:
-        shown = ", ".join(list(base)[:3])
-        return CheckpointError(
-            f"{self.label}: acts on '{own}', which the base does not have ({alignment}).\n"
-            f"The base's tensors: {shown} …\nThe adapter belongs to another base."
+    def rank(self, module: str) -> int:
+        """Return r of a module (its path in the model that was adapted)."""
+        return int(_by_pattern(self.rank_pattern, module, self.r))
+
+    def scaling(self, module: str) -> float:
+        """Return alpha / r of a module, or alpha / √r under rank-stabilised LoRA."""
+        rank = self.rank(module)
+        alpha = float(_by_pattern(self.alpha_pattern, module, self.lora_alpha))
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    # PEFT's rule: the first pattern that matches the end of the path, from a dot or from its start.
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _read_config(folder: Path) -> _LoraConfig:
+    path = folder / ADAPTER_CONFIG
+    raw = read_json_object(path)
+    kind = raw.get("peft_type")
+    if kind != "LORA":
+        what = f"an adapter of the kind {kind!r} cannot be merged; only 'LORA' can"
+        if kind == "IA3":
+            what = "an (IA)³ adapter merges with other (IA)³ adapters only, as vectors"
+        raise CheckpointError(
+            f"{folder}: {what}.\n"
+            "Merge it into its base with peft (merge_and_unload), save that, and name the result."
         )
+    for option, reason in _REFUSED.items():
+        if raw.get(option):
+            raise CheckpointError(
+                f"{folder}: the adapter uses '{option}', which cannot be merged: {reason}.\n"
+                "Merge it into its base with peft (merge_and_unload) where peft can, save that, "
+                "and name the result."
+            )
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_BASE_CHANGING_INITS):
+        raise CheckpointError(
+            f"{folder}: the adapter was initialised with '{init}', which changes the base weights; "
+            "B·A is not its difference from the base.\nSave it with "
+            "path_initial_model_for_weight_conversion in peft, which turns it into a plain LoRA."
+        )
+    try:
+        config = _LoraConfig(
+            r=int(raw["r"]),
+            lora_alpha=float(raw["lora_alpha"]),
+            rank_pattern={str(k): int(v) for k, v in (raw.get("rank_pattern") or {}).items()},
+            alpha_pattern={str(k): float(v) for k, v in (raw.get("alpha_pattern") or {}).items()},
+            use_rslora=bool(raw.get("use_rslora")),
+            fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
+            raw=raw,
+        )
+        for pattern in (*config.rank_pattern, *config.alpha_pattern):
+            re.compile(pattern)
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, re.error) as error:
+        raise CheckpointError(
+            f"{path}: 'r', 'lora_alpha', 'rank_pattern' or 'alpha_pattern' is missing or has the "
+            f"wrong type ({type(error).__name__}: {error})."
+        ) from error
+    lowest = min([config.r, *config.rank_pattern.values()])
+    if lowest < 1:
+        raise CheckpointError(f"{path}: a rank of {lowest}; ranks are at least 1.")
+    return config
+
+
+def _grouped(entries: Mapping[str, TensorEntry], label: str) -> dict[str, _Group]:
+    """Group a file's tensors by the parameter they act on, in the adapted model's own names."""
+    groups: dict[str, _Group] = {}
+    for key, entry in entries.items():
+        own = key.removeprefix(PEFT_ROOT)
+        if factor := lora_factor(own):
+            groups.setdefault(f"{factor['module']}.weight", {})[factor["side"]] = entry
+        elif "lora_" in own or "token_adapter" in own:
+            raise CheckpointError(
+                f"{label}: the tensor '{key}' is not understood.\n"
+                "It belongs to a variant of LoRA that cannot be merged"
+                f"{' (DoRA)' if 'magnitude' in own else ''}; merge it with peft first."
+            )
+        else:
+            groups.setdefault(unwrapped_key(own), {})["full"] = entry
+    return groups
+
+
+def _check_factors(module: str, group: _Group, lora: _LoraConfig, label: str) -> None:
+    if ("A" in group) != ("B" in group):
+        has, lacks = ("A", "B") if "A" in group else ("B", "A")
+        raise CheckpointError(f"{label}: '{module}.weight' has the factor {has} but lacks {lacks}.")
+    if "A" not in group:
+        return
+    a, b = group["A"].shape, group["B"].shape
+    if min(len(a), len(b)) < 2 or math.prod(b[2:]) != 1:
+        raise CheckpointError(
+            f"{label}: '{module}' has factors A {list(a)} and B {list(b)}; expected "
+            "matrices, or kernels of which B's has size 1.\nWas the adapter saved in shards?"
+        )
+    if not a[0] == b[1] == lora.rank(module):
+        raise CheckpointError(
+            f"{label}: '{module}' has factors of rank {a[0]} (A) and {b[1]} (B), but "
+            f"{ADAPTER_CONFIG} gives it rank {lora.rank(module)}.\n"
+            "The scaling alpha/r would be wrong; restore the matching configuration."
+        )
+
+
+def _entry(base: TensorEntry, group: _Group) -> TensorEntry:
+    """Return how a tensor that the adapter changes or replaces looks; bytes are the file's."""
+    first = group.get("full") or group["A"]
+    shape = group["full"].shape if "full" in group else base.shape
+    nbytes = sum(entry.nbytes for entry in group.values())
+    return TensorEntry(base.name, first.dtype, shape, first.file, -1, nbytes)
+
+
+def _orientations(
+    named: Mapping[str, _Group],
+    base: Mapping[str, TensorEntry],
+    fan_in_fan_out: bool,
+    label: str,
+) -> dict[str, bool]:
+    """Tell for each pair of factors whether the base stores [in, out] instead of [out, in].
+
+    Shapes decide; for square matrices the configuration does, or else what the adapter's other
+    tensors show: all of GPT-2's `Conv1D` are stored alike.
+    """
+    transposed: dict[str, bool] = {}
+    embeddings: dict[str, bool] = {}
+    square: list[str] = []
+    for name, group in named.items():
+        if "A" not in group:
+            continue
+        a, b, shape = group["A"].shape, group["B"].shape, base[name].shape
+        rows, columns = b[0], math.prod(a[1:])
+        held = (shape[0], math.prod(shape[1:])) if shape else (0, 0)
+        if held not in ((rows, columns), (columns, rows)) or (
+            len(shape) > 2 and shape[1:] != a[1:]
+        ):
+            raise CheckpointError(
+                f"{label}: the factors of '{name}' make a [{rows}, {columns}] matrix, "
+                f"the base's tensor is {list(shape)}.\nThe adapter belongs to another base."
+            )
+        if ".lora_embedding_" in group["B"].name:
+            embeddings[name] = True
+        elif rows == columns and len(shape) == 2:
+            square.append(name)
+        else:
+            transposed[name] = held != (rows, columns)
+    as_the_others = fan_in_fan_out or any(transposed.values())
+    return {**transposed, **embeddings, **dict.fromkeys(square, as_the_others)}

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eutectic.checkpoint.adapter_config import CONFIG_NAME
-from eutectic.checkpoint.adapters import WEIGHT_NAMES
+from eutectic.checkpoint.adapters import WEIGHT_NAMES, adapter_weights
 from eutectic.checkpoint.content import TensorSource
+from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index, read_json_object
 from eutectic.checkpoint.memory import StateDictReader
-from eutectic.checkpoint.names import align, check_inside
+from eutectic.checkpoint.names import align
 from eutectic.conventions import IA3_SUFFIX, PEFT_ROOT
 from eutectic.errors import CheckpointError
 
@@ -28,7 +28,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 def is_ia3(path: Path) -> bool:
     """Return whether `path` is a folder with a PEFT (IA)³ adapter."""
-    config = path / CONFIG_NAME
+    config = path / ADAPTER_CONFIG
     return config.is_file() and read_json_object(config).get("peft_type") == "IA3"
 
 
@@ -43,11 +43,8 @@ def open_ia3(folder: Path) -> CheckpointIndex:
     Raises:
         CheckpointError: no weights, or no vector among them.
     """
-    name = next((n for n in WEIGHT_NAMES if (folder / n).exists()), None)
-    if name is None:
-        raise CheckpointError(f"{folder}: has {CONFIG_NAME} but no {WEIGHT_NAMES[0]}.")
-    check_inside(folder, name)
-    index = replace(open_index(folder / name), config=read_json_object(folder / CONFIG_NAME))
+    index = open_index(adapter_weights(folder))
+    index = replace(index, config=read_json_object(folder / ADAPTER_CONFIG))
     if not _vectors(index):
         raise CheckpointError(
             f"{folder}: holds no vector ('…{IA3_SUFFIX}'); it is no (IA)³ adapter."

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import yaml
 
-from eutectic.checkpoint.adapter_config import CONFIG_NAME
 from eutectic.checkpoint.adapters import WEIGHT_NAMES
+from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.folder import copy_side_files, module_weights
 from eutectic.checkpoint.layout import OutputFile
@@ -107,7 +107,7 @@ def write_folder(
         copy_side_files(inputs.index.folder, model)
     copy_side_files(donor, model)
     if layout.files[0].name == WEIGHT_NAMES[0]:  # (IA)³ vectors: the output is an adapter again
-        copy_side_files(donor, model, [CONFIG_NAME])
+        copy_side_files(donor, model, [ADAPTER_CONFIG])
     copy_side_files(inputs.index.folder, model, module_weights(inputs.index.folder))
     write_expert_folders(plan, inputs, model, layout)
     asked = plan.output.dtype

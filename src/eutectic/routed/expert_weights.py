@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.checkpoint.content import same_content, sample_of
-from eutectic.checkpoint.experts import Expert, FullExpert, is_adapter, open_expert
+from eutectic.checkpoint.expert_tensors import Expert, full_expert
+from eutectic.checkpoint.experts import is_adapter, open_expert
 from eutectic.checkpoint.index import CheckpointIndex, open_index
 from eutectic.checkpoint.memory import StateDictReader
 from eutectic.checkpoint.names import align
@@ -95,7 +96,7 @@ def open_experts(
                     stack.callback(reader.close)
                 called = names_in(reader.entries, names, saved)
                 entries = {called[n]: entry for n, entry in own.entries.items()}
-                expert = FullExpert(reader, entries, label=label)
+                expert = full_expert(reader, entries, label)
                 opened.append(ExpertWeights(name, expert, called))
                 continue
             if base is None:

@@ -1,0 +1,226 @@
+"""One fine-tuned model, a full checkpoint or an adapter, seen under the base's names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eutectic.checkpoint.content import TensorSource
+from eutectic.checkpoint.index import TensorEntry
+from eutectic.checkpoint.names import Alignment, align
+from eutectic.checkpoint.reader import file_identity
+from eutectic.errors import CheckpointError
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Where a change scaling·B·A is stored; `transposed` where the base keeps `[in, out]`."""
+
+    a: TensorEntry
+    b: TensorEntry
+    scaling: float
+    transposed: bool
+
+
+@dataclass(eq=False)
+class Expert:
+    """One fine-tuned model as the engine sees it.
+
+    Attributes:
+        label: what to call it in messages.
+        source: its file, or its state dict.
+        alignment: how its keys correspond to the base's.
+        entries: tensors that the base has too, by the base's name, with the expert's own dtype and
+            shape (an adapter: the tensors it changes or replaces).
+        extra: tensors that the base lacks, by their name in the base's scheme.
+        stored: tensors that `source` holds in full, by the base's name.
+        factored: tensors whose change `source` holds as factors, by the base's name.
+        missing: tensors of the base that the expert lacks (an adapter: none, they are unchanged).
+        is_delta: True when it stores differences from the base.
+        config: its config.json, or an adapter's adapter_config.json.
+        folder: where it was read from; None in memory.
+    """
+
+    label: str
+    source: TensorSource
+    alignment: Alignment
+    entries: Mapping[str, TensorEntry]
+    extra: Mapping[str, TensorEntry]
+    stored: Mapping[str, TensorEntry]
+    factored: Mapping[str, Factors] = field(default_factory=dict[str, Factors])
+    missing: tuple[str, ...] = ()
+    is_delta: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    folder: Path | None = None
+
+    def delta(
+        self,
+        name: str,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        base: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Return elements [start, stop) of W_t − W₀, 1-D in `dtype`, in the base's order.
+
+        `base` holds the same range of the base in `dtype`; it is not modified. Zero where an
+        adapter does not act. Of a product, only the rows that the range touches are formed:
+        O(r·(stop − start)) operations.
+
+        Raises:
+            CheckpointError: the expert lacks the tensor, or it has another size than the base's.
+        """
+        if self.is_delta and name not in self.entries:
+            return torch.zeros_like(base, dtype=dtype)
+        product = None
+        if name in self.factored:
+            product = self._product(name, start, stop, dtype)
+            if name not in self.stored:
+                return product
+        # `_read` returns memory of its own, so the arithmetic may happen in place.
+        values = self._read(name, start, stop).to(dtype)
+        if values.shape != base.shape:
+            raise CheckpointError(
+                f"{self.label}: '{name}' has the shape {list(self.entries[name].shape)}, which "
+                "differs from the base's; it has no difference from it."
+            )
+        values.sub_(base)
+        return values if product is None else values.add_(product)
+
+    def weight(
+        self,
+        name: str,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        base: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Return elements [start, stop) of W_t, 1-D in `dtype`.
+
+        `base` holds the same range of the base in `dtype`; only changes of an adapter need it.
+
+        Raises:
+            CheckpointError: the expert lacks the tensor.
+        """
+        if not self.is_delta or (name in self.stored and name not in self.factored):
+            return self._read(name, start, stop).to(dtype)
+        if base is None:
+            raise ValueError(f"'{name}': an adapter's weight needs the base")
+        return base + self.delta(name, start, stop, base=base, dtype=dtype)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return elements of a full tensor as stored, 1-D in the file's dtype.
+
+        Raises:
+            CheckpointError: the expert does not store this tensor, or not in full.
+        """
+        if self.is_delta and (name not in self.stored or name in self.factored):
+            raise CheckpointError(f"{self.label}: does not store '{name}' in full.")
+        return self._read(name, start, stop)
+
+    def read_extra(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return elements of a tensor in `extra`, 1-D in the file's dtype."""
+        if name not in self.extra:
+            raise CheckpointError(f"{self.label}: has no extra tensor '{name}'.")
+        return self.source.read(self.extra[name].name, start, stop)
+
+    def factors(
+        self, name: str, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return (L, R) with Δ_t = L·R in the base's layout, or None where Δ_t is not stored so.
+
+        For a linear layer L = scaling·B `[out, r]` and R = A `[r, in]`; for `Conv1D` and
+        embeddings, whose rows are the inputs, L = Aᵀ and R = scaling·Bᵀ; for convolutions R is
+        `[r, in·k·k]`. None also where a tensor stored in full adds to the change.
+        """
+        if name not in self.factored or name in self.stored:
+            return None
+        return self._factors(name, dtype)
+
+    def fingerprint(self) -> str:
+        """Return the sampled identity of the content, of an adapter with its configuration."""
+        content = self.source.fingerprint()
+        if not self.is_delta:
+            return content
+        text = json.dumps(self.config, sort_keys=True) + content
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Return (file, bytes, mtime in ns) of every file read."""
+        if not self.is_delta:
+            return self.source.identity()
+        files = {entry.file for entry in self.source.entries.values()}
+        return file_identity(Path(self.label), [ADAPTER_CONFIG, *files])
+
+    def close(self) -> None:
+        """Release files."""
+        self.source.close()
+
+    def _read(self, name: str, start: int, stop: int | None) -> Tensor:
+        if name not in self.stored:
+            raise CheckpointError(f"{self.label}: has no tensor '{name}'.")
+        return self.source.read(self.stored[name].name, start, stop)
+
+    def _factors(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        found = self.factored[name]
+        rank = found.a.shape[0]
+        a = self.source.read(found.a.name).to(dtype).view(rank, -1)
+        b = self.source.read(found.b.name).to(dtype).view(-1, rank).mul_(found.scaling)
+        return (a.T, b.T) if found.transposed else (b, a)
+
+    def _product(self, name: str, start: int, stop: int | None, dtype: torch.dtype) -> Tensor:
+        left, right = self._factors(name, dtype)
+        columns = right.shape[1]
+        stop = left.shape[0] * columns if stop is None else stop
+        if start >= stop or columns == 0:
+            return torch.zeros(0, dtype=dtype)
+        first, last = start // columns, -(-stop // columns)
+        rows = (left[first:last] @ right).view(-1)
+        return rows[start - first * columns : stop - first * columns]
+
+
+def full_expert(
+    source: TensorSource,
+    base: Mapping[str, TensorEntry],
+    label: str,
+    config: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
+) -> Expert:
+    """Return a complete fine-tuned checkpoint, on disk or in memory, aligned to the base.
+
+    Raises:
+        CheckpointError: no tensor is common to both, or the names fit in more than one way.
+    """
+    mapping, alignment = align(base, source.entries, expert=label)
+    if not mapping:
+        shown = ", ".join(list(source.entries)[:3])
+        raise CheckpointError(
+            f"{label}: shares no tensor with the base; it is a fine-tune of another model.\n"
+            f"Its tensors: {shown} …; the base's: {', '.join(list(base)[:3])} …"
+        )
+    own = {name: key for key, name in mapping.items()}
+    entries = {name: source.entries[own[name]] for name in base if name in own}
+    extra = {alignment.to_base(k, base): e for k, e in source.entries.items() if k not in mapping}
+    missing = tuple(name for name in base if name not in own)
+    return Expert(
+        label,
+        source,
+        alignment,
+        entries,
+        extra,
+        stored=entries,
+        missing=missing,
+        config=config or {},
+        folder=folder,
+    )
