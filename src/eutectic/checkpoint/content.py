@@ -36,7 +36,6 @@ class TensorSource(Protocol):
 
     def close(self) -> None:
         """Release files."""
-        ...
 
 
 def sampled_fingerprint(source: TensorSource, names: Iterable[str] | None = None) -> str:
@@ -96,8 +95,5 @@ def same_content(first: Tensor, second: Tensor) -> bool:
     if torch.finfo(coarse).eps > torch.finfo(torch.float32).eps:
         return bool(x.nan_to_num().equal(y.nan_to_num()))
     largest = float(x.nan_to_num().abs().max()) if x.numel() else 0.0
-    return bool(
-        torch.allclose(
-            x, y, rtol=_SAMPLE_TOLERANCE, atol=_SAMPLE_TOLERANCE * largest, equal_nan=True
-        )
-    )
+    slack = _SAMPLE_TOLERANCE * largest
+    return torch.allclose(x, y, rtol=_SAMPLE_TOLERANCE, atol=slack, equal_nan=True)

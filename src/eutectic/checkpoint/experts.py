@@ -35,11 +35,8 @@ def common_base(
 def open_expert(path: Path, base: CheckpointIndex) -> Expert:
     """Return the expert at `path`: a checkpoint (folder or file) or a PEFT adapter folder.
 
-    A folder with an adapter_config.json is an adapter, whatever else it holds.
-
-    Args:
-        path: of the expert.
-        base: the layout that `common_base` returned.
+    A folder with an adapter_config.json is an adapter, whatever else it holds. `base` is the
+    layout that `common_base` returned.
 
     Raises:
         CheckpointError: it cannot be read, is of a kind that is not supported, or belongs to

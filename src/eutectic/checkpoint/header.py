@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,37 +53,52 @@ CODE_OF: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()
 
 
 @dataclass(frozen=True)
-class HeaderTensor:
-    """One tensor of a safetensors file; `offset` counts from the start of the file."""
+class TensorEntry:
+    """Where one tensor lies.
+
+    Attributes:
+        name: its key.
+        dtype: type in the file.
+        shape: its shape; () for a single number.
+        file: file name relative to the checkpoint's folder; "" in memory.
+        offset: absolute byte offset in the file; −1 in torch pickles and in memory.
+        nbytes: bytes of its data. For a tensor that an adapter changes: bytes of the factors.
+    """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    file: str
     offset: int
     nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Header:
     """What a safetensors file says about itself, tensors in the order of their bytes."""
 
-    tensors: tuple[HeaderTensor, ...]
+    tensors: tuple[TensorEntry, ...]
     metadata: Mapping[str, str]
 
 
-def read_header(path: Path) -> Header:
-    """Return the checked header of a safetensors file; no tensor data are read.
+def read_header(path: Path, file: str = "") -> Header:
+    """Return the checked header of a safetensors file, `file` in its entries; no data are read.
 
     Raises:
         CheckpointError: the file is missing, truncated or too long; the header is not valid; a
             tensor's byte range does not fit its shape, its neighbours or the file.
     """
     try:
-        with closing(storage_of(path).open(path)) as file:
-            size = file.size
+        with closing(storage_of(path).open(path)) as opened:
+            size = opened.size
             if size < 8:
                 raise _broken(path, f"truncated: {size} bytes, too short for a header length")
-            length = int.from_bytes(_bytes_of(file, 0, 8), "little")
+            length = int.from_bytes(_bytes_of(opened, 0, 8), "little")
             if length > MAX_HEADER_BYTES:
                 raise _broken(
                     path,
@@ -95,10 +110,10 @@ def read_header(path: Path) -> Header:
                     path,
                     f"truncated: it announces a header of {length:,} bytes, the file has {size:,}",
                 )
-            raw = _bytes_of(file, 8, length)
+            raw = _bytes_of(opened, 8, length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
-    return _parse(path, raw, data_start=8 + length, file_size=size)
+    return _parse(path, file, raw, size)
 
 
 def _bytes_of(file: OpenedFile, offset: int, count: int) -> bytes:
@@ -107,7 +122,7 @@ def _bytes_of(file: OpenedFile, offset: int, count: int) -> bytes:
     return bytes(buffer)
 
 
-def _parse(path: Path, raw: bytes, data_start: int, file_size: int) -> Header:
+def _parse(path: Path, file: str, raw: bytes, file_size: int) -> Header:
     if not raw.startswith(b"{"):
         raise _broken(path, "not safetensors, or corrupt: the header does not begin with '{'")
     try:
@@ -117,9 +132,9 @@ def _parse(path: Path, raw: bytes, data_start: int, file_size: int) -> Header:
     metadata = table.pop(METADATA_KEY, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _broken(path, f"corrupt: '{METADATA_KEY}' must map names to strings")
-    tensors = [_tensor(path, name, item, data_start) for name, item in table.items()]
+    position = 8 + len(raw)
+    tensors = [_tensor(path, file, name, item, position) for name, item in table.items()]
     tensors.sort(key=lambda t: (t.offset, t.nbytes))
-    position = data_start
     previous = "the header"
     for tensor in tensors:
         if tensor.offset != position:
@@ -139,7 +154,7 @@ def _parse(path: Path, raw: bytes, data_start: int, file_size: int) -> Header:
     return Header(tuple(tensors), metadata)
 
 
-def _tensor(path: Path, name: str, item: Any, data_start: int) -> HeaderTensor:
+def _tensor(path: Path, file: str, name: str, item: Any, data_start: int) -> TensorEntry:
     def broken(what: str) -> CheckpointError:
         return _broken(path, f"inconsistent header: tensor '{name}': {what}")
 
@@ -164,7 +179,7 @@ def _tensor(path: Path, name: str, item: Any, data_start: int) -> HeaderTensor:
     expected = math.prod(shape) * dtype.itemsize
     if nbytes != expected:
         raise broken(f"{code} of shape {shape} takes {expected:,} bytes, it claims {nbytes:,}")
-    return HeaderTensor(name, dtype, tuple(shape), data_start + offsets[0], nbytes)
+    return TensorEntry(name, dtype, tuple(shape), file, data_start + offsets[0], nbytes)
 
 
 def _is_size_list(value: Any) -> bool:
@@ -186,8 +201,10 @@ def _broken(path: Path, what: str) -> CheckpointError:
 
 
 def build_header(
-    tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> tuple[bytes, tuple[HeaderTensor, ...]]:
+    tensors: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    file: str = "",
+) -> tuple[bytes, tuple[TensorEntry, ...]]:
     """Return the header bytes of a file that holds `tensors`, and where each tensor lies.
 
     Tensors of wider types come first, otherwise the given order is kept: readers view the data in
@@ -195,29 +212,22 @@ def build_header(
     that the data start at a multiple of 8.
     """
     table: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
-    ordered = sorted(tensors, key=lambda t: -t[1].itemsize)
+    placed: list[TensorEntry] = []
     position = 0
-    for name, dtype, shape in ordered:
+    for name, dtype, shape in sorted(tensors, key=lambda t: -t[1].itemsize):
         nbytes = math.prod(shape) * dtype.itemsize
+        placed.append(TensorEntry(name, dtype, tuple(shape), file, position, nbytes))
         table[name] = {
             "dtype": CODE_OF[dtype],
             "shape": list(shape),
             "data_offsets": [position, position + nbytes],
         }
         position += nbytes
-    if len(table) != len(ordered) + bool(metadata):
+    if len(table) != len(placed) + bool(metadata):
         raise ValueError("a tensor name occurs twice in one file")
     raw = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
     start = 8 + len(raw)
-    placed = tuple(
-        HeaderTensor(
-            name,
-            dtype,
-            tuple(shape),
-            start + table[name]["data_offsets"][0],
-            table[name]["data_offsets"][1] - table[name]["data_offsets"][0],
-        )
-        for name, dtype, shape in ordered
+    return len(raw).to_bytes(8, "little") + raw, tuple(
+        replace(tensor, offset=start + tensor.offset) for tensor in placed
     )
-    return len(raw).to_bytes(8, "little") + raw, placed

@@ -23,8 +23,6 @@ from eutectic.checkpoint.names import align
 from eutectic.conventions import IA3_SUFFIX, PEFT_ROOT
 from eutectic.errors import CheckpointError
 
-Shapes = dict[str, tuple[int, ...]]
-
 
 def is_ia3(path: Path) -> bool:
     """Return whether `path` is a folder with a PEFT (IA)³ adapter."""
@@ -59,10 +57,6 @@ def identity_adapter(
 
     Vectors of ones; modules that the adapters save in full come from the base.
 
-    Args:
-        adapters: expert -> its table.
-        base: the model that all adapters act on.
-
     Raises:
         CheckpointError: the adapters train different vectors, a vector fits no layer of the base,
             or a module that is saved in full is not in the base (a head).
@@ -70,11 +64,12 @@ def identity_adapter(
     (first, index), *others = adapters.items()
     vectors = _vectors(index)
     for name, other in others:
-        differing = _first_difference(vectors, _vectors(other))
-        if differing is not None:
+        theirs = _vectors(other)
+        both = sorted(vectors.keys() | theirs.keys())
+        if differing := [n for n in both if vectors.get(n) != theirs.get(n)]:
             raise CheckpointError(
                 f"experts '{first}' and '{name}' train different vectors, such as "
-                f"'{differing}'.\n(IA)³ adapters merge if their target_modules and "
+                f"'{differing[0]}'.\n(IA)³ adapters merge if their target_modules and "
                 "feedforward_modules agree."
             )
     entries = base.entries
@@ -98,16 +93,20 @@ def identity_adapter(
                 "without modules_to_save, or apply them with peft (merge_and_unload) first."
             )
         tensors[name] = base.read(key).view(entry.shape)
-    return StateDictReader(tensors, "the identity adapter"), _as_safetensors(index)
+    # Laid out as if all were in the file that PEFT looks for first.
+    file = WEIGHT_NAMES[0]
+    layout = replace(
+        index,
+        entries={n: replace(e, file=file) for n, e in index.entries.items()},
+        files=(file,),
+        metadata={file: next(iter(index.metadata.values()), {})},
+        config={},
+    )
+    return StateDictReader(tensors, "the identity adapter"), layout
 
 
-def _vectors(index: CheckpointIndex) -> Shapes:
+def _vectors(index: CheckpointIndex) -> dict[str, tuple[int, ...]]:
     return {n: e.shape for n, e in index.entries.items() if n.endswith(IA3_SUFFIX)}
-
-
-def _first_difference(ours: Shapes, theirs: Shapes) -> str | None:
-    names = sorted(ours.keys() | theirs.keys())
-    return next((name for name in names if ours.get(name) != theirs.get(name)), None)
 
 
 def _check_vector(vector: TensorEntry, weight: TensorEntry | None, folder: Path) -> None:
@@ -125,11 +124,3 @@ def _check_vector(vector: TensorEntry, weight: TensorEntry | None, folder: Path)
             f"{folder}: '{vector.name}' has {length} entries, the base's layer "
             f"{list(weight.shape)}.\nThe adapter was trained on another base."
         )
-
-
-def _as_safetensors(index: CheckpointIndex) -> CheckpointIndex:
-    """Return the table as if it lay in the file that PEFT looks for first."""
-    file = WEIGHT_NAMES[0]
-    metadata = {file: next(iter(index.metadata.values()), {})}
-    entries = {n: replace(e, file=file) for n, e in index.entries.items()}
-    return replace(index, entries=entries, files=(file,), metadata=metadata, config={})

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from eutectic.checkpoint.header import read_header
+from eutectic.checkpoint.header import TensorEntry, read_header
 from eutectic.checkpoint.names import check_inside, check_plain_name
 from eutectic.checkpoint.pickles import load_pickle
 from eutectic.errors import CheckpointError
@@ -20,35 +18,6 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 # Files that training scripts and PEFT leave beside the weights.
 _NOT_WEIGHTS = ("adapter_model", "optimizer", "scheduler", "scaler", "rng_state", "training_args")
 _INDEX_SUFFIX = ".index.json"
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies.
-
-    Attributes:
-        name: its key.
-        dtype: type in the file.
-        shape: its shape; () for a single number.
-        file: file name relative to the checkpoint's folder; "" in memory.
-        offset: absolute byte offset in the file; −1 in torch pickles and in memory.
-        nbytes: bytes of its data. For a tensor that an adapter changes: bytes of the factors.
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: str
-    offset: int
-    nbytes: int
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
 
 
 @dataclass(frozen=True)
@@ -129,13 +98,10 @@ def _weights_in(folder: Path) -> str:
         names = [name for name in storage_of(folder).list(folder) if not name.startswith(".")]
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read ({error.strerror}).") from error
-    for usual, suffixes in (
-        ("model.safetensors", (".safetensors",)),
-        ("pytorch_model.bin", PICKLE_SUFFIXES),
-    ):
-        found = _choose(folder, names, usual, suffixes)
-        if found:
-            return found
+    found = _choose(folder, names, "model.safetensors", (".safetensors",))
+    found = found or _choose(folder, names, "pytorch_model.bin", PICKLE_SUFFIXES)
+    if found:
+        return found
     if "adapter_config.json" in names:
         raise CheckpointError(
             f"{folder}: this is a PEFT adapter, not a full checkpoint.\n"
@@ -150,23 +116,19 @@ def _weights_in(folder: Path) -> str:
 def _choose(
     folder: Path, names: Sequence[str], usual: str, suffixes: tuple[str, ...]
 ) -> str | None:
+    """Return the weight file or index of one format; None where there is none."""
     usual_index = usual + _INDEX_SUFFIX
-    if usual in names and usual_index in names:
-        shards = set(_weight_map(folder, usual_index).values())
-        if shards != {usual}:
-            raise CheckpointError(
-                f"{folder}: holds both {usual} and {usual_index}, which names other files.\n"
-                "One of them is stale. Remove it, or name the file you mean instead of the folder."
-            )
+    both = usual in names and usual_index in names
+    if both and set(_weight_map(folder, usual_index).values()) != {usual}:
+        raise CheckpointError(
+            f"{folder}: holds both {usual} and {usual_index}, which names other files.\n"
+            "One of them is stale. Remove it, or name the file you mean instead of the folder."
+        )
     for name in (usual, usual_index):
         if name in names:
             return name
-    indices = [n for n in names if n.endswith(tuple(s + _INDEX_SUFFIX for s in suffixes))]
-    weights = [n for n in names if n.endswith(suffixes)]
-    for found in (
-        [n for n in indices if not n.startswith(_NOT_WEIGHTS)],
-        [n for n in weights if not n.startswith(_NOT_WEIGHTS)],
-    ):
+    for endings in (tuple(suffix + _INDEX_SUFFIX for suffix in suffixes), suffixes):
+        found = [n for n in names if n.endswith(endings) and not n.startswith(_NOT_WEIGHTS)]
         if len(found) > 1:
             raise CheckpointError(
                 f"{folder}: several files could be the checkpoint: {', '.join(found[:6])}.\n"
@@ -205,8 +167,8 @@ def _sharded(folder: Path, name: str, config: Mapping[str, Any]) -> CheckpointIn
         listed, metadata[file], others = _read_file(check_inside(folder, file), file)
         skipped.extend(others)
         for entry in listed:
-            if weight_map.get(entry.name) != file:
-                elsewhere = weight_map.get(entry.name)
+            elsewhere = weight_map.get(entry.name)
+            if elsewhere != file:
                 what = f"says it is in {elsewhere}" if elsewhere else "does not list it"
                 raise CheckpointError(
                     f"{folder}: {file} holds the tensor '{entry.name}', but {name} {what}.\n"
@@ -225,13 +187,11 @@ def _sharded(folder: Path, name: str, config: Mapping[str, Any]) -> CheckpointIn
 
 def _read_file(
     path: Path, name: str
-) -> tuple[list[TensorEntry], Mapping[str, str], tuple[str, ...]]:
+) -> tuple[Sequence[TensorEntry], Mapping[str, str], tuple[str, ...]]:
+    """Return a file's tensors, its metadata, and what else a pickle holds."""
     if name.endswith(".safetensors"):
-        header = read_header(path)
-        entries = [
-            TensorEntry(t.name, t.dtype, t.shape, name, t.offset, t.nbytes) for t in header.tensors
-        ]
-        return entries, header.metadata, ()
+        header = read_header(path, name)
+        return header.tensors, header.metadata, ()
     tensors, skipped = load_pickle(path)
     entries = [
         TensorEntry(key, t.dtype, tuple(t.shape), name, -1, t.numel() * t.element_size())

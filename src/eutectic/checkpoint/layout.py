@@ -15,14 +15,7 @@ SHARD_INDEX_NAME = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of an output.
-
-    Attributes:
-        name: its key.
-        dtype: its type in the output.
-        shape: its shape in the output.
-        file: the base's weight file that holds its like; None where the base has no such tensor.
-    """
+    """One tensor of an output; `file` is the base's that holds its like, None if there is none."""
 
     name: str
     dtype: torch.dtype
@@ -37,13 +30,7 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """One safetensors file to be written.
-
-    Attributes:
-        name: file name in the output folder.
-        entries: (tensor name, dtype, shape), in order.
-        metadata: its `__metadata__`.
-    """
+    """One safetensors file to be written: its (tensor name, dtype, shape), and `__metadata__`."""
 
     name: str
     entries: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]

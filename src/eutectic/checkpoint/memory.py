@@ -40,15 +40,10 @@ class StateDictReader:
             self._tensors[str(name)] = check_dense(value, str(name), label).contiguous()
         if not self._tensors:
             raise CheckpointError(f"{label}: holds no tensors.")
-        self._entries = {
+        self.entries: Mapping[str, TensorEntry] = {
             name: TensorEntry(name, t.dtype, tuple(t.shape), "", -1, t.numel() * t.element_size())
             for name, t in self._tensors.items()
         }
-
-    @property
-    def entries(self) -> Mapping[str, TensorEntry]:
-        """Tensors by name."""
-        return self._entries
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return elements [start, stop) of the flattened tensor: 1-D, its dtype, a copy on the CPU.

@@ -14,8 +14,7 @@ _MAX_EXTRA_COMPONENTS = 3
 
 def check_plain_name(name: str, where: str) -> None:
     """Raise CheckpointError unless `name` is a plain file name: no folder, no '..', no drive."""
-    unsafe = not name or name in {".", ".."} or any(c in name for c in "/\\:\0")
-    if unsafe:
+    if not name or name in {".", ".."} or any(c in name for c in "/\\:\0"):
         raise CheckpointError(
             f"{where} names the file {name!r}, which is not a plain name in its own folder.\n"
             "Refused: a checkpoint may not read files elsewhere."
@@ -61,12 +60,7 @@ def _is_hub_blob(home: Path, real: Path) -> bool:
 
 @dataclass(frozen=True)
 class Alignment:
-    """How the keys of an expert correspond to those of the base.
-
-    Attributes:
-        strip: leading components that the expert's keys have in excess ("bert." or "").
-        add: leading components that the expert's keys lack.
-    """
+    """Leading components that the expert's keys have in excess of the base's ("bert."), or lack."""
 
     strip: str = ""
     add: str = ""
@@ -88,19 +82,11 @@ class Alignment:
 def align(
     base_names: Iterable[str], expert_names: Iterable[str], *, expert: str = "the expert"
 ) -> tuple[dict[str, str], Alignment]:
-    """Find which key of the base each key of the expert means.
+    """Return which key of the base each key of the expert means, and by what alignment.
 
     Either the keys agree as they are, or one side carries extra leading components ("bert.",
     "model.", "base_model.model."): the choice that lets most keys meet wins. Keys without a
     partner are left out of the mapping. Linear in the number of keys.
-
-    Args:
-        base_names: keys of the base.
-        expert_names: keys of the expert.
-        expert: what to call it in messages.
-
-    Returns:
-        A mapping from expert key to base key, and the alignment with its description.
 
     Raises:
         CheckpointError: two different prefixes fit equally well, or two keys of the expert would

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -29,13 +30,11 @@ class TensorSink(Protocol):
     @property
     def reopening(self) -> Callable[[], AbstractContextManager[TensorSink]] | None:
         """What opens the same in another process, picklable; None in memory."""
-        ...
 
     def write(self, name: str, start: int, values: Tensor) -> Tensor:
         """Encode values and put them at elements [start, start + n) of a tensor, in any order.
 
-        Returns:
-            What was stored, of which finished tensors are hashed.
+        What was stored is returned; of it, finished tensors are hashed.
         """
         ...
 
@@ -49,43 +48,29 @@ class TensorFiles(TensorSink, Protocol):
 
     def sync(self) -> None:
         """Force all that was written into the storage."""
-        ...
 
 
-class OutputFormat(Protocol):
-    """How tensors become files. Which dtypes there are, and how they are encoded, is its own."""
+class OutputFormat(ABC):
+    """How tensors become files: here, safetensors, and an index where there are several.
 
+    A format of another kind overrides all methods; which dtypes there are, and how they are
+    encoded, is its own.
+    """
+
+    @abstractmethod
     def lay_out(
         self, tensors: Sequence[OutputTensor], metadata: Mapping[str, str]
     ) -> list[OutputFile]:
-        """Return the files that hold these tensors.
-
-        Args:
-            tensors: of the output, in the base's order.
-            metadata: what every file shall say of itself.
-        """
-        ...
+        """Return the files that hold these tensors, in the base's order; all say `metadata`."""
 
     def open(
         self, folder: Path, files: Sequence[OutputFile], *, resume: bool
     ) -> AbstractContextManager[TensorFiles]:
         """Create the files in a folder; with `resume`, take up those that are there."""
-        ...
-
-    def finish(self, folder: Path, files: Sequence[OutputFile]) -> None:
-        """Write what makes one model of the files; may be repeated after a kill."""
-        ...
-
-
-class _Safetensors:
-    """Safetensors files, and an index where there are several."""
-
-    def open(self, folder: Path, files: Sequence[OutputFile], *, resume: bool) -> CheckpointWriter:
-        """Create the files in a folder; with `resume`, take up those that are there."""
         return CheckpointWriter(folder, files, resume)
 
     def finish(self, folder: Path, files: Sequence[OutputFile]) -> None:
-        """Write the index, where there is one."""
+        """Write what makes one model of the files; may be repeated after a kill."""
         name = self._index_name(files)
         if name is not None:
             write_atomically(folder / name, weight_index_bytes(files))
@@ -95,7 +80,7 @@ class _Safetensors:
 
 
 @dataclass(frozen=True)
-class LaidOutLikeBase(_Safetensors):
+class LaidOutLikeBase(OutputFormat):
     """The same files as the base's, which hold the same tensors in the same order.
 
     Torch pickles become safetensors under the names that transformers uses. A file of which nothing
@@ -129,7 +114,7 @@ class LaidOutLikeBase(_Safetensors):
 
 
 @dataclass(frozen=True)
-class InShards(_Safetensors):
+class InShards(OutputFormat):
     """Files of at most `shard_bytes` of tensors each, in the order of the tensors.
 
     A larger tensor has a file of its own. All in one file, without an index, where it fits.
@@ -157,12 +142,7 @@ class InShards(_Safetensors):
 
 
 def output_format(index: CheckpointIndex, shard_bytes: int | None) -> OutputFormat:
-    """Return how a merge into the base's kind of checkpoint is written.
-
-    Args:
-        index: the base.
-        shard_bytes: most bytes of tensors in one file; None lays files out like the base's.
-    """
+    """Return how a merge is written: like the base, or with at most `shard_bytes` in a file."""
     return LaidOutLikeBase(index) if shard_bytes is None else InShards(shard_bytes)
 
 

@@ -18,13 +18,10 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
 def load_pickle(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the tensors of a `.bin` or `.pt` file, memory-mapped where the format allows.
+    """Return the tensors of a `.bin` or `.pt` file, and "name (type)" of all else that it holds.
 
-    Only `torch.load(weights_only=True)` is ever used. A state dict filed under "state_dict" (or
-    "model_state_dict", "model", "module") is unwrapped. Tied tensors and views stay as they are.
-
-    Returns:
-        The tensors by name, and a list of "name (type)" of everything else that the file holds.
+    Memory-mapped where the format allows. Only `torch.load(weights_only=True)` is ever used. A
+    state dict filed under one of `_WRAPPERS` is unwrapped. Tied tensors and views stay as they are.
 
     Raises:
         CheckpointError: the file is damaged, needs code to be loaded, or holds no dense tensors.
@@ -72,10 +69,11 @@ def _load(path: Path) -> Any:
         with warnings.catch_warnings():
             # torch warns about deprecated storage classes of old files; they load all the same.
             warnings.simplefilter("ignore")
-            if _is_zip(path):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            # The format before torch 1.6 cannot be mapped.
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:
+                is_zip = (
+                    file.read(4) == b"PK\x03\x04"
+                )  # the format before torch 1.6 cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: damaged, or holds code besides tensors; it was refused and nothing was run.\n"
@@ -90,11 +88,6 @@ def _load(path: Path) -> Any:
             f"{path}: damaged, or not a checkpoint of torch ({_first_line(error)}).\n"
             "Download or save the file again."
         ) from error
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
 
 
 def _first_line(error: Exception) -> str:

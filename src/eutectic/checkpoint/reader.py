@@ -28,20 +28,13 @@ class CheckpointReader:
 
     def __init__(self, index: CheckpointIndex) -> None:
         self.index = index
+        self.entries: Mapping[str, TensorEntry] = index.entries
         self._files = OpenFiles(storage_of(index.folder), index.folder)
         self._pickles: dict[str, dict[str, Tensor]] = {}
         self._lock = threading.Lock()
 
-    @property
-    def entries(self) -> Mapping[str, TensorEntry]:
-        """Tensors by name."""
-        return self.index.entries
-
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return elements [start, stop) of the flattened tensor.
-
-        Returns:
-            A 1-D tensor in the file's dtype, in memory of its own.
+        """Return elements [start, stop) of the flattened tensor: 1-D, its dtype, memory of its own.
 
         Raises:
             CheckpointError: no such tensor, or the file ends early or changed while being read.

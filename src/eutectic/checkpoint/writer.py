@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eutectic.checkpoint.header import HeaderTensor, build_header
+from eutectic.checkpoint.header import TensorEntry, build_header
 from eutectic.checkpoint.layout import OutputFile
 from eutectic.checkpoint.names import check_plain_name
 from eutectic.errors import OutputError, RequestError, ResumeError
@@ -35,10 +35,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path, files: Sequence[OutputFile], resume: bool = False) -> None:
         """Lay out `files` in `folder`, which is created if need be.
 
-        Args:
-            folder: output folder.
-            files: what it shall hold.
-            resume: take up files that exist already, after checking that their headers agree.
+        With `resume`, files that exist already are taken up, if their headers agree.
 
         Raises:
             OutputError: the disk is full, or the folder cannot be written.
@@ -49,24 +46,31 @@ class CheckpointWriter:
         self.laid_out: tuple[str, ...] = ()
         self._storage = storage_of(self.folder)
         self._staged: dict[str, StagedFile] = {}
-        self._where: dict[str, tuple[str, HeaderTensor]] = {}
+        self._where: dict[str, TensorEntry] = {}
         headers: dict[str, bytes] = {}
         for file in self.files:
             check_plain_name(file.name, "the output")
-            headers[file.name], placed = build_header(file.entries, file.metadata)
+            headers[file.name], placed = build_header(file.entries, file.metadata, file.name)
             for tensor in placed:
                 if tensor.name in self._where:
                     raise ValueError(f"tensor '{tensor.name}' occurs in two output files")
-                self._where[tensor.name] = (file.name, tensor)
+                self._where[tensor.name] = tensor
         sizes = {file.name: len(headers[file.name]) + file.data_bytes for file in self.files}
         try:
             pending = [
                 n for n in headers if not (resume and self._take_up(n, headers[n], sizes[n]))
             ]
-            self._check_room(sum(sizes[name] for name in pending))
+            # Asked before reserving: some file systems take what there is before they find it too
+            # little, and other programs would meet a full disk meanwhile.
+            free = self._storage.free_bytes(self.folder)
+            if free is not None and sum(sizes[name] for name in pending) > free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             for name in pending:
                 self.laid_out = (*self.laid_out, name)
-                self._lay_out(name, headers[name], sizes[name], fresh=not resume)
+                staged = self._storage.stage(self.folder / name, sizes[name], fresh=not resume)
+                self._staged[name] = staged
+                # The header comes last: a file that has one has its final size.
+                staged.write(memoryview(headers[name]), 0)
         except OSError as error:
             self._abandon()
             raise self._failure(error, sum(sizes.values())) from error
@@ -82,16 +86,14 @@ class CheckpointWriter:
     def write(self, name: str, start: int, values: Tensor) -> Tensor:
         """Write `values` over elements [start, start + n) of the flattened tensor `name`.
 
-        Any order, any thread; ranges written at the same time must not overlap.
-
-        Returns:
-            What is in the file now, as bytes.
+        Any order, any thread; ranges written at the same time must not overlap. What is in the
+        file now is returned, as bytes.
 
         Raises:
             OutputError: the disk is full or fails.
             ValueError: the values have another dtype than the file, or lie outside the tensor.
         """
-        file, tensor = self._where[name]
+        tensor = self._where[name]
         if values.dtype != tensor.dtype:
             raise ValueError(f"'{name}' is laid out as {tensor.dtype}, got {values.dtype}")
         width = tensor.dtype.itemsize
@@ -99,7 +101,7 @@ class CheckpointWriter:
             raise ValueError(f"'{name}': {values.numel()} values at {start} lie outside of it")
         flat = values.detach().reshape(-1).contiguous().cpu().view(torch.uint8)
         try:
-            self._staged[file].write(flat.numpy().data, tensor.offset + start * width)
+            self._staged[tensor.file].write(flat.numpy().data, tensor.offset + start * width)
         except OSError as error:
             raise self._failure(error, tensor.nbytes) from error
         return flat
@@ -110,12 +112,12 @@ class CheckpointWriter:
         Raises:
             OutputError: the file cannot be read.
         """
-        file, tensor = self._where[name]
+        tensor = self._where[name]
         width = tensor.dtype.itemsize
         stop = tensor.nbytes // width if stop is None else stop
         buffer = torch.empty((stop - start) * width, dtype=torch.uint8)
         try:
-            self._staged[file].read_into(buffer.numpy().data, tensor.offset + start * width)
+            self._staged[tensor.file].read_into(buffer.numpy().data, tensor.offset + start * width)
         except OSError as error:
             raise self._failure(error, tensor.nbytes) from error
         return buffer.view(tensor.dtype)
@@ -143,25 +145,12 @@ class CheckpointWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check_room(self, needed: int) -> None:
-        # Asked before reserving: some file systems take what there is before they find it too
-        # little, and other programs would meet a full disk meanwhile.
-        free = self._storage.free_bytes(self.folder)
-        if free is not None and needed > free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     def _abandon(self) -> None:
         """Give back the space of files that could not all be laid out."""
         started = [name for name in self.laid_out if name in self._staged]
         self.close()
         for name in started:
             self._storage.remove(self.folder / name)
-
-    def _lay_out(self, name: str, header: bytes, size: int, fresh: bool) -> None:
-        staged = self._storage.stage(self.folder / name, size, fresh=fresh)
-        self._staged[name] = staged
-        # The header comes last: a file that has one has its final size.
-        staged.write(memoryview(header), 0)
 
     def _take_up(self, name: str, header: bytes, size: int) -> bool:
         """Open an existing file; False when a previous run had not finished laying it out."""
@@ -177,9 +166,8 @@ class CheckpointWriter:
             return False
         self._staged[name] = staged
         if found != header or staged.size != size:
-            what = "another header"
-            if found == header:
-                what = f"{staged.size:,} bytes instead of {size:,}"
+            length = f"{staged.size:,} bytes instead of {size:,}"
+            what = length if found == header else "another header"
             raise ResumeError(
                 f"{path}: cannot be continued, it has {what}.\n"
                 f"It belongs to another request or was damaged; remove {self.folder} to start anew."
@@ -212,12 +200,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def check_replaced(path: Path, keys: Set[str], what: str) -> None:
-    """Find out before any work whether a JSON file may be written there.
+    """Find out before any work whether `what`, a JSON file, may be written there.
 
-    Args:
-        path: of the file.
-        keys: those that an earlier file of the same kind has.
-        what: will be written, for the message.
+    It may replace an earlier file of the same kind, which has these keys.
 
     Raises:
         RequestError: a folder, or a file that holds something else, is there.
