@@ -5,8 +5,6 @@ libraries. Each function answers one question about one name. Patterns that look
 stand beside each other, with the reason. Nothing here knows a shape, a file or a model.
 """
 
-from __future__ import annotations
-
 import re
 
 # --- Tables, whose rows are items and not directions of a linear map ---

@@ -1,7 +1,5 @@
 """Keyword arguments of public functions as frozen records."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """PEFT LoRA folders as experts, without peft: each Δ_t = scaling·B·A is formed when it is read."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """A cheap identity of a checkpoint's content, independent of its layout on disk."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Protocol

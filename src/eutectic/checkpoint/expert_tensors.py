@@ -1,7 +1,5 @@
 """One fine-tuned model, a full checkpoint or an adapter, seen under the base's names."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

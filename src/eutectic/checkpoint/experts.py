@@ -1,7 +1,5 @@
 """Opening experts: full checkpoints and adapters, under the base's names."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path

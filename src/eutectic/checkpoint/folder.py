@@ -1,7 +1,5 @@
 """The files beside the weights: configuration, tokenizer, processors, custom code, licences."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase

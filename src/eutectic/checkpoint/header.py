@@ -4,8 +4,6 @@ A file is `u64 length | JSON header | data`. The JSON maps tensor names to dtype
 range in the data; the ranges follow one another without gap or overlap and end where the file ends.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -1,7 +1,5 @@
 """Names of checkpoints: local paths as they are, others from the Hugging Face hub."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -4,8 +4,6 @@ An (IA)³ vector multiplies the outputs of a layer (`[out, 1]`), or the inputs o
 (`[1, in]`); one that is all ones changes nothing, so Δ_t = l_t − 1.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import replace

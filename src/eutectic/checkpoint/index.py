@@ -1,7 +1,5 @@
 """The table of a checkpoint's tensors, from headers only."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

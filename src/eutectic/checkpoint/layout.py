@@ -1,7 +1,5 @@
 """Which files an output consists of, and which tensors they hold, in which order."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """State dicts in memory, seen as checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

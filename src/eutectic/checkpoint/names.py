@@ -1,7 +1,5 @@
 """Names: of files inside a checkpoint folder, and of tensors in two checkpoints of one model."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Container, Iterable
 from dataclasses import dataclass

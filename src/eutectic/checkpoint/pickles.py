@@ -1,7 +1,5 @@
 """Checkpoints in torch's own formats (`.bin`, `.pt`), read without running any code in them."""
 
-from __future__ import annotations
-
 import pickle
 import warnings
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """YAML documents written by people: values with line numbers, and their faults."""
 
-from __future__ import annotations
-
 import errno
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Recipes from files and from Python, checked as a whole: all faults together, with lines."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path

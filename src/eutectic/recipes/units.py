@@ -1,7 +1,5 @@
 """Sizes in bytes, read and written as people do."""
 
-from __future__ import annotations
-
 import re
 from decimal import Decimal
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from eutectic.storage.interface import AppendedFile, Lock, OpenedFile, StagedFile, Storage
-from eutectic.storage.local_disk import LOCAL_DISK
+from eutectic.storage.local_disk import LocalDisk
 from eutectic.storage.open_files import OpenFiles
 
 __all__ = [
@@ -16,8 +16,10 @@ __all__ = [
     "storage_of",
 ]
 
+_LOCAL_DISK = LocalDisk()
+
 
 def storage_of(location: Path) -> Storage:
     """Return the storage that holds a location; the one place where another kind is told apart."""
     del location  # all are on the local disk so far
-    return LOCAL_DISK
+    return _LOCAL_DISK

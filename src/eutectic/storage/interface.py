@@ -7,12 +7,10 @@ be renamed, linked or written in place: large files are staged and become visibl
 All methods raise `OSError`, which callers turn into errors that say what they were doing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 
 class OpenedFile(Protocol):
@@ -31,11 +29,9 @@ class OpenedFile(Protocol):
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` with the bytes from `offset` on; OSError where the file ends early."""
-        ...
 
     def close(self) -> None:
         """Release the file."""
-        ...
 
 
 class StagedFile(OpenedFile, Protocol):
@@ -46,11 +42,9 @@ class StagedFile(OpenedFile, Protocol):
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write all of `data` from `offset` on."""
-        ...
 
     def sync(self) -> None:
         """Force what was written into the storage; a delayed write fails here."""
-        ...
 
 
 class AppendedFile(Protocol):
@@ -62,15 +56,12 @@ class AppendedFile(Protocol):
 
     def cut(self, size: int) -> None:
         """Drop everything after the first `size` bytes."""
-        ...
 
     def append(self, data: bytes) -> None:
         """Add `data`, which outlives this process when the call returns."""
-        ...
 
     def close(self) -> None:
         """Release the file."""
-        ...
 
 
 class Lock(Protocol):
@@ -78,15 +69,6 @@ class Lock(Protocol):
 
     def release(self) -> None:
         """Give the right up."""
-        ...
-
-
-class SequentialFile(Protocol):
-    """A file that is written from its start to its end."""
-
-    def write(self, data: bytes | memoryview, /) -> int:
-        """Write all of `data`."""
-        ...
 
 
 class Storage(Protocol):
@@ -109,12 +91,10 @@ class Storage(Protocol):
         ...
 
     def stage(self, file: Path, size: int, *, fresh: bool) -> StagedFile:
-        """Reserve a file of `size` bytes; what it holds before it is written is undefined.
+        """Reserve a file of `size` bytes, which is read there when its folder is committed.
 
-        Args:
-            file: where it will be read when its folder is committed.
-            size: its final size.
-            fresh: refuse a file that exists already.
+        What it holds before it is written is undefined. With `fresh`, refuse one that exists; room
+        that cannot be had in full is given back.
         """
         ...
 
@@ -122,7 +102,7 @@ class Storage(Protocol):
         """Take up a file that was staged earlier; None where there is none. Links are refused."""
         ...
 
-    def replacing(self, file: Path) -> AbstractContextManager[SequentialFile]:
+    def replacing(self, file: Path) -> AbstractContextManager[BinaryIO]:
         """Write a file that is absent (or as before) until the block has ended without an error."""
         ...
 
@@ -132,11 +112,9 @@ class Storage(Protocol):
 
     def copy(self, source: Path, target: Path, *, share: bool = False) -> None:
         """Put a file's content under another name; `share` lets both names take room once."""
-        ...
 
     def remove(self, location: Path) -> None:
         """Remove a file or a whole folder, if it is there."""
-        ...
 
     def obstacle(self, folder: Path) -> str | None:
         """Return why nothing can be committed to `folder`, whatever it holds; None if it can."""
@@ -147,7 +125,6 @@ class Storage(Protocol):
 
         `target` must not hold anything.
         """
-        ...
 
     def lock(self, location: Path) -> Lock:
         """Become the only writer of a file or folder.

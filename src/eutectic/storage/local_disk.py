@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from eutectic.storage.interface import Lock
-from eutectic.storage.positioned import PositionedFile
+from eutectic.storage.interface import Lock, Storage
 
 _CLOSED_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
 _BYTES = getattr(os, "O_BINARY", 0)  # Windows would translate line ends
@@ -18,36 +19,31 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 _UNFINISHED = ".unfinished"
 
 
-class LocalDisk:
+class LocalDisk(Storage):
     """Files of this machine, or of a file system mounted on it; see `Storage`."""
 
     def list(self, folder: Path) -> Sequence[str]:
-        """Return the sorted names in a folder, without leftovers of `replacing`."""
         try:
             return sorted(n for n in os.listdir(folder) if not _is_leftover(n))  # noqa: PTH208
         except FileNotFoundError:
             return []
 
     def identity(self, file: Path) -> tuple[int, int] | None:
-        """Return bytes and time of change (ns) of a file, links followed; None if it is absent."""
         if not file.exists():
             return None
         status = file.stat()
         return status.st_size, status.st_mtime_ns
 
     def open(self, file: Path) -> PositionedFile:
-        """Open a file for reading at any offset."""
         return PositionedFile(os.open(file, os.O_RDONLY | _BYTES | _CLOSED_ON_EXEC))
 
     def free_bytes(self, folder: Path) -> int | None:
-        """Return the room on the disk of a folder; None where the file system does not tell."""
         while not folder.exists() and folder != folder.parent:
             folder = folder.parent
         usage = shutil.disk_usage(folder)
         return usage.free if usage.total else None
 
     def stage(self, file: Path, size: int, *, fresh: bool) -> PositionedFile:
-        """Create a file of `size` bytes, with room on the disk; nothing is left when that fails."""
         file.parent.mkdir(parents=True, exist_ok=True)
         # A link planted under the name would send the writes elsewhere.
         own = os.O_EXCL if fresh else _NO_LINK
@@ -62,7 +58,6 @@ class LocalDisk:
         return staged
 
     def staged(self, file: Path) -> PositionedFile | None:
-        """Open a file that was staged earlier; None where there is none."""
         try:
             return PositionedFile(os.open(file, os.O_RDWR | _BYTES | _CLOSED_ON_EXEC | _NO_LINK))
         except FileNotFoundError:
@@ -79,12 +74,11 @@ class LocalDisk:
                 written.flush()
                 os.fsync(written.fileno())
             aside.replace(file)
-            _sync_folder(file.parent)
+            _sync(file.parent)
         finally:
             aside.unlink(missing_ok=True)
 
     def append(self, file: Path) -> GrowingFile:
-        """Open a file that grows, or create it and its folder."""
         file.parent.mkdir(parents=True, exist_ok=True)
         return GrowingFile(file)
 
@@ -101,14 +95,12 @@ class LocalDisk:
         shutil.copyfile(source, target)
 
     def remove(self, location: Path) -> None:
-        """Remove a file, a link or a whole folder, if it is there."""
         if location.is_dir() and not location.is_symlink():
             shutil.rmtree(location)
         else:
             location.unlink(missing_ok=True)
 
     def obstacle(self, folder: Path) -> str | None:
-        """Return why no folder can be moved to this name, whatever it holds; None if one can."""
         # os.path answers "no" where a folder above may not be searched; the last check tells.
         if os.path.islink(folder) or (os.path.exists(folder) and not folder.is_dir()):  # noqa: PTH110, PTH114
             return f"{folder} exists and is a file or a link, not a folder. Choose another output."
@@ -122,25 +114,84 @@ class LocalDisk:
         return None
 
     def commit(self, folder: Path, target: Path) -> None:
-        """Force everything in a folder to the disk and rename it to `target`."""
         for path in [folder, *folder.rglob("*")]:
             if _is_leftover(path.name):
                 path.unlink()
-            elif path.is_dir():
-                _sync_folder(path)
             else:
-                _sync_file(path)
+                _sync(path)
         if os.name == "nt" and target.is_dir():
             target.rmdir()  # elsewhere, the rename replaces an empty folder in one step
         folder.rename(target)
-        _sync_folder(target.parent)
+        _sync(target.parent)
 
     def lock(self, location: Path) -> Lock:
         """Lock `<location>.lock`, which is removed with the lock."""
         return FileLock(location.with_name(location.name + ".lock"))
 
 
-LOCAL_DISK = LocalDisk()
+class PositionedFile:
+    """An open descriptor that is read and written at any offset by any thread.
+
+    One system call each where the system has such calls; else the descriptor's own position is
+    moved under a lock.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._position = threading.Lock()
+        status = os.fstat(descriptor)
+        self.size = status.st_size
+        self.stamp: Hashable = (status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        done = 0
+        # One call moves at most 2 GiB on Linux, and may move less than asked.
+        while done < len(buffer):
+            count = self._read(buffer[done:], offset + done)
+            if count == 0:
+                raise OSError(errno.EIO, "the file ends early; it changed since it was opened")
+            done += count
+
+    def write(self, data: memoryview, offset: int) -> None:
+        while data:
+            count = self._write(data, offset)
+            data = data[count:]
+            offset += count
+
+    def reserve(self, size: int) -> None:
+        """Give the file its final size, and room on the disk where the file system can."""
+        allocate = getattr(os, "posix_fallocate", None)  # absent on macOS and Windows
+        if allocate is not None:
+            try:
+                allocate(self._descriptor, 0, size)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
+        # Sets the size where nothing could be reserved, and cuts off what a killed run left.
+        os.ftruncate(self._descriptor, size)
+        self.size = size
+
+    def sync(self) -> None:
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _read(self, buffer: memoryview, offset: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._descriptor, [buffer], offset)
+        with self._position:
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            found = os.read(self._descriptor, len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+    def _write(self, data: memoryview, offset: int) -> int:
+        if hasattr(os, "pwrite"):
+            return os.pwrite(self._descriptor, data, offset)
+        with self._position:
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            return os.write(self._descriptor, data)
 
 
 class GrowingFile:
@@ -150,21 +201,17 @@ class GrowingFile:
         self._file = file.open("a+b", buffering=0)
 
     def read(self) -> bytes:
-        """Return all that it holds."""
         self._file.seek(0)
         return self._file.read()
 
     def cut(self, size: int) -> None:
-        """Drop everything after the first `size` bytes."""
         self._file.truncate(size)
 
     def append(self, data: bytes) -> None:
-        """Add `data` at the end."""
         while data:
             data = data[self._file.write(data) :]
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
 
@@ -198,18 +245,11 @@ def _is_leftover(name: str) -> bool:
     return name.startswith(".") and name.endswith(_UNFINISHED)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Force a folder's listing (names, renames) to the disk; Windows has no such call."""
-    if os.name != "nt":
-        _sync(folder, os.O_RDONLY)
-
-
-def _sync_file(file: Path) -> None:
-    _sync(file, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-
-
-def _sync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
+def _sync(path: Path) -> None:
+    """Force a file, or a folder's listing (names, renames), to the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no such call
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,10 +1,9 @@
 """What this machine offers to a process: cores and memory."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,19 +21,14 @@ def default_threads() -> int:
 def default_memory() -> int:
     """Return 60 % of what is available to this process, cgroup limits included."""
     available = psutil.virtual_memory().available
+    groups = Path("/sys/fs/cgroup")
     for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
-        try:
-            ceiling = int(Path(limit).read_text())
-            free = ceiling - int(Path(used).read_text())
-        except (OSError, ValueError):
-            continue
-        available = min(available, max(free, 0))
+        with suppress(OSError, ValueError):
+            free = int((groups / limit).read_text()) - int((groups / used).read_text())
+            available = min(available, max(free, 0))
     return int(MEMORY_SHARE * available)
 
 

@@ -1,12 +1,9 @@
 """The files of one folder, opened on demand and read by many threads at once."""
 
-from __future__ import annotations
-
 import errno
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 from pathlib import Path
 
 from eutectic.storage.interface import OpenedFile, Storage
@@ -33,17 +30,6 @@ class OpenFiles:
         Raises:
             OSError: the file cannot be opened or read, ends early, or is another one than before.
         """
-        with self._lend(name) as file:
-            file.read_into(buffer, offset)
-
-    def close(self) -> None:
-        """Close every file that nobody is reading; reading opens them again."""
-        with self._lock:
-            while self._idle:
-                self._idle.popitem()[1].close()
-
-    @contextmanager
-    def _lend(self, name: str) -> Iterator[OpenedFile]:
         with self._lock:
             if name in self._busy:
                 file, users = self._busy[name]
@@ -51,7 +37,7 @@ class OpenFiles:
                 file, users = self._idle.pop(name, None) or self._open(name), 0
             self._busy[name] = (file, users + 1)
         try:
-            yield file
+            file.read_into(buffer, offset)
         finally:
             with self._lock:
                 file, users = self._busy.pop(name)
@@ -61,6 +47,12 @@ class OpenFiles:
                     self._idle[name] = file
                     while self._idle and len(self._idle) + len(self._busy) > _MAX_OPEN_FILES:
                         self._idle.popitem(last=False)[1].close()
+
+    def close(self) -> None:
+        """Close every file that nobody is reading; reading opens them again."""
+        with self._lock:
+            while self._idle:
+                self._idle.popitem()[1].close()
 
     def _open(self, name: str) -> OpenedFile:
         file = self._storage.open(self._folder / name)
