@@ -76,12 +76,7 @@ def check_columns(
     where: str = "",
     first: int = 1,
 ) -> None:
-    """Refuse rows that lack a value in one of the `wanted` fields of `Columns`.
-
-    Raises:
-        RequestError: naming the first such row, counted from `first`, its place and, for a column
-            of another name, what to do (`advice`).
-    """
+    """Refuse rows that lack a value in one of the `wanted` fields of `Columns`."""
     names = {field: getattr(columns, field) for field in wanted}
     for number, row in enumerate(rows, first):
         for field, name in names.items():

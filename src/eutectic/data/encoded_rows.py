@@ -82,12 +82,7 @@ class EncodedRows:
             yield self._encode([self.rows[i] for i in range(start, stop)], start + 1)
 
     def _encode(self, rows: Sequence[Row], first: int) -> dict[str, Tensor]:
-        """Return one batch; `first` is the number of its first row, for messages.
-
-        Raises:
-            RequestError: a column that the task needs is missing or empty.
-            StatisticsError: a label that the model does not know, or an unreadable image.
-        """
+        """Return one batch; `first` is the number of its first row, for messages."""
         wanted = ["image"] if self.image_mode is not None else required_inputs(self)
         if self.kind == "sequence-to-sequence":
             wanted.append("target")
@@ -124,9 +119,6 @@ def open_batches(
 
     Labels are read only if `needs_labels`: without gradients, or with drawn labels, any or none
     will do. `classes` says how many there are where a head of its own decides that.
-
-    Raises:
-        RequestError, StatisticsError, MissingExtraError: as `read_rows` and `EncodedRows`.
     """
     rows = read_rows(source, split=options.split, trust_code=options.trust_code)
     if len(rows) and _is_batch(rows[0]):

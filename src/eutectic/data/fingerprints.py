@@ -55,10 +55,6 @@ def example_hashes(batch: Batch, paired: bool) -> tuple[list[int], list[int]]:
 
     Padding does not enter: what the masks exclude is dropped first, so that an example has one
     hash in any batch.
-
-    Args:
-        batch: model inputs.
-        paired: the model has an encoder and a decoder.
     """
     named = tensors_by_name(batch)
     items = {k: v for k, v in named.items() if isinstance(v, Tensor) and v.ndim > 0}

@@ -21,9 +21,6 @@ def open_image(value: Any, mode: str = "RGB") -> Any:
 
     A mapping with `bytes` or `path`, as `datasets` keeps images in parquet files, counts as what
     it holds. Other values are returned as they are.
-
-    Raises:
-        StatisticsError: the file is not a readable image.
     """
     value = _held(value)
     if not isinstance(value, str | Path | bytes):
@@ -59,12 +56,7 @@ def locate_images(rows: Sequence[Row], column: str, source: str) -> Sequence[Row
 def image_inputs(
     values: Sequence[Any], processor: Any, mode: str, where: str = ""
 ) -> dict[str, Tensor]:
-    """Return what an image processor makes of images in a mode; for values see `open_image`.
-
-    Raises:
-        StatisticsError: a file is not a readable image.
-        RequestError: the images cannot be made one batch, such as those of two sizes.
-    """
+    """Return what an image processor makes of images in a mode; for values see `open_image`."""
     images = [open_image(value, mode) for value in values]
     try:
         return dict(processor(images=images, return_tensors="pt"))

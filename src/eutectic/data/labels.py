@@ -23,11 +23,7 @@ class ClassLabels:
     classes: int | None = None
 
     def of_row(self, value: Any, number: int) -> int | float | list[float]:
-        """Return the label of row `number`: an index, a number, or a list of numbers as it is.
-
-        Raises:
-            StatisticsError: a label that the model does not know.
-        """
+        """Return the label of row `number`: an index, a number, or a list of numbers as it is."""
         if isinstance(value, list):
             return value
         if isinstance(value, bool) and str(value) not in self.names:
@@ -55,10 +51,8 @@ def named_by_numbers(names: Mapping[str, int]) -> bool:
 def class_index(value: Any, names: Mapping[str, int], classes: float = math.inf) -> int:
     """Return the class of a label: by its name, or by its number where names allow it.
 
-    Truth values are classes by their name; they are 0 and 1 only where names merely count.
-
-    Raises:
-        ValueError, TypeError: the label is none of the classes.
+    ValueError or TypeError where it is none. Truth values are classes by their name; they are 0
+    and 1 only where names merely count.
 
     Example:
         >>> class_index("yes", {"no": 0, "yes": 1}), class_index(1.0, {"no": 0, "yes": 1})
@@ -77,11 +71,7 @@ def class_index(value: Any, names: Mapping[str, int], classes: float = math.inf)
 
 
 def finite_number(value: Any) -> float:
-    """Return a label as a number.
-
-    Raises:
-        ValueError, TypeError: it is not a finite number.
-    """
+    """Return a label as a number; ValueError or TypeError if it is not a finite one."""
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(value)

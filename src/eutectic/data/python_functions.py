@@ -19,9 +19,6 @@ def import_function(name: str, *, trust_code: bool) -> Callable[..., Any]:
     """Import `module:function` or `file.py:function`, which runs that code.
 
     Modules are also looked for in the working folder, those of a file also beside it.
-
-    Raises:
-        RequestError: without `trust_code`; whatever goes wrong while the code is imported.
     """
     if not trust_code:
         raise RequestError(

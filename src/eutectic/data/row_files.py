@@ -30,12 +30,6 @@ def read_rows(source: str, *, split: str | None = None, trust_code: bool = False
             arguments, which returns all rows, or all batches as tensors.
         split: the split of a `datasets` folder that has several.
         trust_code: allow `module:function`, which runs code of that module.
-
-    Raises:
-        RequestError: an unknown kind of data, a function without `trust_code`, a split that is not
-            there, or one of data without splits.
-        StatisticsError: a file is missing or damaged, with its line; no rows from a function.
-        MissingExtraError: parquet and `datasets` folders need a package that is not installed.
     """
     path = Path(source)
     if split is not None:
@@ -67,11 +61,7 @@ def has_splits(source: str) -> bool:
 
 
 def check_split(sources: Sequence[str], split: str) -> None:
-    """Refuse a split that would be ignored, because none of the sources has any.
-
-    Raises:
-        RequestError: none has; one that is missing altogether is left to `read_rows`.
-    """
+    """Refuse a split that would be ignored, because none of the sources has any."""
     there = [s for s in sources if Path(s).exists() or _FUNCTION.fullmatch(s)]
     if there and not any(map(has_splits, sources)):
         raise RequestError(

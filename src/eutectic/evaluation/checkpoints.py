@@ -101,9 +101,6 @@ class Checkpoints:
         from a file, else the checkpoint's own. Names that only count (LABEL_0) give way to others.
         Rows may number their classes; numbers are the expert's, and are names here where its
         order is another than the head's.
-
-        Raises:
-            CheckpointError: a checkpoint that cannot be read.
         """
         if task.kind not in CLASSIFICATION:
             return {}
@@ -175,11 +172,7 @@ class Checkpoints:
         return digest_of(described)
 
     def load(self, checkpoint: Checkpoint, task: Task) -> Any:
-        """Return the model that runs a task; see `models.load_model`.
-
-        Raises:
-            RequestError: a routed model whose architecture has no head for the task.
-        """
+        """Return the model that runs a task; see `models.load_model`."""
         if not checkpoint.routed:
             head = self.head_of(checkpoint, task)
             return load_model(checkpoint.folder, task, base=self.base, expert=head)
@@ -215,11 +208,7 @@ def named_checkpoints(
     models: Sequence[str | Path] | Mapping[str, str | Path],
     routing: RoutingMode,
 ) -> Checkpoints:
-    """Return base, experts and models by name.
-
-    Raises:
-        RequestError: none is named, a name is taken or belongs to no task, a folder is not there.
-    """
+    """Return base, experts and models by name."""
     named = dict(models) if isinstance(models, Mapping) else {str(m).rstrip("/"): m for m in models}
     wanted = [task.expert_name for task in tasks.values()]
     for name in experts:
@@ -274,12 +263,7 @@ def _says_names(labels: Mapping[str, int]) -> bool:
 
 
 def fingerprint(folder: Path, base: Path | None) -> str:
-    """Return the identity of a checkpoint's weights; of an adapter's own and its base's.
-
-    Raises:
-        CheckpointError: it cannot be read.
-        RequestError: an adapter without a base.
-    """
+    """Return the identity of a checkpoint's weights; of an adapter's own and its base's."""
     whole = base_folder(folder, base)
     found = fingerprint_of(folder, whole)
     if whole != folder:

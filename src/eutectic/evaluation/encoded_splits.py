@@ -132,11 +132,7 @@ def prepare(
 def references_of(
     task: Task, rows: Sequence[Row], label_ids: Mapping[str, int]
 ) -> tuple[int, ...] | tuple[float, ...] | tuple[str, ...]:
-    """Return the answers: class indices, numbers, texts; none (`()`) for language models.
-
-    Raises:
-        TaskError: a label is no known class, or not a number; lists up to ten.
-    """
+    """Return the answers: class indices, numbers, texts; none (`()`) for language models."""
     if task.kind in ("language-model", "function"):
         return ()
     if task.kind == "sequence-to-sequence":
@@ -181,17 +177,7 @@ def normal_text(text: str) -> str:
 
 
 def open_processor(task: Task, folder: Path, base: Path | None = None) -> tuple[Any, Any]:
-    """Return the tokenizer or image processor of a folder, and the configuration that it goes with.
-
-    Args:
-        task: decides which of the two.
-        folder: a checkpoint, or an adapter with a tokenizer of its own.
-        base: whose configuration counts where the folder has none.
-
-    Raises:
-        CheckpointError: neither in `folder`.
-        MissingExtraError: transformers is not installed.
-    """
+    """Return the tokenizer or image processor of a folder, and the configuration that it goes with."""
     images = task.kind == "image-classification"
     try:
         configured = folder if base is None or (folder / "config.json").exists() else base

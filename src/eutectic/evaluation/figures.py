@@ -158,12 +158,7 @@ def _quotient(left: Draws, right: Draws) -> Draws:
 
 
 def results_of(pairs: Pairs, outcomes: Mapping[tuple[str, str], Outcomes]) -> Results:
-    """Return the results of an evaluation.
-
-    Args:
-        pairs: all pairs, in order, with the settings.
-        outcomes: (checkpoint, task) names -> what the checkpoint did with each row.
-    """
+    """Return the results of an evaluation."""
     settings, tasks, checkpoints = pairs.settings, pairs.tasks, pairs.checkpoints
     draws = {
         (c.name, t.name): draw(t, outcomes[c.name, t.name], settings.seed, settings.resamples)

@@ -22,9 +22,6 @@ def call_function(
 
     Without data it is called with no rows and says how many numbers there are. Adapters also get
     `base=`.
-
-    Raises:
-        RequestError: without `trust_code`; no such function; another number of values than rows.
     """
     name = str(task.function)
     further: dict[str, Any] = {} if base is None else {"base": str(base)}

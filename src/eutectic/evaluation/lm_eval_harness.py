@@ -42,12 +42,7 @@ class HarnessRows:
 
 
 def read_harness(task: Task, limit: int | None, *, trust_code: bool) -> HarnessRows:
-    """Let the harness find its tasks and load their rows, from its cache or the Hugging Face Hub.
-
-    Raises:
-        MissingExtraError: lm-eval is not installed.
-        RequestError: an unknown task; rows that cannot be had; `include_path` without `trust_code`.
-    """
+    """Let the harness find its tasks and load their rows, from its cache or the Hugging Face Hub."""
     asked = task.harness
     assert asked is not None
     if asked.include_path is not None and not trust_code:
@@ -94,9 +89,6 @@ def run_harness(
 
     Its own command gives the same figures for the same model, batch size aside: seeds and few-shot
     examples are chosen as there.
-
-    Raises:
-        RequestError: no such metric, or one that is no mean over rows, or where lower is better.
     """
     asked = task.harness
     assert asked is not None

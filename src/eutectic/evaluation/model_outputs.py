@@ -131,12 +131,7 @@ def score(results: Tensor, prepared: Prepared) -> Score:
 
 
 def outcomes_of(results: Tensor, prepared: Prepared) -> Outcomes:
-    """Return predictions and references, row by row.
-
-    Raises:
-        RequestError: the split has no labels.
-        TaskError: labels that are none of the model's classes.
-    """
+    """Return predictions and references, row by row."""
     kind = prepared.task.kind
     if kind == "language-model":
         return Outcomes(results[:, 0].double().numpy(), results[:, 1].double().numpy())

@@ -23,13 +23,7 @@ class Journal:
     """
 
     def __init__(self, output: Path | None) -> None:
-        """Open or create the journal of a results file; None keeps outcomes in memory only.
-
-        Raises:
-            ResumeError: a file of that name is no journal.
-            RequestError: another process is using it.
-            OutputError: it cannot be written.
-        """
+        """Open or create the journal of a results file; None keeps outcomes in memory only."""
         self._found: dict[str, Outcomes] = {}
         self._file: AppendedFile | None = None
         self._owned: Lock | None = None
@@ -74,11 +68,7 @@ class Journal:
         return self._found.get(pair)
 
     def add(self, pair: str, checkpoint: str, task: str, outcomes: Outcomes) -> None:
-        """Note a finished pair; the line is handed to the system before this returns.
-
-        Raises:
-            OutputError: the disk is full, or the like.
-        """
+        """Note a finished pair; the line is handed to the system before this returns."""
         self._found[pair] = outcomes
         if self._file is None:
             return

@@ -25,10 +25,6 @@ def split_rows(task: Task, split: Split, limit: int | None = None) -> list[Row]:
     """Return the rows of one split in the order of the file, the first `limit` of them.
 
     Of a folder of images, which holds one class after the other, the first of every class in turn.
-
-    Raises:
-        RequestError: the task has no such split, a column is missing, or no row is left.
-        StatisticsError, MissingExtraError: as `read_rows`.
     """
     part = task.data.get(split)
     if part is None:
@@ -57,17 +53,7 @@ def _in_turn(rows: Sequence[Row], column: str) -> list[Row]:
 def check_disjoint(
     task: Task, further_proxy: Sequence[str] = (), *, trust_code: bool = False
 ) -> dict[Split, frozenset[bytes]]:
-    """Return split -> identities of its rows, of splits that have any; they share no row.
-
-    Args:
-        task: the task; all of its splits are read.
-        further_proxy: files that count as proxy too, such as those given to `collect`.
-        trust_code: allow `module:function` among them.
-
-    Raises:
-        TaskError: two splits share rows; names how many, and one of them.
-        RequestError: proxy files for a task whose rows lm-evaluation-harness has.
-    """
+    """Return split -> identities of its rows, of splits that have any; they share no row."""
     if further_proxy and task.kind == "lm-eval":
         raise RequestError(
             f"task '{task.name}' takes its rows from lm-evaluation-harness; they cannot be "

@@ -13,14 +13,14 @@ from torch import Tensor
 from eutectic.errors import RequestError, StatisticsError
 from eutectic.statistics.gram import triangular_factor, truncate_factor
 from eutectic.statistics.likelihood import objective_name
-from eutectic.statistics.pass_sums import stored_form
+from eutectic.statistics.recorder import stored_form
 from eutectic.statistics.statistics_file import (
     EXAMPLES,
-    GRAM_NAMES,
     INPUT_STATISTICS,
-    VECTORS,
+    STATISTICS,
     StatisticsFile,
     expand,
+    gram_names,
     load_statistics,
 )
 
@@ -69,7 +69,7 @@ def add_statistics(
     tensors: dict[str, Tensor] = {}
     dtype = torch.float64 if record["settings"]["dtype"] == "float64" else torch.float32
     for name in names:
-        for statistic in (*GRAM_NAMES, *VECTORS):
+        for statistic in STATISTICS:
             own = name == owners[name] if statistic in INPUT_STATISTICS else True
             if own and opened[0].provenance["layers"][name]["same_as"] == name:
                 for stored, value in _add(opened, name, statistic).items():
@@ -153,13 +153,10 @@ def _add(files: Sequence[StatisticsFile], name: str, statistic: str) -> dict[str
         value = file.tensors.get(file.key(name, statistic, stored))
         return None if value is None else value.double()
 
-    if statistic in VECTORS:
-        found = [value for f in files if (value := get(f, statistic)) is not None]
-        return {statistic: torch.stack(found).sum(0)} if found else {}
-    names = GRAM_NAMES[statistic]
-    dense = [value for f in files if (value := get(f, names.dense)) is not None]
-    factors = [value for f in files if (value := get(f, names.factor)) is not None]
-    diagonals = [value for f in files if (value := get(f, names.diagonal)) is not None]
+    names = gram_names(statistic)
+    dense, factors, diagonals = (
+        [value for f in files if (value := get(f, stored)) is not None] for stored in names
+    )
     diagonal = torch.stack(diagonals).sum(0) if diagonals else None
     if not dense and not factors:
         return {}
@@ -170,14 +167,14 @@ def _add(files: Sequence[StatisticsFile], name: str, statistic: str) -> dict[str
         if rank is not None and rank < width and len(factor) > rank and statistic != "block_fisher":
             kept = truncate_factor(factor, rank)
             rest = kept["diagonal"] + (0 if diagonal is None else diagonal)
-            return {names.factor: kept["factor"], names.diagonal: rest}
+            return {names[1]: kept["factor"], names[2]: rest}
         if len(factor) < width:
-            result = {names.factor: triangular_factor(factor)}
-            return result if diagonal is None else {**result, names.diagonal: diagonal}
+            result = {names[1]: triangular_factor(factor)}
+            return result if diagonal is None else {**result, names[2]: diagonal}
     total = torch.stack([*dense, *(expand(f, None) for f in factors)]).sum(0)
     if diagonal is not None:
         total.diagonal().add_(diagonal)
-    return {names.dense: total}
+    return {statistic: total}
 
 
 def _versions(files: Sequence[StatisticsFile]) -> Mapping[str, str]:

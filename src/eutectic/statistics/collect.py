@@ -24,13 +24,13 @@ from eutectic.models.sites import is_encoder_decoder
 from eutectic.options import options_from
 from eutectic.statistics.collection_plan import Plan, describe_layers, make_plan
 from eutectic.statistics.data_pass import Pass, run_pass
-from eutectic.statistics.pass_sums import PassSums
+from eutectic.statistics.recorder import PassSums
 from eutectic.statistics.settings import CollectOptions, Settings
 from eutectic.statistics.statistics_file import (
     EXAMPLES,
     FORMAT,
-    GRAM_NAMES,
     StatisticsFile,
+    gram_names,
 )
 from eutectic.statistics.unfinished_collection import (
     DataLog,
@@ -299,10 +299,7 @@ def _unseen(layers: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tenso
     """Return the layers that no token reached, and the other parameters that no gradient did."""
 
     def moved(name: str) -> bool:
-        names = (
-            f"{name}/{kind}"
-            for kind in ("fisher_diagonal", *vars(GRAM_NAMES["block_fisher"]).values())
-        )
+        names = (f"{name}/{kind}" for kind in ("fisher_diagonal", *gram_names("block_fisher")))
         return any(bool(tensors[n].any()) for n in names if n in tensors)
 
     return [

@@ -7,20 +7,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eutectic.errors import RequestError
 from eutectic.models.batch import Batch, call, examples, sample_count, transform
 from eutectic.models.hooks import evaluating, observing
-from eutectic.models.masks import Layout, layout
+from eutectic.models.masks import Layout, layout, same_memory
 from eutectic.models.sites import (
     Site,
+    as_matrix,
     feeds_batch_first,
     find_sites,
     is_encoder_decoder,
     named_parameters,
 )
-from eutectic.statistics.recorder import Probe
 from eutectic.statistics.settings import Settings
 
 _BYTES = 8  # of one number in a running sum
@@ -52,12 +52,7 @@ class Plan:
         return [*self.diagonal.values(), *self.block.values()]
 
     def parts(self, settings: Settings) -> list[Plan]:
-        """Split into plans whose running sums fit the memory, one pass over the data each.
-
-        Raises:
-            RequestError: one layer alone needs more than `memory_bytes`; nothing is left to
-                observe.
-        """
+        """Split into plans whose running sums fit the memory, one pass over the data each."""
         memory_bytes, layers_per_pass = settings.memory_bytes, settings.layers_per_pass
         units = self._units(settings)
         if not units:
@@ -194,3 +189,50 @@ def device_of(model: nn.Module) -> torch.device:
     """Return where the model's inputs belong: the device of its first parameter."""
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+class Probe:
+    """Watches one small forward pass to learn which layers are called and which share inputs."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._inputs: list[tuple[Tensor, int]] = []
+        self._calls: dict[Site, list[tuple[int, int, str]]] = {}
+        self.skipped: set[Site] = set()
+
+    def encoder_output(self, states: Tensor) -> None:
+        """Note what cross-attention will read."""
+        self._layout.encoder_outputs.append(states)
+
+    def observe(self, site: Site, inputs: Tensor, outputs: Tensor) -> None:
+        """Note which input, under which mask, a layer was called with."""
+        tokens = self._layout.tokens(site, as_matrix(site, inputs))
+        if tokens is None:
+            self.skipped.add(site)
+            return
+        index = self._index_of(inputs)
+        patches = site.path if site.kind == "convolution" else ""
+        self._calls.setdefault(site, []).append((index, id(tokens.mask), patches))
+
+    def _index_of(self, inputs: Tensor) -> int:
+        for index, (earlier, version) in enumerate(self._inputs):
+            if same_memory(earlier, inputs) and version == inputs._version:
+                return index
+        # Kept alive, so that no later tensor can lie at the same address.
+        self._inputs.append((inputs, inputs._version))
+        return len(self._inputs) - 1
+
+    def leaders(self, sites: list[Site], share: bool) -> dict[Site, Site]:
+        """Return for each site the one called first with the same inputs in the same order.
+
+        Of the ways to call an attention module, those that were not seen are left out. Any other
+        layer that was not reached (an expert of a mixture) may be reached later, and stays.
+        """
+        first: dict[tuple[tuple[int, int, str], ...], Site] = {}
+        found: dict[Site, Site] = {}
+        for site, calls in self._calls.items():
+            found[site] = first.setdefault(tuple(calls), site) if share else site
+        for site in sites:
+            if site not in self.skipped and "in_proj_weight" not in site.name:
+                found.setdefault(site, site)
+        return {site: found[site] for site in sites if site in found}

@@ -16,8 +16,7 @@ from eutectic.models.hooks import evaluating, observing, requiring_gradients
 from eutectic.models.sites import is_encoder_decoder
 from eutectic.statistics.collection_plan import Plan, device_of, make_layout
 from eutectic.statistics.likelihood import evaluate, label_seeds
-from eutectic.statistics.pass_sums import PassSums
-from eutectic.statistics.recorder import Recorder
+from eutectic.statistics.recorder import PassSums, Recorder
 from eutectic.statistics.settings import Settings
 from eutectic.statistics.unfinished_collection import DataLog
 
@@ -48,14 +47,8 @@ class Pass:
 
 
 def run_pass(job: Pass) -> None:
-    """Add up the whole data.
-
-    Raises:
-        NumericalError: NaN or Inf, with the layer and the batch.
-        StatisticsError: the data differ from those of an earlier pass.
-        ResumeError: the data differ from those of the killed run that is being continued.
-    """
-    recorder = Recorder(job.plan.leaders, job.sums.inputs, job.sums.gradients)
+    """Add up the whole data."""
+    recorder = Recorder(job.plan.leaders, job.sums)
     weights = [site.weight for site in job.plan.gradient_sites]
     done = seen = 0
     with (

@@ -123,11 +123,7 @@ def _draw(logits: Tensor, generator: np.random.Generator) -> Tensor:
 
 
 def resolve_objective(model: nn.Module, logits: Tensor, labels: Tensor | None) -> Objective:
-    """Return what the model's logits stand for, from its configuration, its class and shapes.
-
-    Raises:
-        RequestError: the shapes fit none of the objectives.
-    """
+    """Return what the model's logits stand for, from its configuration, its class and shapes."""
     config = getattr(model, "config", None)
     named = {
         "single_label_classification": "classification",
@@ -158,11 +154,7 @@ def resolve_objective(model: nn.Module, logits: Tensor, labels: Tensor | None) -
 
 
 def find_logits(outputs: Any) -> Tensor:
-    """Return the logits in a model's outputs.
-
-    Raises:
-        RequestError: there are none; the model has no head.
-    """
+    """Return the logits in a model's outputs."""
     if isinstance(outputs, Tensor):
         return outputs
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else None

@@ -1,4 +1,4 @@
-"""From observed inputs and outputs to sums."""
+"""What hooks show of a model, added up: the running sums of one pass over the data."""
 
 from __future__ import annotations
 
@@ -8,45 +8,118 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eutectic.errors import StatisticsError
+from eutectic.errors import NumericalError, StatisticsError
 from eutectic.models.masks import Layout, Tokens, same_memory, token_means
 from eutectic.models.sites import Site, as_matrix, output_rows
+from eutectic.statistics.collection_plan import Plan
 from eutectic.statistics.gram import GramSum, as_float, check_finite
+from eutectic.statistics.settings import Settings
+from eutectic.statistics.statistics_file import gram_names
+
+# Of a layer's inputs, per token and per sample: the Gram and the sum beside it.
+_OF_INPUTS = {"gram": "input_sum", "pooled_gram": "pooled_sum"}
 
 
-class InputSums:
-    """What is summed over one layer's inputs: per token, and per sample after pooling."""
+class PassSums:
+    """The running sums of one pass.
 
-    def __init__(self, width: int) -> None:
-        self.gram = GramSum(width)
-        self.pooled = GramSum(width)
-        self.total = torch.zeros(width, dtype=torch.float64)
-        self.pooled_total = torch.zeros(width, dtype=torch.float64)
+    Attributes:
+        grams: `<parameter>/<statistic>` -> sum of outer products.
+        totals: `<parameter>/<statistic>` -> sum of vectors, or of squared gradients, in float64.
+    """
 
-    def add(self, rows: Tensor, pooled: Tensor | None) -> None:
+    def __init__(self, plan: Plan, settings: Settings) -> None:
+        self.grams: dict[str, GramSum] = {}
+        self.totals: dict[str, Tensor] = {}
+        self._devices: dict[str, torch.device] = {}
+        for site in dict.fromkeys(plan.leaders.values()) if settings.grams else ():
+            for gram, total in _OF_INPUTS.items():
+                self._begin(f"{site.name}/{gram}", site.shape[1], site.weight)
+                zeros = torch.zeros(site.shape[1], dtype=torch.float64)
+                self.totals[f"{site.name}/{total}"] = zeros
+        for site in plan.gradient_sites:
+            self._begin(f"{site.name}/output_gradient_gram", site.shape[0], site.weight)
+        for name, parameter in plan.block.items():
+            self._begin(f"{name}/block_fisher", parameter.numel(), parameter)
+        for name, parameter in plan.diagonal.items():
+            device = _sum_device(parameter)
+            zeros = torch.zeros(parameter.shape, dtype=torch.float64, device=device)
+            self.totals[f"{name}/fisher_diagonal"] = zeros
+
+    def _begin(self, key: str, width: int, parameter: Tensor) -> None:
+        self.grams[key], self._devices[key] = GramSum(width), _sum_device(parameter)
+
+    def add_inputs(self, site: Site, rows: Tensor, means: Tensor | None) -> None:
         """Add tokens `[n, in]` and per-sample means `[samples, in]`."""
-        self.total += rows.sum(0, dtype=torch.float64).cpu()
-        self.gram.add(rows)
-        if pooled is not None:
-            self.pooled_total += pooled.sum(0, dtype=torch.float64).cpu()
-            self.pooled.add(pooled)
+        for added, (gram, total) in zip((rows, means), _OF_INPUTS.items(), strict=True):
+            if added is not None:
+                self.totals[f"{site.name}/{total}"] += added.sum(0, dtype=torch.float64).cpu()
+                self.grams[f"{site.name}/{gram}"].add(added)
+
+    def add_parameter_gradient(self, name: str, gradient: Tensor, batch: int) -> None:
+        """Add one example's gradient of one parameter: squared, and as an outer product."""
+        if not bool(torch.isfinite(gradient).all()):
+            raise NumericalError(f"NaN or Inf in the gradient of '{name}', batch {batch}.")
+        total = self.totals.get(f"{name}/fisher_diagonal")
+        if total is not None:
+            total += gradient.float().square().to(total.device)
+        if (block := self.grams.get(f"{name}/block_fisher")) is not None:
+            block.add(gradient.float().reshape(1, -1).clone())
 
     def state(self) -> dict[str, Tensor]:
-        """Return everything needed to go on."""
-        state = {"total": self.total, "pooled_total": self.pooled_total}
-        state |= {f"gram.{k}": v for k, v in self.gram.state().items()}
-        return state | {f"pooled.{k}": v for k, v in self.pooled.state().items()}
+        """Return everything needed to go on, in full precision."""
+        grams = {f"{k}/{part}": v for k, g in self.grams.items() for part, v in g.state().items()}
+        return grams | self.totals
 
-    def load(self, state: dict[str, Tensor], device: torch.device) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state`."""
-        self.total, self.pooled_total = state["total"], state["pooled_total"]
-        self.gram.load(below(state, "gram."), device)
-        self.pooled.load(below(state, "pooled."), device)
+        for key, gram in self.grams.items():
+            parts = ("count", "rows", "matrix")
+            own = {part: state[f"{key}/{part}"] for part in parts if f"{key}/{part}" in state}
+            gram.load(own, self._devices[key])
+        for key, total in self.totals.items():
+            self.totals[key] = state[key].to(total.device)
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Return (tokens, samples) for every layer that was summed over."""
+        found: dict[str, tuple[int, int]] = {}
+        for key, gram in self.grams.items():
+            name, _, statistic = key.rpartition("/")
+            if statistic == "gram":
+                found[name] = (gram.count, self.grams[f"{name}/pooled_gram"].count)
+            elif statistic == "output_gradient_gram":
+                found.setdefault(name, (gram.count, 0))
+        return found
+
+    def tensors(self, settings: Settings) -> dict[str, Tensor]:
+        """Return the sums as they are stored, `<parameter>/<statistic>` -> tensor."""
+        found: dict[str, Tensor] = {}
+        for key, gram in self.grams.items():
+            name, _, statistic = key.rpartition("/")
+            rank = None if statistic == "block_fisher" else settings.rank
+            stored = gram.tensors(rank, name)
+            names = zip(("gram", "factor", "diagonal"), gram_names(statistic), strict=True)
+            found |= {f"{name}/{n}": stored[form] for form, n in names if form in stored}
+            if gram.count and statistic in _OF_INPUTS:
+                total = f"{name}/{_OF_INPUTS[statistic]}"
+                found[total] = self.totals[total]
+        found |= {k: v for k, v in self.totals.items() if k.endswith("/fisher_diagonal")}
+        return {name: stored_form(name, value, settings.dtype) for name, value in found.items()}
 
 
-def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the entries under a prefix, without it."""
-    return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+def stored_form(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a sum in the dtype of the file."""
+    value = value.to("cpu", dtype).contiguous()
+    if not bool(torch.isfinite(value).all()):
+        raise NumericalError(
+            f"'{name}' is too large for {dtype}; collect in float64 (--dtype float64)."
+        )
+    return value
+
+
+def _sum_device(parameter: Tensor) -> torch.device:
+    # Apple's GPUs cannot add in float64.
+    return torch.device("cpu") if parameter.device.type == "mps" else parameter.device
 
 
 @dataclass
@@ -74,22 +147,13 @@ class Held:
 class Recorder:
     """Adds up what the hooks show, one batch at a time.
 
-    Args:
-        leaders: for each site, the site whose inputs it shares (itself when it shares none). Only
-            a leader's inputs are summed; that the others see the same is checked on every call.
-        inputs: sums per leader; empty when no Grams are wanted.
-        gradients: sites whose output gradients are wanted.
+    `leaders` has for each site the site whose inputs it shares (itself when it shares none). Only a
+    leader's inputs are summed; that the others see the same is checked on every call.
     """
 
-    def __init__(
-        self,
-        leaders: dict[Site, Site],
-        inputs: dict[Site, InputSums],
-        gradients: dict[Site, GramSum],
-    ) -> None:
+    def __init__(self, leaders: dict[Site, Site], sums: PassSums) -> None:
         self.leaders = leaders
-        self.inputs = inputs
-        self.gradients = gradients
+        self.sums = sums
         self.outputs: list[Output] = []
         self._layout: Layout | None = None
         self._batch = 0
@@ -106,11 +170,7 @@ class Recorder:
         self._held = {}
 
     def end(self) -> None:
-        """Close a forward pass.
-
-        Raises:
-            StatisticsError: a layer that shares another's inputs was not called with them.
-        """
+        """Close a forward pass."""
         self._layout = None
         for leader, held in self._held.items():
             for item in held:
@@ -129,9 +189,9 @@ class Recorder:
         tokens = self._layout.tokens(site, matrix)
         if tokens is None:
             return
-        if self.inputs:
+        if f"{self.leaders[site].name}/gram" in self.sums.grams:
             self._observe_inputs(site, inputs, matrix, tokens)
-        if site in self.gradients and outputs.requires_grad:
+        if f"{site.name}/output_gradient_gram" in self.sums.grams and outputs.requires_grad:
             edge = torch.autograd.graph.get_gradient_edge(outputs)
             self.outputs.append(Output(site, tokens, outputs.detach(), edge))
 
@@ -145,7 +205,7 @@ class Recorder:
             self._held.setdefault(site, []).append(held)
         rows = token_rows(tokens, matrix)
         check_finite(rows, site.name, self._batch, "inputs")
-        self.inputs[site].add(rows, sample_means(tokens, matrix))
+        self.sums.add_inputs(site, rows, sample_means(tokens, matrix))
 
     def _check_shared(self, site: Site, leader: Site, inputs: Tensor) -> None:
         queue = self._held.get(leader, [])
@@ -171,7 +231,7 @@ class Recorder:
                 gradient = torch.zeros_like(output.like)
             rows = token_rows(output.tokens, output_rows(site, gradient))
             check_finite(rows, site.name, self._batch, "output gradients")
-            self.gradients[site].add(rows)
+            self.sums.grams[f"{site.name}/output_gradient_gram"].add(rows)
         self.outputs = []
 
 
@@ -193,50 +253,3 @@ def sample_means(tokens: Tokens, activations: Tensor) -> Tensor | None:
         return token_means(arranged, None) if arranged.shape[1] else None
     means = token_means(arranged, tokens.mask)
     return means[tokens.mask.any(1).to(means.device)]
-
-
-class Probe:
-    """Watches one small forward pass to learn which layers are called and which share inputs."""
-
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self._inputs: list[tuple[Tensor, int]] = []
-        self._calls: dict[Site, list[tuple[int, int, str]]] = {}
-        self.skipped: set[Site] = set()
-
-    def encoder_output(self, states: Tensor) -> None:
-        """Note what cross-attention will read."""
-        self._layout.encoder_outputs.append(states)
-
-    def observe(self, site: Site, inputs: Tensor, outputs: Tensor) -> None:
-        """Note which input, under which mask, a layer was called with."""
-        tokens = self._layout.tokens(site, as_matrix(site, inputs))
-        if tokens is None:
-            self.skipped.add(site)
-            return
-        index = self._index_of(inputs)
-        patches = site.path if site.kind == "convolution" else ""
-        self._calls.setdefault(site, []).append((index, id(tokens.mask), patches))
-
-    def _index_of(self, inputs: Tensor) -> int:
-        for index, (earlier, version) in enumerate(self._inputs):
-            if same_memory(earlier, inputs) and version == inputs._version:
-                return index
-        # Kept alive, so that no later tensor can lie at the same address.
-        self._inputs.append((inputs, inputs._version))
-        return len(self._inputs) - 1
-
-    def leaders(self, sites: list[Site], share: bool) -> dict[Site, Site]:
-        """Return for each site the one called first with the same inputs in the same order.
-
-        Of the ways to call an attention module, those that were not seen are left out. Any other
-        layer that was not reached (an expert of a mixture) may be reached later, and stays.
-        """
-        first: dict[tuple[tuple[int, int, str], ...], Site] = {}
-        found: dict[Site, Site] = {}
-        for site, calls in self._calls.items():
-            found[site] = first.setdefault(tuple(calls), site) if share else site
-        for site in sites:
-            if site not in self.skipped and "in_proj_weight" not in site.name:
-                found.setdefault(site, site)
-        return {site: found[site] for site in sites if site in found}

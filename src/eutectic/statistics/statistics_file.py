@@ -18,7 +18,6 @@ under which, beside counts, shapes and provenance. `examples` holds a hash of ev
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +33,19 @@ FORMAT = 1
 EXAMPLES = "examples"
 
 
-@dataclass(frozen=True)
-class GramNames:
-    """How a sum of outer products is called in its three forms."""
-
-    dense: str
-    factor: str
-    diagonal: str
-
-
-GRAM_NAMES = {
-    "gram": GramNames("gram", "gram_factor", "gram_diagonal"),
-    "pooled_gram": GramNames("pooled_gram", "pooled_factor", "pooled_diagonal"),
-    "output_gradient_gram": GramNames(
-        "output_gradient_gram", "output_gradient_factor", "output_gradient_diagonal"
-    ),
-    "block_fisher": GramNames("block_fisher", "block_fisher_factor", "block_fisher_diagonal"),
-}
 # Kept under the name of the layer whose inputs are shared.
 INPUT_STATISTICS = frozenset({"gram", "input_sum", "pooled_gram", "pooled_sum"})
 VECTORS = ("input_sum", "pooled_sum", "fisher_diagonal")
-STATISTICS = (*GRAM_NAMES, *VECTORS)
+STATISTICS = ("gram", "pooled_gram", "output_gradient_gram", "block_fisher", *VECTORS)
+
+
+def gram_names(statistic: str) -> tuple[str, str, str]:
+    """Return how a sum of outer products is called: dense, as a factor, and its diagonal rest.
+
+    Of other statistics only the first name is ever in a file.
+    """
+    stem = statistic.removesuffix("_gram")
+    return statistic, f"{stem}_factor", f"{stem}_diagonal"
 
 
 class StatisticsFile(Mapping[str, LayerStatistics]):
@@ -132,15 +123,10 @@ class StatisticsFile(Mapping[str, LayerStatistics]):
         found: dict[str, Any] = {"count": layer["count"], "sample_count": layer["sample_count"]}
         found["examples"] = self.provenance["data"].get("examples", 0)
         for statistic in STATISTICS if only is None else only:
-            if statistic in VECTORS:
-                found[statistic] = self._get(name, statistic, statistic)
-                continue
-            gram = GRAM_NAMES[statistic]
-            found[statistic] = self._get(name, statistic, gram.dense)
-            factor = self._get(name, statistic, gram.factor)
+            stored = (self._get(name, statistic, kind) for kind in gram_names(statistic))
+            found[statistic], factor, diagonal = stored
             if factor is None:
                 continue
-            diagonal = self._get(name, statistic, gram.diagonal)
             if statistic == "gram":
                 found |= {"gram_factor": factor, "gram_diagonal": diagonal}
             else:
@@ -151,22 +137,15 @@ class StatisticsFile(Mapping[str, LayerStatistics]):
         """Tell, without reading, whether a parameter has a statistic (named as for `read`)."""
         if name not in self._layers:
             return False
-        keys = [statistic]
-        if statistic in GRAM_NAMES:
-            keys = [GRAM_NAMES[statistic].dense, GRAM_NAMES[statistic].factor]
-        return any(self.key(name, statistic, key) in self.tensors for key in keys)
+        dense, factor, _ = gram_names(statistic)
+        return any(self.key(name, statistic, key) in self.tensors for key in (dense, factor))
 
     def read_bytes(self, name: str, only: Collection[str]) -> int:
         """Return how many bytes `read` takes from the file; nothing in memory."""
         if name not in self._layers or not isinstance(self.tensors, TensorFile):
             return 0
-        total = 0
-        for statistic in only:
-            gram = GRAM_NAMES.get(statistic)
-            for stored in vars(gram).values() if gram is not None else [statistic]:
-                key = self.key(name, statistic, stored)
-                total += self.tensors.nbytes(key) if key in self.tensors else 0
-        return total
+        keys = {self.key(name, of, stored) for of in only for stored in gram_names(of)}
+        return sum(self.tensors.nbytes(key) for key in keys if key in self.tensors)
 
     def key(self, name: str, statistic: str, stored: str) -> str:
         """Return the name of the tensor that holds a statistic of a parameter."""

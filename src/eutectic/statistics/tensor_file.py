@@ -26,11 +26,7 @@ class TensorFile(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path, key: str) -> None:
-        """Read the header, and the JSON record under `key` of its metadata.
-
-        Raises:
-            StatisticsError: the file is missing, damaged, or has no such record.
-        """
+        """Read the header, and the JSON record under `key` of its metadata."""
         self.path = path
         try:
             header = read_header(path)
@@ -101,9 +97,6 @@ def write_tensors(
     """Write a file that is either absent (or as before) or complete and on disk.
 
     One tensor at a time is asked for. The same tensors and record give the same bytes.
-
-    Raises:
-        OutputError: the folder does not exist, or the disk is full or fails.
     """
     # One metadata key only: readers and writers of safetensors do not keep an order of keys.
     header, placed = build_header(entries_of(tensors), {key: json.dumps(record, sort_keys=True)})

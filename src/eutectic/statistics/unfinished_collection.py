@@ -116,12 +116,7 @@ class Partial:
 
 
 def open_partial(output: Path, identity: str) -> Partial:
-    """Create or take up the folder beside `output`.
-
-    Raises:
-        OutputError: it cannot be created.
-        ResumeError: it belongs to a collection of something else, or is not a collection's.
-    """
+    """Create or take up the folder beside `output`."""
     folder = output.with_name(f"{output.name}.partial")
     try:
         folder.mkdir(exist_ok=True)
