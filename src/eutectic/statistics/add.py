@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,17 +25,8 @@ from eutectic.statistics.statistics_file import (
 
 # What must agree for a sum to mean anything.
 _SETTINGS = (
-    "grams",
-    "output_gradients",
-    "fisher",
-    "block_fisher",
-    "labels",
-    "objective",
-    "head",
-    "rank",
-    "unmatched",
-    "token_mask",
-    "dtype",
+    *("grams", "output_gradients", "fisher", "block_fisher", "labels", "objective", "head"),
+    *("rank", "unmatched", "token_mask", "dtype"),
 )
 
 
@@ -62,16 +52,24 @@ def add_statistics(
     if not opened:
         raise RequestError("there are no statistics files to add.")
     _check(opened)
-    names = list(opened[0].names)
+    names = opened[0].names
     owners = _owners(opened)
     record = dict(opened[0].provenance)
-    record["layers"] = {name: _layer(opened, name, owners[name]) for name in names}
+    tables = [f.provenance["layers"] for f in opened]
+    record["layers"] = {
+        name: {
+            **tables[0][name],
+            **{key: sum(table[name][key] for table in tables) for key in ("count", "sample_count")},
+            "inputs": owners[name],
+        }
+        for name in names
+    }
     tensors: dict[str, Tensor] = {}
     dtype = torch.float64 if record["settings"]["dtype"] == "float64" else torch.float32
     for name in names:
         for statistic in STATISTICS:
             own = name == owners[name] if statistic in INPUT_STATISTICS else True
-            if own and opened[0].provenance["layers"][name]["same_as"] == name:
+            if own and tables[0][name]["same_as"] == name:
                 for stored, value in _add(opened, name, statistic).items():
                     key = f"{name}/{stored}"
                     tensors[key] = stored_form(key, value, dtype)
@@ -138,12 +136,6 @@ def _owners(files: Sequence[StatisticsFile]) -> dict[str, str]:
     agreed = all(table == tables[0] for table in tables)
     layers = files[0].provenance["layers"]
     return tables[0] if agreed else {n: layer["same_as"] or n for n, layer in layers.items()}
-
-
-def _layer(files: Sequence[StatisticsFile], name: str, owner: str) -> dict[str, Any]:
-    layers = [f.provenance["layers"][name] for f in files]
-    counts = {key: sum(layer[key] for layer in layers) for key in ("count", "sample_count")}
-    return {**layers[0], **counts, "inputs": owner}
 
 
 def _add(files: Sequence[StatisticsFile], name: str, statistic: str) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,15 @@ class Plan:
             if full:
                 groups.append([])
             groups[-1].append((unit, need))
-        return [_join([unit for unit, _ in group]) for group in groups if group]
+        parts: list[Plan] = []
+        for group in filter(None, groups):
+            parts.append(Plan({}))
+            for unit, _ in group:
+                parts[-1].leaders |= unit.leaders
+                parts[-1].gradient_sites += unit.gradient_sites
+                parts[-1].diagonal |= unit.diagonal
+                parts[-1].block |= unit.block
+        return parts
 
     def _units(self, settings: Settings) -> list[tuple[Plan, int]]:
         """Return the smallest plans that cannot be split, each with the bytes of its sums."""
@@ -103,33 +111,21 @@ class Plan:
         return units
 
 
-def _join(units: Sequence[Plan]) -> Plan:
-    whole = Plan({})
-    for unit in units:
-        whole.leaders |= unit.leaders
-        whole.gradient_sites += unit.gradient_sites
-        whole.diagonal |= unit.diagonal
-        whole.block |= unit.block
-    return whole
-
-
 def make_plan(model: nn.Module, batch: Batch, settings: Settings) -> Plan:
     """Return what is to be observed, after a forward pass of at most two examples.
 
     The pass shows which layers are called, and which of them see the same inputs.
     """
     plan = Plan({})
-    vectors: dict[str, nn.Parameter] = {}
     if settings.fisher:
         plan.diagonal = named_parameters(model, settings.layers)
-    if settings.block_fisher:
-        parameters = named_parameters(model, settings.layers)
-        vectors = {n: p for n, p in parameters.items() if p.numel() == max(p.shape, default=0)}
-    for name, vector in vectors.items():
-        if vector.numel() <= settings.block_limit:
-            plan.block[name] = vector
-        else:
-            plan.skipped[name] = f"block_fisher: {vector.numel()} > {settings.block_limit} entries"
+    for name, p in (
+        named_parameters(model, settings.layers).items() if settings.block_fisher else ()
+    ):
+        if p.numel() > settings.block_limit and p.numel() == max(p.shape):
+            plan.skipped[name] = f"block_fisher: {p.numel()} > {settings.block_limit} entries"
+        elif p.numel() == max(p.shape, default=0):
+            plan.block[name] = p
     if not (settings.grams or settings.output_gradients):
         return plan
     sites = find_sites(model, settings.layers, settings.convolutions)

@@ -25,15 +25,8 @@ from eutectic.statistics.unfinished_collection import DataLog
 class Pass:
     """What one pass works with.
 
-    Attributes:
-        model: the model, on whatever device.
-        batches: the data.
-        plan: what to observe.
-        settings: what was asked for.
-        sums: where it is added up; already holding the first `start` batches.
-        log: which examples were seen, in this pass or an earlier one.
-        start: batches that a killed run had done.
-        after_batch: called with the number of batches done.
+    `sums` hold the first `start` batches already, which a killed run had done; `log` says which
+    examples were seen, in this pass or an earlier one; `after_batch` is told the batches done.
     """
 
     model: nn.Module
@@ -108,17 +101,14 @@ def _add(job: Pass, recorder: Recorder, batch: Batch, index: int, hashes: list[i
     recorder.begin(make_layout(job.model, batch, job.settings), index)
     backward = bool(job.plan.gradient_sites or job.plan.parameters)
     with torch.set_grad_enabled(backward):
-        outputs = call(job.model, _inputs(batch) if job.settings.head is not None else batch)
+        inputs = batch
+        if job.settings.head is not None and isinstance(batch, Mapping):
+            # A bare model takes no labels; its head's logits are compared with them.
+            inputs = {name: value for name, value in batch.items() if name not in LABEL_KEYS}
+        outputs = call(job.model, inputs)
         recorder.end()
         if backward:
             _differentiate(job, recorder, outputs, batch, index, hashes)
-
-
-def _inputs(batch: Batch) -> Batch:
-    """Leave out labels: a bare model takes none, its head's logits are compared with them."""
-    if not isinstance(batch, Mapping):
-        return batch
-    return {name: value for name, value in batch.items() if name not in LABEL_KEYS}
 
 
 def _differentiate(

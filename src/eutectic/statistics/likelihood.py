@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.errors import RequestError
-from eutectic.models.batch import IGNORED_LABEL
+from eutectic.models.batch import IGNORED_LABEL, LABEL_KEYS
 from eutectic.models.sites import is_encoder_decoder
 from eutectic.models.task_kinds import ARCHITECTURES, spelled
 
@@ -173,7 +173,7 @@ def find_labels(batch: Any) -> Tensor | None:
     """Return the labels of a batch, or None."""
     if not isinstance(batch, Mapping):
         return None
-    found = (batch.get(key) for key in ("labels", "label", "label_ids"))
+    found = (batch.get(key) for key in LABEL_KEYS)
     return next((value for value in found if isinstance(value, Tensor)), None)
 
 

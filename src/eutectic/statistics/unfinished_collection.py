@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import OutputError, ResumeError, StatisticsError
-from eutectic.statistics.tensor_file import TensorFile, write_tensors
+from eutectic.statistics.statistics_file import TensorFile, write_tensors
 from eutectic.storage import storage_of
 
 _KEY = "eutectic_collection"
