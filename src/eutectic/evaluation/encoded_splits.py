@@ -177,7 +177,7 @@ def normal_text(text: str) -> str:
 
 
 def open_processor(task: Task, folder: Path, base: Path | None = None) -> tuple[Any, Any]:
-    """Return the tokenizer or image processor of a folder, and the configuration that it goes with."""
+    """Return the tokenizer or image processor of a folder, and the configuration with it."""
     images = task.kind == "image-classification"
     try:
         configured = folder if base is None or (folder / "config.json").exists() else base

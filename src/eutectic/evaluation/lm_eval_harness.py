@@ -42,7 +42,7 @@ class HarnessRows:
 
 
 def read_harness(task: Task, limit: int | None, *, trust_code: bool) -> HarnessRows:
-    """Let the harness find its tasks and load their rows, from its cache or the Hugging Face Hub."""
+    """Let the harness find its tasks and load their rows, from its cache or the hub."""
     asked = task.harness
     assert asked is not None
     if asked.include_path is not None and not trust_code:
