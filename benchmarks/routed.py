@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eutectic.routed.assembly import finish, install
 from eutectic.routed.forward_pass import Routing
+from eutectic.routed.routed_folder import finish
 from eutectic.routed.routed_layers import choose_layers
+from eutectic.routed.routed_modules import install
 from eutectic.routed.router import DiscriminantRouter
 
 EXPERTS, RANK = 8, 32

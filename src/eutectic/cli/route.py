@@ -143,7 +143,7 @@ def route(
 
 def _show(folder: Path, export: Path | None, json: bool) -> None:
     from eutectic.routed import export_lora, load_routed
-    from eutectic.routed.saving import experts_of
+    from eutectic.routed.routed_folder import experts_of
 
     routed = load_routed(folder)
     layers = experts_of(routed)

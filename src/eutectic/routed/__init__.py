@@ -1,8 +1,7 @@
 """Routed models: a merged base, thin experts beside it, and a decision per sample."""
 
 from eutectic.routed.build import build_routed
-from eutectic.routed.export import export_lora
-from eutectic.routed.loading import load_routed
+from eutectic.routed.routed_folder import export_lora, load_routed
 from eutectic.routed.routed_layers import RoutedCosts, routed_costs
 from eutectic.routed.routed_modules import RoutedAttention, RoutedLinear
 from eutectic.routed.router import DiscriminantRouter, PrototypeRouter

@@ -15,7 +15,6 @@ from eutectic.errors import NumericalError, RequestError, StatisticsError
 from eutectic.linalg.essential import essential_subspace
 from eutectic.models.sites import Site, feeds_batch_first
 from eutectic.options import options_from
-from eutectic.routed.assembly import finish, install
 from eutectic.routed.expert_weights import (
     ExpertWeights,
     StateDict,
@@ -24,7 +23,9 @@ from eutectic.routed.expert_weights import (
     open_experts,
 )
 from eutectic.routed.forward_pass import Routing
+from eutectic.routed.routed_folder import finish
 from eutectic.routed.routed_layers import layer_rank, routed_layers
+from eutectic.routed.routed_modules import install
 from eutectic.routed.router import (
     Router,
     RouterKind,

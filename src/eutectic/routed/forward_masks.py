@@ -8,7 +8,6 @@ from itertools import accumulate, count
 from operator import mul
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from eutectic.models.masks import predicting_positions
@@ -83,15 +82,8 @@ class Frame:
 def open_frame(
     given: Mapping[str, Any], names: tuple[str, ...], parent: Frame | None, batch_first: bool
 ) -> Frame:
-    """Return the frame of a module that is called with `given`, inside of `parent`.
-
-    Args:
-        given: its arguments by name.
-        names: of all its parameters.
-        parent: the frame around it; None for the outermost.
-        batch_first: activations are `[samples, tokens, features]` where both orders would fit.
-    """
-    above = parent if parent is not None else Frame()
+    """Return the frame of a module with parameters `names`, called with `given` inside `parent`."""
+    above = parent or Frame()
     own = _samples(given, batch_first)
     samples = above.samples if own is None else own
     inputs = [given[name] for name in (*_TEXTS, *_NO_TEXTS) if isinstance(given.get(name), Tensor)]
@@ -112,8 +104,8 @@ def open_frame(
             mask = above.cross_mask if above.decodes else above.mask
         cross = _flat(given.get("encoder_attention_mask"), cross)
     lengths = above.lengths if own is None else _lengths(given, mask, cross)
-    tower, numbers = _tower(given, parent), above.numbers
-    return Frame(samples, counts, mask, cross, decodes, lengths, tower, numbers=numbers)
+    tower = _tower(given, parent)
+    return Frame(samples, counts, mask, cross, decodes, lengths, tower, numbers=above.numbers)
 
 
 def _own_mask(given: Mapping[str, Any], names: tuple[str, ...]) -> tuple[Tensor | None, bool]:
@@ -124,13 +116,9 @@ def _own_mask(given: Mapping[str, Any], names: tuple[str, ...]) -> tuple[Tensor 
             known = True
             value = given.get(name)
             if isinstance(value, Tensor) and value.ndim == 2:
-                return (value.bool() if keeps else _padding(value)), True
+                # torch's padding masks are True, or −inf, where tokens do not count.
+                return (value.bool() if keeps else value == 0), True
     return None, known
-
-
-def _padding(mask: Tensor) -> Tensor:
-    """Return which tokens count, from torch's padding mask (True or −inf where they do not)."""
-    return ~mask if mask.dtype == torch.bool else mask == 0
 
 
 def _flat(mask: Any, otherwise: Tensor | None) -> Tensor | None:
@@ -149,13 +137,10 @@ def _decoder_mask(given: Mapping[str, Any], source: Tensor | None, above: Frame)
 
 
 def _samples(given: Mapping[str, Any], batch_first: bool) -> int | None:
-    for name in (*_TEXTS, *_NO_TEXTS):
-        value = given.get(name)
+    inputs = (given.get(name) for name in (*_TEXTS, *_NO_TEXTS))
+    for value in (*inputs, hidden_states(given.get("encoder_outputs"))):
         if isinstance(value, Tensor):
             return len(value)
-    hidden = hidden_states(given.get("encoder_outputs"))
-    if hidden is not None:
-        return len(hidden)
     for value in given.values():
         if isinstance(value, Tensor) and value.ndim >= 2:
             return value.shape[1 if value.ndim == 3 and not batch_first else 0]

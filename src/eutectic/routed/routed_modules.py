@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from eutectic.conventions import reads_encoder
 from eutectic.errors import RequestError
 from eutectic.models.masks import token_means, tokens_first
+from eutectic.models.sites import Site
 from eutectic.routed.forward_masks import Frame
 from eutectic.routed.forward_pass import Call, Routing, innermost, uncompiled
 from eutectic.routed.router import Router
@@ -314,3 +315,23 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))
+
+
+def install(
+    model: nn.Module, layer: Site, up: Tensor, down: Tensor, router: Router, routing: Routing
+) -> None:
+    """Replace one layer of `model` by a routed one, which takes over its parameters."""
+    experts = Experts(layer.name, up, down, router, routing)
+    base = model.get_submodule(layer.path)
+    replacement: nn.Module
+    if layer.kind == "in_projection":
+        assert isinstance(base, nn.MultiheadAttention)
+        replacement = RoutedAttention(base, experts)
+    else:
+        replacement = RoutedLinear(base, experts, transposed=layer.kind == "conv1d")
+    replacement.train(base.training)
+    # One module may be called by several paths.
+    paths = [n for n, m in model.named_modules(remove_duplicate=False) if m is base]
+    for path in paths:
+        parent, _, child = path.rpartition(".")
+        setattr(model.get_submodule(parent), child, replacement)

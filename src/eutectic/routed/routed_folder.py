@@ -1,0 +1,293 @@
+"""Routed models on disk: saved beside the merged model, loaded, exported as LoRA adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from types import MethodType
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from eutectic.conventions import PEFT_ROOT
+from eutectic.errors import CheckpointError, OutputError, RequestError
+from eutectic.models.sites import Site, routable_sites
+from eutectic.models.transformers_loading import load_stored
+from eutectic.routed.forward_pass import Routing, install_hooks
+from eutectic.routed.routed_modules import Experts, RoutedLinear, install
+from eutectic.routed.router import ROUTERS, RouterKind
+from eutectic.routed.routing_modes import routing_of
+
+Model = TypeVar("Model", bound=nn.Module)
+
+DESCRIPTION = "routed.json"
+FACTORS = "routed.safetensors"
+PLAIN_WEIGHTS = "model.safetensors"  # of models that do not come from transformers
+FORMAT = 1
+MERGED = "merged"
+EXPERTS = "experts"
+PROTOTYPES = "prototypes.safetensors"
+
+
+class RoutedLayer(BaseModel):
+    """A routed layer: the name of its weight, and the path of its module."""
+
+    name: str
+    path: str
+
+
+class Description(BaseModel):
+    """What `routed.json` says; see `Routing` for most of it."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: int = FORMAT
+    architecture: str
+    experts: tuple[str, ...]
+    router: RouterKind
+    accumulate: bool
+    batch_first: bool
+    short: dict[str, dict[str, int]]
+    left_out: list[str] = []  # absent in files of earlier versions
+    layers: list[RoutedLayer]
+
+
+def finish(model: Model, routing: Routing) -> Model:
+    """Attach the handle, the hooks and `save_pretrained` to a model with routed layers."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            # It would drop the padding between its layers, so that no mask fits what they see.
+            module.use_nested_tensor = False
+    install_hooks(model, routing)
+    model.routing = routing  # type: ignore[assignment]
+    model.save_pretrained = MethodType(save_routed, model)  # type: ignore[assignment]
+    return model
+
+
+def save_routed(routed: nn.Module, folder: str | Path, **options: Any) -> None:
+    """Write a routed model: the merged model as it would save itself, and the experts beside it.
+
+    The folder loads in transformers as the merged model; `load_routed` adds the experts.
+
+    Args:
+        routed: from `build_routed` or `load_routed`.
+        folder: created when missing.
+        **options: passed to the model's own `save_pretrained`.
+
+    Raises:
+        RequestError: the model is not routed, or options were given to a model that has no
+            `save_pretrained` of its own.
+        OutputError: the folder cannot be written.
+    """
+    handle = routing_of(routed)
+    path = Path(folder)
+    weights, held = base_state_dict(routed), experts_of(routed)
+    layers = [RoutedLayer(name=experts.name, path=path) for path, experts in held.items()]
+    kind = type(routed).__name__
+    description = Description(architecture=kind, layers=layers, **vars(handle))
+    tensors = {
+        f"{path}.{key}": tensor.contiguous()
+        for path, experts in held.items()
+        for key, tensor in experts.state_dict().items()
+    }
+    own = getattr(type(routed), "save_pretrained", None)
+    if own is None and options:
+        raise RequestError(f"{kind} takes no options for saving: {options}.")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / DESCRIPTION).unlink(missing_ok=True)
+        if own is not None:
+            own(routed, path, state_dict=weights, **options)
+        else:
+            save_file({n: t.contiguous().clone() for n, t in weights.items()}, path / PLAIN_WEIGHTS)
+        save_file(tensors, path / FACTORS)
+        # Last: a folder without it is no finished routed model.
+        text = json.dumps(description.model_dump(), indent=1)
+        (path / DESCRIPTION).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path}: the routed model cannot be written: {error}.") from error
+
+
+def load_routed(folder: str | Path, model: nn.Module | type[Any] | None = None) -> Any:
+    """Return the routed model of a folder that `save_pretrained` wrote.
+
+    Args:
+        folder: the folder.
+        model: a class with `from_pretrained`, or a module of the right architecture, which takes
+            the stored weights and becomes the routed model; None loads the class that the folder
+            names from transformers.
+
+    Raises:
+        CheckpointError: not a routed model, a damaged file, or one that does not fit the model.
+        MissingExtraError: transformers is needed and not installed.
+    """
+    path = Path(folder)
+    description = _read_description(path)
+    loaded = _load_base(path, model)
+    try:
+        tensors = load_file(path / FACTORS)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path / FACTORS}: cannot be read: {error}.") from None
+    routing = Routing(**{f.name: getattr(description, f.name) for f in fields(Routing)})
+    available = {layer.name: layer for layer in routable_sites(loaded)}
+    device = next(loaded.parameters()).device
+    for item in description.layers:
+        layer = available.get(item.name)
+        if layer is None or layer.path != item.path:
+            raise CheckpointError(
+                f"{path}: the routed layer '{item.name}' is not in {type(loaded).__name__}.\n"
+                "Load it with the class that it was saved from."
+            )
+        up, down, weight, bias = _tensors(path, tensors, layer, len(routing.experts))
+        router = ROUTERS[description.router](weight, bias)
+        install(loaded, layer, up.to(device), down.to(device), router.to(device), routing)
+    return finish(loaded, routing)
+
+
+def _tensors(path: Path, held: Mapping[str, Tensor], layer: Site, experts: int) -> list[Tensor]:
+    """Return `up`, `down`, and the router's weight and bias of one layer."""
+    keys = [f"{layer.path}.{key}" for key in ("up", "down", "router.weight", "router.bias")]
+    found = [held[key] for key in keys if key in held]
+    if len(found) < len(keys) or found[0].ndim != 3:
+        raise CheckpointError(f"{path / FACTORS}: incomplete for the layer '{layer.name}'.")
+    size, (rows, columns) = found[0].shape[2], layer.shape
+    wanted = [(experts, rows, size), (experts, size, columns), (experts, columns), (experts,)]
+    shapes = [tuple(tensor.shape) for tensor in found]
+    if shapes != wanted:
+        raise CheckpointError(
+            f"{path / FACTORS}: '{layer.name}' has factors of shapes {shapes}, where {wanted} fit."
+        )
+    return found
+
+
+def _read_description(path: Path) -> Description:
+    file = path / DESCRIPTION
+    try:
+        description = Description.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not a routed model, it has no {DESCRIPTION}.") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}.") from None
+    except ValidationError as error:
+        bad = dict.fromkeys(str(item["loc"][0]) for item in error.errors() if item["loc"])
+        raise CheckpointError(
+            f"{file}: damaged; {', '.join(bad) or 'its JSON'} is not as expected."
+        ) from None
+    if description.format != FORMAT:
+        raise CheckpointError(
+            f"{file}: format {description.format}, this version reads {FORMAT}; update eutectic."
+        )
+    return description
+
+
+def _load_base(path: Path, model: nn.Module | type[Any] | None) -> Any:
+    if not isinstance(model, nn.Module):
+        return load_stored(path, model)
+    try:
+        given = load_file(path / PLAIN_WEIGHTS)
+        missing, unknown = model.load_state_dict(given, strict=False)
+        state = model.state_dict()
+        filled = {state[name].data_ptr() for name in given if name in state}
+        missing = [n for n in missing if state[n].data_ptr() not in filled]  # not tied either
+        if missing or unknown:
+            raise RuntimeError(f"missing {missing[:3]}, unknown {unknown[:3]}")
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path / PLAIN_WEIGHTS}: does not fit {type(model).__name__}: {error}"
+        ) from None
+    return model
+
+
+def export_lora(routed: nn.Module, folder: str | Path) -> None:
+    """Write the merged model, one LoRA adapter per expert, and the routers.
+
+    `merged/` is the base; `experts/<name>/` are adapters with A = F_t, B = B_t and scale 1, so that
+    a model with adapter t equals the routed model with oracle t. `prototypes.safetensors` holds
+    per layer `<path>.weight` `[T, in]` and `<path>.bias` `[T]`: scores are linear in the mean
+    input of the layer's unmasked tokens (of norm 1 for the prototype router); its metadata names
+    the experts in order and the router.
+
+    Args:
+        routed: a routed transformers model.
+        folder: created when missing.
+
+    Raises:
+        RequestError: not a routed model, a packed in-projection (which LoRA has no form for), a
+            model without `save_pretrained`, or a name of an expert that is no folder name.
+        OutputError: the folder cannot be written.
+    """
+    handle = routing_of(routed)
+    path = Path(folder)
+    layers = experts_of(routed)
+    own = getattr(type(routed), "save_pretrained", None)
+    packed = [p for p in layers if not isinstance(routed.get_submodule(p), RoutedLinear)]
+    if packed or own is None:
+        raise RequestError(
+            f"the packed in-projections {packed[:3]} have no LoRA form; route other layers."
+            if packed
+            else f"{type(routed).__name__} has no save_pretrained, so PEFT could not load it."
+        )
+    bad = [name for name in handle.experts if name in (".", "..") or set(name) & set("/\\\0")]
+    if bad:
+        raise RequestError(f"these names of experts cannot be folders: {bad}.")
+    try:
+        own(routed, path / MERGED, state_dict=base_state_dict(routed))
+        for t, name in enumerate(handle.experts):
+            target = path / EXPERTS / name
+            target.mkdir(parents=True, exist_ok=True)
+            _write_adapter(routed, t, target, str(path / MERGED))
+        routers = {
+            f"{p}.{key}": tensor.contiguous()
+            for p, experts in layers.items()
+            for key, tensor in experts.router.state_dict().items()
+        }
+        metadata = {"experts": json.dumps(list(handle.experts)), "router": handle.router}
+        save_file(routers, path / PROTOTYPES, metadata=metadata)
+    except OSError as error:
+        raise OutputError(f"{path}: the export cannot be written: {error}.") from error
+
+
+def _write_adapter(routed: nn.Module, t: int, target: Path, base: str) -> None:
+    layers = experts_of(routed)
+    ranks = {path: experts.up.shape[2] for path, experts in layers.items()}
+    rank = max(ranks.values())
+    smaller = {path: r for path, r in ranks.items() if r != rank}
+    modules = (routed.get_submodule(path) for path in layers)
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": smaller,
+        "alpha_pattern": smaller,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(isinstance(m, RoutedLinear) and m.transposed for m in modules),
+        "target_modules": list(layers),
+        "inference_mode": True,
+    }
+    tensors = {
+        f"{PEFT_ROOT}{path}.lora_{side}.weight": factor[t].detach().contiguous()
+        for path, experts in layers.items()
+        for side, factor in (("A", experts.down), ("B", experts.up))
+    }
+    save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+    (target / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def base_state_dict(routed: nn.Module) -> dict[str, Tensor]:
+    """Return the merged model's own state dict, without experts and routers."""
+    prefixes = tuple(f"{p}." for p, m in routed.named_modules() if isinstance(m, Experts))
+    return {n: t for n, t in routed.state_dict().items() if not n.startswith(prefixes)}
+
+
+def experts_of(routed: nn.Module) -> dict[str, Experts]:
+    """Return the experts by the path of the layer that they belong to."""
+    found = {p: m for p, m in routed.named_modules() if isinstance(m, Experts)}
+    return {path.removesuffix(".experts"): experts for path, experts in found.items()}
