@@ -18,7 +18,7 @@ from eutectic.data.columns import Columns
 from eutectic.data.encoded_rows import EncodedRows
 from eutectic.data.labels import ClassLabels
 from eutectic.errors import RequestError, StatisticsError
-from eutectic.models.processors import longest_input
+from eutectic.models.loading import longest_input
 from eutectic.statistics import add_statistics, collect
 from helpers.configs import tiny_model
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from eutectic.cli.records import option
 
 if TYPE_CHECKING:
-    from eutectic.models.batch import Batch
+    from eutectic.models.batches import Batch
     from eutectic.models.loading import LoadedModel
 
 

@@ -15,9 +15,8 @@ from eutectic.data.images import image_inputs, locate_images
 from eutectic.data.labels import ClassLabels
 from eutectic.data.row_files import read_rows
 from eutectic.data.texts import token_ids
-from eutectic.models.batch import Batch
-from eutectic.models.loading import LoadedModel
-from eutectic.models.processors import image_mode, longest_input, takes_images
+from eutectic.models.batches import Batch
+from eutectic.models.loading import LoadedModel, image_mode, longest_input, takes_images
 from eutectic.models.task_kinds import GENERATIVE, TaskKind
 
 

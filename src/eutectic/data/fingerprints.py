@@ -13,8 +13,14 @@ from torch import Tensor
 from eutectic.data.columns import ANSWERS, INPUTS, Row, RowsOfTask
 from eutectic.data.images import open_image
 from eutectic.errors import RequestError, StatisticsError
-from eutectic.models.batch import IGNORED_LABEL, LABEL_KEYS, Batch, sample_count, tensors_by_name
-from eutectic.models.masks import decoder_mask
+from eutectic.models.batches import (
+    IGNORED_LABEL,
+    LABEL_KEYS,
+    Batch,
+    decoder_mask,
+    sample_count,
+    tensors_by_name,
+)
 
 _CONTENT = ("text", "text_pair", "source", "image")  # of the rows of functions, where named so
 

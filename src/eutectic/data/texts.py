@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from eutectic.data.columns import INPUTS, Row, RowsOfTask
-from eutectic.models.batch import IGNORED_LABEL
-from eutectic.models.processors import padding_id
+from eutectic.models.batches import IGNORED_LABEL
+from eutectic.models.loading import padding_id
 
 
 @dataclass(frozen=True)

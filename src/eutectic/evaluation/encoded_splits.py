@@ -21,7 +21,7 @@ from eutectic.errors import CheckpointError, Fault, RequestError, TaskError, fir
 from eutectic.evaluation.checkpoints import processor_hash
 from eutectic.evaluation.splits import split_rows
 from eutectic.evaluation.task_files import Split, Task
-from eutectic.models.processors import image_mode, load_processor, longest_input, positions_of
+from eutectic.models.loading import image_mode, load_processor, longest_input, positions_of
 from eutectic.models.transformers_loading import load_config
 
 BATCH_SIZE = 64

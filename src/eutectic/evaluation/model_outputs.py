@@ -15,10 +15,10 @@ from eutectic.errors import CheckpointError, Fault, NumericalError, RequestError
 from eutectic.evaluation.encoded_splits import Prepared, normal_text
 from eutectic.evaluation.metrics import Array, Outcomes, metric_value, per_example
 from eutectic.evaluation.task_files import Task
-from eutectic.models.batch import IGNORED_LABEL
+from eutectic.models.batches import IGNORED_LABEL
 from eutectic.models.hooks import evaluating
 from eutectic.models.linear_head import Head, features, read_head
-from eutectic.models.processors import padding_id, positions_of, tell_padding
+from eutectic.models.loading import padding_id, positions_of, tell_padding
 
 Precision = Literal["float32", "bfloat16"]
 Tell = Callable[[int], None]

@@ -51,11 +51,15 @@ def observing(model: nn.Module, sites: Iterable[Site], observer: Observer) -> It
                     undo.callback(handle.remove)
         for module, slots in attention.items():
             assert isinstance(module, nn.MultiheadAttention)
-            undo.callback(_restore_forward, module, module.__dict__.get("forward"))
+            own = {name: f for name, f in vars(module).items() if name == "forward"}
             module.forward = _open_attention(module, slots, observer)
-        if (encoder := _encoder(model)) is not None:
-            handle = encoder.register_forward_hook(_encoder_hook(observer))
-            undo.callback(handle.remove)
+            undo.callback(vars(module).update, own)
+            undo.callback(vars(module).pop, "forward")
+        if is_encoder_decoder(model) and callable(find := getattr(model, "get_encoder", None)):
+            encoder = find()
+            if isinstance(encoder, nn.Module) and encoder is not model:
+                handle = encoder.register_forward_hook(_encoder_hook(observer))
+                undo.callback(handle.remove)
         yield
 
 
@@ -94,14 +98,6 @@ def _hook(site: Site, observer: Observer) -> Callable[..., None]:
     return hook
 
 
-def _encoder(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_encoder", None)
-    if not callable(getter) or not is_encoder_decoder(model):
-        return None
-    encoder = getter()
-    return encoder if isinstance(encoder, nn.Module) and encoder is not model else None
-
-
 def _encoder_hook(observer: Observer) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
         states = outputs if isinstance(outputs, Tensor) else outputs[0]
@@ -120,13 +116,6 @@ def _slot(site: Site) -> str:
     return "qkv" if is_packed(site.name) else site.name.rsplit(".", 1)[-1][0]
 
 
-def _restore_forward(module: nn.Module, previous: Any) -> None:
-    if previous is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.forward = previous
-
-
 def _open_attention(
     module: nn.MultiheadAttention, slots: Mapping[str, Site], observer: Observer
 ) -> Callable[..., Any]:
@@ -143,39 +132,26 @@ def _open_attention(
             observer.observe(slots[slot], inputs, outputs)
 
     def forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        whole, bias = _packed(module)
+        whole: Tensor | None = getattr(module, "in_proj_weight", None)
+        bias: Tensor | None = getattr(module, "in_proj_bias", None)
         if whole is not None and query is key and key is value:
             packed = nn.functional.linear(query, whole, bias)
             show("qkv", query, packed)
             projected = list(packed.chunk(3, dim=-1))
         else:
+            own: list[Any] = [getattr(module, f"{part}_proj_weight", None) for part in "qkv"]
+            weights = own if whole is None else whole.chunk(3)
             biases = [None] * 3 if bias is None else bias.chunk(3)
             projected = []
-            for slot, inputs, weight, part in zip(
-                "qkv", (query, key, value), _parts(module), biases, strict=True
-            ):
-                projected.append(nn.functional.linear(inputs, weight, part))
-                show(slot, inputs, projected[-1])
-        heads, weights = twin(*projected, *args, **kwargs)
+            for slot, x, w, b in zip("qkv", (query, key, value), weights, biases, strict=True):
+                projected.append(nn.functional.linear(x, w, b))
+                show(slot, x, projected[-1])
+        heads, attention = twin(*projected, *args, **kwargs)
         outputs = nn.functional.linear(heads, module.out_proj.weight, module.out_proj.bias)
         show("out", heads, outputs)
-        return outputs, weights
+        return outputs, attention
 
     return forward
-
-
-def _packed(module: nn.MultiheadAttention) -> tuple[Tensor | None, Tensor | None]:
-    """Return the packed in-projection's weight and bias; typed as PyTorch uses them."""
-    weight: Tensor | None = getattr(module, "in_proj_weight", None)
-    bias: Tensor | None = getattr(module, "in_proj_bias", None)
-    return weight, bias
-
-
-def _parts(module: nn.MultiheadAttention) -> tuple[Tensor, ...]:
-    whole, _ = _packed(module)
-    if whole is not None:
-        return whole.chunk(3)
-    return (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
 
 
 def _twin(module: nn.MultiheadAttention) -> nn.MultiheadAttention:

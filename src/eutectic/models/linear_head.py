@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from eutectic.errors import CheckpointError, RequestError
+from eutectic.models.batches import token_means
 
 Pooling = Literal["mean", "cls", "pooler"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
@@ -112,7 +113,4 @@ def features(outputs: Any, mask: Tensor | None, pooling: Pooling) -> Tensor:
     states = states.float()
     if states.ndim == 4:  # maps of pyramids and convolutional networks: [n, hidden, height, width]
         return states.mean((2, 3))
-    if mask is None:
-        return states.mean(1)
-    weights = mask.unsqueeze(-1).to(states.dtype)
-    return (states * weights).sum(1) / weights.sum(1).clamp_min(1)  # a text may be empty
+    return token_means(states, None if mask is None else mask.bool())

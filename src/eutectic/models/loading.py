@@ -1,4 +1,4 @@
-"""Checkpoints and adapters ready to run on data, with their processors and labels."""
+"""Checkpoints and adapters ready to run on data, with tokenizer or image processor, and labels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from eutectic.checkpoint.memory import StateDictReader
 from eutectic.conventions import canonical_name
 from eutectic.errors import CheckpointError, MissingExtraError, RequestError, first_line
 from eutectic.models.linear_head import Head
-from eutectic.models.processors import load_processor, takes_images, tell_padding
 from eutectic.models.task_kinds import (
     COLLECTED,
     MODEL_CLASSES,
@@ -23,11 +22,11 @@ from eutectic.models.task_kinds import (
     kind_of_architectures,
     task_kind,
 )
-from eutectic.models.transformers_loading import (
-    load_config,
-    pretrained,
-    transformers_for,
-)
+from eutectic.models.transformers_loading import LOCAL, load_config, pretrained, transformers_for
+
+DEFAULT_MAX_LENGTH = 512
+# Models whose first position comes after the number of the padding token, as RoBERTa's.
+_COUNTED_FROM_PADDING = {"camembert", "data2vec-text", "ibert", "longformer", "mpnet"}
 
 
 @dataclass(frozen=True)
@@ -51,17 +50,14 @@ class LoadedModel:
     randomly_initialised: tuple[str, ...] = ()
 
     def check_head(self, head: Head | None = None) -> None:
-        """Refuse a model whose predictions, and so whose gradients, mean nothing.
+        """Raise RequestError for a model whose predictions, and so whose gradients, mean nothing.
 
-        Args:
-            head: of its own file; a pooler that it does not use may be missing.
-
-        Raises:
-            RequestError: some of its parameters were drawn at random, or it predicts nothing.
+        It is a bare one, or has parameters drawn at random; with a `head` in a file of its own that
+        uses no pooler, the model's may be missing.
         """
         unused = head is not None and head.pooling != "pooler"
         drawn = self.randomly_initialised
-        needed = [n for n in drawn if not (unused and "pooler" in n.split("."))]
+        needed = [name for name in drawn if not (unused and "pooler" in name.split("."))]
         if head is None and self.task == "feature-extraction":
             raise RequestError(
                 "a bare model predicts nothing, so there are no gradients to collect.\n"
@@ -99,7 +95,11 @@ def load_model(
     """
     transformers = transformers_for("running a checkpoint")
     kind = None if task is None else task_kind(task, COLLECTED)
-    _check_device(device)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = first_line(error)
+        raise RequestError(f"--device {device} cannot be used here: {reason}.") from error
     for given in (checkpoint, base):
         if given is not None and not given.is_dir():
             raise CheckpointError(f"{given}: no such folder.")
@@ -108,7 +108,13 @@ def load_model(
         raise RequestError(f"{checkpoint}: is a full checkpoint; --base is for adapters.")
     try:
         config = load_config(folder)
-        kind = kind or _kind_told_by(config, folder)
+        architectures: list[str] = getattr(config, "architectures", None) or []
+        kind = kind or kind_of_architectures(architectures)
+        if kind is None:
+            raise RequestError(
+                f"{folder}: its configuration does not tell the task (architectures: "
+                f"{architectures}).\nName one with --task: {', '.join(COLLECTED)}."
+            )
         model, report = pretrained(getattr(transformers, MODEL_CLASSES[kind]), folder)
         model = model.to(torch.float32)
         processor = load_processor(
@@ -141,26 +147,6 @@ def base_folder(folder: Path, base: str | Path | None) -> Path:
     return Path(base)
 
 
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RequestError(
-            f"--device {device} cannot be used here: {first_line(error)}."
-        ) from error
-
-
-def _kind_told_by(config: Any, folder: Path) -> TaskKind:
-    architectures: list[str] = getattr(config, "architectures", None) or []
-    kind = kind_of_architectures(architectures)
-    if kind is None:
-        raise RequestError(
-            f"{folder}: its configuration does not tell the task (architectures: {architectures})."
-            f"\nName one with --task: {', '.join(COLLECTED)}."
-        )
-    return kind
-
-
 def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
     try:
         import peft
@@ -185,3 +171,63 @@ def _fingerprint(checkpoint: Path, base: Path | None, model: nn.Module) -> str:
             raise
         # Adapters that are run but not merged as checkpoints.
         return StateDictReader(model.state_dict()).fingerprint()
+
+
+def load_processor(own: Path, folder: Path, *, images: bool) -> Any:
+    """Return the image processor, or the tokenizer with right padding, of a checkpoint's folder.
+
+    `own` is where a tokenizer is looked for first: adapters may bring one.
+    """
+    transformers = transformers_for("Reading tokenizers")
+    if images:
+        return transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL)
+    brings = (own / "tokenizer_config.json").exists()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(own if brings else folder, **LOCAL)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        # Padding is masked, so any token will do.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Return the token that texts are padded with."""
+    return getattr(tokenizer, "pad_token_id", None) or 0
+
+
+def tell_padding(model: nn.Module, tokenizer: Any) -> None:
+    """Let a classifier know which token pads its inputs, in its configuration.
+
+    Decoders classify by the last token that is no padding. Their configurations often name none, or
+    another tokenizer's, and then read padding: figures would depend on the size of batches.
+    """
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        model.config.get_text_config().pad_token_id = padding_id(tokenizer)  # pyright: ignore
+
+
+def takes_images(model: nn.Module) -> bool:
+    """Tell whether the model's inputs are pictures; a bare vision encoder's are."""
+    return getattr(model, "main_input_name", None) == "pixel_values"
+
+
+def image_mode(config: Any) -> str:
+    """Return what pictures a model takes: grey (`L`) where its configuration has one channel."""
+    seen = getattr(config, "vision_config", None) or config
+    return "L" if getattr(seen, "num_channels", None) == 1 else "RGB"
+
+
+def positions_of(config: Any) -> int | None:
+    """Return how many tokens a model has positions for; None where it has no table of them."""
+    positions = getattr(config, "max_position_embeddings", None)
+    kind = str(getattr(config, "model_type", ""))
+    if not isinstance(positions, int) or positions < 1:
+        return None
+    if "roberta" in kind or kind in _COUNTED_FROM_PADDING:
+        positions -= (getattr(config, "pad_token_id", None) or 0) + 1
+    return positions
+
+
+def longest_input(processor: Any, config: Any) -> int:
+    """Return how many tokens a model takes, and its tokenizer allows; at most 512."""
+    limits = [getattr(processor, "model_max_length", None), positions_of(config)]
+    return min([DEFAULT_MAX_LENGTH, *(n for n in limits if isinstance(n, int) and n > 0)])

@@ -59,10 +59,12 @@ def file_keys(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str
         CheckpointError: transformers joins or splits tensors when it loads them, so that there is
             no such mapping.
     """
-    held = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    mapping, _ = align(held, shapes, expert="the checkpoint")
-    found = {k: n for k, n in mapping.items() if held[n] == tuple(shapes[k])}
-    if len(found) == len(shapes) or not _unfilled(model, found.values()):
+    state = model.state_dict()
+    mapping, _ = align(state, shapes, expert="the checkpoint")
+    found = {k: n for k, n in mapping.items() if state[n].shape == tuple(shapes[k])}
+    filled = {state[name].data_ptr() for name in found.values()}
+    # Parameters that share memory with none of the tensors found hold something else.
+    if len(found) == len(shapes) or all(p.data_ptr() in filled for p in model.parameters()):
         return found
     return _probed(model, shapes)
 
@@ -90,13 +92,6 @@ def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], keys: Mapping[s
                     f"{list(target.shape)}."
                 )
             target.copy_(values)
-
-
-def _unfilled(model: nn.Module, names: Iterable[str]) -> bool:
-    """Tell whether a parameter shares memory with none of the named tensors."""
-    state = model.state_dict()
-    filled = {state[name].data_ptr() for name in names}
-    return any(p.data_ptr() not in filled for p in model.parameters())
 
 
 def _probed(model: Any, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:

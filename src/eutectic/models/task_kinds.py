@@ -40,8 +40,10 @@ _MODELS: Mapping[TaskKind, tuple[str, tuple[str, ...]]] = {
     "language-model": _CAUSAL,
     "lm-eval": _CAUSAL,
 }
-MODEL_CLASSES = {kind: name for kind, (name, _) in _MODELS.items()}
-ARCHITECTURES = {kind: endings for kind, (_, endings) in _MODELS.items()}
+MODEL_CLASSES: Mapping[TaskKind, str] = {kind: name for kind, (name, _) in _MODELS.items()}
+ARCHITECTURES: Mapping[TaskKind, tuple[str, ...]] = {
+    kind: endings for kind, (_, endings) in _MODELS.items()
+}
 CLASSIFICATION: tuple[TaskKind, ...] = (
     "text-classification",
     "pair-classification",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -92,8 +92,7 @@ def open_experts(
                     reader = StateDictReader(source, label)
                 else:
                     label += f" ({source})"
-                    reader = CheckpointReader(open_index(Path(source)))
-                    stack.callback(reader.close)
+                    reader = stack.enter_context(CheckpointReader(open_index(Path(source))))
                 called = names_in(reader.entries, names, saved)
                 entries = {called[n]: entry for n, entry in own.entries.items()}
                 expert = full_expert(reader, entries, label)
@@ -105,10 +104,8 @@ def open_experts(
                     "on.\nPass base=, the checkpoint before merging."
                 )
             index = index or open_index(Path(base))
-            reader = CheckpointReader(index)
-            stack.callback(reader.close)
-            adapter = open_expert(Path(source), index)
-            stack.callback(adapter.close)
+            reader = stack.enter_context(CheckpointReader(index))
+            adapter = stack.enter_context(closing(open_expert(Path(source), index)))
             called = names_in(reader.entries, names, saved)
             mapping, _ = align(called.values(), reader.entries, expert=f"the base of '{name}'")
             keys = {own_name: key for key, own_name in mapping.items()}
@@ -169,15 +166,10 @@ def expert_statistics(
 def check_origin(
     statistics: Mapping[str, LayerStatistics], called: str, weight: Tensor, where: str
 ) -> None:
-    """Refuse statistics that say that they were collected with other weights.
+    """Refuse statistics that say that they were collected with another `weight` than this.
 
-    Files keep a few values of every weight; statistics that keep none are taken as they are.
-
-    Args:
-        statistics: a file, or any mapping.
-        called: the layer's name in them.
-        weight: the layer's weight where they should have been collected.
-        where: the layer and the expert, for the message.
+    Files keep a few values of every weight; statistics that keep none are taken as they are. The
+    layer is `called` so in them.
 
     Raises:
         StatisticsError: the weights differ.

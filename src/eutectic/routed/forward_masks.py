@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eutectic.models.masks import predicting_positions
+from eutectic.models.batches import predicting_positions
 
 # Name of a mask argument -> whether True (or 1) marks tokens that count.
 _MASKS = {"attention_mask": True, "src_key_padding_mask": False, "key_padding_mask": False}
@@ -22,15 +22,10 @@ _STATES = "encoder_hidden_states"
 
 @dataclass(eq=False)
 class Tower:
-    """The models of one forward pass that pass evidence on to each other, as they see one input.
+    """The models of one forward pass that pass evidence on to each other, as they see one input."""
 
-    Attributes:
-        number: in the order in which they were entered.
-        running: log-posteriors summed over the layers passed, by number of samples.
-    """
-
-    number: int = 0
-    running: dict[int, Tensor] = field(default_factory=dict)
+    number: int = 0  # in the order in which they were entered
+    running: dict[int, Tensor] = field(default_factory=dict)  # samples -> summed log-posteriors
 
 
 @dataclass(eq=False)
@@ -67,16 +62,13 @@ class Frame:
         self.results += [*inner.results, (inner, list(_tensors(output)))]
 
     def of(self, x: Tensor) -> Frame:
-        """Return the frame that a layer's input belongs to.
+        """Return the frame of the model inside whose output a layer's input is, or else this one.
 
-        That is the model inside whose output it is, as with the projection of a tower's features,
-        or else this one.
+        It is another one's for the projection of a tower's features.
         """
         memory = _memory(x)
-        for frame, outputs in self.results:
-            if any(_memory(y) == memory for y in outputs):
-                return frame
-        return self
+        owners = (frame for frame, outputs in self.results if memory in map(_memory, outputs))
+        return next(owners, self)
 
 
 def open_frame(

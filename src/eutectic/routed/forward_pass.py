@@ -33,10 +33,7 @@ _CACHES = ("past_key_values", "past_key_value", "cache_params")
 
 @dataclass(frozen=True, eq=False)
 class Settings:
-    """How the experts are chosen; see `routing`.
-
-    `ballots` takes what the layers of each group decide, for a vote.
-    """
+    """How the experts are chosen, see `routing`; `ballots` takes what layers decide, for a vote."""
 
     mode: Mode = "route"
     experts: tuple[int, ...] = ()
@@ -65,44 +62,25 @@ class Held:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """What an encoder that was run by itself leaves to its decoder's call.
+    """What an encoder leaves to its decoder: generation runs the two in calls of their own."""
 
-    Generation runs the encoder first and the decoder in calls of their own.
-
-    Attributes:
-        first: its outputs at the first position, by which the decoder's call knows it.
-        running: its summed log-posteriors `[samples, T]`, if it has any.
-        voted: one expert per sample, if there was a vote.
-    """
-
-    first: Tensor
-    running: Tensor | None
-    voted: Tensor | None
+    first: Tensor  # its outputs at the first position, by which the decoder's call knows it
+    running: Tensor | None  # its summed log-posteriors [samples, T], if it has any
+    voted: Tensor | None  # one expert per sample, if there was a vote
 
 
 @dataclass(eq=False)
 class Call:
-    """One outermost forward pass.
-
-    Attributes:
-        routing: the model's.
-        settings: how experts are chosen.
-        frames: the transformers models entered and not left yet.
-        carried: what an encoder that ran in a call of its own leaves, for as many samples.
-        choices: the decisions taken so far.
-        held: those of the prompt that this call continues.
-        voted: one expert per sample for each group of layers.
-        generating: a cache was passed.
-    """
+    """One outermost forward pass."""
 
     routing: Routing
     settings: Settings
-    frames: list[Frame] = field(default_factory=list)
-    carried: Encoded | None = None
-    choices: dict[str, Tensor] = field(default_factory=dict)
-    held: Held | None = None
-    voted: Mapping[Group, Tensor] = field(default_factory=dict)
-    generating: bool = False
+    frames: list[Frame] = field(default_factory=list)  # the models entered and not left yet
+    carried: Encoded | None = None  # what an encoder that ran in a call of its own leaves
+    choices: dict[str, Tensor] = field(default_factory=dict)  # the decisions taken so far
+    held: Held | None = None  # those of the prompt that this call continues
+    voted: Mapping[Group, Tensor] = field(default_factory=dict)  # one expert per sample
+    generating: bool = False  # a cache was passed
 
 
 _CALL: ContextVar[Call | None] = ContextVar("eutectic_routed_call", default=None)
@@ -172,15 +150,12 @@ def applying(routing: Routing, settings: Settings) -> Iterator[None]:
 def install_hooks(model: nn.Module, routing: Routing) -> None:
     """Let the model, and every transformers model inside it, announce its masks."""
     for module in model.modules():
-        if module is model or _is_pretrained(module):
+        # By name, so that transformers is not imported for models that do not come from it.
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if module is model or "PreTrainedModel" in kinds:
             scope = _Scope(routing, tuple(inspect.signature(module.forward).parameters))
             module.register_forward_pre_hook(scope.enter, with_kwargs=True)
             module.register_forward_hook(scope.leave, with_kwargs=True, always_call=True)
-
-
-def _is_pretrained(module: nn.Module) -> bool:
-    # By name, so that transformers is not imported for models that do not come from it.
-    return any(kind.__name__ == "PreTrainedModel" for kind in type(module).__mro__)
 
 
 def innermost(call: Call) -> Frame:
@@ -236,7 +211,9 @@ class _Scope:
         cache = _cache(given)
         if cache is not None:
             call.generating = True
-            held = _HELD.get(cache) if _length(cache) > 0 else None
+            length = getattr(cache, "get_seq_length", None)
+            filled = (len(cache) if length is None else int(length())) > 0
+            held = _HELD.get(cache) if filled else None
             call.held = held if held is not None and held.mode == call.settings.mode else None
         call.carried = _carried(given)
         if call.settings.mode == "vote" and call.held is None:
@@ -247,11 +224,6 @@ class _Scope:
 
 def _cache(given: Mapping[str, Any]) -> Any:
     return next((given[name] for name in _CACHES if given.get(name) is not None), None)
-
-
-def _length(cache: Any) -> int:
-    length = getattr(cache, "get_seq_length", None)
-    return int(length()) if length is not None else len(cache)
 
 
 def _carried(given: Mapping[str, Any]) -> Encoded | None:
@@ -275,9 +247,8 @@ def _close(call: Call, frame: Frame, given: Mapping[str, Any], output: Any) -> N
     """Keep the decisions of a prompt for the decoding steps that share its cache."""
     if call.held is not None:
         return
-    cache = getattr(output, "past_key_values", None)
-    if cache is None:
-        cache = _cache(given)
+    own = getattr(output, "past_key_values", None)
+    cache = _cache(given) if own is None else own
     if cache is not None and call.choices:
         try:
             _HELD[cache] = Held(call.settings.mode, dict(call.choices))

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from eutectic.conventions import reads_encoder
 from eutectic.errors import RequestError
-from eutectic.models.masks import token_means, tokens_first
+from eutectic.models.batches import token_means, tokens_first
 from eutectic.models.sites import Site
 from eutectic.routed.forward_masks import Frame
 from eutectic.routed.forward_pass import Call, Routing, innermost, uncompiled
@@ -92,13 +92,8 @@ class Experts(nn.Module):
         """Return y + B_t(F_t x) for `y [N, P, out]` and `x [N, P, in]`; `y` may be written to.
 
         Gathering the factors of every sample copies ρ(in + out) numbers a sample, which pays as
-        soon as the sample has ρ tokens; below, samples are grouped by expert.
-
-        Args:
-            y: output of the base weight.
-            x: input of the layer.
-            choice: see `choose`.
-            rows: the part of the outputs that `y` holds.
+        soon as the sample has ρ tokens; below, samples are grouped by expert. `rows` are the part
+        of the outputs that `y`, the base weight's, holds.
         """
         if choice is None:
             return y
@@ -200,9 +195,8 @@ class RoutedLinear(nn.Module):
             return self.forward(x.unsqueeze(0)).squeeze(0)
         weight = self.weight.mT if self.transposed else self.weight
         tokens, turned = self.experts.arranged(x)
-        y = self.experts.add_to(
-            F.linear(tokens, weight, self.bias), tokens, self.experts.choose(tokens)
-        )
+        y = F.linear(tokens, weight, self.bias)
+        y = self.experts.add_to(y, tokens, self.experts.choose(tokens))
         return (y.transpose(0, 1) if turned else y).reshape(*x.shape[:-1], y.shape[-1])
 
     def extra_repr(self) -> str:
@@ -257,7 +251,8 @@ class RoutedAttention(nn.Module):
         parts = [x.unsqueeze(0) if alone else x for x in (query, key, value)]
         if not alone and not self.batch_first:
             parts = [x.transpose(0, 1) for x in parts]
-        q, k, v = (self._heads(x) for x in self._projected(*parts))
+        shape = (self.num_heads, -1)
+        q, k, v = (x.unflatten(-1, shape).transpose(1, 2) for x in self._projected(*parts))
         mask = _attention_mask(key_padding_mask, attn_mask, q, k, alone)
         dropout = self.dropout if self.training else 0.0
         weights = None
@@ -274,25 +269,17 @@ class RoutedAttention(nn.Module):
         return (y if self.batch_first else y.transpose(0, 1)), weights
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        choice = self.experts.choose(query)
-        packed = self.in_proj_weight, self.in_proj_bias
-        if query is key is value:
-            return self._shifted(query, *packed, choice, _ALL).chunk(3, dim=-1)
-        width = self.embed_dim
-        rows = [slice(i * width, (i + 1) * width) for i in range(3)]
-        weight, bias = packed
-        return tuple(
-            self._shifted(x, weight[r], None if bias is None else bias[r], choice, r)
-            for x, r in zip((query, key, value), rows, strict=True)
-        )
-
-    def _shifted(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, choice: Choice, rows: slice
-    ) -> Tensor:
-        return self.experts.add_to(F.linear(x, weight, bias), x, choice, rows)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        choice, width = self.experts.choose(query), self.embed_dim
+        inputs, rows = [query], [_ALL]
+        if not query is key is value:
+            inputs = [query, key, value]
+            rows = [slice(i * width, (i + 1) * width) for i in range(3)]
+        found: list[Tensor] = []
+        for x, part in zip(inputs, rows, strict=True):
+            bias = None if self.in_proj_bias is None else self.in_proj_bias[part]
+            y = F.linear(x, self.in_proj_weight[part], bias)
+            found.append(self.experts.add_to(y, x, choice, part))
+        return tuple(found) if len(found) == 3 else found[0].chunk(3, dim=-1)
 
 
 def _attention_mask(

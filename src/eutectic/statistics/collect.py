@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from eutectic.checkpoint.memory import StateDictReader
 from eutectic.errors import OutputError, RequestError
-from eutectic.models.batch import Batch, sample_count
-from eutectic.models.masks import mask_policy
+from eutectic.models.batches import Batch, mask_policy, sample_count
 from eutectic.models.names import saved_names
 from eutectic.models.sites import is_encoder_decoder
 from eutectic.options import options_from

@@ -10,9 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.errors import RequestError
-from eutectic.models.batch import Batch, call, examples, sample_count, transform
+from eutectic.models.batches import (
+    Batch,
+    Layout,
+    call,
+    examples,
+    layout,
+    same_memory,
+    sample_count,
+    transform,
+)
 from eutectic.models.hooks import evaluating, observing
-from eutectic.models.masks import Layout, layout, same_memory
 from eutectic.models.sites import (
     Site,
     as_matrix,

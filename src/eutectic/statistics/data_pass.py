@@ -11,7 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from eutectic.data.fingerprints import example_hashes
 from eutectic.errors import NumericalError, RequestError, ResumeError, StatisticsError
-from eutectic.models.batch import LABEL_KEYS, Batch, call, examples, sample_count, transform
+from eutectic.models.batches import LABEL_KEYS, Batch, call, examples, sample_count, transform
 from eutectic.models.hooks import evaluating, observing, requiring_gradients
 from eutectic.models.sites import is_encoder_decoder
 from eutectic.statistics.collection_plan import Plan, device_of, make_layout

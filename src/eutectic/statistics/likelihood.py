@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.errors import RequestError
-from eutectic.models.batch import IGNORED_LABEL, LABEL_KEYS
+from eutectic.models.batches import IGNORED_LABEL, LABEL_KEYS
 from eutectic.models.sites import is_encoder_decoder
 from eutectic.models.task_kinds import ARCHITECTURES, spelled
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import NumericalError, StatisticsError
-from eutectic.models.masks import Layout, Tokens, same_memory, token_means
+from eutectic.models.batches import Layout, Tokens, same_memory, token_means
 from eutectic.models.sites import Site, as_matrix, output_rows
 from eutectic.statistics.collection_plan import Plan
 from eutectic.statistics.gram import GramSum, as_float, check_finite

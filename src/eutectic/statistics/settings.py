@@ -9,8 +9,8 @@ from typing import Any, Literal, TypedDict
 import torch
 
 from eutectic.errors import RequestError
+from eutectic.models.batches import TokenMask, Unmatched
 from eutectic.models.linear_head import Head
-from eutectic.models.masks import TokenMask, Unmatched
 from eutectic.statistics.function_identity import describe_callable
 from eutectic.statistics.likelihood import (
     OBJECTIVES,

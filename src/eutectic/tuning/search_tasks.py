@@ -19,7 +19,7 @@ from eutectic.evaluation.encoded_splits import Prepared, prepare
 from eutectic.evaluation.model_outputs import load_head, outputs
 from eutectic.evaluation.splits import check_disjoint
 from eutectic.evaluation.task_files import Task, load_tasks
-from eutectic.models.batch import IGNORED_LABEL
+from eutectic.models.batches import IGNORED_LABEL
 from eutectic.models.linear_head import Head
 from eutectic.models.task_kinds import GENERATIVE
 from eutectic.models.task_models import load_model

@@ -1,4 +1,4 @@
-"""Which tokens of a batch count, and how a layer's activations divide into samples and tokens."""
+"""Batches: examples on the first axis, which tokens count, how activations divide into samples."""
 
 from __future__ import annotations
 
@@ -11,52 +11,83 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import RequestError, StatisticsError
-from eutectic.models.batch import IGNORED_LABEL, Batch, sample_count, tensors_by_name
 from eutectic.models.sites import Site
 
+Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 TokenMask = Callable[[Any], Tensor | None]
 Unmatched = Literal["error", "all", "skip"]
+
+IGNORED_LABEL = -100
+LABEL_KEYS = ("labels", "label", "label_ids")
+
+
+def sample_count(batch: Batch) -> int:
+    """Return the number of examples of a batch: the first axis of its first tensor.
+
+    Raises:
+        RequestError: the batch holds no tensor.
+    """
+    for value in tensors_by_name(batch).values():
+        if isinstance(value, Tensor) and value.ndim > 0:
+            return value.shape[0]
+    raise RequestError(
+        f"a batch must be a mapping, sequence or tensor with examples on the first axis; "
+        f"got {type(batch).__name__} without any tensor."
+    )
+
+
+def call(model: torch.nn.Module, batch: Batch) -> Any:
+    """Run the model on a batch: mappings as keywords, sequences as positions."""
+    if isinstance(batch, Tensor):
+        return model(batch)
+    return model(**batch) if isinstance(batch, Mapping) else model(*batch)
+
+
+def transform(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+    """Return the batch with `function` applied to every tensor in it."""
+    if isinstance(batch, Tensor):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        return {k: function(v) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return [function(v) if isinstance(v, Tensor) else v for v in batch]
+
+
+def examples(batch: Batch, start: int, stop: int) -> Batch:
+    """Return a batch of the examples [start, stop)."""
+    count = sample_count(batch)
+    return transform(batch, lambda t: t[start:stop] if t.ndim > 0 and t.shape[0] == count else t)
+
+
+def tensors_by_name(batch: Batch) -> dict[str, Any]:
+    """Return what a batch holds by name; sequences by position."""
+    if isinstance(batch, Tensor):
+        return {"0": batch}
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    return {str(i): value for i, value in enumerate(batch)}
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """How one layer's activations divide into samples and tokens.
+    """How one layer's activations divide into samples and tokens."""
 
-    Attributes:
-        arrange: from activations with features last to `[samples, tokens, features]`.
-        mask: `[samples, tokens]`, True where a token counts; None when all do.
-        pooled: whether the first axis of the arrangement holds samples, so that means per sample
-            make sense.
-    """
-
-    arrange: Callable[[Tensor], Tensor]
-    mask: Tensor | None
-    pooled: bool = True
+    arrange: Callable[[Tensor], Tensor]  # features last -> [samples, tokens, features]
+    mask: Tensor | None  # [samples, tokens], True where a token counts; None when all do
+    pooled: bool = True  # the first axis holds samples, so that means per sample make sense
 
 
 @dataclass
 class Layout:
-    """The masks of one batch, on the model's device.
-
-    Attributes:
-        samples: number of examples.
-        first: mask `[samples, tokens]` of the encoder, or of the only text; None without one.
-        second: mask of the decoder.
-        paired: the model has an encoder and a decoder.
-        batch_first: which axis holds the samples when both fit.
-        unmatched: what becomes of activations that fit no mask.
-        images: number of pictures, where the batch holds any.
-        encoder_outputs: storage addresses of the encoder's outputs of this forward pass, whose
-            readers are keys and values of cross-attention whatever their name.
-    """
+    """The masks of one batch, on the model's device."""
 
     samples: int
-    first: Tensor | None
-    second: Tensor | None
-    paired: bool
-    batch_first: bool = True
-    unmatched: Unmatched = "error"
-    images: int | None = None
+    first: Tensor | None  # [samples, tokens] of the encoder, or of the only text
+    second: Tensor | None  # of the decoder
+    paired: bool  # the model has an encoder and a decoder
+    batch_first: bool = True  # which axis holds the samples when both fit
+    unmatched: Unmatched = "error"  # what becomes of activations that fit no mask
+    images: int | None = None  # how many, where the batch holds any
+    # Of this forward pass: what reads them is cross-attention's, whatever its name.
     encoder_outputs: list[Tensor] = field(default_factory=list)
 
     def tokens(self, site: Site, activations: Tensor) -> Tokens | None:
@@ -82,10 +113,9 @@ class Layout:
         for mask in (preferred, other):
             if mask is not None and (arrange := _fit(lead, mask, self.batch_first)) is not None:
                 return Tokens(arrange, mask)
-        if preferred is None:
-            arrange = _fit_samples(lead, self.samples, self.batch_first)
-            if arrange is not None:
-                return Tokens(arrange, None)
+        arrange = _fit_samples(lead, self.samples, self.batch_first)
+        if preferred is None and arrange is not None:
+            return Tokens(arrange, None)
         if self.unmatched == "all":
             return Tokens(lambda t: t.reshape(1, -1, t.shape[-1]), None, pooled=False)
         if self.unmatched == "skip":
@@ -118,9 +148,8 @@ def _fit(
     samples, length = mask.shape
     if lead == (length, samples) and (samples != length or not batch_first):
         return lambda t: t.transpose(0, 1)
-    flat = lead == (samples * length,)
     nested = len(lead) > 1 and lead[0] == samples and math.prod(lead[1:]) == length
-    if flat or nested:
+    if nested or lead == (samples * length,):
         return lambda t: t.reshape(samples, length, t.shape[-1])
     return None
 
@@ -137,12 +166,9 @@ def _fit_samples(
 
 
 def tokens_first(lead: Sequence[int], counts: Collection[int], batch_first: bool) -> bool:
-    """Tell whether activations are `[tokens, samples, features]`.
+    """Tell whether activations of shape `[*lead, features]` are `[tokens, samples, features]`.
 
-    Args:
-        lead: their shape without the features.
-        counts: how many samples there may be.
-        batch_first: samples come first where both orders would fit.
+    There may be as many samples as `counts` says; where both orders fit, `batch_first` decides.
     """
     return len(lead) == 2 and lead[1] in counts and (lead[0] not in counts or not batch_first)
 
@@ -187,12 +213,9 @@ def layout(
     """
     items = tensors_by_name(batch)
     samples = sample_count(batch)
-    if token_mask is not None:
-        first = token_mask(batch)
-    else:
-        first = items.get("attention_mask")
-        if first is None and isinstance(items.get("input_ids"), Tensor):
-            first = torch.ones_like(items["input_ids"], dtype=torch.bool)
+    first = items.get("attention_mask") if token_mask is None else token_mask(batch)
+    if token_mask is None and first is None and isinstance(items.get("input_ids"), Tensor):
+        first = torch.ones_like(items["input_ids"], dtype=torch.bool)
     second = decoder_mask(items) if paired else None
     for name, mask in (("attention", first), ("decoder", second)):
         if mask is not None and (mask.ndim != 2 or mask.shape[0] != samples):

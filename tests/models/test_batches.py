@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.errors import RequestError, StatisticsError
-from eutectic.models.masks import Layout, decoder_mask, layout, predicting_positions
+from eutectic.models.batches import Layout, decoder_mask, layout, predicting_positions
 from eutectic.models.sites import Role, Site
 from eutectic.routed.forward_masks import open_frame
 
