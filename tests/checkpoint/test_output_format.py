@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eutectic.checkpoint.index import CheckpointIndex, open_index
-from eutectic.checkpoint.layout import OutputFile, OutputTensor
-from eutectic.checkpoint.output_format import InShards, LaidOutLikeBase, OutputFormat
+from eutectic.checkpoint.output_format import InShards, LaidOutLikeBase, OutputFormat, OutputTensor
+from eutectic.checkpoint.writer import OutputFile
 
 from .helpers import same_bytes, save_sharded
 

@@ -22,8 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eutectic.checkpoint.index import open_index
-from eutectic.checkpoint.layout import OutputFile
-from eutectic.checkpoint.writer import CheckpointWriter, write_atomically
+from eutectic.checkpoint.writer import CheckpointWriter, OutputFile, write_atomically
 from eutectic.errors import CheckpointError, OutputError, ResumeError
 
 from .helpers import same_bytes
@@ -265,7 +264,7 @@ def test_file_size_limit_of_the_system(tmp_path: Path) -> None:
     program = (
         "import resource, sys, torch\n"
         "from pathlib import Path\n"
-        "from eutectic.checkpoint.layout import OutputFile\n"
+        "from eutectic.checkpoint.writer import OutputFile\n"
         "from eutectic.checkpoint.writer import CheckpointWriter\n"
         "from eutectic.errors import OutputError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -9,19 +11,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from eutectic.checkpoint.index import PICKLE_SUFFIXES, CheckpointIndex
-from eutectic.checkpoint.layout import (
-    SHARD_INDEX_NAME,
-    SINGLE_NAME,
-    OutputFile,
-    OutputTensor,
-    output_file,
-    shard_name,
-    weight_index_bytes,
-)
-from eutectic.checkpoint.writer import CheckpointWriter, write_atomically
+from eutectic.checkpoint.writer import CheckpointWriter, OutputFile, write_atomically
+
+SINGLE_NAME = "model.safetensors"
+SHARD_INDEX_NAME = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """One tensor of an output; `file` is the base's that holds its like, None if there is none."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    file: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class TensorSink(Protocol):
@@ -102,7 +114,7 @@ class LaidOutLikeBase(OutputFormat):
         held[files[-1]] += [tensor for tensor in tensors if tensor.file is None]
         own = self.index.metadata
         return [
-            output_file(name, held[file], {**own.get(file, {}), **metadata})
+            _output_file(name, held[file], {**own.get(file, {}), **metadata})
             for file, name in _safetensors_names(files).items()
         ]
 
@@ -136,14 +148,32 @@ class InShards(OutputFormat):
             room -= tensor.nbytes
         count = len(shards)
         return [
-            output_file(SINGLE_NAME if count == 1 else shard_name(i, count), held, metadata)
+            _output_file(SINGLE_NAME if count == 1 else shard_name(i, count), held, metadata)
             for i, held in enumerate(shards, start=1)
         ]
 
 
-def output_format(index: CheckpointIndex, shard_bytes: int | None) -> OutputFormat:
-    """Return how a merge is written: like the base, or with at most `shard_bytes` in a file."""
-    return LaidOutLikeBase(index) if shard_bytes is None else InShards(shard_bytes)
+def _output_file(
+    name: str, tensors: Sequence[OutputTensor], metadata: Mapping[str, str]
+) -> OutputFile:
+    """Return a file of these tensors; "format" in its metadata is always "pt"."""
+    entries = tuple((t.name, t.dtype, t.shape) for t in tensors)
+    return OutputFile(name, entries, {**metadata, "format": "pt"})
+
+
+def shard_name(position: int, count: int) -> str:
+    """Return the name of a shard as transformers writes it; `position` starts at 1."""
+    return f"model-{position:05d}-of-{count:05d}.safetensors"
+
+
+def weight_index_bytes(files: Sequence[OutputFile]) -> bytes:
+    """Return the content of the `*.index.json` file for sharded output."""
+    weight_map = {name: file.name for file in files for name, _, _ in file.entries}
+    table = {
+        "metadata": {"total_size": sum(file.data_bytes for file in files)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def _safetensors_names(files: Sequence[str]) -> dict[str, str]:

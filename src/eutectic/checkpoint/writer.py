@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,23 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.header import TensorEntry, build_header
-from eutectic.checkpoint.layout import OutputFile
 from eutectic.checkpoint.names import check_plain_name
 from eutectic.errors import OutputError, RequestError, ResumeError
 from eutectic.storage import StagedFile, storage_of
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One safetensors file to be written: its (tensor name, dtype, shape), and `__metadata__`."""
+
+    name: str
+    entries: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all tensors, without the header."""
+        return sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in self.entries)
 
 
 class CheckpointWriter:

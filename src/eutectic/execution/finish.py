@@ -18,8 +18,7 @@ from eutectic.checkpoint.adapters import WEIGHT_NAMES
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.folder import copy_side_files, module_weights
-from eutectic.checkpoint.layout import OutputFile
-from eutectic.checkpoint.writer import write_atomically
+from eutectic.checkpoint.writer import OutputFile, write_atomically
 from eutectic.execution.heads import write_expert_folders
 from eutectic.execution.output_layout import OutputLayout, stated_recipe
 from eutectic.planning.cost import treatments

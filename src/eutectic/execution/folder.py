@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eutectic.checkpoint.layout import OutputFile
 from eutectic.checkpoint.output_format import TensorSink
-from eutectic.checkpoint.writer import CheckpointWriter
+from eutectic.checkpoint.writer import CheckpointWriter, OutputFile
 from eutectic.errors import Note, OutputError, RequestError
 from eutectic.execution.executors import Limits
 from eutectic.execution.finish import PROVENANCE, document, write_folder

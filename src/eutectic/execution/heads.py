@@ -14,14 +14,13 @@ from torch import Tensor
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.folder import copy_side_files
 from eutectic.checkpoint.index import TensorEntry
-from eutectic.checkpoint.layout import (
+from eutectic.checkpoint.output_format import (
     SHARD_INDEX_NAME,
-    OutputFile,
     OutputTensor,
     shard_name,
     weight_index_bytes,
 )
-from eutectic.checkpoint.writer import write_atomically
+from eutectic.checkpoint.writer import OutputFile, write_atomically
 from eutectic.conventions import CLASSIFIERS, is_token_embedding
 from eutectic.execution.output_layout import OutputLayout
 from eutectic.execution.tensor_values import flat_ranges

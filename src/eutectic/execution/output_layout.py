@@ -9,8 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from eutectic.checkpoint.layout import OutputFile, OutputTensor
-from eutectic.checkpoint.output_format import OutputFormat, TensorFiles, output_format
+from eutectic.checkpoint.output_format import (
+    InShards,
+    LaidOutLikeBase,
+    OutputFormat,
+    OutputTensor,
+    TensorFiles,
+)
+from eutectic.checkpoint.writer import OutputFile
 from eutectic.errors import RequestError
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
@@ -43,7 +49,8 @@ def output_layout(plan: Plan, inputs: Inputs) -> OutputLayout:
         file = None if own is None else own.file
         tensors.append(OutputTensor(planned.name, planned.dtype, planned.shape, file))
     recipe = json.dumps(stated_recipe(plan), sort_keys=True)
-    form = output_format(index, plan.output.shard_bytes)
+    bound = plan.output.shard_bytes
+    form = LaidOutLikeBase(index) if bound is None else InShards(bound)
     files = form.lay_out(tensors, {"eutectic": version("eutectic"), "recipe": recipe})
     return OutputLayout(form, tuple(files))
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eutectic.checkpoint.layout import OutputFile
 from eutectic.checkpoint.output_format import TensorSink
+from eutectic.checkpoint.writer import OutputFile
 from eutectic.errors import Note, RequestError
 from eutectic.execution.executors import Executor, Limits
 from eutectic.execution.journal import Ledger
