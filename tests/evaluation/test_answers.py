@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import eutectic
 from eutectic.errors import CheckpointError, RequestError, TaskError
 from eutectic.evaluation import load_tasks, prepare
-from eutectic.evaluation.function_tasks import call_function
+from eutectic.evaluation.pairs import call_function
 from eutectic.evaluation.splits import split_rows
 from evaluation import world
 

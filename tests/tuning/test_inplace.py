@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from eutectic.evaluation.encoded_splits import prepare
+from eutectic.evaluation.splits import prepare
 from eutectic.evaluation.task_files import load_tasks
 from eutectic.tuning.inplace import Lazily, set_scale, share_bodies
 from eutectic.tuning.search_tasks import _token_logits

@@ -11,8 +11,8 @@ import yaml
 
 import eutectic
 from eutectic.errors import NumericalError, RequestError
-from eutectic.evaluation.encoded_splits import prepare
 from eutectic.evaluation.model_outputs import outputs, score
+from eutectic.evaluation.splits import prepare
 from eutectic.evaluation.task_files import load_tasks
 from eutectic.models.task_models import load_model
 from eutectic.tuning import feature_distance, kl_divergence, objectives

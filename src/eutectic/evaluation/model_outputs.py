@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.errors import CheckpointError, Fault, NumericalError, RequestError, TaskError
-from eutectic.evaluation.encoded_splits import Prepared, normal_text
 from eutectic.evaluation.metrics import Array, Outcomes, metric_value, per_example
+from eutectic.evaluation.splits import Prepared, normal_text
 from eutectic.evaluation.task_files import Task
 from eutectic.models.batches import IGNORED_LABEL
 from eutectic.models.hooks import evaluating

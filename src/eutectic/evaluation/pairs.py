@@ -1,25 +1,37 @@
-"""Outcomes of (checkpoint, task) pairs: by a model, a function or lm-evaluation-harness."""
+"""Outcomes of (checkpoint, task) pairs: by a model, a function or the harness, each kept once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 from eutectic.checkpoint.experts import is_adapter
+from eutectic.data.columns import Row
 from eutectic.data.fingerprints import data_hash
-from eutectic.errors import NumericalError, RequestError, TaskError, suggest
+from eutectic.data.python_functions import import_function
+from eutectic.errors import (
+    NumericalError,
+    OutputError,
+    RequestError,
+    ResumeError,
+    TaskError,
+    suggest,
+)
 from eutectic.evaluation.checkpoints import Checkpoint, Checkpoints, RoutingMode, processor_hash
-from eutectic.evaluation.encoded_splits import BATCH_SIZE, Prepared, open_processor, prepare
-from eutectic.evaluation.function_tasks import call_function
 from eutectic.evaluation.lm_eval_harness import HarnessRows, read_harness, run_harness
 from eutectic.evaluation.metrics import Outcomes
 from eutectic.evaluation.model_outputs import Precision, load_head, outcomes_of, outputs
-from eutectic.evaluation.outcome_journal import Journal
-from eutectic.evaluation.splits import split_rows
+from eutectic.evaluation.splits import BATCH_SIZE, Prepared, open_processor, prepare, split_rows
 from eutectic.evaluation.task_files import Split, Task
+from eutectic.storage import AppendedFile, Lock, storage_of
 
 Progress = Callable[[float, float, str], None]
+SUFFIX = ".outcomes.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,3 +223,122 @@ class Pairs:
         if self.progress is not None:
             total = max(self._total, self._done)
             self.progress(self._done, total, f"{checkpoint.name}, {task.name}")
+
+
+def call_function(
+    task: Task, folder: Path, rows: Sequence[Row], base: Path | None, *, trust_code: bool
+) -> Outcomes:
+    """Return what `function(folder, rows, **options)` says: one number per row, higher is better.
+
+    Without data it is called with no rows and says how many numbers there are. Adapters also get
+    `base=`.
+    """
+    name = str(task.function)
+    further: dict[str, Any] = {} if base is None else {"base": str(base)}
+    try:
+        function = import_function(name, trust_code=trust_code)
+    except RequestError as error:
+        raise RequestError(f"task '{task.name}': {error}") from error
+    try:
+        values = function(str(folder), list(rows), **further, **task.options)
+    except Exception as error:
+        raise RequestError(
+            f"task '{task.name}': '{name}' failed: {type(error).__name__}: {error}."
+        ) from error
+    try:
+        numbers = np.array([float(value) for value in values], dtype=np.float64)
+    except (TypeError, ValueError):
+        raise RequestError(
+            f"task '{task.name}': '{name}' gave a {type(values).__name__}; it must give a list of "
+            "numbers, one per row."
+        ) from None
+    if not len(numbers) or (rows and len(numbers) != len(rows)) or not np.isfinite(numbers).all():
+        raise RequestError(
+            f"task '{task.name}': '{name}' gave {len(numbers)} values for {len(rows)} rows; it "
+            "must give one finite number per row."
+        )
+    return Outcomes(numbers, np.ones(len(numbers)))
+
+
+class Journal:
+    """Outcomes by the identity of what made them; appended to and locked while in use.
+
+    A pair whose checkpoint, head, data or settings changed has another identity, so it is computed
+    again; the old line stays. The file holds the outcome of every row, for further tests.
+    """
+
+    def __init__(self, output: Path | None) -> None:
+        """Open or create the journal of a results file; None keeps outcomes in memory only."""
+        self._found: dict[str, Outcomes] = {}
+        self._file: AppendedFile | None = None
+        self._owned: Lock | None = None
+        if output is None:
+            return
+        path = output.with_name(output.name + SUFFIX)
+        storage = storage_of(path)
+        try:
+            self._owned = storage.lock(path)
+            self._file = storage.append(path)
+            self._read(path)
+        except BlockingIOError:
+            raise RequestError(f"another process is evaluating into {output}.") from None
+        except OSError as error:
+            self.close()
+            raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, path: Path) -> None:
+        assert self._file is not None
+        lines = self._file.read().splitlines(keepends=True)
+        # A kill may cut the last line short.
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        try:
+            for line in lines:
+                item = json.loads(line)
+                self._found[item["pair"]] = Outcomes(
+                    np.array(item["predictions"], dtype=np.float64),
+                    np.array(item["references"], dtype=np.float64),
+                )
+        except (ValueError, KeyError, TypeError):
+            raise ResumeError(
+                f"{path} is not a journal of evaluations.\nMove it away, or choose another output."
+            ) from None
+        self._file.cut(sum(map(len, lines)))
+
+    def get(self, pair: str) -> Outcomes | None:
+        """Return the outcomes of a finished pair."""
+        return self._found.get(pair)
+
+    def add(self, pair: str, checkpoint: str, task: str, outcomes: Outcomes) -> None:
+        """Note a finished pair; the line is handed to the system before this returns."""
+        self._found[pair] = outcomes
+        if self._file is None:
+            return
+        item: dict[str, Any] = {
+            "pair": pair,
+            "checkpoint": checkpoint,
+            "task": task,
+            "predictions": outcomes.predictions.tolist(),
+            "references": outcomes.references.tolist(),
+        }
+        line = json.dumps(item).encode() + b"\n"
+        try:
+            self._file.append(line)
+        except OSError as error:
+            raise OutputError(f"the journal cannot be written ({error.strerror}).") from None
+
+    def close(self) -> None:
+        """Close the file and release the lock."""
+        if self._file is not None:
+            self._file.close()
+        if self._owned is not None:
+            self._owned.release()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -10,8 +10,7 @@ from eutectic.checkpoint.writer import check_replaced, write_atomically
 from eutectic.errors import RequestError, suggest
 from eutectic.evaluation.checkpoints import RoutingMode, named_checkpoints
 from eutectic.evaluation.figures import results_of
-from eutectic.evaluation.outcome_journal import Journal
-from eutectic.evaluation.pairs import EvaluationSettings, Pairs, Progress
+from eutectic.evaluation.pairs import EvaluationSettings, Journal, Pairs, Progress
 from eutectic.evaluation.results import Results
 from eutectic.evaluation.splits import check_disjoint
 from eutectic.evaluation.task_files import Split, Task, load_tasks

@@ -1,10 +1,17 @@
-"""The rows of a task's splits: shares of a file, and the check that splits share no row."""
+"""The splits of a task: shares of a file, the check that they share no row, model inputs."""
 
 from __future__ import annotations
 
+import math
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from eutectic.data.columns import (
     ANSWERS,
@@ -14,11 +21,16 @@ from eutectic.data.columns import (
     check_pairs,
     required_inputs,
 )
-from eutectic.data.fingerprints import row_key
-from eutectic.data.images import locate_images
+from eutectic.data.encoded_rows import longest_target, token_ids
+from eutectic.data.fingerprints import data_hash, row_key
+from eutectic.data.images import PixelBatches, locate_images
+from eutectic.data.labels import class_index, finite_number
 from eutectic.data.row_files import read_rows
-from eutectic.errors import Fault, RequestError, TaskError
+from eutectic.errors import CheckpointError, Fault, RequestError, TaskError, first_line, suggest
+from eutectic.evaluation.checkpoints import processor_hash
 from eutectic.evaluation.task_files import SPLITS, Part, Split, Task
+from eutectic.models.loading import image_mode, load_processor, longest_input, positions_of
+from eutectic.models.transformers_loading import load_config
 
 
 def split_rows(task: Task, split: Split, limit: int | None = None) -> list[Row]:
@@ -127,3 +139,176 @@ def _shown(task: Task, row: Row) -> str:
     names = [getattr(task.columns, c) for c in columns] if columns else list(row)
     text = " / ".join(str(row[name]) for name in names if row.get(name) is not None)
     return repr(text if len(text) <= 80 else f"{text[:79]}…")
+
+
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The rows of one split as model inputs.
+
+    Attributes:
+        task: the task.
+        split: the split.
+        batches: model inputs, rows of like length together, without labels (language models and
+            sequence to sequence: with `labels`, −100 where padded).
+        order: `[n]`, the row that each row of the concatenated batches is.
+        references: what is true, row by row: class indices, numbers, or normalised target texts.
+        data_hash: identity of the rows and their answers.
+        processor: the tokenizer or image processor.
+        generate_tokens: how many tokens to generate at most; one more than the longest target,
+            uncut, or what the model has positions for.
+    """
+
+    task: Task
+    split: Split
+    batches: Sequence[dict[str, Tensor]]
+    order: Tensor
+    references: tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
+    data_hash: str
+    processor: Any = field(repr=False)
+    generate_tokens: int = 0
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
+def prepare(
+    task: Task,
+    split: Split,
+    folder: str | Path,
+    *,
+    batch_size: int = BATCH_SIZE,
+    limit: int | None = None,
+    label_ids: Mapping[str, int] | None = None,
+    answers: bool = True,
+    base: Path | None = None,
+) -> Prepared:
+    """Read and encode a split for models with the tokenizer (or image processor) of `folder`.
+
+    Texts are cut to `task.max_length` tokens, sorted by their number of tokens and padded on the
+    right to the longest of their batch. Time: one tokenization. Memory: the token ids; of pictures
+    the first 256 MB of pixels in float32, further batches are read again whenever they are run.
+
+    Args:
+        task: not of the kinds `function` and `lm-eval`.
+        split: `proxy`, `validation` or `test`.
+        folder: a checkpoint's folder: configuration, and tokenizer or image processor.
+        batch_size: rows per batch; changes results by rounding only.
+        limit: take the first rows only.
+        label_ids: class name -> index, where the task names none; None: of the configuration.
+        answers: labels are read; without them, there is nothing to score.
+        base: whose configuration counts where `folder` is an adapter with a tokenizer only.
+
+    Raises:
+        RequestError: no such split, no rows, a missing column.
+        TaskError: labels that neither the task nor the configuration knows.
+        CheckpointError: no usable tokenizer in `folder`.
+        MissingExtraError: transformers is not installed.
+    """
+    rows = split_rows(task, split, limit)
+    if task.kind in ("function", "lm-eval"):
+        raise RequestError(f"task '{task.name}' ({task.kind}) reads its rows itself.")
+    processor, config = open_processor(task, Path(folder), base)
+    if task.kind == "sequence-to-sequence":
+        # Proxy data of other kinds need no answers.
+        where = f"task '{task.name}', split '{split}': "
+        check_columns(rows, task.columns, ["target"], where=where, advice=_targets_wanted)
+    references = references_of(task, rows, label_ids or config.label2id or {}) if answers else ()
+    generate = 0
+    batches: Sequence[dict[str, Tensor]]
+    order = list(range(len(rows)))
+    if task.kind == "image-classification":
+        values = [row[task.columns.image] for row in rows]
+        where = f"task '{task.name}': "
+        batches = PixelBatches(values, processor, batch_size, image_mode(config), where)
+    else:
+        encoded = token_ids(
+            task, rows, processor, task.max_length or longest_input(processor, config)
+        )
+        lengths = [len(ids) for ids in encoded.inputs["input_ids"]]
+        # The longest first: if memory is short, that shows at once.
+        order.sort(key=lambda i: -lengths[i])
+        chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        batches = tuple(encoded.batch(chunk) for chunk in chunks)
+        longest = longest_target(task, rows, processor) + 1
+        generate = min(longest, positions_of(config) or sys.maxsize)
+    return Prepared(
+        task,
+        split,
+        batches,
+        torch.tensor(order),
+        references,
+        data_hash(task, rows),
+        processor,
+        generate,
+    )
+
+
+def references_of(
+    task: Task, rows: Sequence[Row], label_ids: Mapping[str, int]
+) -> tuple[int, ...] | tuple[float, ...] | tuple[str, ...]:
+    """Return the answers: class indices, numbers, texts; none (`()`) for language models."""
+    if task.kind in ("language-model", "function"):
+        return ()
+    if task.kind == "sequence-to-sequence":
+        return tuple(normal_text(str(row[task.columns.target])) for row in rows)
+    values: list[Any] = [row.get(task.columns.label) for row in rows]
+    if all(value is None for value in values):
+        return ()  # a proxy split needs no labels
+    if task.labels is not None:
+        label_ids = {name: i for i, name in enumerate(task.labels)}
+    known = {str(name): int(i) for name, i in label_ids.items()}
+    # Without names in the task, only the model's outputs tell how many classes there are.
+    classes = math.inf if task.labels is None else len(task.labels)
+    found: list[Any] = []
+    faults: list[Fault] = []
+    for number, value in enumerate(values, 1):
+        try:
+            if task.kind == "regression":
+                found.append(finite_number(value))
+            else:
+                found.append(class_index(value, known, classes))
+        except (TypeError, ValueError):
+            what, nearest = f"the label {value!r} is no finite number.", ""
+            if task.kind != "regression":
+                what = f"the label {value!r} is none of {', '.join(list(known)[:20])}."
+                nearest = suggest(str(value), list(known))
+            faults.append(Fault("label", what, f"row {number}", next=nearest))
+    if faults:
+        raise TaskError(faults[:10], f"task '{task.name}'")
+    return tuple(found)
+
+
+def _targets_wanted(field: str) -> str:
+    return (
+        "Outputs of such models are compared and scored along their targets; name the column "
+        f"(columns: {{{field}: NAME}}) or add it."
+    )
+
+
+def normal_text(text: str) -> str:
+    """Return a text with runs of white space made one blank: what exact match compares."""
+    return " ".join(text.split())
+
+
+def open_processor(task: Task, folder: Path, base: Path | None = None) -> tuple[Any, Any]:
+    """Return the tokenizer or image processor of a folder, and the configuration with it."""
+    images = task.kind == "image-classification"
+    try:
+        configured = folder if base is None or (folder / "config.json").exists() else base
+        config = load_config(configured)
+        found = load_processor(folder, folder, images=images)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder}: no configuration and tokenizer for task '{task.name}': {first_line(error)}"
+        ) from None
+    # Without its files transformers makes a tokenizer of special tokens that knows no word.
+    empty = not images and len(found) < len({*found.all_special_tokens}) + 2
+    if empty or not processor_hash(folder):
+        raise CheckpointError(
+            f"{folder}: no tokenizer or image processor for task '{task.name}'.\n"
+            "Copy its files there from the model that this one was made from."
+        )
+    return found, config

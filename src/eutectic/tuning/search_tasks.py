@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from eutectic.errors import RequestError
 from eutectic.evaluation.checkpoints import Checkpoint, Checkpoints
-from eutectic.evaluation.encoded_splits import Prepared, prepare
 from eutectic.evaluation.model_outputs import load_head, outputs
-from eutectic.evaluation.splits import check_disjoint
+from eutectic.evaluation.splits import Prepared, check_disjoint, prepare
 from eutectic.evaluation.task_files import Task, load_tasks
 from eutectic.models.batches import IGNORED_LABEL
 from eutectic.models.linear_head import Head
