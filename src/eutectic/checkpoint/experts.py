@@ -7,7 +7,7 @@ from typing import Any
 
 from eutectic.checkpoint.adapters import open_lora
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG, Expert, full_expert
-from eutectic.checkpoint.ia3 import identity_adapter, is_ia3, is_identity_adapter, open_ia3
+from eutectic.checkpoint.ia3 import ia3_vectors, identity_adapter, is_ia3, open_ia3
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index
 from eutectic.checkpoint.memory import StateDictReader
 from eutectic.checkpoint.reader import CheckpointReader
@@ -41,7 +41,7 @@ def open_expert(path: Path, base: CheckpointIndex) -> Expert:
             another base.
     """
     path = Path(path)
-    vectors = is_identity_adapter(base) and is_ia3(path)
+    vectors = is_ia3(path) and bool(ia3_vectors(base))
     if is_adapter(path) and not vectors:
         return open_lora(path, base.entries)
     index = open_ia3(path) if vectors else open_index(path)

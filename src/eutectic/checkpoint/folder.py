@@ -90,23 +90,21 @@ def _has_code(folder: Path) -> bool:
 
 
 def _matching(
-    folder: Path, patterns: Iterable[str], sub_patterns: Iterable[str], never: tuple[str, ...]
+    folder: Path, patterns: tuple[str, ...], sub_patterns: tuple[str, ...], never: tuple[str, ...]
 ) -> tuple[str, ...]:
-    found = _files(folder, "", patterns, never)
+    wanted = {folder: patterns}
     for path in folder.iterdir():
         if _SUBFOLDER.fullmatch(path.name) and path.is_dir():
-            found += _files(path, f"{path.name}/", sub_patterns, never)
-    for name in found:
-        check_inside(folder, name)
-    return tuple(sorted(found))
-
-
-def _files(folder: Path, prefix: str, patterns: Iterable[str], never: tuple[str, ...]) -> list[str]:
-    return [
-        prefix + path.name
-        for path in folder.iterdir()
+            wanted[path] = sub_patterns
+    found = [
+        path.relative_to(folder).as_posix()
+        for place, allowed in wanted.items()
+        for path in place.iterdir()
         if not path.is_dir()
         and not path.name.startswith(".")
         and not path.name.lower().endswith(never)
-        and any(fnmatchcase(path.name, pattern) for pattern in patterns)
+        and any(fnmatchcase(path.name, pattern) for pattern in allowed)
     ]
+    for name in found:
+        check_inside(folder, name)
+    return tuple(sorted(found))

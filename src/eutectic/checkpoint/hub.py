@@ -10,7 +10,6 @@ _PATTERNS = [
     *("*.safetensors", "*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.jinja", "*.py"),
     *("LICENSE*", "NOTICE*", "README.md"),
 ]
-_PICKLES = ["*.bin"]
 # Copies of the weights in other formats, and states of training.
 _IGNORED = [
     *("onnx/*", "openvino/*", "original/*", "coreml/*", "checkpoint-*/*", "runs/*"),
@@ -59,7 +58,7 @@ def _download(model_id: str, revision: str | None) -> Path:
     try:
         folder = fetch(_PATTERNS)
         if not any(folder.glob("*.safetensors")):
-            folder = fetch([*_PATTERNS, *_PICKLES])
+            folder = fetch([*_PATTERNS, "*.bin"])
         return folder
     except errors.GatedRepoError as error:
         raise CheckpointError(
@@ -79,7 +78,5 @@ def _download(model_id: str, revision: str | None) -> Path:
             f"hold the model{at}.\nConnect (is HF_HUB_OFFLINE set?) or name a local folder."
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        reason = first_line(error)
-        raise CheckpointError(
-            f"{model_id}: could not be downloaded from the hub{at}.\n{reason}"
-        ) from error
+        text = f"{model_id}: could not be downloaded from the hub{at}.\n{first_line(error)}"
+        raise CheckpointError(text) from error

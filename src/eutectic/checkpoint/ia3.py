@@ -28,11 +28,6 @@ def is_ia3(path: Path) -> bool:
     return config.is_file() and read_json_object(config).get("peft_type") == "IA3"
 
 
-def is_identity_adapter(index: CheckpointIndex) -> bool:
-    """Return whether a table is that of an `identity_adapter`."""
-    return bool(_vectors(index))
-
-
 def open_ia3(folder: Path) -> CheckpointIndex:
     """Return the table of an (IA)³ adapter's tensors: vectors, and modules saved in full.
 
@@ -41,7 +36,7 @@ def open_ia3(folder: Path) -> CheckpointIndex:
     """
     index = open_index(adapter_weights(folder))
     index = replace(index, config=read_json_object(folder / ADAPTER_CONFIG))
-    if not _vectors(index):
+    if not ia3_vectors(index):
         raise CheckpointError(
             f"{folder}: holds no vector ('…{IA3_SUFFIX}'); it is no (IA)³ adapter."
         )
@@ -60,9 +55,9 @@ def identity_adapter(
             or a module that is saved in full is not in the base (a head).
     """
     (first, index), *others = adapters.items()
-    vectors = _vectors(index)
+    vectors = ia3_vectors(index)
     for name, other in others:
-        theirs = _vectors(other)
+        theirs = ia3_vectors(other)
         both = sorted(vectors.keys() | theirs.keys())
         if differing := [n for n in both if vectors.get(n) != theirs.get(n)]:
             raise CheckpointError(
@@ -103,7 +98,8 @@ def identity_adapter(
     return StateDictReader(tensors, "the identity adapter"), layout
 
 
-def _vectors(index: CheckpointIndex) -> dict[str, tuple[int, ...]]:
+def ia3_vectors(index: CheckpointIndex) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the (IA)³ vectors in a table, by name."""
     return {n: e.shape for n, e in index.entries.items() if n.endswith(IA3_SUFFIX)}
 
 

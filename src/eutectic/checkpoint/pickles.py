@@ -38,13 +38,12 @@ def load_pickle(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
                 outer = [f"{k} ({type(v).__name__})" for k, v in content.items() if k != wrapper]
                 content = inner
                 break
-    tensors: dict[str, Tensor] = {}
-    others: list[str] = []
-    for name, value in content.items():
-        if isinstance(value, Tensor):
-            tensors[str(name)] = check_dense(value, str(name), str(path))
-        else:
-            others.append(f"{name} ({type(value).__name__})")
+    tensors = {
+        str(name): check_dense(value, str(name), str(path))
+        for name, value in content.items()
+        if isinstance(value, Tensor)
+    }
+    others = [f"{k} ({type(v).__name__})" for k, v in content.items() if not isinstance(v, Tensor)]
     if not tensors:
         raise CheckpointError(f"{path}: holds no tensors (found: {', '.join(others[:5]) or '-'}).")
     return tensors, (*others, *outer)

@@ -81,13 +81,15 @@ class CheckpointWriter:
             if free is not None and sum(sizes[name] for name in pending) > free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             for name in pending:
-                self.laid_out = (*self.laid_out, name)
                 staged = self._storage.stage(self.folder / name, sizes[name], fresh=not resume)
                 self._staged[name] = staged
+                self.laid_out = (*self.laid_out, name)
                 # The header comes last: a file that has one has its final size.
                 staged.write(memoryview(headers[name]), 0)
         except OSError as error:
-            self._abandon()
+            self.close()
+            for name in self.laid_out:  # gives back their space
+                self._storage.remove(self.folder / name)
             raise self._failure(error, sum(sizes.values())) from error
         except ResumeError:
             self.close()
@@ -159,13 +161,6 @@ class CheckpointWriter:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _abandon(self) -> None:
-        """Give back the space of files that could not all be laid out."""
-        started = [name for name in self.laid_out if name in self._staged]
-        self.close()
-        for name in started:
-            self._storage.remove(self.folder / name)
 
     def _take_up(self, name: str, header: bytes, size: int) -> bool:
         """Open an existing file; False when a previous run had not finished laying it out."""
