@@ -91,8 +91,6 @@ CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transform
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 _OPENCLIP_PROJECTION = re.compile(r"(^|\.)(visual\.proj|text_projection)$")
 _TEXT_PROJECTION = re.compile(r"(^|\.)text_projection(\.weight)?$")
-_STACKED = re.compile(r"expert")
-_PACKED = "in_proj_weight"
 PARTS = ("[q]", "[k]", "[v]")  # of a packed in-projection, where their inputs differ
 
 
@@ -113,12 +111,12 @@ def is_text_projection(name: str) -> bool:
 
 def is_expert_stack(name: str) -> bool:
     """Tell whether three dimensions are a mixture's experts `[E, out, in]`, not a kernel."""
-    return _STACKED.search(name) is not None
+    return "expert" in name
 
 
 def is_packed(name: str) -> bool:
     """Tell whether a tensor is the in-projection of `nn.MultiheadAttention`, rows q, k, v."""
-    return name.endswith(_PACKED)
+    return name.endswith("in_proj_weight")
 
 
 def is_counter(name: str) -> bool:

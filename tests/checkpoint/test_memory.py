@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eutectic.checkpoint.experts import expert_in_memory
+from eutectic.checkpoint.expert_tensors import full_expert
 from eutectic.checkpoint.memory import MemoryWriter, StateDictReader
 from eutectic.errors import CheckpointError
 
@@ -60,7 +60,7 @@ def test_empty_state_dict() -> None:
 def test_expert_in_memory() -> None:
     base = StateDictReader({"m.w": torch.ones(4), "m.b": torch.ones(2)})
     tuned = {"w": torch.full((4,), 3.0), "head": torch.ones(1)}
-    expert = expert_in_memory(tuned, base.entries, "expert 'x'")
+    expert = full_expert(StateDictReader(tuned), base.entries, "expert 'x'")
     delta = expert.delta("m.w", 1, 3, base=base.read("m.w", 1, 3), dtype=torch.float32)
     assert delta.tolist() == [2, 2]
     assert expert.missing == ("m.b",)

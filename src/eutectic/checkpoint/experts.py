@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from eutectic.checkpoint.adapters import open_lora
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG, Expert, full_expert
 from eutectic.checkpoint.ia3 import ia3_vectors, identity_adapter, is_ia3, open_ia3
-from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index
+from eutectic.checkpoint.index import CheckpointIndex, open_index
 from eutectic.checkpoint.memory import StateDictReader
 from eutectic.checkpoint.reader import CheckpointReader
 
@@ -47,13 +46,6 @@ def open_expert(path: Path, base: CheckpointIndex) -> Expert:
     index = open_ia3(path) if vectors else open_index(path)
     folder = path if vectors else index.folder
     return full_expert(CheckpointReader(index), base.entries, str(path), index.config, folder)
-
-
-def expert_in_memory(
-    state_dict: Mapping[str, Any], base: Mapping[str, TensorEntry], label: str
-) -> Expert:
-    """Return an expert made of a state dict; `base` are the entries of the base's reader."""
-    return full_expert(StateDictReader(state_dict, label), base, label)
 
 
 def is_adapter(path: Path) -> bool:

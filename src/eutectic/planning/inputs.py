@@ -10,14 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from eutectic.checkpoint.experts import (
-    BaseReader,
-    Expert,
-    common_base,
-    expert_in_memory,
-    is_adapter,
-    open_expert,
-)
+from eutectic.checkpoint.expert_tensors import Expert, full_expert
+from eutectic.checkpoint.experts import BaseReader, common_base, is_adapter, open_expert
 from eutectic.checkpoint.hub import resolve
 from eutectic.checkpoint.index import CheckpointIndex, open_index
 from eutectic.checkpoint.memory import StateDictReader
@@ -187,10 +181,10 @@ def in_memory_inputs(
 ) -> Inputs:
     """Wrap state dicts in the surface that files have."""
     reader = StateDictReader(base, "the base")
-    opened = {
-        name: expert_in_memory(tensors, reader.entries, f"expert '{name}'")
-        for name, tensors in experts.items()
-    }
+    opened: dict[str, Expert] = {}
+    for name, tensors in experts.items():
+        label = f"expert '{name}'"
+        opened[name] = full_expert(StateDictReader(tensors, label), reader.entries, label)
     wrapped = {name: as_statistics(given) for name, given in statistics.items()}
     return Inputs(reader, None, opened, wrapped, stated=config or {})
 

@@ -44,11 +44,7 @@ def read_document(
 ) -> tuple[Mapping[str, Any], Source, list[Fault]]:
     """Return a YAML mapping, where its parts stand, and the faults found so far (double keys).
 
-    Args:
-        path: the file.
-        what: what it is, for messages, such as "a recipe".
-        holds: the keys that it should hold, for messages.
-        error: what to raise.
+    Messages say `what` it is, such as "a recipe", and which keys it `holds`.
 
     Raises:
         RecipeError: (or `error`) the file cannot be read, is not YAML, or is no mapping.
@@ -66,13 +62,13 @@ def read_document(
         why = known.get(fault.errno or 0, fault.strerror or fault)
         raise error([Fault("unreadable", f"{why}.", str(path))], f"the {noun}") from None
     except UnicodeDecodeError:
-        binary = Fault("unreadable", f"{path} is not a UTF-8 text file.")
-        raise error([binary], f"the {noun}") from None
+        why = f"{path} is not a UTF-8 text file."
+        raise error([Fault("unreadable", why)], f"the {noun}") from None
     except yaml.MarkedYAMLError as fault:
         mark = fault.problem_mark or fault.context_mark
         line = 0 if mark is None else mark.line + 1
-        what = ", ".join(part for part in (fault.context, fault.problem) if part)
-        invalid = Fault("not_yaml", f"not valid YAML: {what}.", line=line)
+        why = ", ".join(part for part in (fault.context, fault.problem) if part)
+        invalid = Fault("not_yaml", f"not valid YAML: {why}.", line=line)
         raise error([invalid], f"{noun} {path}") from None
     except UNREADABLE as fault:
         raise error([Fault("not_yaml", f"not valid YAML: {fault}")], f"{noun} {path}") from None
@@ -88,14 +84,11 @@ def by_line(faults: Iterable[Fault]) -> list[Fault]:
 
 
 def schema_fault(item: Any, source: Source, known_keys: Callable[[Location], list[str]]) -> Fault:
-    """Return one of pydantic's errors as a fault with its line.
+    """Return an item of `ValidationError.errors()` as a fault with its line.
 
-    Args:
-        item: from `ValidationError.errors()`.
-        source: where the document came from.
-        known_keys: location -> the keys that are allowed there.
+    `known_keys` gives the keys that are allowed at a location.
     """
-    location: Location = tuple(part for part in item["loc"])
+    location: Location = tuple(item["loc"])
     line = source.line(*location)
     name = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
@@ -133,8 +126,8 @@ def _lines(root: yaml.Node, duplicates: list[Fault]) -> dict[Location, int]:
             for key, value in cast("list[tuple[yaml.Node, yaml.Node]]", node.value):
                 name, line = str(cast(object, key.value)), key.start_mark.line + 1
                 if name in names:
-                    twice = f"key '{name}' stands twice."
-                    duplicates.append(Fault("repeated_key", twice, line=line))
+                    what = f"key '{name}' stands twice."
+                    duplicates.append(Fault("repeated_key", what, line=line))
                 names.add(name)
                 lines[(*path, name)] = line
                 visit(value, (*path, name))

@@ -86,10 +86,8 @@ def _method_faults(values: Mapping[str, Any], source: Source) -> list[Fault]:
         if shared := [key for key in own if key not in method.per_expert]:
             allowed = ", ".join(sorted(method.per_expert)) or "none"
             what = f"method '{name}' has no {shared[0]} of each expert's own."
-            line = source.line(*where, shared[0])
-            faults.append(
-                Fault("shared_parameter", what, f"expert '{expert}'", line, allowed=allowed)
-            )
+            line, at = source.line(*where, shared[0]), f"expert '{expert}'"
+            faults.append(Fault("shared_parameter", what, at, line, allowed=allowed))
         elif own and not faults:
             faults += _parameter_faults(method, {**parameters, **own}, source, where)
     if experts:
@@ -106,12 +104,15 @@ def _parameter_faults(
     try:
         method.adapter.validate_python({str(key): value for key, value in parameters.items()})
     except ValidationError as error:
-        faults: list[Fault] = []
-        for item, fault in zip(error.errors(), method.faults(error), strict=True):
-            line, where = source.line(*place, *item["loc"]), f"method '{method.name}'"
-            where = f"{where}: {fault.where}" if fault.where else where
-            faults.append(replace(fault, line=line, where=where))
-        return faults
+        at = f"method '{method.name}'"
+        return [
+            replace(
+                fault,
+                line=source.line(*place, *item["loc"]),
+                where=f"{at}: {fault.where}" if fault.where else at,
+            )
+            for item, fault in zip(error.errors(), method.faults(error), strict=True)
+        ]
     return []
 
 
@@ -188,9 +189,9 @@ def _resolve_paths(recipe: Recipe, source: Source) -> Recipe:
 
 
 def _schema_fault(item: Any, source: Source) -> Fault:
-    location: Location = tuple(part for part in item["loc"])
-    if location[:1] == ("scale",) and location[1:2] and location[1] in SCALE_TAGS:
-        item = {**item, "loc": (location[0], *location[2:])}
+    place: Location = item["loc"]
+    if len(place) > 1 and place[0] == "scale" and place[1] in SCALE_TAGS:
+        item = {**item, "loc": (place[0], *place[2:])}
     return schema_fault(item, source, _known_keys)
 
 

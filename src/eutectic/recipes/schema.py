@@ -200,14 +200,9 @@ class Recipe(_Strict):
     def _auto(cls, value: Any) -> Any:
         if value == "auto":
             return {"search": "gram"}
-        if isinstance(value, str) and not _is_number(value):
-            raise ValueError("a scale is a number, auto, or {search: …, tasks: …}")
+        if isinstance(value, str):
+            try:
+                float(value)
+            except ValueError:
+                raise ValueError("a scale is a number, auto, or {search: …, tasks: …}") from None
         return value
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
