@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from eutectic.checkpoint.adapters import open_lora
 from eutectic.checkpoint.expert_tensors import Expert
 from eutectic.checkpoint.index import open_index
-from eutectic.checkpoint.memory import StateDictReader
+from eutectic.checkpoint.reader import StateDictReader
 from eutectic.errors import CheckpointError
 
 F32, F64 = torch.float32, torch.float64

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.expert_tensors import full_expert
-from eutectic.checkpoint.memory import MemoryWriter, StateDictReader
+from eutectic.checkpoint.reader import StateDictReader
+from eutectic.checkpoint.writer import MemoryWriter
 from eutectic.errors import CheckpointError
 
 from .helpers import same_bytes

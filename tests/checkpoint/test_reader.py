@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eutectic.checkpoint.index import open_index
-from eutectic.checkpoint.memory import StateDictReader
-from eutectic.checkpoint.reader import CheckpointReader
+from eutectic.checkpoint.reader import CheckpointReader, StateDictReader
 from eutectic.errors import CheckpointError
 from eutectic.storage import open_files
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from eutectic.checkpoint.index import TensorEntry
-from eutectic.checkpoint.memory import StateDictReader
+from eutectic.checkpoint.reader import StateDictReader
 from eutectic.planning.treatment import Decision, decide, tied_to
 from eutectic.recipes.schema import TensorRule
 from eutectic.types import Treatment

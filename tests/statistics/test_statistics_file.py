@@ -15,7 +15,7 @@ from safetensors import safe_open
 from tiny_models import assert_near, assert_same, batched, bert, examples
 from torch import nn
 
-from eutectic.checkpoint.memory import StateDictReader
+from eutectic.checkpoint.reader import StateDictReader
 from eutectic.errors import NumericalError, OutputError, StatisticsError
 from eutectic.statistics import StatisticsFile, collect, load_statistics
 

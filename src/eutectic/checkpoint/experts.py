@@ -8,8 +8,7 @@ from eutectic.checkpoint.adapters import open_lora
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG, Expert, full_expert
 from eutectic.checkpoint.ia3 import ia3_vectors, identity_adapter, is_ia3, open_ia3
 from eutectic.checkpoint.index import CheckpointIndex, open_index
-from eutectic.checkpoint.memory import StateDictReader
-from eutectic.checkpoint.reader import CheckpointReader
+from eutectic.checkpoint.reader import CheckpointReader, StateDictReader
 
 BaseReader = CheckpointReader | StateDictReader
 

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from eutectic.checkpoint.index import WEIGHT_SUFFIXES
 from eutectic.errors import CheckpointError, MissingExtraError, first_line
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
@@ -32,7 +33,7 @@ def resolve(path_or_id: str | Path, *, revision: str | None = None) -> Path:
     path = Path(text).expanduser()
     if text and path.exists():
         return path
-    if not _ID.fullmatch(text) or path.suffix in {".safetensors", ".bin", ".pt", ".pth"}:
+    if not _ID.fullmatch(text) or path.suffix in WEIGHT_SUFFIXES:
         raise CheckpointError(
             f"'{text}': no such file or folder, and not the id of a model on the hub either "
             "('name' or 'org/name')."

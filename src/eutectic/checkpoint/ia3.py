@@ -16,8 +16,8 @@ from eutectic.checkpoint.adapters import WEIGHT_NAMES, adapter_weights
 from eutectic.checkpoint.content import TensorSource
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index, read_json_object
-from eutectic.checkpoint.memory import StateDictReader
 from eutectic.checkpoint.names import align
+from eutectic.checkpoint.reader import StateDictReader
 from eutectic.conventions import IA3_SUFFIX, PEFT_ROOT
 from eutectic.errors import CheckpointError
 

@@ -13,6 +13,7 @@ from eutectic.errors import CheckpointError
 from eutectic.storage import storage_of
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 # Files that training scripts and PEFT leave beside the weights.
 _NOT_WEIGHTS = ("adapter_model", "optimizer", "scheduler", "scaler", "rng_state", "training_args")
 _INDEX_SUFFIX = ".index.json"
@@ -59,7 +60,7 @@ def open_index(path: Path) -> CheckpointIndex:
         folder, name = path, _weights_in(path)
     else:
         folder, name = path.parent, path.name
-        if not name.endswith((".safetensors", *PICKLE_SUFFIXES, _INDEX_SUFFIX)):
+        if not name.endswith((*WEIGHT_SUFFIXES, _INDEX_SUFFIX)):
             raise CheckpointError(
                 f"{path}: not a weight file.\nKnown endings: .safetensors, "
                 f"{', '.join(PICKLE_SUFFIXES)}, {_INDEX_SUFFIX}."

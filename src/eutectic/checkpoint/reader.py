@@ -1,17 +1,18 @@
-"""Reading flat ranges of tensors from disk, from many threads at once."""
+"""Reading flat ranges of tensors, from files or state dicts, from many threads at once."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from eutectic.checkpoint.content import sampled_fingerprint
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry
-from eutectic.checkpoint.pickles import load_pickle
+from eutectic.checkpoint.pickles import check_dense, load_pickle
 from eutectic.errors import CheckpointError
 from eutectic.storage import OpenFiles, storage_of
 
@@ -91,6 +92,59 @@ class CheckpointReader:
                 # Once here, or every chunk of a strided tensor would copy the whole of it.
                 self._pickles[file] = {name: t.contiguous() for name, t in tensors.items()}
             return self._pickles[file]
+
+
+class StateDictReader:
+    """A state dict with the surface of `CheckpointReader`.
+
+    Contiguous tensors are not copied until they are read; tied tensors and views are fine.
+    """
+
+    is_delta = False
+
+    def __init__(self, state_dict: Mapping[str, Any], label: str = "the state dict") -> None:
+        """Take a state dict; `label` names it in messages.
+
+        Raises:
+            CheckpointError: a value is not a dense tensor, or there is none at all.
+        """
+        self.label = label
+        self._tensors: dict[str, Tensor] = {}
+        for name, value in state_dict.items():
+            if not isinstance(value, Tensor):
+                raise CheckpointError(
+                    f"{label}: '{name}' is not a tensor but {type(value).__name__}.\n"
+                    "Pass model.state_dict(), without optimizer or other state."
+                )
+            # Once here, or every chunk of a strided tensor would copy the whole of it.
+            self._tensors[str(name)] = check_dense(value, str(name), label).contiguous()
+        if not self._tensors:
+            raise CheckpointError(f"{label}: holds no tensors.")
+        self.entries: Mapping[str, TensorEntry] = {
+            name: TensorEntry(name, t.dtype, tuple(t.shape), "", -1, t.numel() * t.element_size())
+            for name, t in self._tensors.items()
+        }
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return elements [start, stop) of the flattened tensor: 1-D, its dtype, a copy on the CPU.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        if name not in self._tensors:
+            raise CheckpointError(f"{self.label}: has no tensor '{name}'.")
+        return self._tensors[name].view(-1)[start:stop].to("cpu", copy=True)
+
+    def fingerprint(self) -> str:
+        """Return the sampled identity of the content; equal to that of a saved copy."""
+        return sampled_fingerprint(self)
+
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Return no files."""
+        return []
+
+    def close(self) -> None:
+        """Do nothing; the tensors belong to the caller."""
 
 
 def file_identity(folder: Path, names: list[str]) -> list[tuple[str, int, int]]:

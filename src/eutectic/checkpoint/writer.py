@@ -6,7 +6,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -194,6 +194,24 @@ class CheckpointWriter:
             )
         where = error.filename or self.folder
         return OutputError(f"{where}: cannot be written ({error.strerror or error}).")
+
+
+class MemoryWriter:
+    """Tensors in memory with the surface of `CheckpointWriter`."""
+
+    reopening = None
+
+    def __init__(self, entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> None:
+        self.tensors = {name: torch.empty(shape, dtype=dtype) for name, dtype, shape in entries}
+
+    def write(self, name: str, start: int, values: Tensor) -> Tensor:
+        """Write `values` over elements [start, start + n) of the flattened tensor `name`."""
+        self.tensors[name].view(-1)[start : start + values.numel()] = values
+        return values
+
+    def read_back(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return elements [start, stop) of a tensor, 1-D."""
+        return self.tensors[name].view(-1)[start:stop]
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eutectic.checkpoint.memory import MemoryWriter
+from eutectic.checkpoint.writer import MemoryWriter
 from eutectic.errors import Note, RequestError
 from eutectic.execution.executors import Progress, limits_of
 from eutectic.execution.finish import PROVENANCE

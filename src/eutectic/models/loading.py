@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from eutectic.checkpoint.experts import fingerprint_of, is_adapter
-from eutectic.checkpoint.memory import StateDictReader
+from eutectic.checkpoint.reader import StateDictReader
 from eutectic.conventions import canonical_name
 from eutectic.errors import CheckpointError, MissingExtraError, RequestError, first_line
 from eutectic.models.linear_head import Head

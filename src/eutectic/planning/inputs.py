@@ -14,8 +14,7 @@ from eutectic.checkpoint.expert_tensors import Expert, full_expert
 from eutectic.checkpoint.experts import BaseReader, common_base, is_adapter, open_expert
 from eutectic.checkpoint.hub import resolve
 from eutectic.checkpoint.index import CheckpointIndex, open_index
-from eutectic.checkpoint.memory import StateDictReader
-from eutectic.checkpoint.reader import CheckpointReader
+from eutectic.checkpoint.reader import CheckpointReader, StateDictReader
 from eutectic.errors import EutecticError, Fault, RecipeError, suggest
 from eutectic.methods.initial import ZERO
 from eutectic.methods.registry import all_methods

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
+from eutectic.checkpoint.index import WEIGHT_SUFFIXES
 from eutectic.errors import Fault, MethodError, RecipeError, suggest
 from eutectic.methods import Method, all_methods, get_method
 from eutectic.methods.initial import ZERO
@@ -141,7 +142,7 @@ def _paths(values: Mapping[str, Any]) -> list[tuple[Location, str]]:
 def _is_local(path: str) -> bool:
     """Tell a path from a hub id: ids have at most one slash and never start with a dot or slash."""
     looks_like_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
-    return looks_like_path or Path(path).suffix in {".safetensors", ".bin", ".pt", ".pth"}
+    return looks_like_path or Path(path).suffix in WEIGHT_SUFFIXES
 
 
 def _resolve(path: str, source: Source) -> str:

@@ -13,9 +13,8 @@ from eutectic.checkpoint.content import same_content, sample_of
 from eutectic.checkpoint.expert_tensors import Expert, full_expert
 from eutectic.checkpoint.experts import is_adapter, open_expert
 from eutectic.checkpoint.index import CheckpointIndex, open_index
-from eutectic.checkpoint.memory import StateDictReader
 from eutectic.checkpoint.names import align
-from eutectic.checkpoint.reader import CheckpointReader
+from eutectic.checkpoint.reader import CheckpointReader, StateDictReader
 from eutectic.conventions import canonical_name
 from eutectic.errors import RequestError, StatisticsError
 from eutectic.models.names import names_in, saved_names

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from eutectic.checkpoint.memory import StateDictReader
+from eutectic.checkpoint.reader import StateDictReader
 from eutectic.errors import OutputError, RequestError
 from eutectic.models.batches import Batch, mask_policy, sample_count
 from eutectic.models.names import saved_names

@@ -21,11 +21,8 @@ class OpenedFile(Protocol):
         stamp: differs once the file was replaced or changed.
     """
 
-    @property
-    def size(self) -> int: ...  # noqa: D102
-
-    @property
-    def stamp(self) -> Hashable: ...  # noqa: D102
+    size: int
+    stamp: Hashable
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` with the bytes from `offset` on; OSError where the file ends early."""
