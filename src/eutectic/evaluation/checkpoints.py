@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -120,7 +120,8 @@ class Checkpoints:
         known = [found for folder in folders if (found := _classes(folder))]
         if not known:
             return {}
-        labels = next(filter(_says_names, known), known[0])
+        says_names = (k for k in known if any(n != f"LABEL_{i}" for n, i in k.items()))
+        labels = next(says_names, known[0])
         meant = _classes(expert)
         if meant != labels and meant.keys() == labels.keys():
             return {**{str(i): labels[name] for name, i in meant.items()}, **labels}
@@ -217,12 +218,11 @@ def named_checkpoints(
                 f"the expert '{name}' has no task.{suggest(name, wanted)}\n"
                 f"Tasks are of the experts: {', '.join(dict.fromkeys(wanted))}."
             )
-    reserved = [name for name in named if name in ("base", EXPERTS_MEAN) or name in experts]
-    if reserved:
-        raise RequestError(f"the name '{reserved[0]}' is taken; write another as NAME=FOLDER.")
-    taken = [name for name in experts if name in ("base", EXPERTS_MEAN)]
-    if taken:
-        raise RequestError(f"an expert cannot be called '{taken[0]}'; tables use that name.")
+    for name in named:
+        if name in ("base", EXPERTS_MEAN, *experts):
+            raise RequestError(f"the name '{name}' is taken; write another as NAME=FOLDER.")
+    for name in {"base", EXPERTS_MEAN} & experts.keys():
+        raise RequestError(f"an expert cannot be called '{name}'; tables use that name.")
     found = [Checkpoint("base", "base", Path(base))] if base is not None else []
     found += [Checkpoint(name, "expert", Path(path)) for name, path in experts.items()]
     found += [Checkpoint(name, "model", Path(path)) for name, path in named.items()]
@@ -258,10 +258,6 @@ def _classes(folder: Path | None) -> dict[str, int]:
         return {}
 
 
-def _says_names(labels: Mapping[str, int]) -> bool:
-    return any(name != f"LABEL_{i}" for name, i in labels.items())
-
-
 def fingerprint(folder: Path, base: Path | None) -> str:
     """Return the identity of a checkpoint's weights; of an adapter's own and its base's."""
     whole = base_folder(folder, base)
@@ -294,10 +290,8 @@ def versions() -> dict[str, str]:
     """Return the versions of what computes the figures."""
     found: dict[str, str] = {}
     for package in ("eutectic", "torch", "transformers", "tokenizers", "numpy"):
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

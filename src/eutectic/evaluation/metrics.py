@@ -21,7 +21,6 @@ METRICS_OF_KIND: Mapping[str, tuple[str, ...]] = {
     "lm-eval": ("acc",),  # and whatever else the harness averages over rows; see `Task.formula`
 }
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
-_BLOCK_ELEMENTS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,12 @@ def metric_value(metric: str, outcomes: Outcomes) -> float:
     As a correlation with a constant, and the loss of texts without a predicted token.
     """
     everything = np.arange(len(outcomes.predictions))[None]
-    return float(_METRICS[metric](outcomes.predictions, outcomes.references, everything)[0])
+    return float(resampled_values(metric, outcomes, everything)[0])
 
 
 def resampled_values(metric: str, outcomes: Outcomes, rows: NDArray[np.int64]) -> Array:
     """Return the metric of each resample, `[resamples]`; `rows` is `[resamples, n]`."""
-    step = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1]))
-    compute = _METRICS[metric]
-    blocks = [rows[i : i + step] for i in range(0, len(rows), step)]
-    return np.concatenate(
-        [compute(outcomes.predictions, outcomes.references, block) for block in blocks]
-    )
+    return _METRICS[metric](outcomes.predictions, outcomes.references, rows)
 
 
 def per_example(metric: str, outcomes: Outcomes) -> Array:

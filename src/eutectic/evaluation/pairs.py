@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -28,7 +29,7 @@ from eutectic.evaluation.metrics import Outcomes
 from eutectic.evaluation.model_outputs import Precision, load_head, outcomes_of, outputs
 from eutectic.evaluation.splits import BATCH_SIZE, Prepared, open_processor, prepare, split_rows
 from eutectic.evaluation.task_files import Split, Task
-from eutectic.storage import AppendedFile, Lock, storage_of
+from eutectic.storage import AppendedFile, storage_of
 
 Progress = Callable[[float, float, str], None]
 SUFFIX = ".outcomes.jsonl"
@@ -117,7 +118,7 @@ class Pairs:
         asked = [self.settings.split, self.settings.limit, self.settings.dtype]
         data = self.hashes[task.name]
         pair = self.checkpoints.pair_identity(checkpoint, task, data, asked)
-        found = journal.get(pair)
+        found = journal.found.get(pair)
         if found is None:
             compute = {"function": self._by_function, "lm-eval": self._by_harness}
             found = compute.get(task.kind, self._by_model)(checkpoint, task)
@@ -260,62 +261,21 @@ def call_function(
     return Outcomes(numbers, np.ones(len(numbers)))
 
 
+@dataclass(frozen=True)
 class Journal:
-    """Outcomes by the identity of what made them; appended to and locked while in use.
+    """Outcomes by the identity of what made them, and the file that keeps them, one JSON line each.
 
     A pair whose checkpoint, head, data or settings changed has another identity, so it is computed
     again; the old line stays. The file holds the outcome of every row, for further tests.
     """
 
-    def __init__(self, output: Path | None) -> None:
-        """Open or create the journal of a results file; None keeps outcomes in memory only."""
-        self._found: dict[str, Outcomes] = {}
-        self._file: AppendedFile | None = None
-        self._owned: Lock | None = None
-        if output is None:
-            return
-        path = output.with_name(output.name + SUFFIX)
-        storage = storage_of(path)
-        try:
-            self._owned = storage.lock(path)
-            self._file = storage.append(path)
-            self._read(path)
-        except BlockingIOError:
-            raise RequestError(f"another process is evaluating into {output}.") from None
-        except OSError as error:
-            self.close()
-            raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from None
-        except BaseException:
-            self.close()
-            raise
-
-    def _read(self, path: Path) -> None:
-        assert self._file is not None
-        lines = self._file.read().splitlines(keepends=True)
-        # A kill may cut the last line short.
-        if lines and not lines[-1].endswith(b"\n"):
-            lines.pop()
-        try:
-            for line in lines:
-                item = json.loads(line)
-                self._found[item["pair"]] = Outcomes(
-                    np.array(item["predictions"], dtype=np.float64),
-                    np.array(item["references"], dtype=np.float64),
-                )
-        except (ValueError, KeyError, TypeError):
-            raise ResumeError(
-                f"{path} is not a journal of evaluations.\nMove it away, or choose another output."
-            ) from None
-        self._file.cut(sum(map(len, lines)))
-
-    def get(self, pair: str) -> Outcomes | None:
-        """Return the outcomes of a finished pair."""
-        return self._found.get(pair)
+    found: dict[str, Outcomes]
+    file: AppendedFile | None = None
 
     def add(self, pair: str, checkpoint: str, task: str, outcomes: Outcomes) -> None:
         """Note a finished pair; the line is handed to the system before this returns."""
-        self._found[pair] = outcomes
-        if self._file is None:
+        self.found[pair] = outcomes
+        if self.file is None:
             return
         item: dict[str, Any] = {
             "pair": pair,
@@ -324,21 +284,49 @@ class Journal:
             "predictions": outcomes.predictions.tolist(),
             "references": outcomes.references.tolist(),
         }
-        line = json.dumps(item).encode() + b"\n"
         try:
-            self._file.append(line)
+            self.file.append(json.dumps(item).encode() + b"\n")
         except OSError as error:
             raise OutputError(f"the journal cannot be written ({error.strerror}).") from None
 
-    def close(self) -> None:
-        """Close the file and release the lock."""
-        if self._file is not None:
-            self._file.close()
-        if self._owned is not None:
-            self._owned.release()
 
-    def __enter__(self) -> Journal:
-        return self
+@contextmanager
+def open_journal(output: Path | None) -> Iterator[Journal]:
+    """Open or create the journal of a results file, locked; None keeps outcomes in memory only."""
+    if output is None:
+        yield Journal({})
+        return
+    path = output.with_name(output.name + SUFFIX)
+    with ExitStack() as opened:
+        try:
+            opened.callback(storage_of(path).lock(path).release)
+            file = storage_of(path).append(path)
+            opened.callback(file.close)
+            journal = Journal(_finished(file, path), file)
+        except BlockingIOError:
+            raise RequestError(f"another process is evaluating into {output}.") from None
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from None
+        yield journal
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+
+def _finished(file: AppendedFile, path: Path) -> dict[str, Outcomes]:
+    lines = file.read().splitlines(keepends=True)
+    # A kill may cut the last line short.
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    try:
+        items = [json.loads(line) for line in lines]
+        found = {
+            item["pair"]: Outcomes(
+                np.array(item["predictions"], dtype=np.float64),
+                np.array(item["references"], dtype=np.float64),
+            )
+            for item in items
+        }
+    except (ValueError, KeyError, TypeError):
+        raise ResumeError(
+            f"{path} is not a journal of evaluations.\nMove it away, or choose another output."
+        ) from None
+    file.cut(sum(map(len, lines)))
+    return found

@@ -10,7 +10,7 @@ from eutectic.checkpoint.writer import check_replaced, write_atomically
 from eutectic.errors import RequestError, suggest
 from eutectic.evaluation.checkpoints import RoutingMode, named_checkpoints
 from eutectic.evaluation.figures import results_of
-from eutectic.evaluation.pairs import EvaluationSettings, Journal, Pairs, Progress
+from eutectic.evaluation.pairs import EvaluationSettings, Pairs, Progress, open_journal
 from eutectic.evaluation.results import Results
 from eutectic.evaluation.splits import check_disjoint
 from eutectic.evaluation.task_files import Split, Task, load_tasks
@@ -85,7 +85,7 @@ def evaluate(
     checkpoints = named_checkpoints(known, base, experts or {}, models, settings.routing)
     counted = _checked_splits(known, proxy or {}, settings.trust_code)
     pairs = Pairs(checkpoints, known, counted, settings, progress)
-    with Journal(None if output is None else Path(output)) as journal:
+    with open_journal(None if output is None else Path(output)) as journal:
         outcomes = pairs.outcomes(journal)
     results = results_of(pairs, outcomes)
     if output is not None:

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +80,14 @@ def check_disjoint(
         rows = _read(task, path, trust_code=trust_code)
         found["proxy"].update({row_key(task, row): row for row in rows})
     faults: list[Fault] = []
-    for i, first in enumerate(SPLITS):
-        for second in SPLITS[i + 1 :]:
-            shared = found[first].keys() & found[second].keys()
-            if shared:
-                example = _shown(task, found[second][min(shared)])
-                what = (
-                    f"{first} and {second} share {len(shared)} of {len(found[second])} different "
-                    f"{second} rows, such as {example}."
-                )
-                faults.append(Fault("shared_rows", what))
+    for first, second in combinations(SPLITS, 2):
+        if shared := found[first].keys() & found[second].keys():
+            example = _shown(task, found[second][min(shared)])
+            what = (
+                f"{first} and {second} share {len(shared)} of {len(found[second])} different "
+                f"{second} rows, such as {example}."
+            )
+            faults.append(Fault("shared_rows", what))
     if faults:
         raise TaskError(faults, f"task '{task.name}'")
     return {split: frozenset(rows) for split, rows in found.items() if rows}
@@ -105,7 +104,8 @@ def _part_rows(task: Task, split: Split, part: Part) -> list[Row]:
             start += other.share or 0.0
     stop = start + part.share
     # By content, so that equal rows fall on the same side and added rows move no other.
-    return [row for row in rows if start <= _position(row_key(task, row)) < stop]
+    positions = (int.from_bytes(row_key(task, row)[:6], "big") / 2**48 for row in rows)
+    return [row for row, at in zip(rows, positions, strict=True) if start <= at < stop]
 
 
 def _read(
@@ -124,10 +124,6 @@ def _read(
     check_pairs(listed, task, where)
     check_columns(listed, task.columns, wanted, where=where, advice=_advice)
     return listed
-
-
-def _position(key: bytes) -> float:
-    return int.from_bytes(key[:6], "big") / 2**48
 
 
 def _advice(field: str) -> str:

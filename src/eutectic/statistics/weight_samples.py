@@ -6,7 +6,6 @@ its dtype; a few values of each observed parameter do not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,7 +21,9 @@ def sample_weights(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
     Layers under a LoRA adapter count with their effective weight W₀ + ΔW. Parameters whose
     effective weight cannot be told (other kinds of adapter) are left out.
     """
-    wrappers = _wrappers(model)
+    # Layer -> the adapter around it.
+    found = ((getattr(module, "base_layer", None), module) for module in model.modules())
+    wrappers = {layer: module for layer, module in found if isinstance(layer, nn.Module)}
     parameters: dict[str, tuple[Tensor, nn.Module | None]] = {}
     for site in plan.leaders:
         name = site.name.partition("[")[0]
@@ -41,19 +42,12 @@ def sample_weights(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
     return dict(sorted(samples.items()))
 
 
-def _wrappers(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Return layer -> the adapter around it."""
-    found: Iterable[tuple[Any, nn.Module]] = (
-        (getattr(module, "base_layer", None), module) for module in model.modules()
-    )
-    return {layer: module for layer, module in found if isinstance(layer, nn.Module)}
-
-
 def _effective(weight: Tensor, wrapper: Any) -> Tensor | None:
     """Return what a layer computes with: its weight, with the change that LoRA makes to it."""
-    scales_activations = any(f"{IA3_SUFFIX}." in f".{n}" for n, _ in _parameters(wrapper))
-    if wrapper is None or getattr(wrapper, "merged", False) or scales_activations:
+    if wrapper is None or getattr(wrapper, "merged", False):
         return weight
+    if any(f"{IA3_SUFFIX}." in f".{name}" for name, _ in wrapper.named_parameters()):
+        return weight  # activations are scaled
     if not callable(getattr(wrapper, "get_delta_weight", None)):
         return None
     try:
@@ -64,7 +58,3 @@ def _effective(weight: Tensor, wrapper: Any) -> Tensor | None:
     for delta in deltas:
         total = total + delta.detach().float()
     return total
-
-
-def _parameters(module: nn.Module | None) -> Iterable[tuple[str, nn.Parameter]]:
-    return () if module is None else module.named_parameters()
