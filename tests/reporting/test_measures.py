@@ -12,14 +12,17 @@ from eutectic.errors import RequestError
 from eutectic.linalg.lowrank import LowRank
 from eutectic.linalg.svd import Triplets
 from eutectic.reporting import alignment_rank, subspace_alignment_ratio
-from eutectic.reporting.interference import (
+from eutectic.reporting.matrix_measures import (
     cosine,
+    effective_rank,
+    energy,
     output_energy,
     sign_conflicts,
+    significant_triplets,
     singular_task_interference,
+    stable_rank,
     subspace_overlap,
 )
-from eutectic.reporting.spectra import effective_rank, energy, significant_triplets, stable_rank
 from eutectic.types import LayerStatistics
 
 WIDE = torch.float64

@@ -1,9 +1,9 @@
 """What checkpoints look like: spectra, interference, subspace alignment, and pictures of them."""
 
-from eutectic.reporting.alignment import alignment_rank, subspace_alignment_ratio
-from eutectic.reporting.correlation import correlate
 from eutectic.reporting.inspection import inspect
+from eutectic.reporting.matrix_measures import alignment_rank, subspace_alignment_ratio
 from eutectic.reporting.schema import Inspection
+from eutectic.reporting.summary import correlate
 
 __all__ = [
     "Inspection",

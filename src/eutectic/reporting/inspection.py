@@ -7,22 +7,23 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from eutectic.checkpoint.experts import Expert, open_expert
 from eutectic.checkpoint.hub import resolve
 from eutectic.checkpoint.writer import check_replaced, write_atomically
-from eutectic.errors import EutecticError, Note, RequestError
+from eutectic.errors import EutecticError, Note, RequestError, suggest
 from eutectic.options import options_from
 from eutectic.planning.inputs import Inputs, open_inputs
 from eutectic.planning.plan import Plan, make_plan
 from eutectic.recipes.load import Source, check_recipe, load_recipe
 from eutectic.recipes.schema import Recipe
-from eutectic.reporting.alignment import check_error
-from eutectic.reporting.matrices import selected_layers, stream_matrices, work_of
+from eutectic.reporting.matrices import selected_layers, stream_matrices
+from eutectic.reporting.matrix_measures import check_error
 from eutectic.reporting.measure import measure_layer
 from eutectic.reporting.plots import check_plots, draw
-from eutectic.reporting.results import KnownNai, read_nai
 from eutectic.reporting.schema import Inspection, Layer
 from eutectic.reporting.summary import summarise
 
@@ -115,13 +116,13 @@ def inspect(
         check_plots(Path(plots))
     checked, source = _recipe(recipe, base, experts)
     paths = {name: str(path) for name, path in (merged or {}).items()}
-    known = None if results is None else read_nai(Path(results), list(paths))
+    split, nai = (None, None) if results is None else _read_nai(Path(results), list(paths))
     with ExitStack() as stack:
         inputs = stack.enter_context(open_inputs(checked, source))
         models = _open_merged(paths, inputs, stack)
         plan = make_plan(checked, inputs, source)
         measured = _measure(plan, inputs, models, asked)
-        notes = _notes(plan, inputs, measured, known)
+        notes = _notes(plan, inputs, measured, split)
     found = Inspection(
         eutectic=version("eutectic"),
         base=checked.base,
@@ -130,7 +131,7 @@ def inspect(
         error=asked.error,
         pattern=asked.layers,
         notes=notes,
-        summary=summarise(measured, None if known is None else known.values),
+        summary=summarise(measured, nai),
         layers=measured,
     )
     if target is not None:
@@ -144,17 +145,14 @@ def _measure(
     plan: Plan, inputs: Inputs, models: Mapping[str, Expert], asked: _Options
 ) -> list[Layer]:
     chosen = selected_layers(plan, models, asked.layers)
-    work = work_of(chosen)
-    done = 0.0
+    work = [float(t.elements * min(t.shape[-2:])) for t in chosen]  # × the shorter side
+    advance = asked.progress or (lambda done, total, name: None)
     measured: list[Layer] = []
-    for planned, cost in zip(chosen, work, strict=True):
-        if asked.progress is not None:
-            asked.progress(done, sum(work), planned.name)
-        for matrices in stream_matrices(planned, inputs, models):
-            measured.append(measure_layer(matrices, asked.error, asked.rank))
-        done += cost
-    if asked.progress is not None:
-        asked.progress(done, sum(work), "")
+    for index, planned in enumerate(chosen):
+        advance(sum(work[:index]), sum(work), planned.name)
+        matrices = stream_matrices(planned, inputs, models)
+        measured += [measure_layer(m, asked.error, asked.rank) for m in matrices]
+    advance(sum(work), sum(work), "")
     return measured
 
 
@@ -172,8 +170,10 @@ def _recipe(
     elif recipe is not None:
         stated = dict(recipe)
     own = {key: stated[key] for key in _KEPT if key in stated}
-    given = {"base": None if base is None else str(base), "experts": experts}
-    own.update({key: value for key, value in given.items() if value is not None})
+    if base is not None:
+        own["base"] = str(base)
+    if experts is not None:
+        own["experts"] = experts
     # An expert that lacks a tensor counts as unchanged there, so that all layers have all experts.
     return check_recipe({**own, "method": "average", "missing": "base"}), source
 
@@ -203,19 +203,74 @@ def _checked_output(output: str | Path | None) -> Path | None:
     return path
 
 
-def _notes(
-    plan: Plan, inputs: Inputs, layers: Sequence[Layer], known: KnownNai | None
-) -> list[str]:
+def _notes(plan: Plan, inputs: Inputs, layers: Sequence[Layer], split: str | None) -> list[str]:
     other = len(plan.tensors) - len({layer.name.partition("[")[0] for layer in layers})
     count = len(layers)
     notes = [Note("inspected", numbers={"matrices": count, "others": other})]
     for name in inputs.experts:
-        zero = sum(layer.experts[name].norm == 0 for layer in layers)
-        if zero:
+        if zero := sum(layer.experts[name].norm == 0 for layer in layers):
             notes.append(Note("unchanged", (name,), {"unchanged": zero, "matrices": count}))
     without = tuple(n for n in inputs.experts if n not in inputs.statistics)
     if inputs.statistics and without:
         notes.append(Note("no_activation_interference", without))
-    if known is not None:
-        notes.append(Note("nai_split", (known.split,)))
+    if split is not None:
+        notes.append(Note("nai_split", (split,)))
     return [str(note) for note in notes]
+
+
+class _View(BaseModel):
+    """The part of results.json that is read here."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+class _Task(_View):
+    name: str
+    expert: str
+
+
+class _Result(_View):
+    checkpoint: str
+    task: str
+    nai: float | None
+
+
+class _Results(_View):
+    schema_version: Literal[1]
+    split: str
+    tasks: list[_Task]
+    results: list[_Result]
+
+
+def _read_nai(path: Path, merged: Sequence[str]) -> tuple[str, dict[str, dict[str, float | None]]]:
+    """Return the split that was scored, and merged model -> expert -> mean NAI of its tasks."""
+    try:
+        results = _Results.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read ({error.strerror}).") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise RequestError(
+            f"{path}: holds no results ({where}: {first['msg']}).\n"
+            "Name the results.json of `eutectic evaluate`."
+        ) from None
+    expert_of = {task.name: task.expert for task in results.tasks}
+    found: dict[str, dict[str, list[float]]] = {}
+    for result in results.results:
+        if result.checkpoint in merged:
+            expert = expert_of.get(result.task, result.task)
+            own = found.setdefault(result.checkpoint, {}).setdefault(expert, [])
+            own += [] if result.nai is None else [result.nai]
+    if not found:
+        listed = list(dict.fromkeys(result.checkpoint for result in results.results))
+        raise RequestError(
+            f"{path}: has results of {', '.join(listed) or 'nothing'}, of none of the merged "
+            f"models {', '.join(merged)}.{suggest(merged[0], listed)}\n"
+            "Give merged models the names that they have in the results."
+        )
+    values = {
+        name: {n: sum(own) / len(own) if own else None for n, own in tasks.items()}
+        for name, tasks in found.items()
+    }
+    return results.split, values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -55,11 +55,7 @@ class LayerMatrices:
 def selected_layers(
     plan: Plan, merged: Mapping[str, Expert], pattern: str | None
 ) -> list[TensorPlan]:
-    """Return the plan's matrices, or those whose name matches a shell pattern.
-
-    Raises:
-        RequestError: no matrix is left, or a merged model lacks some of them.
-    """
+    """Return the plan's matrices that match a shell pattern; every merged model has them."""
     every = [t for t in plan.tensors if t.treatment is Treatment.MATRIX]
     chosen = [t for t in every if pattern is None or fnmatchcase(t.name, pattern)]
     if not chosen:
@@ -86,9 +82,6 @@ def stream_matrices(
     """Yield every matrix of one tensor: blocks of a stack, parts of a fused matrix, or itself.
 
     Memory: one block of the base, of every expert and of every merged model.
-
-    Raises:
-        NumericalError: NaN or Inf in one of them.
     """
     blocks, size = planned.blocks
     records = _records(planned, inputs)
@@ -152,16 +145,10 @@ def _factors(planned: TensorPlan, inputs: Inputs) -> dict[str, LowRank]:
 def _records(planned: TensorPlan, inputs: Inputs) -> dict[str, LayerStatistics]:
     if planned.layout.stacked:
         return {}  # the blocks see different inputs
-    found: dict[str, LayerStatistics] = {}
-    for source in planned.experts:
-        statistics = inputs.statistics.get(source.owner)
-        inside = source.statistics.get("")
-        if statistics is None or inside is None or lacks(statistics, inside, _GRAM):
-            continue
-        found[source.owner] = statistics.read(inside, _GRAM)
-    return found
-
-
-def work_of(layers: Sequence[TensorPlan]) -> list[float]:
-    """Return the relative cost of each tensor: its entries times the shorter side of a matrix."""
-    return [float(t.elements * min(t.shape[-2:])) for t in layers]
+    return {
+        source.owner: statistics.read(inside, _GRAM)
+        for source in planned.experts
+        if (statistics := inputs.statistics.get(source.owner)) is not None
+        and (inside := source.statistics.get("")) is not None
+        and not lacks(statistics, inside, _GRAM)
+    }

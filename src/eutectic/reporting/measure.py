@@ -11,28 +11,27 @@ from torch import Tensor
 from eutectic.linalg import lapack
 from eutectic.linalg.lowrank import LowRank
 from eutectic.linalg.svd import Triplets
-from eutectic.reporting.alignment import projected_shares, rank_within
-from eutectic.reporting.interference import (
+from eutectic.reporting.matrices import LayerMatrices
+from eutectic.reporting.matrix_measures import (
     cosine,
+    effective_rank,
+    energy,
     output_energy,
+    projected_shares,
+    rank_within,
     sign_conflicts,
+    significant_triplets,
     singular_task_interference,
+    stable_rank,
     subspace_overlap,
 )
-from eutectic.reporting.matrices import LayerMatrices
 from eutectic.reporting.schema import Alignment, Interference, Layer, Pairs, Spectrum
-from eutectic.reporting.spectra import effective_rank, energy, significant_triplets, stable_rank
 
 KEPT = 64  # singular values per spectrum in the file: enough for a curve on logarithmic axes
 
 
 def measure_layer(matrices: LayerMatrices, error: float, rank: int | None = None) -> Layer:
-    """Measure one matrix.
-
-    Args:
-        matrices: Δ_t of each expert and Δ_M of each merged model.
-        error: relative error in the definition of q.
-        rank: k, leading triplets to compare; None: int(r/T), at least 1, which TSV-M gives each.
+    """Measure one matrix; `error` defines q, and `rank` is k: None for the int(r/T) of TSV-M.
 
     Cost: one float64 eigenproblem per expert, for their sum and per merged model, of the shorter
     side or of an adapter's rank; T² products of the matrix with Grams where there are any.
@@ -41,23 +40,22 @@ def measure_layer(matrices: LayerMatrices, error: float, rank: int | None = None
     thin = {n: matrices.factors.get(n, delta) for n, delta in matrices.deltas.items()}
     leading = min(rank or max(1, min(matrices.shape) // len(names)), *matrices.shape)
 
-    def spectrum(delta: Tensor | LowRank, norm: float) -> tuple[Spectrum, Triplets]:
+    def spectrum(delta: Tensor | LowRank, dense: Tensor) -> tuple[Spectrum, Triplets]:
         triplets = significant_triplets(delta)
+        norm = lapack.norm(dense, torch.float64)
         return _spectrum(triplets.S, norm, matrices.base_norm, leading), triplets
 
     experts: dict[str, Spectrum] = {}
     first: list[Triplets] = []
-    for name in names:
-        norm = lapack.norm(matrices.deltas[name], torch.float64)
-        experts[name], triplets = spectrum(thin[name], norm)
+    for name, delta in matrices.deltas.items():
+        experts[name], triplets = spectrum(thin[name], delta)
         first.append(triplets.first(leading))
     total = _sum(list(thin.values()), list(matrices.deltas.values()))
-    dense = total.dense() if isinstance(total, LowRank) else total
-    whole, _ = spectrum(total, lapack.norm(dense, torch.float64))
+    whole, _ = spectrum(total, total.dense() if isinstance(total, LowRank) else total)
     models: dict[str, Spectrum] = {}
     alignment: dict[str, Alignment] = {}
     for name, delta in matrices.merged.items():
-        models[name], triplets = spectrum(delta, lapack.norm(delta, torch.float64))
+        models[name], triplets = spectrum(delta, delta)
         kept = rank_within(triplets.S, error)
         shares = projected_shares(triplets.first(kept), matrices.deltas.values())
         ratio = {n: plain(float(share)) for n, share in zip(names, shares, strict=True)}
@@ -76,9 +74,9 @@ def measure_layer(matrices: LayerMatrices, error: float, rank: int | None = None
     )
 
 
-def plain(value: float) -> float | None:
+def plain(value: float | None) -> float | None:
     """Return a number in six digits, or None where it is not one."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    return None if value is None or not math.isfinite(value) else rounded(value)
 
 
 def rounded(value: float) -> float:
@@ -123,19 +121,22 @@ def _interference(
     deltas = list(matrices.deltas.values())
 
     def singular(s: int, t: int) -> float:
+        if not (len(first[s].S) and len(first[t].S)):
+            return math.nan
         values = float(first[s].S.sum() + first[t].S.sum())
-        if s == t or not (len(first[s].S) and len(first[t].S)):
-            return 0.0 if len(first[s].S) and len(first[t].S) else math.nan
-        return singular_task_interference([first[s], first[t]]) / values
+        return 0.0 if s == t else singular_task_interference([first[s], first[t]]) / values
+
+    def table(measure: Callable[[int, int], float]) -> Pairs:
+        size = range(len(deltas))
+        half = [[plain(measure(s, t)) for t in range(s + 1)] for s in size]
+        return [[half[max(s, t)][min(s, t)] for t in size] for s in size]
 
     return Interference(
-        cosine=_symmetric(len(deltas), lambda s, t: cosine(deltas[s], deltas[t])),
-        overlap_left=_symmetric(len(deltas), lambda s, t: subspace_overlap(first[s].U, first[t].U)),
-        overlap_right=_symmetric(
-            len(deltas), lambda s, t: subspace_overlap(first[s].V, first[t].V)
-        ),
-        sign_conflicts=_symmetric(len(deltas), lambda s, t: sign_conflicts(deltas[s], deltas[t])),
-        singular=_symmetric(len(deltas), singular),
+        cosine=table(lambda s, t: cosine(deltas[s], deltas[t])),
+        overlap_left=table(lambda s, t: subspace_overlap(first[s].U, first[t].U)),
+        overlap_right=table(lambda s, t: subspace_overlap(first[s].V, first[t].V)),
+        sign_conflicts=table(lambda s, t: sign_conflicts(deltas[s], deltas[t])),
+        singular=table(singular),
         activation=_activation(matrices, thin),
     )
 
@@ -144,20 +145,12 @@ def _activation(matrices: LayerMatrices, thin: dict[str, Tensor | LowRank]) -> P
     """Return tr(Δ_s A_t Δ_sᵀ)/tr(Δ_t A_t Δ_tᵀ), row s, column t."""
     if not matrices.records:
         return None
-    columns: list[list[float | None]] = []
-    for name in thin:
+
+    def column(name: str) -> list[float | None]:
         record = matrices.records.get(name)
         own = 0.0 if record is None else output_energy(thin[name], record)
         if record is None or not own:
-            columns.append([None] * len(thin))
-            continue
-        columns.append([plain(output_energy(delta, record) / own) for delta in thin.values()])
-    return [list(row) for row in zip(*columns, strict=True)]
+            return [None] * len(thin)
+        return [plain(output_energy(delta, record) / own) for delta in thin.values()]
 
-
-def _symmetric(count: int, measure: Callable[[int, int], float]) -> Pairs:
-    table: Pairs = [[None] * count for _ in range(count)]
-    for s in range(count):
-        for t in range(s + 1):
-            table[s][t] = table[t][s] = plain(measure(s, t))
-    return table
+    return [list(row) for row in zip(*map(column, thin), strict=True)]

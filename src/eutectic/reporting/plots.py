@@ -1,14 +1,15 @@
-"""An inspection as pictures."""
+"""An inspection as pictures. Figures have no window; matplotlib is loaded in `new_figure` alone."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eutectic.errors import RequestError
-from eutectic.reporting.figure import new_figure, save_figure
+from eutectic.checkpoint.writer import write_atomically
+from eutectic.errors import MissingExtraError, RequestError
 from eutectic.reporting.schema import Inspection, Layer, Pairs, Spectrum
 
 PANELS = 6
@@ -17,13 +18,27 @@ ROW_INCHES = 0.2
 _LEGEND = {"loc": "outside right upper", "fontsize": 8, "frameon": False}
 
 
-def check_plots(folder: Path) -> None:
-    """Find out before any work whether pictures can be drawn there.
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of that many inches, or raise MissingExtraError."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtraError("matplotlib", "plots", "Drawing a plot") from None
+    figure: Any = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
-    Raises:
-        RequestError: the folder is a file, or lies in no folder.
-        MissingExtraError: matplotlib is not installed.
-    """
+
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
+    """Write a figure in the format that the file's ending names."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.removeprefix("."), dpi=dpi)
+    write_atomically(path, buffer.getvalue())
+
+
+def check_plots(folder: Path) -> None:
+    """Find out before any work whether pictures can be drawn there."""
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder}: is a file; plots are written to a folder.")
     if not folder.absolute().parent.is_dir():
@@ -31,13 +46,8 @@ def check_plots(folder: Path) -> None:
     new_figure(1, 1)
 
 
-def draw(found: Inspection, folder: Path) -> list[Path]:
-    """Write PNGs of spectra, norms, interference and, with merged models, of SAR (and NAI).
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        OutputError: a file cannot be written.
-    """
+def draw(found: Inspection, folder: Path) -> None:
+    """Write PNGs of spectra, norms, interference and, with merged models, of SAR (and NAI)."""
     folder.mkdir(exist_ok=True)
     figures: dict[str, Any] = {"spectra": _spectra(found), "norms": _norms(found)}
     if len(found.experts) > 1:
@@ -46,11 +56,8 @@ def draw(found: Inspection, folder: Path) -> list[Path]:
         figures["alignment"] = _alignment(found)
     if found.summary.correlation is not None and found.summary.correlation.overall.count:
         figures["sar_nai"] = _scatter(found)
-    paths: list[Path] = []
     for name, figure in figures.items():
-        paths.append(folder / f"{name}.png")
-        save_figure(figure, paths[-1], dpi=130)
-    return paths
+        save_figure(figure, folder / f"{name}.png", dpi=130)
 
 
 def _spectra(found: Inspection) -> Any:
@@ -211,7 +218,7 @@ def _heat(
                     shade = (value - low) / (high - low)
                     dark = 0.25 < shade < 0.75 if colours == "RdBu_r" else shade > 0.6
                     colour = "black" if dark else "white"
-                    axes.text(t, s, _shown(value), ha="center", va="center", fontsize=6, c=colour)
+                    axes.text(t, s, _text(value), ha="center", va="center", fontsize=6, c=colour)
     return image
 
 
@@ -249,11 +256,7 @@ def _top(table: Pairs, least: float = 0.0) -> float:
 
 
 def _text(value: float | None) -> str:
-    return "–" if value is None else _shown(value)
-
-
-def _shown(value: float) -> str:
-    return f"{round(value, 2) + 0.0:.2f}"  # no minus before zero
+    return "–" if value is None else f"{round(value, 2) + 0.0:.2f}"  # no minus before zero
 
 
 def _colour(index: int) -> Any:

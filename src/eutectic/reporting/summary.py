@@ -1,13 +1,13 @@
-"""From measurements per matrix to what they say about the whole model."""
+"""From measurements per matrix to what they say about the whole model, and of accuracy."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import median
+from dataclasses import dataclass
 from typing import Literal
 
-from eutectic.reporting.correlation import Correlation, correlate
 from eutectic.reporting.measure import plain, rounded
 from eutectic.reporting.schema import (
     CorrelationValue,
@@ -21,16 +21,14 @@ from eutectic.reporting.schema import (
 )
 
 Nai = Mapping[str, Mapping[str, float | None]]
+FEWEST = 3  # two points always lie on a line
+FLAT = 1e-6  # values this close to each other, relatively, differ by rounding
 
 
 def summarise(layers: Sequence[Layer], nai: Nai | None = None) -> Summary:
     """Return means over layers per task and per merged model, and whole-model interference.
 
-    Every layer counts the same; undefined values are left out of means.
-
-    Args:
-        layers: at least one.
-        nai: merged model -> expert -> NAI; None leaves correlations out.
+    Every layer counts the same; undefined values are left out. `nai` is of merged models' experts.
     """
     names = list(layers[0].experts)
     pairs = _interference(layers, names)
@@ -51,20 +49,22 @@ def summarise(layers: Sequence[Layer], nai: Nai | None = None) -> Summary:
     )
 
 
-def mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean of the values that are defined, or None without any."""
+def average(
+    values: Iterable[float | None], of: Callable[[list[float]], float] = statistics.fmean
+) -> float | None:
+    """Return the mean, or what `of` makes, of the values that are defined; None without any."""
     kept = [v for v in values if v is not None]
-    return plain(math.fsum(kept) / len(kept)) if kept else None
+    return plain(of(kept)) if kept else None
 
 
 def _task(
     layers: Sequence[Layer], name: str, names: Sequence[str], pairs: Interference
 ) -> TaskSummary:
     own = [layer.experts[name] for layer in layers]
+    t = names.index(name)
     norm = math.hypot(*(s.norm for s in own))
     base = math.hypot(*(layer.base_norm for layer in layers))
-    t = names.index(name)
-    column = [row[t] for row in pairs.activation] if pairs.activation is not None else []
+    column = [row[t] for row in pairs.activation or ()]
     by: Literal["activation", "singular"] = "activation"
     if all(value is None for value in column):
         by, column = "singular", [row[t] for row in pairs.singular]
@@ -73,8 +73,8 @@ def _task(
     return TaskSummary(
         norm=rounded(norm),
         relative_norm=plain(norm / base) if base else None,
-        stable_rank=mean(s.stable_rank for s in own),
-        effective_rank=mean(s.effective_rank for s in own),
+        stable_rank=average(s.stable_rank for s in own),
+        effective_rank=average(s.effective_rank for s in own),
         most_interfering=other,
         interference=value,
         by=by,
@@ -84,30 +84,35 @@ def _task(
 def _merged(
     layers: Sequence[Layer], name: str, names: Sequence[str], nai: Mapping[str, float | None]
 ) -> MergedSummary:
-    sar = {n: mean(layer.alignment[name].ratio[n] for layer in layers) for n in names}
+    sar = {n: average(layer.alignment[name].ratio[n] for layer in layers) for n in names}
     return MergedSummary(
-        sar=mean(sar.values()),
+        sar=average(sar.values()),
         task_sar=sar,
         nai={n: nai[n] for n in names if n in nai},
-        mean_nai=mean(nai.get(n) for n in names),
-        rank=mean(float(layer.alignment[name].rank) for layer in layers) or 0.0,
-        effective_rank=mean(layer.merged[name].effective_rank for layer in layers),
+        mean_nai=average(nai.get(n) for n in names),
+        rank=average(float(layer.alignment[name].rank) for layer in layers) or 0.0,
+        effective_rank=average(layer.merged[name].effective_rank for layer in layers),
     )
 
 
 def _interference(layers: Sequence[Layer], names: Sequence[str]) -> Interference:
-    def over(pick: Callable[[Interference], Pairs]) -> Pairs:
-        tables = [pick(layer.interference) for layer in layers]
-        size = range(len(names))
-        return [[mean(table[s][t] for table in tables) for t in size] for s in size]
+    size = range(len(names))
+    every = [layer.interference for layer in layers]
+    activations = [i.activation for i in every if i.activation is not None]
+
+    def over(
+        tables: Sequence[Pairs], of: Callable[[list[float]], float] = statistics.fmean
+    ) -> Pairs:
+        return [[average((table[s][t] for table in tables), of) for t in size] for s in size]
 
     return Interference(
         cosine=_cosine(layers, names),
-        overlap_left=over(lambda i: i.overlap_left),
-        overlap_right=over(lambda i: i.overlap_right),
-        sign_conflicts=over(lambda i: i.sign_conflicts),
-        singular=over(lambda i: i.singular),
-        activation=_activation(layers, len(names)),
+        overlap_left=over([i.overlap_left for i in every]),
+        overlap_right=over([i.overlap_right for i in every]),
+        sign_conflicts=over([i.sign_conflicts for i in every]),
+        singular=over([i.singular for i in every]),
+        # Medians: a layer that an expert hardly moves makes ratios of any size.
+        activation=over(activations, statistics.median) if activations else None,
     )
 
 
@@ -133,22 +138,108 @@ def _cosine(layers: Sequence[Layer], names: Sequence[str]) -> Pairs:
     ]
 
 
-def _activation(layers: Sequence[Layer], count: int) -> Pairs | None:
-    """Return medians: a layer that an expert hardly moves makes ratios of any size."""
-    tables = [t for layer in layers if (t := layer.interference.activation) is not None]
-    if not tables:
-        return None
-
-    def middle(s: int, t: int) -> float | None:
-        kept = [v for table in tables if (v := table[s][t]) is not None]
-        return plain(median(kept)) if kept else None
-
-    return [[middle(s, t) for t in range(count)] for s in range(count)]
-
-
 def _value(found: Correlation) -> CorrelationValue:
     return CorrelationValue(
-        pearson=None if found.pearson is None else plain(found.pearson),
-        spearman=None if found.spearman is None else plain(found.spearman),
-        count=found.count,
+        pearson=plain(found.pearson), spearman=plain(found.spearman), count=found.count
     )
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Pearson's r and Spearman's ρ; None for fewer than three points, or a constant side.
+
+    Attributes:
+        pearson: r.
+        spearman: r of the ranks; ties take their mean rank.
+        count: number of points.
+    """
+
+    pearson: float | None
+    spearman: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Correlations:
+    """SAR against NAI, pooled and apart.
+
+    Attributes:
+        points: (method, task, SAR, NAI) of every pair that has both.
+        overall: over all points.
+        within: method -> over its tasks.
+        means: over the methods, of their means over tasks.
+    """
+
+    points: tuple[tuple[str, str, float, float], ...]
+    overall: Correlation
+    within: Mapping[str, Correlation]
+    means: Correlation
+
+
+def correlate(sar: Nai, nai: Nai) -> Correlations:
+    """Correlate mean subspace alignment with normalised accuracy improvement.
+
+    NAI(t) = (acc_merged − acc_base)/(acc_expert − acc_base). The isotropic paper finds that it
+    goes with the mean SAR over layers.
+
+    Args:
+        sar: method -> task -> mean SAR over layers.
+        nai: method -> task -> NAI. What is absent, None or not finite on either side is left out.
+
+    Returns:
+        All points and their correlations. Pooled points of one method are not independent, so no
+        p-value is given.
+
+    Reference: arXiv 2502.04959, its section on subspace alignment.
+
+    Example:
+        >>> sar = {"ta": {"a": 0.5, "b": 0.6}, "iso_c": {"a": 0.8, "b": 0.9}}
+        >>> nai = {"ta": {"a": 0.4, "b": 0.3}, "iso_c": {"a": 0.7, "b": 0.9}}
+        >>> round(correlate(sar, nai).overall.spearman, 6)
+        0.8
+    """
+    points = tuple(
+        (method, task, x, y)
+        for method, tasks in sar.items()
+        for task, x in tasks.items()
+        if x is not None
+        and (y := nai.get(method, {}).get(task)) is not None
+        and math.isfinite(x)
+        and math.isfinite(y)
+    )
+    by_method: dict[str, list[tuple[float, float]]] = {}
+    for method, _, x, y in points:
+        by_method.setdefault(method, []).append((x, y))
+    means = [
+        (statistics.fmean(x for x, _ in own), statistics.fmean(y for _, y in own))
+        for own in by_method.values()
+    ]
+    return Correlations(
+        points,
+        _correlation([(x, y) for _, _, x, y in points]),
+        {method: _correlation(own) for method, own in by_method.items()},
+        _correlation(means),
+    )
+
+
+def _correlation(points: Sequence[tuple[float, float]]) -> Correlation:
+    first, second = [x for x, _ in points], [y for _, y in points]
+    # Correlations and ranks would make much of differences that are rounding.
+    if len(points) < FEWEST or _is_flat(first) or _is_flat(second):
+        return Correlation(None, None, len(points))
+    return Correlation(
+        _pearson(first, second), _pearson(_ranks(first), _ranks(second)), len(points)
+    )
+
+
+def _pearson(first: Sequence[float], second: Sequence[float]) -> float:
+    return max(-1.0, min(1.0, statistics.correlation(first, second)))
+
+
+def _is_flat(values: Sequence[float]) -> bool:
+    return max(values) - min(values) <= FLAT * max(map(abs, values))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    return [ordered.index(v) + (ordered.count(v) + 1) / 2 for v in values]

@@ -10,7 +10,7 @@ from typing import Any
 from eutectic.checkpoint.writer import check_replaced, write_atomically
 from eutectic.errors import RequestError
 from eutectic.evaluation.metrics import LOWER_IS_BETTER
-from eutectic.reporting.figure import new_figure, save_figure
+from eutectic.reporting.plots import new_figure, save_figure
 
 FORMATS = (".png", ".svg", ".pdf")
 
