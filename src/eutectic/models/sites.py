@@ -34,26 +34,18 @@ _CONVOLUTIONS = (
 class Site:
     """One linear map of a model: a weight, and how inputs meet it.
 
-    Attributes:
-        name: the parameter's name, as in the checkpoint; a packed in-projection whose query, key
-            and value differ has three sites, `…in_proj_weight[q]`, `[k]` and `[v]`.
-        path: name of the module.
-        module: the module that holds the weight; further modules tied to the same weight are in
-            `tied`, and add to the same statistics.
-        kind: how inputs and outputs are read off.
-        role: which tokens it sees: those of the encoder, of the decoder, of the encoder through
-            cross-attention, of images (never masked), or of the only text there is.
-        shape: `[out, in]` of the linear map, whatever the weight's own layout.
+    A packed in-projection whose query, key and value differ has three more sites, called
+    `…in_proj_weight[q]`, `[k]` and `[v]`.
     """
 
-    name: str
-    path: str
+    name: str  # of the parameter, as in the checkpoint
+    path: str  # of the module
     module: nn.Module
-    kind: Kind
-    role: Role
-    shape: tuple[int, int]
+    kind: Kind  # how inputs and outputs are read off
+    role: Role  # which tokens it sees; `cross`: the encoder's, in the decoder; images have no mask
+    shape: tuple[int, int]  # [out, in] of the linear map, whatever the weight's own layout
     weight: Tensor
-    tied: list[nn.Module] = field(default_factory=list)
+    tied: list[nn.Module] = field(default_factory=list)  # they add to the same statistics
 
     def matrix(self, stored: Tensor) -> Tensor:
         """Return the map `[out, in]` of a layer from its parameter as stored; no convolution's."""
@@ -76,12 +68,8 @@ def find_sites(
 
     `nn.Linear` and its subclasses, transformers' `Conv1D`, both projections of
     `nn.MultiheadAttention`, and (`convolutions`) ungrouped `nn.Conv1d` and `nn.Conv2d`. Matrices
-    that are multiplied in another way are listed as skipped.
-
-    Args:
-        model: any module, a PEFT model included.
-        patterns: globs over parameter names; None observes all layers.
-        convolutions: observe convolutions as `[out, in·k·k]`.
+    that are multiplied in another way are listed as skipped. `patterns` are globs over parameter
+    names; None observes all layers.
     """
     sites = Sites([], {}, {})
     by_weight: dict[tuple[int, str], Site] = {}
@@ -232,9 +220,8 @@ def _linear_maps(model: nn.Module, convolutions: bool, skipped: dict[str, str]) 
         elif _is_conv1d(module):
             weight = module.weight
             assert isinstance(weight, Tensor)
-            yield Site(
-                name, path, module, "conv1d", role, (weight.shape[1], weight.shape[0]), weight
-            )
+            shape = (weight.shape[1], weight.shape[0])
+            yield Site(name, path, module, "conv1d", role, shape, weight)
         elif convolutions and isinstance(module, _CONVOLUTIONS):
             weight = module.weight
             if not isinstance(module, nn.Conv1d | nn.Conv2d) or module.groups != 1:

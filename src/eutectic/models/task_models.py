@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.experts import Expert, is_adapter, open_expert
-from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index
+from eutectic.checkpoint.index import CheckpointIndex, open_index
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.conventions import CLASSIFIERS
 from eutectic.errors import CheckpointError, first_line
@@ -95,11 +95,17 @@ def load_model(
     if task.head is None and own.is_dir():
         folder, expert = own, None
     state = checkpoint_tensors(folder, base)
-    configured = folder
+    configured = body = base_folder(folder, base)
     if expert is not None and task.head is None and Path(expert) != folder:
-        state, configured = _with_head(state, folder, Path(expert), base, task)
-    model = _build(base_folder(configured, base), task, state)
-    _set_generation(model, task.kind, (folder, whole, base_folder(configured, base)))
+        index = open_index(body)
+        with _opened(Path(expert), index, base) as lender:
+            head = _head(lender, index, task)
+            if head and not lender.is_delta:
+                state = {entry.name: state[name] for name, entry in lender.entries.items()}
+                configured = Path(expert)
+            state |= head
+    model = _build(configured, task, state)
+    _set_generation(model, task.kind, (folder, whole, configured))
     return model.to(device)
 
 
@@ -156,17 +162,11 @@ def borrows_head(
     """
     index = open_index(base_folder(Path(folder), base))
     with _opened(Path(expert), index, base) as lender:
-        own = (_is_head(name, entry, index, task) for name, entry in lender.entries.items())
-        return bool(lender.extra) or any(own)
+        return bool(lender.extra or _head_names(lender, index, task))
 
 
 def _build(folder: Path, task: ModelTask, state: Mapping[str, Tensor]) -> Any:
-    """Return the model of a folder's configuration with the tensors of a state, by file keys.
-
-    Raises:
-        CheckpointError: transformers does not know it, or misses tensors in the state.
-        MissingExtraError: transformers is not installed.
-    """
+    """Return the model of a folder's configuration with the tensors of a state, by file keys."""
     transformers = transformers_for("Evaluating models")
     auto = "AutoModel" if task.head is not None else MODEL_CLASSES[task.kind]
     try:
@@ -205,9 +205,10 @@ def _fit_labels(config: Any, task: ModelTask, state: Mapping[str, Tensor]) -> No
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {name: i for i, name in enumerate(task.labels)}
     else:
-        rows = [len(state[name]) for name in CLASSIFIERS if name in state and state[name].ndim == 2]
-        if rows and rows[0] != config.num_labels:
-            config.num_labels = rows[0]
+        found = (state[name] for name in CLASSIFIERS if name in state)
+        rows = next((len(weight) for weight in found if weight.ndim == 2), config.num_labels)
+        if rows != config.num_labels:
+            config.num_labels = rows
 
 
 def _set_generation(model: Any, kind: TaskKind, folders: Sequence[Path]) -> None:
@@ -215,9 +216,6 @@ def _set_generation(model: Any, kind: TaskKind, folders: Sequence[Path]) -> None
 
     Tokens that it forces or forbids are part of the model. Its search is not: exact match is of
     greedy decoding, and lm-evaluation-harness names its own.
-
-    Raises:
-        CheckpointError: the file cannot be read.
     """
     folder = next((f for f in folders if (f / GENERATION).is_file()), None)
     if folder is None or kind not in ("sequence-to-sequence", "lm-eval"):
@@ -247,43 +245,28 @@ def _opened(expert: Path, index: CheckpointIndex, base: str | Path | None) -> cl
         return closing(open_expert(expert, open_index(Path(base))))
 
 
-def _with_head(
-    state: dict[str, Tensor], folder: Path, expert: Path, base: str | Path | None, task: ModelTask
-) -> tuple[dict[str, Tensor], Path]:
-    """Return the body of `folder` with the expert's head, under the expert's keys."""
-    body = base_folder(folder, base)
-    index = open_index(body)
-    with _opened(expert, index, base) as lender:
-        head = _head(lender, index, task)
-        if not head:
-            return state, folder
-        if lender.is_delta:
-            return {**state, **head}, body
-        spelled = {entry.name: state[name] for name, entry in lender.entries.items()}
-        return {**spelled, **head}, expert
-
-
 def _head(lender: Expert, index: CheckpointIndex, task: ModelTask) -> dict[str, Tensor]:
-    # An adapter's files have names of PEFT's own; the body's are the base's.
+    """Return an expert's head: under the base's keys for an adapter, else under its own."""
     found = {
         n if lender.is_delta else e.name: lender.read_extra(n).view(e.shape)
         for n, e in lender.extra.items()
     }
-    for name, entry in lender.entries.items():
-        if not _is_head(name, entry, index, task):
-            continue
-        own = index.entries.get(name)
+    for name in _head_names(lender, index, task):
+        entry, own = lender.entries[name], index.entries.get(name)
         if lender.is_delta and own is not None and own.shape == entry.shape:
             raise CheckpointError(
                 f"{lender.label}: holds '{name}' as a change of the base's, not a head of its own."
             )
-        key = name if lender.is_delta else entry.name
-        found[key] = lender.read(name).view(entry.shape)
+        found[name if lender.is_delta else entry.name] = lender.read(name).view(entry.shape)
     return found
 
 
-def _is_head(name: str, entry: TensorEntry, index: CheckpointIndex, task: ModelTask) -> bool:
-    """Tell whether an expert's tensor, by the body's name, is of its head."""
-    own = index.entries.get(name)
-    named = any(fnmatchcase(name, pattern) for pattern in task.head_tensors)
-    return own is None or own.shape != entry.shape or named
+def _head_names(lender: Expert, index: CheckpointIndex, task: ModelTask) -> list[str]:
+    """Return the tensors of an expert, by the body's names, that are of its head."""
+    shapes = {name: entry.shape for name, entry in index.entries.items()}
+    return [
+        name
+        for name, entry in lender.entries.items()
+        if shapes.get(name) != entry.shape
+        or any(fnmatchcase(name, pattern) for pattern in task.head_tensors)
+    ]
