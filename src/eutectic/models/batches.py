@@ -1,7 +1,5 @@
 """Batches: examples on the first axis, which tokens count, how activations divide into samples."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field

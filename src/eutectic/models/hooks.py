@@ -1,7 +1,5 @@
 """Hooks that show an observer what flows through a model's layers, and that always go away."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol

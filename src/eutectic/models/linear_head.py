@@ -1,7 +1,5 @@
 """Linear heads that lie beside a checkpoint: pooled features in, logits out."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256

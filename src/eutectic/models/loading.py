@@ -1,7 +1,5 @@
 """Checkpoints and adapters ready to run on data, with tokenizer or image processor, and labels."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Names of a model's parameters in memory against names in files; tensors put in by either."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

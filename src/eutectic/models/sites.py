@@ -1,7 +1,5 @@
 """The linear maps of a model: which are observed, which can be routed, and what they are called."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase

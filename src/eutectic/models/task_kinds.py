@@ -3,8 +3,6 @@
 Older spellings are accepted wherever a user may have written them down; see `ALIASES`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Literal, cast, get_args
 

@@ -1,7 +1,5 @@
 """Checkpoints as models for a task; bodies without the task's head borrow the expert's."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from fnmatch import fnmatchcase

@@ -10,8 +10,6 @@
 | missing tensors | reported; the caller decides what they mean |
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -24,7 +24,7 @@ from eutectic.routed.expert_weights import (
 )
 from eutectic.routed.forward_pass import Routing
 from eutectic.routed.routed_folder import finish
-from eutectic.routed.routed_layers import layer_rank, routed_layers
+from eutectic.routed.routed_layers import routed_layers
 from eutectic.routed.routed_modules import install
 from eutectic.routed.router import (
     Router,
@@ -126,12 +126,10 @@ def build_routed(
     chosen, left_out = routed_layers(model, layers, statistics)
     names = tuple(experts)
     called = expert_statistics(statistics, names, chosen, "statistics")
-    routes = router_statistics if router_statistics is not None else statistics
-    routes_called = (
-        expert_statistics(routes, names, chosen, "router statistics")
-        if router_statistics is not None
-        else called
-    )
+    routes, routes_called = statistics, called
+    if router_statistics is not None:
+        routes = router_statistics
+        routes_called = expert_statistics(routes, names, chosen, "router statistics")
 
     def of_router(layer: Site) -> list[LayerStatistics]:
         return [routes[n][c[layer.name]] for n, c in zip(names, routes_called, strict=True)]
@@ -160,10 +158,8 @@ def build_routed(
                     check_origin(routes[n], of_routes[layer.name], layer.weight, where)
             entries = [statistics[n][c[layer.name]] for n, c in zip(names, called, strict=True)]
             up, down, kept = thin_experts(layer, opened, entries, rank)
-            if min(kept) < up.shape[-1]:
-                routing.short[layer.name] = {
-                    n: k for n, k in zip(names, kept, strict=True) if k < up.shape[-1]
-                }
+            if short := {n: k for n, k in zip(names, kept, strict=True) if k < up.shape[-1]}:
+                routing.short[layer.name] = short
             scorer = _router(router, of_router(layer), layer, shrinkage, names)
             install(routed, layer, up, down, scorer.to(layer.weight.device), routing)
     return finish(routed, routing)
@@ -180,7 +176,7 @@ def thin_experts(
     Directions that neither the tokens nor δ_t determine are zero columns.
     """
     merged = layer.matrix(layer.weight.detach()).float().cpu()
-    size = layer_rank(layer, rank)
+    size = min(rank, *layer.shape)
     up = torch.zeros(len(experts), layer.shape[0], size)
     down = torch.zeros(len(experts), size, layer.shape[1])
     kept: list[int] = []

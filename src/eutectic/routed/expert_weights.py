@@ -1,7 +1,5 @@
 """Where the experts' weights and statistics come from, under the routed model's own names."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -130,14 +128,12 @@ def expert_statistics(
     if lacking or unknown:
         lines = [f"{what} are missing for {lacking}."] if lacking else []
         lines += [f"{what} are given for {unknown}, which are no experts."] if unknown else []
+        folder = "./merged" if "router" in what else "./expert"
+        advice = f"Experts: {', '.join(experts)}."
         if lacking:
-            lines.append(
-                f"Collect them: eutectic collect {'./merged' if 'router' in what else './expert'} "
-                f"--data proxy.jsonl -o {lacking[0]}.stats.safetensors"
-            )
-        else:
-            lines.append(f"Experts: {', '.join(experts)}.")
-        raise RequestError("\n".join(lines))
+            file = f"{lacking[0]}.stats.safetensors"
+            advice = f"Collect them: eutectic collect {folder} --data proxy.jsonl -o {file}"
+        raise RequestError("\n".join([*lines, advice]))
     names = [layer.name for layer in layers]
     found: list[dict[str, str]] = []
     for expert in experts:
@@ -145,8 +141,7 @@ def expert_statistics(
         mapping, _ = align(names, keys, expert=f"{what} of '{expert}'")
         called = {name: key for key, name in mapping.items()}
         missing = [name for name in names if name not in called]
-        parts = [name for name in missing if in_parts(name, keys)]
-        if parts:
+        if parts := [name for name in missing if in_parts(name, keys)]:
             raise StatisticsError(
                 f"{what} of expert '{expert}' hold {parts[0]} in parts: queries and keys differ.\n"
                 "Cross-attention in one packed projection cannot be routed; leave it and its "

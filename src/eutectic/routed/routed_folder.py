@@ -1,7 +1,5 @@
 """Routed models on disk: saved beside the merged model, loaded, exported as LoRA adapters."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import fields

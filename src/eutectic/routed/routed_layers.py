@@ -1,7 +1,5 @@
 """Which layers of a model can be routed, which are by default, and what that costs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,7 +141,7 @@ def routed_costs(
         RequestError: nothing to route.
     """
     chosen, _ = routed_layers(model, layers, statistics)
-    thin = {layer: layer_rank(layer, rank) * sum(layer.shape) for layer in chosen}
+    thin = {layer: min(rank, *layer.shape) * sum(layer.shape) for layer in chosen}
     scored = sum(layer.shape[1] for layer in chosen)
     routers = experts * (scored + len(chosen))
     nbytes = sum(n * layer.weight.element_size() for layer, n in thin.items())
@@ -156,8 +154,3 @@ def routed_costs(
         model_parameters=sum(p.numel() for p in model.parameters()),
         model_multiply_adds_per_token=sum(math.prod(s.shape) for s in routable_sites(model)),
     )
-
-
-def layer_rank(layer: Site, rank: int) -> int:
-    """Return the inner size of a layer's factors."""
-    return min(rank, *layer.shape)

@@ -1,7 +1,5 @@
 """Routed layers: a base weight, thin experts beside it, and a router that picks one per sample."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

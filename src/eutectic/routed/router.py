@@ -4,8 +4,6 @@ Both are one linear map per layer, so that they share one interface and one way 
 scores = pooled Wᵀ + b, with `pooled` normalised first where the router says so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """How a routed model chooses its experts, in a `with` block, and how well it did."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
