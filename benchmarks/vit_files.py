@@ -78,7 +78,7 @@ def build(folder: Path, layers: int) -> None:
 
 def register_textbook() -> None:
     """Register `torch.linalg.svd` versions of the methods, as their papers print them."""
-    from eutectic.methods.registry import Context, Parameters, register
+    from eutectic.methods.registry import Context, Cost, Parameters, register
 
     def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         try:
@@ -119,9 +119,8 @@ def register_textbook() -> None:
         return (left * torch.cat([s[:each] for _, s, _ in parts])) @ right
 
     for function in (iso_c, iso_cts, tsv_m):
-        register(
-            f"textbook_{function.__name__}", family="textbook", summary="full SVD", workspace=4.0
-        )(function)
+        name = f"textbook_{function.__name__}"
+        register(name, summary="full SVD", cost=Cost(workspace=4.0))(function)
 
 
 def one_run(folder: Path, method: str, threads: int) -> None:
