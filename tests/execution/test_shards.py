@@ -160,13 +160,12 @@ def test_a_size_that_is_none_on_the_command_line(inputs: Path) -> None:
 def test_a_run_is_not_continued_with_other_shards(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from eutectic.execution import folder
 
     def stopped(*_: object) -> None:
         raise RuntimeError
 
     with monkeypatch.context() as patched:
-        patched.setattr(folder, "write_folder", stopped)
+        patched.setattr(output_folder, "write_folder", stopped)
         with pytest.raises(RuntimeError):
             merge(inputs, tmp_path / "out", shard_size=2100)
     with pytest.raises(ResumeError, match="another request"):

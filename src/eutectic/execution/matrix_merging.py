@@ -16,8 +16,8 @@ from eutectic.execution.tensor_values import as_map, check_finite, read_base, re
 from eutectic.linalg.lowrank import LowRankStack
 from eutectic.methods import Context, get_method
 from eutectic.methods.matrices import run_method
-from eutectic.planning.collected import wanted
 from eutectic.planning.inputs import Inputs
+from eutectic.planning.statistics_match import wanted
 from eutectic.planning.tensor_plan import Source, TensorPlan
 from eutectic.types import LayerStatistics, Merged
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from eutectic.checkpoint.writer import MemoryWriter
 from eutectic.errors import Note, RequestError
 from eutectic.execution.executors import Progress, limits_of
-from eutectic.execution.finish import PROVENANCE
-from eutectic.execution.folder import OutputPlace, check_output, write_to_folder
 from eutectic.execution.journal import request_identity
+from eutectic.execution.model_folder import PROVENANCE
+from eutectic.execution.output_folder import OutputPlace, check_output, write_to_folder
 from eutectic.execution.schedule import Chooser, Desk, refuse_search, run_schedule
 from eutectic.execution.tasks import Finished
 from eutectic.planning.cost import check_memory, treatments

@@ -10,9 +10,9 @@ import torch
 
 from eutectic.errors import Fault, RecipeError
 from eutectic.methods import get_method
-from eutectic.planning.collected import wanted
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
+from eutectic.planning.statistics_match import wanted
 from eutectic.planning.tensor_plan import CHUNK, TensorPlan
 from eutectic.recipes.units import format_bytes
 from eutectic.types import Treatment

@@ -12,9 +12,9 @@ from eutectic.checkpoint.index import TensorEntry
 from eutectic.conventions import classification_head
 from eutectic.errors import Note
 from eutectic.methods import Method, get_method
-from eutectic.planning.collected import lacks, unknown_origin
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.merge_request import MergeRequest
+from eutectic.planning.statistics_match import lacks, unknown_origin
 from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.recipes.schema import Recipe
 from eutectic.types import Treatment

@@ -12,10 +12,10 @@ from eutectic.checkpoint.adapters import WEIGHT_NAMES
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.errors import Fault, MethodError, Note, RecipeError
 from eutectic.methods import Method, get_method
-from eutectic.planning.collected import statistics_faults, statistics_names
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.merge_request import MergeRequest, StatedRequest, stated_request
 from eutectic.planning.notes import notes_on
+from eutectic.planning.statistics_match import statistics_faults, statistics_names
 from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.planning.tensors import plan_tensor, with_method
 from eutectic.planning.treatment import is_copy, tied_to

@@ -13,8 +13,8 @@ from eutectic.checkpoint.index import TensorEntry
 from eutectic.conventions import PARTS, is_counter, is_output_vocabulary, is_packed
 from eutectic.errors import Fault, Note
 from eutectic.methods import get_method
-from eutectic.planning.collected import lacks
 from eutectic.planning.merge_request import MergeRequest
+from eutectic.planning.statistics_match import lacks
 from eutectic.planning.tensor_plan import Layout, Source, TensorPlan
 from eutectic.planning.treatment import Decision, decide
 from eutectic.types import Treatment

@@ -15,9 +15,9 @@ from eutectic.execution.tensor_values import as_map, read_base, read_delta
 from eutectic.linalg import lapack
 from eutectic.linalg.lowrank import LowRank
 from eutectic.methods.linear import finite
-from eutectic.planning.collected import lacks
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
+from eutectic.planning.statistics_match import lacks
 from eutectic.planning.tensor_plan import Source, TensorPlan
 from eutectic.planning.tensors import source_in
 from eutectic.types import LayerStatistics, Treatment

@@ -12,7 +12,7 @@ from typing import Any
 from eutectic.errors import Note, RequestError
 from eutectic.execution import run
 from eutectic.execution.executors import Progress, limits_of
-from eutectic.execution.folder import unscaled_folder
+from eutectic.execution.output_folder import unscaled_folder
 from eutectic.execution.run import MergeReport, recipe_from
 from eutectic.execution.schedule import Choice, Chooser
 from eutectic.planning.cost import check_memory

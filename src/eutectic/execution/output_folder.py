@@ -14,8 +14,8 @@ from eutectic.checkpoint.output_format import TensorSink
 from eutectic.checkpoint.writer import CheckpointWriter, OutputFile
 from eutectic.errors import Note, OutputError, RequestError
 from eutectic.execution.executors import Limits
-from eutectic.execution.finish import PROVENANCE, document, write_folder
 from eutectic.execution.journal import JOURNAL, Journal, hashes, records_of, request_identity
+from eutectic.execution.model_folder import PROVENANCE, document, write_folder
 from eutectic.execution.output_layout import output_layout
 from eutectic.execution.schedule import CHOSEN, Choose, Desk, Unscaled, merged_deltas, run_schedule
 from eutectic.planning.inputs import Inputs

@@ -19,7 +19,7 @@ from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.folder import copy_side_files, module_weights
 from eutectic.checkpoint.writer import OutputFile, write_atomically
-from eutectic.execution.heads import write_expert_folders
+from eutectic.execution.expert_folders import write_expert_folders
 from eutectic.execution.output_layout import OutputLayout, stated_recipe
 from eutectic.planning.cost import treatments
 from eutectic.planning.inputs import Inputs
