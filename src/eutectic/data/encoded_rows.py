@@ -29,13 +29,9 @@ from eutectic.models.task_kinds import GENERATIVE, TaskKind
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Token ids of rows, not yet padded.
+    """Token ids of rows, one list each, not yet padded; `padding` is what fills shorter ones (0).
 
-    Attributes:
-        inputs: name -> one list per row, as the tokenizer returns them.
-        padding: name -> what fills shorter rows; 0 where a name is absent.
-        targets: of sequence to sequence: one list per row.
-        predicts_inputs: labels are the inputs themselves, as for language models.
+    Targets are those of sequence to sequence; language models predict their inputs.
     """
 
     inputs: Mapping[str, Sequence[Sequence[int]]]
@@ -121,17 +117,8 @@ class BatchOptions:
 class EncodedRows:
     """Batches of model inputs, encoded when they are read; the same on every reading.
 
-    Texts are padded on the right to the longest of a batch, and cut to `max_length` tokens.
-
-    Attributes:
-        rows: the data.
-        kind: what the model is given.
-        processor: tokenizer or image processor, as transformers makes them.
-        columns: names of the columns.
-        batch_size: rows per batch.
-        max_length: tokens per text.
-        labels: what labels may be; None: they are not read, and any or none will do.
-        image_mode: of the images that the model takes; None: it takes texts.
+    Texts are padded on the right to the longest of a batch, and cut to `max_length` tokens. Without
+    `labels` none are read, and any or none will do; without `image_mode` the model takes texts.
     """
 
     rows: Sequence[Row]

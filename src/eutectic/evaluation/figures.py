@@ -191,11 +191,7 @@ def results_of(pairs: Pairs, outcomes: Mapping[tuple[str, str], Outcomes]) -> Re
     compared = [row for row in together if row != EXPERTS_MEAN]
     scored = {r.task: r.n for r in records}
     return Results(
-        split=settings.split,
-        limit=settings.limit,
-        dtype=settings.dtype,
-        seed=settings.seed,
-        resamples=settings.resamples,
+        **{n: getattr(settings, n) for n in ("split", "limit", "dtype", "seed", "resamples")},
         versions=versions() | harness_version(tasks.values()),
         checkpoints=tuple(
             CheckpointRecord(

@@ -28,12 +28,9 @@ from eutectic.evaluation.task_files import Task
 
 @dataclass(frozen=True, eq=False)
 class HarnessRows:
-    """A task's rows as the harness has them, before any model is asked.
+    """A task's rows as the harness has them, before any model is asked, groups taken apart.
 
-    Attributes:
-        tasks: its task objects, groups taken apart.
-        data_hash: identity of its version, the tasks' configurations and the rows.
-        limit: the first rows of each task only.
+    `data_hash` is of its version, the tasks' configurations and the rows.
     """
 
     tasks: tuple[Any, ...]

@@ -65,13 +65,7 @@ class EvaluationSettings:
 class Pairs:
     """All pairs of an evaluation, and what stays in memory between them.
 
-    Attributes:
-        checkpoints: what is evaluated.
-        tasks: on what.
-        rows: task -> split -> number of rows.
-        settings: how.
-        progress: told finished rows, all rows, and what is being done.
-        hashes: task -> identity of its rows, of those that were come to.
+    `rows` counts those of every task and split; `hashes` is filled task by task.
     """
 
     checkpoints: Checkpoints
