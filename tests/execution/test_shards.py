@@ -161,6 +161,8 @@ def test_a_run_is_not_continued_with_other_shards(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
+    from eutectic.execution import output_folder
+
     def stopped(*_: object) -> None:
         raise RuntimeError
 
