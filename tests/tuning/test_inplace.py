@@ -48,8 +48,8 @@ def test_bodies_are_held_once():
         nn.ModuleDict({"body": nn.Linear(3, 3), "head": nn.Linear(3, n)}) for n in (2, 5)
     )
     shapes = {"body.weight": (3, 3), "body.bias": (3,)}
-    bodies = share_bodies([first, second, first], [shapes] * 3)
-    assert [len(keys) for _, keys in bodies.parts] == [2, 0]
+    parts = share_bodies([first, second, first], [shapes] * 3)
+    assert [len(keys) for _, keys in parts] == [2, 0]
     with torch.no_grad():
         first["body"].weight.fill_(7.0)
     assert bool((second["body"].weight == 7).all()) and second["head"].weight.shape == (5, 3)

@@ -97,15 +97,15 @@ def test_outer_heads_share_one_model(tmp_path, folder, monkeypatch):
     real = objectives.share_bodies
 
     def noted(models, shapes):
-        loaded.append(real(models, shapes))
-        return loaded[-1]
+        loaded.append((models, real(models, shapes)))
+        return loaded[-1][1]
 
     monkeypatch.setattr(objectives, "share_bodies", noted)
     for tasks in ("tasks.yaml", "heads.yaml"):
         eutectic.tune(**options(folder, "divergence", tasks=tasks))
-    own, outer = loaded
-    assert len(outer.parts) == 1 and outer.models[0] is outer.models[1]
-    (first, _), (second, keys) = own.parts
+    (_, own), (models, outer) = loaded
+    assert len(outer) == 1 and models[0] is models[1]
+    (first, _), (second, keys) = own
     assert keys == {}  # everything is held by the first
     name = "bert.encoder.layer.0.attention.self.query.weight"
     assert first.get_parameter(name).data_ptr() == second.get_parameter(name).data_ptr()

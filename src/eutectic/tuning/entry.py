@@ -14,15 +14,35 @@ from eutectic.execution import run
 from eutectic.execution.executors import Progress, limits_of
 from eutectic.execution.output_folder import unscaled_folder
 from eutectic.execution.run import MergeReport, recipe_from
-from eutectic.execution.schedule import Choice, Chooser
+from eutectic.execution.schedule import Choice, Choose, Chooser
 from eutectic.planning.cost import check_memory
-from eutectic.planning.inputs import open_inputs
-from eutectic.planning.plan import make_plan
+from eutectic.planning.inputs import Inputs, open_inputs
+from eutectic.planning.plan import Plan, make_plan
 from eutectic.recipes.load import Source, check_recipe
 from eutectic.recipes.schema import NOT_TAKEN, Recipe, ScaleSearch
-from eutectic.tuning.choose import choose_scale
+from eutectic.tuning.output_error import prepare_closed_form
 
 _RUN = ("threads", "memory", "restart", "progress")
+
+
+def choose_scale(plan: Plan, inputs: Inputs) -> Choose:
+    """Return how α is chosen for a plan whose recipe asks for a search.
+
+    What is missing is found before any work: tensors whose α is open, tasks, data, statistics.
+    """
+    search = plan.search
+    if search is None:
+        raise RequestError(f"the recipe's scale is {plan.scale}: there is nothing to search.")
+    if not any(t.tunable for t in plan.tensors):
+        raise RequestError(
+            "no tensor takes the recipe's scale: rules or scale_tensors fix every one of them.\n"
+            "Leave the search out, or the rules' scales."
+        )
+    if search.search == "gram":
+        return prepare_closed_form(plan, inputs)
+    from eutectic.tuning.objectives import prepare_objective
+
+    return prepare_objective(search, plan, inputs)
 
 
 def merge(

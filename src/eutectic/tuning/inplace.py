@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -73,28 +72,18 @@ def round_tensors(module: nn.Module, dtype: torch.dtype) -> None:
             values.copy_(values.to(dtype))
 
 
-@dataclass(frozen=True)
-class Bodies:
-    """Loaded models that hold one body together.
-
-    Attributes:
-        models: one per task; tasks that differ in nothing but outer heads have the same one.
-        parts: each different model with the keys to put into it. A tensor that models share is
-            listed for the first of them only.
-    """
-
-    models: list[nn.Module]
-    parts: list[tuple[nn.Module, dict[str, str]]]
-
-
 def share_bodies(
     models: Sequence[nn.Module], shapes: Sequence[Mapping[str, tuple[int, ...]]]
-) -> Bodies:
+) -> list[tuple[nn.Module, dict[str, str]]]:
     """Let models of one architecture hold the tensors of their body once.
 
     Args:
         models: one per task, possibly the same object several times.
         shapes: for each, checkpoint key -> shape of the tensors that belong to the common body.
+
+    Returns:
+        Each different model with the keys to put into it. A tensor that models share is listed for
+        the first of them only.
     """
     shared: dict[str, Tensor] = {}
     parts: dict[int, tuple[nn.Module, dict[str, str]]] = {}
@@ -112,4 +101,4 @@ def share_bodies(
             if held is not None:
                 shared[key] = held.data
         parts[id(model)] = (model, own)
-    return Bodies(list(models), list(parts.values()))
+    return list(parts.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -21,7 +22,7 @@ from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.recipes.schema import ScaleSearch
 from eutectic.tuning.divergence import feature_distance, kl_divergence
-from eutectic.tuning.inplace import Bodies, Lazily, round_tensors, set_scale, share_bodies
+from eutectic.tuning.inplace import Lazily, round_tensors, set_scale, share_bodies
 from eutectic.tuning.search import Measured, plain_parts, search_scale
 from eutectic.tuning.search_tasks import TuningTask, open_tasks
 from eutectic.types import Treatment
@@ -30,31 +31,33 @@ STAGE = "scale"  # of measurements in the journal
 
 
 def prepare_objective(search: ScaleSearch, plan: Plan, inputs: Inputs) -> Choose:
-    """Return the search over data; tasks are opened and checked now.
-
-    Raises:
-        RequestError: the tasks lack something, see `open_tasks`.
-    """
+    """Return the search over data; tasks are opened and checked now."""
     tasks = open_tasks(search, plan, inputs)
     idle = [name for name in inputs.experts if name not in {t.expert for t in tasks}]
 
+    labelled = search.search == "validation"
+
     def choose(unscaled: Unscaled) -> Choice:
         progress = unscaled.limits.progress
+        memory = _Memory(unscaled.journal, search, tasks)
 
         def tell(done: int, total: int, scale: float) -> None:
             if progress is not None:
                 progress(done, total, f"α = {scale:.3g}")
 
-        labelled = search.search == "validation"
-        memory = _Memory(unscaled.journal, search, tasks)
-
+        @functools.cache
         def load() -> Callable[[float], Measured]:
-            references = _references(search, tasks, inputs)
+            references = _references(tasks, inputs, labelled)
             if labelled:
                 memory.add("experts", Measured(1.0, references))
             return _objective(tasks, references, _metric if labelled else _divergence, unscaled)
 
-        objective = _remembered(load, memory)
+        def objective(scale: float) -> Measured:
+            name = repr(scale)
+            if name not in memory:  # models are loaded for the first such α only
+                memory.add(name, load()(scale))
+            return memory.get(name)
+
         curve = search_scale(
             objective,
             low=search.range[0],
@@ -93,16 +96,16 @@ def prepare_objective(search: ScaleSearch, plan: Plan, inputs: Inputs) -> Choose
 Measure = Callable[[TuningTask, Any, Any], tuple[float, float]]
 
 
-def _references(search: ScaleSearch, tasks: list[TuningTask], inputs: Inputs) -> dict[str, Any]:
+def _references(tasks: list[TuningTask], inputs: Inputs, labelled: bool) -> dict[str, Any]:
     """Run every expert once; return what the merged model is held against, task by task."""
-    references: dict[str, Any] = {}
-    for task in tasks:
+
+    def of(task: TuningTask) -> Any:
         model = task.expert_model(inputs)
-        if search.search == "validation":
-            references[task.task.name] = score(task.outputs(model), task.prepared).value
-        else:
-            references[task.task.name] = task.comparable(model)
-    return references
+        return (
+            score(task.outputs(model), task.prepared).value if labelled else task.comparable(model)
+        )
+
+    return {task.task.name: of(task) for task in tasks}
 
 
 def _metric(task: TuningTask, expert: float, model: Any) -> tuple[float, float]:
@@ -133,59 +136,57 @@ def _objective(
     merged = {t.name: t for t in unscaled.plan.merged}
     dtypes = {name: t.dtype for name, t in merged.items()}
     base = Lazily(merged, lambda name: unscaled.base(merged[name]))
-    deltas, fixed = (
-        Lazily(
-            [n for n, t in merged.items() if t.tunable is tunable],
-            lambda name: unscaled.delta(merged[name]),
-        )
-        for tunable in (True, False)
-    )
-    bodies = _load_bodies(tasks, unscaled)
-    for model, keys in bodies.parts:
-        for name in fixed:  # a rule names their α
-            alpha = merged[name].scale
-            set_scale(model, base, {name: fixed[name]}, alpha, keys=keys, dtypes=dtypes)
+    tunable = [name for name, t in merged.items() if t.tunable]
+    deltas = Lazily(tunable, lambda name: unscaled.delta(merged[name]))
+    models = _load_bodies(tasks, unscaled)
+    parts = share_bodies(models, _body_shapes(tasks, unscaled.plan))
+    for model, keys in parts:
+        for name, fixed in merged.items():
+            if not fixed.tunable:  # a rule names its α
+                delta = {name: unscaled.delta(fixed)}
+                set_scale(model, base, delta, fixed.scale, keys=keys, dtypes=dtypes)
 
     def objective(scale: float) -> Measured:
-        for model, keys in bodies.parts:
+        for model, keys in parts:
             set_scale(model, base, deltas, scale, keys=keys, dtypes=dtypes)
-        parts: dict[str, float] = {}
+        found: dict[str, float] = {}
         values: list[float] = []
-        for task, model in zip(tasks, bodies.models, strict=True):
+        for task, model in zip(tasks, models, strict=True):
             name = task.task.name
             try:
-                parts[name], value = measure(task, references[name], model)
+                found[name], value = measure(task, references[name], model)
             except NumericalError:  # the model overflows at this α: the worst value
-                parts[name], value = math.nan, math.nan
+                found[name], value = math.nan, math.nan
             values.append(value)
-        return Measured(sum(values) / len(values), parts)
+        return Measured(sum(values) / len(values), found)
 
     return objective
 
 
-def _load_bodies(tasks: list[TuningTask], unscaled: Unscaled) -> Bodies:
-    """Load the base once per head; what the plan keeps per expert is not part of the body."""
-    common = {t.name: t.shape for t in unscaled.plan.tensors if t.treatment is not Treatment.HEAD}
+def _load_bodies(tasks: list[TuningTask], unscaled: Unscaled) -> list[nn.Module]:
+    """Load the base once per head."""
     bare: dict[bool, nn.Module] = {}  # a pooler may be missing where no task uses it
     models: list[nn.Module] = []
-    shapes: list[dict[str, tuple[int, ...]]] = []
     for task in tasks:
-        if task.task.head is None:
-            model = task.body_model(unscaled.inputs)
-        else:
-            pooler = task.task.pooling == "pooler"
-            model = bare.get(pooler) or task.body_model(unscaled.inputs)
-            bare[pooler] = model
-        models.append(model)
-        patterns = task.task.head_tensors
-        shapes.append(
-            {k: s for k, s in common.items() if not any(fnmatchcase(k, p) for p in patterns)}
-        )
+        pooler = task.task.pooling == "pooler"
+        model = bare.get(pooler) if task.task.head is not None else None
+        models.append(model or task.body_model(unscaled.inputs))
+        if task.task.head is not None:
+            bare[pooler] = models[-1]
     dtype = unscaled.plan.output.dtype
     if dtype is not None:
         for model in {id(m): m for m in models}.values():
             round_tensors(model, dtype)
-    return share_bodies(models, shapes)
+    return models
+
+
+def _body_shapes(tasks: list[TuningTask], plan: Plan) -> list[dict[str, tuple[int, ...]]]:
+    """Return what is common to all models; what the plan keeps per expert is not."""
+    common = {t.name: t.shape for t in plan.tensors if t.treatment is not Treatment.HEAD}
+    return [
+        {k: s for k, s in common.items() if not any(fnmatchcase(k, p) for p in t.task.head_tensors)}
+        for t in tasks
+    ]
 
 
 class _Memory:
@@ -200,31 +201,12 @@ class _Memory:
         return (STAGE, self._key(name)) in self._journal.finished
 
     def get(self, name: str) -> Measured:
-        """Return what was added under a name."""
         found = self._journal.finished[STAGE, self._key(name)]
         return Measured(found.record["value"], found.record["parts"])
 
     def add(self, name: str, measured: Measured) -> None:
-        """Keep a measurement."""
         finished = Finished("", {"value": measured.value, "parts": dict(measured.parts)})
         self._journal.add(STAGE, self._key(name), finished)
 
     def _key(self, name: str) -> str:
         return f"{self._identity}:{name}"
-
-
-def _remembered(
-    load: Callable[[], Callable[[float], Measured]], memory: _Memory
-) -> Callable[[float], Measured]:
-    """Return the objective; it is loaded only when an α comes that is not remembered."""
-    loaded: list[Callable[[float], Measured]] = []
-
-    def objective(scale: float) -> Measured:
-        name = repr(scale)
-        if name not in memory:
-            if not loaded:
-                loaded.append(load())
-            memory.add(name, loaded[0](scale))
-        return memory.get(name)
-
-    return objective

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from eutectic.errors import NumericalError, RequestError
-from eutectic.execution.schedule import Unscaled
+from eutectic.errors import Note, NumericalError, RequestError
+from eutectic.execution.schedule import Choice, Choose, Unscaled
 from eutectic.execution.tensor_values import as_map, read_delta
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.planning.tensor_plan import Source, TensorPlan
+from eutectic.tuning.search import Measured, ScaleCurve, grid, rounded
 from eutectic.types import LayerStatistics, Treatment
 
 
@@ -119,7 +120,51 @@ def closed_form_scale(layers: Iterable[OutputTerms]) -> ClosedForm:
     return ClosedForm(cross / merged, cross, merged, expert, count)
 
 
-def usable_layers(plan: Plan, inputs: Inputs) -> list[TensorPlan]:
+def prepare_closed_form(plan: Plan, inputs: Inputs) -> Choose:
+    """Return the choice of α from Grams; that there are any is checked now."""
+    lacking = [name for name in inputs.experts if name not in inputs.statistics]
+    if lacking:
+        raise RequestError(
+            f"scale: auto needs statistics of every expert, and {', '.join(lacking)} "
+            f"{'has' if len(lacking) == 1 else 'have'} none.\n"
+            "Collect them (eutectic collect) and name them in the recipe, or search with data:\n"
+            "scale: {search: divergence, tasks: tasks.yaml}, or search: validation with labels."
+        )
+    if not _usable_layers(plan, inputs):
+        raise RequestError(
+            "scale: auto needs Grams of matrices, and the statistics have none of a matrix whose "
+            "scale is open.\nCollect Grams (eutectic collect), or search with data."
+        )
+    return _by_grams
+
+
+def _by_grams(unscaled: Unscaled) -> Choice:
+    """Return α, with the closed form's error at the usual grid and at its minimum."""
+    form = closed_form_scale(_measured_layers(unscaled))
+    best = rounded(form.scale)
+    scales = sorted({*grid(0.02, 3.0, 11), best})
+    curve = ScaleCurve({s: Measured(form.error(s)) for s in scales}, best, False)
+    plan, inputs = unscaled.plan, unscaled.inputs
+    open_matrices = sum(t.tunable and t.treatment.value == "matrix" for t in plan.tensors)
+    record = {
+        **curve.described("gram"),
+        "layers": form.layers,
+        "statistics": {
+            name: statistics.provenance.get("data")
+            for name, statistics in inputs.statistics.items()
+            if statistics.provenance
+        },
+    }
+    numbers = {
+        "scale": curve.scale,
+        "layers": form.layers,
+        "matrices": open_matrices,
+        "lost_percent": 100 * form.error(curve.scale),
+    }
+    return Choice(curve.scale, Note("closed_form_scale", numbers=numbers), record)
+
+
+def _usable_layers(plan: Plan, inputs: Inputs) -> list[TensorPlan]:
     """Return the matrices whose α is to be chosen and that have Grams of all their experts."""
     return [
         t
@@ -131,15 +176,13 @@ def usable_layers(plan: Plan, inputs: Inputs) -> list[TensorPlan]:
     ]
 
 
-def measured_layers(
-    unscaled: Unscaled, tell: Callable[[int, int, str], None] | None = None
-) -> Iterable[OutputTerms]:
+def _measured_layers(unscaled: Unscaled) -> Iterable[OutputTerms]:
     """Yield the inner products of every usable layer, read one expert at a time."""
-    plan, inputs = unscaled.plan, unscaled.inputs
-    layers = usable_layers(plan, inputs)
+    inputs, progress = unscaled.inputs, unscaled.limits.progress
+    layers = _usable_layers(unscaled.plan, inputs)
     for done, planned in enumerate(layers):
-        if tell is not None:
-            tell(done, len(layers), planned.name)
+        if progress is not None:
+            progress(done, len(layers), planned.name)
         base = unscaled.base(planned).flatten()
         statistics = [inputs.statistics[s.owner].read(s.statistics[""]) for s in planned.experts]
         # A negative weight asks for less of an expert; no error says how much less.

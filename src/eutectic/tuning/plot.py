@@ -16,13 +16,7 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def check_plot(path: Path) -> None:
-    """Find out before any work whether a picture can be drawn there.
-
-    Raises:
-        RequestError: the file's ending names no known format, its folder does not exist, or the
-            numbers would take the place of another file.
-        MissingExtraError: matplotlib is not installed.
-    """
+    """Find out before any work whether a picture can be drawn there."""
     if path.suffix not in FORMATS:
         raise RequestError(f"{path}: a plot's name ends with {', '.join(FORMATS)}.")
     if not path.parent.is_dir():
@@ -41,17 +35,8 @@ def plot_curve(search: Mapping[str, Any], path: Path) -> None:
     """Draw the objective, and each task's part of it, against α on a logarithmic axis.
 
     Metrics are drawn as shares of the experts', as the objective means them; the JSON has them raw.
-
-    `search` itself is written as JSON beside the picture: `curve.json` for `curve.png`.
-
-    Args:
-        search: `search` of a report or of `eutectic.json`; further keys are kept in the JSON.
-        path: a .png, .svg or .pdf file.
-
-    Raises:
-        RequestError: as `check_plot`.
-        MissingExtraError: matplotlib is not installed.
-        OutputError: a file cannot be written.
+    `search` itself, of a report or of `eutectic.json`, is written as JSON beside the picture:
+    `curve.json` for `curve.png`.
     """
     check_plot(path)
     figure = new_figure(6.4, 4.0)

@@ -96,20 +96,14 @@ class TuningTask:
 
 
 def open_tasks(search: ScaleSearch, plan: Plan, inputs: Inputs) -> list[TuningTask]:
-    """Read, check and encode the data of a search. Test data are looked at for overlap only.
-
-    Raises:
-        RequestError: a task without the split that is wanted or without an expert of the recipe, or
-            splits that share rows.
-    """
+    """Read, check and encode the data of a search. Test data are looked at for overlap only."""
     assert search.tasks is not None
     split: Split = "validation" if search.search == "validation" else "proxy"
     found = load_tasks(search.tasks)
-    faults = [_fault(task, split, search, inputs) for task in found.values()]
-    listed = [fault for fault in faults if fault]
-    if listed:
+    faults = [f for task in found.values() if (f := _fault(task, split, search, inputs))]
+    if faults:
         raise RequestError(
-            f"{search.tasks} cannot be used to choose the scale:\n" + "\n".join(listed)
+            f"{search.tasks} cannot be used to choose the scale:\n" + "\n".join(faults)
         )
     features = search.compare == "features"
     lent = _lent_heads(plan)
@@ -159,11 +153,7 @@ def _fault(task: Task, split: str, search: ScaleSearch, inputs: Inputs) -> str |
 
 
 def _encoded(task: Task, split: Split, inputs: Inputs) -> tuple[Prepared, str]:
-    """Return the split as `evaluate` encodes it for the base, and a hash of what else is read.
-
-    Raises:
-        RequestError: the merged head would be one of two orders of classes.
-    """
+    """Return the split as `evaluate` encodes it for the base, and a hash of what else is read."""
     base, expert = _base(inputs), _expert(inputs, task.expert_name)
     body = Checkpoint("base", "base", base)
     own = Checkpoint(task.expert_name, "expert", expert)
