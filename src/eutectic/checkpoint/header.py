@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -210,22 +210,20 @@ def build_header(
     that the data start at a multiple of 8.
     """
     table: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
-    placed: list[TensorEntry] = []
+    ordered = sorted(tensors, key=lambda t: -t[1].itemsize)
     position = 0
-    for name, dtype, shape in sorted(tensors, key=lambda t: -t[1].itemsize):
-        nbytes = math.prod(shape) * dtype.itemsize
-        placed.append(TensorEntry(name, dtype, tuple(shape), file, position, nbytes))
-        table[name] = {
-            "dtype": CODE_OF[dtype],
-            "shape": list(shape),
-            "data_offsets": [position, position + nbytes],
-        }
-        position += nbytes
-    if len(table) != len(placed) + bool(metadata):
+    for name, dtype, shape in ordered:
+        end = position + math.prod(shape) * dtype.itemsize
+        place = [position, end]
+        table[name] = {"dtype": CODE_OF[dtype], "shape": list(shape), "data_offsets": place}
+        position = end
+    if len(table) != len(ordered) + bool(metadata):
         raise ValueError("a tensor name occurs twice in one file")
     raw = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
-    start = 8 + len(raw)
-    return len(raw).to_bytes(8, "little") + raw, tuple(
-        replace(tensor, offset=start + tensor.offset) for tensor in placed
-    )
+    placed: list[TensorEntry] = []
+    for name, dtype, shape in ordered:
+        begin, end = table[name]["data_offsets"]
+        offset = 8 + len(raw) + begin
+        placed.append(TensorEntry(name, dtype, tuple(shape), file, offset, end - begin))
+    return len(raw).to_bytes(8, "little") + raw, tuple(placed)

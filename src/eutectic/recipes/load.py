@@ -118,25 +118,20 @@ def _parameter_faults(
 
 
 def _path_faults(values: Mapping[str, Any], source: Source) -> list[Fault]:
+    """Find paths that lead nowhere, even in a recipe that fails the schema elsewhere."""
+    paths: dict[Location, Any] = {("base",): values.get("base")}
+    for name, spec in _mapping(values.get("experts")).items():
+        paths["experts", name] = spec  # a path alone
+        for key in ("path", "statistics"):
+            paths["experts", name, key] = _mapping(spec).get(key)
+    tasks = ("scale", "tasks")
+    paths[tasks] = _mapping(values.get("scale")).get("tasks")
     return [
         no_file(where, path, source)
-        for where, path in _paths(values)
-        if (_is_local(path) or where == ("scale", "tasks")) and not _exists(_inside(path, source))
+        for where, path in paths.items()
+        if isinstance(path, str) and (_is_local(path) or where == tasks)
+        if not _exists(_inside(path, source))
     ]
-
-
-def _paths(values: Mapping[str, Any]) -> list[tuple[Location, str]]:
-    """Return every path that a recipe names, even one that fails the schema elsewhere."""
-    found: list[tuple[Location, Any]] = [(("base",), values.get("base"))]
-    for name, spec in _mapping(values.get("experts")).items():
-        if isinstance(spec, Mapping):
-            inner = _mapping(cast(object, spec))
-            found.append((("experts", name, "path"), inner.get("path")))
-            found.append((("experts", name, "statistics"), inner.get("statistics")))
-        else:
-            found.append((("experts", name), spec))
-    found.append((("scale", "tasks"), _mapping(values.get("scale")).get("tasks")))
-    return [(where, path) for where, path in found if isinstance(path, str)]
 
 
 def _is_local(path: str) -> bool:
