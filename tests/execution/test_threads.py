@@ -7,7 +7,9 @@ raised as it is, and nothing hangs.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eutectic.errors import CheckpointError, MissingExtraError, RecipeError
-from eutectic.execution.threads import Job, run_jobs
+from eutectic.execution import threads as threads_module
+
+
+@dataclass(frozen=True)
+class Job:
+    name: str
+    peak_bytes: int
+    seconds: float
+    run: Callable[[Callable[[], None]], Any]
+
+
+def run_jobs(jobs: Sequence[Job], *, threads: int, memory: int) -> Generator[Any, None, None]:
+    def work(job: Job, check: Callable[[], None]) -> Any:
+        return job.run(check)
+
+    return threads_module.run_jobs(jobs, work, threads=threads, memory=memory)
 
 
 class Gauge:

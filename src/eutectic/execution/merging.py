@@ -78,20 +78,22 @@ Emit = Callable[[int, Tensor], None]
 ReadDelta = Callable[[int, int], Tensor]
 
 
-@dataclass
-class Found:
-    """What the merge of a tensor found out besides its values: for the journal and the report.
+@dataclass(frozen=True)
+class Finished:
+    """What is to be noted of a finished tensor.
 
     Attributes:
-        norms: the norms of its matrices, before α; see `layer_factors`.
+        sha256: of the bytes written; empty before they are, and in memory.
         record: what the method reported.
+        norms: the Frobenius norm of each of its matrices' deltas, before α; see `layer_factors`.
     """
 
-    norms: dict[str, float] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+    record: dict[str, Any] = field(default_factory=dict[str, Any])
+    norms: dict[str, float] = field(default_factory=dict[str, float])
 
 
-def copy_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit) -> Found:
+def copy_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit) -> Finished:
     """Emit the base's values; integer buffers must agree in every expert unless a rule says copy.
 
     Raises:
@@ -113,10 +115,10 @@ def copy_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit) -> Found:
                     "Add a rule for it: treatment head (kept per expert) or copy (the base's)."
                 )
         emit(start, narrow(values, planned))
-    return Found()
+    return Finished()
 
 
-def merge_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any = None) -> Found:
+def merge_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any = None) -> Finished:
     """Merge one tensor and emit W₀ + α·Δ in ascending flat ranges, in the output's dtype.
 
     Args:
@@ -131,7 +133,7 @@ def merge_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any = N
     if get_method(planned.method).elementwise:
         for start, result, base in merge_elementwise(planned, inputs, state):
             emit(start, narrow(scaled(base, result, planned, planned.scale), planned))
-        return Found()
+        return Finished()
 
     def emit_weight(start: int, delta: Tensor) -> None:
         base = read_base(planned, inputs, start, start + delta.numel())
@@ -140,12 +142,12 @@ def merge_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any = N
     return merge_unscaled(planned, inputs, emit_weight)
 
 
-def merge_unscaled(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any = None) -> Found:
+def merge_unscaled(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any = None) -> Finished:
     """Emit the merged delta itself, before α, in the dtype of the arithmetic.
 
     Methods that work on weights give W₀ + Δ, see `holds_weight`. Arguments as for `merge_tensor`.
     """
-    found = Found()
+    found = Finished()
     if get_method(planned.method).elementwise:
         for start, result, _ in merge_elementwise(planned, inputs, state):
             emit(start, result)

@@ -15,7 +15,7 @@ from eutectic.checkpoint.output_format import TensorSink
 from eutectic.execution.layer_factors import with_factors
 from eutectic.execution.merging import (
     Emit,
-    Found,
+    Finished,
     copy_tensor,
     merge_tensor,
     merge_unscaled,
@@ -27,21 +27,6 @@ from eutectic.planning.tensor_plan import TensorPlan
 
 Stage = Literal["merge", "delta", "scale"]
 Opening = Callable[[], AbstractContextManager[TensorSink]]
-
-
-@dataclass(frozen=True)
-class Finished:
-    """One finished task.
-
-    Attributes:
-        sha256: of the bytes written.
-        record: what the method reported.
-        norms: the Frobenius norm of each of its matrices' deltas, before α.
-    """
-
-    sha256: str
-    record: dict[str, Any]
-    norms: dict[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True)
@@ -70,6 +55,11 @@ class Task:
     factors: Mapping[str, float] = field(default_factory=dict[str, float])
     delta: Finished | None = None
     before: Finished | None = None
+
+    @property
+    def name(self) -> str:
+        """The tensor's."""
+        return self.tensor.name
 
 
 @dataclass(frozen=True)
@@ -153,10 +143,10 @@ def carry_out(task: Task, place: Workplace, check: Callable[[], None] = lambda: 
             digest.update(_bytes_of(stored))
 
     found = _run(task, place, emit)
-    return Finished(digest.hexdigest(), found.record, found.norms)
+    return replace(found, sha256=digest.hexdigest())
 
 
-def _run(task: Task, place: Workplace, emit: Emit) -> Found:
+def _run(task: Task, place: Workplace, emit: Emit) -> Finished:
     planned, inputs = task.tensor, replace(place.inputs, device=task.device)
     if task.stage == "delta":
         return merge_unscaled(planned, inputs, emit, task.state)
@@ -172,7 +162,7 @@ def _run(task: Task, place: Workplace, emit: Emit) -> Found:
         return deltas.read_back(planned.name, start, stop)
 
     scale_tensor(planned, inputs, emit, read_delta, task.factors)
-    return Found(before.norms, with_factors(before.record, planned, task.factors))
+    return replace(before, record=with_factors(before.record, planned, task.factors))
 
 
 def _bytes_of(values: Tensor) -> memoryview:

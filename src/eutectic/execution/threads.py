@@ -6,9 +6,8 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -17,21 +16,20 @@ from eutectic.execution.executors import Limits
 from eutectic.execution.tasks import Finished, Task, Workplace, carry_out
 
 
-@dataclass(frozen=True)
-class Job:
-    """One unit of work.
+class _Job(Protocol):
+    """What is known of a unit of work beforehand: its name, bytes held, and estimated seconds."""
 
-    Attributes:
-        name: the tensor.
-        peak_bytes: memory held while it runs.
-        seconds: estimated time; the longest start first.
-        run: does it; called with a function that raises when the run is being stopped.
-    """
+    @property
+    def name(self) -> str: ...
+    @property
+    def peak_bytes(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
 
-    name: str
-    peak_bytes: int
-    seconds: float
-    run: Callable[[Callable[[], None]], Any]
+
+AnyJob = TypeVar("AnyJob", bound=_Job)
+Result = TypeVar("Result")
+Check = Callable[[], None]  # raises where the run is being stopped
 
 
 class _Stopped(Exception):
@@ -43,34 +41,24 @@ def on_threads(
 ) -> Generator[tuple[Task, Finished], None, None]:
     """Carry out tasks on threads of this process; see `executors.Executor`."""
 
-    def job(task: Task) -> Job:
-        def run(check: Callable[[], None]) -> tuple[Task, Finished]:
-            return task, carry_out(task, place, check)
+    def work(task: Task, check: Check) -> tuple[Task, Finished]:
+        return task, carry_out(task, place, check)
 
-        return Job(task.tensor.name, task.peak_bytes, task.seconds, run)
-
-    yield from run_jobs(
-        [job(task) for task in tasks], threads=limits.threads, memory=limits.job_memory
-    )
+    return run_jobs(tasks, work, threads=limits.threads, memory=limits.job_memory)
 
 
-def run_jobs(jobs: Sequence[Job], *, threads: int, memory: int) -> Generator[Any, None, None]:
-    """Run every job, several side by side while their peaks together stay under `memory`.
+def run_jobs(
+    jobs: Sequence[AnyJob], work: Callable[[AnyJob, Check], Result], *, threads: int, memory: int
+) -> Generator[Result, None, None]:
+    """Do every job, several side by side while their peaks together stay under `memory`.
 
-    Each job computes with one intra-op thread, so the result does not depend on how many run.
-    A job larger than the limit runs alone. The first error stops the others and is raised.
-
-    Args:
-        jobs: in any order; longer ones are started first.
-        threads: most jobs at a time.
-        memory: limit in bytes on the sum of the running jobs' peaks.
-
-    Yields:
-        The result of each job as soon as it is finished.
+    Each computes with one intra-op thread, so the result does not depend on how many run. Longer
+    ones start first; one larger than the limit runs alone. The first error stops the others and is
+    raised. Yields results as they come.
     """
     waiting = sorted(jobs, key=lambda job: (-job.seconds, job.name))
     state = threading.Condition()
-    results: SimpleQueue[tuple[Any] | None] = SimpleQueue()
+    results: SimpleQueue[tuple[Result] | None] = SimpleQueue()
     held = 0
     failures: list[BaseException] = []
 
@@ -78,7 +66,7 @@ def run_jobs(jobs: Sequence[Job], *, threads: int, memory: int) -> Generator[Any
         if failures:
             raise _Stopped
 
-    def take() -> Job | None:
+    def take() -> AnyJob | None:
         nonlocal held
         with state:
             while waiting and not failures:
@@ -94,31 +82,25 @@ def run_jobs(jobs: Sequence[Job], *, threads: int, memory: int) -> Generator[Any
             failures.append(error)
             state.notify_all()
 
-    def work() -> None:
+    def do_jobs() -> None:
         nonlocal held
         torch.set_num_threads(1)
         while (job := take()) is not None:
             try:
-                results.put((job.run(check),))
+                results.put((work(job, check),))
             except _Stopped:
-                return
+                pass
             except BaseException as error:
                 fail(_named(error, job))
-                return
             finally:
                 with state:
                     held -= job.peak_bytes
                     state.notify_all()
-
-    def last(worker: Callable[[], None]) -> None:
-        try:
-            worker()
-        finally:
-            results.put(None)
+        results.put(None)
 
     count = max(1, threads)
     with one_intra_op_thread():
-        workers = [threading.Thread(target=last, args=(work,), daemon=True) for _ in range(count)]
+        workers = [threading.Thread(target=do_jobs, daemon=True) for _ in range(count)]
         for worker in workers:
             worker.start()
         try:
@@ -141,7 +123,7 @@ def run_jobs(jobs: Sequence[Job], *, threads: int, memory: int) -> Generator[Any
         raise failures[0]
 
 
-def _named(error: BaseException, job: Job) -> BaseException:
+def _named(error: BaseException, job: _Job) -> BaseException:
     """Say which tensor failed, unless the message does already."""
     if isinstance(error, EutecticError):
         if job.name not in str(error):
