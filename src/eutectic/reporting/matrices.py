@@ -27,23 +27,14 @@ _GRAM = frozenset({"gram"})
 
 @dataclass(frozen=True, eq=False)
 class LayerMatrices:
-    """One matrix of the model in every checkpoint, as the linear map [out, in] that methods see.
+    """One matrix of the model in every checkpoint, as the linear map [out, in] that methods see."""
 
-    Attributes:
-        name: the tensor, with `[block][part]` for stacks and fused matrices.
-        base_norm: ‖W₀‖_F.
-        deltas: expert -> Δ_t.
-        factors: expert -> thin factors of Δ_t, for adapters that store them.
-        merged: merged model -> Δ_M, the scale included.
-        records: expert -> statistics with a Gram, for experts that have them here.
-    """
-
-    name: str
-    base_norm: float
-    deltas: Mapping[str, Tensor]
-    factors: Mapping[str, LowRank]
-    merged: Mapping[str, Tensor]
-    records: Mapping[str, LayerStatistics]
+    name: str  # the tensor, with `[block][part]` for stacks and fused matrices
+    base_norm: float  # ‖W₀‖_F
+    deltas: Mapping[str, Tensor]  # expert -> Δ_t
+    factors: Mapping[str, LowRank]  # expert -> thin factors of Δ_t, of adapters that store them
+    merged: Mapping[str, Tensor]  # merged model -> Δ_M, the scale included
+    records: Mapping[str, LayerStatistics]  # expert -> statistics with a Gram, where there are any
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -70,7 +70,7 @@ def _spectra(found: Inspection) -> Any:
     for place, layer in enumerate(shown):
         axes = figure.add_subplot(rows, columns, place + 1)
         for index, (name, spectrum) in enumerate(layer.experts.items()):
-            _curve(axes, spectrum, color=_colour(index), linewidth=0.9, label=name)
+            _curve(axes, spectrum, color=f"C{index % 10}", linewidth=0.9, label=name)
         _curve(axes, layer.sum, color="black", linewidth=1.6, label="sum ΣΔ")
         for index, (name, spectrum) in enumerate(layer.merged.items()):
             style = ("--", "-.", ":")[index % 3]
@@ -101,7 +101,7 @@ def _norms(found: Inspection) -> Any:
 
     for index, name in enumerate(found.experts):
         own = [layer.experts[name] for layer in found.layers]
-        curve(own, marker="o", color=_colour(index), linewidth=0.9, label=name)
+        curve(own, marker="o", color=f"C{index % 10}", linewidth=0.9, label=name)
     for index, name in enumerate(found.merged):
         own = [layer.merged[name] for layer in found.layers]
         curve(own, marker="s", color=_dark(index), linewidth=1.8, linestyle="--", label=name)
@@ -257,10 +257,6 @@ def _top(table: Pairs, least: float = 0.0) -> float:
 
 def _text(value: float | None) -> str:
     return "–" if value is None else f"{round(value, 2) + 0.0:.2f}"  # no minus before zero
-
-
-def _colour(index: int) -> Any:
-    return f"C{index % 10}"
 
 
 def _dark(index: int) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,11 +168,13 @@ def tune(
         return TuneReport(*found, report.notes, report, report.note_records)
     restart = limited.pop("restart", False)
     limits = limits_of(**limited)
-    with open_inputs(checked, source) as inputs, _folder(work) as folder:
+    with open_inputs(checked, source) as inputs, ExitStack() as stack:
+        if work is None:
+            work = stack.enter_context(tempfile.TemporaryDirectory(prefix="eutectic-tune-"))
         plan = make_plan(checked, inputs, source)
         check_memory(plan, inputs, limits.memory)
         find = choose_scale(plan, inputs)
-        with unscaled_folder(folder, plan, inputs, limits, restart) as unscaled:
+        with unscaled_folder(Path(work), plan, inputs, limits, restart) as unscaled:
             choice: Choice = find(unscaled)
     noted = (*plan.notes, choice.note)
     found = (plan.method.name, choice.scale, choice.record)
@@ -191,12 +193,3 @@ def _with_search(
     idle = NOT_TAKEN.get(search.get("search", ""), ())  # what another search left there
     before = {key: value for key, value in before.items() if key not in idle}
     return check_recipe({**stated, "scale": {**before, **search}}), source
-
-
-@contextmanager
-def _folder(work: str | Path | None) -> Iterator[Path]:
-    if work is not None:
-        yield Path(work)
-        return
-    with tempfile.TemporaryDirectory(prefix="eutectic-tune-") as folder:
-        yield Path(folder)

@@ -28,13 +28,13 @@ from eutectic.tuning.search_tasks import TuningTask, open_tasks
 from eutectic.types import Treatment
 
 STAGE = "scale"  # of measurements in the journal
+Measure = Callable[[TuningTask, Any, Any], tuple[float, float]]
 
 
 def prepare_objective(search: ScaleSearch, plan: Plan, inputs: Inputs) -> Choose:
     """Return the search over data; tasks are opened and checked now."""
     tasks = open_tasks(search, plan, inputs)
     idle = [name for name in inputs.experts if name not in {t.expert for t in tasks}]
-
     labelled = search.search == "validation"
 
     def choose(unscaled: Unscaled) -> Choice:
@@ -93,17 +93,14 @@ def prepare_objective(search: ScaleSearch, plan: Plan, inputs: Inputs) -> Choose
     return choose
 
 
-Measure = Callable[[TuningTask, Any, Any], tuple[float, float]]
-
-
 def _references(tasks: list[TuningTask], inputs: Inputs, labelled: bool) -> dict[str, Any]:
     """Run every expert once; return what the merged model is held against, task by task."""
 
     def of(task: TuningTask) -> Any:
         model = task.expert_model(inputs)
-        return (
-            score(task.outputs(model), task.prepared).value if labelled else task.comparable(model)
-        )
+        if labelled:
+            return score(task.outputs(model), task.prepared).value
+        return task.comparable(model)
 
     return {task.task.name: of(task) for task in tasks}
 
@@ -127,10 +124,7 @@ def _divergence(task: TuningTask, expert: Tensor, model: Any) -> tuple[float, fl
 
 
 def _objective(
-    tasks: list[TuningTask],
-    references: Mapping[str, Any],
-    measure: Measure,
-    unscaled: Unscaled,
+    tasks: list[TuningTask], references: Mapping[str, Any], measure: Measure, unscaled: Unscaled
 ) -> Callable[[float], Measured]:
     """Return α -> mean over tasks, in models that are loaded now."""
     merged = {t.name: t for t in unscaled.plan.merged}
@@ -169,10 +163,11 @@ def _load_bodies(tasks: list[TuningTask], unscaled: Unscaled) -> list[nn.Module]
     models: list[nn.Module] = []
     for task in tasks:
         pooler = task.task.pooling == "pooler"
-        model = bare.get(pooler) if task.task.head is not None else None
-        models.append(model or task.body_model(unscaled.inputs))
-        if task.task.head is not None:
-            bare[pooler] = models[-1]
+        if task.task.head is None:
+            models.append(task.body_model(unscaled.inputs))
+        else:
+            bare[pooler] = bare.get(pooler) or task.body_model(unscaled.inputs)
+            models.append(bare[pooler])
     dtype = unscaled.plan.output.dtype
     if dtype is not None:
         for model in {id(m): m for m in models}.values():

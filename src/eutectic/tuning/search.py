@@ -158,10 +158,7 @@ def grid(low: float, high: float, points: int) -> list[float]:
 
 
 def rounded(scale: float) -> float:
-    """Return α rounded to six digits, as it is printed.
-
-    Re-running with the printed value reproduces the output byte for byte.
-    """
+    """Return α rounded to six digits, as printed: the printed value gives the same bytes again."""
     return float(f"{scale:.6g}")
 
 
@@ -174,18 +171,19 @@ def _golden_section(
     inner = right - _GOLDEN * (right - left)
     outer = left + _GOLDEN * (right - left)
     inner_cost, outer_cost = at(inner), at(outer)
-    while right - left > goal:
+    while True:
         tie = inner_cost == outer_cost
-        if inner_cost < outer_cost or (tie and 2 * best <= inner + outer):
+        lower = inner_cost < outer_cost or (tie and 2 * best <= inner + outer)
+        if lower:
             right, outer, outer_cost = outer, inner, inner_cost
-            if right - left <= goal:
-                return
+        else:
+            left, inner, inner_cost = inner, outer, outer_cost
+        if right - left <= goal:
+            return
+        if lower:
             inner = right - _GOLDEN * (right - left)
             inner_cost = at(inner)
         else:
-            left, inner, inner_cost = inner, outer, outer_cost
-            if right - left <= goal:
-                return
             outer = left + _GOLDEN * (right - left)
             outer_cost = at(outer)
 

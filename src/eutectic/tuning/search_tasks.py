@@ -33,25 +33,15 @@ POSITIONS = 512  # of one task whose next-token distributions are compared: voca
 
 @dataclass(frozen=True)
 class TuningTask:
-    """One task, ready to be measured.
+    """One task, ready to be measured."""
 
-    Attributes:
-        task: the task; with `compare: features`, as one whose models are bare encoders.
-        prepared: its split.
-        head: linear head, or None: the model's own, or features.
-        rows: split -> number of rows, of all splits, which share none.
-        tested_elsewhere: other task -> how many of the split's rows are among its test rows.
-        as_features: features are compared, not predictions.
-        reading: configurations, classes and tokenizers of base and expert, as a hash.
-    """
-
-    task: Task
-    prepared: Prepared
-    head: Head | None
-    rows: Mapping[str, int]
-    tested_elsewhere: Mapping[str, int]
-    as_features: bool
-    reading: str
+    task: Task  # with `compare: features`, as one whose models are bare encoders
+    prepared: Prepared  # its split
+    head: Head | None  # None: the model's own, or features
+    rows: Mapping[str, int]  # split -> number of rows, of all splits, which share none
+    tested_elsewhere: Mapping[str, int]  # other task -> rows of the split among its test rows
+    as_features: bool  # features are compared, not predictions
+    reading: str  # hash of configurations, classes and tokenizers of base and expert
 
     @property
     def expert(self) -> str:
@@ -194,7 +184,9 @@ def _expert(inputs: Inputs, name: str) -> Path:
 @torch.inference_mode()
 def _token_logits(model: Any, prepared: Prepared) -> Tensor:
     """Return next-token logits `[positions, vocabulary]` at evenly spread known positions."""
-    counted = [_predicted(batch, prepared) for batch in prepared.batches]
+    causal = prepared.task.kind == "language-model"  # the last position predicts nothing known
+    labels = [batch["labels"][:, 1:] if causal else batch["labels"] for batch in prepared.batches]
+    counted = [own != IGNORED_LABEL for own in labels]
     total = sum(int(mask.sum()) for mask in counted)
     step = max(1, -(-total // POSITIONS))
     found: list[Tensor] = []
@@ -205,13 +197,10 @@ def _token_logits(model: Any, prepared: Prepared) -> Tensor:
         seen += count
         if not chosen:
             continue
-        given = dict(batch)
-        if prepared.task.kind == "language-model":
-            given.pop("labels")
         device = next(model.parameters()).device
-        logits = model(**{name: v.to(device) for name, v in given.items()}).logits
-        if prepared.task.kind == "language-model":
-            logits = logits[:, :-1]
+        given = {n: v.to(device) for n, v in batch.items() if not (causal and n == "labels")}
+        logits = model(**given).logits
+        logits = logits[:, :-1] if causal else logits
         found.append(logits[mask.to(device)][chosen].float().cpu())
     if not found:
         raise RequestError(
@@ -219,9 +208,3 @@ def _token_logits(model: Any, prepared: Prepared) -> Tensor:
             "predicted from others; give longer ones."
         )
     return torch.cat(found)
-
-
-def _predicted(batch: Mapping[str, Tensor], prepared: Prepared) -> Tensor:
-    """Return which positions predict a token: `[n, length]`, without the last for causal models."""
-    labels = batch["labels"]
-    return (labels[:, 1:] if prepared.task.kind == "language-model" else labels) != IGNORED_LABEL
