@@ -7,8 +7,6 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from torch import Tensor
 from eutectic.checkpoint.index import open_index
 from eutectic.checkpoint.writer import CheckpointWriter, OutputFile, write_atomically
 from eutectic.errors import CheckpointError, OutputError, ResumeError
+from helpers.processes import run_code
 
 from .helpers import same_bytes
 
@@ -262,6 +261,7 @@ def test_space_is_given_back_when_only_some_files_fit(
 
 def test_file_size_limit_of_the_system(tmp_path: Path) -> None:
     program = (
+        f"folder = {str(tmp_path)!r}\n"
         "import resource, sys, torch\n"
         "from pathlib import Path\n"
         "from eutectic.checkpoint.writer import OutputFile\n"
@@ -270,12 +270,12 @@ def test_file_size_limit_of_the_system(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
         "file = OutputFile('model.safetensors', (('a', torch.float32, (1000,)),))\n"
         "try:\n"
-        "    CheckpointWriter(Path(sys.argv[1]), [file])\n"
+        "    CheckpointWriter(Path(folder), [file])\n"
         "except OutputError as error:\n"
         "    sys.exit(7 if 'disk is full' in str(error) else 8)\n"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
-    assert done.returncode == 7
+    done = run_code(program)
+    assert done.returncode == 7, done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,17 +12,9 @@ import typer
 
 from eutectic.cli import console, main
 from eutectic.errors import CheckpointError, RequestError
+from helpers.processes import run_cli
 
 VERBS = [command.callback.__name__ for command in main.app.registered_commands]
-
-
-def run(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "eutectic.cli.main", *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "COLUMNS": "80", **environment},
-    )
 
 
 def test_the_verbs():
@@ -59,7 +51,7 @@ def test_the_help_of_a_process_starts_without_torch():
 
 
 def test_a_wrong_request_in_a_process():
-    result = run("methods", "iso_d")
+    result = run_cli("methods", "iso_d")
     assert result.returncode == 2
     assert result.stdout == ""
     first, second = result.stderr.splitlines()
@@ -68,7 +60,7 @@ def test_a_wrong_request_in_a_process():
 
 
 def test_debug_shows_the_traceback():
-    result = run("--debug", "methods", "iso_d")
+    result = run_cli("--debug", "methods", "iso_d")
     assert result.returncode not in (0, 2)
     assert "Traceback (most recent call last)" in result.stderr
     assert "MethodError: unknown method 'iso_d'" in result.stderr

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from helpers.cli import invoke
+from helpers.processes import run_script
 
 GLYPHS = Path(__file__).parents[2] / "benchmarks" / "glyphs"
 CLASSES = 4
@@ -20,9 +18,7 @@ pytest.importorskip("transformers")
 
 
 def run(script: str, *words: object) -> None:
-    command = [sys.executable, str(GLYPHS / script), *map(str, words)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    done = run_script(GLYPHS / script, *words)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from helpers.processes import run_script
 
 ROOT = Path(__file__).parents[2]
 SIX = ("wn_verb", "debsec", "gcide", "langid", "tweets", "movie")
 
 
-def run(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *arguments]
-    done = subprocess.run(
-        command,
-        check=False,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+def run(script: str, *arguments: str) -> None:
+    done = run_script(ROOT / "benchmarks" / script, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -66,10 +67,23 @@ def run_cli(
     *words: object, before: Callable[[], object] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run `eutectic WORDS` to its end in a process of its own."""
-    process = start_cli(*words, before=before)
-    out, err = process.communicate()
+    return _ended(start_cli(*words, before=before))
+
+
+def run_code(code: str) -> subprocess.CompletedProcess[str]:
+    """Run Python code to its end in a process of its own."""
+    return _ended(Forked(exec, code, {"__name__": "__main__"}))
+
+
+def run_script(path: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """Run `python PATH WORDS` to its end in a process of its own."""
+    return _ended(Forked(_script, str(path), [str(word) for word in words]))
+
+
+def _ended(process: Forked) -> subprocess.CompletedProcess[str]:
+    out, err = process.communicate(timeout=1800)
     assert process.returncode is not None
-    return subprocess.CompletedProcess([str(word) for word in words], process.returncode, out, err)
+    return subprocess.CompletedProcess([], process.returncode, out, err)
 
 
 def _begin(
@@ -84,6 +98,12 @@ def _begin(
     os.environ.clear()
     os.environ.update(environment)
     target(*arguments)
+
+
+def _script(path: str, words: list[str]) -> None:
+    sys.argv = [path, *words]
+    sys.path.insert(0, str(Path(path).parent))
+    runpy.run_path(path, run_name="__main__")
 
 
 def _command_line(words: list[str], before: Callable[[], object] | None) -> None:

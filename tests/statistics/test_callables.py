@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.statistics.function_identity import describe_callable
+from helpers.processes import run_code
 
 
 def closing(value: Any) -> Callable[..., Any]:
@@ -100,6 +99,7 @@ def test_another_process_says_the_same() -> None:
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r});"
         "from test_callables import *; print(describe_callable(closing({'b', 'a', 'c'})))"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    run = run_code(script)
+    assert run.returncode == 0, run.stderr
     hashed = describe_callable(closing({"a", "b", "c"}))
     assert run.stdout.split()[1] == hashed.split()[1]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from eutectic.errors import ResumeError
 from eutectic.statistics import collect
+from helpers.processes import run_code
 
 SCRIPT = """
 import os, signal, sys
@@ -88,7 +87,7 @@ def test_a_killed_collection_resumes_to_the_same_bytes(
         output=str(output),
         parts=parts,
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    result = run_code(script)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert not output.exists()
     assert output.with_name("killed.safetensors.partial").is_dir()
