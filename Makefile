@@ -15,11 +15,12 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DOCS := $(VENV)/.installed-docs
 pinned = $(shell sed -n '/^$(1)==/p' $(CONSTRAINTS))
 
-.PHONY: help demo test check format bench-kernels docs clean
+.PHONY: help demo test test-quick check format bench-kernels docs clean
 
 help:
 	@echo "make demo           merge real experts and compare the methods (one to two minutes)"
 	@echo "make test           run every test; JOBS=$(JOBS) processes"
+	@echo "make test-quick     those that are quick and run no models: under a minute"
 	@echo "make check          ruff, pyright, import-linter"
 	@echo "make format         rewrite the code as ruff wants it"
 	@echo "make bench-kernels  time the linear algebra against plain decompositions"
@@ -46,6 +47,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_OPTIONS)
+
+test-quick: $(INSTALLED)
+	$(BIN)/python -m pytest --quick --numprocesses $(JOBS) --dist worksteal $(PYTEST_OPTIONS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

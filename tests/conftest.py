@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,7 +15,29 @@ import torch  # noqa: E402 - after the settings above
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+# Imports of files that run models; transformers alone takes longer than the rest of a quick run.
+_MODELS = re.compile(
+    r"^\s*(from|import)\s.*\b(transformers|peft|datasets|world|configs|models|tiny_models)\b"
+    r"|^(\w+ = )?pytest\.importorskip",
+    re.M,
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Take `--quick`."""
+    parser.addoption(
+        "--quick", action="store_true", help="leave out slow tests and files that run models"
+    )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out files that run models where `--quick` asks for it, before they are imported."""
+    if config.getoption("--quick") and collection_path.match("test_*.py"):
+        return bool(_MODELS.search(collection_path.read_text(encoding="utf-8"))) or None
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin every process's share with its part of the slow tests.
 
     Work stealing deals out shares of equal size, one after the other, and then moves what is left:
@@ -21,6 +45,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     slow = [item for item in items if item.get_closest_marker("slow")]
     quick = [item for item in items if not item.get_closest_marker("slow")]
+    if config.getoption("--quick"):
+        config.hook.pytest_deselected(items=slow)
+        items[:], slow = quick, []
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     total = len(items)
     items.clear()

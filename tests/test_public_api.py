@@ -59,6 +59,7 @@ def test_the_version_is_the_packages():
     assert eutectic.__version__ == version("eutectic")
 
 
+@pytest.mark.slow
 def test_what_an_import_leaves_alone():
     stages = {
         "import eutectic": ["torch", "transformers", "numpy", "pydantic"],

@@ -80,6 +80,7 @@ def test_json(eutectic, models):
     assert sum(report["tensors"].values()) == 10
 
 
+@pytest.mark.slow
 def test_in_a_process(models):
     command = [sys.executable, "-m", "eutectic.cli.main", *BY_WORDS, "-o", "out", "--json"]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -55,7 +55,9 @@ def collect_inputs(model: nn.Module, batch: Batch) -> dict[str, LayerStatistics]
 
     Those of an equal model and batch are computed once.
     """
-    kind = repr((type(model), getattr(model, "config", None), list(model.state_dict()), list(batch)))
+    kind = repr(
+        (type(model), getattr(model, "config", None), list(model.state_dict()), list(batch))
+    )
     digest = hashlib.sha256(kind.encode())
     for tensor in (*model.state_dict().values(), *batch.values()):
         digest.update(repr((tensor.dtype, tensor.shape)).encode() + tensor.numpy().tobytes())

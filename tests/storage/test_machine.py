@@ -51,6 +51,7 @@ HIDDEN = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_merge_without_unix(tmp_path: Path) -> None:
     base = make_base()
