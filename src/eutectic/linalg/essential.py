@@ -81,7 +81,9 @@ def essential_subspace(
     if factored and min(out_features, len(stored)) <= in_features:
         root = stored.to(weight)
     else:
-        matrix = _dense(statistics).to(weight)
+        dense = statistics.dense_gram()
+        assert dense is not None  # there is a Gram or a factor
+        matrix = dense.to(weight)
         if out_features <= in_features:
             return _leading(_lower_product(weight @ matrix, weight.T), limit, tolerance)
         root = _root(matrix)
@@ -92,12 +94,6 @@ def essential_subspace(
     return EssentialSubspace(
         shift.T @ (inner.directions / inner.eigenvalues.sqrt()), inner.eigenvalues
     )
-
-
-def _dense(statistics: LayerStatistics) -> Tensor:
-    dense = statistics.dense_gram()
-    assert dense is not None  # checked by the caller
-    return dense
 
 
 def _root(matrix: Tensor) -> Tensor:

@@ -240,7 +240,12 @@ def _by_products(matrix: Tensor, squared: Gram, tolerance: float | None) -> Pola
     dropped = _dropped(ends, tolerance)
     if dropped is None or float(ends.smallest[0]) < PRODUCTS_FLOOR * ends.largest:
         return None
-    return _without(factor, matrix, ends, dropped, "products")
+    norm = float(torch.sum(factor * matrix, dtype=torch.float64))
+    norm -= float(ends.smallest[:dropped].sum())
+    if dropped:  # the last few directions are taken out again
+        V = ends.vectors[:, :dropped].to(factor.dtype)
+        factor = factor - (factor @ V) @ V.mT
+    return Polar(factor, norm, matrix.shape[1] - dropped, "products")
 
 
 def _dropped(ends: Ends, tolerance: float | None) -> int | None:
@@ -249,18 +254,6 @@ def _dropped(ends: Ends, tolerance: float | None) -> int | None:
     unclear = ((ends.smallest > limit / MARGIN) & (ends.smallest < limit * MARGIN)).any()
     dropped = int((ends.smallest <= limit).sum())
     return None if bool(unclear) or dropped == len(ends.smallest) else dropped
-
-
-def _without(
-    factor: Tensor, matrix: Tensor, ends: Ends, dropped: int, route: Route
-) -> Polar[Tensor]:
-    """Take the last few directions out of a polar factor of full rank."""
-    norm = float(torch.sum(factor * matrix, dtype=torch.float64))
-    norm -= float(ends.smallest[:dropped].sum())
-    if dropped:
-        V = ends.vectors[:, :dropped].to(factor.dtype)
-        factor = factor - (factor @ V) @ V.mT
-    return Polar(factor, norm, matrix.shape[1] - dropped, route)
 
 
 _KERNELS = {"halley": _by_halley, "gram": _by_gram, "products": _by_products}

@@ -43,7 +43,7 @@ def magnitude_thresholds(
             for row, bits in enumerate(_magnitude_bits(chunk)):
                 high = bits >> (DIGIT_BITS * (digit + 1))
                 inside = bits[high == prefixes[row]] >> (DIGIT_BITS * digit)
-                counts[row] += _histogram(inside & 0xFFFF, 1 << DIGIT_BITS)
+                counts[row] += torch.bincount(inside & 0xFFFF, minlength=1 << DIGIT_BITS)
         bins, remaining = _descend(counts, remaining)
         prefixes = (prefixes << DIGIT_BITS) | bins
     found = (prefixes if dtype == torch.float64 else prefixes.to(torch.int32)).view(dtype)
@@ -59,17 +59,13 @@ def _first_digit(chunks: Callable[[], Iterator[Tensor]]) -> tuple[Tensor | None,
             counts = torch.zeros(len(chunk), 1 << (DIGIT_BITS - 1), dtype=torch.int64)
         shift = (8 * dtype.itemsize) - DIGIT_BITS
         for row, bits in enumerate(_magnitude_bits(chunk)):
-            counts[row] += _histogram(bits >> shift, 1 << (DIGIT_BITS - 1))
+            counts[row] += torch.bincount(bits >> shift, minlength=1 << (DIGIT_BITS - 1))
     return counts, dtype
 
 
 def _magnitude_bits(chunk: Tensor) -> Tensor:
     integers = torch.int64 if chunk.dtype == torch.float64 else torch.int32
     return chunk.abs().flatten(1).view(integers)
-
-
-def _histogram(digits: Tensor, bins: int) -> Tensor:
-    return torch.bincount(digits, minlength=bins)
 
 
 def _descend(counts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -80,12 +80,7 @@ class EssentialParameters(Parameters):
     def resolved(self) -> _Exponents:
         """Return the preset's exponents under the explicit ones."""
         given = {f.name: getattr(self, f.name) for f in fields(_Exponents)}
-        return _Exponents(
-            **{
-                name: getattr(_PRESETS[self.preset], name) if value is None else value
-                for name, value in given.items()
-            }
-        )
+        return replace(_PRESETS[self.preset], **{k: v for k, v in given.items() if v is not None})
 
     def rank(self, out_features: int, experts: int) -> int:
         """Return k, the directions kept per expert."""

@@ -117,11 +117,7 @@ def roundoff(stored: Tensor) -> float:
 
 
 def participants(context: Context) -> list[int]:
-    """Return the positions of the experts with a positive weight.
-
-    Raises:
-        MethodError: a weight is negative, which would make the operator indefinite, or all are 0.
-    """
+    """Return the positions of the experts with a positive weight; negative ones are refused."""
     if min(context.weights) < 0 or max(context.weights) == 0:
         raise MethodError(
             "matching takes weights of at least 0, one of them positive, "
@@ -173,12 +169,7 @@ class Sums:
     like: Tensor
 
     def input_gram(self, t: int, size: int, weight: float) -> Gram:
-        """Return `weight`·A_t of expert t, in the form that it is stored in.
-
-        Raises:
-            MethodError: none is stored, or it does not fit a matrix with `size` inputs.
-            NumericalError: NaN or Inf in it.
-        """
+        """Return `weight`·A_t `[size, size]` of expert t, in the form that it is stored in."""
         entry = _entry(self.context, t)
         if entry.gram is not None or entry.gram_factor is None:
             return self.square(t, "gram", size, weight)

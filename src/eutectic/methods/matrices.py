@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypedDict, cast, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,22 +11,14 @@ from torch import Tensor
 from eutectic.errors import MethodError, NumericalError
 from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.methods.linear import finite
-from eutectic.methods.registry import Context, Method, Precision, all_methods, get_method
+from eutectic.methods.registry import Context, Method, all_methods, get_method
 from eutectic.types import LayerStatistics, Merged
 
 Deltas = Tensor | LowRankStack | Sequence[Tensor | LowRank | tuple[Tensor, Tensor]]
 
 
-class _Call(TypedDict):
-    """Keywords of one call of `merge_matrices` that stand among the method's parameters."""
-
-    experts: Sequence[str] | None
-    tensor: str
-    seed: int
-    precision: Precision
-
-
-_DEFAULTS: _Call = {"experts": None, "tensor": "", "seed": 0, "precision": "fast"}
+# Keywords of one call of `merge_matrices` that stand among the method's parameters.
+_DEFAULTS: dict[str, Any] = {"experts": None, "tensor": "", "seed": 0, "precision": "fast"}
 
 
 @overload
@@ -86,18 +78,16 @@ def merge_matrices(
                 [0., 2.]])
     """
     entry = get_method(method)
-    call = cast(_Call, {k: options.pop(k, default) for k, default in _DEFAULTS.items()})
+    call = {name: options.pop(name, default) for name, default in _DEFAULTS.items()}
     values = entry.parse(options, beside=_DEFAULTS)
     stack = _as_stack(entry, deltas)
     context = Context(
         weights=_as_weights(weights, len(stack)),
-        experts=_as_names(call["experts"], len(stack)),
-        tensor=call["tensor"],
+        experts=_as_names(call.pop("experts"), len(stack)),
         base=_like_one(base, stack, "base"),
         statistics=_as_statistics(statistics, len(stack)),
         initial=_like_one(initial, stack, "initial"),
-        seed=call["seed"],
-        precision=call["precision"],
+        **call,
     )
     lacking = missing_needs(entry, values, context)
     if lacking and entry.fallback(values) != method:
@@ -115,22 +105,21 @@ def run_method(
     `context.state` holds one already (model scope).
     """
     in_weights = entry.space(values) == "weight"
-    if in_weights and context.base is None:
+    base = context.base if in_weights else None
+    if in_weights and base is None:
         raise MethodError(f"method '{entry.name}' works on weights and needs base.")
     if isinstance(deltas, LowRankStack):
         if entry.factors and not in_weights:
             result = entry.function(deltas, values, context)
             return result if isinstance(result, Merged) else Merged(result)
         deltas = deltas.dense()
-    inputs = deltas + context.base if in_weights and context.base is not None else deltas
+    inputs = deltas if base is None else deltas + base
     if entry.prepare is not None and context.state is None:
         state = entry.prepare(lambda: iter([inputs.flatten(1)]), values, context)
         context = dataclasses.replace(context, state=state)
     result = entry.function(inputs, values, context)
     merged = result if isinstance(result, Merged) else Merged(result)
-    if in_weights and context.base is not None:
-        merged = Merged(merged.delta - context.base, merged.record)
-    return merged
+    return merged if base is None else Merged(merged.delta - base, merged.record)
 
 
 def missing_needs(entry: Method, values: Any, context: Context) -> list[str]:
@@ -211,12 +200,7 @@ def _as_factors(pair: LowRank | Sequence[Tensor]) -> LowRank:
 
 
 def _checked_factors(entry: Method, pairs: Sequence[LowRank]) -> LowRankStack:
-    """Return the deltas as factors in float32 or float64.
-
-    Raises:
-        MethodError: of different shapes, too few or too many, or not floating-point.
-        NumericalError: NaN or Inf in a factor.
-    """
+    """Return the deltas as factors in float32 or float64."""
     _check_one_shape(pair.shape for pair in pairs)
     entry.check_expert_count(len(pairs))
     dtype = functools.reduce(torch.promote_types, (pair.dtype for pair in pairs))

@@ -56,19 +56,10 @@ def build_system(
     normalize_counts: bool,
     dense: bool,
 ) -> System:
-    """Set up the system of an operator, in the dtype of the deltas.
+    """Set up an operator's system for deltas `[T, *shape]` (`block`: `[T, 1, n]`), in their dtype.
 
-    Args:
-        operator: which C_t.
-        deltas: `[T, *shape]`; `block` sees them as rows `[T, 1, n]`.
-        context: weights and statistics; experts of weight 0 take no part.
-        off_diagonal: λ, by which the off-diagonal entries of Grams are multiplied.
-        normalize_counts: divide the sums by their counts.
-        dense: hold the Kronecker factors densely, for closed forms and preconditioners.
-
-    Raises:
-        MethodError: statistics of another shape.
-        NumericalError: NaN or Inf in the statistics.
+    Experts of weight 0 take no part. `dense` holds the Kronecker factors densely, for closed forms
+    and preconditioners; for the others see `MatsParameters`.
     """
     if operator in ("identity", "diagonal_fisher"):
         return _elementwise_system(operator, deltas, context, normalize_counts)

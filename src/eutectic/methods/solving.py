@@ -19,14 +19,7 @@ from eutectic.linalg.cg import (
 from eutectic.linalg.cholesky import ridged_cholesky
 from eutectic.methods.grams import lack
 from eutectic.methods.linear import mean_of_deltas
-from eutectic.methods.operators import (
-    NEEDS,
-    Operator,
-    System,
-    damped,
-    scaled,
-    shifted,
-)
+from eutectic.methods.operators import NEEDS, Operator, System, damped, scaled, shifted
 from eutectic.methods.registry import Context
 from eutectic.types import Merged
 
@@ -44,29 +37,19 @@ def iterate(
     preconditioner: Preconditioner,
     damping: float,
 ) -> CGResult:
-    """Run conjugate gradients on the unknown offset + delta; the result holds the delta.
+    """Run conjugate gradients on the unknown offset + delta; system, start and result are deltas.
 
-    Args:
-        system: for deltas.
-        start: the delta to start from, as many entries as the system's right side.
-        offset: W₀ when the weights are the unknown, else None.
-        steps: the most steps.
-        tolerance: relative residual at which to stop.
-        preconditioner: see `MatsParameters`.
-        damping: see `damped`.
+    `offset` is W₀ when the weights are the unknown; for the others see `MatsParameters`.
     """
     initial = start.to(system.right_side).reshape(system.right_side.shape)
     if offset is not None:
         system, initial = shifted(system, offset), initial + offset
     system = damped(system, damping)
     b = system.right_side
-    if (
-        preconditioner == "none"
-        and system.matrix is not None
-        and eigenbasis_pays(len(b), b.shape[-1], steps)
-    ):
+    matrix = system.matrix if preconditioner == "none" else None
+    if matrix is not None and eigenbasis_pays(len(b), b.shape[-1], steps):
         result = conjugate_gradients_by_eigenbasis(
-            system.matrix, b, initial=initial, iterations=steps, tolerance=tolerance
+            matrix, b, initial=initial, iterations=steps, tolerance=tolerance
         )
     else:
         # Products of Fisher-sized numbers leave the range of float32.
@@ -106,11 +89,7 @@ def closed_form(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Solve a float64 system whose operator is a right multiplication, or its diagonal.
 
-    Returns:
-        The delta, and the ridge that it took for the record.
-
-    Raises:
-        NumericalError: the operator is not positive semidefinite.
+    Returns the delta, and the ridge that it took for the record.
     """
     right_side = (system if offset is None else shifted(system, offset)).right_side
     record: dict[str, Any]
@@ -134,11 +113,7 @@ def closed_form(
 
 
 def offset_of(space: Unknown, like: Tensor, context: Context) -> Tensor | None:
-    """Return what lies between the unknown and the delta: W₀ for weights, None for deltas.
-
-    Raises:
-        MethodError: the weights are asked for and there is no base.
-    """
+    """Return what lies between the unknown and the delta: W₀ for weights, None for deltas."""
     if space == "delta":
         return None
     if context.base is None:
