@@ -145,3 +145,40 @@ def test_scope_model_is_ties_on_the_flattened_model(aggregate):
     expected = naive_ties(flat, 0.4, aggregate, weights)
     assert torch.allclose(torch.cat(merged), expected, rtol=1e-6, atol=0)
     assert not merged[1].any()
+
+
+DENSITIES = (0.3, 1.0, 0.0, 0.6)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "dare_ties"])
+def test_experts_may_have_densities_of_their_own(method: str) -> None:
+    """The engine hands each expert's parameters over; the result is that of doing it by hand."""
+    entry = get_method(method)
+    values = [d or 0.5 for d in DENSITIES] if method != "ties" else list(DENSITIES)
+    flat = torch.randn(4, 101, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    context = Context(weights=(1.0,) * 4, experts=tuple("abcd"), tensor="w")
+    own = tuple(entry.parse({"density": d}) for d in values)
+    merged = run_method(entry, flat, entry.parse({}), replace(context, own=own)).delta
+    # One by one, each expert's part is that of a merge in which all have its density.
+    alone = []
+    for t, parameters in enumerate(own):
+        only = torch.zeros_like(flat)
+        only[t] = flat[t]
+        part = run_method(get_method("dare_linear" if "dare" in method else "ties"), only,
+                          replace_kind(method, parameters), context).delta  # fmt: skip
+        alone.append(part)
+    if method == "dare_linear":
+        torch.testing.assert_close(merged, torch.stack(alone).sum(0))
+        return
+    kept = torch.stack(alone)
+    expected = naive_ties(kept, 1.0, "mean")
+    torch.testing.assert_close(merged, expected)
+    uniform = run_method(entry, flat, entry.parse({"density": 0.5}), context).delta
+    assert not torch.equal(merged, uniform)
+
+
+def replace_kind(method: str, parameters):
+    """Return the parameters of the method that only drops or trims."""
+    if method == "ties":
+        return parameters
+    return get_method("dare_linear").parse({"density": parameters.density})

@@ -149,6 +149,31 @@ def test_a_method_may_ask_for_a_number_of_experts(folder):
     assert faults_of(folder, text) == ["line 2: method 'slerp' takes exactly 2 experts, got 3."]
 
 
+def test_an_expert_may_have_parameters_of_its_own(folder):
+    text = """
+base: ./base
+method: {method}
+experts:
+  a: ./a
+  b:
+    path: ./b
+    parameters: {{{own}}}
+"""
+
+    def load(method, own):
+        (folder / "own.yaml").write_text(text.format(method=method, own=own))
+        return load_recipe(folder / "own.yaml")[0].experts
+
+    assert load("ties", "density: 0.7")["b"].parameters == {"density": 0.7}
+    assert load("ties", "density: 0.7")["a"].parameters == {}
+    with pytest.raises(RecipeError, match="line 8: method 'ties': density: .* got 7"):
+        load("ties", "density: 7")
+    with pytest.raises(RecipeError, match="line 8: expert 'b': .*aggregate.*Allowed: density"):
+        load("ties", "aggregate: sum")
+    with pytest.raises(RecipeError, match="no density of each expert's own. Allowed: none"):
+        load("average", "density: 0.7")
+
+
 def test_side_files_come_from_someone_known(folder):
     assert faults_of(folder, GOOD + "side_files: c\n") == [
         "line 7: side_files: 'c' is neither 'base' nor an expert."
