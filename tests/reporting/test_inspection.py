@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 import eutectic
 from eutectic.errors import MissingExtraError, NumericalError, RequestError
 from eutectic.reporting import Inspection, subspace_alignment_ratio
-from eutectic.reporting.matrices import LayerMatrices
+from eutectic.reporting.layers import LayerMatrices, measure_layer
 from eutectic.reporting.matrix_measures import output_energy
-from eutectic.reporting.measure import measure_layer
 from eutectic.reporting.schema import schema_text
 from eutectic.types import LayerStatistics
 from helpers.cli import invoke

@@ -20,9 +20,8 @@ from eutectic.planning.inputs import Inputs, open_inputs
 from eutectic.planning.plan import Plan, make_plan
 from eutectic.recipes.load import Source, check_recipe, load_recipe
 from eutectic.recipes.schema import Recipe
-from eutectic.reporting.matrices import selected_layers, stream_matrices
+from eutectic.reporting.layers import measure_layer, selected_layers, stream_matrices
 from eutectic.reporting.matrix_measures import check_error
-from eutectic.reporting.measure import measure_layer
 from eutectic.reporting.plots import check_plots, draw
 from eutectic.reporting.schema import Inspection, Layer
 from eutectic.reporting.summary import summarise

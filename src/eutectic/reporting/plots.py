@@ -63,7 +63,9 @@ def draw(found: Inspection, folder: Path) -> None:
 def _spectra(found: Inspection) -> Any:
     """Singular values of a few layers that an expert changed, spread over the model's depth."""
     changed = [layer for layer in found.layers if any(s.rank for s in layer.experts.values())]
-    shown = _spread(changed or found.layers, PANELS)
+    shown = changed or found.layers
+    if len(shown) > PANELS:
+        shown = [shown[round(i * (len(shown) - 1) / (PANELS - 1))] for i in range(PANELS)]
     columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure = new_figure(3.4 * columns + 1.8, 2.7 * rows + 0.5)
@@ -151,14 +153,13 @@ def _alignment(found: Inspection) -> Any:
     }
     known = [v for table in tables.values() for row in table for v in row if v is not None]
     low = min(0.9, math.floor(10 * min(known, default=0)) / 10)
-    image = None
     for axes, model in zip(panels, models, strict=True):
-        image = _image(axes, tables[model], "viridis", low, 1)
+        _image(axes, tables[model], "viridis", low, 1)
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
         mean = found.summary.merged[model].sar
         axes.set_title(model if mean is None else f"{model}\nmean {mean:.3f}", fontsize=9)
     _layer_ticks(panels[0], found.layers, axis="y")
-    bar = figure.colorbar(image, ax=list(panels), shrink=min(1.0, 4 / height))
+    bar = figure.colorbar(panels[-1].images[0], ax=list(panels), shrink=min(1.0, 4 / height))
     bar.set_label(f"SAR at relative error {found.error:g}", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     figure.suptitle("Subspace alignment per layer and task", fontsize=11)
@@ -180,8 +181,8 @@ def _scatter(found: Inspection) -> Any:
         axes.plot([], [], "s", color=_dark(index), label=model)
     for place, task in enumerate(found.experts):
         axes.plot([], [], markers[place % len(markers)], color="grey", label=task)
-    axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")
-    axes.axhline(0, color="grey", linewidth=0.8, linestyle=":")
+    for nai in (1, 0):
+        axes.axhline(nai, color="grey", linewidth=0.8, linestyle=":")
     overall = found.summary.correlation.overall
     axes.set_title(
         f"Alignment and accuracy: Pearson {_text(overall.pearson)}, Spearman "
@@ -240,15 +241,9 @@ def _layer_ticks(axes: Any, layers: Sequence[Layer], axis: str) -> None:
         axes.set_yticks(places, names, fontsize=7)
 
 
-def _short(name: str, length: int = 40) -> str:
+def _short(name: str) -> str:
     name = name.replace(".weight", "")
-    return name if len(name) <= length else "…" + name[1 - length :]
-
-
-def _spread(layers: Sequence[Layer], count: int) -> list[Layer]:
-    if len(layers) <= count:
-        return list(layers)
-    return [layers[round(i * (len(layers) - 1) / (count - 1))] for i in range(count)]
+    return name if len(name) <= 40 else "…" + name[-39:]
 
 
 def _top(table: Pairs, least: float = 0.0) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from eutectic.reporting.measure import plain, rounded
+from eutectic.reporting.layers import plain, rounded
 from eutectic.reporting.schema import (
     CorrelationValue,
     Interference,
