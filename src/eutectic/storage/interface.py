@@ -1,8 +1,9 @@
 """What a storage does.
 
-Locations are paths with the surface of `pathlib`: joining, names, `exists` and reading a small text
-are asked of them. A storage does what differs between a disk and an object store, where nothing can
-be renamed, linked or written in place: large files are staged and become visible by one `commit`.
+Locations are paths with the surface of `pathlib`: joining, names, `exists`, `is_dir`, listing side
+files and reading a small text are asked of them. A storage does what differs between a disk and an
+object store, where nothing can be renamed, linked or written in place: large files are staged and
+become visible by one `commit`.
 
 All methods raise `OSError`, which callers turn into errors that say what they were doing.
 """
