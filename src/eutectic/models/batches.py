@@ -20,11 +20,7 @@ LABEL_KEYS = ("labels", "label", "label_ids")
 
 
 def sample_count(batch: Batch) -> int:
-    """Return the number of examples of a batch: the first axis of its first tensor.
-
-    Raises:
-        RequestError: the batch holds no tensor.
-    """
+    """Return the number of examples of a batch: the first axis of its first tensor."""
     for value in tensors_by_name(batch).values():
         if isinstance(value, Tensor) and value.ndim > 0:
             return value.shape[0]
@@ -93,9 +89,6 @@ class Layout:
 
         `[samples, features]`: every row counts. `[samples·tokens, features]` and
         `[tokens, samples, features]` are recognised; further axes are flattened.
-
-        Raises:
-            StatisticsError: the activations fit no mask and `unmatched` is "error".
         """
         lead = tuple(activations.shape[:-1])
         # The towers of CLIP may see different numbers of images and texts.
@@ -104,9 +97,7 @@ class Layout:
             return Tokens(lambda t: t.unsqueeze(1), None)
         if site.role == "image":
             arrange = _fit_samples(lead, images, self.batch_first)
-            if arrange is not None:
-                return Tokens(arrange, None)
-            return Tokens(lambda t: t.reshape(lead[0], -1, t.shape[-1]), None)
+            return Tokens(arrange or (lambda t: t.reshape(lead[0], -1, t.shape[-1])), None)
         preferred, other = self._preference(site, activations)
         for mask in (preferred, other):
             if mask is not None and (arrange := _fit(lead, mask, self.batch_first)) is not None:
@@ -118,9 +109,10 @@ class Layout:
             return Tokens(lambda t: t.reshape(1, -1, t.shape[-1]), None, pooled=False)
         if self.unmatched == "skip":
             return None
+        masks = [f", mask {[*m.shape]}" for m in (self.first, self.second) if m is not None]
         raise StatisticsError(
             f"'{site.name}' sees inputs {[*activations.shape]}, which fit no mask of the batch "
-            f"({self._describe()}).\n"
+            f"({self.samples} samples{''.join(masks)}).\n"
             "Leave the layer out, or pass unmatched='all' (count every row) or 'skip'."
         )
 
@@ -134,10 +126,6 @@ class Layout:
             # Sounds and images have no mask, and the decoder's says nothing about them.
             return self.first, None if self.first is None else self.second
         return self.second, self.first
-
-    def _describe(self) -> str:
-        masks = [f"mask {[*m.shape]}" for m in (self.first, self.second) if m is not None]
-        return ", ".join([f"{self.samples} samples", *masks])
 
 
 def _fit(
@@ -205,12 +193,8 @@ def layout(
     The first mask is `attention_mask`, or what `token_mask(batch)` returns; without either, all
     tokens of `input_ids` count. The decoder's is `decoder_attention_mask`, or the positions whose
     label is not -100, or all of `decoder_input_ids`.
-
-    Raises:
-        RequestError: a mask that is not `[samples, tokens]`.
     """
-    items = tensors_by_name(batch)
-    samples = sample_count(batch)
+    items, samples = tensors_by_name(batch), sample_count(batch)
     first = items.get("attention_mask") if token_mask is None else token_mask(batch)
     if token_mask is None and first is None and isinstance(items.get("input_ids"), Tensor):
         first = torch.ones_like(items["input_ids"], dtype=torch.bool)

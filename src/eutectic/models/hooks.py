@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -44,7 +45,7 @@ def observing(model: nn.Module, sites: Iterable[Site], observer: Observer) -> It
                 if isinstance(module, nn.MultiheadAttention):
                     attention.setdefault(module, {})[_slot(site)] = site
                 else:
-                    hook = _hook(site, observer)
+                    hook = partial(_observe, site, observer)
                     handle = module.register_forward_hook(hook, with_kwargs=True)
                     undo.callback(handle.remove)
         for module, slots in attention.items():
@@ -56,7 +57,7 @@ def observing(model: nn.Module, sites: Iterable[Site], observer: Observer) -> It
         if is_encoder_decoder(model) and callable(find := getattr(model, "get_encoder", None)):
             encoder = find()
             if isinstance(encoder, nn.Module) and encoder is not model:
-                handle = encoder.register_forward_hook(_encoder_hook(observer))
+                handle = encoder.register_forward_hook(partial(_observe_encoder, observer))
                 undo.callback(handle.remove)
         yield
 
@@ -86,23 +87,16 @@ def requiring_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def _hook(site: Site, observer: Observer) -> Callable[..., None]:
-    def hook(
-        module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], outputs: Any
-    ) -> None:
-        inputs = args[0] if args else next(iter(kwargs.values()))
-        observer.observe(site, inputs, outputs)
-
-    return hook
+def _observe(
+    site: Site, observer: Observer, module: nn.Module, args: Any, kwargs: Any, outputs: Any
+) -> None:
+    observer.observe(site, args[0] if args else next(iter(kwargs.values())), outputs)
 
 
-def _encoder_hook(observer: Observer) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
-        states = outputs if isinstance(outputs, Tensor) else outputs[0]
-        if isinstance(states, Tensor):
-            observer.encoder_output(states)
-
-    return hook
+def _observe_encoder(observer: Observer, module: nn.Module, args: Any, outputs: Any) -> None:
+    states = outputs if isinstance(outputs, Tensor) else outputs[0]
+    if isinstance(states, Tensor):
+        observer.encoder_output(states)
 
 
 def _slot(site: Site) -> str:

@@ -20,28 +20,17 @@ POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """A linear map of pooled features: `weight` [outputs, hidden], `bias` [outputs].
+    """A linear map of pooled features."""
 
-    Attributes:
-        weight: float32.
-        bias: float32.
-        pooling: mean over unmasked tokens (or over the places of a feature map), the first token,
-            or the model's own pooled output.
-        normalize: scale features to length 1 first, as zero-shot heads of CLIP need it.
-    """
-
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor  # [outputs, hidden], float32
+    bias: Tensor  # [outputs], float32
+    # Mean over unmasked tokens (or over the places of a feature map), the first token, or the
+    # model's own pooled output.
     pooling: Pooling = "mean"
-    normalize: bool = False
+    normalize: bool = False  # features to length 1 first, as zero-shot heads of CLIP need it
 
     def logits(self, outputs: Any, batch: Any) -> Tensor:
-        """Return weight·feature + bias `[n, outputs]` of what a bare model returned on a batch.
-
-        Raises:
-            RequestError: outputs without the features that the pooling asks for, or of another
-                width than the head's.
-        """
+        """Return weight·feature + bias `[n, outputs]` of what a bare model returned on a batch."""
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         return self.of(features(outputs, mask, self.pooling))
 
@@ -67,12 +56,7 @@ class Head:
 
 
 def read_head(path: Path, pooling: Pooling = "mean", normalize: bool = False) -> Head:
-    """Read a head from a safetensors file; without `bias` it is zero.
-
-    Raises:
-        CheckpointError: the file is missing or does not hold `weight` [outputs, hidden].
-        RequestError: an unknown pooling.
-    """
+    """Read a head from a safetensors file; without `bias` it is zero."""
     if pooling not in POOLINGS:
         raise RequestError(f"unknown pooling '{pooling}'; known are {', '.join(POOLINGS)}.")
     try:
@@ -90,11 +74,7 @@ def read_head(path: Path, pooling: Pooling = "mean", normalize: bool = False) ->
 
 
 def features(outputs: Any, mask: Tensor | None, pooling: Pooling) -> Tensor:
-    """Return pooled features `[n, hidden]` of what a bare transformers model returned.
-
-    Raises:
-        RequestError: the outputs hold none for this pooling.
-    """
+    """Return pooled features `[n, hidden]` of what a bare transformers model returned."""
     name = "pooler_output" if pooling == "pooler" else "last_hidden_state"
     states = getattr(outputs, name, None)
     if not isinstance(states, Tensor):

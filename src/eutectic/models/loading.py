@@ -29,23 +29,14 @@ _COUNTED_FROM_PADDING = {"camembert", "data2vec-text", "ibert", "longformer", "m
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run, what it is for, what feeds it, and which checkpoint it is.
+    """A model ready to run, what it is for, what feeds it, and which checkpoint it is."""
 
-    Attributes:
-        model: in float32, on its device.
-        task: decides the model class.
-        processor: tokenizer or image processor.
-        label_ids: class name -> index, from the configuration.
-        fingerprint: of the checkpoint.
-        randomly_initialised: parameters that no file holds, so that transformers drew them.
-    """
-
-    model: nn.Module
-    task: TaskKind
-    processor: Any
-    label_ids: dict[str, int]
-    fingerprint: str
-    randomly_initialised: tuple[str, ...] = ()
+    model: nn.Module  # in float32, on its device
+    task: TaskKind  # decides the model class
+    processor: Any  # tokenizer or image processor
+    label_ids: dict[str, int]  # class name -> index, from the configuration
+    fingerprint: str  # of the checkpoint
+    randomly_initialised: tuple[str, ...] = ()  # parameters that no file holds
 
     def check_head(self, head: Head | None = None) -> None:
         """Raise RequestError for a model whose predictions, and so whose gradients, mean nothing.
@@ -53,14 +44,13 @@ class LoadedModel:
         It is a bare one, or has parameters drawn at random; with a `head` in a file of its own that
         uses no pooler, the model's may be missing.
         """
-        unused = head is not None and head.pooling != "pooler"
-        drawn = self.randomly_initialised
-        needed = [name for name in drawn if not (unused and "pooler" in name.split("."))]
         if head is None and self.task == "feature-extraction":
             raise RequestError(
                 "a bare model predicts nothing, so there are no gradients to collect.\n"
                 "Name its linear head with --head, another --task, or collect without gradients."
             )
+        unused = {"pooler"} if head is not None and head.pooling != "pooler" else set[str]()
+        needed = [n for n in self.randomly_initialised if unused.isdisjoint(n.split("."))]
         if needed:
             first, *others = needed
             more = f" and {len(others)} more" if others else ""
@@ -77,27 +67,17 @@ def load_model(
     """Load a checkpoint, or a PEFT adapter on its base, in float32 with what feeds it.
 
     Adapters stay beside the layers that they adapt; parameters keep the base's names. The
-    fingerprint is that of the checkpoint's (the adapter's) files.
-
-    Args:
-        checkpoint: folder of a checkpoint or of an adapter.
-        base: the base's folder; for adapters only.
-        task: a kind of task, which decides the class; default by the architecture that the
-            configuration names.
-        device: where to run it.
-
-    Raises:
-        CheckpointError: the folder is unusable, or its model needs code of its own.
-        RequestError: an adapter without a base, an unknown task, or a device that is not there.
-        MissingExtraError: transformers or peft is not installed.
+    fingerprint is that of the checkpoint's (the adapter's) files. `task`, a kind of task, decides
+    the class; default by the architecture that the configuration names.
     """
     transformers = transformers_for("running a checkpoint")
     kind = None if task is None else task_kind(task, COLLECTED)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = first_line(error)
-        raise RequestError(f"--device {device} cannot be used here: {reason}.") from error
+        raise RequestError(
+            f"--device {device} cannot be used here: {first_line(error)}."
+        ) from error
     for given in (checkpoint, base):
         if given is not None and not given.is_dir():
             raise CheckpointError(f"{given}: no such folder.")
@@ -133,11 +113,7 @@ def load_model(
 
 
 def base_folder(folder: Path, base: str | Path | None) -> Path:
-    """Return the folder that holds the full weights: an adapter's base, or the folder itself.
-
-    Raises:
-        RequestError: an adapter without a base.
-    """
+    """Return the folder that holds the full weights: an adapter's base, or the folder itself."""
     if not is_adapter(folder):
         return folder
     if base is None:

@@ -49,10 +49,6 @@ def file_keys(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str
     renames some between file and memory) a model is loaded from tensors that hold a number each,
     which tells where every key goes. Keys that the model has no use for are left out.
 
-    Args:
-        model: from `load_model`.
-        shapes: key -> shape, as in the checkpoint's files.
-
     Raises:
         CheckpointError: transformers joins or splits tensors when it loads them, so that there is
             no such mapping.
@@ -68,15 +64,9 @@ def file_keys(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> dict[str
 
 
 def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], keys: Mapping[str, str]) -> None:
-    """Copy tensors, by file key, into a loaded model; keys that it has no use for are passed over.
+    """Copy tensors, by file key, into a loaded model; those that `file_keys` lacks are passed over.
 
-    Args:
-        model: from `load_model`.
-        tensors: file key -> values, any dtype, any subset of the keys.
-        keys: from `file_keys`.
-
-    Raises:
-        CheckpointError: a tensor has another shape than the model's.
+    They may be any subset of the keys, of any dtype, and must have the shapes of the model's.
     """
     state = model.state_dict()
     with torch.no_grad():

@@ -19,12 +19,8 @@ Kind = Literal["linear", "conv1d", "convolution", "in_projection", "out_projecti
 Role = Literal["encoder", "decoder", "cross", "image", "text"]
 
 _CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
 
 

@@ -68,11 +68,7 @@ def spelled(name: str) -> str:
 
 
 def task_kind(name: str, allowed: Sequence[TaskKind] = TASK_KINDS) -> TaskKind:
-    """Return a kind of task from any spelling of it.
-
-    Raises:
-        RequestError: it is none of `allowed`.
-    """
+    """Return a kind of task from any spelling of it."""
     found = spelled(name)
     if found not in allowed:
         raise RequestError(

@@ -17,12 +17,7 @@ from eutectic.errors import CheckpointError, first_line
 from eutectic.models.linear_head import Pooling
 from eutectic.models.loading import base_folder
 from eutectic.models.task_kinds import MODEL_CLASSES, TaskKind
-from eutectic.models.transformers_loading import (
-    LOCAL,
-    load_config,
-    pretrained,
-    transformers_for,
-)
+from eutectic.models.transformers_loading import LOCAL, load_config, pretrained, transformers_for
 
 GENERATION = "generation_config.json"
 _SEARCH = (
@@ -38,23 +33,14 @@ EXPERTS = "experts"  # the folder of a merged model that holds one loadable fold
 
 
 class ModelTask(Protocol):
-    """What decides the model of a task; `eutectic.evaluation.Task` is one.
+    """What decides the model of a task; `eutectic.evaluation.Task` is one."""
 
-    Attributes:
-        name: for messages.
-        kind: decides the class of the model; not `function`.
-        head: file of a linear head on the bare model's features; None: the model has its own.
-        pooling: of the features that `head` takes.
-        head_tensors: patterns of tensors that count as the expert's head besides the usual ones.
-        labels: names of the classes, where the configuration does not say them.
-    """
-
-    name: str
-    kind: TaskKind
-    head: str | None
-    pooling: Pooling
-    head_tensors: tuple[str, ...]
-    labels: tuple[str, ...] | None
+    name: str  # for messages
+    kind: TaskKind  # decides the class of the model; not `function`
+    head: str | None  # file of a linear head on the bare model's features; None: the model's own
+    pooling: Pooling  # of the features that `head` takes
+    head_tensors: tuple[str, ...]  # patterns of the expert's head besides the usual ones
+    labels: tuple[str, ...] | None  # names of the classes, where the configuration has none
 
     @property
     def expert_name(self) -> str:
@@ -74,19 +60,8 @@ def load_model(
 
     With a linear head in the task it is the bare encoder. Otherwise it is a model with a task head:
     a merged folder with `experts/<expert>/` takes that folder; a folder that lacks head tensors of
-    the expert (the base, a body alone) borrows them: its body, the expert's head.
-
-    Args:
-        folder: a checkpoint, or a LoRA adapter (which needs `base`).
-        task: decides the class; not of the kind `function`.
-        base: the base of adapters, `folder` or `expert`.
-        expert: the folder of the task's expert, for its head; None: `folder` has its own.
-        device: where the model goes.
-
-    Raises:
-        CheckpointError: the folder is unusable, or tensors that the task needs are nowhere.
-        RequestError: an adapter without a base.
-        MissingExtraError: transformers is not installed.
+    the expert (the base, a body alone) borrows them: its body, the expert's head. An adapter,
+    `folder` or `expert`, needs its `base`; without `expert`, `folder` has a head of its own.
     """
     folder = whole = Path(folder)
     own = folder / EXPERTS / task.expert_name
@@ -108,12 +83,7 @@ def load_model(
 
 
 def checkpoint_tensors(folder: str | Path, base: str | Path | None = None) -> dict[str, Tensor]:
-    """Return all tensors of a checkpoint by the file's keys; an adapter as W₀ + ΔW on its base.
-
-    Raises:
-        CheckpointError: it cannot be read.
-        RequestError: an adapter without a base.
-    """
+    """Return all tensors of a checkpoint by the file's keys; an adapter as W₀ + ΔW on its base."""
     index = open_index(base_folder(Path(folder), base))
     with CheckpointReader(index) as reader:
         state = {n: reader.read(n).view(e.shape) for n, e in reader.entries.items()}
@@ -139,9 +109,6 @@ def head_tensors(
     """Return the tensors of an expert that count as its head, by its own keys.
 
     Those that `body` lacks or has in another shape, and those that `task.head_tensors` names.
-
-    Raises:
-        CheckpointError: one of them cannot be read, or they are fine-tunes of different models.
     """
     index = open_index(Path(body))
     with _opened(Path(expert), index, base) as lender:
@@ -154,9 +121,6 @@ def borrows_head(
     """Return whether `load_model(folder, task, base=base, expert=expert)` takes the expert's head.
 
     False where the body has a head of the same shape itself. Headers are read, no tensor.
-
-    Raises:
-        CheckpointError: one of them cannot be read, or they are fine-tunes of different models.
     """
     index = open_index(base_folder(Path(folder), base))
     with _opened(Path(expert), index, base) as lender:
@@ -222,9 +186,8 @@ def _set_generation(model: Any, kind: TaskKind, folders: Sequence[Path]) -> None
     try:
         found = settings.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder / GENERATION}: cannot be read: {first_line(error)}"
-        ) from None
+        reason = f"{folder / GENERATION}: cannot be read: {first_line(error)}"
+        raise CheckpointError(reason) from None
     if kind == "sequence-to-sequence":
         plain = settings()
         for name in _SEARCH:

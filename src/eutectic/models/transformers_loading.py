@@ -25,11 +25,7 @@ LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False
 
 
 def transformers_for(purpose: str) -> Any:
-    """Return the package transformers.
-
-    Raises:
-        MissingExtraError: it is not installed; `purpose` needs it.
-    """
+    """Return the package transformers, which `purpose` needs."""
     try:
         import transformers
     except ImportError as error:
@@ -47,13 +43,8 @@ def pretrained(
 ) -> tuple[Any, dict[str, Any]]:
     """Return a model and what loading found out: `missing_keys`, `mismatched_keys`, ….
 
-    Args:
-        model_class: a class of transformers, an automatic one too.
-        folder: where the weights are; None with `state`.
-        config: the configuration that goes with `state`.
-        state: tensors by the keys of files, instead of a folder; those of another shape than the
-            model's are left out and reported.
-        dtype: of the parameters; `auto` keeps the stored one.
+    Instead of a folder there may be a `state`, tensors by the keys of files, with its `config`;
+    tensors of another shape than the model's are left out and reported.
     """
     transformers = transformers_for("Loading models")
     old = int(transformers.__version__.split(".")[0]) < 5
@@ -86,15 +77,9 @@ def load_config(folder: Path) -> Any:
 
 
 def load_stored(folder: Path, model_class: Any = None) -> Any:
-    """Return a transformers model in the class and the dtype that it is stored in.
+    """Return a transformers model as stored: its dtype, and the class that config.json names.
 
-    Args:
-        folder: its folder.
-        model_class: anything with `from_pretrained`; None takes the class that config.json names.
-
-    Raises:
-        CheckpointError: config.json names no class that transformers has.
-        MissingExtraError: transformers is not installed.
+    `model_class`, anything with `from_pretrained`, is taken in place of the latter.
     """
     transformers = transformers_for(f"loading {folder}")
     if model_class is None:

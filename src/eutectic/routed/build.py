@@ -147,17 +147,17 @@ def build_routed(
     routing = Routing(names, router, steps, feeds_batch_first(model), left_out=left_out)
     with open_experts(model, experts, asked.base) as opened, torch.no_grad():
         for layer in chosen:
+            entries: list[LayerStatistics] = []
             for source, own, of_routes in zip(opened, called, routes_called, strict=True):
-                if asked.statistics_of == "any":
-                    continue
-                n, weight = source.name, source.read(layer.name)
-                where = f"'{layer.name}', expert '{n}'"
-                check_origin(statistics[n], own[layer.name], weight, where)
-                if router_statistics is not None:
+                n, key = source.name, own[layer.name]
+                if asked.statistics_of == "expert":
+                    where = f"'{layer.name}', expert '{n}'"
+                    check_origin(statistics[n], key, source.read(layer.name), where)
+                if asked.statistics_of == "expert" and router_statistics is not None:
                     where = f"'{layer.name}', the router's data of '{n}'"
                     check_origin(routes[n], of_routes[layer.name], layer.weight, where)
-            entries = [statistics[n][c[layer.name]] for n, c in zip(names, called, strict=True)]
-            up, down, kept = thin_experts(layer, opened, entries, rank)
+                entries.append(statistics[n][key])
+            up, down, kept = _thin_experts(layer, opened, entries, rank)
             if short := {n: k for n, k in zip(names, kept, strict=True) if k < up.shape[-1]}:
                 routing.short[layer.name] = short
             scorer = _router(router, of_router(layer), layer, shrinkage, names)
@@ -165,11 +165,8 @@ def build_routed(
     return finish(routed, routing)
 
 
-def thin_experts(
-    layer: Site,
-    experts: Sequence[ExpertWeights],
-    statistics: Sequence[LayerStatistics],
-    rank: int,
+def _thin_experts(
+    layer: Site, experts: Sequence[ExpertWeights], statistics: list[LayerStatistics], rank: int
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Return B `[T, out, ρ]`, F `[T, ρ, in]` in the layer's dtype, and directions per expert.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,41 +24,28 @@ from eutectic.types import LayerStatistics, as_statistics
 StateDict = Mapping[str, Tensor]
 
 
+@dataclass(eq=False)
 class ExpertWeights:
-    """The weights of one expert; adapters are applied to their base.
+    """The weights of one expert; adapters are applied to their base."""
 
-    `called` tells what the model's parameters are called there; of adapters, in the base.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        expert: Expert,
-        called: Mapping[str, str],
-        base: CheckpointReader | None = None,
-    ) -> None:
-        self.name = name
-        self._expert = expert
-        self._called = called
-        self._base = base
+    name: str
+    expert: Expert
+    called: Mapping[str, str]  # what the model's parameters are called there; of adapters: in base
+    base: CheckpointReader | None = None
 
     def read(self, name: str) -> Tensor:
-        """Return the stored weight under the model's name, float32.
-
-        Raises:
-            RequestError: the expert (or an adapter's base) has no such tensor.
-        """
-        key = self._called.get(name)
-        held = self._expert.entries if self._base is None else self._base.entries
+        """Return the stored weight under the model's name, float32."""
+        key = self.called.get(name)
+        held = (self.expert if self.base is None else self.base).entries
         if key is None or key not in held:
             raise RequestError(
                 f"expert '{self.name}' has no tensor '{name}'.\n"
                 "If the model names its tensors otherwise in memory than in files, pass the "
                 "expert's state_dict()."
             )
-        values = None if self._base is None else self._base.read(key).float()
-        if values is None or key in self._expert.entries:
-            values = self._expert.weight(key, base=values, dtype=torch.float32)
+        values = None if self.base is None else self.base.read(key).float()
+        if values is None or key in self.expert.entries:
+            values = self.expert.weight(key, base=values, dtype=torch.float32)
         return values.view(held[key].shape)
 
 
@@ -67,12 +55,7 @@ def open_experts(
     experts: Mapping[str, StateDict | str | Path],
     base: str | Path | None,
 ) -> Iterator[list[ExpertWeights]]:
-    """Open every expert: a state dict, a checkpoint (read tensor by tensor), or a PEFT adapter.
-
-    Raises:
-        RequestError: no expert at all, or an adapter without `base`.
-        CheckpointError: a file cannot be read or belongs to another model.
-    """
+    """Open every expert: a state dict, a checkpoint (read tensor by tensor), or a PEFT adapter."""
     if not experts:
         raise RequestError("a routed model needs at least one expert, got none.")
     parameters = model.named_parameters(remove_duplicate=False)
@@ -83,8 +66,8 @@ def open_experts(
         opened: list[ExpertWeights] = []
         index: CheckpointIndex | None = None
         for name, source in experts.items():
+            label = f"expert '{name}'"
             if isinstance(source, Mapping) or not is_adapter(Path(source)):
-                label = f"expert '{name}'"
                 if isinstance(source, Mapping):
                     reader = StateDictReader(source, label)
                 else:
@@ -97,8 +80,8 @@ def open_experts(
                 continue
             if base is None:
                 raise RequestError(
-                    f"expert '{name}' is an adapter, whose weights need the model it was trained "
-                    "on.\nPass base=, the checkpoint before merging."
+                    f"{label} is an adapter, whose weights need the model it was trained on.\n"
+                    "Pass base=, the checkpoint before merging."
                 )
             index = index or open_index(Path(base))
             reader = stack.enter_context(CheckpointReader(index))
@@ -117,12 +100,7 @@ def expert_statistics(
     layers: Sequence[Site],
     what: str,
 ) -> list[dict[str, str]]:
-    """Return per expert how the layers are called in its statistics.
-
-    Raises:
-        RequestError: an expert has no statistics, or there are some for a name that is no expert.
-        StatisticsError: a layer has none; the first few are named.
-    """
+    """Return per expert how the layers are called in its statistics, which hold them all."""
     lacking = [name for name in experts if name not in given]
     unknown = [name for name in given if name not in experts]
     if lacking or unknown:
@@ -160,13 +138,9 @@ def expert_statistics(
 def check_origin(
     statistics: Mapping[str, LayerStatistics], called: str, weight: Tensor, where: str
 ) -> None:
-    """Refuse statistics that say that they were collected with another `weight` than this.
+    """Refuse statistics that were collected with another `weight`; the layer is `called` so there.
 
-    Files keep a few values of every weight; statistics that keep none are taken as they are. The
-    layer is `called` so in them.
-
-    Raises:
-        StatisticsError: the weights differ.
+    Files keep a few values of every weight; statistics that keep none are taken as they are.
     """
     sample = as_statistics(statistics).samples.get(called)
     if sample is not None and not same_content(sample, sample_of(weight)):

@@ -30,32 +30,21 @@ class Tower:
 
 @dataclass(eq=False)
 class Frame:
-    """One transformers model being run.
-
-    Attributes:
-        samples: how many.
-        counts: `samples`, and how many there are of its other inputs: images beside texts.
-        mask: which tokens count, `[samples, tokens]`, for the layers that it runs itself; in a
-            model of an encoder and a decoder those are the decoder's. None when all do.
-        cross_mask: which of the encoder's tokens count, for a decoder that reads them.
-        decodes: it is, or has, a decoder that reads an encoder, so that `mask` is the decoder's.
-        lengths: how many tokens a sample may have; empty where the arguments do not tell.
-        tower: whose evidence its own layers go on from. None where it has run several towers.
-        inner: how many models it has run so far that were given nothing of one another.
-        numbers: for further towers; shared by all frames of a forward pass.
-        results: the models that it has run, innermost first, and what they returned.
-    """
+    """One transformers model being run."""
 
     samples: int | None = None
-    counts: frozenset[int] = frozenset()
+    counts: frozenset[int] = frozenset()  # and how many of its other inputs: images beside texts
+    # Which tokens count, `[samples, tokens]`, for the layers that it runs itself; in a model of an
+    # encoder and a decoder those are the decoder's. None when all do.
     mask: Tensor | None = None
-    cross_mask: Tensor | None = None
-    decodes: bool = False
-    lengths: frozenset[int] = frozenset()
+    cross_mask: Tensor | None = None  # of the encoder's tokens, for a decoder that reads them
+    decodes: bool = False  # is, or has, a decoder that reads an encoder: `mask` is the decoder's
+    lengths: frozenset[int] = frozenset()  # tokens a sample may have; empty: unknown
+    # Whose evidence its own layers go on from. None where it has run several towers.
     tower: Tower | None = field(default_factory=Tower)
-    inner: int = 0
-    numbers: Iterator[int] = field(default_factory=lambda: count(1))
-    results: list[tuple[Frame, list[Tensor]]] = field(default_factory=list)
+    inner: int = 0  # how many models it has run so far that were given nothing of one another
+    numbers: Iterator[int] = field(default_factory=lambda: count(1))  # of a whole forward pass
+    results: list[tuple[Frame, list[Tensor]]] = field(default_factory=list)  # innermost first
 
     def closed(self, inner: Frame, output: Any) -> None:
         """Note what a model inside has returned."""
@@ -66,9 +55,11 @@ class Frame:
 
         It is another one's for the projection of a tower's features.
         """
-        memory = _memory(x)
-        owners = (frame for frame, outputs in self.results if memory in map(_memory, outputs))
-        return next(owners, self)
+        memory = x.untyped_storage().data_ptr()
+        for frame, outputs in self.results:
+            if any(output.untyped_storage().data_ptr() == memory for output in outputs):
+                return frame
+        return self
 
 
 def open_frame(
@@ -181,10 +172,6 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, tuple | list):
         for item in output:
             yield from _tensors(item)
-
-
-def _memory(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
 
 
 def hidden_states(outputs: Any) -> Tensor | None:

@@ -93,30 +93,20 @@ _HELD: weakref.WeakKeyDictionary[Any, Held] = weakref.WeakKeyDictionary()
 
 @dataclass(eq=False)
 class Routing:
-    """What the routed layers of one model share.
+    """What the routed layers of one model share."""
 
-    Attributes:
-        experts: their names, in the order of every layer's factors.
-        router: the kind of all its routers.
-        accumulate: layers decide by the log-posteriors summed over the layers passed so far.
-        batch_first: activations are `[samples, tokens, features]` where both orders would fit.
-        short: layer -> expert -> directions, where those are fewer than the rank.
-        left_out: default layers that are not routed, as torch's packed cross-attention.
-    """
-
-    experts: tuple[str, ...]
+    experts: tuple[str, ...]  # in the order of every layer's factors
     router: RouterKind
-    accumulate: bool
-    batch_first: bool
+    accumulate: bool  # layers decide by the log-posteriors summed over the layers passed so far
+    batch_first: bool  # activations are `[samples, tokens, features]` where both orders would fit
+    # Layer -> expert -> directions, where those are fewer than the rank.
     short: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
-    left_out: list[str] = field(default_factory=list[str])
+    left_out: list[str] = field(default_factory=list[str])  # default layers that are not routed
 
     def settings(self) -> Settings:
         """Return the settings in force in this context."""
-        for owner, settings in reversed(_SETTINGS.get()):
-            if owner is self:
-                return settings
-        return Settings()
+        stated = (settings for owner, settings in reversed(_SETTINGS.get()) if owner is self)
+        return next(stated, Settings())
 
     def call(self) -> Call | None:
         """Return the forward pass that is under way, or None outside of one."""
@@ -124,11 +114,7 @@ class Routing:
         return call if call is not None and call.routing is self else None
 
     def index(self, expert: str) -> int:
-        """Return the position of an expert.
-
-        Raises:
-            RequestError: no expert of this name.
-        """
+        """Return the position of an expert."""
         if expert not in self.experts:
             raise RequestError(
                 f"unknown expert '{expert}'.{suggest(expert, self.experts)}\n"
@@ -169,16 +155,13 @@ def uncompiled(function: _Function) -> _Function:
 
 
 class _Scope:
-    """The pair of hooks around one module; `enter` and `leave` nest like its forward passes.
-
-    They are never compiled: what they look at differs from call to call.
-    """
+    """The pair of hooks around one module; `enter` and `leave` nest like its forward passes."""
 
     def __init__(self, routing: Routing, names: tuple[str, ...]) -> None:
         self.routing = routing
         self.names = names
 
-    @uncompiled
+    @uncompiled  # as `leave`: what they look at differs from call to call
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         call = self.routing.call()
@@ -232,9 +215,8 @@ def _carried(given: Mapping[str, Any]) -> Encoded | None:
     if hidden is None or encoded is None:
         return None
     copies = len(hidden) // max(1, len(encoded.first))
-    if len(hidden) != copies * len(encoded.first):
-        return None
-    if not torch.equal(hidden[::copies, 0], encoded.first):
+    divides = len(hidden) == copies * len(encoded.first)
+    if not (divides and torch.equal(hidden[::copies, 0], encoded.first)):
         return None
     rows = (
         None if x is None else x.repeat_interleave(copies, dim=0)

@@ -27,9 +27,6 @@ DESCRIPTION = "routed.json"
 FACTORS = "routed.safetensors"
 PLAIN_WEIGHTS = "model.safetensors"  # of models that do not come from transformers
 FORMAT = 1
-MERGED = "merged"
-EXPERTS = "experts"
-PROTOTYPES = "prototypes.safetensors"
 
 
 class RoutedLayer(BaseModel):
@@ -82,9 +79,8 @@ def save_routed(routed: nn.Module, folder: str | Path, **options: Any) -> None:
             `save_pretrained` of its own.
         OutputError: the folder cannot be written.
     """
-    handle = routing_of(routed)
-    path = Path(folder)
-    weights, held = base_state_dict(routed), experts_of(routed)
+    handle, path = routing_of(routed), Path(folder)
+    weights, held = _base_state_dict(routed), experts_of(routed)
     layers = [RoutedLayer(name=experts.name, path=path) for path, experts in held.items()]
     kind = type(routed).__name__
     description = Description(architecture=kind, layers=layers, **vars(handle))
@@ -219,9 +215,7 @@ def export_lora(routed: nn.Module, folder: str | Path) -> None:
             model without `save_pretrained`, or a name of an expert that is no folder name.
         OutputError: the folder cannot be written.
     """
-    handle = routing_of(routed)
-    path = Path(folder)
-    layers = experts_of(routed)
+    handle, path, layers = routing_of(routed), Path(folder), experts_of(routed)
     own = getattr(type(routed), "save_pretrained", None)
     packed = [p for p in layers if not isinstance(routed.get_submodule(p), RoutedLinear)]
     if packed or own is None:
@@ -234,23 +228,21 @@ def export_lora(routed: nn.Module, folder: str | Path) -> None:
     if bad:
         raise RequestError(f"these names of experts cannot be folders: {bad}.")
     try:
-        own(routed, path / MERGED, state_dict=base_state_dict(routed))
+        own(routed, path / "merged", state_dict=_base_state_dict(routed))
         for t, name in enumerate(handle.experts):
-            target = path / EXPERTS / name
-            target.mkdir(parents=True, exist_ok=True)
-            _write_adapter(routed, t, target, str(path / MERGED))
+            _write_adapter(routed, t, path / "experts" / name, path / "merged")
         routers = {
             f"{p}.{key}": tensor.contiguous()
             for p, experts in layers.items()
             for key, tensor in experts.router.state_dict().items()
         }
         metadata = {"experts": json.dumps(list(handle.experts)), "router": handle.router}
-        save_file(routers, path / PROTOTYPES, metadata=metadata)
+        save_file(routers, path / "prototypes.safetensors", metadata=metadata)
     except OSError as error:
         raise OutputError(f"{path}: the export cannot be written: {error}.") from error
 
 
-def _write_adapter(routed: nn.Module, t: int, target: Path, base: str) -> None:
+def _write_adapter(routed: nn.Module, t: int, target: Path, base: Path) -> None:
     layers = experts_of(routed)
     ranks = {path: experts.up.shape[2] for path, experts in layers.items()}
     rank = max(ranks.values())
@@ -259,7 +251,7 @@ def _write_adapter(routed: nn.Module, t: int, target: Path, base: str) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": str(base),
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": smaller,
@@ -275,17 +267,18 @@ def _write_adapter(routed: nn.Module, t: int, target: Path, base: str) -> None:
         for path, experts in layers.items()
         for side, factor in (("A", experts.down), ("B", experts.up))
     }
+    target.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
     (target / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
-def base_state_dict(routed: nn.Module) -> dict[str, Tensor]:
+def _base_state_dict(routed: nn.Module) -> dict[str, Tensor]:
     """Return the merged model's own state dict, without experts and routers."""
-    prefixes = tuple(f"{p}." for p, m in routed.named_modules() if isinstance(m, Experts))
+    prefixes = tuple(f"{path}.experts." for path in experts_of(routed))
     return {n: t for n, t in routed.state_dict().items() if not n.startswith(prefixes)}
 
 
 def experts_of(routed: nn.Module) -> dict[str, Experts]:
     """Return the experts by the path of the layer that they belong to."""
-    found = {p: m for p, m in routed.named_modules() if isinstance(m, Experts)}
-    return {path.removesuffix(".experts"): experts for path, experts in found.items()}
+    modules = routed.named_modules()
+    return {p.removesuffix(".experts"): m for p, m in modules if isinstance(m, Experts)}

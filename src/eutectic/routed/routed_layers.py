@@ -14,37 +14,21 @@ from eutectic.routed.routed_modules import RoutedAttention, RoutedLinear
 
 @dataclass(frozen=True)
 class RoutedCosts:
-    """What routing adds to a model.
-
-    Attributes:
-        layers: number of routed layers.
-        parameters: of the experts and routers.
-        nbytes: of the same; routers are float32.
-        multiply_adds_per_token: for the expert's two thin products.
-        multiply_adds_per_sample: for the routers.
-        model_parameters: of the model without experts.
-        model_multiply_adds_per_token: of the model's linear layers without experts.
-    """
+    """What routing adds to a model, and the same of the model without experts."""
 
     layers: int
-    parameters: int
-    nbytes: int
-    multiply_adds_per_token: int
-    multiply_adds_per_sample: int
+    parameters: int  # of the experts and routers
+    nbytes: int  # of the same; routers are float32
+    multiply_adds_per_token: int  # for the expert's two thin products
+    multiply_adds_per_sample: int  # for the routers
     model_parameters: int
-    model_multiply_adds_per_token: int
+    model_multiply_adds_per_token: int  # of its linear layers
 
 
 def choose_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> list[Site]:
-    """Return the layers to route.
+    """Return the layers to route, by globs over parameter names.
 
-    Args:
-        model: not routed yet.
-        patterns: globs over parameter names; None takes the attention projections and the first
-            matrix of every MLP, by their usual names.
-
-    Raises:
-        RequestError: the model is routed already, or nothing matches.
+    None takes the attention projections and the first matrix of every MLP, by their usual names.
     """
     if any(isinstance(m, RoutedLinear | RoutedAttention) for m in model.modules()):
         raise RequestError("the model is routed already; build from the merged model itself.")
@@ -78,15 +62,8 @@ def routed_layers(
 
     Packed attention keeps three inputs for one in-projection where queries and keys differ, and
     routing decides on one: it is left out with its output projection. Statistics tell where that
-    is so; without any, only the cross-attention of torch's own decoder layers is known.
-
-    Args:
-        model: not routed yet.
-        patterns: as in `choose_layers`; of layers that are named, none is left out.
-        statistics: name -> names in the statistics of an expert.
-
-    Raises:
-        RequestError: as in `choose_layers`.
+    is so; without any, only the cross-attention of torch's own decoder layers is known. Of layers
+    that are named by `patterns`, none is left out.
     """
     chosen = choose_layers(model, patterns)
     if patterns is not None:
@@ -95,19 +72,15 @@ def routed_layers(
     def is_crossed(layer: Site) -> bool:
         if statistics:
             return all(in_parts(layer.name, keys) for keys in statistics.values())
-        return _is_cross_attention(model, layer.path)
+        parent, _, child = layer.path.rpartition(".")
+        decoder = isinstance(model.get_submodule(parent), nn.TransformerDecoderLayer)
+        return decoder and child == "multihead_attn"
 
     packed = [layer for layer in chosen if layer.kind == "in_projection"]
     crossed = [layer.path for layer in packed if is_crossed(layer)]
     crossed += [f"{path}.out_proj" for path in crossed]
     left_out = [layer.name for layer in chosen if layer.path in crossed]
     return [layer for layer in chosen if layer.path not in crossed], left_out
-
-
-def _is_cross_attention(model: nn.Module, path: str) -> bool:
-    parent, _, child = path.rpartition(".")
-    decoder = isinstance(model.get_submodule(parent), nn.TransformerDecoderLayer)
-    return decoder and child == "multihead_attn"
 
 
 def in_parts(name: str, keys: Iterable[str]) -> bool:
@@ -127,18 +100,10 @@ def routed_costs(
     layers: Sequence[str] | None = None,
     statistics: Mapping[str, Iterable[str]] | None = None,
 ) -> RoutedCosts:
-    """Return what routing would add, from the model's shapes alone.
+    """Return what routing would add with T experts of rank ρ, from the model's shapes alone.
 
-    Args:
-        model: the merged model, on any device (meta too).
-        experts: T.
-        rank: ρ.
-        layers: as in `build_routed`.
-        statistics: as in `build_routed`, if at hand: they tell which default layers building will
-            leave out, see `routed_layers`.
-
-    Raises:
-        RequestError: nothing to route.
+    The model may be on any device, meta too; `layers` and `statistics` are as in `build_routed`.
+    Statistics, if at hand, tell which default layers building will leave out, see `routed_layers`.
     """
     chosen, _ = routed_layers(model, layers, statistics)
     thin = {layer: min(rank, *layer.shape) * sum(layer.shape) for layer in chosen}

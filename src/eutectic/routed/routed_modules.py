@@ -18,22 +18,15 @@ _ALL = slice(None)
 
 
 class Experts(nn.Module):
-    """The thin experts of one layer and its router.
-
-    Attributes:
-        name: the layer's name in decisions.
-        up: B `[T, out, ρ]`.
-        down: F `[T, ρ, in]`.
-        router: scores the pooled input.
-    """
+    """The thin experts of one layer and its router."""
 
     def __init__(
         self, name: str, up: Tensor, down: Tensor, router: Router, routing: Routing
     ) -> None:
         super().__init__()
-        self.name = name
-        self.up = nn.Parameter(up, requires_grad=False)
-        self.down = nn.Parameter(down, requires_grad=False)
+        self.name = name  # in decisions
+        self.up = nn.Parameter(up, requires_grad=False)  # B `[T, out, ρ]`
+        self.down = nn.Parameter(down, requires_grad=False)  # F `[T, ρ, in]`
         self.router = router
         self.routing = routing
         self.crossed = reads_encoder(name.removesuffix(".weight"))
@@ -55,8 +48,7 @@ class Experts(nn.Module):
         if group in call.voted:
             choice = call.voted[group].to(x.device)
         else:
-            scores = self._scores(x, frame)
-            mixed = settings.mode == "soft"
+            scores, mixed = self._scores(x, frame), settings.mode == "soft"
             choice = (scores / settings.temperature).softmax(-1) if mixed else scores.argmax(-1)
         if settings.decisions is not None:
             winner = choice.argmax(-1) if choice.is_floating_point() else choice
@@ -70,7 +62,9 @@ class Experts(nn.Module):
 
     def _scores(self, x: Tensor, frame: Frame) -> Tensor:
         """Return scores `[N, T]`, summed over the layers passed so far if the model does so."""
-        scores = self.router(self._pooled(x, frame))
+        mask = frame.cross_mask if self.crossed else frame.mask
+        fits = mask is not None and mask.shape == x.shape[:2]
+        scores = self.router(token_means(x.float(), mask if fits else None))
         if not self.routing.accumulate or frame.tower is None:
             return scores
         running = frame.tower.running
@@ -79,12 +73,6 @@ class Experts(nn.Module):
             total = total + running[len(x)]
         running[len(x)] = total
         return total
-
-    def _pooled(self, x: Tensor, frame: Frame) -> Tensor:
-        """Return the mean over the tokens that count `[N, in]`, float32."""
-        mask = frame.cross_mask if self.crossed else frame.mask
-        fits = mask is not None and mask.shape == x.shape[:2]
-        return token_means(x.float(), mask if fits else None)
 
     def add_to(self, y: Tensor, x: Tensor, choice: Choice, rows: slice = _ALL) -> Tensor:
         """Return y + B_t(F_t x) for `y [N, P, out]` and `x [N, P, in]`; `y` may be written to.
@@ -114,15 +102,10 @@ class Experts(nn.Module):
         return y
 
     def arranged(self, x: Tensor) -> tuple[Tensor, bool]:
-        """Return `[N, P, in]` and whether the first two axes were turned for it.
-
-        Raises:
-            RequestError: the rows do not divide into the samples of the batch.
-        """
+        """Return `[N, P, in]` and whether the first two axes were turned for it."""
         call = self.routing.call()
         frame = Frame() if call is None else innermost(call).of(x)
-        samples, counts = frame.samples, frame.counts
-        lead = x.shape[:-1]
+        samples, counts, lead = frame.samples, frame.counts, x.shape[:-1]
         first = lead[0]
         if tokens_first(lead, counts, self.routing.batch_first):
             return x.transpose(0, 1), True
@@ -252,8 +235,7 @@ class RoutedAttention(nn.Module):
         shape = (self.num_heads, -1)
         q, k, v = (x.unflatten(-1, shape).transpose(1, 2) for x in self._projected(*parts))
         mask = _attention_mask(key_padding_mask, attn_mask, q, k, alone)
-        dropout = self.dropout if self.training else 0.0
-        weights = None
+        dropout, weights = self.dropout if self.training else 0.0, None
         if need_weights:
             scores = q @ k.mT / q.shape[-1] ** 0.5
             weights = (scores if mask is None else scores + mask).softmax(-1)
@@ -316,7 +298,7 @@ def install(
         replacement = RoutedLinear(base, experts, transposed=layer.kind == "conv1d")
     replacement.train(base.training)
     # One module may be called by several paths.
-    paths = [n for n, m in model.named_modules(remove_duplicate=False) if m is base]
-    for path in paths:
-        parent, _, child = path.rpartition(".")
-        setattr(model.get_submodule(parent), child, replacement)
+    for path, module in [*model.named_modules(remove_duplicate=False)]:
+        if module is base:
+            parent, _, child = path.rpartition(".")
+            setattr(model.get_submodule(parent), child, replacement)

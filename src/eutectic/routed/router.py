@@ -21,15 +21,11 @@ class Router(nn.Module):
     """Scores of T experts for every sample; the largest wins.
 
     The tensors stay float32 whatever the model is converted to: rounding them moves decisions.
-
-    Attributes:
-        weight: `[T, in]`.
-        bias: `[T]`.
     """
 
     kind: RouterKind
-    weight: Tensor
-    bias: Tensor
+    weight: Tensor  # [T, in]
+    bias: Tensor  # [T]
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
@@ -41,12 +37,10 @@ class Router(nn.Module):
         raise AttributeError(f"{type(self).__name__} does not score")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        for name, buffer in self._buffers.items():
-            if buffer is not None:
-                moved = fn(buffer)
-                self._buffers[name] = (
-                    moved if moved.dtype == torch.float32 else buffer.to(moved.device)
-                )
+        for name, buffer in [*self.named_buffers()]:
+            moved = fn(buffer)
+            kept = moved if moved.dtype == torch.float32 else buffer.to(moved.device)
+            self._buffers[name] = kept
         return self
 
 
@@ -82,9 +76,6 @@ def prototype_router(
     """Return the published router: p_t = Σx / n, normalised.
 
     `where` and `names` tell the layer and the experts in messages.
-
-    Raises:
-        StatisticsError: an expert has no input sum, no tokens, or a prototype of zero norm.
     """
     rows: list[Tensor] = []
     for t, entry in enumerate(statistics):
@@ -121,23 +112,11 @@ def discriminant_router(
     p_t is the mean pooled input of expert t and Σ the within-expert covariance, pooled over the
     experts and shrunk towards a multiple of the identity: Σ = (1 − γ) S + γ tr(S)/in · I. γ is the
     oracle-approximating shrinkage of S (Chen et al. 2010, arXiv 0907.4698), which needs no more
-    than tr S, tr S² and the number of samples. The multiple is at least twice the stored sums'
-    rounding, ε Σ_t tr(pooled_gram_t) / degrees: what varies less about a large mean is noise.
-
-    Args:
-        statistics: per expert, with `pooled_sum`, `pooled_gram` and `sample_count`.
-        where: names the layer in messages.
-        shrinkage: γ in (0, 1] instead of the estimate.
-        names: of the experts, in messages.
-
-    Returns:
-        A router with W = (p_t − p̄)ᵀΣ⁻¹ and the matching bias; scores of one sample differ from
-        x̄ᵀΣ⁻¹p_t − ½ p_tᵀΣ⁻¹p_t by a constant over the experts. Where all samples of every expert
-        are equal (S = 0), Σ is the identity: the nearest mean wins.
-
-    Raises:
-        StatisticsError: pooled statistics are missing, not finite, contradict each other, or count
-            too few samples.
+    than tr S, tr S² and the number of samples; `shrinkage` is taken in its place. The multiple is
+    at least twice the stored sums' rounding, ε Σ_t tr(pooled_gram_t) / degrees: what varies less
+    about a large mean is noise. W = (p_t − p̄)ᵀΣ⁻¹ and the bias matches it: scores of one sample
+    differ from x̄ᵀΣ⁻¹p_t − ½ p_tᵀΣ⁻¹p_t by a constant over the experts. Where all samples of every
+    expert are equal (S = 0), Σ is the identity: the nearest mean wins.
     """
     means: list[Tensor] = []
     scatter: Tensor | None = None
@@ -189,18 +168,14 @@ def has_pooled(entry: LayerStatistics) -> bool:
 def shrunk(
     covariance: Tensor, degrees: int, shrinkage: float | None = None, floor: float = 0.0
 ) -> Tensor:
-    """Return (1 − γ) S + max(γ tr(S)/p, floor) I; the identity for S = 0.
-
-    γ is estimated where not given.
-    """
-    p = len(covariance)
+    """Return (1 − γ) S + max(γ tr(S)/p, floor) I; γ is estimated where not given; I for S = 0."""
+    p, gamma = len(covariance), shrinkage
     identity = torch.eye(p, dtype=covariance.dtype)
     trace = float(covariance.trace())
     if trace <= 0:
         return identity
-    square = float((covariance * covariance).sum())
-    gamma = shrinkage
     if gamma is None:
+        square = float((covariance * covariance).sum())
         excess = square - trace**2 / p
         above = (1 - 2 / p) * square + trace**2
         below = (degrees + 1 - 2 / p) * excess
@@ -208,7 +183,4 @@ def shrunk(
     return (1 - gamma) * covariance + max(gamma * trace / p, floor) * identity
 
 
-ROUTERS: dict[str, type[Router]] = {
-    "discriminant": DiscriminantRouter,
-    "prototype": PrototypeRouter,
-}
+ROUTERS: dict[str, type[Router]] = {r.kind: r for r in (DiscriminantRouter, PrototypeRouter)}

@@ -63,25 +63,15 @@ def routing(
     layers = [m.name for m in routed.modules() if isinstance(m, Experts)]
     if layer is not None and layer not in layers:
         raise RequestError(f"no routed layer '{layer}'.{suggest(layer, layers)}")
-    named = [expert] if isinstance(expert, str) else list(expert or ())
-    decisions = Decisions()
-    settings = Settings(
-        mode=mode,
-        experts=tuple(handle.index(name) for name in named),
-        temperature=temperature,
-        layer=layer,
-        decisions=decisions if record else None,
-    )
+    decisions, named = Decisions(), [expert] if isinstance(expert, str) else expert or ()
+    indices = tuple(handle.index(name) for name in named)
+    settings = Settings(mode, indices, temperature, layer, decisions if record else None)
     with applying(handle, settings):
         yield decisions
 
 
 def routing_of(routed: nn.Module) -> Routing:
-    """Return the handle of a routed model, compiled or not.
-
-    Raises:
-        RequestError: the model is not routed.
-    """
+    """Return the handle of a routed model, compiled or not."""
     handle = getattr(routed, "routing", None)
     if not isinstance(handle, Routing):
         raise RequestError(
