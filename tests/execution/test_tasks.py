@@ -16,7 +16,7 @@ import torch
 import eutectic
 from eutectic.execution import schedule
 from eutectic.execution.executors import Limits
-from eutectic.execution.merging import merge_tensor, merge_unscaled, scale_tensor
+from eutectic.execution.merging import copy_tensor, merge_tensor, merge_unscaled, scale_tensor
 from eutectic.execution.tasks import Finished, Task, Workplace, carry_out, open_site
 from eutectic.methods import all_methods, get_method
 from eutectic.planning.inputs import Inputs, in_memory_inputs
@@ -237,3 +237,26 @@ def test_a_vocabulary_of_another_size_is_refused_at_either_end(name: str) -> Non
     recipe = check_recipe({"base": "m", "experts": {"a": "m"}, "method": "average"})
     with pytest.raises(eutectic.EutecticError, match="add a rule: treatment copy or head"):
         make_plan(recipe, in_memory_inputs(base, {"a": other}, {}))
+
+
+def test_rows_of_a_copied_table_are_moved_too() -> None:
+    table = torch.arange(12).view(6, 2)
+    base, expert = {"ids": table, "w": torch.ones(2)}, {"ids": table[3:], "w": torch.ones(2)}
+    inputs = in_memory_inputs(base, {"a": expert}, {})
+    planned = TensorPlan(
+        name="ids",
+        shape=(4, 2),
+        dtype=torch.int64,
+        compute=torch.float32,
+        treatment=Treatment.COPY,
+        reason=(),
+        base=Source("base", "ids", RowMap(2, ((0, 2, 4),))),
+        experts=(Source("a", "ids", RowMap(2, ((1, 0, 3),))),),
+        must_agree=True,
+    )
+    result = torch.zeros(8, dtype=torch.int64)
+    copy_tensor(planned, inputs, lambda at, v: result[at : at + v.numel()].copy_(v))
+    assert torch.equal(result.view(4, 2), table[2:])
+    elsewhere = replace(planned, experts=(Source("a", "ids", RowMap(2, ((0, 0, 3),))),))
+    with pytest.raises(eutectic.EutecticError, match="buffer of expert 'a' differs"):
+        copy_tensor(elsewhere, inputs, lambda at, v: None)

@@ -61,8 +61,8 @@ def request_identity(plan: Plan, inputs: Inputs) -> str:
         "recipe": plan.request.complete,
         "tensors": [
             [
-                *(t.name, t.shape, str(t.dtype), t.treatment.value, t.method, t.scale),
-                *([s.owner, s.tensor, s.rows, s.weight] for s in t.experts),
+                *(t.name, t.shape, str(t.dtype), t.treatment.value, t.layout, t.method, t.scale),
+                *([s.owner, s.tensor, s.rows, s.weight] for s in (t.base, *t.experts) if s),
             ]
             for t in plan.tensors
         ],

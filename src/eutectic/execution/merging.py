@@ -17,7 +17,9 @@ from eutectic.execution.tensor_values import (
     block_ranges,
     flat_ranges,
     read_base,
+    read_own,
     read_stack,
+    read_stored,
     reads_no_base,
 )
 from eutectic.methods import get_method
@@ -100,15 +102,14 @@ def copy_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit) -> Finished:
         EutecticError: an expert holds other values in an integer or boolean buffer.
     """
     assert planned.base is not None
-    assert planned.base.tensor is not None
     for start, stop in flat_ranges(planned.elements):
-        values = inputs.base.read(planned.base.tensor, start, stop)
+        values = read_stored(planned.base, inputs, start, stop)
         for source in planned.experts if planned.must_agree else ():
             expert = inputs.owner(source)
             if source.tensor is None or expert.is_delta:
                 continue
-            own = expert.read(source.tensor, start, stop)
-            if not torch.equal(own.to(values.dtype), values):
+            own = read_own(expert, source, start, values)
+            if not torch.equal(own, values):
                 raise EutecticError(
                     f"{planned.name}: the {values.dtype} buffer of expert '{source.owner}' "
                     "differs from the base's, and such values cannot be averaged.\n"

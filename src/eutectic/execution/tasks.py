@@ -124,13 +124,14 @@ def open_site(site: Site) -> Iterator[Workplace]:
 
 
 def carry_out(task: Task, place: Workplace, check: Callable[[], None] = lambda: None) -> Finished:
-    """Do a task and return what is to be noted of it.
+    """Do a task and return what is to be noted of it. It computes with one intra-op thread.
 
     Args:
         task: what to do.
         place: what is open.
         check: raises where the run is being stopped; called before every write.
     """
+    torch.set_num_threads(1)  # for good: giving it back would reach into tasks beside this one
     planned, sink = task.tensor, place.sink(task.stage)
     if task.before is not None and _hash_of(sink, planned) == task.before.sha256:
         return task.before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,17 +14,19 @@ from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensor_plan import CHUNK, Source, TensorPlan
 
 
+def read_stored(source: Source, inputs: Inputs, start: int, stop: int) -> Tensor:
+    """Read a flat range of the base in the file's dtype; zeros in rows that it lacks."""
+    assert source.tensor is not None
+    name, reader = source.tensor, inputs.base
+    absent = torch.zeros(stop - start if source.rows else 0, dtype=reader.entries[name].dtype)
+    return _placed(source, start, stop, lambda a, b, _: reader.read(name, a, b), absent)
+
+
 def read_base(planned: TensorPlan, inputs: Inputs, start: int, stop: int) -> Tensor:
     """Read a flat range of the base in the dtype of the arithmetic; zeros where it has none."""
-    source = planned.base
-    if source is None or source.tensor is None:
+    if planned.base is None or planned.base.tensor is None:
         return torch.zeros(stop - start, dtype=planned.compute)
-    if source.rows is None:
-        return inputs.base.read(source.tensor, start, stop).to(planned.compute)
-    values = torch.zeros(stop - start, dtype=planned.compute)
-    for place, first, last in source.rows.ranges(start, stop):
-        values[place] = inputs.base.read(source.tensor, first, last).to(planned.compute)
-    return values
+    return read_stored(planned.base, inputs, start, stop).to(planned.compute)
 
 
 def read_delta(expert: Expert, source: Source, start: int, base: Tensor) -> Tensor:
@@ -34,30 +36,55 @@ def read_delta(expert: Expert, source: Source, start: int, base: Tensor) -> Tens
     """
     if source.tensor is None:
         return torch.zeros_like(base)
-    stop = start + base.numel()
-    if source.rows is None:
-        return expert.delta(source.tensor, start, stop, base=base, dtype=base.dtype)
-    delta = torch.zeros_like(base)
-    for place, first, last in source.rows.ranges(start, stop):
-        delta[place] = expert.delta(source.tensor, first, last, base=base[place], dtype=base.dtype)
-    return delta
+    name, absent = source.tensor, torch.zeros_like(base) if source.rows else base
+
+    def read(first: int, last: int, place: slice) -> Tensor:
+        return expert.delta(name, first, last, base=base[place], dtype=base.dtype)
+
+    return _placed(source, start, start + base.numel(), read, absent)
 
 
 def read_weight(
     expert: Expert, source: Source, span: tuple[int, int], base: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Read a flat range of W_t in `dtype`; `base` may be left out where the expert has it all."""
-    start, stop = span
     if source.tensor is None:
         assert base is not None
         return base
+    name = source.tensor
+
+    def read(first: int, last: int, place: slice) -> Tensor:
+        own = None if base is None else base[place]
+        return expert.weight(name, first, last, base=own, dtype=dtype)
+
+    absent = torch.empty(0) if base is None else base
+    return _placed(source, *span, read, absent.clone() if source.rows else absent)
+
+
+def read_own(expert: Expert, source: Source, start: int, base: Tensor) -> Tensor:
+    """Read a flat range that an expert stores in full, in the base's dtype; else the base's."""
+    name = source.tensor
+    assert name is not None
+
+    def read(first: int, last: int, place: slice) -> Tensor:
+        return expert.read(name, first, last).to(base.dtype)
+
+    return _placed(source, start, start + base.numel(), read, base.clone())
+
+
+def _placed(
+    source: Source,
+    start: int,
+    stop: int,
+    read: Callable[[int, int, slice], Tensor],
+    absent: Tensor,
+) -> Tensor:
+    """Read a flat range of the output where its rows lie; `absent` holds what the others get."""
     if source.rows is None:
-        return expert.weight(source.tensor, start, stop, base=base, dtype=dtype)
-    assert base is not None
-    values = base.clone()
+        return read(start, stop, slice(None))
     for place, first, last in source.rows.ranges(start, stop):
-        values[place] = expert.weight(source.tensor, first, last, base=base[place], dtype=dtype)
-    return values
+        absent[place] = read(first, last, place)
+    return absent
 
 
 def reads_no_base(planned: TensorPlan, inputs: Inputs) -> bool:

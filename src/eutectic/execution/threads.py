@@ -84,7 +84,6 @@ def run_jobs(
 
     def do_jobs() -> None:
         nonlocal held
-        torch.set_num_threads(1)
         while (job := take()) is not None:
             try:
                 results.put((work(job, check),))

@@ -199,9 +199,9 @@ def _check_kinship(inputs: Inputs, source: Source, faults: list[Fault]) -> None:
 def _unfit(tensors: Sequence[TensorPlan]) -> list[Fault]:
     """Return what is wrong with the number or the weights of the experts that hold a tensor."""
     faults: list[Fault] = []
-    seen: set[tuple[str, tuple[str, ...]]] = set()
+    seen: set[tuple[str, tuple[tuple[str, float], ...]]] = set()
     for planned in tensors:
-        held = (planned.method, tuple(source.owner for source in planned.experts))
+        held = (planned.method, tuple((s.owner, s.weight) for s in planned.experts))
         if not planned.merged or held in seen:
             continue
         seen.add(held)
