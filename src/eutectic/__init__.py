@@ -28,24 +28,16 @@ if TYPE_CHECKING:
 
 __version__ = version("eutectic")
 
-_HOMES = {
-    "EutecticError": "eutectic.errors",
-    "LayerStatistics": "eutectic.types",
-    "MergeReport": "eutectic.execution",
-    "Merged": "eutectic.types",
-    "Treatment": "eutectic.types",
-    "build_routed": "eutectic.routed",
-    "collect": "eutectic.statistics",
-    "evaluate": "eutectic.evaluation",
-    "inspect": "eutectic.reporting",
-    "load_routed": "eutectic.routed",
-    "load_statistics": "eutectic.statistics",
-    "merge": "eutectic.tuning",
-    "merge_matrices": "eutectic.methods",
-    "merge_state_dicts": "eutectic.execution",
-    "methods": "eutectic.methods",
-    "routing": "eutectic.routed",
-    "tune": "eutectic.tuning",
+_ROOMS = {
+    "errors": ("EutecticError",),
+    "evaluation": ("evaluate",),
+    "execution": ("MergeReport", "merge_state_dicts"),
+    "methods": ("merge_matrices", "methods"),
+    "reporting": ("inspect",),
+    "routed": ("build_routed", "load_routed", "routing"),
+    "statistics": ("collect", "load_statistics"),
+    "tuning": ("merge", "tune"),
+    "types": ("LayerStatistics", "Merged", "Treatment"),
 }
 
 __all__ = [
@@ -70,9 +62,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'eutectic' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+    for room, names in _ROOMS.items():
+        if name in names:
+            return getattr(import_module(f"eutectic.{room}"), name)
+    raise AttributeError(f"module 'eutectic' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:

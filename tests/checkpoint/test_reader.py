@@ -16,7 +16,6 @@ from torch import Tensor
 from eutectic.checkpoint.index import open_index
 from eutectic.checkpoint.reader import CheckpointReader, StateDictReader
 from eutectic.errors import CheckpointError
-from eutectic.storage import open_files
 
 from .helpers import item, same_bytes, save_sharded, write_raw
 
@@ -138,7 +137,7 @@ def open_descriptors() -> int:
 def test_threads_share_a_reader_with_few_descriptors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(open_files, "_MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("eutectic.checkpoint.reader._MAX_OPEN_FILES", 2)
     values = {f"t{i}": torch.full((1000,), float(i)) for i in range(12)}
     save_sharded(tmp_path, {f"s{i:02}.safetensors": {n: values[n]} for i, n in enumerate(values)})
     faults: list[str] = []

@@ -219,17 +219,14 @@ def _check_factors(module: str, group: _Group, lora: _LoraConfig, label: str) ->
 
 def _entry(base: TensorEntry, group: _Group) -> TensorEntry:
     """Return how a tensor that the adapter changes or replaces looks; bytes are the file's."""
-    first = group.get("full") or group["A"]
-    shape = group["full"].shape if "full" in group else base.shape
+    full = group.get("full")
+    first = full or group["A"]
     nbytes = sum(entry.nbytes for entry in group.values())
-    return TensorEntry(base.name, first.dtype, shape, first.file, -1, nbytes)
+    return TensorEntry(base.name, first.dtype, (full or base).shape, first.file, -1, nbytes)
 
 
 def _orientations(
-    named: Mapping[str, _Group],
-    base: Mapping[str, TensorEntry],
-    fan_in_fan_out: bool,
-    label: str,
+    named: Mapping[str, _Group], base: Mapping[str, TensorEntry], fan_in_fan_out: bool, label: str
 ) -> dict[str, bool]:
     """Tell for each pair of factors whether the base stores [in, out] instead of [out, in].
 

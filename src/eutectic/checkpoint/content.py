@@ -10,15 +10,14 @@ from torch import Tensor
 from eutectic.checkpoint.index import TensorEntry
 
 _WINDOW_BYTES = 4096
+_SAMPLE_WIDTH = 8
+_SAMPLE_TOLERANCE = 1e-6  # of float32: an adapter's weight is computed, not stored
 
 
 class TensorSource(Protocol):
     """A table of tensors and a way to read flat ranges of them; files and memory look alike."""
 
-    @property
-    def entries(self) -> Mapping[str, TensorEntry]:
-        """Tensors by name."""
-        ...
+    entries: Mapping[str, TensorEntry]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return elements [start, stop) of the flattened tensor, in memory of their own."""
@@ -48,30 +47,23 @@ def sampled_fingerprint(source: TensorSource, names: Iterable[str] | None = None
     for name in sorted(source.entries if names is None else names):
         entry = source.entries[name]
         digest.update(f"{name}\0{entry.dtype}\0{entry.shape}\0".encode())
-        for start, stop in _windows(entry.numel, _WINDOW_BYTES // entry.dtype.itemsize):
+        width = _WINDOW_BYTES // entry.dtype.itemsize
+        for start, stop in _windows(entry.numel, width, range(3), 2):
             digest.update(source.read(name, start, stop).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _windows(count: int, width: int) -> list[tuple[int, int]]:
-    if count <= 3 * width:
+def _windows(count: int, width: int, places: range, parts: int) -> list[tuple[int, int]]:
+    """Return ranges at `places` of `parts` of a tensor's length, or all of it where it is short."""
+    if count <= len(places) * width:
         return [(0, count)]
-    middle = (count - width) // 2
-    return [(0, width), (middle, middle + width), (count - width, count)]
-
-
-_SAMPLE_WINDOWS = 2
-_SAMPLE_WIDTH = 8
-_SAMPLE_TOLERANCE = 1e-6  # of float32: an adapter's weight is computed, not stored
+    starts = [place * (count - width) // parts for place in places]
+    return [(start, start + width) for start in starts]
 
 
 def sample_ranges(count: int) -> list[tuple[int, int]]:
     """Return the few flat ranges of a tensor of `count` elements that a sample holds."""
-    if count <= _SAMPLE_WINDOWS * _SAMPLE_WIDTH:
-        return [(0, count)]
-    gaps = _SAMPLE_WINDOWS + 1
-    starts = [(i * (count - _SAMPLE_WIDTH)) // gaps for i in range(1, gaps)]
-    return [(start, start + _SAMPLE_WIDTH) for start in starts]
+    return _windows(count, _SAMPLE_WIDTH, range(1, 3), 3)
 
 
 def sample_of(weight: Tensor) -> Tensor:

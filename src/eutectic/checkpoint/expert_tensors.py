@@ -31,34 +31,23 @@ class Factors:
 
 @dataclass(eq=False)
 class Expert:
-    """One fine-tuned model as the engine sees it.
+    """One fine-tuned model as the engine sees it; its tensors go by the base's names.
 
-    Attributes:
-        label: what to call it in messages.
-        source: its file, or its state dict.
-        alignment: how its keys correspond to the base's.
-        entries: tensors that the base has too, by the base's name, with the expert's own dtype and
-            shape (an adapter: the tensors it changes or replaces).
-        extra: tensors that the base lacks, by their name in the base's scheme.
-        stored: tensors that `source` holds in full, by the base's name.
-        factored: tensors whose change `source` holds as factors, by the base's name.
-        missing: tensors of the base that the expert lacks (an adapter: none, they are unchanged).
-        is_delta: True when it stores differences from the base.
-        config: its config.json, or an adapter's adapter_config.json.
-        folder: where it was read from; None in memory.
+    `entries` are the tensors that the base has too, with the expert's own dtype and shape; of an
+    adapter, those that it changes or replaces.
     """
 
-    label: str
+    label: str  # what messages call it
     source: TensorSource
     alignment: Alignment
     entries: Mapping[str, TensorEntry]
-    extra: Mapping[str, TensorEntry]
-    stored: Mapping[str, TensorEntry]
+    extra: Mapping[str, TensorEntry]  # tensors that the base lacks
+    stored: Mapping[str, TensorEntry]  # tensors that `source` holds in full
     factored: Mapping[str, Factors] = field(default_factory=dict[str, Factors])
-    missing: tuple[str, ...] = ()
-    is_delta: bool = False
-    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    folder: Path | None = None
+    missing: tuple[str, ...] = ()  # tensors of the base; of an adapter none, they are unchanged
+    is_delta: bool = False  # it stores differences from the base
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])  # its own, or an adapter's
+    folder: Path | None = None  # None in memory
 
     def delta(
         self,
@@ -74,9 +63,6 @@ class Expert:
         `base` holds the same range of the base in `dtype`; it is not modified. Zero where an
         adapter does not act. Of a product, only the rows that the range touches are formed:
         O(r·(stop − start)) operations.
-
-        Raises:
-            CheckpointError: the expert lacks the tensor, or it has another size than the base's.
         """
         if self.is_delta and name not in self.entries:
             return torch.zeros_like(base, dtype=dtype)
@@ -107,9 +93,6 @@ class Expert:
         """Return elements [start, stop) of W_t, 1-D in `dtype`.
 
         `base` holds the same range of the base in `dtype`; only changes of an adapter need it.
-
-        Raises:
-            CheckpointError: the expert lacks the tensor.
         """
         if not self.is_delta or (name in self.stored and name not in self.factored):
             return self._read(name, start, stop).to(dtype)
@@ -118,11 +101,7 @@ class Expert:
         return base + self.delta(name, start, stop, base=base, dtype=dtype)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return elements of a full tensor as stored, 1-D in the file's dtype.
-
-        Raises:
-            CheckpointError: the expert does not store this tensor, or not in full.
-        """
+        """Return elements of a full tensor as stored, 1-D in the file's dtype."""
         if self.is_delta and (name not in self.stored or name in self.factored):
             raise CheckpointError(f"{self.label}: does not store '{name}' in full.")
         return self._read(name, start, stop)
@@ -195,11 +174,7 @@ def full_expert(
     config: Mapping[str, Any] | None = None,
     folder: Path | None = None,
 ) -> Expert:
-    """Return a complete fine-tuned checkpoint, on disk or in memory, aligned to the base.
-
-    Raises:
-        CheckpointError: no tensor is common to both, or the names fit in more than one way.
-    """
+    """Return a complete fine-tuned checkpoint, on disk or in memory, aligned to the base."""
     mapping, alignment = align(base, source.entries, expert=label)
     if not mapping:
         shown = ", ".join(list(source.entries)[:3])

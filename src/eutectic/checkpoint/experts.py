@@ -1,14 +1,26 @@
-"""Opening experts: full checkpoints and adapters, under the base's names."""
+"""Opening experts: full checkpoints, LoRA adapters and (IA)³ adapters, under the base's names.
 
+An (IA)³ vector multiplies the outputs of a layer (`[out, 1]`), or the inputs of a feed-forward one
+(`[1, in]`); one of ones changes nothing, so Δ_t = l_t − 1: vectors are the tensors of such an
+expert, and vectors of ones its base.
+"""
+
+import math
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
-from eutectic.checkpoint.adapters import open_lora
+import torch
+from torch import Tensor
+
+from eutectic.checkpoint.adapters import WEIGHT_NAMES, adapter_weights, open_lora
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG, Expert, full_expert
-from eutectic.checkpoint.ia3 import ia3_vectors, identity_adapter, is_ia3, open_ia3
-from eutectic.checkpoint.index import CheckpointIndex, open_index
+from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index, read_json_object
+from eutectic.checkpoint.names import align
 from eutectic.checkpoint.reader import CheckpointReader, StateDictReader
+from eutectic.conventions import IA3_SUFFIX, PEFT_ROOT
+from eutectic.errors import CheckpointError
 
 BaseReader = CheckpointReader | StateDictReader
 
@@ -23,9 +35,9 @@ def common_base(
     Raises:
         CheckpointError: (IA)³ adapters that do not fit together, or do not fit the base.
     """
-    if not experts or not all(is_ia3(path) for path in experts.values()):
+    if not experts or not all(_is_ia3(path) for path in experts.values()):
         return base, base.index
-    return identity_adapter({name: open_ia3(path) for name, path in experts.items()}, base)
+    return _identity_adapter({name: _open_ia3(path) for name, path in experts.items()}, base)
 
 
 def open_expert(path: Path, base: CheckpointIndex) -> Expert:
@@ -39,10 +51,10 @@ def open_expert(path: Path, base: CheckpointIndex) -> Expert:
             another base.
     """
     path = Path(path)
-    vectors = is_ia3(path) and bool(ia3_vectors(base))
+    vectors = _is_ia3(path) and bool(_ia3_vectors(base))
     if is_adapter(path) and not vectors:
         return open_lora(path, base.entries)
-    index = open_ia3(path) if vectors else open_index(path)
+    index = _open_ia3(path) if vectors else open_index(path)
     folder = path if vectors else index.folder
     return full_expert(CheckpointReader(index), base.entries, str(path), index.config, folder)
 
@@ -58,8 +70,97 @@ def fingerprint_of(path: Path, base: Path | None = None) -> str:
     Raises:
         CheckpointError: it cannot be read, or is an adapter of a kind that no reader understands.
     """
-    if is_adapter(path) and not is_ia3(path) and base is not None:
+    if is_adapter(path) and not _is_ia3(path) and base is not None:
         with closing(open_expert(path, open_index(base))) as expert:
             return expert.fingerprint()
-    with CheckpointReader(open_ia3(path) if is_ia3(path) else open_index(path)) as reader:
+    with CheckpointReader(_open_ia3(path) if _is_ia3(path) else open_index(path)) as reader:
         return reader.fingerprint()
+
+
+def _is_ia3(path: Path) -> bool:
+    config = path / ADAPTER_CONFIG
+    return config.is_file() and read_json_object(config).get("peft_type") == "IA3"
+
+
+def _open_ia3(folder: Path) -> CheckpointIndex:
+    """Return the table of an (IA)³ adapter's tensors: vectors, and modules saved in full."""
+    index = open_index(adapter_weights(folder))
+    index = replace(index, config=read_json_object(folder / ADAPTER_CONFIG))
+    if not _ia3_vectors(index):
+        raise CheckpointError(
+            f"{folder}: holds no vector ('…{IA3_SUFFIX}'); it is no (IA)³ adapter."
+        )
+    return index
+
+
+def _identity_adapter(
+    adapters: Mapping[str, CheckpointIndex], base: CheckpointReader
+) -> tuple[StateDictReader, CheckpointIndex]:
+    """Return the adapter that changes nothing, and its layout: that of the first adapter.
+
+    Vectors of ones; modules that the adapters save in full come from the base.
+    """
+    (first, index), *others = adapters.items()
+    vectors = _ia3_vectors(index)
+    for name, other in others:
+        theirs = _ia3_vectors(other)
+        both = sorted(vectors.keys() | theirs.keys())
+        if differing := [n for n in both if vectors.get(n) != theirs.get(n)]:
+            raise CheckpointError(
+                f"experts '{first}' and '{name}' train different vectors, such as "
+                f"'{differing[0]}'.\n(IA)³ adapters merge if their target_modules and "
+                "feedforward_modules agree."
+            )
+    entries = base.entries
+    modules = {
+        name: f"{name.removeprefix(PEFT_ROOT).removesuffix(IA3_SUFFIX)}.weight" for name in vectors
+    }
+    saved = [name for name in index.entries if name not in vectors]
+    own = [*dict.fromkeys(modules.values()), *(name.removeprefix(PEFT_ROOT) for name in saved)]
+    called = {key: name for key, name in align(entries, own, expert=str(index.folder))[0].items()}
+    tensors: dict[str, Tensor] = {}
+    for name, entry in index.entries.items():
+        if name in vectors:
+            _check_vector(entry, entries.get(called.get(modules[name], "")), index.folder)
+            tensors[name] = torch.ones(entry.shape, dtype=entry.dtype)
+            continue
+        key = called.get(name.removeprefix(PEFT_ROOT), "")
+        if key not in entries or entries[key].shape != entry.shape:
+            raise CheckpointError(
+                f"{index.folder}: saves '{name}' in full, a head that the base lacks or has in "
+                "another shape; heads of (IA)³ adapters cannot be kept apart.\nMerge adapters "
+                "without modules_to_save, or apply them with peft (merge_and_unload) first."
+            )
+        tensors[name] = base.read(key).view(entry.shape)
+    # Laid out as if all were in the file that PEFT looks for first.
+    file = WEIGHT_NAMES[0]
+    layout = replace(
+        index,
+        entries={n: replace(e, file=file) for n, e in index.entries.items()},
+        files=(file,),
+        metadata={file: next(iter(index.metadata.values()), {})},
+        config={},
+    )
+    return StateDictReader(tensors, "the identity adapter"), layout
+
+
+def _ia3_vectors(index: CheckpointIndex) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the (IA)³ vectors in a table, by name."""
+    return {n: e.shape for n, e in index.entries.items() if n.endswith(IA3_SUFFIX)}
+
+
+def _check_vector(vector: TensorEntry, weight: TensorEntry | None, folder: Path) -> None:
+    """Refuse a vector whose layer the base lacks, or has in another size."""
+    length = max(vector.shape, default=0)
+    if weight is None or vector.numel != length:
+        raise CheckpointError(
+            f"{folder}: '{vector.name}' {list(vector.shape)} belongs to no layer of the base.\n"
+            "The adapter was trained on another base."
+        )
+    # `Conv1D` keeps [in, out]; kernels [out, in, k, k].
+    sizes = (*weight.shape[:2], math.prod(weight.shape[1:]))
+    if length not in sizes:
+        raise CheckpointError(
+            f"{folder}: '{vector.name}' has {length} entries, the base's layer "
+            f"{list(weight.shape)}.\nThe adapter was trained on another base."
+        )

@@ -20,7 +20,6 @@ _PATTERNS = (
     *("word_shape.json", "word_pronunciation.json", "normalizer.json", "chat_template*"),
     *("LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*"),
 )
-_CODE = "*.py"
 # Never copied, whatever their name: weights, training states and pickles.
 _NEVER = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npz"),
@@ -29,7 +28,6 @@ _NEVER = (
 # Modules of sentence-transformers ("1_Pooling") and further chat templates.
 _SUBFOLDER = re.compile(r"\d+_[A-Za-z]\w*|additional_chat_templates")
 _SUBFOLDER_PATTERNS = (*_PATTERNS, "*.json", "*.txt", "*.jinja")
-_SUBFOLDER_WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def side_files(folder: Path) -> tuple[str, ...]:
@@ -39,12 +37,14 @@ def side_files(folder: Path) -> tuple[str, ...]:
     modules): a lone checkpoint may lie among anything.
 
     Never weights, optimizer or training states, pickles, the README (the output gets a card of its
-    own), hidden files or folders other than sentence-transformers' numbered modules.
-
-    Raises:
-        CheckpointError: one of them is a link that leads out of the folder.
+    own), hidden files or folders other than sentence-transformers' numbered modules. A link that
+    leads out of the folder is refused.
     """
-    patterns = (*_PATTERNS, _CODE) if _has_code(folder) else _PATTERNS
+    configs = (path for path in folder.glob("*config.json") if path.is_file())
+    names_code = (folder / "modules.json").is_file() or any(
+        b'"auto_map"' in config.read_bytes() for config in configs
+    )
+    patterns = (*_PATTERNS, "*.py") if names_code else _PATTERNS
     return _matching(folder, patterns, _SUBFOLDER_PATTERNS, _NEVER)
 
 
@@ -53,11 +53,8 @@ def module_weights(folder: Path) -> tuple[str, ...]:
 
     They belong to no key of the checkpoint, so they are neither merged nor copied by
     `copy_side_files`; the caller states what becomes of them.
-
-    Raises:
-        CheckpointError: one of them is a link that leads out of the folder.
     """
-    return _matching(folder, (), _SUBFOLDER_WEIGHTS, ())
+    return _matching(folder, (), ("*.safetensors", "*.bin"), ())
 
 
 def copy_side_files(
@@ -65,11 +62,7 @@ def copy_side_files(
 ) -> tuple[str, ...]:
     """Copy side files (all of `side_files`, or `names`) and return their names.
 
-    Links are followed, so that the copy stands alone.
-
-    Raises:
-        CheckpointError: a file is missing or a link that leads out of the folder.
-        OutputError: the destination cannot be written.
+    Links are followed, so that the copy stands alone; one that leads out of the folder is refused.
     """
     chosen = side_files(folder) if names is None else tuple(names)
     for name in chosen:
@@ -80,13 +73,6 @@ def copy_side_files(
         except OSError as error:
             raise OutputError(f"{target}: cannot be written ({error.strerror}).") from error
     return chosen
-
-
-def _has_code(folder: Path) -> bool:
-    if (folder / "modules.json").is_file():
-        return True
-    configs = (p for p in folder.glob("*config.json") if p.is_file())
-    return any(b'"auto_map"' in config.read_bytes() for config in configs)
 
 
 def _matching(

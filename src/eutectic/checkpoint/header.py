@@ -23,25 +23,13 @@ METADATA_KEY = "__metadata__"
 _MAX_DIMENSION = 2**63 - 1
 
 _CODES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"},
+    **{"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8"},
+    **{"BOOL": "bool", "C64": "complex64"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+    **{"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"},
+    **{"F8_E8M0": "float8_e8m0fnu"},
 }
 # Older versions of torch lack some of the 8-bit types.
 DTYPES: dict[str, torch.dtype] = {
@@ -52,23 +40,14 @@ CODE_OF: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies.
-
-    Attributes:
-        name: its key.
-        dtype: type in the file.
-        shape: its shape; () for a single number.
-        file: file name relative to the checkpoint's folder; "" in memory.
-        offset: absolute byte offset in the file; −1 in torch pickles and in memory.
-        nbytes: bytes of its data. For a tensor that an adapter changes: bytes of the factors.
-    """
+    """Where one tensor lies."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    file: str
-    offset: int
-    nbytes: int
+    file: str  # relative to the checkpoint's folder; "" in memory
+    offset: int  # absolute, in bytes; −1 in torch pickles and in memory
+    nbytes: int  # of a tensor that an adapter changes: bytes of the factors
 
     @property
     def numel(self) -> int:
@@ -97,17 +76,12 @@ def read_header(path: Path, file: str = "") -> Header:
             if size < 8:
                 raise _broken(path, f"truncated: {size} bytes, too short for a header length")
             length = int.from_bytes(_bytes_of(opened, 0, 8), "little")
+            announced = f"it announces a header of {length:,} bytes"
             if length > MAX_HEADER_BYTES:
-                raise _broken(
-                    path,
-                    f"not safetensors, or corrupt: it announces a header of {length:,} bytes, "
-                    f"the limit is {MAX_HEADER_BYTES:,}",
-                )
+                limit = f"{announced}, the limit is {MAX_HEADER_BYTES:,}"
+                raise _broken(path, f"not safetensors, or corrupt: {limit}")
             if 8 + length > size:
-                raise _broken(
-                    path,
-                    f"truncated: it announces a header of {length:,} bytes, the file has {size:,}",
-                )
+                raise _broken(path, f"truncated: {announced}, the file has {size:,}")
             raw = _bytes_of(opened, 8, length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
@@ -140,15 +114,9 @@ def _parse(path: Path, file: str, raw: bytes, file_size: int) -> Header:
             raise _broken(path, f"inconsistent header: tensor '{tensor.name}' {fault} {previous}")
         position += tensor.nbytes
         previous = f"'{tensor.name}'"
-    if position > file_size:
-        raise _broken(
-            path, f"truncated: the header describes {position:,} bytes, the file has {file_size:,}"
-        )
-    if position < file_size:
-        raise _broken(
-            path,
-            f"inconsistent header: it describes {position:,} bytes, the file has {file_size:,}",
-        )
+    if position != file_size:
+        fault = "truncated: the header" if position > file_size else "inconsistent header: it"
+        raise _broken(path, f"{fault} describes {position:,} bytes, the file has {file_size:,}")
     return Header(tuple(tensors), metadata)
 
 
@@ -211,19 +179,19 @@ def build_header(
     """
     table: dict[str, Any] = {METADATA_KEY: dict(metadata)} if metadata else {}
     ordered = sorted(tensors, key=lambda t: -t[1].itemsize)
+    ranges: list[list[int]] = []
     position = 0
     for name, dtype, shape in ordered:
         end = position + math.prod(shape) * dtype.itemsize
-        place = [position, end]
-        table[name] = {"dtype": CODE_OF[dtype], "shape": list(shape), "data_offsets": place}
+        ranges.append([position, end])
+        table[name] = {"dtype": CODE_OF[dtype], "shape": list(shape), "data_offsets": ranges[-1]}
         position = end
     if len(table) != len(ordered) + bool(metadata):
         raise ValueError("a tensor name occurs twice in one file")
     raw = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
-    placed: list[TensorEntry] = []
-    for name, dtype, shape in ordered:
-        begin, end = table[name]["data_offsets"]
-        offset = 8 + len(raw) + begin
-        placed.append(TensorEntry(name, dtype, tuple(shape), file, offset, end - begin))
-    return len(raw).to_bytes(8, "little") + raw, tuple(placed)
+    placed = tuple(
+        TensorEntry(name, dtype, tuple(shape), file, 8 + len(raw) + begin, end - begin)
+        for (name, dtype, shape), (begin, end) in zip(ordered, ranges, strict=True)
+    )
+    return len(raw).to_bytes(8, "little") + raw, placed

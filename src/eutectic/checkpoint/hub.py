@@ -1,6 +1,7 @@
 """Names of checkpoints: local paths as they are, others from the Hugging Face hub."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 from eutectic.checkpoint.index import WEIGHT_SUFFIXES
@@ -48,19 +49,13 @@ def _download(model_id: str, revision: str | None) -> Path:
         purpose = f"'{model_id}' is no local path; downloading it from the hub"
         raise MissingExtraError("huggingface_hub", "hf", purpose) from error
 
-    def fetch(patterns: list[str]) -> Path:
-        return Path(
-            snapshot_download(
-                model_id, revision=revision, allow_patterns=patterns, ignore_patterns=_IGNORED
-            )
-        )
-
+    fetch = partial(snapshot_download, model_id, revision=revision, ignore_patterns=_IGNORED)
     at = f" at revision '{revision}'" if revision else ""
     try:
-        folder = fetch(_PATTERNS)
-        if not any(folder.glob("*.safetensors")):
-            folder = fetch([*_PATTERNS, "*.bin"])
-        return folder
+        folder = Path(fetch(allow_patterns=_PATTERNS))
+        if any(folder.glob("*.safetensors")):
+            return folder
+        return Path(fetch(allow_patterns=[*_PATTERNS, "*.bin"]))
     except errors.GatedRepoError as error:
         raise CheckpointError(
             f"{model_id}: access on the hub is restricted.\n"

@@ -21,25 +21,15 @@ _INDEX_SUFFIX = ".index.json"
 
 @dataclass(frozen=True)
 class CheckpointIndex:
-    """The tensors of one checkpoint and the files that hold them.
+    """The tensors of one checkpoint and the files that hold them."""
 
-    Attributes:
-        folder: the folder, as the user named it.
-        entries: tensors by name, in the order of files and of offsets within them.
-        files: weight files relative to the folder, in order.
-        weight_index: name of the `*.index.json` file if the checkpoint is sharded.
-        metadata: file name -> the `__metadata__` of that safetensors file.
-        config: config.json as a table; {} where there is none.
-        skipped: "name (type)" of everything in torch pickles that is not a tensor.
-    """
-
-    folder: Path
-    entries: Mapping[str, TensorEntry]
-    files: tuple[str, ...]
-    weight_index: str | None = None
-    metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    config: Mapping[str, Any] = field(default_factory=dict)
-    skipped: tuple[str, ...] = ()
+    folder: Path  # as the user named it
+    entries: Mapping[str, TensorEntry]  # in the order of files and of offsets within them
+    files: tuple[str, ...]  # weight files relative to the folder, in order
+    weight_index: str | None = None  # name of the `*.index.json` of a sharded checkpoint
+    metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by safetensors file
+    config: Mapping[str, Any] = field(default_factory=dict)  # {} where there is no config.json
+    skipped: tuple[str, ...] = ()  # "name (type)" of what is no tensor in torch pickles
 
 
 def open_index(path: Path) -> CheckpointIndex:
@@ -76,11 +66,7 @@ def open_index(path: Path) -> CheckpointIndex:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file.
-
-    Raises:
-        CheckpointError: it cannot be read, is not JSON, or is not an object.
-    """
+    """Return the JSON object in a file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -98,8 +84,7 @@ def _weights_in(folder: Path) -> str:
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read ({error.strerror}).") from error
     found = _choose(folder, names, "model.safetensors", (".safetensors",))
-    found = found or _choose(folder, names, "pytorch_model.bin", PICKLE_SUFFIXES)
-    if found:
+    if found := found or _choose(folder, names, "pytorch_model.bin", PICKLE_SUFFIXES):
         return found
     if "adapter_config.json" in names:
         raise CheckpointError(
@@ -117,15 +102,14 @@ def _choose(
 ) -> str | None:
     """Return the weight file or index of one format; None where there is none."""
     usual_index = usual + _INDEX_SUFFIX
-    both = usual in names and usual_index in names
-    if both and set(_weight_map(folder, usual_index).values()) != {usual}:
+    known = [name for name in (usual, usual_index) if name in names]
+    if len(known) == 2 and set(_weight_map(folder, usual_index).values()) != {usual}:
         raise CheckpointError(
             f"{folder}: holds both {usual} and {usual_index}, which names other files.\n"
             "One of them is stale. Remove it, or name the file you mean instead of the folder."
         )
-    for name in (usual, usual_index):
-        if name in names:
-            return name
+    if known:
+        return known[0]
     for endings in (tuple(suffix + _INDEX_SUFFIX for suffix in suffixes), suffixes):
         found = [n for n in names if n.endswith(endings) and not n.startswith(_NOT_WEIGHTS)]
         if len(found) > 1:
@@ -153,8 +137,7 @@ def _weight_map(folder: Path, name: str) -> dict[str, str]:
 def _sharded(folder: Path, name: str, config: Mapping[str, Any]) -> CheckpointIndex:
     weight_map = _weight_map(folder, name)
     files = tuple(sorted(set(weight_map.values())))
-    absent = [file for file in files if not (folder / file).exists()]
-    if absent:
+    if absent := [file for file in files if not (folder / file).exists()]:
         raise CheckpointError(
             f"{folder}: {name} names {len(absent)} of {len(files)} files that are missing: "
             f"{', '.join(absent[:5])}.\nComplete the download."
@@ -166,8 +149,7 @@ def _sharded(folder: Path, name: str, config: Mapping[str, Any]) -> CheckpointIn
         listed, metadata[file], others = _read_file(check_inside(folder, file), file)
         skipped.extend(others)
         for entry in listed:
-            elsewhere = weight_map.get(entry.name)
-            if elsewhere != file:
+            if (elsewhere := weight_map.get(entry.name)) != file:
                 what = f"says it is in {elsewhere}" if elsewhere else "does not list it"
                 raise CheckpointError(
                     f"{folder}: {file} holds the tensor '{entry.name}', but {name} {what}.\n"
@@ -175,8 +157,7 @@ def _sharded(folder: Path, name: str, config: Mapping[str, Any]) -> CheckpointIn
                     "save the model again."
                 )
             entries[entry.name] = entry
-    lost = [tensor for tensor in weight_map if tensor not in entries]
-    if lost:
+    if lost := [tensor for tensor in weight_map if tensor not in entries]:
         raise CheckpointError(
             f"{folder}: {name} lists {len(lost)} tensors that the files do not hold: "
             f"{', '.join(lost[:5])}.\nThe index is stale or a shard is damaged."

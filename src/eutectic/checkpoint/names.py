@@ -24,9 +24,6 @@ def check_inside(folder: Path, name: str) -> Path:
 
     The file must lie inside the folder. One exception: the cache of the Hugging Face hub, where
     `…/snapshots/<revision>/x` links to `…/blobs/<hash>`.
-
-    Raises:
-        CheckpointError: the file is missing, is no regular file, or is a link that leads out.
     """
     path = folder / name
     try:
@@ -109,20 +106,13 @@ def align(
 
 
 def _choose(base: frozenset[str], keys: list[str], expert: str) -> Alignment:
-    exact = sum(key in base for key in keys)
-    stripped: Counter[str] = Counter()
-    for key in keys:
-        stripped.update(p for p in _prefixes(key) if key[len(p) :] in base)
     present = frozenset(keys)
-    added: Counter[str] = Counter()
-    for name in base:
-        added.update(p for p in _prefixes(name) if name[len(p) :] in present)
-    candidates = [(n, "strip", p) for p, n in stripped.items()]
-    candidates += [(n, "add", p) for p, n in added.items()]
-    best = max((n for n, _, _ in candidates), default=0)
-    if exact >= best:
+    met = Counter(("strip", p) for key in keys for p in _prefixes(key) if key[len(p) :] in base)
+    met.update(("add", p) for key in base for p in _prefixes(key) if key[len(p) :] in present)
+    best = max(met.values(), default=0)
+    if sum(key in base for key in keys) >= best:
         return Alignment()
-    winners = sorted((side, p) for n, side, p in candidates if n == best)
+    winners = sorted(choice for choice, count in met.items() if count == best)
     if len(winners) > 1:
         listed = ", ".join(f"'{p}'" for _, p in winners[:5])
         raise CheckpointError(

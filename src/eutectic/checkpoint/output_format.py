@@ -65,8 +65,7 @@ class TensorFiles(TensorSink, Protocol):
 class OutputFormat(ABC):
     """How tensors become files: here, safetensors, and an index where there are several.
 
-    A format of another kind overrides all methods; which dtypes there are, and how they are
-    encoded, is its own.
+    A format of another kind overrides all methods; its dtypes and their encoding are its own.
     """
 
     @abstractmethod

@@ -20,9 +20,6 @@ def load_pickle(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
 
     Memory-mapped where the format allows. Only `torch.load(weights_only=True)` is ever used. A
     state dict filed under one of `_WRAPPERS` is unwrapped. Tied tensors and views stay as they are.
-
-    Raises:
-        CheckpointError: the file is damaged, needs code to be loaded, or holds no dense tensors.
     """
     content = _load(path)
     if not isinstance(content, Mapping):
@@ -67,9 +64,7 @@ def _load(path: Path) -> Any:
             # torch warns about deprecated storage classes of old files; they load all the same.
             warnings.simplefilter("ignore")
             with path.open("rb") as file:
-                is_zip = (
-                    file.read(4) == b"PK\x03\x04"
-                )  # the format before torch 1.6 cannot be mapped
+                is_zip = file.read(4) == b"PK\x03\x04"  # older formats cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -88,8 +83,6 @@ def _load(path: Path) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    for line in text.splitlines():
-        if "Unsupported" in line or "GLOBAL" in line:
-            return line.strip()[:300]
-    return text.splitlines()[0][:300]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    telling = (line.strip() for line in lines if "Unsupported" in line or "GLOBAL" in line)
+    return next(telling, lines[0])[:300]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import threading
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,11 @@ from eutectic.checkpoint.content import sampled_fingerprint
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry
 from eutectic.checkpoint.pickles import check_dense, load_pickle
 from eutectic.errors import CheckpointError
-from eutectic.storage import OpenFiles, storage_of
+from eutectic.storage import OpenedFile, storage_of
+
+# Per folder: checkpoints of hundreds of shards, times many experts, would exhaust the usual limit
+# of 1024 open files.
+_MAX_OPEN_FILES = 16
 
 
 class CheckpointReader:
@@ -30,15 +36,14 @@ class CheckpointReader:
     def __init__(self, index: CheckpointIndex) -> None:
         self.index = index
         self.entries: Mapping[str, TensorEntry] = index.entries
-        self._files = OpenFiles(storage_of(index.folder), index.folder)
+        self._files = _OpenFiles(index.folder)
         self._pickles: dict[str, dict[str, Tensor]] = {}
         self._lock = threading.Lock()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return elements [start, stop) of the flattened tensor: 1-D, its dtype, memory of its own.
 
-        Raises:
-            CheckpointError: no such tensor, or the file ends early or changed while being read.
+        CheckpointError where there is none, or the file ends early or changed while being read.
         """
         entry = self.entries.get(name)
         if entry is None:
@@ -94,6 +99,53 @@ class CheckpointReader:
             return self._pickles[file]
 
 
+class _OpenFiles:
+    """Files opened on demand; the least recently used idle one is closed when many are open."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._lock = threading.Lock()
+        self._idle: OrderedDict[str, OpenedFile] = OrderedDict()
+        self._busy: dict[str, tuple[OpenedFile, int]] = {}
+        self._seen: dict[str, Hashable] = {}
+
+    def read_into(self, name: str, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` with the bytes of file `name` from `offset` on.
+
+        OSError where it cannot be read, ends early, or is another one than before.
+        """
+        with self._lock:
+            if name in self._busy:
+                file, users = self._busy[name]
+            else:
+                file, users = self._idle.pop(name, None) or self._open(name), 0
+            self._busy[name] = (file, users + 1)
+        try:
+            file.read_into(buffer, offset)
+        finally:
+            with self._lock:
+                file, users = self._busy.pop(name)
+                if users > 1:
+                    self._busy[name] = (file, users - 1)
+                else:
+                    self._idle[name] = file
+                    while self._idle and len(self._idle) + len(self._busy) > _MAX_OPEN_FILES:
+                        self._idle.popitem(last=False)[1].close()
+
+    def close(self) -> None:
+        """Close every file that nobody is reading; reading opens them again."""
+        with self._lock:
+            while self._idle:
+                self._idle.popitem()[1].close()
+
+    def _open(self, name: str) -> OpenedFile:
+        file = storage_of(self._folder).open(self._folder / name)
+        if self._seen.setdefault(name, file.stamp) != file.stamp:
+            file.close()
+            raise OSError(errno.ESTALE, "the file was replaced or changed while being read")
+        return file
+
+
 class StateDictReader:
     """A state dict with the surface of `CheckpointReader`.
 
@@ -103,11 +155,7 @@ class StateDictReader:
     is_delta = False
 
     def __init__(self, state_dict: Mapping[str, Any], label: str = "the state dict") -> None:
-        """Take a state dict; `label` names it in messages.
-
-        Raises:
-            CheckpointError: a value is not a dense tensor, or there is none at all.
-        """
+        """Take a state dict of dense tensors; `label` names it in messages."""
         self.label = label
         self._tensors: dict[str, Tensor] = {}
         for name, value in state_dict.items():
@@ -126,11 +174,7 @@ class StateDictReader:
         }
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return elements [start, stop) of the flattened tensor: 1-D, its dtype, a copy on the CPU.
-
-        Raises:
-            CheckpointError: no such tensor.
-        """
+        """Return elements [start, stop) of the flattened tensor: 1-D, its dtype, a CPU copy."""
         if name not in self._tensors:
             raise CheckpointError(f"{self.label}: has no tensor '{name}'.")
         return self._tensors[name].view(-1)[start:stop].to("cpu", copy=True)

@@ -41,10 +41,6 @@ class CheckpointWriter:
     All files get their headers and their final size at once, so that a disk that is too small
     fails before the work begins, and the bytes do not depend on the order of writing. The caller
     writes into a folder that does not look finished, and renames it at the end.
-
-    Attributes:
-        laid_out: names of the files whose headers were written by this object: all of them, or on
-            resuming those that a previous run had not come to. They hold no finished tensors.
     """
 
     def __init__(self, folder: Path, files: Sequence[OutputFile], resume: bool = False) -> None:
@@ -58,6 +54,7 @@ class CheckpointWriter:
         """
         self.folder = Path(folder)
         self.files = tuple(files)
+        # Files whose headers this object wrote: on resuming, those a previous run had not come to.
         self.laid_out: tuple[str, ...] = ()
         self._storage = storage_of(self.folder)
         self._staged: dict[str, StagedFile] = {}
@@ -72,9 +69,7 @@ class CheckpointWriter:
                 self._where[tensor.name] = tensor
         sizes = {file.name: len(headers[file.name]) + file.data_bytes for file in self.files}
         try:
-            pending = [
-                n for n in headers if not (resume and self._take_up(n, headers[n], sizes[n]))
-            ]
+            pending = [n for n in sizes if not (resume and self._take_up(n, headers[n], sizes[n]))]
             # Asked before reserving: some file systems take what there is before they find it too
             # little, and other programs would meet a full disk meanwhile.
             free = self._storage.free_bytes(self.folder)
@@ -105,10 +100,6 @@ class CheckpointWriter:
 
         Any order, any thread; ranges written at the same time must not overlap. What is in the
         file now is returned, as bytes.
-
-        Raises:
-            OutputError: the disk is full or fails.
-            ValueError: the values have another dtype than the file, or lie outside the tensor.
         """
         tensor = self._where[name]
         if values.dtype != tensor.dtype:
@@ -124,11 +115,7 @@ class CheckpointWriter:
         return flat
 
     def read_back(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return elements [start, stop) of a tensor as they are in the file, 1-D.
-
-        Raises:
-            OutputError: the file cannot be read.
-        """
+        """Return elements [start, stop) of a tensor as they are in the file, 1-D."""
         tensor = self._where[name]
         width = tensor.dtype.itemsize
         stop = tensor.nbytes // width if stop is None else stop
@@ -140,11 +127,7 @@ class CheckpointWriter:
         return buffer.view(tensor.dtype)
 
     def sync(self) -> None:
-        """Force all that was written into the storage.
-
-        Raises:
-            OutputError: the disk fails, or a delayed write found it full.
-        """
+        """Force all that was written into the storage; a delayed write may find it full."""
         try:
             for staged in self._staged.values():
                 staged.sync()
@@ -215,11 +198,7 @@ class MemoryWriter:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file so that it is either absent (or as before) or complete, on disk.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write a small file so that it is either absent (or as before) or complete, on disk."""
     try:
         with storage_of(path).replacing(path) as file:
             file.write(data)
@@ -231,9 +210,6 @@ def check_replaced(path: Path, keys: Set[str], what: str) -> None:
     """Find out before any work whether `what`, a JSON file, may be written there.
 
     It may replace an earlier file of the same kind, which has these keys.
-
-    Raises:
-        RequestError: a folder, or a file that holds something else, is there.
     """
     if path.is_dir() or (path.is_file() and path.stat().st_size and not _has_keys(path, keys)):
         kind = "is a folder" if path.is_dir() else "holds something else"

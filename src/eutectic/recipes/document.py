@@ -45,9 +45,6 @@ def read_document(
     """Return a YAML mapping, where its parts stand, and the faults found so far (double keys).
 
     Messages say `what` it is, such as "a recipe", and which keys it `holds`.
-
-    Raises:
-        RecipeError: (or `error`) the file cannot be read, is not YAML, or is no mapping.
     """
     path = Path(path)
     noun = what.removeprefix("a ")
@@ -84,10 +81,7 @@ def by_line(faults: Iterable[Fault]) -> list[Fault]:
 
 
 def schema_fault(item: Any, source: Source, known_keys: Callable[[Location], list[str]]) -> Fault:
-    """Return an item of `ValidationError.errors()` as a fault with its line.
-
-    `known_keys` gives the keys that are allowed at a location.
-    """
+    """Return an item of `ValidationError.errors()` as a fault; `known_keys` gives those allowed."""
     location: Location = tuple(item["loc"])
     line = source.line(*location)
     name = ".".join(str(part) for part in location)

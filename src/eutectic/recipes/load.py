@@ -25,9 +25,7 @@ from eutectic.recipes.schema import SCALE_TAGS, ExpertSpec, Recipe, ScaleSearch,
 def load_recipe(path: str | Path) -> tuple[Recipe, Source]:
     """Read and check a YAML recipe. Relative paths in it start at the recipe's folder.
 
-    Raises:
-        RecipeError: listing every fault of the schema, the method's parameters and the paths,
-            each with its line.
+    RecipeError lists every fault of the schema, the method's parameters and the paths.
     """
     values, source, duplicates = read_document(path, "a recipe", "base, experts and method")
     return check_recipe(values, source, duplicates), source
@@ -36,11 +34,7 @@ def load_recipe(path: str | Path) -> tuple[Recipe, Source]:
 def check_recipe(
     values: Mapping[str, Any], source: Source | None = None, faults: Sequence[Fault] = ()
 ) -> Recipe:
-    """Return a checked recipe with resolved local paths.
-
-    Raises:
-        RecipeError: with every fault found.
-    """
+    """Return a checked recipe with resolved local paths."""
     source = source or Source()
     values = _mapping(_paths_as_text(values))
     faults = list(faults)
@@ -165,15 +159,11 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 
 def _resolve_paths(recipe: Recipe, source: Source) -> Recipe:
-    experts = {
-        name: spec.model_copy(
-            update={
-                "path": _resolve(spec.path, source),
-                "statistics": spec.statistics and _resolve(spec.statistics, source),
-            }
-        )
-        for name, spec in recipe.experts.items()
-    }
+    experts: dict[str, ExpertSpec] = {}
+    for name, spec in recipe.experts.items():
+        statistics = spec.statistics and _resolve(spec.statistics, source)
+        found = {"path": _resolve(spec.path, source), "statistics": statistics}
+        experts[name] = spec.model_copy(update=found)
     update: dict[str, Any] = {"base": _resolve(recipe.base, source), "experts": experts}
     init = recipe.parameters.get("init")
     if isinstance(init, str) and init != ZERO and init not in all_methods():

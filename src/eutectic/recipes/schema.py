@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 
 from eutectic.errors import RequestError
 from eutectic.recipes.units import parse_bytes
@@ -35,41 +27,24 @@ Split = Annotated[
 ]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class ExpertSpec(BaseModel, extra="forbid", frozen=True):
+    """One expert: a checkpoint or an adapter fine-tuned from the base."""
+
+    path: str  # folder, file or hub id
+    weight: Finite = 1.0  # w_t in the method's formula
+    statistics: str | None = None  # its statistics file, for methods that use data
+    parameters: dict[str, Any] = Field(default_factory=dict)  # where they differ from the recipe's
 
 
-class ExpertSpec(_Strict):
-    """One expert: a checkpoint or an adapter fine-tuned from the base.
+class TensorRule(BaseModel, extra="forbid", frozen=True):
+    """One rule about tensors by name; the first rule that matches a name decides."""
 
-    Attributes:
-        path: folder, file or hub id.
-        weight: w_t in the method's formula.
-        statistics: the expert's statistics file, for methods that use data.
-        parameters: the method's parameters for this expert, where they differ from the recipe's
-            (a `density` of its own).
-    """
-
-    path: str
-    weight: Finite = 1.0
-    statistics: str | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
-
-
-class TensorRule(_Strict):
-    """One rule about tensors by name; the first rule that matches a name decides.
-
-    Attributes:
-        match: shell pattern over tensor names (`*.classifier.*`).
-        treatment: what becomes of the tensor; None leaves the default.
-        split: rows are this many fused matrices of equal height, or of these heights.
-        scale: α of these tensors instead of the recipe's.
-    """
-
-    match: str
-    treatment: Treatment | None = None
-    split: Split | None = None
-    scale: Finite | None = None
+    match: str  # shell pattern over tensor names (`*.classifier.*`)
+    treatment: Treatment | None = None  # None leaves the default
+    split: Split | None = (
+        None  # rows are so many fused matrices of equal height, or of these heights
+    )
+    scale: Finite | None = None  # α of these tensors instead of the recipe's
 
     @model_validator(mode="after")
     def _says_something(self) -> TensorRule:
@@ -85,26 +60,21 @@ NOT_TAKEN = {  # search -> keys of `scale: {…}` that are not its own
 }
 
 
-class ScaleSearch(_Strict):
+class ScaleSearch(BaseModel, extra="forbid", frozen=True):
     """A search for α in place of its value. `scale: auto` is short for `{search: gram}`.
 
-    Attributes:
-        search: what is optimised: `validation` a metric on labelled data, `divergence` the
-            distance of the merged model's outputs from each expert's on unlabelled data, `gram`
-            the error of layer outputs, in closed form from statistics.
-        tasks: file of tasks (YAML) with the data; `gram` takes none.
-        compare: of `divergence`: outputs (KL of class or next-token probabilities, distance of
-            predicted numbers), or features before the head.
-        range: smallest and largest α.
-        points: number of values of the first, logarithmic grid.
-        tolerance: relative precision of α at which the golden section around the best one stops.
+    `validation` optimises a metric on labelled data, `divergence` the distance of the merged
+    model's outputs from each expert's on unlabelled data, `gram` the error of layer outputs, in
+    closed form from statistics.
     """
 
     search: Literal["validation", "divergence", "gram"]
-    tasks: str | None = None
+    tasks: str | None = None  # file of tasks (YAML) with the data; `gram` takes none
+    # Of `divergence`: probabilities (KL) and predicted numbers, or features before the head.
     compare: Literal["outputs", "features"] = "outputs"
-    range: tuple[PositiveFinite, PositiveFinite] = (0.02, 3.0)
-    points: Annotated[int, Field(ge=3, le=1000)] = 11
+    range: tuple[PositiveFinite, PositiveFinite] = (0.02, 3.0)  # smallest and largest α
+    points: Annotated[int, Field(ge=3, le=1000)] = 11  # of the first, logarithmic grid
+    # Relative precision of α at which the golden section around the best one stops.
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.05
 
     @model_validator(mode="after")
@@ -132,46 +102,26 @@ Scale = Annotated[
 ]
 
 
-class Recipe(_Strict):
-    """What to merge, and how.
+class Recipe(BaseModel, extra="forbid", frozen=True):
+    """What to merge, and how; docs/guides/recipes.md says what each key does."""
 
-    Attributes:
-        base: folder, file or hub id of the model that all experts started from.
-        experts: name -> path, or name -> {path, weight, statistics, parameters}.
-        method: a name from `eutectic methods`.
-        parameters: the method's own parameters.
-        scale: α, or a search for it; None takes the method's default.
-        scale_tensors: what α multiplies: every merged tensor, or matrices only.
-        dtype: of the output's floating tensors; None keeps each tensor's own.
-        seed: of all random numbers.
-        precision: linear algebra by checked fast kernels, or by full float64 decompositions.
-        tensors: ordered rules by tensor name.
-        heads: per-task heads kept in `experts/<name>/`, taken from the base, or left out.
-        missing: a base tensor that some expert lacks is an error, counts as unchanged (`base`),
-            or is merged from those that have it (`available`).
-        nonfinite: NaN or Inf in an expert is an error, or allowed through.
-        statistics_of: statistics must have been collected on the `expert` itself, or may come from
-            `any` checkpoint.
-        side_files: "base", or the expert whose config and tokenizer files are copied.
-        shard_size: most bytes of tensors in one file, such as "5GB"; None lays the output out like
-            the base.
-    """
-
-    base: str
-    experts: Annotated[dict[Name, ExpertSpec], Field(min_length=1)]
-    method: str
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    scale: Scale | None = None
-    scale_tensors: Literal["all", "matrix"] = "all"
-    dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
-    precision: Literal["fast", "exact"] = "fast"
+    base: str  # folder, file or hub id of the model that all experts started from
+    experts: Annotated[dict[Name, ExpertSpec], Field(min_length=1)]  # or name -> path
+    method: str  # a name from `eutectic methods`
+    parameters: dict[str, Any] = Field(default_factory=dict)  # the method's own
+    scale: Scale | None = None  # α, or a search for it; None takes the method's default
+    scale_tensors: Literal["all", "matrix"] = "all"  # what α multiplies
+    dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None  # None: as they are
+    seed: Annotated[int, Field(ge=0)] = 0  # of all random numbers
+    precision: Literal["fast", "exact"] = "fast"  # checked kernels, or float64 decompositions
     tensors: tuple[TensorRule, ...] = ()
-    heads: Literal["per_expert", "base", "drop"] = "per_expert"
+    heads: Literal["per_expert", "base", "drop"] = "per_expert"  # kept in `experts/<name>/`
+    # A base tensor that some expert lacks: unchanged there, or merged from those that have it.
     missing: Literal["error", "base", "available"] = "error"
-    nonfinite: Literal["error", "allow"] = "error"
-    side_files: str = "base"
-    statistics_of: Literal["expert", "any"] = "expert"
+    nonfinite: Literal["error", "allow"] = "error"  # NaN or Inf in an expert
+    side_files: str = "base"  # or the expert whose configuration and tokenizer files are copied
+    statistics_of: Literal["expert", "any"] = "expert"  # the checkpoint they were collected on
+    # Most bytes of tensors in one file, such as "5GB"; None lays the output out like the base.
     shard_size: Annotated[int, Field(ge=1, strict=True)] | None = None
 
     @field_validator("experts", mode="before")
@@ -180,11 +130,8 @@ class Recipe(_Strict):
         if not isinstance(value, dict):
             return value
         specs = cast("dict[Any, Any]", value)
-        taken = [name for name in ("base", "initial") if name in specs]
-        if taken:
-            raise ValueError(
-                f"an expert cannot be called '{taken[0]}': that is another parent's name"
-            )
+        if name := next((name for name in ("base", "initial") if name in specs), None):
+            raise ValueError(f"an expert cannot be called '{name}': that is another parent's name")
         return {n: {"path": s} if isinstance(s, str) else s for n, s in specs.items()}
 
     @field_validator("shard_size", mode="before")

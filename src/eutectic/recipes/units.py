@@ -11,18 +11,13 @@ _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", re.IGNORECASE)
 
 
 def parse_bytes(text: str | int) -> int:
-    """Return a number of bytes from `4000000`, `"4GB"`, `"1.5GiB"` or `"500 M"`.
-
-    Raises:
-        RequestError: the text is not a size.
-    """
+    """Return a number of bytes from `4000000`, `"4GB"`, `"1.5GiB"` or `"500 M"`."""
     if isinstance(text, int):
         return text
     match = _PATTERN.fullmatch(text)
     if match is None:
         raise RequestError(f"'{text}' is not a size in bytes. Write it like 4GB, 512MiB or 800000.")
-    factor = {**_FACTORS, **_BINARY}[(match[2] or "").lower()]
-    return int(Decimal(match[1]) * factor)
+    return int(Decimal(match[1]) * {**_FACTORS, **_BINARY}[(match[2] or "").lower()])
 
 
 def format_bytes(count: float) -> str:

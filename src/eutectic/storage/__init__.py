@@ -4,17 +4,8 @@ from pathlib import Path
 
 from eutectic.storage.interface import AppendedFile, Lock, OpenedFile, StagedFile, Storage
 from eutectic.storage.local_disk import LocalDisk
-from eutectic.storage.open_files import OpenFiles
 
-__all__ = [
-    "AppendedFile",
-    "Lock",
-    "OpenFiles",
-    "OpenedFile",
-    "StagedFile",
-    "Storage",
-    "storage_of",
-]
+__all__ = ["AppendedFile", "Lock", "OpenedFile", "StagedFile", "Storage", "storage_of"]
 
 _LOCAL_DISK = LocalDisk()
 
