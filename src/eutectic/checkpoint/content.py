@@ -1,8 +1,7 @@
 """A cheap identity of a checkpoint's content, independent of its layout on disk."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -14,28 +13,9 @@ _SAMPLE_WIDTH = 8
 _SAMPLE_TOLERANCE = 1e-6  # of float32: an adapter's weight is computed, not stored
 
 
-class TensorSource(Protocol):
-    """A table of tensors and a way to read flat ranges of them; files and memory look alike."""
-
-    entries: Mapping[str, TensorEntry]
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return elements [start, stop) of the flattened tensor, in memory of their own."""
-        ...
-
-    def fingerprint(self) -> str:
-        """Return the sampled identity of the content."""
-        ...
-
-    def identity(self) -> list[tuple[str, int, int]]:
-        """Return (file, bytes, mtime in ns) of every file read; empty in memory."""
-        ...
-
-    def close(self) -> None:
-        """Release files."""
-
-
-def sampled_fingerprint(source: TensorSource, names: Iterable[str] | None = None) -> str:
+def sampled_fingerprint(
+    entries: Mapping[str, TensorEntry], read: Callable[[str, int, int], Tensor]
+) -> str:
     """Return a SHA-256 over names, types, shapes and samples of the data.
 
     Up to three windows of 4 KiB (start, middle, end) of every tensor are hashed, in the order of
@@ -44,12 +24,11 @@ def sampled_fingerprint(source: TensorSource, names: Iterable[str] | None = None
     order do not matter. Cost: three small reads per tensor.
     """
     digest = hashlib.sha256()
-    for name in sorted(source.entries if names is None else names):
-        entry = source.entries[name]
+    for name, entry in sorted(entries.items()):
         digest.update(f"{name}\0{entry.dtype}\0{entry.shape}\0".encode())
         width = _WINDOW_BYTES // entry.dtype.itemsize
         for start, stop in _windows(entry.numel, width, range(3), 2):
-            digest.update(source.read(name, start, stop).view(torch.uint8).numpy().data)
+            digest.update(read(name, start, stop).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eutectic.checkpoint.content import TensorSource
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.names import Alignment, align
-from eutectic.checkpoint.reader import file_identity
+from eutectic.checkpoint.reader import TensorSource, file_identity
 from eutectic.errors import CheckpointError
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -18,16 +18,14 @@ from eutectic.checkpoint.adapters import WEIGHT_NAMES, adapter_weights, open_lor
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG, Expert, full_expert
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index, read_json_object
 from eutectic.checkpoint.names import align
-from eutectic.checkpoint.reader import CheckpointReader, StateDictReader
+from eutectic.checkpoint.reader import CheckpointReader, StateDictReader, TensorSource
 from eutectic.conventions import IA3_SUFFIX, PEFT_ROOT
 from eutectic.errors import CheckpointError
-
-BaseReader = CheckpointReader | StateDictReader
 
 
 def common_base(
     base: CheckpointReader, experts: Mapping[str, Path]
-) -> tuple[BaseReader, CheckpointIndex]:
+) -> tuple[TensorSource, CheckpointIndex]:
     """Return what the experts' tensors are compared with, and its layout.
 
     The base itself; where every expert is an (IA)³ adapter, the adapter of it that changes nothing.

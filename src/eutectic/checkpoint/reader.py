@@ -71,7 +71,7 @@ class CheckpointReader:
 
     def fingerprint(self) -> str:
         """Return the sampled identity of the content; see `content.sampled_fingerprint`."""
-        return sampled_fingerprint(self)
+        return sampled_fingerprint(self.entries, self.read)
 
     def identity(self) -> list[tuple[str, int, int]]:
         """Return (name, bytes, mtime in ns) of every file that the checkpoint consists of."""
@@ -181,7 +181,7 @@ class StateDictReader:
 
     def fingerprint(self) -> str:
         """Return the sampled identity of the content; equal to that of a saved copy."""
-        return sampled_fingerprint(self)
+        return sampled_fingerprint(self.entries, self.read)
 
     def identity(self) -> list[tuple[str, int, int]]:
         """Return no files."""
@@ -189,6 +189,9 @@ class StateDictReader:
 
     def close(self) -> None:
         """Do nothing; the tensors belong to the caller."""
+
+
+TensorSource = CheckpointReader | StateDictReader
 
 
 def file_identity(folder: Path, names: list[str]) -> list[tuple[str, int, int]]:

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from eutectic.checkpoint.expert_tensors import Expert, full_expert
-from eutectic.checkpoint.experts import BaseReader, common_base, is_adapter, open_expert
+from eutectic.checkpoint.experts import common_base, is_adapter, open_expert
 from eutectic.checkpoint.hub import resolve
 from eutectic.checkpoint.index import CheckpointIndex, open_index
-from eutectic.checkpoint.reader import CheckpointReader, StateDictReader
+from eutectic.checkpoint.reader import CheckpointReader, StateDictReader, TensorSource
 from eutectic.errors import EutecticError, Fault, RecipeError, suggest
 from eutectic.methods.initial import ZERO
 from eutectic.methods.registry import all_methods
@@ -57,7 +57,7 @@ class Inputs:
         device: where methods are given what is read from here.
     """
 
-    base: BaseReader
+    base: TensorSource
     index: CheckpointIndex | None
     experts: Mapping[str, Expert]
     statistics: Mapping[str, Statistics] = field(default_factory=dict)

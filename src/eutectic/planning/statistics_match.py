@@ -11,12 +11,13 @@ from torch import Tensor
 from eutectic.checkpoint.content import same_content, sample_ranges
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.names import align
+from eutectic.checkpoint.reader import TensorSource
 from eutectic.conventions import PARTS, is_packed
 from eutectic.errors import CheckpointError, Fault
 from eutectic.methods import Method, get_method
 from eutectic.methods.registry import all_methods
 from eutectic.models.names import names_in
-from eutectic.planning.inputs import BaseReader, Inputs
+from eutectic.planning.inputs import Inputs
 from eutectic.types import Statistics
 
 
@@ -101,7 +102,7 @@ def _layout_faults(
     return faults
 
 
-def _differing(statistics: Statistics, expert: Expert, base: BaseReader) -> tuple[list[str], int]:
+def _differing(statistics: Statistics, expert: Expert, base: TensorSource) -> tuple[list[str], int]:
     """Return the tensors whose samples differ from the expert's, and how many were compared."""
     called = _called(statistics, statistics.samples, base.entries)
     samples = {called[name]: sample for name, sample in statistics.samples.items()}
@@ -124,7 +125,7 @@ def _differing(statistics: Statistics, expert: Expert, base: BaseReader) -> tupl
     return differing, compared
 
 
-def _sample(expert: Expert, name: str, base: BaseReader) -> Tensor:
+def _sample(expert: Expert, name: str, base: TensorSource) -> Tensor:
     ranges = sample_ranges(base.entries[name].numel)
     if not expert.is_delta:
         return torch.cat([expert.read(name, start, stop) for start, stop in ranges])

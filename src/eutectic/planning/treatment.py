@@ -12,9 +12,9 @@ import torch
 from eutectic import conventions
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.index import TensorEntry
+from eutectic.checkpoint.reader import TensorSource
 from eutectic.conventions import is_output_vocabulary, may_be_vocabulary
 from eutectic.errors import Fault, Note
-from eutectic.planning.inputs import BaseReader
 from eutectic.recipes.schema import TensorRule
 from eutectic.types import Treatment
 
@@ -143,7 +143,7 @@ Read = Callable[[str, int, int], torch.Tensor]
 _WINDOW = 1024
 
 
-def tied_to(base: BaseReader) -> dict[str, str]:
+def tied_to(base: TensorSource) -> dict[str, str]:
     """Return tensor -> earlier tensor for vocabulary tables that a file holds more than once.
 
     transformers drops such copies when it saves; other writers keep them. A copy is recognised by
@@ -183,7 +183,7 @@ def is_copy(expert: Expert, extra: str) -> bool:
     return any(_equal(expert.read_extra, extra, expert.read, name, entry.numel) for name in alike)
 
 
-def _same(base: BaseReader, first: str, second: str) -> bool:
+def _same(base: TensorSource, first: str, second: str) -> bool:
     return _equal(base.read, first, base.read, second, base.entries[first].numel)
 
 
