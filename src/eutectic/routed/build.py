@@ -95,12 +95,14 @@ def build_routed(
             layer has pooled statistics, else prototype.
         layers: globs over parameter names; default: attention projections and the first matrix of
             every MLP.
-        accumulate: layers decide by the sum of the log-posteriors of the layers passed so far.
-            Default: yes for the discriminant, no for prototypes (as published).
-        base: the checkpoint before merging; only adapters need it.
-        shrinkage: of the discriminant's covariance, in (0, 1]; default: estimated.
-        statistics_of: `expert`: statistics must have been collected on the expert itself, and the
-            router's on this model; `any`: they may come from any checkpoint.
+        **options: how experts are read and routed:
+
+            - `accumulate`: layers decide by the sum of the log-posteriors of the layers passed so
+              far. Default: yes for the discriminant, no for prototypes (as published).
+            - `base`: the checkpoint before merging; only adapters need it.
+            - `shrinkage`: of the discriminant's covariance, in (0, 1]; default: estimated.
+            - `statistics_of`: `expert`: statistics must have been collected on the expert itself,
+              and the router's on this model; `any`: they may come from any checkpoint.
 
     Returns:
         The routed copy. `routed.routing.short` tells, layer by layer, the experts whose tokens or
