@@ -10,11 +10,7 @@ Record = TypeVar("Record")
 
 
 def options_from(record: type[Record], given: Mapping[str, Any], of: str) -> Record:
-    """Return the keyword arguments of a function as a record; absent ones have their defaults.
-
-    Raises:
-        RequestError: a name that the record does not have; `of` names the function.
-    """
+    """Return the keyword arguments of the function `of` as a record; unknown ones are refused."""
     known = [field.name for field in fields(record)]  # pyright: ignore[reportArgumentType]
     for name in given:
         if name not in known:

@@ -13,11 +13,7 @@ Template = str | Callable[[Sequence[str], Mapping[str, Any]], str]
 
 
 def sentence(kind: str, subject: Sequence[str], numbers: Mapping[str, Any]) -> str:
-    """Return the text of one record.
-
-    Raises:
-        KeyError: no sentence for this kind.
-    """
+    """Return the text of one record."""
     template = SENTENCES[kind]
     if not isinstance(template, str):
         return template(subject, numbers)
@@ -28,14 +24,6 @@ def few(names: Sequence[str], limit: int = 4) -> str:
     """Return the first names, and how many more there are."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
-
-
-def _kept_heads(experts: Sequence[str], heads: Mapping[str, Any]) -> str:
-    return "heads kept per expert: " + "; ".join(f"{n}: {few(heads[n])}" for n in experts)
-
-
-def _other_shape(experts: Sequence[str], shapes: Mapping[str, Any]) -> str:
-    return "shape differs: " + ", ".join(f"{n} {shapes[n]}" for n in experts)
 
 
 def _uncollected(subject: Sequence[str], numbers: Mapping[str, Any]) -> str:
@@ -91,7 +79,9 @@ SENTENCES: dict[str, Template] = {
     "text_projection": "text projection, not flattened officially",
     "rule": "rule '{0}'",
     "tied": "tied to {0}",
-    "other_shape": _other_shape,
+    "other_shape": lambda experts, shapes: (
+        "shape differs: " + ", ".join(f"{n} {shapes[n]}" for n in experts)
+    ),
     "unchanged_by_adapters": "no adapter changes it",
     "in_no_expert": "no expert has it",
     # Why its method is not the recipe's, or not as usual.
@@ -109,14 +99,16 @@ SENTENCES: dict[str, Template] = {
         "{few}"
     ),
     "expert_lacks": "expert '{expert}' lacks (missing: {missing}): {few}",
-    "heads_kept": _kept_heads,
+    "heads_kept": lambda experts, heads: (
+        "heads kept per expert: " + "; ".join(f"{n}: {few(heads[n])}" for n in experts)
+    ),
     "heads_left_out": "heads left out of the output: {few}",
     "module_weights": "module weights copied from the base, not merged: {few}",
     "idle_rules": "rules that match no tensor: {few}",
     "rules_of_tied": (
         "'{0}' is a copy of '{1}' and takes the rules of that, not those that match its own name"
     ),
-    "split_ignored": ("split plays no part in {method}, which looks at a tensor as a whole: {few}"),
+    "split_ignored": "split plays no part in {method}, which looks at a tensor as a whole: {few}",
     "side_files_shape": (
         "side_files: the configuration of '{expert}' may not fit the output, where these have the "
         "base's shape: {few}"

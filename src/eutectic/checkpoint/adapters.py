@@ -87,11 +87,7 @@ def open_lora(folder: Path, base: Mapping[str, TensorEntry]) -> Expert:
 
 
 def adapter_weights(folder: Path) -> Path:
-    """Return the file with an adapter's tensors.
-
-    Raises:
-        CheckpointError: there is none, or it is a link that leads out of the folder.
-    """
+    """Return the file with an adapter's tensors, which may not be a link out of the folder."""
     name = next((n for n in WEIGHT_NAMES if (folder / n).exists()), None)
     if name is None:
         raise CheckpointError(f"{folder}: has {ADAPTER_CONFIG} but no {WEIGHT_NAMES[0]}.")

@@ -29,9 +29,6 @@ def common_base(
     """Return what the experts' tensors are compared with, and its layout.
 
     The base itself; where every expert is an (IA)³ adapter, the adapter of it that changes nothing.
-
-    Raises:
-        CheckpointError: (IA)³ adapters that do not fit together, or do not fit the base.
     """
     if not experts or not all(_is_ia3(path) for path in experts.values()):
         return base, base.index
@@ -43,10 +40,6 @@ def open_expert(path: Path, base: CheckpointIndex) -> Expert:
 
     A folder with an adapter_config.json is an adapter, whatever else it holds. `base` is the
     layout that `common_base` returned.
-
-    Raises:
-        CheckpointError: it cannot be read, is of a kind that is not supported, or belongs to
-            another base.
     """
     path = Path(path)
     vectors = _is_ia3(path) and bool(_ia3_vectors(base))
@@ -63,11 +56,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def fingerprint_of(path: Path, base: Path | None = None) -> str:
-    """Return the identity of the content of a checkpoint, or of an adapter alone.
-
-    Raises:
-        CheckpointError: it cannot be read, or is an adapter of a kind that no reader understands.
-    """
+    """Return the identity of the content of a checkpoint, or of an adapter alone."""
     if is_adapter(path) and not _is_ia3(path) and base is not None:
         with closing(open_expert(path, open_index(base))) as expert:
             return expert.fingerprint()

@@ -174,7 +174,6 @@ def _read_file(
         return header.tensors, header.metadata, ()
     tensors, skipped = load_pickle(path)
     entries = [
-        TensorEntry(key, t.dtype, tuple(t.shape), name, -1, t.numel() * t.element_size())
-        for key, t in tensors.items()
+        TensorEntry(key, t.dtype, tuple(t.shape), name, -1, t.nbytes) for key, t in tensors.items()
     ]
     return entries, {}, skipped

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from eutectic.errors import CheckpointError
@@ -80,12 +81,8 @@ def align(
     """Return which key of the base each key of the expert means, and by what alignment.
 
     Either the keys agree as they are, or one side carries extra leading components ("bert.",
-    "model.", "base_model.model."): the choice that lets most keys meet wins. Keys without a
-    partner are left out of the mapping. Linear in the number of keys.
-
-    Raises:
-        CheckpointError: two different prefixes fit equally well, or two keys of the expert would
-            mean the same key of the base.
+    "model.", "base_model.model."): the choice that lets most keys meet wins, and CheckpointError
+    is raised where there are two. Keys without a partner are left out of the mapping. Linear.
     """
     base = frozenset(base_names)
     keys = list(expert_names)
@@ -125,6 +122,5 @@ def _choose(base: frozenset[str], keys: list[str], expert: str) -> Alignment:
 
 
 def _prefixes(key: str) -> list[str]:
-    parts = key.split(".")
-    count = min(len(parts) - 1, _MAX_EXTRA_COMPONENTS)
-    return [".".join(parts[: i + 1]) + "." for i in range(count)]
+    components = key.split(".")[:-1][:_MAX_EXTRA_COMPONENTS]
+    return list(accumulate(f"{component}." for component in components))

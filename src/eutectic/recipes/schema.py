@@ -16,14 +16,10 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-def _kind_of_split(value: object) -> str:
-    return "heights" if isinstance(value, (list, tuple)) else "parts"
-
-
 Split = Annotated[
     Annotated[int, Field(ge=2), Tag("parts")]
     | Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2), Tag("heights")],
-    Discriminator(_kind_of_split),
+    Discriminator(lambda value: "heights" if isinstance(value, (list, tuple)) else "parts"),
 ]
 
 
