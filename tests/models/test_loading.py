@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from eutectic.errors import CheckpointError, RequestError
-from eutectic.models.loading import load_model
-from eutectic.models.transformers_loading import load_stored, pretrained, quietly
+from eutectic.models.loading import load_model, load_stored, pretrained, quietly
 
 hf: Any = pytest.importorskip("transformers")
 SIZES = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -102,10 +102,10 @@ def route(
         raise RequestError(f"--router is discriminant or prototype, got '{build.router}'.")
     if not target.dry_run:
         _check_folders(target)
-    from eutectic.models.transformers_loading import load_stored
+    from eutectic.models.loading import load_stored
     from eutectic.routed import build_routed, export_lora, routed_costs
-    from eutectic.routed.expert_weights import expert_statistics as check_statistics
-    from eutectic.routed.expert_weights import open_experts
+    from eutectic.routed.build import expert_statistics as check_statistics
+    from eutectic.routed.build import open_experts
     from eutectic.routed.routed_layers import routed_layers
 
     model = load_stored(merged)

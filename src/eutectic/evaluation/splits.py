@@ -30,8 +30,13 @@ from eutectic.data.row_files import read_rows
 from eutectic.errors import CheckpointError, Fault, RequestError, TaskError, first_line, suggest
 from eutectic.evaluation.checkpoints import processor_hash
 from eutectic.evaluation.task_files import SPLITS, Part, Split, Task
-from eutectic.models.loading import image_mode, load_processor, longest_input, positions_of
-from eutectic.models.transformers_loading import load_config
+from eutectic.models.loading import (
+    image_mode,
+    load_config,
+    load_processor,
+    longest_input,
+    positions_of,
+)
 
 
 def split_rows(task: Task, split: Split, limit: int | None = None) -> list[Row]:

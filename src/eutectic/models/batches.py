@@ -205,15 +205,9 @@ def layout(
                 f"the {name} mask must be [samples, tokens] with {samples} samples, got "
                 f"{[*mask.shape]}.\nPass token_mask=… to say which tokens count."
             )
-    return Layout(
-        samples,
-        None if first is None else first.bool(),
-        None if second is None else second.bool(),
-        paired,
-        batch_first,
-        unmatched,
-        len(pixels) if isinstance(pixels := items.get("pixel_values"), Tensor) else None,
-    )
+    first, second = (None if mask is None else mask.bool() for mask in (first, second))
+    images = len(pixels) if isinstance(pixels := items.get("pixel_values"), Tensor) else None
+    return Layout(samples, first, second, paired, batch_first, unmatched, images)
 
 
 def decoder_mask(items: Mapping[str, Any]) -> Tensor | None:

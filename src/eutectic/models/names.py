@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from eutectic.checkpoint.names import align
 from eutectic.errors import CheckpointError
-from eutectic.models.transformers_loading import pretrained
+from eutectic.models.loading import pretrained
 
 _PROBE = 1 << 20  # above the values of fresh weights, and exact in float32 for as many keys again
 

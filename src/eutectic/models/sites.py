@@ -212,8 +212,7 @@ def _linear_maps(model: nn.Module, convolutions: bool, skipped: dict[str, str]) 
                 continue
             yield Site(name, path, module, "linear", role, shape, module.weight)
         elif _is_conv1d(module):
-            weight = module.weight
-            assert isinstance(weight, Tensor)
+            assert isinstance(weight := module.weight, Tensor)
             shape = (weight.shape[1], weight.shape[0])
             yield Site(name, path, module, "conv1d", role, shape, weight)
         elif convolutions and isinstance(module, _CONVOLUTIONS):
@@ -227,22 +226,17 @@ def _linear_maps(model: nn.Module, convolutions: bool, skipped: dict[str, str]) 
 
 def _attention_sites(path: str, module: nn.MultiheadAttention, role: Role) -> Iterator[Site]:
     prefix = f"{path}." if path else ""
-    weight: Tensor | None = getattr(module, "in_proj_weight", None)
-    if weight is not None:
-        name = canonical_name(f"{prefix}in_proj_weight")
-        shape = (weight.shape[0], weight.shape[1])
-        yield Site(name, path, module, "in_projection", role, shape, weight)
-        for part in "qkv":
-            third = (module.embed_dim, module.embed_dim)
-            yield Site(f"{name}[{part}]", path, module, "in_projection", role, third, weight)
+    width, whole = module.embed_dim, getattr(module, "in_proj_weight", None)
+    if whole is not None:
+        maps = [("in_proj_weight", whole, *whole.shape)]
+        maps += [(f"in_proj_weight[{part}]", whole, width, width) for part in "qkv"]
     else:
-        for part in "qkv":
-            own: Tensor = getattr(module, f"{part}_proj_weight")
-            name = canonical_name(f"{prefix}{part}_proj_weight")
-            shape = (own.shape[0], own.shape[1])
-            yield Site(name, path, module, "in_projection", role, shape, own)
-    out = module.out_proj
-    name = canonical_name(f"{prefix}out_proj.weight")
+        parts = {name: getattr(module, name) for name in map("{}_proj_weight".format, "qkv")}
+        maps = [(name, weight, *weight.shape) for name, weight in parts.items()]
+    for own, weight, rows, columns in maps:
+        name = canonical_name(f"{prefix}{own}")
+        yield Site(name, path, module, "in_projection", role, (rows, columns), weight)
+    out, name = module.out_proj, canonical_name(f"{prefix}out_proj.weight")
     shape = (out.out_features, out.in_features)
     yield Site(name, path, module, "out_projection", role, shape, out.weight)
 

@@ -15,9 +15,14 @@ from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.conventions import CLASSIFIERS
 from eutectic.errors import CheckpointError, first_line
 from eutectic.models.linear_head import Pooling
-from eutectic.models.loading import base_folder
+from eutectic.models.loading import (
+    LOCAL,
+    base_folder,
+    load_config,
+    pretrained,
+    transformers_for,
+)
 from eutectic.models.task_kinds import MODEL_CLASSES, TaskKind
-from eutectic.models.transformers_loading import LOCAL, load_config, pretrained, transformers_for
 
 GENERATION = "generation_config.json"
 _SEARCH = (

@@ -113,6 +113,11 @@ class Routing:
         call = _CALL.get()
         return call if call is not None and call.routing is self else None
 
+    def frame(self, x: Tensor) -> Frame:
+        """Return the frame of the model being run that a layer's input belongs to."""
+        call = self.call()
+        return (call.frames[-1] if call is not None and call.frames else Frame()).of(x)
+
     def index(self, expert: str) -> int:
         """Return the position of an expert."""
         if expert not in self.experts:
@@ -142,11 +147,6 @@ def install_hooks(model: nn.Module, routing: Routing) -> None:
             scope = _Scope(routing, tuple(inspect.signature(module.forward).parameters))
             module.register_forward_pre_hook(scope.enter, with_kwargs=True)
             module.register_forward_hook(scope.leave, with_kwargs=True, always_call=True)
-
-
-def innermost(call: Call) -> Frame:
-    """Return the frame of the model being run."""
-    return call.frames[-1] if call.frames else Frame()
 
 
 def uncompiled(function: _Function) -> _Function:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from eutectic.conventions import PEFT_ROOT
 from eutectic.errors import CheckpointError, OutputError, RequestError
+from eutectic.models.loading import load_stored
 from eutectic.models.sites import Site, routable_sites
-from eutectic.models.transformers_loading import load_stored
 from eutectic.routed.forward_pass import Routing, install_hooks
 from eutectic.routed.routed_modules import Experts, RoutedLinear, install
 from eutectic.routed.router import ROUTERS, RouterKind
@@ -67,17 +67,8 @@ def finish(model: Model, routing: Routing) -> Model:
 def save_routed(routed: nn.Module, folder: str | Path, **options: Any) -> None:
     """Write a routed model: the merged model as it would save itself, and the experts beside it.
 
-    The folder loads in transformers as the merged model; `load_routed` adds the experts.
-
-    Args:
-        routed: from `build_routed` or `load_routed`.
-        folder: created when missing.
-        **options: passed to the model's own `save_pretrained`.
-
-    Raises:
-        RequestError: the model is not routed, or options were given to a model that has no
-            `save_pretrained` of its own.
-        OutputError: the folder cannot be written.
+    The folder, created when missing, loads in transformers as the merged model; `load_routed` adds
+    the experts. `options` go to the model's own `save_pretrained`; without one it takes none.
     """
     handle, path = routing_of(routed), Path(folder)
     weights, held = _base_state_dict(routed), experts_of(routed)

@@ -9,7 +9,7 @@ from eutectic.errors import RequestError
 from eutectic.models.batches import token_means, tokens_first
 from eutectic.models.sites import Site
 from eutectic.routed.forward_masks import Frame
-from eutectic.routed.forward_pass import Call, Routing, innermost, uncompiled
+from eutectic.routed.forward_pass import Call, Routing, uncompiled
 from eutectic.routed.router import Router
 
 # None: no expert. int: one expert for all. Long [N]: one each. Float [N, T]: a mixture each.
@@ -43,7 +43,7 @@ class Experts(nn.Module):
             return None
         if call.held is not None and self.name in call.held.choices:
             return _repeated(call.held.choices[self.name], len(x))
-        frame = innermost(call).of(x)
+        frame = self.routing.frame(x)
         group = (self.name if frame.tower is None else frame.tower.number, len(x))
         if group in call.voted:
             choice = call.voted[group].to(x.device)
@@ -103,8 +103,7 @@ class Experts(nn.Module):
 
     def arranged(self, x: Tensor) -> tuple[Tensor, bool]:
         """Return `[N, P, in]` and whether the first two axes were turned for it."""
-        call = self.routing.call()
-        frame = Frame() if call is None else innermost(call).of(x)
+        frame = self.routing.frame(x)
         samples, counts, lead = frame.samples, frame.counts, x.shape[:-1]
         first = lead[0]
         if tokens_first(lead, counts, self.routing.batch_first):

@@ -34,7 +34,8 @@ class Router(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Return scores `[N, T]` of pooled inputs `[N, in]`, float32."""
-        raise AttributeError(f"{type(self).__name__} does not score")
+        with torch.autocast(pooled.device.type, enabled=False):
+            return nn.functional.linear(pooled.float(), self.weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         for name, buffer in [*self.named_buffers()]:
@@ -54,20 +55,16 @@ class PrototypeRouter(Router):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Return cosines `[N, T]`; a pooled input of zero scores zero everywhere."""
-        with torch.autocast(pooled.device.type, enabled=False):
-            unit = nn.functional.normalize(pooled.float(), dim=-1)
-            return nn.functional.linear(unit, self.weight, self.bias)
+        return super().forward(nn.functional.normalize(pooled.float(), dim=-1))
 
 
 class DiscriminantRouter(Router):
-    """Log-posteriors of the linear discriminant, up to a constant per sample."""
+    """Log-posteriors of the linear discriminant: x̄ᵀΣ⁻¹p_t − ½ p_tᵀΣ⁻¹p_t.
+
+    They are so up to a term that all experts share.
+    """
 
     kind: RouterKind = "discriminant"
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """Return x̄ᵀΣ⁻¹p_t − ½ p_tᵀΣ⁻¹p_t, up to a term that all experts share, `[N, T]`."""
-        with torch.autocast(pooled.device.type, enabled=False):
-            return nn.functional.linear(pooled.float(), self.weight, self.bias)
 
 
 def prototype_router(
