@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eutectic.errors import CheckpointError, MissingExtraError, RecipeError
-from eutectic.execution import threads as threads_module
+from eutectic.execution import executors
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def run_jobs(jobs: Sequence[Job], *, threads: int, memory: int) -> Generator[Any
     def work(job: Job, check: Callable[[], None]) -> Any:
         return job.run(check)
 
-    return threads_module.run_jobs(jobs, work, threads=threads, memory=memory)
+    return executors.run_jobs(jobs, work, threads=threads, memory=memory)
 
 
 class Gauge:

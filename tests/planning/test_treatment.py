@@ -64,15 +64,15 @@ def test_the_first_rule_that_says_something_decides() -> None:
         {"match": "*", "treatment": "vector", "split": 2},
     ]
     decision = decided(entry("a.weight", 8, 4), *rules)
-    assert (decision.treatment.value, decision.scale, decision.split) == ("copy", 0.5, ())
+    assert (decision.treatment.value, decision.scale, decision.layout.split) == ("copy", 0.5, ())
     assert decided(entry("b.bias", 8), *rules).scale is None
 
 
 def test_conv1d_is_transposed_in_its_models_alone() -> None:
     found = entry("h.0.attn.c_attn.weight", 4, 12)
-    assert decided(found, model_type="gpt2").transpose
-    assert not decided(found, model_type="llama").transpose
-    assert not decided(entry("h.0.mlp.gate.weight", 4, 12), model_type="gpt2").transpose
+    assert decided(found, model_type="gpt2").layout.transpose
+    assert not decided(found, model_type="llama").layout.transpose
+    assert not decided(entry("h.0.mlp.gate.weight", 4, 12), model_type="gpt2").layout.transpose
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_fused_tensor_is_cut_along_its_outputs(
     found: TensorEntry, config: dict[str, Any], heights: tuple[int, ...]
 ) -> None:
     rule = {"match": "*", "treatment": "matrix", "split": 3}
-    assert decided(found, rule, **config).split == heights
+    assert decided(found, rule, **config).layout.split == heights
     wrong = decide(found, [TensorRule(match="*", treatment=Treatment.MATRIX, split=5)], config)
     assert str(wrong) == f"{found.name}: 12 rows cannot be split into 5 equal parts."
     wrong = decide(found, [TensorRule(match="*", treatment=Treatment.MATRIX, split=[4, 4])], config)

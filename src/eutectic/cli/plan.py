@@ -43,11 +43,10 @@ def plan(
       eutectic plan --base ./base -m iso_c --explain sst2=./sst2 mnli=./mnli
     """
     from eutectic.execution.executors import limits_of
-    from eutectic.execution.output_layout import output_layout
     from eutectic.execution.run import recipe_from
     from eutectic.planning.cost import check_memory, plan_cost, tensor_cost
     from eutectic.planning.inputs import open_inputs
-    from eutectic.planning.plan import make_plan
+    from eutectic.planning.plan import make_plan, output_layout
 
     recipe, options = request(asked)
     checked, source = recipe_from(recipe, options)

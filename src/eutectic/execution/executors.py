@@ -2,53 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from queue import Empty, SimpleQueue
+from typing import Literal, Protocol, TypeVar
 
-from eutectic.errors import RequestError
-from eutectic.execution.tasks import Finished, Task, Workplace
+import torch
+
+from eutectic.errors import EutecticError, RequestError
+from eutectic.execution.tasks import Finished, Task, Workplace, carry_out
 from eutectic.planning.cost import PROCESS_BYTES
 from eutectic.recipes.units import parse_bytes
 from eutectic.storage.machine import default_memory, default_threads
 
-Progress = Callable[[float, float, str], None]
+Progress = Callable[[float, float, str], None]  # seconds done and in all, estimated; tensor
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may use.
+    """What a run may use."""
 
-    Attributes:
-        threads: tasks side by side.
-        memory: bytes of the whole process.
-        progress: called with (seconds done, seconds in all, tensor), both estimates.
-        device: where methods compute.
-        executor: who carries out the tasks; see `executors`.
-    """
-
-    threads: int
-    memory: int
+    threads: int  # tasks side by side
+    memory: int  # bytes of the whole process
     progress: Progress | None = None
     device: Literal["cpu"] = "cpu"
-    executor: Literal["threads"] = "threads"
-
-    @property
-    def job_memory(self) -> int:
-        """What is left for tasks beside the process itself."""
-        return self.memory - PROCESS_BYTES
+    executor: Literal["threads"] = "threads"  # who carries out the tasks; see `executors`
 
 
 def limits_of(
-    threads: int | None = None,
-    memory: str | int | None = None,
-    progress: Progress | None = None,
+    threads: int | None = None, memory: str | int | None = None, progress: Progress | None = None
 ) -> Limits:
-    """Return what to use where a caller says nothing: the cores, and 60 % of the free memory.
-
-    Raises:
-        RequestError: either is not positive, or the memory is not a size.
-    """
+    """Return what to use where a caller says nothing: the cores, and 60 % of the free memory."""
     count = default_threads() if threads is None else threads
     size = default_memory() if memory is None else parse_bytes(memory)
     if count < 1 or size < 1:
@@ -68,3 +55,130 @@ class Executor(Protocol):
         which the executor sets. Workers that do not share this process's memory open `place.site`.
         """
         ...
+
+
+class _Job(Protocol):
+    """What is known of a unit of work beforehand: its name, bytes held, and estimated seconds."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def peak_bytes(self) -> int: ...
+    @property
+    def seconds(self) -> float: ...
+
+
+AnyJob = TypeVar("AnyJob", bound=_Job)
+Result = TypeVar("Result")
+Check = Callable[[], None]  # raises where the run is being stopped
+
+
+class _Stopped(Exception):
+    """Another job failed, or the user interrupted."""
+
+
+def on_threads(
+    tasks: Sequence[Task], place: Workplace, limits: Limits
+) -> Generator[tuple[Task, Finished], None, None]:
+    """Carry out tasks on threads of this process; an `Executor`."""
+
+    def work(task: Task, check: Check) -> tuple[Task, Finished]:
+        return task, carry_out(task, place, check)
+
+    memory = limits.memory - PROCESS_BYTES
+    return run_jobs(tasks, work, threads=limits.threads, memory=memory)
+
+
+def run_jobs(
+    jobs: Sequence[AnyJob], work: Callable[[AnyJob, Check], Result], *, threads: int, memory: int
+) -> Generator[Result, None, None]:
+    """Do every job, several side by side while their peaks together stay under `memory`.
+
+    Each computes with one intra-op thread, so the result does not depend on how many run. Longer
+    ones start first; one larger than the limit runs alone. The first error stops the others.
+    """
+    waiting = sorted(jobs, key=lambda job: (-job.seconds, job.name))
+    state = threading.Condition()
+    results: SimpleQueue[tuple[Result] | None] = SimpleQueue()
+    held = 0
+    failures: list[BaseException] = []
+
+    def check() -> None:
+        if failures:
+            raise _Stopped
+
+    def take() -> AnyJob | None:
+        nonlocal held
+        with state:
+            while waiting and not failures:
+                for position, job in enumerate(waiting):
+                    if held == 0 or held + job.peak_bytes <= memory:
+                        held += job.peak_bytes
+                        return waiting.pop(position)
+                state.wait()
+            return None
+
+    def fail(error: BaseException) -> None:
+        with state:
+            failures.append(error)
+            state.notify_all()
+
+    def do_jobs() -> None:
+        nonlocal held
+        while (job := take()) is not None:
+            try:
+                results.put((work(job, check),))
+            except _Stopped:
+                pass
+            except BaseException as error:
+                fail(_named(error, job))
+            finally:
+                with state:
+                    held -= job.peak_bytes
+                    state.notify_all()
+        results.put(None)
+
+    count = threads
+    with one_intra_op_thread():
+        workers = [threading.Thread(target=do_jobs, daemon=True) for _ in range(count)]
+        for worker in workers:
+            worker.start()
+        try:
+            while count:
+                try:  # a wait without an end could not be interrupted everywhere
+                    result = results.get(timeout=0.2)
+                except Empty:
+                    continue
+                if result is None:
+                    count -= 1
+                else:
+                    yield result[0]
+        except BaseException as error:  # the caller's, an interrupt, or the generator is closed
+            fail(error)
+            raise
+        finally:
+            for worker in workers:
+                worker.join()
+    if failures:
+        raise failures[0]
+
+
+def _named(error: BaseException, job: _Job) -> BaseException:
+    """Say which tensor failed, unless the message does already."""
+    if isinstance(error, EutecticError):
+        if job.name not in str(error):
+            error.args = (f"{job.name}: {error}",)
+    elif sys.version_info >= (3, 11):
+        error.add_note(f"while merging {job.name}")
+    return error
+
+
+@contextmanager
+def one_intra_op_thread() -> Iterator[None]:
+    """Compute with one thread inside the block, so that rounding depends on nothing else."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -22,28 +22,25 @@ from eutectic.checkpoint.output_format import (
 )
 from eutectic.checkpoint.writer import OutputFile, write_atomically
 from eutectic.conventions import CLASSIFIERS, is_token_embedding
-from eutectic.execution.output_layout import OutputLayout
 from eutectic.execution.tensor_values import flat_ranges
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.plan import Plan
+from eutectic.planning.plan import OutputLayout, Plan
 from eutectic.storage import storage_of
 
-EXPERTS = "experts"
 Spelling = Callable[[str], str]  # the base's name of a tensor -> the expert's
 
 
 def write_expert_folders(plan: Plan, inputs: Inputs, model: Path, layout: OutputLayout) -> None:
     """Write `experts/<name>/` for every expert with heads of its own.
 
-    A shard without a head is linked, not copied, where the storage allows it. A shard that holds a
-    head, or whose keys the expert spells with another prefix, is written once per variant and
-    linked by every expert that needs the same one.
+    Shards are linked, not copied, where the storage allows it. One that holds a head, or whose keys
+    the expert spells with another prefix, is written once per variant.
     """
     storage = storage_of(model)
     variants: dict[tuple[str, tuple[str, ...]], Path] = {}
     for name, heads in plan.heads.items():
         expert = inputs.experts[name]
-        folder = model / EXPERTS / name
+        folder = model / "experts" / name
         spelling = _spelling(expert)
         own = frozenset(head.name for head in heads)
         rows = _head_rows(expert, heads, spelling, plan.output.dtype)
@@ -60,19 +57,21 @@ def write_expert_folders(plan: Plan, inputs: Inputs, model: Path, layout: Output
                 continue
             shards.append(shard)
             source = model / file.name
-            if tuple(k for k, _, _ in shard.entries) != tuple(k for k, _, _ in file.entries):
-                key = (file.name, tuple(k for k, _, _ in shard.entries))
-                if key not in variants:
+            keys = tuple(k for k, _, _ in shard.entries)
+            if keys != tuple(k for k, _, _ in file.entries):
+                if (file.name, keys) not in variants:
                     _write_variant(OutputLayout(layout.format, (file,)), model, shard, folder, own)
-                    variants[key] = folder / shard.name
-                source = variants[key]
+                    variants[file.name, keys] = folder / shard.name
+                source = variants[file.name, keys]
             if source != folder / shard.name:
                 storage.copy(source, folder / shard.name, share=True)
-        for position, file in enumerate(ends, start=len(layout.files) + 1):
-            shards.append(OutputFile(shard_name(position, count), file.entries, {"format": "pt"}))
-        written = OutputLayout(layout.format, tuple(shards[-len(ends) :]))
+        last = tuple(
+            OutputFile(shard_name(position, count), file.entries, {"format": "pt"})
+            for position, file in enumerate(ends, start=len(layout.files) + 1)
+        )
+        written = OutputLayout(layout.format, last)
         _write_heads(inputs, expert, dict(zip(heads, rows, strict=True)), folder, written)
-        write_atomically(folder / SHARD_INDEX_NAME, weight_index_bytes(shards))
+        write_atomically(folder / SHARD_INDEX_NAME, weight_index_bytes([*shards, *last]))
         # The expert's own config and tokenizer replace the base's; an adapter may bring either.
         for donor in (inputs.index and inputs.index.folder, expert.folder):
             if donor is not None:
@@ -96,10 +95,7 @@ def _spelling(expert: Expert) -> Spelling:
 
 
 def _head_rows(
-    expert: Expert,
-    heads: Sequence[TensorEntry],
-    spelling: Callable[[str], str],
-    dtype: torch.dtype | None,
+    expert: Expert, heads: Sequence[TensorEntry], spelling: Spelling, dtype: torch.dtype | None
 ) -> list[OutputTensor]:
     """Return an expert's heads as its folder holds them, under the expert's own names."""
     rows: list[OutputTensor] = []

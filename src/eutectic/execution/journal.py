@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from eutectic.errors import OutputError, RequestError, ResumeError
 from eutectic.execution.tasks import Finished
@@ -21,24 +21,17 @@ _FORMAT = 2
 _HEADER = b'{"eutectic_journal": '
 
 
-class Ledger(Protocol):
+class Ledger:
     """What is finished. `durable`: it outlives the process, so finished bytes are hashed."""
 
-    finished: dict[tuple[str, str], Finished]
-    durable: bool
+    durable = False
+
+    def __init__(self) -> None:
+        self.finished: dict[tuple[str, str], Finished] = {}
 
     def add(self, stage: str, tensor: str, finished: Finished) -> None:
         """Note a finished task."""
-        ...
-
-
-def hashes(ledger: Ledger) -> Mapping[str, str]:
-    """Return tensor -> hash of its bytes in the output."""
-    return {
-        tensor: done.sha256
-        for (stage, tensor), done in sorted(ledger.finished.items())
-        if stage == "merge"
-    }
+        self.finished[stage, tensor] = finished
 
 
 def records_of(ledger: Ledger) -> dict[str, Any]:
@@ -74,30 +67,18 @@ def request_identity(plan: Plan, inputs: Inputs) -> str:
             for name, path in plan.request.statistics_files.items()
         },
     }
-    text = json.dumps(described, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
 
 
-class Journal:
+class Journal(Ledger):
     """An append-only file of finished jobs beside an unfinished output; locked while in use."""
 
     durable = True
 
     def __init__(self, folder: Path, identity: str, *, restart: bool = False) -> None:
-        """Open or continue the journal in a run's folder, which is created.
-
-        Args:
-            folder: the run's folder.
-            identity: of the request; see `request_identity`.
-            restart: empty the folder first, if it is a run's own.
-
-        Raises:
-            ResumeError: the folder is not a run's own, or its run had another request.
-            RequestError: another process is writing there.
-            OutputError: the folder cannot be written.
-        """
+        """Open or continue a run's journal; `restart` empties the folder, if it is a run's own."""
+        super().__init__()
         self.path = folder / JOURNAL
-        self.finished: dict[tuple[str, str], Finished] = {}
         self._lock = threading.Lock()
         self._storage = storage_of(folder)
         self._file: AppendedFile | None = None
@@ -108,21 +89,18 @@ class Journal:
                     "Move it away, or choose another output."
                 )
             self._owned = self._storage.lock(folder)
+            try:
+                if restart:
+                    self._discard()
+                self._file = self._storage.append(self.path)
+                self.resumed = self._read(identity)
+            except BaseException:
+                self.close()
+                raise
         except BlockingIOError:
             raise RequestError(f"another process is merging into {folder}.") from None
         except OSError as error:
             raise OutputError(f"cannot write {folder}: {error.strerror or error}.") from None
-        try:
-            if restart:
-                self._discard()
-            self._file = self._storage.append(self.path)
-            self.resumed = self._read(identity)
-        except OSError as error:
-            self.close()
-            raise OutputError(f"cannot write {folder}: {error.strerror or error}.") from None
-        except BaseException:
-            self.close()
-            raise
 
     def _discard(self) -> None:
         """Empty the folder while the lock is held, so that nobody's running merge is deleted."""
@@ -158,7 +136,7 @@ class Journal:
 
     def add(self, stage: str, tensor: str, finished: Finished) -> None:
         """Note a finished job; the line is handed to the system before this returns."""
-        self.finished[stage, tensor] = finished
+        super().add(stage, tensor, finished)
         self._write(_line({"stage": stage, "tensor": tensor, **vars(finished)}))
 
     def _write(self, line: bytes) -> None:

@@ -26,10 +26,7 @@ def matrix_name(planned: TensorPlan, block: int, part: str) -> str:
 def layer_factors(method: Method, norms: Mapping[str, float], parameters: Any) -> dict[str, float]:
     """Return the factor of every merged matrix by a method that compares like layers.
 
-    Args:
-        method: it has a rule `finish`.
-        norms: name -> Frobenius norm, of all matrices that the method merged.
-        parameters: its own.
+    `norms` are the Frobenius norms of all matrices that the method merged, by name.
     """
     assert method.finish is not None
     groups: dict[str, list[str]] = {}

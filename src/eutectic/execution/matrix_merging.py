@@ -25,10 +25,9 @@ PerExpert = tuple[LayerStatistics | None, ...] | None
 
 
 def statistics_of(planned: TensorPlan, inputs: Inputs, part: str = "") -> PerExpert:
-    """Return the statistics of a matrix for each of its experts, or None without any.
+    """Return the statistics of a matrix, or of a part of a packed one, for each of its experts.
 
-    Of a file, no more is read than the tensor's method may ask for. `part` names a part of a
-    packed in-projection.
+    No more is read than the tensor's method may ask for.
     """
     if not inputs.statistics or planned.layout.stacked:
         return None

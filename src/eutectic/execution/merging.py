@@ -31,8 +31,7 @@ from eutectic.planning.tensor_plan import TensorPlan
 def stream_chunks(planned: TensorPlan, inputs: Inputs) -> Iterator[Tensor]:
     """Yield `[T, n]` chunks of what the method takes: deltas, or weights."""
     for start, stop in flat_ranges(planned.elements):
-        stack, _ = _read_chunk(planned, inputs, start, stop)
-        yield stack.to(inputs.device)
+        yield _read_chunk(planned, inputs, start, stop)[0].to(inputs.device)
 
 
 def merge_elementwise(
@@ -42,23 +41,17 @@ def merge_elementwise(
     method, parameters = get_method(planned.method), planned.parameters
     context = context_of(planned, state)
     ranges = list(flat_ranges(planned.elements))
-    small = len(ranges) == 1
-    stack, base = None, None
-    if small:
-        stack, base = _read_chunk(planned, inputs, *ranges[0])
+    whole = _read_chunk(planned, inputs, *ranges[0]) if len(ranges) == 1 else None
     if method.prepare is not None and state is None:
-        whole = stack
 
         def chunks() -> Iterator[Tensor]:
-            return (
-                stream_chunks(planned, inputs) if whole is None else iter([whole.to(inputs.device)])
-            )
+            if whole is None:
+                return stream_chunks(planned, inputs)
+            return iter([whole[0].to(inputs.device)])
 
         context = dataclasses.replace(context, state=method.prepare(chunks, parameters, context))
     for start, stop in ranges:
-        if not small:
-            stack, base = _read_chunk(planned, inputs, start, stop)
-        assert stack is not None
+        stack, base = whole or _read_chunk(planned, inputs, start, stop)
         own = dataclasses.replace(context, offset=start)
         result = method.function(stack.to(inputs.device), parameters, own)
         assert isinstance(result, Tensor)
@@ -69,38 +62,28 @@ def _read_chunk(
     planned: TensorPlan, inputs: Inputs, start: int, stop: int
 ) -> tuple[Tensor, Tensor | None]:
     """Read one flat range of every expert as `[T, n]` deltas or weights, and of the base."""
-    in_weights = get_method(planned.method).space(planned.parameters) != "delta"
+    in_weights = holds_weight(planned)
     base = None
     if not (in_weights and planned.scale == 1 and reads_no_base(planned, inputs)):
         base = read_base(planned, inputs, start, stop)
     return read_stack(planned, inputs, (start, stop), base, in_weights), base
 
 
-Emit = Callable[[int, Tensor], None]
-ReadDelta = Callable[[int, int], Tensor]
+Emit = Callable[[int, Tensor], None]  # takes (flat start, values)
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What is to be noted of a finished tensor.
+    """What is to be noted of a finished tensor."""
 
-    Attributes:
-        sha256: of the bytes written; empty before they are, and in memory.
-        record: what the method reported.
-        norms: the Frobenius norm of each of its matrices' deltas, before α; see `layer_factors`.
-    """
-
-    sha256: str = ""
-    record: dict[str, Any] = field(default_factory=dict[str, Any])
+    sha256: str = ""  # of the bytes written; empty before they are, and in memory
+    record: dict[str, Any] = field(default_factory=dict[str, Any])  # what the method reported
+    # Frobenius norms of its matrices' deltas, before α; see `layer_factors`
     norms: dict[str, float] = field(default_factory=dict[str, float])
 
 
 def copy_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit) -> Finished:
-    """Emit the base's values; integer buffers must agree in every expert unless a rule says copy.
-
-    Raises:
-        EutecticError: an expert holds other values in an integer or boolean buffer.
-    """
+    """Emit the base's values; buffers of integers must agree in every expert unless ruled."""
     assert planned.base is not None
     for start, stop in flat_ranges(planned.elements):
         values = read_stored(planned.base, inputs, start, stop)
@@ -122,14 +105,7 @@ def copy_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit) -> Finished:
 def merge_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any = None) -> Finished:
     """Merge one tensor and emit W₀ + α·Δ in ascending flat ranges, in the output's dtype.
 
-    Args:
-        planned: the tensor and all that decides it.
-        inputs: readers.
-        emit: takes (flat start, values).
-        state: what `prepare` returned for the whole model, if the method's scope is the model.
-
-    Raises:
-        NumericalError: NaN or Inf in an expert, named, unless the plan allows it.
+    `state` is what `prepare` returned for the whole model, if the method's scope is the model.
     """
     if get_method(planned.method).elementwise:
         for start, result, base in merge_elementwise(planned, inputs, state):
@@ -146,7 +122,7 @@ def merge_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any = N
 def merge_unscaled(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any = None) -> Finished:
     """Emit the merged delta itself, before α, in the dtype of the arithmetic.
 
-    Methods that work on weights give W₀ + Δ, see `holds_weight`. Arguments as for `merge_tensor`.
+    Methods that work on weights give W₀ + Δ, see `holds_weight`.
     """
     found = Finished()
     if get_method(planned.method).elementwise:
@@ -164,17 +140,12 @@ def scale_tensor(
     planned: TensorPlan,
     inputs: Inputs,
     emit: Emit,
-    read_delta: ReadDelta,
+    read_delta: Callable[[int, int], Tensor],
     factors: Mapping[str, float],
 ) -> None:
     """Emit W₀ + α·Δ from what `merge_unscaled` emitted: the bytes of `merge_tensor`.
 
-    Args:
-        planned: the tensor, with its α.
-        inputs: readers.
-        emit: takes (flat start, values).
-        read_delta: returns a flat range of the merged delta.
-        factors: matrix -> factor of its delta besides α; see `layer_factors`.
+    `read_delta` returns a flat range of it, `factors` are those of `layer_factors`.
     """
     for start, stop in block_ranges(planned):
         base = read_base(planned, inputs, start, stop)
@@ -202,11 +173,7 @@ def holds_weight(planned: TensorPlan) -> bool:
 
 
 def narrow(values: Tensor, planned: TensorPlan) -> Tensor:
-    """Return values in the output's dtype.
-
-    Raises:
-        NumericalError: they are finite but beyond float16's range, unless the plan allows it.
-    """
+    """Return values in the output's dtype."""
     result = values.to(planned.dtype)
     at_risk = planned.dtype == torch.float16 and values.dtype != torch.float16
     if at_risk and planned.nonfinite == "error" and finite(values) and not finite(result):

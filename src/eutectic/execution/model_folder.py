@@ -20,17 +20,18 @@ from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.folder import copy_side_files, module_weights
 from eutectic.checkpoint.writer import OutputFile, write_atomically
 from eutectic.execution.expert_folders import write_expert_folders
-from eutectic.execution.output_layout import OutputLayout, stated_recipe
+from eutectic.execution.tasks import Finished
 from eutectic.planning.cost import treatments
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.plan import Plan
+from eutectic.planning.plan import OutputLayout, Plan
+from eutectic.types import Statistics
 
 PROVENANCE = "eutectic.json"
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 
 
 def document(
-    plan: Plan, inputs: Inputs, hashes: Mapping[str, str], identity: str
+    plan: Plan, inputs: Inputs, finished: Mapping[tuple[str, str], Finished], identity: str
 ) -> dict[str, Any]:
     """Return the provenance of a merge: what was asked, what each tensor took, hashes, versions.
 
@@ -42,7 +43,7 @@ def document(
         "eutectic": version("eutectic"),
         "torch": version("torch"),
         "request": identity,
-        "recipe": stated_recipe(plan),
+        "recipe": plan.stated_recipe,
         "scale": plan.scale,
         "treatments": treatments(plan),
         "notes": [str(note) for note in plan.notes],
@@ -53,7 +54,7 @@ def document(
                 "licence": _licence(inputs.index.folder if inputs.index else None),
             },
             **{
-                name: {**_parent(names[name], expert), **_proxy_data(name, inputs)}
+                name: _parent(names[name], expert, inputs.statistics.get(name))
                 for name, expert in inputs.experts.items()
             },
         },
@@ -63,7 +64,7 @@ def document(
                 "method": t.method,
                 "scale": t.scale,
                 "reason": t.why,
-                "sha256": hashes[t.name],
+                "sha256": finished["merge", t.name].sha256,
             }
             for t in plan.tensors
         },
@@ -73,19 +74,12 @@ def document(
     return provenance
 
 
-def _parent(name: str, expert: Expert) -> dict[str, Any]:
-    return {
-        "name": name,
-        "fingerprint": expert.fingerprint(),
-        "licence": _licence(expert.folder),
-    }
-
-
-def _proxy_data(name: str, inputs: Inputs) -> dict[str, Any]:
-    """Return which data an expert's statistics are of, if the recipe names a file of them."""
-    statistics = inputs.statistics.get(name)
+def _parent(name: str, expert: Expert, statistics: Statistics | None = None) -> dict[str, Any]:
+    """Describe an expert, and which data its statistics are of, if the recipe names any."""
     known = statistics is not None and statistics.provenance
-    return {"statistics": known["data"]} if known else {}
+    data = {"statistics": known["data"]} if known else {}
+    licence = _licence(expert.folder)
+    return {"name": name, "fingerprint": expert.fingerprint(), "licence": licence, **data}
 
 
 def write_folder(
@@ -154,9 +148,8 @@ def _licence(folder: Path | None) -> str:
     """Return the licence that a model's card states, or "unknown"."""
     if folder is None:
         return "unknown"
-    card_file = folder / "README.md"
     try:
-        match = _FRONT_MATTER.match(card_file.read_text(encoding="utf-8"))
+        match = _FRONT_MATTER.match((folder / "README.md").read_text(encoding="utf-8"))
         front = yaml.safe_load(match[1]) if match else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return "unknown"
@@ -166,11 +159,8 @@ def _licence(folder: Path | None) -> str:
 
 def _stated_dtype(config: Mapping[str, Any]) -> str | None:
     found = config.get("dtype", config.get("torch_dtype"))
-    return (
-        found
-        if isinstance(found, str) and isinstance(getattr(torch, found, 0), torch.dtype)
-        else None
-    )
+    known = isinstance(found, str) and isinstance(getattr(torch, found, 0), torch.dtype)
+    return found if known else None
 
 
 def _prevailing_dtype(files: Sequence[OutputFile]) -> str:

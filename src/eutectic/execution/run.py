@@ -16,11 +16,10 @@ from torch import Tensor
 from eutectic.checkpoint.writer import MemoryWriter
 from eutectic.errors import Note, RequestError
 from eutectic.execution.executors import Progress, limits_of
-from eutectic.execution.journal import request_identity
+from eutectic.execution.journal import Ledger, request_identity
 from eutectic.execution.model_folder import PROVENANCE
-from eutectic.execution.output_folder import OutputPlace, check_output, write_to_folder
+from eutectic.execution.output_folder import check_output, write_to_folder
 from eutectic.execution.schedule import Chooser, Desk, refuse_search, run_schedule
-from eutectic.execution.tasks import Finished
 from eutectic.planning.cost import check_memory, treatments
 from eutectic.planning.inputs import in_memory_inputs, open_inputs
 from eutectic.planning.plan import make_plan
@@ -33,20 +32,16 @@ from eutectic.types import LayerStatistics
 def recipe_from(
     recipe: str | Path | Mapping[str, Any] | None, options: Mapping[str, Any]
 ) -> tuple[Recipe, Source]:
-    """Return the checked recipe of a file, a mapping, or options, which win over both.
-
-    Raises:
-        RecipeError: with every fault.
-    """
+    """Return the checked recipe of a file, a mapping, or options, which win over both."""
+    source = Source()
     if isinstance(recipe, (str, Path)):
         checked, source = load_recipe(recipe)
         if not options:
             return checked, source
         # Paths of the file are resolved by now; lines no longer describe the whole.
-        stated = checked.model_dump(mode="json", exclude_unset=True)
-        return check_recipe({**stated, **sorted_options(options, stated)}), source
+        recipe = checked.model_dump(mode="json", exclude_unset=True)
     stated = dict(recipe or {})
-    return check_recipe({**stated, **sorted_options(options, stated)}), Source()
+    return check_recipe({**stated, **sorted_options(options, stated)}), source
 
 
 def sorted_options(
@@ -124,12 +119,10 @@ def merge(
     with open_inputs(checked, source) as inputs:
         plan = make_plan(checked, inputs, source)
         check_memory(plan, inputs, limits.memory)
-        find = None
-        if plan.search is not None and choose is not None:
-            find = choose(plan, inputs)
-        else:
+        find = None if plan.search is None or choose is None else choose(plan, inputs)
+        if find is None:
             refuse_search(plan)
-        written = write_to_folder(plan, OutputPlace(output, work), inputs, limits, restart, find)
+        written = write_to_folder(plan, output, work, inputs, limits, restart, find)
     plan = written.plan
     return MergeReport(
         output=output,
@@ -193,25 +186,13 @@ def merge_state_dicts(
     sink = MemoryWriter([(t.name, t.dtype, t.shape) for t in plan.tensors])
     desk = Desk(
         inputs,
-        _Recollection(),
+        Ledger(),
         limits_of(threads, None),
         open_deltas=lambda layout: nullcontext(MemoryWriter(layout.entries)),
         open_output=lambda plan: nullcontext(sink),
     )
     run_schedule(plan, desk)
     return sink.tensors
-
-
-class _Recollection:
-    """The ledger of a merge in memory: it ends with the process."""
-
-    durable = False
-
-    def __init__(self) -> None:
-        self.finished: dict[tuple[str, str], Finished] = {}
-
-    def add(self, stage: str, tensor: str, finished: Finished) -> None:
-        self.finished[stage, tensor] = finished
 
 
 def sweep(
@@ -227,24 +208,8 @@ def sweep(
     """Merge two experts with weights λ and 1 − λ for every λ of `mixtures`.
 
     The setting of arXiv 2312.04339 in which one expert is wanted and the other, fine-tuned on an
-    intermediate task, helps. Each merge goes to `output/<λ>`, see `mixture_name`; finished ones are
-    kept, so a killed sweep continues.
-
-    Args:
-        recipe: as for `merge`, with exactly two experts; λ is the first one's weight.
-        output: folder of the merges.
-        mixtures: values of λ in [0, 1].
-        threads: as for `merge`.
-        memory: as for `merge`.
-        restart: as for `merge`.
-        **options: as for `merge`.
-
-    Returns:
-        λ -> report of its merge; merges that were finished before are left out.
-
-    Raises:
-        RequestError: there are not two experts, a λ lies outside [0, 1], or a finished merge in
-            `output` was made by another recipe, or of inputs that have changed since.
+    intermediate task, helps. Each merge goes to `output/<λ>`, see `mixture_name`; finished ones of
+    the same request are kept, and left out of what is returned, so a killed sweep continues.
     """
     checked, _ = recipe_from(recipe, options)
     if len(checked.experts) != 2:

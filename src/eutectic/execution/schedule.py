@@ -13,14 +13,13 @@ from torch import Tensor
 from eutectic.checkpoint.output_format import TensorSink
 from eutectic.checkpoint.writer import OutputFile
 from eutectic.errors import Note, RequestError
-from eutectic.execution.executors import Executor, Limits
+from eutectic.execution.executors import Executor, Limits, on_threads, one_intra_op_thread
 from eutectic.execution.journal import Ledger
 from eutectic.execution.layer_factors import factors_of, layer_factors, range_factor
 from eutectic.execution.matrix_merging import context_of
 from eutectic.execution.merging import holds_weight, stream_chunks
 from eutectic.execution.tasks import Finished, Stage, Task, Workplace
 from eutectic.execution.tensor_values import block_ranges, read_base
-from eutectic.execution.threads import on_threads, one_intra_op_thread
 from eutectic.planning.cost import tensor_cost
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan, with_scale
@@ -29,23 +28,14 @@ from eutectic.planning.tensor_plan import TensorPlan
 
 @dataclass(frozen=True)
 class Unscaled:
-    """A merge whose deltas are finished and whose α is still to be chosen.
+    """A merge whose deltas are finished and whose α is still to be chosen."""
 
-    Attributes:
-        plan: the plan; its scale is not decided.
-        inputs: the opened base and experts.
-        deltas: scratch file of what `merge_unscaled` emitted.
-        factors: matrix -> factor of its delta besides α; see `layer_factors`.
-        journal: the run's ledger, where a search may note what it has measured.
-        limits: threads, memory, and whom to tell of progress.
-    """
-
-    plan: Plan
+    plan: Plan  # the plan; its scale is not decided
     inputs: Inputs
-    deltas: TensorSink
-    factors: Mapping[str, float]
-    journal: Ledger
-    limits: Limits
+    deltas: TensorSink  # scratch file of what `merge_unscaled` emitted
+    factors: Mapping[str, float]  # matrix -> factor of its delta besides α; see `layer_factors`
+    journal: Ledger  # the run's ledger, where a search may note what it has measured
+    limits: Limits  # threads, memory, and whom to tell of progress
 
     def base(self, planned: TensorPlan) -> Tensor:
         """Return W₀ in the tensor's shape and the dtype of the arithmetic."""
@@ -65,17 +55,11 @@ class Unscaled:
 
 @dataclass(frozen=True)
 class Choice:
-    """A chosen α.
-
-    Attributes:
-        scale: α.
-        note: where it comes from, for the model card.
-        record: the whole search, JSON-serialisable; `search` in the output's `eutectic.json`.
-    """
+    """A chosen α."""
 
     scale: float
-    note: Note
-    record: dict[str, Any]
+    note: Note  # where it comes from, for the model card
+    record: dict[str, Any]  # the whole search, JSON-serialisable; `search` in `eutectic.json`
 
 
 Choose = Callable[[Unscaled], Choice]
@@ -84,11 +68,7 @@ Chooser = Callable[[Plan, Inputs], Choose]
 
 
 def refuse_search(plan: Plan) -> None:
-    """Refuse a plan whose scale is still to be searched.
-
-    Raises:
-        RequestError: it is.
-    """
+    """Refuse a plan whose scale is still to be searched."""
     if plan.search is not None:
         raise RequestError(
             f"the scale is a search ({plan.search.search}), and this takes a number.\n"
@@ -105,21 +85,13 @@ Tell = Callable[[Task], None]
 
 @dataclass(frozen=True)
 class Desk:
-    """Where a merge reads, writes and notes what is done.
-
-    Attributes:
-        inputs: what is read.
-        ledger: what is finished; only the schedule adds to it.
-        limits: what may be used.
-        open_deltas: lays out and opens the scratch file of merged deltas.
-        open_output: lays out and opens the model's files, once α is known.
-    """
+    """Where a merge reads, writes and notes what is done."""
 
     inputs: Inputs
-    ledger: Ledger
-    limits: Limits
-    open_deltas: Callable[[OutputFile], AbstractContextManager[TensorSink]]
-    open_output: Callable[[Plan], AbstractContextManager[TensorSink]]
+    ledger: Ledger  # what is finished; only the schedule adds to it
+    limits: Limits  # what may be used
+    open_deltas: Callable[[OutputFile], AbstractContextManager[TensorSink]]  # a scratch file
+    open_output: Callable[[Plan], AbstractContextManager[TensorSink]]  # once α is known
 
 
 def run_schedule(
@@ -129,17 +101,7 @@ def run_schedule(
 
     A tensor is merged and written in one go, unless its factor waits for the norms of other layers
     or its α for a search: such a one is merged into a scratch file first, and scaled afterwards.
-
-    Args:
-        plan: what to do.
-        desk: where.
-        choose: chooses α when all deltas are known; None where the plan names it.
-
-    Returns:
-        The plan with the α that was used, and how it was chosen.
-
-    Raises:
-        RequestError: the plan's scale is a search and `choose` is None.
+    Returns the plan with the α that was used, and how `choose` chose it.
     """
     late = plan.merged if choose is not None else [t for t in plan.tensors if t.compared]
     waiting = {t.name for t in late}
@@ -157,10 +119,10 @@ def run_schedule(
             desk.ledger.add(CHOSEN, "note", Finished("", vars(choice.note)))
             plan = with_scale(plan, choice.scale, choice.note)
             output = stack.enter_context(desk.open_output(plan))
-        place = _place(desk, output, None if unscaled is None else unscaled.deltas)
-        _carry_out(
-            "merge", [t for t in plan.tensors if t.name not in waiting], plan, desk, place, tell
-        )
+        deltas = None if unscaled is None else unscaled.deltas
+        place = Workplace(desk.inputs, output, deltas, desk.ledger.durable)
+        at_once = [t for t in plan.tensors if t.name not in waiting]
+        _carry_out("merge", at_once, plan, desk, place, tell)
         if unscaled is not None:
             scaled = [t for t in plan.tensors if t.name in waiting]
             _carry_out("scale", scaled, plan, desk, place, tell, unscaled.factors)
@@ -172,16 +134,13 @@ def merged_deltas(
     plan: Plan, desk: Desk, tensors: Sequence[TensorPlan], tell: Tell | None = None
 ) -> Iterator[Unscaled]:
     """Merge tensors into a scratch file, before α, and compare those that are compared."""
-    with desk.open_deltas(_delta_layout(tensors)) as deltas:
-        place = _place(desk, None, deltas)
+    layout = OutputFile(DELTAS, tuple((t.name, t.compute, t.shape) for t in tensors))
+    with desk.open_deltas(layout) as deltas:
+        place = Workplace(desk.inputs, None, deltas, desk.ledger.durable)
         _carry_out("delta", tensors, plan, desk, place, tell or _meter(tensors, desk))
-        norms: dict[str, float] = {}
-        for planned in tensors:
-            if planned.compared:
-                norms |= desk.ledger.finished["delta", planned.name].norms
-        factors: dict[str, float] = {}
-        if plan.method.finish is not None and norms:
-            factors = layer_factors(plan.method, norms, plan.parameters)
+        compared = (desk.ledger.finished["delta", t.name].norms for t in tensors if t.compared)
+        norms = dict(item for own in compared for item in own.items())
+        factors = layer_factors(plan.method, norms, plan.parameters) if norms else {}
         yield Unscaled(plan, desk.inputs, deltas, factors, desk.ledger, desk.limits)
 
 
@@ -221,10 +180,6 @@ def _carry_out(
             tell(task)
 
 
-def _place(desk: Desk, output: TensorSink | None, deltas: TensorSink | None) -> Workplace:
-    return Workplace(desk.inputs, output, deltas, desk.ledger.durable)
-
-
 def _meter(tensors: Sequence[TensorPlan], desk: Desk) -> Tell:
     """Return what counts the seconds of finished tasks and tells how far the run is."""
     total = max(sum(tensor_cost(t, desk.inputs).seconds for t in tensors), 1e-9)
@@ -239,17 +194,12 @@ def _meter(tensors: Sequence[TensorPlan], desk: Desk) -> Tell:
     return tell
 
 
-def _delta_layout(tensors: Sequence[TensorPlan]) -> OutputFile:
-    """Return the layout of a scratch file of merged deltas, in the dtype of the arithmetic."""
-    return OutputFile(DELTAS, tuple((t.name, t.compute, t.shape) for t in tensors))
-
-
 def _model_state(plan: Plan, tensors: Sequence[TensorPlan], inputs: Inputs) -> Any:
     """Run a model-scope `prepare` over every tensor of the method, or return None."""
     method, parameters = plan.method, plan.parameters
     if method.prepare is None or not method.model_scope(parameters):
         return None
-    if not any(t.method == method.name for t in tensors):
+    if method.name not in {t.method for t in tensors}:
         return None
     taking = [t for t in plan.tensors if t.method == method.name and t.elements]
     wide = torch.float64 if any(t.compute == torch.float64 for t in taking) else torch.float32

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -31,30 +32,20 @@ Opening = Callable[[], AbstractContextManager[TensorSink]]
 
 @dataclass(frozen=True)
 class Task:
-    """One tensor and one stage. It can be pickled, and carried out wherever the inputs are.
+    """One tensor and one stage. It can be pickled, and carried out wherever the inputs are."""
 
-    Attributes:
-        tensor: what decides its bytes.
-        stage: "merge" writes the output's tensor in one go; "delta" writes the merged delta before
-            α to the scratch file; "scale" writes the output's tensor from there.
-        peak_bytes: memory held while it runs.
-        seconds: estimated time.
-        device: where the method computes.
-        state: what the method's `prepare` returned for the whole model, if that is its scope.
-        factors: of "scale": matrix -> factor of its delta besides α.
-        delta: of "scale": what the "delta" task of the tensor found.
-        before: what an earlier run noted of this task; kept if the bytes are still those.
-    """
-
-    tensor: TensorPlan
+    tensor: TensorPlan  # what decides its bytes
+    # "merge" writes the output's tensor in one go; "delta" writes the merged delta before α to the
+    # scratch file; "scale" writes the output's tensor from there
     stage: Stage
-    peak_bytes: int
+    peak_bytes: int  # memory held while it runs
     seconds: float
-    device: str = "cpu"
-    state: Any = None
+    device: str = "cpu"  # where the method computes
+    state: Any = None  # what `prepare` returned for the whole model, if that is the method's scope
+    # of "scale": matrix -> factor of its delta besides α
     factors: Mapping[str, float] = field(default_factory=dict[str, float])
-    delta: Finished | None = None
-    before: Finished | None = None
+    delta: Finished | None = None  # of "scale": what the "delta" task of the tensor found
+    before: Finished | None = None  # what an earlier run noted; kept if the bytes are still those
 
     @property
     def name(self) -> str:
@@ -64,34 +55,21 @@ class Task:
 
 @dataclass(frozen=True)
 class Site:
-    """Where the files of a run lie: enough for a worker elsewhere to open them.
-
-    Attributes:
-        inputs: what is read.
-        output: opens the files of the model; None before α is known.
-        deltas: opens the file of the merged deltas; None without any.
-    """
+    """Where the files of a run lie: enough for a worker elsewhere to open them."""
 
     inputs: InputPaths
-    output: Opening | None
-    deltas: Opening | None
+    output: Opening | None  # opens the files of the model; None before α is known
+    deltas: Opening | None  # opens the file of the merged deltas; None without any
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """What a worker has open.
-
-    Attributes:
-        inputs: readers of base, experts and statistics.
-        output: of the model.
-        deltas: of the merged deltas before α.
-        hashed: finished bytes are hashed, since they outlive the process.
-    """
+    """What a worker has open."""
 
     inputs: Inputs
     output: TensorSink | None = None
-    deltas: TensorSink | None = None
-    hashed: bool = True
+    deltas: TensorSink | None = None  # of the merged deltas before α
+    hashed: bool = True  # finished bytes are hashed, since they outlive the process
 
     @property
     def site(self) -> Site | None:
@@ -103,12 +81,6 @@ class Workplace:
             None if self.output is None else self.output.reopening,
             None if self.deltas is None else self.deltas.reopening,
         )
-
-    def sink(self, stage: Stage) -> TensorSink:
-        """Return where a stage writes."""
-        sink = self.deltas if stage == "delta" else self.output
-        assert sink is not None
-        return sink
 
 
 @contextmanager
@@ -126,13 +98,11 @@ def open_site(site: Site) -> Iterator[Workplace]:
 def carry_out(task: Task, place: Workplace, check: Callable[[], None] = lambda: None) -> Finished:
     """Do a task and return what is to be noted of it. It computes with one intra-op thread.
 
-    Args:
-        task: what to do.
-        place: what is open.
-        check: raises where the run is being stopped; called before every write.
+    `check`, called before every write, raises where the run is being stopped.
     """
     torch.set_num_threads(1)  # for good: giving it back would reach into tasks beside this one
-    planned, sink = task.tensor, place.sink(task.stage)
+    planned, sink = task.tensor, place.deltas if task.stage == "delta" else place.output
+    assert sink is not None
     if task.before is not None and _hash_of(sink, planned) == task.before.sha256:
         return task.before
     digest = hashlib.sha256()
@@ -159,10 +129,7 @@ def _run(task: Task, place: Workplace, emit: Emit) -> Finished:
     assert deltas is not None
     assert before is not None
 
-    def read_delta(start: int, stop: int) -> Tensor:
-        return deltas.read_back(planned.name, start, stop)
-
-    scale_tensor(planned, inputs, emit, read_delta, task.factors)
+    scale_tensor(planned, inputs, emit, partial(deltas.read_back, planned.name), task.factors)
     return replace(before, record=with_factors(before.record, planned, task.factors))
 
 

@@ -73,11 +73,7 @@ def read_own(expert: Expert, source: Source, start: int, base: Tensor) -> Tensor
 
 
 def _placed(
-    source: Source,
-    start: int,
-    stop: int,
-    read: Callable[[int, int, slice], Tensor],
-    absent: Tensor,
+    source: Source, start: int, stop: int, read: Callable[[int, int, slice], Tensor], absent: Tensor
 ) -> Tensor:
     """Read a flat range of the output where its rows lie; `absent` holds what the others get."""
     if source.rows is None:
@@ -101,9 +97,6 @@ def read_stack(
     """Read one flat range of every expert as `[T, n]` deltas, or as weights.
 
     `base` is that range of the base; weights do without where `reads_no_base`.
-
-    Raises:
-        NumericalError: NaN or Inf, unless the plan allows it.
     """
     start, stop = span
     stack = torch.empty(len(planned.experts), stop - start, dtype=planned.compute)
@@ -122,16 +115,11 @@ def read_stack(
 def check_finite(
     rows: Tensor | Sequence[Tensor], planned: TensorPlan, base: Tensor | None = None
 ) -> None:
-    """Refuse NaN and Inf in what was read: a row an expert, and the base.
-
-    Raises:
-        NumericalError: naming who holds them.
-    """
-    sound = finite(rows) if isinstance(rows, Tensor) else all(map(finite, rows))
-    if sound and (base is None or finite(base)):
-        return
+    """Refuse NaN and Inf in what was read: a row an expert, and the base."""
     if base is not None and not finite(base):
         culprit = "the base"
+    elif finite(rows) if isinstance(rows, Tensor) else all(map(finite, rows)):
+        return
     else:
         bad = [s.owner for s, row in zip(planned.experts, rows, strict=True) if not finite(row)]
         culprit = "expert " + ", ".join(f"'{n}'" for n in bad)
@@ -150,8 +138,7 @@ def flat_ranges(length: int) -> Iterator[tuple[int, int]]:
 def block_ranges(planned: TensorPlan) -> Iterator[tuple[int, int]]:
     """Yield flat ranges of at most `CHUNK` entries that end where a matrix of a stack ends.
 
-    Vectorised kernels may round the last few entries of a range differently; with the ends of
-    these ranges, the result has the bytes of a merge in one go.
+    Vectorised kernels round the end of a range differently: these give the bytes of a merge in one.
     """
     _, size = planned.blocks
     for first in range(0, planned.elements, max(size, 1)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import cache
 
@@ -23,18 +24,11 @@ SUMS = 4  # square matrices in float64 beside each other: a sum, its factor, the
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of one tensor, or of a whole plan.
-
-    Attributes:
-        read_bytes: read from files.
-        write_bytes: written to files.
-        peak_bytes: held at once by the job; for a plan, by all jobs that run side by side.
-        seconds: estimated.
-    """
+    """The cost of one tensor, or of a whole plan."""
 
     read_bytes: int
     write_bytes: int
-    peak_bytes: int
+    peak_bytes: int  # held at once by the job; for a plan, by all jobs that run side by side
     seconds: float
 
 
@@ -43,12 +37,12 @@ def tensor_cost(planned: TensorPlan, inputs: Inputs) -> Cost:
     base = None if planned.base is None else inputs.base.entries.get(planned.base.tensor or "")
     base_bytes = 0 if base is None else base.nbytes
     write_bytes = planned.elements * planned.dtype.itemsize
-    rates = machine_rates()
+    flops, bytes_per_second = machine_rates()
     chunk = min(planned.elements, CHUNK)
     if not planned.merged:
         held = planned.dtype.itemsize if base is None else base.dtype.itemsize
         peak = chunk * (held + planned.dtype.itemsize)
-        seconds = (base_bytes + write_bytes) / rates.bytes_per_second
+        seconds = (base_bytes + write_bytes) / bytes_per_second
         return Cost(base_bytes, write_bytes, peak, seconds)
     method = get_method(planned.method)
     experts = [inputs.experts[s.owner].entries.get(s.tensor or "") for s in planned.experts]
@@ -58,27 +52,23 @@ def tensor_cost(planned: TensorPlan, inputs: Inputs) -> Cost:
     if method.elementwise:
         held = chunk
         passes = passes if planned.elements > CHUNK else 1
-        work = planned.elements * count * width * 4 * passes / rates.bytes_per_second
+        work = planned.elements * count * width * 4 * passes / bytes_per_second
     else:
         blocks, held = planned.blocks
         rows = planned.shape[0 if blocks == 1 else 1] if planned.shape else 1
         small = min(rows, held // max(rows, 1))
-        work = method.products * count * 2 * planned.elements * small / rates.flops
+        work = method.products * count * 2 * planned.elements * small / flops
     stack = held * count * width
     peak = int(stack * (1 + method.workspace(count)) + held * (4 * width + planned.dtype.itemsize))
     collected, scratch = _statistics_bytes(planned, inputs)
     peak += collected + scratch
     read = (base_bytes + expert_bytes) * passes + collected
-    moved = (read + write_bytes) / rates.bytes_per_second
+    moved = (read + write_bytes) / bytes_per_second
     return Cost(read, write_bytes, peak, moved + work)
 
 
 def _statistics_bytes(planned: TensorPlan, inputs: Inputs) -> tuple[int, int]:
-    """Return bytes of the statistics that a task reads, and of what its method makes of them.
-
-    The latter: a few square matrices in float64, and as many copies of every expert's Grams as
-    the method says.
-    """
+    """Return bytes of the statistics that a task reads, and of the squares made of them."""
     method, parameters = get_method(planned.method), planned.parameters
     only = wanted(method, parameters)
     shape = planned.shape
@@ -110,37 +100,19 @@ def plan_cost(plan: Plan, inputs: Inputs, threads: int) -> Cost:
 
 
 def check_memory(plan: Plan, inputs: Inputs, memory: int) -> None:
-    """Refuse a plan one of whose jobs alone is over the limit.
-
-    Raises:
-        RecipeError: naming the largest tensor and the memory it needs.
-    """
+    """Refuse a plan one of whose jobs alone is over the limit."""
     largest = max(plan.tensors, key=lambda t: tensor_cost(t, inputs).peak_bytes)
     peak = tensor_cost(largest, inputs).peak_bytes
     if peak + PROCESS_BYTES > memory:
         needed = f"{largest.name} alone needs {format_bytes(peak + PROCESS_BYTES)}"
-        raise RecipeError(
-            [
-                Fault(
-                    "memory",
-                    f"{needed} with {largest.method}, the limit is {format_bytes(memory)}.",
-                    next="Raise --memory, or choose an element-wise method, which works in chunks.",
-                )
-            ]
-        )
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What one core of this machine does."""
-
-    flops: float
-    bytes_per_second: float
+        what = f"{needed} with {largest.method}, the limit is {format_bytes(memory)}."
+        choose = "Raise --memory, or choose an element-wise method, which works in chunks."
+        raise RecipeError([Fault("memory", what, next=choose)])
 
 
 @cache
-def machine_rates() -> Rates:
-    """Measure a matrix product and a pass over memory, once per process, in about 30 ms."""
+def machine_rates() -> tuple[float, float]:
+    """Measure (flops, bytes/s) of one core, once per process, in about 30 ms."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -157,12 +129,10 @@ def machine_rates() -> Rates:
         moved = x.numel() * 6 / (time.perf_counter() - start)
     finally:
         torch.set_num_threads(threads)
-    return Rates(flops, moved)
+    return flops, moved
 
 
 def treatments(plan: Plan) -> dict[str, int]:
     """Return how many tensors take each treatment."""
-    counts = {t.value: 0 for t in Treatment}
-    for planned in plan.tensors:
-        counts[planned.treatment.value] += 1
-    return {name: count for name, count in counts.items() if count}
+    counts = Counter(t.treatment for t in plan.tensors)
+    return {t.value: counts[t] for t in Treatment if t in counts}

@@ -1,4 +1,4 @@
-"""Everything a merge reads, opened: headers are known, no tensor has been read."""
+"""What a plan is made from: a recipe, and everything it reads, opened; no tensor has been read."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from eutectic.checkpoint.hub import resolve
 from eutectic.checkpoint.index import CheckpointIndex, open_index
 from eutectic.checkpoint.reader import CheckpointReader, StateDictReader, TensorSource
 from eutectic.errors import EutecticError, Fault, RecipeError, suggest
+from eutectic.methods import Method
 from eutectic.methods.initial import ZERO
 from eutectic.methods.registry import all_methods
 from eutectic.planning.tensor_plan import Source
@@ -26,45 +27,26 @@ from eutectic.types import LayerStatistics, Statistics, as_statistics
 
 @dataclass(frozen=True)
 class InputPaths:
-    """Where the inputs of a merge lie: enough to open them again in another process.
+    """Where the inputs of a merge lie: enough to open them again in another process."""
 
-    Attributes:
-        base: folder or file of the base.
-        experts: name -> folder or file, in the recipe's order.
-        statistics: name -> statistics file, for experts that have one.
-        initial: a merged checkpoint that an iterative method starts from.
-    """
-
-    base: Path
-    experts: Mapping[str, Path]
-    statistics: Mapping[str, str]
-    initial: Path | None = None
+    base: Path  # folder or file of the base
+    experts: Mapping[str, Path]  # name -> folder or file, in the recipe's order
+    statistics: Mapping[str, str]  # name -> statistics file, for experts that have one
+    initial: Path | None = None  # a merged checkpoint that an iterative method starts from
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The opened base, experts and statistics of one merge. A context manager that closes them.
+    """The opened base, experts and statistics of one merge. A context manager that closes them."""
 
-    Attributes:
-        base: reader of the base's tensors; where the experts are (IA)³ adapters, the adapter
-            that changes nothing.
-        index: the base's folder and layout (the first adapter's), or None in memory.
-        experts: name -> expert, in the recipe's order.
-        statistics: name -> statistics, for experts that have a file.
-        initial: a merged checkpoint that an iterative method starts from.
-        stated: the base's configuration, in memory.
-        paths: where all of it lies; None in memory.
-        device: where methods are given what is read from here.
-    """
-
-    base: TensorSource
-    index: CheckpointIndex | None
-    experts: Mapping[str, Expert]
-    statistics: Mapping[str, Statistics] = field(default_factory=dict)
-    initial: Expert | None = None
-    stated: Mapping[str, Any] = field(default_factory=dict)
-    paths: InputPaths | None = None
-    device: str = "cpu"
+    base: TensorSource  # where the experts are (IA)³ adapters, the adapter that changes nothing
+    index: CheckpointIndex | None  # of the base's folder (or first adapter's); None in memory
+    experts: Mapping[str, Expert]  # name -> expert, in the recipe's order
+    statistics: Mapping[str, Statistics] = field(default_factory=dict)  # of experts with some
+    initial: Expert | None = None  # a merged checkpoint that an iterative method starts from
+    stated: Mapping[str, Any] = field(default_factory=dict)  # the base's configuration, in memory
+    paths: InputPaths | None = None  # where all of it lies; None in memory
+    device: str = "cpu"  # where methods are given what is read from here
     _stack: ExitStack = field(default_factory=ExitStack, repr=False)
 
     @property
@@ -86,12 +68,24 @@ class Inputs:
         self._stack.close()
 
 
-def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
-    """Open everything that a recipe names; read headers only.
+@dataclass(frozen=True)
+class MergeRequest:
+    """A recipe with its inputs. Planning reads it; nothing that runs afterwards does."""
 
-    Raises:
-        RecipeError: listing every input that cannot be opened.
-    """
+    recipe: Recipe
+    inputs: Inputs  # base, experts and statistics, of which headers are known
+    document: Document  # where the recipe was written, for the lines of faults
+    method: Method
+    parameters: Any  # its checked parameters
+    scale: float  # α where no rule says otherwise; while it is to be searched, the method's default
+    own_parameters: Mapping[str, Any]  # of experts that have some of their own
+    tied: Mapping[str, str]  # tensor -> earlier tensor that it copies, whose rules and seed it has
+    # expert -> base name (with the part of a packed tensor) -> name in its statistics
+    statistics_names: Mapping[str, Mapping[str, str]]
+
+
+def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
+    """Open everything that a recipe names; read headers only."""
     document = document or Document()
     paths: dict[str, Path] = {}
     experts: dict[str, Expert] = {}
@@ -148,11 +142,7 @@ def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
 
 
 def reopen(paths: InputPaths) -> Inputs:
-    """Open inputs that were opened before, in this process or another.
-
-    Raises:
-        EutecticError: one of them is not there any more, or another than before.
-    """
+    """Open inputs that were opened before, in this process or another."""
     with ExitStack() as stack:
         opened = stack.enter_context(CheckpointReader(open_index(paths.base)))
         base, index = common_base(opened, paths.experts)

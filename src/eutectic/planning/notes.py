@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -11,9 +11,8 @@ from eutectic.checkpoint.folder import module_weights
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.conventions import classification_head
 from eutectic.errors import Note
-from eutectic.methods import Method, get_method
-from eutectic.planning.inputs import Inputs
-from eutectic.planning.merge_request import MergeRequest
+from eutectic.methods.registry import all_methods
+from eutectic.planning.inputs import Inputs, MergeRequest
 from eutectic.planning.statistics_match import lacks, unknown_origin
 from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.recipes.schema import Recipe
@@ -27,9 +26,8 @@ _NAMELESS = re.compile(r"LABEL_\d+")
 def label_warnings(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs) -> list[Note]:
     """Return a warning where one head is merged from outputs that stand for other classes.
 
-    A head is a tensor under a usual name with as many rows as its model has classes. Class names
-    are those of the config.json files, compared without case; a model that names none is left out,
-    as are adapters. Names may differ and mean the same, so that this is no fault.
+    Class names are those of the config.json files; names may differ and mean the same, so that this
+    is no fault.
     """
     classes = {"the base": class_names(inputs.config)}
     classes |= {f"'{name}'": class_names(e.config) for name, e in inputs.experts.items()}
@@ -55,7 +53,11 @@ def label_warnings(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs
         Note(
             "mixed_classes",
             tuple(names),
-            {"reference": owner, "differ": dict(differ), "heads": _head_patterns(names)},
+            {
+                "reference": owner,
+                "differ": dict(differ),
+                "heads": tuple(dict.fromkeys(f"{classification_head(name)}.*" for name in names)),
+            },
             level="warning",
         )
         for (owner, differ), names in found.items()
@@ -65,8 +67,7 @@ def label_warnings(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs
 def class_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Return a model's class names in the order of its outputs, None where it names none.
 
-    `LABEL_0` and the like, which transformers makes up, are no names; neither is that of a single
-    output.
+    `LABEL_0` and the like, which transformers makes up, are no names, nor is that of one output.
     """
     names, numbers = config.get("id2label"), config.get("label2id")
     if isinstance(names, Mapping):
@@ -91,11 +92,6 @@ def _difference(names: tuple[str, ...], wanted: tuple[str, ...]) -> Difference:
     return next((i, own, other) for i, (own, other) in pairs if own != other)
 
 
-def _head_patterns(names: Sequence[str]) -> tuple[str, ...]:
-    """Return patterns for rules that match every tensor of these heads."""
-    return tuple(dict.fromkeys(f"{classification_head(name)}.*" for name in names))
-
-
 _OPTIONS = {
     "output_gradient_gram": "--output-gradients",
     "fisher_diagonal": "--fisher",
@@ -118,31 +114,29 @@ def notes_on(
             notes.append(Note("extra_prefix", (name, expert.alignment.strip)))
         elif expert.alignment.add:
             notes.append(Note("lacking_prefix", (name, expert.alignment.add)))
+
+    def tell(kind: str, subject: Iterable[str], numbers: Mapping[str, Any] | None = None) -> None:
+        names = tuple(subject)
+        if names:
+            notes.append(Note(kind, names, numbers or {}))
+
     absent = _because({"in_no_expert"}, tensors)
-    if absent:
-        notes.append(Note("copied", absent))
+    tell("copied", absent)
     for name, expert in inputs.experts.items():
-        if expert.extra and recipe.heads != "per_expert":
-            why = {"expert": name, "heads": recipe.heads}
-            notes.append(Note("extra_left_out", tuple(expert.extra), why))
-        missing = tuple(k for k in expert.missing if k not in absent)
-        if missing:
-            how = {"expert": name, "missing": recipe.missing}
-            notes.append(Note("expert_lacks", missing, how))
-    if heads:
-        kept = {n: tuple(e.name for e in own) for n, own in heads.items()}
-        notes.append(Note("heads_kept", tuple(heads), kept))
-    if left_out:
-        notes.append(Note("heads_left_out", tuple(left_out)))
-    modules = module_weights(inputs.index.folder) if inputs.index is not None else ()
-    if modules:
-        notes.append(Note("module_weights", tuple(modules)))
-    idle = tuple(r.match for r in recipe.tensors if not _matches_any(r.match, inputs))
-    if idle:
-        notes.append(Note("idle_rules", idle))
+        if recipe.heads != "per_expert":
+            tell("extra_left_out", expert.extra, {"expert": name, "heads": recipe.heads})
+        missing = [k for k in expert.missing if k not in absent]
+        tell("expert_lacks", missing, {"expert": name, "missing": recipe.missing})
+    tell("heads_kept", heads, {n: tuple(e.name for e in own) for n, own in heads.items()})
+    tell("heads_left_out", left_out)
+    if inputs.index is not None:
+        tell("module_weights", module_weights(inputs.index.folder))
+    held = {*inputs.base.entries}.union(*(expert.extra for expert in inputs.experts.values()))
+    patterns = [rule.match for rule in recipe.tensors]
+    tell("idle_rules", [p for p in patterns if not any(fnmatchcase(n, p) for n in held)])
     notes += _ignored(tensors, recipe, inputs)
-    if inputs.index is not None and inputs.index.skipped:
-        notes.append(Note("no_tensors", tuple(inputs.index.skipped)))
+    if inputs.index is not None:
+        tell("no_tensors", inputs.index.skipped)
     for name, statistics in inputs.statistics.items():
         if unknown_origin(statistics, inputs.experts[name]):
             notes.append(Note("unproven_statistics", (name,)))
@@ -153,7 +147,10 @@ def notes_on(
         notes.append(Note(kind, fallen, {"method": fallback}))
         if not inputs.statistics:
             notes.append(Note("statistics_needed", numbers={"method": method.name}))
-        notes += _uncollected(inputs, method, parameters)
+        for name, statistics in inputs.statistics.items():
+            for need in sorted(method.needs(parameters) - {"base"}):
+                if all(lacks(statistics, own, {need}) for own in statistics):
+                    tell("uncollected", (name,), {"need": need, "option": _OPTIONS.get(need)})
     return notes
 
 
@@ -169,7 +166,8 @@ def _ignored(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs) -> l
         partner = planned.seed_name
         if partner != planned.name and _rules(recipe, planned.name) != _rules(recipe, partner):
             notes.append(Note("rules_of_tied", (planned.name, partner)))
-    whole = [t for t in tensors if t.layout.split and t.merged and _sees_all(t.method)]
+    for_all = {m.name for m in all_methods().values() if m.elementwise and m.prepare is not None}
+    whole = [t for t in tensors if t.layout.split and t.method in for_all]
     if whole:
         names = tuple(t.name for t in whole)
         notes.append(Note("split_ignored", names, {"method": whole[0].method}))
@@ -183,24 +181,3 @@ def _ignored(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs) -> l
 
 def _rules(recipe: Recipe, name: str) -> list[str]:
     return [rule.match for rule in recipe.tensors if fnmatchcase(name, rule.match)]
-
-
-def _sees_all(method: str) -> bool:
-    own = get_method(method)
-    return own.elementwise and own.prepare is not None
-
-
-def _uncollected(inputs: Inputs, method: Method, parameters: Any) -> list[Note]:
-    """Return which experts' statistics hold nothing of a kind that the method needs."""
-    notes: list[Note] = []
-    for name, statistics in inputs.statistics.items():
-        for need in sorted(method.needs(parameters) - {"base"}):
-            if all(lacks(statistics, own, {need}) for own in statistics):
-                lacking = {"need": need, "option": _OPTIONS.get(need)}
-                notes.append(Note("uncollected", (name,), lacking))
-    return notes
-
-
-def _matches_any(pattern: str, inputs: Inputs) -> bool:
-    held = (inputs.base.entries, *(expert.extra for expert in inputs.experts.values()))
-    return any(fnmatchcase(name, pattern) for names in held for name in names)

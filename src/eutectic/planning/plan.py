@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from eutectic.checkpoint.adapters import WEIGHT_NAMES
 from eutectic.checkpoint.index import TensorEntry
-from eutectic.errors import Fault, MethodError, Note, RecipeError
+from eutectic.checkpoint.output_format import (
+    InShards,
+    LaidOutLikeBase,
+    OutputFormat,
+    OutputTensor,
+    TensorFiles,
+)
+from eutectic.checkpoint.writer import OutputFile
+from eutectic.errors import Fault, MethodError, Note, RecipeError, RequestError
 from eutectic.methods import Method, get_method
-from eutectic.planning.inputs import Inputs
-from eutectic.planning.merge_request import MergeRequest, StatedRequest, stated_request
+from eutectic.planning.inputs import Inputs, MergeRequest
 from eutectic.planning.notes import notes_on
 from eutectic.planning.statistics_match import statistics_faults, statistics_names
 from eutectic.planning.tensor_plan import TensorPlan
@@ -26,49 +37,46 @@ from eutectic.words import few
 
 
 @dataclass(frozen=True)
+class StatedRequest:
+    """A recipe as it was written."""
+
+    complete: Mapping[str, Any]  # every value, defaults included; it identifies the request
+    # what a user would write to get the same, without the folders of local paths, since cards are
+    # published. The scale is as asked for, a search included
+    published: Mapping[str, Any]
+    names: Mapping[str, str]  # parent ("base", "initial", the experts) -> its name in public
+    statistics_files: Mapping[str, str]  # expert -> its statistics file
+
+
+@dataclass(frozen=True)
 class OutputOptions:
-    """What is decided of the output as a whole.
+    """What is decided of the output as a whole."""
 
-    Attributes:
-        dtype: of all floating-point tensors; None where each keeps its own.
-        heads: what becomes of the experts' heads.
-        side_files: "base", or the expert whose config and tokenizer files are copied.
-        shard_bytes: most bytes of tensors in one file; None where files are the base's.
-    """
-
-    dtype: torch.dtype | None
+    dtype: torch.dtype | None  # of all floating-point tensors; None where each keeps its own
     heads: Literal["per_expert", "base", "drop"]
-    side_files: str
-    shard_bytes: int | None = None
+    side_files: str  # "base", or the expert whose config and tokenizer files are copied
+    shard_bytes: int | None = None  # most bytes in one file; None where files are the base's
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A merge, decided. Its tensors own what decides their bytes; the rest is told of the whole.
-
-    Attributes:
-        method: the recipe's method.
-        parameters: its checked parameters.
-        scale: α where no rule says otherwise; while it is to be searched, the method's default.
-        search: how α is to be chosen; None where it is a number.
-        tensors: one entry per tensor of the output, in file order.
-        heads: expert -> tensors kept for it alone.
-        left_out: tensors of the base that the output does not hold (`heads: drop`).
-        output: what is decided of the output as a whole.
-        request: what was asked for, for the card and the journal.
-        notes: what a user should know: alignments, tensors that nobody changes, fall-backs.
-    """
+    """A merge, decided. Its tensors own what decides their bytes; the rest is told of the whole."""
 
     method: Method
     parameters: Any
     scale: float
-    search: ScaleSearch | None
-    tensors: tuple[TensorPlan, ...]
-    heads: Mapping[str, tuple[TensorEntry, ...]]
-    left_out: tuple[str, ...]
-    output: OutputOptions
-    request: StatedRequest
-    notes: tuple[Note, ...]
+    search: ScaleSearch | None  # how α is to be chosen; None where it is a number
+    tensors: tuple[TensorPlan, ...]  # one entry per tensor of the output, in file order
+    heads: Mapping[str, tuple[TensorEntry, ...]]  # expert -> tensors kept for it alone
+    left_out: tuple[str, ...]  # tensors of the base that the output does not hold (`heads: drop`)
+    output: OutputOptions  # what is decided of the output as a whole
+    request: StatedRequest  # what was asked for, for the card and the journal
+    notes: tuple[Note, ...]  # alignments, tensors that nobody changes, fall-backs
+
+    @property
+    def stated_recipe(self) -> dict[str, Any]:
+        """The recipe as a user would write it, with the scale that was used."""
+        return {**self.request.published, "scale": self.scale}
 
     @property
     def merged(self) -> list[TensorPlan]:
@@ -76,12 +84,20 @@ class Plan:
         return [t for t in self.tensors if t.merged]
 
 
-def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> Plan:
-    """Decide what becomes of every tensor, from headers alone.
+@dataclass(frozen=True)
+class OutputLayout:
+    """The weight files of an output, and the format that writes them."""
 
-    Raises:
-        RecipeError: listing every tensor and expert that cannot be merged as asked.
-    """
+    format: OutputFormat
+    files: tuple[OutputFile, ...]
+
+    def open(self, folder: Path, *, resume: bool) -> AbstractContextManager[TensorFiles]:
+        """Create the files in a folder, or take up those that are there."""
+        return self.format.open(folder, self.files, resume=resume)
+
+
+def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> Plan:
+    """Decide what becomes of every tensor, from headers alone."""
     source = source or Source()
     faults: list[Fault] = []
     _check_kinship(inputs, source, faults)
@@ -104,7 +120,8 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         _refuse_partial(tensors, request)
     if not any(t.merged for t in tensors):
         nothing = Fault("nothing_to_merge", "no tensor would be merged: every one is copied.")
-        raise RecipeError([nothing], source.name)
+        _refuse([nothing], source)
+    dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
     return Plan(
         method=method,
         parameters=parameters,
@@ -113,22 +130,14 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         tensors=tuple(tensors),
         heads=heads,
         left_out=left_out,
-        output=OutputOptions(
-            getattr(torch, recipe.dtype) if recipe.dtype else None,
-            recipe.heads,
-            recipe.side_files,
-            recipe.shard_size,
-        ),
-        request=stated_request(recipe),
+        output=OutputOptions(dtype, recipe.heads, recipe.side_files, recipe.shard_size),
+        request=_stated_request(recipe),
         notes=tuple(notes_on(tensors, heads, left_out, request)),
     )
 
 
 def with_scale(plan: Plan, scale: float, note: Note) -> Plan:
-    """Return the plan with a number in place of a search for α; rules keep theirs.
-
-    `note` says where the number came from.
-    """
+    """Return the plan with a number, explained by `note`, in place of a search for α."""
     return replace(
         plan,
         scale=scale,
@@ -136,6 +145,49 @@ def with_scale(plan: Plan, scale: float, note: Note) -> Plan:
         tensors=tuple(replace(t, scale=scale) if t.tunable else t for t in plan.tensors),
         notes=(*plan.notes, note),
     )
+
+
+def output_layout(plan: Plan, inputs: Inputs) -> OutputLayout:
+    """Return where every tensor of a plan will lie."""
+    index = inputs.index
+    if index is None:
+        raise RequestError("a merge into files needs a base in files.")
+    tensors: list[OutputTensor] = []
+    for planned in plan.tensors:
+        own = None if planned.base is None else index.entries.get(planned.base.tensor or "")
+        file = None if own is None else own.file
+        tensors.append(OutputTensor(planned.name, planned.dtype, planned.shape, file))
+    recipe = json.dumps(plan.stated_recipe, sort_keys=True)
+    bound = plan.output.shard_bytes
+    form = LaidOutLikeBase(index) if bound is None else InShards(bound)
+    files = form.lay_out(tensors, {"eutectic": version("eutectic"), "recipe": recipe})
+    return OutputLayout(form, tuple(files))
+
+
+def _stated_request(recipe: Recipe) -> StatedRequest:
+    """Return what a recipe says."""
+    values = recipe.model_dump(mode="json", exclude_defaults=True)
+    names = {"base": _shown(recipe.base)}
+    values["base"] = names["base"]
+    init = recipe.parameters.get("init")
+    if isinstance(init, str):
+        names["initial"] = _shown(init)
+        values["parameters"] = {**recipe.parameters, "init": names["initial"]}
+    for name, spec in recipe.experts.items():
+        own = spec.model_dump(mode="json", exclude_defaults=True)
+        own = {k: _shown(v) if isinstance(v, str) else v for k, v in own.items()}
+        values["experts"][name] = own["path"] if len(own) == 1 else own
+        names[name] = own["path"]
+    files = {n: s.statistics for n, s in recipe.experts.items() if s.statistics is not None}
+    return StatedRequest(recipe.model_dump(mode="json"), values, names, files)
+
+
+def _shown(path: str) -> str:
+    """Return a hub id as it is, and of a local path its last part."""
+    parts = Path(path).parts
+    if not path.startswith((".", "/", "~")) and len(parts) <= 2:
+        return path
+    return Path(path).name or path
 
 
 def _request(recipe: Recipe, inputs: Inputs, source: Source) -> MergeRequest:
@@ -161,24 +213,21 @@ def _request(recipe: Recipe, inputs: Inputs, source: Source) -> MergeRequest:
     )
 
 
-def _refuse(faults: Sequence[Fault], source: Source) -> None:
-    if faults:
-        raise RecipeError(_shortened(faults), source.name)
+def _refuse(faults: Sequence[Fault], source: Source, limit: int = 30) -> None:
+    shown = list(faults[:limit])
+    if len(faults) > limit:
+        shown.append(Fault("more", f"and {len(faults) - limit} more of the same kind."))
+    if shown:
+        raise RecipeError(shown, source.name)
 
 
 def _check_shards(recipe: Recipe, inputs: Inputs, source: Source, faults: list[Fault]) -> None:
     """Refuse shards of an adapter."""
     adapter = inputs.index is not None and inputs.index.files[0] in WEIGHT_NAMES
     if recipe.shard_size is not None and adapter:
-        faults.append(
-            Fault(
-                "adapter_in_shards",
-                "the output is an (IA)³ adapter, which PEFT reads from one file.",
-                "shard_size",
-                source.line("shard_size"),
-                next="Leave shard_size out.",
-            )
-        )
+        what = "the output is an (IA)³ adapter, which PEFT reads from one file."
+        where, line = "shard_size", source.line("shard_size")
+        faults.append(Fault("adapter_in_shards", what, where, line, next="Leave shard_size out."))
 
 
 def _check_kinship(inputs: Inputs, source: Source, faults: list[Fault]) -> None:
@@ -224,17 +273,12 @@ def _refuse_partial(tensors: Sequence[TensorPlan], request: MergeRequest) -> Non
     name, count = request.method.name, len(request.inputs.experts)
     partial = [t.name for t in tensors if t.method == name and len(t.experts) < count]
     if partial:
-        raise RecipeError(
-            [
-                Fault(
-                    "missing_tensor",
-                    f"method '{name}' looks at the whole model at once, but some expert "
-                    f"lacks {few(partial)}.",
-                    next="Choose missing: base, which counts it as unchanged.",
-                )
-            ],
-            request.document.name,
+        what = (
+            f"method '{name}' looks at the whole model at once, but some expert "
+            f"lacks {few(partial)}."
         )
+        choose = "Choose missing: base, which counts it as unchanged."
+        _refuse([Fault("missing_tensor", what, next=choose)], request.document)
 
 
 def _heads(
@@ -251,9 +295,3 @@ def _heads(
         if own:
             heads[name] = tuple(own)
     return heads
-
-
-def _shortened(faults: Sequence[Fault], limit: int = 30) -> list[Fault]:
-    if len(faults) <= limit:
-        return list(faults)
-    return [*faults[:limit], Fault("more", f"and {len(faults) - limit} more of the same kind.")]

@@ -131,10 +131,5 @@ def _sample(expert: Expert, name: str, base: TensorSource) -> Tensor:
         return torch.cat([expert.read(name, start, stop) for start, stop in ranges])
     if name not in expert.entries:
         return torch.cat([base.read(name, start, stop) for start, stop in ranges])
-    wide = torch.float32
-    return torch.cat(
-        [
-            expert.weight(name, a, b, base=base.read(name, a, b).to(wide), dtype=wide)
-            for a, b in ranges
-        ]
-    )
+    parts = [(a, b, base.read(name, a, b).to(torch.float32)) for a, b in ranges]
+    return torch.cat([expert.weight(name, a, b, base=w, dtype=w.dtype) for a, b, w in parts])

@@ -18,15 +18,11 @@ COPY = "copy"  # in place of a method: the base's values as they are
 
 @dataclass(frozen=True)
 class RowMap:
-    """Which rows of a stored tensor stand where in the output, such as those of a vocabulary.
+    """Which rows of a stored tensor stand where in the output, such as those of a vocabulary."""
 
-    Attributes:
-        width: entries of one row.
-        runs: (first row in the output, first row in the source, number of rows), ascending in the
-            output and disjoint there. Rows of the output that no run covers are not in the source.
-    """
-
-    width: int
+    width: int  # entries of one row
+    # (first row in the output, first row in the source, number of rows), ascending in the output
+    # and disjoint there. Rows of the output that no run covers are not in the source
     runs: tuple[tuple[int, int, int], ...]
 
     def ranges(self, start: int, stop: int) -> Iterator[tuple[slice, int, int]]:
@@ -44,88 +40,50 @@ class RowMap:
 
 @dataclass(frozen=True)
 class Source:
-    """Where one checkpoint keeps its values of a tensor of the output.
+    """Where one checkpoint keeps its values of a tensor of the output."""
 
-    Attributes:
-        owner: "base", "initial", or the expert's name.
-        tensor: its name there, in the base's scheme. None where the expert has no such tensor and
-            counts as unchanged.
-        rows: which of its rows stand where; None where its shape is the output's.
-        weight: w_t.
-        parameters: the method's parameters for this expert, where they differ from the tensor's.
-        statistics: part of the tensor ("" for the whole) -> its name in the expert's statistics.
-    """
-
-    owner: str
-    tensor: str | None
-    rows: RowMap | None = None
+    owner: str  # "base", "initial", or the expert's name
+    tensor: str | None  # its name there, in the base's scheme; None: it counts as unchanged
+    rows: RowMap | None = None  # which of its rows stand where; None where they are the output's
     weight: float = 1.0
-    parameters: Any = None
+    parameters: Any = None  # the method's for this expert, where they differ from the tensor's
+    # part of the tensor ("" for the whole) -> its name in the expert's statistics
     statistics: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the file lays out the linear maps `[out, in]` that a method sees.
+    """How the file lays out the linear maps `[out, in]` that a method sees."""
 
-    Attributes:
-        transpose: the file holds [in, out].
-        split: heights of fused matrices, or empty.
-        stacked: a stack [E, out, in], merged matrix by matrix.
-    """
-
-    transpose: bool = False
-    split: tuple[int, ...] = ()
-    stacked: bool = False
+    transpose: bool = False  # the file holds [in, out]
+    split: tuple[int, ...] = ()  # heights of fused matrices, or empty
+    stacked: bool = False  # a stack [E, out, in], merged matrix by matrix
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor of the output. Whoever holds this and the opened inputs can write its bytes.
+    """One tensor of the output. Whoever holds this and the opened inputs can write its bytes."""
 
-    Attributes:
-        name: in the output.
-        shape: in the output.
-        dtype: in the output.
-        compute: dtype of the arithmetic.
-        treatment: what becomes of the tensor.
-        reason: why it is this treatment and method.
-        layout: how its matrices lie in the file.
-        base: the base's tensor; None where the base has none, which counts as zero.
-        experts: the experts that take part, in order.
-        initial: where a merged checkpoint that the method starts from keeps it.
-        method: the method that merges it, or "copy".
-        parameters: the method's checked parameters.
-        scale: α.
-        tunable: α is the recipe's, which a search may choose, not that of a rule.
-        compared: its matrices wait for the norms of the other layers' before they are scaled.
-        seed: of the random numbers.
-        seed_name: name that seeds random numbers; a tied tensor shares its partner's.
-        precision: of the linear algebra.
-        nonfinite: what NaN and Inf are.
-        must_agree: a copied buffer that every expert must hold alike.
-    """
-
-    name: str
+    name: str  # in the output
     shape: tuple[int, ...]
     dtype: torch.dtype
-    compute: torch.dtype
+    compute: torch.dtype  # dtype of the arithmetic
     treatment: Treatment
-    reason: tuple[Note, ...]
-    layout: Layout = Layout()
-    base: Source | None = None
-    experts: tuple[Source, ...] = ()
-    initial: Source | None = None
-    method: str = COPY
-    parameters: Any = None
+    reason: tuple[Note, ...]  # why it is this treatment and method
+    layout: Layout = Layout()  # how its matrices lie in the file
+    base: Source | None = None  # None where the base has none, which counts as zero
+    experts: tuple[Source, ...] = ()  # the experts that take part, in order
+    initial: Source | None = None  # where a merged checkpoint that the method starts from keeps it
+    method: str = COPY  # the method that merges it, or "copy"
+    parameters: Any = None  # the method's checked parameters
     scale: float = 1.0
-    tunable: bool = False
-    compared: bool = False
+    tunable: bool = False  # α is the recipe's, which a search may choose, not that of a rule
+    compared: bool = False  # its matrices wait for the norms of other layers' to be scaled
     seed: int = 0
-    seed_name: str = ""
+    seed_name: str = ""  # name that seeds random numbers; a tied tensor shares its partner's
     precision: Literal["fast", "exact"] = "fast"
     nonfinite: Literal["error", "allow"] = "error"
-    must_agree: bool = False
+    must_agree: bool = False  # a copied buffer that every expert must hold alike
 
     @property
     def why(self) -> str:

@@ -13,9 +13,9 @@ from eutectic.checkpoint.index import TensorEntry
 from eutectic.conventions import PARTS, is_counter, is_output_vocabulary, is_packed
 from eutectic.errors import Fault, Note
 from eutectic.methods import get_method
-from eutectic.planning.merge_request import MergeRequest
+from eutectic.planning.inputs import MergeRequest
 from eutectic.planning.statistics_match import lacks
-from eutectic.planning.tensor_plan import Layout, Source, TensorPlan
+from eutectic.planning.tensor_plan import Source, TensorPlan
 from eutectic.planning.treatment import Decision, decide
 from eutectic.types import Treatment
 
@@ -25,7 +25,7 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def plan_tensor(entry: TensorEntry, request: MergeRequest) -> TensorPlan | Fault:
     """Decide one tensor, or return its fault; the method follows in `with_method`."""
     recipe, inputs = request.recipe, request.inputs
-    partner = request.named_by(entry.name)
+    partner = request.tied.get(entry.name, entry.name)
     decision = decide(replace(entry, name=partner), recipe.tensors, inputs.config)
     if isinstance(decision, Fault):
         return decision
@@ -40,11 +40,11 @@ def plan_tensor(entry: TensorEntry, request: MergeRequest) -> TensorPlan | Fault
     decision = _meet_experts(entry, decision, having, lacking, request)
     if isinstance(decision, Fault):
         return decision
-    if decision.treatment not in (Treatment.COPY, Treatment.HEAD):
-        fault = _dtype_fault(entry, having)
-        if fault:
-            return fault
+    fixed = decision.treatment in (Treatment.COPY, Treatment.HEAD)
+    if not fixed and (fault := _dtype_fault(entry, having)):
+        return fault
     left_out = lacking if recipe.missing == "available" else []
+    owners = [name for name in inputs.experts if name not in left_out]
     dtypes = [entry.dtype, *(e.dtype for e in having.values())]
     wide = torch.float64 in dtypes or recipe.dtype == "float64"
     floating = entry.dtype.is_floating_point
@@ -56,13 +56,9 @@ def plan_tensor(entry: TensorEntry, request: MergeRequest) -> TensorPlan | Fault
         compute=torch.float64 if wide else torch.float32,
         treatment=decision.treatment,
         reason=decision.reason,
-        layout=Layout(decision.transpose, decision.split, decision.stacked),
+        layout=decision.layout,
         base=Source("base", entry.name),
-        experts=tuple(
-            _expert_source(name, entry.name, request)
-            for name in inputs.experts
-            if name not in left_out
-        ),
+        experts=tuple(_expert_source(name, entry.name, request) for name in owners),
         scale=1.0 if decision.scale is None else decision.scale,
         tunable=decision.scale is None,
         seed=recipe.seed,
@@ -89,7 +85,8 @@ def _stored_name(expert: Expert, name: str, partner: str) -> str:
 def _expert_source(owner: str, name: str, request: MergeRequest) -> Source:
     own = request.statistics_names.get(owner, {})
     parts = {part: own[name + part] for part in ("", *PARTS) if name + part in own}
-    found = source_in(owner, request.inputs.experts[owner], name, request.named_by(name))
+    partner = request.tied.get(name, name)
+    found = source_in(owner, request.inputs.experts[owner], name, partner)
     return replace(found, weight=request.recipe.experts[owner].weight, statistics=parts)
 
 
@@ -182,28 +179,23 @@ def with_method(planned: TensorPlan, request: MergeRequest) -> TensorPlan:
     own = get_method(chosen)
     is_matrix = treatment is Treatment.MATRIX
     plain = request.recipe.scale_tensors == "matrix" and not is_matrix
-    starts = request.inputs.initial is not None and own is method
+    experts, initial, start = planned.experts, None, request.inputs.initial
+    if own is method:
+        particular = request.own_parameters
+        experts = tuple(replace(s, parameters=particular.get(s.owner)) for s in experts)
+        if start is not None:
+            initial = source_in("initial", start, planned.name, planned.seed_name)
     return replace(
         planned,
         method=chosen,
         parameters=parameters if own is method else own.parameters(),
-        experts=_with_own_parameters(planned, request) if own is method else planned.experts,
+        experts=experts,
         reason=reason,
         scale=request.scale if planned.tunable and not plain else planned.scale,
         tunable=planned.tunable and not plain,
         compared=method.finish is not None and is_matrix and not own.elementwise,
-        initial=_initial(planned, request) if starts else None,
+        initial=initial,
     )
-
-
-def _with_own_parameters(planned: TensorPlan, request: MergeRequest) -> tuple[Source, ...]:
-    own = request.own_parameters
-    return tuple(replace(s, parameters=own.get(s.owner)) for s in planned.experts)
-
-
-def _initial(planned: TensorPlan, request: MergeRequest) -> Source:
-    assert request.inputs.initial is not None
-    return source_in("initial", request.inputs.initial, planned.name, planned.seed_name)
 
 
 def _in_parts(planned: TensorPlan) -> tuple[TensorPlan, list[str]]:
@@ -222,10 +214,9 @@ def _experts_without(
     planned: TensorPlan, needs: set[str], request: MergeRequest, part: str = ""
 ) -> list[str]:
     """Return the experts that lack what is needed of a tensor, or of a part of it."""
-    return [s.owner for s in planned.experts if _is_without(s, needs, request, part)]
-
-
-def _is_without(source: Source, needs: set[str], request: MergeRequest, part: str) -> bool:
-    statistics = request.inputs.statistics.get(source.owner)
-    candidates: Sequence[str | None] = (source.statistics.get(part), source.statistics.get(""))
-    return all(lacks(statistics, name, needs) for name in candidates)
+    held = request.inputs.statistics
+    return [
+        s.owner
+        for s in planned.experts
+        if all(lacks(held.get(s.owner), s.statistics.get(p), needs) for p in (part, ""))
+    ]

@@ -15,31 +15,20 @@ from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.reader import TensorSource
 from eutectic.conventions import is_output_vocabulary, may_be_vocabulary
 from eutectic.errors import Fault, Note
+from eutectic.planning.tensor_plan import Layout
 from eutectic.recipes.schema import TensorRule
 from eutectic.types import Treatment
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A treatment and why.
-
-    Attributes:
-        treatment: what becomes of the tensor.
-        reason: why it is this treatment and method.
-        transpose: the file holds [in, out].
-        split: heights of the fused matrices, or empty.
-        stacked: a stack [E, out, in], merged matrix by matrix.
-        scale: α of this tensor alone, or None.
-        ruled: a rule of the recipe names the treatment.
-    """
+    """A treatment and why."""
 
     treatment: Treatment
-    reason: tuple[Note, ...]
-    transpose: bool = False
-    split: tuple[int, ...] = ()
-    stacked: bool = False
-    scale: float | None = None
-    ruled: bool = False
+    reason: tuple[Note, ...]  # why it is this treatment and method
+    layout: Layout = Layout()
+    scale: float | None = None  # α of this tensor alone, or None
+    ruled: bool = False  # a rule of the recipe names the treatment
 
     def because(self, *reason: Note, treatment: Treatment | None = None) -> Decision:
         """Return the decision with another reason, and another treatment if one is given."""
@@ -76,17 +65,15 @@ def decide(
         if not mergeable:
             what = f"{entry.dtype} cannot be merged; use treatment copy or head."
             return Fault("dtype", what, entry.name)
-    transpose = treatment is Treatment.MATRIX and _is_transposed(entry, config)
-    stacked = treatment is Treatment.MATRIX and len(entry.shape) == 3 and default is not _CONV
-    parts = (
-        _parts(entry, split, transpose, stacked) if treatment is Treatment.MATRIX and split else ()
-    )
-    if isinstance(parts, Fault):
-        return parts
-    return Decision(treatment, (reason,), transpose, parts, stacked, scale, ruled is not None)
-
-
-_CONV = Treatment.CONV
+    layout = Layout()
+    if treatment is Treatment.MATRIX:
+        transpose = _is_transposed(entry, config)
+        stacked = len(entry.shape) == 3 and default is not Treatment.CONV
+        parts = _parts(entry, split, transpose, stacked) if split else ()
+        if isinstance(parts, Fault):
+            return parts
+        layout = Layout(transpose, parts, stacked)
+    return Decision(treatment, (reason,), layout, scale, ruled is not None)
 
 
 def _default(entry: TensorEntry) -> tuple[Treatment, Note]:
@@ -115,12 +102,11 @@ def _default(entry: TensorEntry) -> tuple[Treatment, Note]:
 def _is_transposed(entry: TensorEntry, config: Mapping[str, Any]) -> bool:
     if len(entry.shape) != 2:
         return False
-    if conventions.is_conv1d(entry.name):
-        # A model of several parts (vision-encoder-decoder) states each part's type.
-        parts = (config, *(v for v in config.values() if isinstance(v, Mapping)))
-        if any(str(part.get("model_type")) in conventions.CONV1D_MODELS for part in parts):
-            return True
-    return conventions.is_openclip_projection(entry.name)
+    # A model of several parts (vision-encoder-decoder) states each part's type.
+    parts = (config, *(v for v in config.values() if isinstance(v, Mapping)))
+    conv1d = any(str(part.get("model_type")) in conventions.CONV1D_MODELS for part in parts)
+    own = conv1d and conventions.is_conv1d(entry.name)
+    return own or conventions.is_openclip_projection(entry.name)
 
 
 def _parts(
@@ -128,14 +114,12 @@ def _parts(
 ) -> tuple[int, ...] | Fault:
     rows = entry.shape[1 if transpose or stacked else 0]
     if isinstance(split, int):
-        if rows % split:
-            what = f"{rows} rows cannot be split into {split} equal parts."
-            return Fault("split", what, entry.name)
-        return (rows // split,) * split
-    if sum(split) != rows:
+        what = f"{rows} rows cannot be split into {split} equal parts."
+        heights = (rows // split,) * split
+    else:
         what = f"split {split} adds up to {sum(split)}, the tensor has {rows} rows."
-        return Fault("split", what, entry.name)
-    return tuple(split)
+        heights = tuple(split)
+    return heights if sum(heights) == rows else Fault("split", what, entry.name)
 
 
 Read = Callable[[str, int, int], torch.Tensor]
@@ -146,25 +130,22 @@ _WINDOW = 1024
 def tied_to(base: TensorSource) -> dict[str, str]:
     """Return tensor -> earlier tensor for vocabulary tables that a file holds more than once.
 
-    transformers drops such copies when it saves; other writers keep them. A copy is recognised by
-    name, shape, dtype and three samples of its content, and is merged by the rule and the random
-    numbers of its partner, so that both stay equal.
+    A copy is recognised by name, shape, dtype and three samples of its content, and is merged by
+    the rule and the random numbers of its partner, so that both stay equal.
     """
     matrices = [e for e in base.entries.values() if len(e.shape) == 2]
     tables = [e for e in matrices if may_be_vocabulary(e.name)]
-    outputs = [e for e in matrices if _is_output(e.name)]
+    outputs = [e for e in matrices if is_output_vocabulary(e.name) and e not in tables]
     tied: dict[str, str] = {}
     for position, entry in enumerate([*tables, *outputs]):
         for partner in tables[:position]:
             alike = (partner.shape, partner.dtype) == (entry.shape, entry.dtype)
-            if alike and partner.name not in tied and _same(base, entry.name, partner.name):
+            if not alike or partner.name in tied:
+                continue
+            if _equal(base.read, entry.name, base.read, partner.name, entry.numel):
                 tied[entry.name] = partner.name
                 break
     return tied
-
-
-def _is_output(name: str) -> bool:
-    return is_output_vocabulary(name) and not may_be_vocabulary(name)
 
 
 def is_copy(expert: Expert, extra: str) -> bool:
@@ -181,10 +162,6 @@ def is_copy(expert: Expert, extra: str) -> bool:
         if may_be_vocabulary(name) and (own.shape, own.dtype) == (entry.shape, entry.dtype)
     )
     return any(_equal(expert.read_extra, extra, expert.read, name, entry.numel) for name in alike)
-
-
-def _same(base: TensorSource, first: str, second: str) -> bool:
-    return _equal(base.read, first, base.read, second, base.entries[first].numel)
 
 
 def _equal(left: Read, first: str, right: Read, second: str, length: int) -> bool:
