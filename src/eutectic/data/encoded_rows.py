@@ -64,8 +64,8 @@ def token_ids(task: RowsOfTask, rows: Sequence[Row], tokenizer: Any, max_length:
     targets = None
     if task.kind == "sequence-to-sequence":
         answers = _texts(rows, columns.target)
-        targets = tokenizer(text_target=answers, truncation=True, max_length=max_length)
-        targets = targets["input_ids"]
+        encoded = tokenizer(text_target=answers, truncation=True, max_length=max_length)
+        targets = encoded["input_ids"]
     padding = {
         "input_ids": padding_id(tokenizer),
         "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0),
@@ -94,23 +94,14 @@ def _texts(rows: Sequence[Row], column: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchOptions:
-    """How the rows of a file become batches.
-
-    Attributes:
-        columns: names of the columns.
-        batch_size: rows per batch.
-        max_length: tokens per text; None: what the model takes, at most 512.
-        max_examples: the first rows only.
-        split: the split of a `datasets` folder that has several.
-        trust_code: allow `module:function` as data.
-    """
+    """How the rows of a file become batches."""
 
     columns: Columns = Columns()
     batch_size: int = 16
-    max_length: int | None = None
+    max_length: int | None = None  # tokens per text; None: what the model takes, at most 512
     max_examples: int | None = None
-    split: str | None = None
-    trust_code: bool = False
+    split: str | None = None  # of a `datasets` folder that has several
+    trust_code: bool = False  # `module:function` may be data
 
 
 @dataclass(frozen=True)
@@ -139,9 +130,10 @@ class EncodedRows:
         return -(-len(self.rows) // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for start in range(0, len(self.rows), self.batch_size):
-            stop = min(start + self.batch_size, len(self.rows))
-            yield self._encode([self.rows[i] for i in range(start, stop)], start + 1)
+        numbers = range(len(self.rows))
+        for start in numbers[:: self.batch_size]:
+            chosen = numbers[start : start + self.batch_size]
+            yield self._encode([self.rows[i] for i in chosen], start + 1)
 
     def _encode(self, rows: Sequence[Row], first: int) -> dict[str, Tensor]:
         """Return one batch; `first` is the number of its first row, for messages."""
@@ -149,7 +141,8 @@ class EncodedRows:
         if self.kind == "sequence-to-sequence":
             wanted.append("target")
         labelled = self.kind not in GENERATIVE and self.columns.label in rows[0]
-        if labelled and self.labels is not None:
+        labels = self.labels if labelled else None
+        if labels is not None:
             wanted.append("label")
         check_columns(rows, self.columns, wanted, advice=_advice, first=first)
         if self.image_mode is not None:
@@ -159,10 +152,9 @@ class EncodedRows:
         else:
             encoded = token_ids(self, rows, self.processor, self.max_length)
             batch = encoded.batch(range(len(rows)))
-        if labelled and self.labels is not None:
-            values = [row[self.columns.label] for row in rows]
-            labels = [self.labels.of_row(value, n) for n, value in enumerate(values, first)]
-            batch["labels"] = torch.tensor(labels)
+        if labels is not None:
+            numbered = enumerate((row[self.columns.label] for row in rows), first)
+            batch["labels"] = torch.tensor([labels.of_row(value, n) for n, value in numbered])
         return batch
 
 
@@ -183,16 +175,19 @@ def open_batches(
     will do. `classes` says how many there are where a head of its own decides that.
     """
     rows = read_rows(source, split=options.split, trust_code=options.trust_code)
-    if len(rows) and _is_batch(rows[0]):
-        return rows
+    if len(rows) and isinstance(first := rows[0], Mapping):
+        if any(isinstance(value, Tensor) for value in first.values()):
+            return rows  # batches already
     if options.max_examples is not None and len(rows) > options.max_examples:
         rows = list(islice(rows, options.max_examples))
     config: Any = loaded.model.config
     images = takes_images(loaded.model)
     if images:
         rows = locate_images(rows, options.columns.image, source)
-    if classes is None:
-        classes = _classes(config)
+    sets = ("regression", "multi_label_classification")  # labels are numbers, or sets of classes
+    if classes is None and getattr(config, "problem_type", None) not in sets:
+        classes = getattr(config, "num_labels", None)
+    labels = ClassLabels(loaded.label_ids, classes if (classes or 0) > 1 else None)
     return EncodedRows(
         rows,
         loaded.task,
@@ -200,23 +195,10 @@ def open_batches(
         options.columns,
         options.batch_size,
         options.max_length or longest_input(loaded.processor, config),
-        ClassLabels(loaded.label_ids, classes if (classes or 0) > 1 else None)
-        if needs_labels
-        else None,
+        labels if needs_labels else None,
         image_mode(config) if images else None,
     )
 
 
 def _advice(field: str) -> str:
     return f"Name the right one with --{field.replace('_', '-')}-column."
-
-
-def _classes(config: Any) -> int | None:
-    """Return how many classes a label is one of; None where labels are numbers or sets."""
-    if getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
-        return None
-    return getattr(config, "num_labels", None)
-
-
-def _is_batch(item: Any) -> bool:
-    return isinstance(item, Mapping) and any(isinstance(v, Tensor) for v in item.values())

@@ -34,11 +34,8 @@ def row_key(task: RowsOfTask, row: Row) -> bytes:
     columns), or as all columns where they have none of these; an image that is not a readable file
     counts as what stands in the row.
     """
-    digest = hashlib.sha256()
-    for value in _inputs(task, row):
-        digest.update(value)
-        digest.update(b"\0")
-    return digest.digest()[:16]
+    ended = b"".join(value + b"\0" for value in _inputs(task, row))
+    return hashlib.sha256(ended).digest()[:16]
 
 
 def data_hash(task: RowsOfTask, rows: Sequence[Row]) -> str:
@@ -62,10 +59,12 @@ def example_hashes(batch: Batch, paired: bool) -> tuple[list[int], list[int]]:
     Padding does not enter: what the masks exclude is dropped first, so that an example has one
     hash in any batch.
     """
-    named = tensors_by_name(batch)
-    items = {k: v for k, v in named.items() if isinstance(v, Tensor) and v.ndim > 0}
     count = sample_count(batch)
-    items = {k: v.detach().cpu() for k, v in items.items() if v.shape[0] == count}
+    items = {
+        key: value.detach().cpu()
+        for key, value in tensors_by_name(batch).items()
+        if isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == count
+    }
     first = items.get("attention_mask")
     second = decoder_mask(items) if paired else None
     inputs: list[int] = []
@@ -104,13 +103,11 @@ def _inputs(task: RowsOfTask, row: Row) -> list[bytes]:
     content = {column: value for column, value in values.items() if value is not None}
     if task.kind == "function" and not content:
         return [f"{key}={_compared(value)}".encode() for key, value in sorted(row.items())]
-    found: list[bytes] = []
-    for column, value in content.items():
-        if column == "image":
-            found += _pixels(task, value)
-        else:
-            found.append(_compared(value).encode())
-    return found
+    return [
+        part
+        for column, value in content.items()
+        for part in (_pixels(task, value) if column == "image" else [_compared(value).encode()])
+    ]
 
 
 def _pixels(task: RowsOfTask, value: Any) -> list[bytes]:
@@ -133,8 +130,7 @@ def _compared(value: Any) -> str:
     """Return a text as it is compared; what stood apart is composed after all is removed."""
     text = unicodedata.normalize("NFKC", str(value)).casefold()
     if not text.isascii():
-        seen = "".join(c for c in text if not _invisible(c))
-        text = unicodedata.normalize("NFKC", seen)
+        text = unicodedata.normalize("NFKC", "".join(c for c in text if not _invisible(c)))
     return " ".join(text.split())
 
 

@@ -12,15 +12,10 @@ from eutectic.errors import StatisticsError
 
 @dataclass(frozen=True)
 class ClassLabels:
-    """What labels of rows may be.
+    """What labels of rows may be."""
 
-    Attributes:
-        names: class name -> index.
-        classes: how many there are; None: labels may also be numbers, or lists of numbers.
-    """
-
-    names: Mapping[str, int]
-    classes: int | None = None
+    names: Mapping[str, int]  # class name -> index
+    classes: int | None = None  # None: labels may also be numbers, or lists of numbers
 
     def of_row(self, value: Any, number: int) -> int | float | list[float]:
         """Return the label of row `number`: an index, a number, or a list of numbers as it is."""

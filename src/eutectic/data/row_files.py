@@ -23,13 +23,10 @@ _KNOWN = (
 
 
 def read_rows(source: str, *, split: str | None = None, trust_code: bool = False) -> Sequence[Any]:
-    """Return the rows of a data set, column -> value.
+    """Return the rows of a data set, column -> value, of a file or folder by ending and content.
 
-    Args:
-        source: a file or folder, by its ending and content; or `module:function`, called without
-            arguments, which returns all rows, or all batches as tensors.
-        split: the split of a `datasets` folder that has several.
-        trust_code: allow `module:function`, which runs code of that module.
+    Or of `module:function`, which `trust_code` allows to run: it is called without arguments and
+    returns all rows, or all batches as tensors. `split`: of a `datasets` folder of several.
     """
     path = Path(source)
     if split is not None:
@@ -40,9 +37,8 @@ def read_rows(source: str, *, split: str | None = None, trust_code: bool = False
         raise StatisticsError(f"{source}: no such file or folder.\nKnown data: {_KNOWN}.")
     if path.is_dir():
         marks = ("dataset_info.json", "state.json", _SPLITS)
-        if any((path / mark).exists() for mark in marks):
-            return _saved_dataset(path, split)
-        return _image_folder(path)
+        is_dataset = any((path / mark).exists() for mark in marks)
+        return _saved_dataset(path, split) if is_dataset else _image_folder(path)
     readers = {
         ".jsonl": _jsonl,
         ".json": _json,
@@ -141,13 +137,9 @@ def _has_bare_quotes(text: str) -> bool:
         rows = list(csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
     except csv.Error:  # told with its line by who reads the rows
         return False
-    if len({len(row) for row in rows if row}) > 1:
-        return False
-    return any(
-        value.startswith('"') and (len(value) == 1 or not value.endswith('"'))
-        for row in rows
-        for value in row
-    )
+    starts = [value for row in rows for value in row if value.startswith('"')]
+    one_width = len({len(row) for row in rows if row}) <= 1
+    return one_width and any(len(value) == 1 or not value.endswith('"') for value in starts)
 
 
 def _text(path: Path) -> str:
@@ -190,13 +182,11 @@ def _saved_dataset(path: Path, split: str | None) -> Sequence[Row]:
 
 def _image_folder(path: Path) -> list[Row]:
     """Return one row per image, in the order of names; the label is the folder it lies in."""
-    rows: list[Row] = []
-    for file in sorted(path.rglob("*")):
-        if file.suffix.lower() in _IMAGES and file.is_file():
-            row: dict[str, Any] = {"image": file}
-            if file.parent != path:
-                row["label"] = file.parent.name
-            rows.append(row)
+    images = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in _IMAGES and f.is_file()]
+    rows: list[Row] = [
+        {"image": file} if file.parent == path else {"image": file, "label": file.parent.name}
+        for file in images
+    ]
     if not rows:
         raise StatisticsError(f"{path}: holds no images.\nKnown data: {_KNOWN}.")
     return rows

@@ -127,20 +127,19 @@ class Checkpoints:
             return {**{str(i): labels[name] for name, i in meant.items()}, **labels}
         return labels
 
-    def reading(self, checkpoint: Checkpoint, task: Task) -> dict[str, Any]:
-        """Return what decides a checkpoint's outputs besides weights, rows and settings.
+    def _sources(self, checkpoint: Checkpoint, task: Task) -> list[Path]:
+        """Return the folders that the task's model and its head are loaded from."""
+        folders = (checkpoint.runs_from(task), self.head_of(checkpoint, task))
+        return [folder for folder in folders if folder is not None]
 
-        Configurations of the model and of what it borrows from, classes, the tokenizer or image
-        processor, and how texts are generated.
-        """
-        folders = [checkpoint.runs_from(task)]
-        folders += [f for f in (self.head_of(checkpoint, task),) if f is not None]
+    def reading(self, checkpoint: Checkpoint, task: Task) -> dict[str, Any]:
+        """Return what decides a checkpoint's outputs besides weights, rows and settings."""
+        folders = self._sources(checkpoint, task)
         if self.base is not None and any(is_adapter(f) for f in folders):
             folders.append(self.base)
         generation = [f / GENERATION for f in (*folders, checkpoint.folder)]
-        encoder = checkpoint.folder
-        if task.kind != "function":
-            encoder = self.processor(checkpoint, task)
+        is_function = task.kind == "function"
+        encoder = checkpoint.folder if is_function else self.processor(checkpoint, task)
         return {
             "configs": [_config(f) for f in folders],
             "labels": sorted(self.label_ids(checkpoint, task).items()),
@@ -151,15 +150,10 @@ class Checkpoints:
     def pair_identity(
         self, checkpoint: Checkpoint, task: Task, data_hash: str, settings: Any
     ) -> str:
-        """Return a hash of all that decides a pair's outcomes.
-
-        Weights (by fingerprint, size and time of change of their files), heads, configurations,
-        classes, tokenizer or image processor, rows, settings, versions.
-        """
-        folders = (checkpoint.runs_from(task), self.head_of(checkpoint, task))
+        """Return a hash of all that decides a pair's outcomes."""
         code = None if task.function is None else source_file(task.function.rpartition(":")[0])
         described = {
-            "weights": [weights_identity(f, self.base) for f in folders if f is not None],
+            "weights": [weights_identity(f, self.base) for f in self._sources(checkpoint, task)],
             "reading": self.reading(checkpoint, task),
             "heads": head_hashes(task),
             "role": checkpoint.role if task.base_head else None,

@@ -66,16 +66,11 @@ def draw(task: Task, outcomes: Outcomes, seed: int, resamples: int) -> Draws:
     rows = len(outcomes.predictions)
     generator = np.random.default_rng([seed, zlib.crc32(task.name.encode())])
     step = max(1, _BLOCK_ELEMENTS // rows)
-    blocks = [
-        resampled_values(
-            task.formula,
-            outcomes,
-            generator.integers(0, rows, (min(step, resamples - start), rows)),
-        )
-        for start in range(0, resamples, step)
-    ]
-    replicates = np.concatenate(blocks) if blocks else np.empty(0)
-    return Draws(metric_value(task.formula, outcomes), replicates)
+    blocks: list[Array] = [np.empty(0)]
+    for start in range(0, resamples, step):
+        drawn = generator.integers(0, rows, (min(step, resamples - start), rows))
+        blocks.append(resampled_values(task.formula, outcomes, drawn))
+    return Draws(metric_value(task.formula, outcomes), np.concatenate(blocks))
 
 
 def compare(
@@ -84,23 +79,15 @@ def compare(
     """Return the value normalised by the expert's, and NAI = (own − base) / (expert − base).
 
     A share of an expert that is not above 0 (a correlation may be below) is undefined. Where the
-    expert is worse than the base, a larger NAI is a worse model; see `gain`.
+    expert is worse than the base, a larger NAI is a worse model.
     """
     if expert is None:
         return _undefined(own), _undefined(own)
-    if task.formula in LOWER_IS_BETTER:
-        normalized = _quotient(expert, own)
-    else:
-        normalized = _quotient(own, _positive(expert))
+    lower = task.formula in LOWER_IS_BETTER
+    normalized = _quotient(expert, own) if lower else _quotient(own, _positive(expert))
     if base is None:
         return normalized, _undefined(own)
     return normalized, _quotient(_difference(own, base), _difference(expert, base))
-
-
-def gain(task: Task, expert: Draws, base: Draws) -> float:
-    """Return by how much the expert is better than the base, in the metric's direction."""
-    sign = -1 if task.formula in LOWER_IS_BETTER else 1
-    return sign * (expert.value - base.value)
 
 
 def over_tasks(
@@ -172,7 +159,8 @@ def results_of(pairs: Pairs, outcomes: Mapping[tuple[str, str], Outcomes]) -> Re
         expert = draws.get((task.expert_name, task.name)) if named else None
         below = draws.get(("base", task.name))
         relative = compare(task, own, expert, below)
-        if expert is own and below is not None and gain(task, own, below) <= 0:
+        sign = -1 if task.formula in LOWER_IS_BETTER else 1
+        if expert is own and below is not None and sign * (own.value - below.value) <= 0:
             without_gain[task.name] = (own.value, below.value)
         row = EXPERTS_MEAN if checkpoint.role == "expert" else checkpoint.name
         figures.setdefault(row, {})[task.name] = (own, *relative)

@@ -25,16 +25,10 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What a model did with each row, in the order of the data.
+    """What a model did with each row `[n]`, in the order of the data."""
 
-    Attributes:
-        predictions: `[n]`: class, predicted number, 1/0 for right and wrong, or summed negative
-            log-likelihood.
-        references: `[n]`: class, number, 1, or number of predicted tokens.
-    """
-
-    predictions: Array
-    references: Array
+    predictions: Array  # class, number, 1/0 for right and wrong, summed negative log-likelihood
+    references: Array  # class, number, 1, number of predicted tokens
 
 
 def metric_value(metric: str, outcomes: Outcomes) -> float:
@@ -65,10 +59,6 @@ def per_example(metric: str, outcomes: Outcomes) -> Array:
     if metric in ("exact_match", "mean"):
         return predictions
     return (predictions == references).astype(np.float64)
-
-
-def _mean(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:
-    return predictions[rows].mean(axis=1)
 
 
 def _accuracy(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:
@@ -119,14 +109,6 @@ def _counts(
     return count(matched), count(predicted), count(actual)
 
 
-def _pearson(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:
-    return _correlation(predictions[rows], references[rows])
-
-
-def _spearman(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:
-    return _correlation(_ranks(predictions[rows]), _ranks(references[rows]))
-
-
 def _ranks(values: Array) -> Array:
     """Return average ranks along the last axis."""
     ranked = np.empty_like(values)
@@ -155,10 +137,10 @@ _METRICS: Mapping[str, Callable[[Array, Array, NDArray[np.int64]], Array]] = {
     "accuracy": _accuracy,
     "macro_f1": _macro_f1,
     "matthews": _matthews,
-    "pearson": _pearson,
-    "spearman": _spearman,
-    "exact_match": _mean,
-    "mean": _mean,
+    "pearson": lambda p, r, rows: _correlation(p[rows], r[rows]),
+    "spearman": lambda p, r, rows: _correlation(_ranks(p[rows]), _ranks(r[rows])),
+    "exact_match": lambda p, r, rows: p[rows].mean(axis=1),
+    "mean": lambda p, r, rows: p[rows].mean(axis=1),
     "loss": _loss,
     "perplexity": _perplexity,
 }

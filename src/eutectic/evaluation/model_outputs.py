@@ -26,29 +26,18 @@ Tell = Callable[[int], None]
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """How well a model did on a split.
+    """How well a model did on a split."""
 
-    Attributes:
-        value: of the metric; NaN where it is undefined (a constant under Pearson).
-        metric: its name.
-        per_example: `[n]` float64, in the order of the rows: 1 or 0 for right and wrong; squared
-            error for regression; mean negative log-likelihood per token for language models.
-        outcomes: predictions and references, from which any resample can be scored.
-    """
-
-    value: float
+    value: float  # NaN where it is undefined (a constant under Pearson)
     metric: str
-    per_example: Array
-    outcomes: Outcomes
+    per_example: Array  # `[n]`, see `metrics.per_example`
+    outcomes: Outcomes  # any resample of them can be scored
 
 
 def load_head(task: Task, *, base: bool = False) -> Head | None:
     """Return the task's linear head in float32 (`base`: the base's, where it has one of its own).
 
     None when the task's models have heads of their own.
-
-    Raises:
-        CheckpointError: the file is missing or does not hold `weight` [outputs, hidden].
     """
     path = (task.base_head if base else None) or task.head
     if path is None:
@@ -97,8 +86,8 @@ def outputs(
     tell_padding(model, prepared.processor)
     device = next(model.parameters()).device
     found: list[Tensor] = []
-    enabled = dtype == "bfloat16"
-    with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    with evaluating(model), autocast:
         for batch in prepared.batches:
             placed = {name: values.to(device) for name, values in batch.items()}
             try:
@@ -120,11 +109,7 @@ def outputs(
 
 
 def score(results: Tensor, prepared: Prepared) -> Score:
-    """Return the task's metric of what `outputs` returned.
-
-    Raises:
-        RequestError: the split has no labels.
-    """
+    """Return the task's metric of what `outputs` returned."""
     metric = prepared.task.metric_name
     outcomes = outcomes_of(results, prepared)
     return Score(metric_value(metric, outcomes), metric, per_example(metric, outcomes), outcomes)
@@ -226,8 +211,7 @@ def _generated(model: Any, batch: dict[str, Tensor], tokens: int) -> Tensor:
 
 
 def _concatenated(found: list[Tensor]) -> Tensor:
-    if found[0].ndim == 2 and len({tensor.shape[1] for tensor in found}) > 1:
-        width = max(tensor.shape[1] for tensor in found)
-        pad = nn.functional.pad
+    if found[0].ndim == 2:
+        width, pad = max(t.shape[1] for t in found), nn.functional.pad
         found = [pad(t, (0, width - t.shape[1]), value=IGNORED_LABEL) for t in found]
     return torch.cat(found)

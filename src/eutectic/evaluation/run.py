@@ -94,9 +94,7 @@ def evaluate(
 
 
 def _checked_splits(
-    tasks: Mapping[str, Task],
-    proxy: Mapping[str, Folder | Sequence[Folder]],
-    trust_code: bool,
+    tasks: Mapping[str, Task], proxy: Mapping[str, Folder | Sequence[Folder]], trust_code: bool
 ) -> dict[str, dict[str, int]]:
     """Return task -> split -> number of rows; no two splits share a row."""
     further: dict[str, list[str]] = {}
@@ -104,10 +102,8 @@ def _checked_splits(
         if name not in tasks:
             raise RequestError(f"no task '{name}' for the proxy data.{suggest(name, list(tasks))}")
         further[name] = [str(p) for p in ([given] if isinstance(given, str | Path) else given)]
-    found = {
-        name: check_disjoint(task, further.get(name, ()), trust_code=trust_code)
-        for name, task in tasks.items()
-    }
-    return {
-        name: {split: len(keys) for split, keys in splits.items()} for name, splits in found.items()
-    }
+    counts: dict[str, dict[str, int]] = {}
+    for name, task in tasks.items():
+        splits = check_disjoint(task, further.get(name, ()), trust_code=trust_code)
+        counts[name] = {split: len(keys) for split, keys in splits.items()}
+    return counts

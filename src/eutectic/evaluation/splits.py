@@ -14,14 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eutectic.data.columns import (
-    ANSWERS,
-    INPUTS,
-    Row,
-    check_columns,
-    check_pairs,
-    required_inputs,
-)
+from eutectic.data.columns import ANSWERS, INPUTS, Row, check_columns, check_pairs, required_inputs
 from eutectic.data.encoded_rows import longest_target, token_ids
 from eutectic.data.fingerprints import data_hash, row_key
 from eutectic.data.images import PixelBatches, locate_images
@@ -127,12 +120,9 @@ def _read(
     listed = list(rows)
     where = f"task '{task.name}': {path}, "
     check_pairs(listed, task, where)
-    check_columns(listed, task.columns, wanted, where=where, advice=_advice)
+    advice = "Name the right one in the task: columns: {{{}: NAME}}.".format
+    check_columns(listed, task.columns, wanted, where=where, advice=advice)
     return listed
-
-
-def _advice(field: str) -> str:
-    return f"Name the right one in the task: columns: {{{field}: NAME}}."
 
 
 def _shown(task: Task, row: Row) -> str:
@@ -150,16 +140,13 @@ class Prepared:
     """The rows of one split as model inputs.
 
     Attributes:
-        task: the task.
-        split: the split.
         batches: model inputs, rows of like length together, without labels (language models and
             sequence to sequence: with `labels`, −100 where padded).
         order: `[n]`, the row that each row of the concatenated batches is.
         references: what is true, row by row: class indices, numbers, or normalised target texts.
         data_hash: identity of the rows and their answers.
         processor: the tokenizer or image processor.
-        generate_tokens: how many tokens to generate at most; one more than the longest target,
-            uncut, or what the model has positions for.
+        generate_tokens: at most; one more than the longest target, or what the model can take.
     """
 
     task: Task
@@ -201,12 +188,6 @@ def prepare(
         label_ids: class name -> index, where the task names none; None: of the configuration.
         answers: labels are read; without them, there is nothing to score.
         base: whose configuration counts where `folder` is an adapter with a tokenizer only.
-
-    Raises:
-        RequestError: no such split, no rows, a missing column.
-        TaskError: labels that neither the task nor the configuration knows.
-        CheckpointError: no usable tokenizer in `folder`.
-        MissingExtraError: transformers is not installed.
     """
     rows = split_rows(task, split, limit)
     if task.kind in ("function", "lm-eval"):
@@ -215,19 +196,20 @@ def prepare(
     if task.kind == "sequence-to-sequence":
         # Proxy data of other kinds need no answers.
         where = f"task '{task.name}', split '{split}': "
-        check_columns(rows, task.columns, ["target"], where=where, advice=_targets_wanted)
+        advice = (
+            "Outputs of such models are compared and scored along their targets; name the column "
+            "(columns: {target: NAME}) or add it."
+        )
+        check_columns(rows, task.columns, ["target"], where=where, advice=lambda _: advice)
     references = references_of(task, rows, label_ids or config.label2id or {}) if answers else ()
-    generate = 0
-    batches: Sequence[dict[str, Tensor]]
-    order = list(range(len(rows)))
+    generate, order = 0, list(range(len(rows)))
     if task.kind == "image-classification":
         values = [row[task.columns.image] for row in rows]
         where = f"task '{task.name}': "
         batches = PixelBatches(values, processor, batch_size, image_mode(config), where)
     else:
-        encoded = token_ids(
-            task, rows, processor, task.max_length or longest_input(processor, config)
-        )
+        max_length = task.max_length or longest_input(processor, config)
+        encoded = token_ids(task, rows, processor, max_length)
         lengths = [len(ids) for ids in encoded.inputs["input_ids"]]
         # The longest first: if memory is short, that shows at once.
         order.sort(key=lambda i: -lengths[i])
@@ -235,16 +217,8 @@ def prepare(
         batches = tuple(encoded.batch(chunk) for chunk in chunks)
         longest = longest_target(task, rows, processor) + 1
         generate = min(longest, positions_of(config) or sys.maxsize)
-    return Prepared(
-        task,
-        split,
-        batches,
-        torch.tensor(order),
-        references,
-        data_hash(task, rows),
-        processor,
-        generate,
-    )
+    places, identity = torch.tensor(order), data_hash(task, rows)
+    return Prepared(task, split, batches, places, references, identity, processor, generate)
 
 
 def references_of(
@@ -263,30 +237,20 @@ def references_of(
     known = {str(name): int(i) for name, i in label_ids.items()}
     # Without names in the task, only the model's outputs tell how many classes there are.
     classes = math.inf if task.labels is None else len(task.labels)
+    numbers = task.kind == "regression"
+    wanted = "no finite number" if numbers else f"none of {', '.join(list(known)[:20])}"
     found: list[Any] = []
     faults: list[Fault] = []
     for number, value in enumerate(values, 1):
         try:
-            if task.kind == "regression":
-                found.append(finite_number(value))
-            else:
-                found.append(class_index(value, known, classes))
+            found.append(finite_number(value) if numbers else class_index(value, known, classes))
         except (TypeError, ValueError):
-            what, nearest = f"the label {value!r} is no finite number.", ""
-            if task.kind != "regression":
-                what = f"the label {value!r} is none of {', '.join(list(known)[:20])}."
-                nearest = suggest(str(value), list(known))
-            faults.append(Fault("label", what, f"row {number}", next=nearest))
+            near = "" if numbers else suggest(str(value), list(known))
+            what = f"the label {value!r} is {wanted}."
+            faults.append(Fault("label", what, f"row {number}", next=near))
     if faults:
         raise TaskError(faults[:10], f"task '{task.name}'")
     return tuple(found)
-
-
-def _targets_wanted(field: str) -> str:
-    return (
-        "Outputs of such models are compared and scored along their targets; name the column "
-        f"(columns: {{{field}: NAME}}) or add it."
-    )
 
 
 def normal_text(text: str) -> str:

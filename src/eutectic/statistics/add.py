@@ -73,14 +73,12 @@ def add_statistics(
                 for stored, value in _add(opened, name, statistic).items():
                     key = f"{name}/{stored}"
                     tensors[key] = stored_form(key, value, dtype)
-    hashes = torch.cat([f.tensors[EXAMPLES] for f in opened]).sort().values
-    tensors[EXAMPLES] = hashes
+    tensors[EXAMPLES] = hashes = torch.cat([f.tensors[EXAMPLES] for f in opened]).sort().values
     record["data"] = {
         "examples": len(hashes),
         "fingerprint": sha256(hashes.numpy().tobytes()).hexdigest(),
     }
-    unseen = set.intersection(*(set(f.provenance["unseen"]) for f in opened))
-    record["unseen"] = sorted(unseen)
+    record["unseen"] = sorted(set.intersection(*(set(f.provenance["unseen"]) for f in opened)))
     record["skipped"] = {k: v for f in opened for k, v in f.provenance["skipped"].items()}
     record["versions"] = _versions(opened)
     result = StatisticsFile(record, tensors)
@@ -117,14 +115,13 @@ def _check(files: Sequence[StatisticsFile]) -> None:
 
 
 def _layer_faults(first: StatisticsFile, other: StatisticsFile) -> list[str]:
-    missing = sorted(set(first.names) ^ set(other.names))
-    if missing:
+    if missing := sorted(set(first.names) ^ set(other.names)):
         return [f"layers: only one of them has '{missing[0]}' ({len(missing)} such layers)"]
     ours, theirs = first.provenance["layers"], other.provenance["layers"]
-    left_out = sorted(set(first.provenance["skipped"]) ^ set(other.provenance["skipped"]))
-    if left_out:
-        reasons = {**first.provenance["skipped"], **other.provenance["skipped"]}
-        return [f"only one of them left out '{left_out[0]}': {reasons[left_out[0]]}"]
+    skipped = (first.provenance["skipped"], other.provenance["skipped"])
+    if left_out := sorted(skipped[0].keys() ^ skipped[1].keys()):
+        reason = {**skipped[0], **skipped[1]}[left_out[0]]
+        return [f"only one of them left out '{left_out[0]}': {reason}"]
     keys = ("kind", "shape", "parameter", "same_as")
     different = [n for n in first if any(ours[n][k] != theirs[n][k] for k in keys)]
     return [f"'{n}': {ours[n]['shape']} and {theirs[n]['shape']}" for n in different[:3]]
@@ -140,18 +137,14 @@ def _owners(files: Sequence[StatisticsFile]) -> dict[str, str]:
 
 def _add(files: Sequence[StatisticsFile], name: str, statistic: str) -> dict[str, Tensor]:
     """Return one statistic of one parameter, added over the files, in the form for storing."""
-
-    def get(file: StatisticsFile, stored: str) -> Tensor | None:
-        value = file.tensors.get(file.key(name, statistic, stored))
-        return None if value is None else value.double()
-
     names = gram_names(statistic)
     dense, factors, diagonals = (
-        [value for f in files if (value := get(f, stored)) is not None] for stored in names
+        [f.tensors[k].double() for f in files if (k := f.key(name, statistic, stored)) in f.tensors]
+        for stored in names
     )
-    diagonal = torch.stack(diagonals).sum(0) if diagonals else None
     if not dense and not factors:
         return {}
+    diagonal = torch.stack(diagonals).sum(0) if diagonals else None
     rank = files[0].provenance["settings"]["rank"]
     if not dense:
         factor = torch.cat(factors)

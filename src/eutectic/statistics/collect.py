@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import time
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,17 +26,11 @@ from eutectic.statistics.collection_plan import Plan, describe_layers, make_plan
 from eutectic.statistics.data_pass import Pass, run_pass
 from eutectic.statistics.recorder import PassSums
 from eutectic.statistics.settings import CollectOptions, Settings
-from eutectic.statistics.statistics_file import (
-    EXAMPLES,
-    FORMAT,
-    StatisticsFile,
-    gram_names,
-)
+from eutectic.statistics.statistics_file import EXAMPLES, FORMAT, StatisticsFile, gram_names
 from eutectic.statistics.unfinished_collection import (
     DataLog,
     Partial,
     Snapshot,
-    identify,
     open_partial,
 )
 from eutectic.statistics.weight_samples import sample_weights
@@ -158,19 +153,26 @@ def collect(
             "\nPass a list or a data loader instead of an iterator, or allow more memory."
         )
     fingerprint = settings.fingerprint or StateDictReader(model.state_dict()).fingerprint()
+    makers = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    packages = ["eutectic", "torch", *sorted(makers & {"transformers", "peft"})]
     record: dict[str, Any] = {
         "format": FORMAT,
         "checkpoint": {"fingerprint": fingerprint},
         "mask_policy": mask_policy(first, is_encoder_decoder(model), settings.token_mask),
         "settings": settings.describe(),
-        "versions": _versions(model),
+        "versions": {name: version(name) for name in packages},
         "samples": sample_weights(model, plan),
         "saved_as": saved_names(model),
     }
     path = None if output is None else Path(output)
     partial = None if path is None else _begin(path, record, parts)
+    total = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore
+
+    def report(index: int, done: int) -> None:
+        if progress is not None:
+            progress(done + index * (total or 0), None if total is None else len(parts) * total)
+
     log, results = DataLog(), []
-    report = _reporter(progress, batches, len(parts))
     try:
         for index, part in enumerate(parts):
             sums, tell = PassSums(part, settings), functools.partial(report, index)
@@ -182,19 +184,6 @@ def collect(
             partial.remove_if_empty()
         raise
     return _finish(path, partial, plan, record, log, results)
-
-
-def _reporter(
-    progress: Progress | None, batches: Iterable[Batch], parts: int
-) -> Callable[[int, int], None]:
-    """Return what turns (pass, batches done in it) into batches done in all."""
-    total = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore
-
-    def report(part: int, done: int) -> None:
-        if progress is not None:
-            progress(done + part * (total or 0), None if total is None else parts * total)
-
-    return report
 
 
 def _one_pass(
@@ -212,18 +201,16 @@ def _one_pass(
     if snapshot is not None and snapshot.part == index:
         job.sums.load(snapshot.sums)
         job.start = snapshot.batches
-    snapshot_seconds = job.settings.snapshot_seconds
-    report, saved, pause, batches = job.after_batch, time.monotonic(), snapshot_seconds, 0
+    report, saved, pause = job.after_batch, time.monotonic(), job.settings.snapshot_seconds
 
     def after_batch(done: int) -> None:
-        nonlocal saved, pause, batches
-        batches = done
+        nonlocal saved, pause
         if done > job.start and (now := time.monotonic()) - saved >= pause:
             partial.save(Snapshot(index, done, job.sums.state(), job.log))
             saved = time.monotonic()
-            if snapshot_seconds:
+            if job.settings.snapshot_seconds:
                 # Large sums take long to write: no more than a tenth of the time goes there.
-                pause = max(snapshot_seconds, 10 * (saved - now))
+                pause = max(job.settings.snapshot_seconds, 10 * (saved - now))
         report(done)
 
     job.after_batch = after_batch
@@ -231,7 +218,7 @@ def _one_pass(
     if not keep:
         return job.sums.tensors(job.settings), job.sums.counts()
     # The whole log first: later passes check the data against it.
-    partial.save(Snapshot(index, batches, job.sums.state(), job.log))
+    partial.save(Snapshot(index, len(job.log.batches), job.sums.state(), job.log))
     partial.save_pass(index, job.sums.tensors(job.settings), job.sums.counts())
     finished = partial.load_pass(index)
     assert finished is not None
@@ -263,7 +250,8 @@ def _begin(path: Path, record: Mapping[str, Any], parts: Sequence[Plan]) -> Part
         }
         for part in parts
     ]
-    return open_partial(path, identify({**record, "parts": observed}))
+    described = json.dumps({**record, "parts": observed}, sort_keys=True)
+    return open_partial(path, sha256(described.encode()).hexdigest())
 
 
 def _finish(
@@ -306,10 +294,3 @@ def _unseen(layers: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tenso
         for name, layer in layers.items()
         if not (moved(name) if layer["kind"] == "parameter" else layer["count"])
     ]
-
-
-def _versions(model: nn.Module) -> dict[str, str]:
-    """Return the versions of the packages that took part."""
-    makers = {type(module).__module__.partition(".")[0] for module in model.modules()}
-    names = ["eutectic", "torch", *sorted(makers & {"transformers", "peft"})]
-    return {name: version(name) for name in names}

@@ -38,13 +38,9 @@ _BYTES = 8  # of one number in a running sum
 class Plan:
     """What a run observes.
 
-    Attributes:
-        leaders: for each site, the site whose inputs it shares.
-        gradient_sites: sites whose output gradients are summed.
-        diagonal: parameters whose squared gradients are summed, by name.
-        block: parameters whose gradients' outer products are summed, by name.
-        aliases: names that stand for another name's weight.
-        skipped: name -> why something asked for is not collected.
+    `leaders` has for each site the one whose inputs it shares. Summed are the output gradients of
+    `gradient_sites`, squared gradients of `diagonal`, and outer products of gradients of `block`.
+    `aliases` stand for another name's weight; `skipped` says why something asked for is missing.
     """
 
     leaders: dict[Site, Site]
@@ -72,7 +68,8 @@ class Plan:
                 f"nothing to collect: {none} that could be observed as asked.{reasons}\n"
                 "Layers are chosen by globs over parameter names: '*.attention.*.weight'."
             )
-        groups: list[list[tuple[Plan, int]]] = [[]]
+        parts: list[Plan] = []
+        used = layers = 0
         for unit, need in units:
             if memory_bytes is not None and need > memory_bytes:
                 first = [*(s.name for s in unit.leaders), *unit.diagonal, *unit.block][0]
@@ -81,21 +78,15 @@ class Plan:
                     f"more than the {memory_bytes:,} allowed.\n"
                     "Allow more memory, or leave the layer out with layers=…."
                 )
-            full = groups[-1] and (
-                (memory_bytes is not None and sum(n for _, n in groups[-1]) + need > memory_bytes)
-                or (layers_per_pass is not None and len(groups[-1]) >= layers_per_pass)
-            )
-            if full:
-                groups.append([])
-            groups[-1].append((unit, need))
-        parts: list[Plan] = []
-        for group in filter(None, groups):
-            parts.append(Plan({}))
-            for unit, _ in group:
-                parts[-1].leaders |= unit.leaders
-                parts[-1].gradient_sites += unit.gradient_sites
-                parts[-1].diagonal |= unit.diagonal
-                parts[-1].block |= unit.block
+            full = memory_bytes is not None and used + need > memory_bytes
+            if not parts or full or (layers_per_pass is not None and layers >= layers_per_pass):
+                parts.append(Plan({}))
+                used = layers = 0
+            used, layers = used + need, layers + 1
+            parts[-1].leaders |= unit.leaders
+            parts[-1].gradient_sites += unit.gradient_sites
+            parts[-1].diagonal |= unit.diagonal
+            parts[-1].block |= unit.block
         return parts
 
     def _units(self, settings: Settings) -> list[tuple[Plan, int]]:
@@ -125,11 +116,10 @@ def make_plan(model: nn.Module, batch: Batch, settings: Settings) -> Plan:
     The pass shows which layers are called, and which of them see the same inputs.
     """
     plan = Plan({})
+    parameters = named_parameters(model, settings.layers)
     if settings.fisher:
-        plan.diagonal = named_parameters(model, settings.layers)
-    for name, p in (
-        named_parameters(model, settings.layers).items() if settings.block_fisher else ()
-    ):
+        plan.diagonal = parameters
+    for name, p in parameters.items() if settings.block_fisher else ():
         if p.numel() > settings.block_limit and p.numel() == max(p.shape):
             plan.skipped[name] = f"block_fisher: {p.numel()} > {settings.block_limit} entries"
         elif p.numel() == max(p.shape, default=0):
@@ -143,7 +133,7 @@ def make_plan(model: nn.Module, batch: Batch, settings: Settings) -> Plan:
     with evaluating(model), observing(model, sites.found, probe), torch.no_grad():
         call(model, sample)
     plan.leaders = probe.leaders(sites.found, settings.share_inputs)
-    plan.aliases = {alias: name for alias, name in sites.aliases.items()}
+    plan.aliases = sites.aliases
     plan.skipped |= sites.skipped | {s.name: "its inputs fit no mask" for s in probe.skipped}
     if settings.output_gradients:
         for site in plan.leaders:

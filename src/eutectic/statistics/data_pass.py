@@ -100,11 +100,11 @@ def _add(job: Pass, recorder: Recorder, batch: Batch, index: int, hashes: list[i
     batch = transform(batch, lambda t: t.to(device))
     recorder.begin(make_layout(job.model, batch, job.settings), index)
     backward = bool(job.plan.gradient_sites or job.plan.parameters)
+    inputs = batch
+    if job.settings.head is not None and isinstance(batch, Mapping):
+        # A bare model takes no labels; its head's logits are compared with them.
+        inputs = {name: value for name, value in batch.items() if name not in LABEL_KEYS}
     with torch.set_grad_enabled(backward):
-        inputs = batch
-        if job.settings.head is not None and isinstance(batch, Mapping):
-            # A bare model takes no labels; its head's logits are compared with them.
-            inputs = {name: value for name, value in batch.items() if name not in LABEL_KEYS}
         outputs = call(job.model, inputs)
         recorder.end()
         if backward:
@@ -117,14 +117,9 @@ def _differentiate(
     settings = job.settings
     if settings.head is not None:
         outputs = settings.head.logits(outputs, batch)
-    values = evaluate(
-        job.model,
-        outputs,
-        batch,
-        settings.objective,
-        settings.labels == "sample",
-        label_seeds(settings.seed, hashes),
-    )
+    seeds = label_seeds(settings.seed, hashes)
+    sampled = settings.labels == "sample"
+    values = evaluate(job.model, outputs, batch, settings.objective, sampled, seeds)
     if values.shape != (len(hashes),):
         raise RequestError(
             f"the objective must return one log-likelihood per example, [{len(hashes)}]; "

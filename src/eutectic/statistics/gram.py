@@ -47,12 +47,11 @@ class GramSum:
             self._waiting = len(whole) - cut
 
     def tensors(self, rank: int | None = None, seed: str = "") -> dict[str, Tensor]:
-        """Return the sum in float64.
+        """Return the sum in float64, nothing for n = 0.
 
-        Returns:
-            `{"factor": F}` with A = FᵀF and F `[n, d]` upper trapezoidal, when n < d; else
-            `{"gram": A}`. With `rank` below both: `{"factor": F [rank, d], "diagonal": e}` with
-            A ≈ FᵀF + diag(e), the diagonal of A exact and FᵀF ≤ A. Nothing for n = 0.
+        `{"factor": F}` with A = FᵀF and F `[n, d]` upper trapezoidal, when n < d; else
+        `{"gram": A}`. With `rank` below both: `{"factor": F [rank, d], "diagonal": e}` with
+        A ≈ FᵀF + diag(e), the diagonal of A exact and FᵀF ≤ A.
         """
         if self.count == 0:
             return {}

@@ -44,12 +44,9 @@ def log_likelihoods(
 ) -> Tensor:
     """Return log p(labels | input) per example `[B]`, averaged over each example's targets.
 
-    Args:
-        logits: `[B, C]`, or `[B, T, V]` for the objectives over tokens.
-        labels: `[B]`, `[B, C]` or `[B, T]`; targets of -100 do not count. For
-            `language-model` they are not yet moved: position i is predicted by position i − 1.
-        objective: what the logits stand for. `regression` is a Gaussian of unit variance.
-        mask: `[B, T]` of the tokens; targets at padding do not count.
+    Logits are `[B, C]`, or `[B, T, V]` over tokens; labels `[B]`, `[B, C]` or `[B, T]`, those of
+    language models not yet moved. Targets of -100 and at padding (`mask` `[B, T]`) do not count;
+    `regression` is a Gaussian of unit variance.
     """
     logits = logits.float() if logits.dtype != torch.float64 else logits
     if objective == "classification":
@@ -173,8 +170,7 @@ def find_labels(batch: Any) -> Tensor | None:
     """Return the labels of a batch, or None."""
     if not isinstance(batch, Mapping):
         return None
-    found = (batch.get(key) for key in LABEL_KEYS)
-    return next((value for value in found if isinstance(value, Tensor)), None)
+    return next((v for key in LABEL_KEYS if isinstance(v := batch.get(key), Tensor)), None)
 
 
 def evaluate(
@@ -185,11 +181,7 @@ def evaluate(
     sampled: bool,
     seeds: Sequence[int],
 ) -> Tensor:
-    """Return the log-likelihood of each example of a batch `[B]`, of given or of drawn labels.
-
-    Raises:
-        RequestError: no labels, no logits, or an objective that cannot be evaluated or sampled.
-    """
+    """Return the log-likelihood of each example of a batch `[B]`, of given or of drawn labels."""
     if callable(objective):
         if sampled:
             raise RequestError(

@@ -21,11 +21,9 @@ _OF_INPUTS = {"gram": "input_sum", "pooled_gram": "pooled_sum"}
 
 
 class PassSums:
-    """The running sums of one pass.
+    """The running sums of one pass, by `<parameter>/<statistic>`.
 
-    Attributes:
-        grams: `<parameter>/<statistic>` -> sum of outer products.
-        totals: `<parameter>/<statistic>` -> sum of vectors, or of squared gradients, in float64.
+    `grams` are of outer products; `totals` of vectors or squared gradients, in float64.
     """
 
     def __init__(self, plan: Plan, settings: Settings) -> None:
@@ -173,8 +171,8 @@ class Recorder:
         """Close a forward pass."""
         self._layout = None
         for leader, held in self._held.items():
-            for item in held:
-                raise self._unshared(next(iter(item.waiting)), leader)
+            if held:
+                raise self._unshared(next(iter(held[0].waiting)), leader)
 
     def encoder_output(self, states: Tensor) -> None:
         """Note what cross-attention will read."""

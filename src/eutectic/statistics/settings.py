@@ -12,12 +12,7 @@ from eutectic.errors import RequestError
 from eutectic.models.batches import TokenMask, Unmatched
 from eutectic.models.linear_head import Head
 from eutectic.statistics.function_identity import describe_callable
-from eutectic.statistics.likelihood import (
-    OBJECTIVES,
-    LogLikelihood,
-    Objective,
-    objective_name,
-)
+from eutectic.statistics.likelihood import OBJECTIVES, LogLikelihood, Objective, objective_name
 
 Labels = Literal["data", "sample"]
 DEFAULT_GRADIENT_EXAMPLES = 1000

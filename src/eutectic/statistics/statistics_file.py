@@ -22,7 +22,7 @@ from collections import ChainMap
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,8 +36,7 @@ Entry = tuple[str, torch.dtype, tuple[int, ...]]
 RECORD_KEY = "eutectic_statistics"
 FORMAT = 1
 EXAMPLES = "examples"
-
-
+_COUNTS = ("count", "sample_count")
 # Kept under the name of the layer whose inputs are shared.
 INPUT_STATISTICS = frozenset({"gram", "input_sum", "pooled_gram", "pooled_sum"})
 VECTORS = ("input_sum", "pooled_sum", "fisher_diagonal")
@@ -103,11 +102,12 @@ class StatisticsFile(Mapping[str, LayerStatistics]):
 
         Empty in files that were written before samples were kept.
         """
+        samples = self.provenance.get("samples", {}).items()
         return {
-            name: torch.tensor(sample["values"], dtype=torch.float64).to(
-                getattr(torch, sample["dtype"])
+            name: torch.tensor(kept["values"], dtype=torch.float64).to(
+                getattr(torch, kept["dtype"])
             )
-            for name, sample in self.provenance.get("samples", {}).items()
+            for name, kept in samples
         }
 
     def read(self, name: str, only: Collection[str] | None = None) -> LayerStatistics:
@@ -128,8 +128,8 @@ class StatisticsFile(Mapping[str, LayerStatistics]):
         found: dict[str, Any] = {"count": layer["count"], "sample_count": layer["sample_count"]}
         found["examples"] = self.provenance["data"].get("examples", 0)
         for statistic in STATISTICS if only is None else only:
-            stored = (self._get(name, statistic, kind) for kind in gram_names(statistic))
-            found[statistic], factor, diagonal = stored
+            keys = (self.key(name, statistic, stored) for stored in gram_names(statistic))
+            found[statistic], factor, diagonal = map(self.tensors.get, keys)
             if factor is None:
                 continue
             if statistic == "gram":
@@ -168,9 +168,6 @@ class StatisticsFile(Mapping[str, LayerStatistics]):
         write_tensors(path, self.tensors, RECORD_KEY, self.provenance)
         return load_statistics(path)
 
-    def _get(self, name: str, statistic: str, stored: str) -> Tensor | None:
-        return self.tensors.get(self.key(name, statistic, stored))
-
 
 def expand(factor: Tensor, diagonal: Tensor | None) -> Tensor:
     """Return FᵀF + diag(d) in float64."""
@@ -190,10 +187,9 @@ def load_statistics(path: str | Path) -> StatisticsFile:
     Raises:
         StatisticsError: the file is missing, damaged, of a newer format, or not a statistics file.
     """
-    path = Path(path)
-    tensors = TensorFile(path, RECORD_KEY)
-    _check(path, tensors)
-    return StatisticsFile(tensors.record, tensors, path)
+    tensors = TensorFile(Path(path), RECORD_KEY)
+    _check(tensors.path, tensors)
+    return StatisticsFile(tensors.record, tensors, tensors.path)
 
 
 def _check(path: Path, tensors: TensorFile) -> None:
@@ -212,26 +208,20 @@ def _check(path: Path, tensors: TensorFile) -> None:
             "The file was not written by eutectic; collect the statistics again."
         )
     for name, layer in layers.items():
-        _check_layer(path, name, layer, layers)
+        sound = (
+            isinstance(layer, dict)
+            and all(isinstance(layer.get(n), int) and layer[n] >= 0 for n in _COUNTS)
+            and all(layer.get(key) in layers for key in ("inputs", "same_as"))
+            and all(isinstance(layer.get(key), list) for key in ("shape", "parameter"))
+        )
+        if not sound:
+            raise StatisticsError(f"{path}: what it says about '{name}' makes no sense: {layer!r}.")
     for name, _, shape in tensors.entries():
-        _check_tensor(path, name, shape, layers)
-
-
-def _check_layer(path: Path, name: str, layer: Any, layers: Mapping[str, Any]) -> None:
-    counts = ("count", "sample_count")
-    sound = (
-        isinstance(layer, dict)
-        and all(isinstance(layer.get(c), int) and layer[c] >= 0 for c in counts)
-        and all(layer.get(key) in layers for key in ("inputs", "same_as"))
-        and all(isinstance(layer.get(key), list) for key in ("shape", "parameter"))
-    )
-    if not sound:
-        raise StatisticsError(f"{path}: what it says about '{name}' makes no sense: {layer!r}.")
+        if name != EXAMPLES:
+            _check_tensor(path, name, shape, layers)
 
 
 def _check_tensor(path: Path, name: str, shape: tuple[int, ...], layers: Mapping[str, Any]) -> None:
-    if name == EXAMPLES:
-        return
     layer, _, stored = name.rpartition("/")
     if layer not in layers:
         raise StatisticsError(f"{path}: tensor '{name}' belongs to no layer of its record.")
@@ -257,13 +247,23 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __init__(self, path: Path, key: str) -> None:
         """Read the header, and the JSON record under `key` of its metadata."""
-        self.path = path
         try:
             header = read_header(path)
         except CheckpointError as error:
             raise StatisticsError(str(error)) from error
+        if key not in header.metadata:
+            raise StatisticsError(
+                f"{path}: not a statistics file of eutectic ('{key}' is missing from its "
+                "metadata).\nCollect one with: eutectic collect CHECKPOINT --data … -o FILE"
+            )
+        try:
+            record = json.loads(header.metadata[key])
+        except ValueError as error:
+            raise StatisticsError(f"{path}: its record is not valid JSON ({error}).") from error
+        if not isinstance(record, dict):
+            raise StatisticsError(f"{path}: its record is not a JSON object.")
+        self.path, self.record = path, cast("dict[str, Any]", record)
         self._tensors = {t.name: t for t in header.tensors}
-        self.record = _record(path, key, header.metadata)
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._tensors[name]
@@ -295,21 +295,6 @@ class TensorFile(Mapping[str, Tensor]):
     def entries(self) -> list[Entry]:
         """Return name, dtype and shape of every tensor, in the order of the file."""
         return [(t.name, t.dtype, t.shape) for t in self._tensors.values()]
-
-
-def _record(path: Path, key: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    if key not in metadata:
-        raise StatisticsError(
-            f"{path}: not a statistics file of eutectic ('{key}' is missing from its metadata).\n"
-            "Collect one with: eutectic collect CHECKPOINT --data … -o FILE"
-        )
-    try:
-        record = json.loads(metadata[key])
-    except ValueError as error:
-        raise StatisticsError(f"{path}: its record is not valid JSON ({error}).") from error
-    if not isinstance(record, dict):
-        raise StatisticsError(f"{path}: its record is not a JSON object.")
-    return record
 
 
 def entries_of(tensors: Mapping[str, Tensor]) -> list[Entry]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +24,8 @@ _PASS = "pass-{:04d}.safetensors"
 class DataLog:
     """Which examples were seen.
 
-    Attributes:
-        inputs: a hash per example, without labels: two collections with a common hash overlap.
-        batches: running hash after each batch, labels included.
+    `inputs` has a hash per example, without labels: two collections with a common hash overlap;
+    `batches` the running hash after each batch, labels included.
     """
 
     inputs: list[int] = field(default_factory=list)
@@ -120,9 +118,10 @@ def open_partial(output: Path, identity: str) -> Partial:
     folder = output.with_name(f"{output.name}.partial")
     try:
         folder.mkdir(exist_ok=True)
-        strangers = [name for name in storage_of(folder).list(folder) if not _own(name)]
+        names = storage_of(folder).list(folder)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be created ({error.strerror}).") from error
+    strangers = [name for name in names if name != _SNAPSHOT and not name.startswith("pass-")]
     if strangers:
         raise ResumeError(
             f"{folder}: holds '{strangers[0]}', which was not written by `collect`.\n"
@@ -131,12 +130,3 @@ def open_partial(output: Path, identity: str) -> Partial:
     partial = Partial(folder, identity)
     partial.load()
     return partial
-
-
-def identify(description: Mapping[str, Any]) -> str:
-    """Return a hash of what is collected on what; equal for runs that may continue each other."""
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
-
-
-def _own(name: str) -> bool:
-    return name == _SNAPSHOT or name.startswith("pass-")

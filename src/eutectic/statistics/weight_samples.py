@@ -21,9 +21,11 @@ def sample_weights(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
     Layers under a LoRA adapter count with their effective weight W₀ + ΔW. Parameters whose
     effective weight cannot be told (other kinds of adapter) are left out.
     """
-    # Layer -> the adapter around it.
-    found = ((getattr(module, "base_layer", None), module) for module in model.modules())
-    wrappers = {layer: module for layer, module in found if isinstance(layer, nn.Module)}
+    wrappers = {  # layer -> the adapter around it
+        layer: module
+        for module in model.modules()
+        if isinstance(layer := getattr(module, "base_layer", None), nn.Module)
+    }
     parameters: dict[str, tuple[Tensor, nn.Module | None]] = {}
     for site in plan.leaders:
         name = site.name.partition("[")[0]
