@@ -168,9 +168,6 @@ def open_batches(
 ) -> Iterable[Batch]:
     """Return batches of a data set for a loaded model; see `row_files.read_rows` for sources.
 
-    Images that a file names lie beside it, or else where the name says. A function that returns
-    mappings of tensors is taken to yield ready batches.
-
     Labels are read only if `needs_labels`: without gradients, or with drawn labels, any or none
     will do. `classes` says how many there are where a head of its own decides that.
     """

@@ -29,10 +29,8 @@ def row_key(task: RowsOfTask, row: Row) -> bytes:
     """Return the identity of a row's inputs, 16 bytes; labels and further columns play no part.
 
     Texts count after Unicode NFKC, case folding, removal of invisible characters and collapsing of
-    white space, the two of a pair in their order; images as their pixels in RGB, whatever the file.
-    Rows of functions count as their content (text, text_pair, source, image, by the task's names of
-    columns), or as all columns where they have none of these; an image that is not a readable file
-    counts as what stands in the row.
+    white space; images as their pixels in RGB, whatever the file. Rows of functions count as their
+    content, or as all columns where they have none; unreadable images as what stands in the row.
     """
     ended = b"".join(value + b"\0" for value in _inputs(task, row))
     return hashlib.sha256(ended).digest()[:16]

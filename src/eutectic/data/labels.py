@@ -46,12 +46,10 @@ def named_by_numbers(names: Mapping[str, int]) -> bool:
 def class_index(value: Any, names: Mapping[str, int], classes: float = math.inf) -> int:
     """Return the class of a label: by its name, or by its number where names allow it.
 
-    ValueError or TypeError where it is none. Truth values are classes by their name; they are 0
-    and 1 only where names merely count.
+    ValueError or TypeError where it is none. Truth values are 0 and 1 where names merely count.
 
-    Example:
-        >>> class_index("yes", {"no": 0, "yes": 1}), class_index(1.0, {"no": 0, "yes": 1})
-        (1, 1)
+    >>> class_index("yes", {"no": 0, "yes": 1}), class_index(1.0, {"no": 0, "yes": 1})
+    (1, 1)
     """
     if isinstance(value, bool):
         value = _truth_value(value, names)

@@ -76,9 +76,7 @@ class Checkpoints:
     def processor(self, checkpoint: Checkpoint, task: Task) -> Path:
         """Return the folder whose tokenizer or image processor encodes the task's rows.
 
-        The checkpoint's own (a merged model's `experts/<expert>/` first), or the expert's, or the
-        base's: the first that has one and a configuration. An adapter's tokenizer goes with the
-        base's configuration.
+        The first that has one and a configuration; an adapter's tokenizer goes with the base's.
         """
         folders = [checkpoint.of_expert(task), checkpoint.folder]
         folders += [f for f in (self.experts.get(task.expert_name), self.base) if f is not None]
@@ -217,8 +215,9 @@ def named_checkpoints(
             raise RequestError(f"the name '{name}' is taken; write another as NAME=FOLDER.")
     for name in {"base", EXPERTS_MEAN} & experts.keys():
         raise RequestError(f"an expert cannot be called '{name}'; tables use that name.")
+    folders = {name: Path(path) for name, path in experts.items()}
     found = [Checkpoint("base", "base", Path(base))] if base is not None else []
-    found += [Checkpoint(name, "expert", Path(path)) for name, path in experts.items()]
+    found += [Checkpoint(name, "expert", path) for name, path in folders.items()]
     found += [Checkpoint(name, "model", Path(path)) for name, path in named.items()]
     if not found:
         raise RequestError("nothing to evaluate: name a base, experts or models.")
@@ -227,29 +226,25 @@ def named_checkpoints(
             raise RequestError(f"{checkpoint.folder}: no such folder ({checkpoint.name}).")
     if routing != "route" and not any(checkpoint.routed for checkpoint in found):
         raise RequestError(f"routing '{routing}' is for routed models, and none of these is one.")
-    folders = {name: Path(path) for name, path in experts.items()}
     return Checkpoints(None if base is None else Path(base), folders, tuple(found), routing)
 
 
 def _config(folder: Path | None) -> dict[str, Any]:
     file = folder / "config.json" if folder is not None else None
-    if file is None or not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        return {}
+    with suppress(ValueError, TypeError):
+        if file is not None and file.is_file():
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+    return {}
 
 
 def _classes(folder: Path | None) -> dict[str, int]:
     """Return class name -> index as a configuration says, {} where it says nothing."""
     config = _config(folder)
-    try:
+    with suppress(TypeError, ValueError):
         found = dict(config.get("label2id") or {})
         found = found or {name: i for i, name in dict(config.get("id2label") or {}).items()}
         return {str(name): int(i) for name, i in found.items()}
-    except (TypeError, ValueError):
-        return {}
+    return {}
 
 
 def fingerprint(folder: Path, base: Path | None) -> str:
@@ -280,10 +275,11 @@ def head_hashes(task: Task) -> dict[Literal["head", "base_head"], str]:
 
 
 @cache
-def versions() -> dict[str, str]:
+def versions(*, with_harness: bool = False) -> dict[str, str]:
     """Return the versions of what computes the figures."""
     found: dict[str, str] = {}
-    for package in ("eutectic", "torch", "transformers", "tokenizers", "numpy"):
+    harness = ("lm-eval",) if with_harness else ()
+    for package in ("eutectic", "torch", "transformers", "tokenizers", "numpy", *harness):
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found

@@ -12,7 +12,6 @@ import numpy as np
 
 from eutectic.errors import Note
 from eutectic.evaluation.checkpoints import EXPERTS_MEAN, fingerprint, head_hashes, versions
-from eutectic.evaluation.lm_eval_harness import harness_version
 from eutectic.evaluation.metrics import (
     LOWER_IS_BETTER,
     Array,
@@ -50,10 +49,10 @@ class Draws:
     def interval(self) -> tuple[float, float] | None:
         """Return the percentile interval over the replicates that are defined, or None."""
         known = self.replicates[np.isfinite(self.replicates)]
-        if np.isfinite(self.value) and len(known):
-            low, high = np.percentile(known, CONFIDENCE)
-            return float(low), float(high)
-        return None
+        if not np.isfinite(self.value) or not len(known):
+            return None
+        low, high = np.percentile(known, CONFIDENCE)
+        return float(low), float(high)
 
 
 def draw(task: Task, outcomes: Outcomes, seed: int, resamples: int) -> Draws:
@@ -83,8 +82,11 @@ def compare(
     """
     if expert is None:
         return _undefined(own), _undefined(own)
-    lower = task.formula in LOWER_IS_BETTER
-    normalized = _quotient(expert, own) if lower else _quotient(own, _positive(expert))
+    if task.formula in LOWER_IS_BETTER:
+        normalized = _quotient(expert, own)
+    else:
+        above = np.where(expert.replicates > 0, expert.replicates, np.nan)
+        normalized = _quotient(own, Draws(expert.value if expert.value > 0 else np.nan, above))
     if base is None:
         return normalized, _undefined(own)
     return normalized, _quotient(_difference(own, base), _difference(expert, base))
@@ -99,15 +101,13 @@ def over_tasks(
     of normalised values or NAI is undefined when one of them is.
     """
 
-    def averaged(position: int) -> Draws:
-        parts = [figures[task.name][position] for task in tasks]
+    def averaged(parts: Sequence[Draws]) -> Draws:
         value = float(np.mean([part.value for part in parts]))
         return Draws(value, np.mean([part.replicates for part in parts], axis=0))
 
-    value = averaged(0)
-    if len({task.formula in LOWER_IS_BETTER for task in tasks}) > 1:
-        value = _undefined(value)
-    return value, averaged(1), averaged(2)
+    value, normalized, nai = map(averaged, zip(*(figures[t.name] for t in tasks), strict=True))
+    mixed = len({task.formula in LOWER_IS_BETTER for task in tasks}) > 1
+    return _undefined(value) if mixed else value, normalized, nai
 
 
 def _described(figures: Sequence[Draws]) -> dict[str, Any]:
@@ -126,11 +126,6 @@ def _undefined(like: Draws) -> Draws:
     return Draws(float("nan"), np.full(len(like.replicates), np.nan))
 
 
-def _positive(of: Draws) -> Draws:
-    value = of.value if of.value > 0 else float("nan")
-    return Draws(value, np.where(of.replicates > 0, of.replicates, np.nan))
-
-
 def _difference(left: Draws, right: Draws) -> Draws:
     return Draws(left.value - right.value, left.replicates - right.replicates)
 
@@ -138,10 +133,8 @@ def _difference(left: Draws, right: Draws) -> Draws:
 def _quotient(left: Draws, right: Draws) -> Draws:
     value = left.value / right.value if right.value != 0 else float("nan")
     unknown = np.full(len(left.replicates), np.nan)
-    replicates = np.divide(
-        left.replicates, right.replicates, out=unknown, where=right.replicates != 0
-    )
-    return Draws(value, replicates)
+    known = right.replicates != 0
+    return Draws(value, np.divide(left.replicates, right.replicates, out=unknown, where=known))
 
 
 def results_of(pairs: Pairs, outcomes: Mapping[tuple[str, str], Outcomes]) -> Results:
@@ -153,6 +146,7 @@ def results_of(pairs: Pairs, outcomes: Mapping[tuple[str, str], Outcomes]) -> Re
     }
     figures: dict[str, dict[str, tuple[Draws, Draws, Draws]]] = {}
     without_gain: dict[str, tuple[float, float]] = {}
+    records: list[Result] = []
     for checkpoint, task in pairs:
         own = draws[checkpoint.name, task.name]
         named = task.expert_name in checkpoints.experts
@@ -164,15 +158,9 @@ def results_of(pairs: Pairs, outcomes: Mapping[tuple[str, str], Outcomes]) -> Re
             without_gain[task.name] = (own.value, below.value)
         row = EXPERTS_MEAN if checkpoint.role == "expert" else checkpoint.name
         figures.setdefault(row, {})[task.name] = (own, *relative)
-    records = [
-        Result(
-            checkpoint=c.name,
-            task=t.name,
-            n=len(outcomes[c.name, t.name].predictions),
-            **_with_error(figures[EXPERTS_MEAN if c.role == "expert" else c.name][t.name]),
-        )
-        for c, t in pairs
-    ]
+        rows = len(outcomes[checkpoint.name, task.name].predictions)
+        described = _with_error(figures[row][task.name])
+        records.append(Result(checkpoint=checkpoint.name, task=task.name, n=rows, **described))
     together = {
         row: over_tasks([tasks[name] for name in found], found) for row, found in figures.items()
     }
@@ -180,7 +168,7 @@ def results_of(pairs: Pairs, outcomes: Mapping[tuple[str, str], Outcomes]) -> Re
     scored = {r.task: r.n for r in records}
     return Results(
         **{n: getattr(settings, n) for n in ("split", "limit", "dtype", "seed", "resamples")},
-        versions=versions() | harness_version(tasks.values()),
+        versions=versions(with_harness=any(t.kind == "lm-eval" for t in tasks.values())),
         checkpoints=tuple(
             CheckpointRecord(
                 name=c.name,

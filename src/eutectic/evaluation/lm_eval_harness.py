@@ -15,6 +15,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,13 +29,10 @@ from eutectic.evaluation.task_files import Task
 
 @dataclass(frozen=True, eq=False)
 class HarnessRows:
-    """A task's rows as the harness has them, before any model is asked, groups taken apart.
-
-    `data_hash` is of its version, the tasks' configurations and the rows.
-    """
+    """A task's rows as the harness has them, before any model is asked, groups taken apart."""
 
     tasks: tuple[Any, ...]
-    data_hash: str
+    data_hash: str  # of the harness's version, the tasks' configurations and the rows
     limit: int | None
 
 
@@ -113,9 +111,8 @@ def run_harness(
         except ValueError as error:
             raise RequestError(f"task '{task.name}': lm-eval: {first_line(error)}") from error
     assert found is not None
-    values = [_of_task(task, name, found) for name in found["samples"]]
-    together = np.concatenate(values)
-    return Outcomes(together, np.ones(len(together)))
+    values = np.concatenate([_of_task(task, name, found) for name in found["samples"]])
+    return Outcomes(values, np.ones(len(values)))
 
 
 def _set_fewshot(harness_task: Any, count: int | None) -> None:
@@ -161,20 +158,12 @@ def _of_task(task: Task, name: str, found: Any) -> np.ndarray[Any, Any]:
     return np.array(values, dtype=np.float64)
 
 
-def harness_version(tasks: Any) -> dict[str, str]:
-    """Return the version of lm-eval where a task uses it."""
-    used = any(task.kind == "lm-eval" for task in tasks)
-    return {"lm-eval": version("lm-eval")} if used else {}
-
-
 def _hash(tasks: tuple[Any, ...], limit: int | None) -> str:
     digest = hashlib.sha256(version("lm-eval").encode())
     for task in tasks:
         described = [task.task_name, task.dump_config()]
         digest.update(json.dumps(described, sort_keys=True, default=str).encode())
-        for number, row in enumerate(task.eval_docs):
-            if limit is not None and number >= limit:
-                break
+        for row in islice(task.eval_docs, limit):
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 

@@ -46,10 +46,9 @@ def resampled_values(metric: str, outcomes: Outcomes, rows: NDArray[np.int64]) -
 
 
 def per_example(metric: str, outcomes: Outcomes) -> Array:
-    """Return what each row contributes, `[n]`.
+    """Return what each row contributes, `[n]`: 1 or 0 for right and wrong.
 
-    1 or 0 for right and wrong; for regression the squared error; for language models the mean
-    negative log-likelihood of the row's tokens, NaN without any.
+    Regression: the squared error; language models: the mean over the row's tokens, NaN without any.
     """
     predictions, references = outcomes.predictions, outcomes.references
     if metric in ("loss", "perplexity"):
@@ -59,10 +58,6 @@ def per_example(metric: str, outcomes: Outcomes) -> Array:
     if metric in ("exact_match", "mean"):
         return predictions
     return (predictions == references).astype(np.float64)
-
-
-def _accuracy(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:
-    return (predictions == references).astype(np.float64)[rows].mean(axis=1)
 
 
 def _loss(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:
@@ -134,7 +129,7 @@ def _ratio(numerator: Array, denominator: Array, undefined: float = 0.0) -> Arra
 
 
 _METRICS: Mapping[str, Callable[[Array, Array, NDArray[np.int64]], Array]] = {
-    "accuracy": _accuracy,
+    "accuracy": lambda p, r, rows: (p == r).astype(np.float64)[rows].mean(axis=1),
     "macro_f1": _macro_f1,
     "matthews": _matthews,
     "pearson": lambda p, r, rows: _correlation(p[rows], r[rows]),

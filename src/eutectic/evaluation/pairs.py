@@ -107,9 +107,13 @@ class Pairs:
 
     def _pair(self, checkpoint: Checkpoint, task: Task, journal: Journal) -> Outcomes:
         self._tell(0, checkpoint, task)
-        if task.name not in self.hashes:
-            self.hashes[task.name] = self._data_hash(task)
-        asked = [self.settings.split, self.settings.limit, self.settings.dtype]
+        limit, trust_code = self.settings.limit, self.settings.trust_code
+        if task.name not in self.hashes and task.kind == "lm-eval":
+            rows = self._harness[task.name] = read_harness(task, limit, trust_code=trust_code)
+            self.hashes[task.name] = rows.data_hash
+        elif task.name not in self.hashes:
+            self.hashes[task.name] = data_hash(task, self._split_rows(task))
+        asked = [self.settings.split, limit, self.settings.dtype]
         data = self.hashes[task.name]
         pair = self.checkpoints.pair_identity(checkpoint, task, data, asked)
         found = journal.found.get(pair)
@@ -120,15 +124,6 @@ class Pairs:
         else:
             self._tell(len(found.predictions), checkpoint, task)
         return found
-
-    def _data_hash(self, task: Task) -> str:
-        if task.kind == "lm-eval":
-            trust_code = self.settings.trust_code
-            self._harness[task.name] = read_harness(
-                task, self.settings.limit, trust_code=trust_code
-            )
-            return self._harness[task.name].data_hash
-        return data_hash(task, self._split_rows(task))
 
     def _split_rows(self, task: Task) -> list[Any]:
         return split_rows(task, self.settings.split, self.settings.limit) if task.data else []
@@ -151,9 +146,8 @@ class Pairs:
         return found
 
     def _by_function(self, checkpoint: Checkpoint, task: Task) -> Outcomes:
-        rows = self._split_rows(task)
+        rows, trust_code = self._split_rows(task), self.settings.trust_code
         base = self.checkpoints.base if is_adapter(checkpoint.folder) else None
-        trust_code = self.settings.trust_code
         found = call_function(task, checkpoint.folder, rows, base, trust_code=trust_code)
         self._tell(len(rows), checkpoint, task)
         return found
@@ -225,17 +219,16 @@ def call_function(
 ) -> Outcomes:
     """Return what `function(folder, rows, **options)` says: one number per row, higher is better.
 
-    Without data it is called with no rows and says how many numbers there are. Adapters also get
-    `base=`.
+    Without data it is called with no rows and says how many numbers there are.
     """
     name = str(task.function)
-    further: dict[str, Any] = {} if base is None else {"base": str(base)}
+    of_adapter: dict[str, Any] = {} if base is None else {"base": str(base)}
     try:
         function = import_function(name, trust_code=trust_code)
     except RequestError as error:
         raise RequestError(f"task '{task.name}': {error}") from error
     try:
-        values = function(str(folder), list(rows), **further, **task.options)
+        values = function(str(folder), list(rows), **of_adapter, **task.options)
     except Exception as error:
         raise RequestError(
             f"task '{task.name}': '{name}' failed: {type(error).__name__}: {error}."
@@ -259,8 +252,7 @@ def call_function(
 class Journal:
     """Outcomes by the identity of what made them, and the file that keeps them, one JSON line each.
 
-    A pair whose checkpoint, head, data or settings changed has another identity, so it is computed
-    again; the old line stays. The file holds the outcome of every row, for further tests.
+    A pair whose checkpoint, head, data or settings changed is computed again; the old line stays.
     """
 
     found: dict[str, Outcomes]
@@ -310,14 +302,10 @@ def _finished(file: AppendedFile, path: Path) -> dict[str, Outcomes]:
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
     try:
-        items = [json.loads(line) for line in lines]
-        found = {
-            item["pair"]: Outcomes(
-                np.array(item["predictions"], dtype=np.float64),
-                np.array(item["references"], dtype=np.float64),
-            )
-            for item in items
-        }
+        found: dict[str, Outcomes] = {}
+        for item in map(json.loads, lines):
+            arrays = (np.array(item[k], dtype=np.float64) for k in ("predictions", "references"))
+            found[item["pair"]] = Outcomes(*arrays)
     except (ValueError, KeyError, TypeError):
         raise ResumeError(
             f"{path} is not a journal of evaluations.\nMove it away, or choose another output."

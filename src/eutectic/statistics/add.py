@@ -53,9 +53,12 @@ def add_statistics(
         raise RequestError("there are no statistics files to add.")
     _check(opened)
     names = opened[0].names
-    owners = _owners(opened)
     record = dict(opened[0].provenance)
     tables = [f.provenance["layers"] for f in opened]
+    # Whose input statistics each layer shares: as stored, if all files agree on it.
+    shared = [{n: layer["inputs"] for n, layer in table.items()} for table in tables]
+    agreed = all(table == shared[0] for table in shared)
+    owners = shared[0] if agreed else {n: layer["same_as"] or n for n, layer in tables[0].items()}
     record["layers"] = {
         name: {
             **tables[0][name],
@@ -125,14 +128,6 @@ def _layer_faults(first: StatisticsFile, other: StatisticsFile) -> list[str]:
     keys = ("kind", "shape", "parameter", "same_as")
     different = [n for n in first if any(ours[n][k] != theirs[n][k] for k in keys)]
     return [f"'{n}': {ours[n]['shape']} and {theirs[n]['shape']}" for n in different[:3]]
-
-
-def _owners(files: Sequence[StatisticsFile]) -> dict[str, str]:
-    """Return whose input statistics each layer shares: as stored, if all files agree on it."""
-    tables = [{n: layer["inputs"] for n, layer in f.provenance["layers"].items()} for f in files]
-    agreed = all(table == tables[0] for table in tables)
-    layers = files[0].provenance["layers"]
-    return tables[0] if agreed else {n: layer["same_as"] or n for n, layer in layers.items()}
 
 
 def _add(files: Sequence[StatisticsFile], name: str, statistic: str) -> dict[str, Tensor]:

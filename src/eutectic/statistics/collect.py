@@ -22,7 +22,7 @@ from eutectic.models.batches import Batch, mask_policy, sample_count
 from eutectic.models.names import saved_names
 from eutectic.models.sites import is_encoder_decoder
 from eutectic.options import options_from
-from eutectic.statistics.collection_plan import Plan, describe_layers, make_plan
+from eutectic.statistics.collection_plan import Plan, describe_layers, make_plan, sample_weights
 from eutectic.statistics.data_pass import Pass, run_pass
 from eutectic.statistics.recorder import PassSums
 from eutectic.statistics.settings import CollectOptions, Settings
@@ -33,7 +33,6 @@ from eutectic.statistics.unfinished_collection import (
     Snapshot,
     open_partial,
 )
-from eutectic.statistics.weight_samples import sample_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eutectic.checkpoint.content import sample_of
+from eutectic.conventions import IA3_SUFFIX
 from eutectic.errors import RequestError
 from eutectic.models.batches import (
     Batch,
@@ -135,13 +137,13 @@ def make_plan(model: nn.Module, batch: Batch, settings: Settings) -> Plan:
     plan.leaders = probe.leaders(sites.found, settings.share_inputs)
     plan.aliases = sites.aliases
     plan.skipped |= sites.skipped | {s.name: "its inputs fit no mask" for s in probe.skipped}
-    if settings.output_gradients:
-        for site in plan.leaders:
-            if site.shape[0] <= settings.output_gradient_limit:
-                plan.gradient_sites.append(site)
-            else:
-                limit = f"{site.shape[0]} > {settings.output_gradient_limit} outputs"
-                plan.skipped[site.name] = f"output_gradient_gram: {limit}"
+    limit = settings.output_gradient_limit
+    for site in plan.leaders if settings.output_gradients else ():
+        if site.shape[0] <= limit:
+            plan.gradient_sites.append(site)
+        else:
+            why = f"output_gradient_gram: {site.shape[0]} > {limit} outputs"
+            plan.skipped[site.name] = why
     return plan
 
 
@@ -171,6 +173,53 @@ def describe_layers(
         if name in layers:
             layers[alias] = dict(layers[name])
     return dict(sorted(layers.items()))
+
+
+def sample_weights(model: nn.Module, plan: Plan) -> dict[str, dict[str, Any]]:
+    """Return parameter name -> dtype and a few values, by which its weights are recognised.
+
+    A fingerprint would depend on tied copies, heads, prefixes and the dtype of a file. Layers under
+    a LoRA adapter count with their effective weight W₀ + ΔW, other adapters' are left out.
+    """
+    wrappers = {  # layer -> the adapter around it
+        layer: module
+        for module in model.modules()
+        if isinstance(layer := getattr(module, "base_layer", None), nn.Module)
+    }
+    parameters: dict[str, tuple[Tensor, nn.Module | None]] = {}
+    for site in plan.leaders:
+        name = site.name.partition("[")[0]
+        parameters.setdefault(name, (site.weight, wrappers.get(site.module)))
+    for name, parameter in {**plan.diagonal, **plan.block}.items():
+        parameters.setdefault(name, (parameter, None))
+    adapted = {id(m.weight): w for m, w in wrappers.items() if isinstance(m.weight, Tensor)}
+    samples: dict[str, dict[str, Any]] = {}
+    for name, (weight, wrapper) in parameters.items():
+        effective = _effective(weight.detach(), wrapper or adapted.get(id(weight)))
+        if effective is not None:
+            samples[name] = {
+                "dtype": str(effective.dtype).removeprefix("torch."),
+                "values": sample_of(effective).double().tolist(),
+            }
+    return dict(sorted(samples.items()))
+
+
+def _effective(weight: Tensor, wrapper: Any) -> Tensor | None:
+    """Return what a layer computes with: its weight, with the change that LoRA makes to it."""
+    if wrapper is None or getattr(wrapper, "merged", False):
+        return weight
+    if any(f"{IA3_SUFFIX}." in f".{name}" for name, _ in wrapper.named_parameters()):
+        return weight  # activations are scaled
+    if not callable(getattr(wrapper, "get_delta_weight", None)):
+        return None
+    try:
+        deltas = [wrapper.get_delta_weight(name) for name in wrapper.active_adapters]
+    except (AttributeError, KeyError, NotImplementedError, RuntimeError):
+        return None
+    total = weight.float()
+    for delta in deltas:
+        total = total + delta.detach().float()
+    return total
 
 
 def make_layout(model: nn.Module, batch: Batch, settings: Settings) -> Layout:

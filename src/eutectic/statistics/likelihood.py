@@ -166,13 +166,6 @@ def find_logits(outputs: Any) -> Tensor:
     )
 
 
-def find_labels(batch: Any) -> Tensor | None:
-    """Return the labels of a batch, or None."""
-    if not isinstance(batch, Mapping):
-        return None
-    return next((v for key in LABEL_KEYS if isinstance(v := batch.get(key), Tensor)), None)
-
-
 def evaluate(
     model: nn.Module,
     outputs: Any,
@@ -188,11 +181,12 @@ def evaluate(
                 "labels='sample' needs a named objective: labels cannot be drawn from a function."
             )
         return objective(outputs, batch)
-    logits, labels = find_logits(outputs), find_labels(batch)
+    logits, named = find_logits(outputs), batch if isinstance(batch, Mapping) else {}
+    labels = next((v for key in LABEL_KEYS if isinstance(v := named.get(key), Tensor)), None)
+    mask = named.get("attention_mask")
     name = objective_name(objective)
     if name == "auto":
         name = resolve_objective(model, logits, labels)
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if sampled:
         of_targets = None if name == "sequence-to-sequence" else mask
         labels = sample_labels(logits, labels, name, seeds, of_targets)

@@ -58,9 +58,8 @@ class Settings:
     @property
     def limit(self) -> int | None:
         """How many examples are used."""
-        if self.max_examples is None and self.gradients:
-            return DEFAULT_GRADIENT_EXAMPLES
-        return self.max_examples
+        default = DEFAULT_GRADIENT_EXAMPLES if self.gradients else None
+        return default if self.max_examples is None else self.max_examples
 
     def check(self) -> None:
         """Raise RequestError naming everything that is out of range."""
@@ -69,9 +68,10 @@ class Settings:
             *_choice("labels", self.labels, ("data", "sample")),
             *_choice("unmatched", self.unmatched, ("error", "all", "skip")),
             *_choice("dtype", self.dtype, (torch.float32, torch.float64)),
-            *_positive("max_examples", self.max_examples),
-            *_positive("rank", self.rank),
         ]
+        for name, value in {"max_examples": self.max_examples, "rank": self.rank}.items():
+            if value is not None and value < 1:
+                faults.append(f"{name} must be at least 1; got {value}")
         if not (self.grams or self.gradients):
             faults.append("nothing is asked for: grams, output_gradients, fisher, block_fisher")
         if not self.gradients:
@@ -133,10 +133,6 @@ def _choice(name: str, value: object, allowed: tuple[object, ...]) -> list[str]:
     if callable(value) or value in allowed:
         return []
     return [f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}"]
-
-
-def _positive(name: str, value: int | None) -> list[str]:
-    return [] if value is None or value >= 1 else [f"{name} must be at least 1; got {value}"]
 
 
 def _described(value: Any) -> str:
