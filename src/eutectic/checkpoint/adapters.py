@@ -42,12 +42,8 @@ def open_lora(folder: Path, base: Mapping[str, TensorEntry]) -> Expert:
 
     Linear layers, embeddings (`lora_embedding_A/B`), convolutions without groups and `Conv1D`
     (stored `[in, out]`) are understood; tensors stored in full (`modules_to_save`, trained biases,
-    resized embeddings) replace the base's.
-
-    Raises:
-        CheckpointError: the configuration is damaged, of another kind than LoRA, or uses an option
-            under which the merged weight is not W₀ + scaling·B·A; a factor lacks its partner;
-            shapes contradict the configuration or the base; a key is not understood.
+    resized embeddings) replace the base's. CheckpointError where a merged weight would not be
+    W₀ + scaling·B·A, or a key is not understood.
     """
     label = str(folder)
     lora = _read_config(folder)

@@ -64,11 +64,9 @@ class Header:
 
 
 def read_header(path: Path, file: str = "") -> Header:
-    """Return the checked header of a safetensors file, `file` in its entries; no data are read.
+    """Return the header of a safetensors file, `file` in its entries; no data are read.
 
-    Raises:
-        CheckpointError: the file is missing, truncated or too long; the header is not valid; a
-            tensor's byte range does not fit its shape, its neighbours or the file.
+    CheckpointError unless every byte range fits its tensor's shape, its neighbours and the file.
     """
     try:
         with closing(storage_of(path).open(path)) as opened:

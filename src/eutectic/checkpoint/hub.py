@@ -25,10 +25,6 @@ def resolve(path_or_id: str | Path, *, revision: str | None = None) -> Path:
     An existing path is returned as it is. "name" and "org/name" are downloaded into the hub's own
     cache (its environment variables HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE … apply): configuration,
     tokenizer and safetensors, or `.bin` files where there are none.
-
-    Raises:
-        CheckpointError: no such path and no such id; no access; no connection and nothing cached.
-        MissingExtraError: a download is needed and huggingface_hub is not installed.
     """
     text = str(path_or_id)
     path = Path(text).expanduser()

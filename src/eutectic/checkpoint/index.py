@@ -36,12 +36,8 @@ def open_index(path: Path) -> CheckpointIndex:
     """Return the table of the checkpoint at `path`: a folder, or one weight file.
 
     In a folder, safetensors win over torch pickles; a file name that transformers writes wins over
-    a lone file of any other name. Of safetensors only the headers are read.
-
-    Raises:
-        CheckpointError: nothing is there; a file is damaged or its header lies; an index names
-            files or tensors that do not exist, leaves some out, or points outside the folder; a
-            pickle holds code.
+    a lone file of any other name. Of safetensors only the headers are read. CheckpointError where
+    a header or an index lies or leads out of the folder, or a pickle holds code.
     """
     path = Path(path)
     if not path.exists():

@@ -46,11 +46,7 @@ class CheckpointWriter:
     def __init__(self, folder: Path, files: Sequence[OutputFile], resume: bool = False) -> None:
         """Lay out `files` in `folder`, which is created if need be.
 
-        With `resume`, files that exist already are taken up, if their headers agree.
-
-        Raises:
-            OutputError: the disk is full, or the folder cannot be written.
-            ResumeError: on resuming, a file has another header or size than expected.
+        With `resume`, files that exist are taken up; ResumeError where headers or sizes differ.
         """
         self.folder = Path(folder)
         self.files = tuple(files)

@@ -106,11 +106,9 @@ class LocalDisk(Storage):
             return f"{folder} exists and is a file or a link, not a folder. Choose another output."
         if os.path.ismount(folder):
             return f"{folder} is a mount point and cannot be replaced. Name a folder in it."
-        for parent in (folder.parent, *folder.parent.parents):
-            if parent.exists():
-                if not os.access(parent, os.W_OK | os.X_OK):
-                    return f"{parent} cannot be written. Choose another output."
-                break
+        above = next((p for p in (folder.parent, *folder.parent.parents) if p.exists()), None)
+        if above is not None and not os.access(above, os.W_OK | os.X_OK):
+            return f"{above} cannot be written. Choose another output."
         return None
 
     def commit(self, folder: Path, target: Path) -> None:
