@@ -65,8 +65,7 @@ def fingerprint_of(path: Path, base: Path | None = None) -> str:
 
 
 def _is_ia3(path: Path) -> bool:
-    config = path / ADAPTER_CONFIG
-    return config.is_file() and read_json_object(config).get("peft_type") == "IA3"
+    return is_adapter(path) and read_json_object(path / ADAPTER_CONFIG).get("peft_type") == "IA3"
 
 
 def _open_ia3(folder: Path) -> CheckpointIndex:
@@ -104,7 +103,7 @@ def _identity_adapter(
     }
     saved = [name for name in index.entries if name not in vectors]
     own = [*dict.fromkeys(modules.values()), *(name.removeprefix(PEFT_ROOT) for name in saved)]
-    called = {key: name for key, name in align(entries, own, expert=str(index.folder))[0].items()}
+    called, _ = align(entries, own, expert=str(index.folder))
     tensors: dict[str, Tensor] = {}
     for name, entry in index.entries.items():
         if name in vectors:
@@ -121,13 +120,9 @@ def _identity_adapter(
         tensors[name] = base.read(key).view(entry.shape)
     # Laid out as if all were in the file that PEFT looks for first.
     file = WEIGHT_NAMES[0]
-    layout = replace(
-        index,
-        entries={n: replace(e, file=file) for n, e in index.entries.items()},
-        files=(file,),
-        metadata={file: next(iter(index.metadata.values()), {})},
-        config={},
-    )
+    held = {name: replace(entry, file=file) for name, entry in index.entries.items()}
+    metadata = {file: next(iter(index.metadata.values()), {})}
+    layout = replace(index, entries=held, files=(file,), metadata=metadata, config={})
     return StateDictReader(tensors, "the identity adapter"), layout
 
 
