@@ -41,19 +41,17 @@ def recipe_from(
         # Paths of the file are resolved by now; lines no longer describe the whole.
         recipe = checked.model_dump(mode="json", exclude_unset=True)
     stated = dict(recipe or {})
-    return check_recipe({**stated, **sorted_options(options, stated)}), source
+    return check_recipe({**stated, **_sorted_options(options, stated)}), source
 
 
-def sorted_options(
-    options: Mapping[str, Any], stated: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def _sorted_options(options: Mapping[str, Any], stated: Mapping[str, Any]) -> dict[str, Any]:
     """Move keys that are no recipe's under `parameters`, where the method checks them."""
     known = {k: v for k, v in options.items() if k in Recipe.model_fields}
     other = {k: v for k, v in options.items() if k not in Recipe.model_fields}
-    before = (stated or {}).get("parameters", {})
     if not isinstance(known.get("parameters", {}), Mapping):
         return known  # refused with its type when the recipe is checked
     if other or "parameters" in known:
+        before = stated.get("parameters", {})
         known["parameters"] = {**before, **known.get("parameters", {}), **other}
     return known
 
@@ -180,7 +178,7 @@ def merge_state_dicts(
         raise RequestError(f"weights or statistics name experts that are not given: {unknown}.")
     specs = {n: {"path": "memory", "weight": weights.get(n, 1.0)} for n in experts}
     values = {"base": "memory", "experts": specs, "method": method, "heads": "base", **options}
-    recipe = check_recipe(sorted_options(values))
+    recipe, _ = recipe_from(None, values)
     inputs = in_memory_inputs(base, experts, statistics or {}, config)
     plan = make_plan(recipe, inputs)
     sink = MemoryWriter([(t.name, t.dtype, t.shape) for t in plan.tensors])
