@@ -184,7 +184,6 @@ def full_expert(
     own = {name: key for key, name in mapping.items()}
     entries = {name: source.entries[own[name]] for name in base if name in own}
     extra = {alignment.to_base(k, base): e for k, e in source.entries.items() if k not in mapping}
-    missing = tuple(name for name in base if name not in own)
     return Expert(
         label,
         source,
@@ -192,7 +191,7 @@ def full_expert(
         entries,
         extra,
         stored=entries,
-        missing=missing,
+        missing=tuple(name for name in base if name not in own),
         config=config or {},
         folder=folder,
     )

@@ -87,11 +87,9 @@ class LocalDisk(Storage):
         target.parent.mkdir(parents=True, exist_ok=True)
         if share:
             target.unlink(missing_ok=True)
-            try:
+            with suppress(OSError):  # other file system, or one without hard links
                 os.link(source, target)
                 return
-            except OSError:  # other file system, or one without hard links
-                pass
         shutil.copyfile(source, target)
 
     def remove(self, location: Path) -> None:
