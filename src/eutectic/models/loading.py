@@ -110,9 +110,8 @@ def load_model(
             )
         model, report = pretrained(getattr(transformers, MODEL_CLASSES[kind]), folder)
         model = model.to(torch.float32)
-        processor = load_processor(
-            checkpoint, folder, images=takes_images(model) or kind == "image-classification"
-        )
+        images = takes_images(model) or kind == "image-classification"
+        processor = load_processor(checkpoint, folder, images=images)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{folder}: transformers cannot load it: {first_line(error)}"
@@ -123,7 +122,13 @@ def load_model(
     labels = {str(k): int(v) for k, v in (getattr(config, "label2id", None) or {}).items()}
     brought = {canonical_name(n) for n, _ in model.named_parameters() if ".modules_to_save." in n}
     drawn = tuple(sorted({*report["missing_keys"]} - brought))
-    fingerprint = _fingerprint(checkpoint, base, model)
+    try:
+        fingerprint = fingerprint_of(checkpoint, base)
+    except CheckpointError:
+        if base is None:
+            raise
+        # Adapters that are run but not merged as checkpoints.
+        fingerprint = StateDictReader(model.state_dict()).fingerprint()
     return LoadedModel(model.to(device), kind, processor, labels, fingerprint, drawn)
 
 
@@ -150,16 +155,6 @@ def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
             return peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)  # pyright: ignore[reportArgumentType]
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{adapter}: does not fit the base: {first_line(error)}") from error
-
-
-def _fingerprint(checkpoint: Path, base: Path | None, model: nn.Module) -> str:
-    try:
-        return fingerprint_of(checkpoint, base)
-    except CheckpointError:
-        if base is None:
-            raise
-        # Adapters that are run but not merged as checkpoints.
-        return StateDictReader(model.state_dict()).fingerprint()
 
 
 def transformers_for(purpose: str) -> Any:

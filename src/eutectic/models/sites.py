@@ -197,31 +197,30 @@ def _linear_maps(model: nn.Module, convolutions: bool, skipped: dict[str, str]) 
         role = _role(path, encoder_decoder)
         if isinstance(module, nn.MultiheadAttention):
             attention_paths.add(f"{path}.out_proj" if path else "out_proj")
-            if type(module).forward is not nn.MultiheadAttention.forward:
+            if type(module).forward is nn.MultiheadAttention.forward:
+                yield from _attention_sites(path, module, role)
+            else:
                 reason = f"{type(module).__name__} has a forward of its own"
                 skipped[canonical_name(f"{path}.in_proj_weight")] = reason
                 skipped[canonical_name(f"{path}.out_proj.weight")] = reason
-                continue
-            yield from _attention_sites(path, module, role)
         elif path in attention_paths:
             continue
         elif isinstance(module, nn.Linear):
-            shape = (module.out_features, module.in_features)
-            if not module.weight.is_floating_point():
+            if module.weight.is_floating_point():
+                shape = (module.out_features, module.in_features)
+                yield Site(name, path, module, "linear", role, shape, module.weight)
+            else:
                 skipped[name] = f"quantised weight ({module.weight.dtype})"
-                continue
-            yield Site(name, path, module, "linear", role, shape, module.weight)
         elif _is_conv1d(module):
             assert isinstance(weight := module.weight, Tensor)
             shape = (weight.shape[1], weight.shape[0])
             yield Site(name, path, module, "conv1d", role, shape, weight)
         elif convolutions and isinstance(module, _CONVOLUTIONS):
-            weight = module.weight
-            if not isinstance(module, nn.Conv1d | nn.Conv2d) or module.groups != 1:
+            if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == 1:
+                shape = (module.weight.shape[0], module.weight[0].numel())
+                yield Site(name, path, module, "convolution", role, shape, module.weight)
+            else:
                 skipped[name] = "grouped, transposed or 3-D convolution"
-                continue
-            shape = (weight.shape[0], weight[0].numel())
-            yield Site(name, path, module, "convolution", role, shape, weight)
 
 
 def _attention_sites(path: str, module: nn.MultiheadAttention, role: Role) -> Iterator[Site]:

@@ -15,13 +15,7 @@ from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.conventions import CLASSIFIERS
 from eutectic.errors import CheckpointError, first_line
 from eutectic.models.linear_head import Pooling
-from eutectic.models.loading import (
-    LOCAL,
-    base_folder,
-    load_config,
-    pretrained,
-    transformers_for,
-)
+from eutectic.models.loading import base_folder, load_config, pretrained, transformers_for
 from eutectic.models.task_kinds import MODEL_CLASSES, TaskKind
 
 GENERATION = "generation_config.json"
@@ -96,13 +90,13 @@ def checkpoint_tensors(folder: str | Path, base: str | Path | None = None) -> di
         return state
     with closing(open_expert(Path(folder), index)) as expert:
         for name, entry in expert.entries.items():
-            if entry.shape != state[name].shape:
-                state[name] = expert.read(name).view(entry.shape)
-                continue
-            values = state[name].view(-1)
-            dtype = torch.promote_types(values.dtype, torch.float32)
-            changed = expert.weight(name, base=values.to(dtype), dtype=dtype)
-            state[name] = changed.view(entry.shape)
+            if entry.shape == state[name].shape:
+                stored = state[name].view(-1)
+                dtype = torch.promote_types(stored.dtype, torch.float32)
+                values = expert.weight(name, base=stored.to(dtype), dtype=dtype)
+            else:
+                values = expert.read(name)
+            state[name] = values.view(entry.shape)
         for name, entry in expert.extra.items():
             state[name] = expert.read_extra(name).view(entry.shape)
     return state
@@ -141,9 +135,7 @@ def _build(folder: Path, task: ModelTask, state: Mapping[str, Tensor]) -> Any:
         if auto.endswith("Classification"):
             _fit_labels(config, task, state)
         with torch.device("meta"):
-            empty = getattr(transformers, auto).from_config(
-                config, trust_remote_code=LOCAL["trust_remote_code"]
-            )
+            empty = getattr(transformers, auto).from_config(config, trust_remote_code=False)
         model, report = pretrained(type(empty), None, config=config, state=state)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(

@@ -218,10 +218,8 @@ def _carried(given: Mapping[str, Any]) -> Encoded | None:
     divides = len(hidden) == copies * len(encoded.first)
     if not (divides and torch.equal(hidden[::copies, 0], encoded.first)):
         return None
-    rows = (
-        None if x is None else x.repeat_interleave(copies, dim=0)
-        for x in (encoded.running, encoded.voted)
-    )
+    held = (encoded.running, encoded.voted)
+    rows = (None if x is None else x.repeat_interleave(copies, dim=0) for x in held)
     return Encoded(hidden[:, 0], *rows)
 
 
@@ -274,12 +272,10 @@ def _vote(
             f"the layer '{layer}' was not passed, so it cannot vote.\n"
             f"Passed: {', '.join(passed[:5])}, …"
         )
-    experts = len(call.routing.experts)
-    return {group: _elected(cast, layer, experts) for group, cast in ballots.items()}
-
-
-def _elected(cast: list[tuple[str, Tensor]], layer: str | None, experts: int) -> Tensor:
-    """Return the expert of the named layer, or else of most layers, for each sample."""
-    named = [votes for name, votes in cast if name == layer]
-    votes = torch.stack(named or [votes for _, votes in cast])
-    return nn.functional.one_hot(votes, experts).sum(0).argmax(-1)
+    elected: dict[Group, Tensor] = {}
+    for group, cast in ballots.items():
+        # The expert of the named layer, or else of most layers.
+        named = [votes for name, votes in cast if name == layer]
+        votes = torch.stack(named or [votes for _, votes in cast])
+        elected[group] = nn.functional.one_hot(votes, len(call.routing.experts)).sum(0).argmax(-1)
+    return elected
