@@ -36,10 +36,7 @@ def open_image(value: Any, mode: str = "RGB") -> Any:
 
 
 def locate_images(rows: Sequence[Row], column: str, source: str) -> Sequence[Row]:
-    """Return the rows of a file with the images found that they name: beside it, or as named.
-
-    Values that name no file beside it stay as they are, and so do rows of folders and functions.
-    """
+    """Return the rows of a file with images that lie beside it named whole; others as they are."""
     if not Path(source).is_file():
         return rows
     folder = Path(source).parent

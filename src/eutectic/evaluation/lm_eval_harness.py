@@ -1,8 +1,4 @@
-"""Tasks of lm-evaluation-harness: its rows, prompts and metrics; intervals and journal from here.
-
-The harness says how well a model did on each row. What is relative to base and expert is computed
-from that, as for any other task.
-"""
+"""Tasks of lm-evaluation-harness: its rows, prompts, metrics; intervals and journal from here."""
 
 from __future__ import annotations
 
@@ -80,11 +76,7 @@ def run_harness(
     dtype: Precision,
     trust_code: bool,
 ) -> Outcomes:
-    """Return the task's metric row by row, over all of its harness tasks.
-
-    Its own command gives the same figures for the same model, batch size aside: seeds and few-shot
-    examples are chosen as there.
-    """
+    """Return the task's metric row by row, over all of its harness tasks, as its command does."""
     asked = task.harness
     assert asked is not None
     with _quietly(), _seeded():

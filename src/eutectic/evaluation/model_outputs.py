@@ -125,9 +125,8 @@ def outcomes_of(results: Tensor, prepared: Prepared) -> Outcomes:
             f"task '{prepared.task.name}': the split '{prepared.split}' has no labels to score."
         )
     if kind == "sequence-to-sequence":
-        tokenizer = prepared.processor
-        ids = results.masked_fill(results == IGNORED_LABEL, padding_id(tokenizer))
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        ids = results.masked_fill(results == IGNORED_LABEL, padding_id(prepared.processor))
+        texts = prepared.processor.batch_decode(ids, skip_special_tokens=True)
         pairs = zip(texts, prepared.references, strict=True)
         right = [float(normal_text(text) == reference) for text, reference in pairs]
         return Outcomes(np.array(right), np.ones(len(right)))

@@ -114,10 +114,8 @@ class Pairs:
         elif task.name not in self.hashes:
             self.hashes[task.name] = data_hash(task, self._split_rows(task))
         asked = [self.settings.split, limit, self.settings.dtype]
-        data = self.hashes[task.name]
-        pair = self.checkpoints.pair_identity(checkpoint, task, data, asked)
-        found = journal.found.get(pair)
-        if found is None:
+        pair = self.checkpoints.pair_identity(checkpoint, task, self.hashes[task.name], asked)
+        if (found := journal.found.get(pair)) is None:
             compute = {"function": self._by_function, "lm-eval": self._by_harness}
             found = compute.get(task.kind, self._by_model)(checkpoint, task)
             journal.add(pair, checkpoint.name, task.name, found)

@@ -31,6 +31,8 @@ from eutectic.models.loading import (
     positions_of,
 )
 
+BATCH_SIZE = 64
+
 
 def split_rows(task: Task, split: Split, limit: int | None = None) -> list[Row]:
     """Return the rows of one split in the order of the file, the first `limit` of them.
@@ -130,9 +132,6 @@ def _shown(task: Task, row: Row) -> str:
     names = [getattr(task.columns, c) for c in columns] if columns else list(row)
     text = " / ".join(str(row[name]) for name in names if row.get(name) is not None)
     return repr(text if len(text) <= 80 else f"{text[:79]}…")
-
-
-BATCH_SIZE = 64
 
 
 @dataclass(frozen=True, eq=False)

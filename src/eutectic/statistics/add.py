@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
@@ -83,7 +83,11 @@ def add_statistics(
     }
     record["unseen"] = sorted(set.intersection(*(set(f.provenance["unseen"]) for f in opened)))
     record["skipped"] = {k: v for f in opened for k, v in f.provenance["skipped"].items()}
-    record["versions"] = _versions(opened)
+    versions = [item for f in opened for item in f.provenance["versions"].items()]
+    record["versions"] = {
+        package: ", ".join(sorted({number for other, number in versions if other == package}))
+        for package, _ in versions
+    }
     result = StatisticsFile(record, tensors)
     return result if output is None else result.save(output)
 
@@ -155,14 +159,6 @@ def _add(files: Sequence[StatisticsFile], name: str, statistic: str) -> dict[str
     if diagonal is not None:
         total.diagonal().add_(diagonal)
     return {statistic: total}
-
-
-def _versions(files: Sequence[StatisticsFile]) -> Mapping[str, str]:
-    found: dict[str, set[str]] = {}
-    for file in files:
-        for package, number in file.provenance["versions"].items():
-            found.setdefault(package, set()).add(number)
-    return {package: ", ".join(sorted(numbers)) for package, numbers in found.items()}
 
 
 def _name(file: StatisticsFile) -> str:

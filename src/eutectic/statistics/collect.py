@@ -274,10 +274,9 @@ def _finish(
     record["unseen"] = _unseen(record["layers"], tensors)
     record["skipped"] = plan.skipped
     result = StatisticsFile(record, tensors)
-    if path is None or partial is None:
-        return result
-    result = result.save(path)
-    partial.remove()
+    if path is not None and partial is not None:
+        result = result.save(path)
+        partial.remove()
     return result
 
 
