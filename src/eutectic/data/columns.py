@@ -1,7 +1,5 @@
 """Which columns the rows of each kind of task have, and the check that they have them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """Rows as batches for a model, by the checkpoint's own tokenizer or image processor."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice

@@ -1,7 +1,5 @@
 """Identities of rows and of examples: what counts as the same input, whatever its file or batch."""
 
-from __future__ import annotations
-
 import hashlib
 import unicodedata
 from collections.abc import Sequence

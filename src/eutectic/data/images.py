@@ -1,7 +1,5 @@
 """Images of rows: where they lie, their pixels, and batches of them without all in memory."""
 
-from __future__ import annotations
-
 import io
 import os
 from collections.abc import Mapping, Sequence

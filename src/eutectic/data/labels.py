@@ -1,7 +1,5 @@
 """Labels of rows as class indices or numbers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Functions that a user names, as `module:function` or `file.py:function`."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import importlib.util

@@ -1,7 +1,5 @@
 """Rows of files: JSON, CSV, TSV, parquet, image folders, `datasets` folders, Python functions."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """Checkpoints to evaluate with their roles; the model, classes and tokenizer of each per task."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence

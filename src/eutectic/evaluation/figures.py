@@ -1,7 +1,5 @@
 """From outcomes to results: metrics with paired bootstrap intervals, relative to the experts."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

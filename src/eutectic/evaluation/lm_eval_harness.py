@@ -1,7 +1,5 @@
 """Tasks of lm-evaluation-harness: its rows, prompts, metrics; intervals and journal from here."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Metrics over many resamples at once; the definitions are scikit-learn's and scipy's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -9,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 METRICS_OF_KIND: Mapping[str, tuple[str, ...]] = {
     "text-classification": ("accuracy", "macro_f1", "matthews"),
@@ -40,7 +39,7 @@ def metric_value(metric: str, outcomes: Outcomes) -> float:
     return float(resampled_values(metric, outcomes, everything)[0])
 
 
-def resampled_values(metric: str, outcomes: Outcomes, rows: NDArray[np.int64]) -> Array:
+def resampled_values(metric: str, outcomes: Outcomes, rows: Integers) -> Array:
     """Return the metric of each resample, `[resamples]`; `rows` is `[resamples, n]`."""
     return _METRICS[metric](outcomes.predictions, outcomes.references, rows)
 
@@ -60,24 +59,24 @@ def per_example(metric: str, outcomes: Outcomes) -> Array:
     return (predictions == references).astype(np.float64)
 
 
-def _loss(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:
+def _loss(predictions: Array, references: Array, rows: Integers) -> Array:
     summed = predictions[rows].sum(axis=1)
     return _ratio(summed, references[rows].sum(axis=1), undefined=np.nan)
 
 
-def _perplexity(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:
+def _perplexity(predictions: Array, references: Array, rows: Integers) -> Array:
     with np.errstate(over="ignore"):
         return np.exp(_loss(predictions, references, rows))
 
 
-def _macro_f1(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:
+def _macro_f1(predictions: Array, references: Array, rows: Integers) -> Array:
     """Mean over classes that occur among predictions or references of 2TP / (2TP + FP + FN)."""
     right, predicted, actual = _counts(predictions, references, rows)
     total = predicted + actual
     return _ratio((2 * _ratio(right, total)).sum(axis=1), (total > 0).sum(axis=1))
 
 
-def _matthews(predictions: Array, references: Array, rows: NDArray[np.int64]) -> Array:
+def _matthews(predictions: Array, references: Array, rows: Integers) -> Array:
     """(c·s − Σ p_k t_k) / √((s² − Σ p_k²)(s² − Σ t_k²)), 0 where a factor is 0."""
     right, predicted, actual = _counts(predictions, references, rows)
     size = float(rows.shape[1])
@@ -87,15 +86,13 @@ def _matthews(predictions: Array, references: Array, rows: NDArray[np.int64]) ->
     return _ratio(covariance, np.sqrt(variance_p * variance_a))
 
 
-def _counts(
-    predictions: Array, references: Array, rows: NDArray[np.int64]
-) -> tuple[Array, Array, Array]:
+def _counts(predictions: Array, references: Array, rows: Integers) -> tuple[Array, Array, Array]:
     """Return how often each class is predicted rightly, predicted, and true: `[resamples, C]`."""
     classes, codes = np.unique(np.concatenate([predictions, references]), return_inverse=True)
     predicted, actual = codes[: len(predictions)], codes[len(predictions) :]
     matched = np.where(predicted == actual, actual, len(classes))
 
-    def count(values: NDArray[np.int64]) -> Array:
+    def count(values: Integers) -> Array:
         width = len(classes) + 1
         shifted = values[rows] + width * np.arange(len(rows))[:, None]
         table = np.bincount(shifted.ravel(), minlength=width * len(rows)).reshape(-1, width)
@@ -128,7 +125,7 @@ def _ratio(numerator: Array, denominator: Array, undefined: float = 0.0) -> Arra
     return np.divide(numerator, denominator, out=found, where=denominator > 0)
 
 
-_METRICS: Mapping[str, Callable[[Array, Array, NDArray[np.int64]], Array]] = {
+_METRICS: Mapping[str, Callable[[Array, Array, Integers], Array]] = {
     "accuracy": lambda p, r, rows: (p == r).astype(np.float64)[rows].mean(axis=1),
     "macro_f1": _macro_f1,
     "matthews": _matthews,

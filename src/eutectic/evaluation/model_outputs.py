@@ -1,7 +1,5 @@
 """What a model makes of a prepared split, and the score of that."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The results of an evaluation: the published schema of results.json."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Any, Literal
 

@@ -1,7 +1,5 @@
 """The splits of a task: shares of a file, the check that they share no row, model inputs."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections import Counter

@@ -1,7 +1,5 @@
 """Adding statistics files over disjoint data."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path

@@ -27,12 +27,7 @@ from eutectic.statistics.data_pass import Pass, run_pass
 from eutectic.statistics.recorder import PassSums
 from eutectic.statistics.settings import CollectOptions, Settings
 from eutectic.statistics.statistics_file import EXAMPLES, FORMAT, StatisticsFile, gram_names
-from eutectic.statistics.unfinished_collection import (
-    DataLog,
-    Partial,
-    Snapshot,
-    open_partial,
-)
+from eutectic.statistics.unfinished_collection import DataLog, Partial, Snapshot, open_partial
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -1,7 +1,5 @@
 """One pass over the data: forward, backward where asked, add up."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 

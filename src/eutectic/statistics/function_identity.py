@@ -1,7 +1,5 @@
 """An identity for a function that a caller passes: what it computes, not only how it is called."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from hashlib import sha256

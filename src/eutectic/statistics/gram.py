@@ -1,7 +1,5 @@
 """Sums of outer products, in as little memory as the number of rows allows."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

@@ -1,7 +1,5 @@
 """The log-likelihood whose gradients the Fisher statistics are made of."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args

@@ -1,7 +1,5 @@
 """What hooks show of a model, added up: the running sums of one pass over the data."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What a collection is asked to do, checked before anything runs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict

@@ -1,7 +1,5 @@
 """The unfinished state of a collection on disk, so that a killed one can go on."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
