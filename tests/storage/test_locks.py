@@ -114,3 +114,15 @@ def test_no_two_hold_it_while_its_file_comes_and_goes(tmp_path: Path) -> None:
     assert [worker.wait() for worker in workers] == [0, 0, 0]
     assert counter.read_text() == "600"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_lock_that_leaves_nothing_does_not_take_the_next_ones_file(tmp_path: Path) -> None:
+    storage = storage_of(tmp_path)
+    first = storage.lock(tmp_path / "a")
+    first.leave_nothing()
+    assert list(tmp_path.iterdir()) == []
+    second = storage.lock(tmp_path / "a")
+    first.release()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.lock"]
+    second.release()
+    assert list(tmp_path.iterdir()) == []

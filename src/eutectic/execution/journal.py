@@ -150,6 +150,7 @@ class Journal(Ledger):
     def remove_folder(self) -> None:
         """Remove the run's folder while the lock is held; the run is finished."""
         self._close_file()
+        self._owned.leave_nothing()  # first: a kill in between leaves a run that can be finished
         self._storage.remove(self.path.parent)
 
     def close(self) -> None:

@@ -65,6 +65,10 @@ class AppendedFile(Protocol):
 class Lock(Protocol):
     """The right to be the only one to write somewhere; it ends with its process at the latest."""
 
+    def leave_nothing(self) -> None:
+        """Remove what stands for the lock, which goes on; nothing is left if the process ends now."""
+        ...
+
     def release(self) -> None:
         """Give the right up."""
 

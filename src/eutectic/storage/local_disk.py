@@ -223,16 +223,23 @@ class FileLock:
         self._lock = filelock.FileLock(file, timeout=0, thread_local=False)
         try:
             self._lock.acquire()
+            self._there = True
         except filelock.Timeout:
             raise BlockingIOError(f"{file} is locked by another process") from None
 
-    def release(self) -> None:
-        """Release the lock and remove its file."""
-        if os.name != "nt" and self._lock.is_locked:
-            # While it is held: afterwards it may be another process's. Windows cannot do that, and
-            # filelock removes the file there.
+    def leave_nothing(self) -> None:
+        """Remove the file while the lock is held: afterwards it may be another process's.
+
+        Windows cannot do that, and filelock removes the file there.
+        """
+        if os.name != "nt" and self._lock.is_locked and self._there:
             with suppress(OSError):
                 self._path.unlink()
+            self._there = False
+
+    def release(self) -> None:
+        """Release the lock and remove its file."""
+        self.leave_nothing()
         self._lock.release()
 
 
