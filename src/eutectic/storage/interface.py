@@ -66,7 +66,7 @@ class Lock(Protocol):
     """The right to be the only one to write somewhere; it ends with its process at the latest."""
 
     def leave_nothing(self) -> None:
-        """Remove what stands for the lock, which goes on; nothing is left if the process ends now."""
+        """Remove what stands for the lock, which goes on; a kill then leaves nothing."""
         ...
 
     def release(self) -> None:
