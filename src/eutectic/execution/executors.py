@@ -94,8 +94,7 @@ def run_jobs(
 ) -> Generator[Result, None, None]:
     """Do every job, several side by side while their peaks together stay under `memory`.
 
-    Each computes with one intra-op thread, so the result does not depend on how many run. Longer
-    ones start first; one larger than the limit runs alone. The first error stops the others.
+    Longer ones start first; one larger than the limit runs alone. The first error stops the others.
     """
     waiting = sorted(jobs, key=lambda job: (-job.seconds, job.name))
     state = threading.Condition()
