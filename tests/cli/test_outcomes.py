@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import eutectic
-from eutectic.cli.outcomes import summary
+from eutectic.cli.merge import summary
 from helpers.cli import invoke
 from helpers.folders import save
 

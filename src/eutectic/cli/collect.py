@@ -12,9 +12,7 @@ import typer
 from rich.table import Table
 
 from eutectic.cli.console import out, print_json, progress_bar, tell_done, verb
-from eutectic.cli.options import Json, given_options, refuse
-from eutectic.cli.proxy_data import DataOptions
-from eutectic.cli.records import argument, option
+from eutectic.cli.options import DataOptions, Json, argument, given_options, option, refuse
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes, parse_bytes
 

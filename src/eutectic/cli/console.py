@@ -1,7 +1,5 @@
 """What all verbs share: errors in a few lines, progress with ETA, answers as tables or JSON."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
@@ -25,7 +23,7 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from eutectic.cli.records import call_with_records, parameters_of
+from eutectic.cli.options import call_with_records, parameters_of
 from eutectic.errors import EutecticError, Note, RequestError
 
 out = Console()

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column
 
 from eutectic.cli.console import out, plain_table, print_json, progress_bar, verb
-from eutectic.cli.options import Json
-from eutectic.cli.records import option
+from eutectic.cli.options import Json, option
 from eutectic.errors import EutecticError, RequestError
 from eutectic.storage import storage_of
 

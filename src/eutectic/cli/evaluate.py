@@ -12,8 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from eutectic.cli.console import out, pair, pairs, progress_bar, tell, tell_done, unique, verb
-from eutectic.cli.options import Json
-from eutectic.cli.records import argument, option
+from eutectic.cli.options import Json, argument, option
 
 if TYPE_CHECKING:
     from eutectic.evaluation.results import Figures, Results

@@ -19,8 +19,7 @@ from eutectic.cli.console import (
     tell_done,
     verb,
 )
-from eutectic.cli.options import Json, StatisticsFiles
-from eutectic.cli.records import option
+from eutectic.cli.options import Json, StatisticsFiles, option
 from eutectic.cli.request import Base, What, named_experts, split_recipe
 from eutectic.errors import RequestError
 

@@ -1,7 +1,5 @@
 """The command line: `eutectic <verb>`."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

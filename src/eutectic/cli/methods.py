@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from rich.markup import escape
 
 from eutectic.cli.console import out, plain_table, print_json, verb
-from eutectic.cli.options import Json
-from eutectic.cli.records import argument
+from eutectic.cli.options import Json, argument
 
 _BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 

@@ -1,23 +1,12 @@
 """`eutectic plan`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Column
 
-from eutectic.cli.console import (
-    notes_as_json,
-    out,
-    plain_table,
-    print_json,
-    tell,
-    tell_notes,
-    verb,
-)
-from eutectic.cli.options import Json, LimitOptions
-from eutectic.cli.records import option
+from eutectic.cli.console import notes_as_json, out, plain_table, print_json, tell, tell_notes, verb
+from eutectic.cli.options import Json, LimitOptions, option
 from eutectic.cli.request import RecipeOptions, request
 from eutectic.conventions import layer_group
 from eutectic.recipes.units import format_bytes

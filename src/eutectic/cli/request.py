@@ -1,7 +1,5 @@
 """The options that `merge` and `plan` share: a recipe file, or a request on the command line."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,8 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from eutectic.cli.console import pairs
-from eutectic.cli.options import StatisticsFiles
-from eutectic.cli.records import option
+from eutectic.cli.options import StatisticsFiles, option
 from eutectic.errors import RequestError, suggest
 
 What = Annotated[

@@ -1,27 +1,42 @@
 """`eutectic route`."""
 
-from __future__ import annotations
-
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
-from eutectic.cli.console import pairs, verb
-from eutectic.cli.options import Json, given_options, refuse
-from eutectic.cli.proxy_data import RouterDataOptions
-from eutectic.cli.records import argument, option
-from eutectic.cli.routed_report import report_routed
-from eutectic.cli.router_statistics import (
-    StatisticsOptions,
-    expert_statistics,
-    router_statistics,
+from eutectic.cli.console import out, pairs, print_json, progress_bar, tell_done, verb
+from eutectic.cli.options import (
+    Json,
+    RouterDataOptions,
+    StatisticsFiles,
+    argument,
+    given_options,
+    option,
+    refuse,
 )
 from eutectic.errors import RequestError
+from eutectic.recipes.units import format_bytes
 
 _SHOWING = {"merged", "export", "json"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsOptions:
+    """Statistics of the experts, and where those of the router come from."""
+
+    statistics: StatisticsFiles = None
+    router_statistics: list[str] | None = option(
+        None, "Statistics of the merged model on a task's data.", metavar="NAME=FILE"
+    )
+    router_data: list[str] | None = option(
+        None, "Proxy data of a task: collects the router's statistics now.", metavar="NAME=DATA"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,3 +190,108 @@ def _save(routed: Any, merged: Path, output: Path) -> None:
     routed.save_pretrained(output)
     own = {path.name for path in output.iterdir()}
     copy_side_files(merged, output, [name for name in side_files(merged) if name not in own])
+
+
+def expert_statistics(given: StatisticsOptions) -> dict[str, Any]:
+    """Return expert -> its statistics."""
+    return _open(given.statistics, "--statistics")
+
+
+def router_statistics(
+    given: StatisticsOptions,
+    reading: RouterDataOptions,
+    merged: Path,
+    experts: Mapping[str, str],
+    layers: list[str] | None,
+) -> dict[str, Any] | None:
+    """Return expert -> statistics of the merged model on its task's data; None where none is named.
+
+    Raises:
+        RequestError: files and data are named, or data of other tasks than the experts'.
+    """
+    if given.router_statistics and given.router_data:
+        raise RequestError("give --router-statistics or --router-data, not both.")
+    if given.router_statistics:
+        return _open(given.router_statistics, "--router-statistics")
+    if not given.router_data:
+        return None
+    sources = pairs(given.router_data, "--router-data")
+    if set(sources) != set(experts):
+        raise RequestError(
+            f"--router-data names {', '.join(sources)}; the experts are {', '.join(experts)}.\n"
+            "Give the proxy data of every expert's task."
+        )
+    return _collected(sources, reading, merged, layers)
+
+
+def _open(items: list[str] | None, option: str) -> dict[str, Any]:
+    from eutectic.statistics import load_statistics
+
+    return {name: load_statistics(path) for name, path in pairs(items or [], option).items()}
+
+
+def _collected(
+    sources: Mapping[str, str], reading: RouterDataOptions, merged: Path, layers: list[str] | None
+) -> dict[str, Any]:
+    from eutectic.data.row_files import check_split, has_splits
+    from eutectic.models.loading import load_model
+    from eutectic.routed.routed_layers import choose_layers
+    from eutectic.statistics import collect
+
+    if reading.split is not None:
+        check_split(list(sources.values()), reading.split)
+    loaded = load_model(merged, None, reading.task, reading.device)  # pyright: ignore[reportArgumentType]
+    # All data are opened before any are run.
+    opened = {
+        name: reading.batches(source, loaded, split=reading.split if has_splits(source) else None)
+        for name, source in sources.items()
+    }
+    routed = [layer.name for layer in choose_layers(loaded.model, layers)]
+    found: dict[str, Any] = {}
+    for name, batches in opened.items():
+        with progress_bar(f"collecting {name}") as tell:
+            found[name] = collect(
+                loaded.model,
+                batches,
+                layers=routed,
+                fingerprint=loaded.fingerprint,
+                progress=lambda done, total: tell(done, total or done + 1, f"batch {done}"),
+            )
+    return found
+
+
+def report_routed(report: Mapping[str, Any], json: bool) -> None:
+    """Print costs, experts and files as far as the report has them."""
+    if json:
+        print_json(report)
+        return
+    table = Table.grid(padding=(0, 2))
+    costs = report.get("costs")
+    if costs:
+        share = costs["parameters"] / costs["model_parameters"]
+        work = costs["multiply_adds_per_token"] / costs["model_multiply_adds_per_token"]
+        table.add_row("routed layers", str(costs["layers"]))
+        table.add_row(
+            "adds",
+            f"{costs['parameters']:,} parameters (+{share:.1%}), {format_bytes(costs['nbytes'])}",
+        )
+        table.add_row(
+            "per token", f"{costs['multiply_adds_per_token']:,} multiply-adds (+{work:.1%})"
+        )
+    if "experts" in report:
+        table.add_row("experts", escape(", ".join(report["experts"])))
+        table.add_row("router", report["router"])
+    for path, rank in report.get("layers", {}).items():
+        table.add_row(path, f"rank {rank}")
+    for name in report.get("left_out", []):
+        table.add_row("left out", f"{name}: its queries and keys differ")
+    if report.get("short"):
+        table.add_row(
+            "note",
+            f"{len(report['short'])} layers have experts with fewer directions than the "
+            "rank: too few tokens, or nothing left to add",
+        )
+    out.print(table)
+    for key in ("output", "export"):
+        if key in report:
+            tell_done("written", report[key])

@@ -1,7 +1,5 @@
 """`eutectic tune`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +18,7 @@ from eutectic.cli.console import (
     tell_notes,
     verb,
 )
-from eutectic.cli.options import Json, LimitOptions
-from eutectic.cli.records import option
+from eutectic.cli.options import Json, LimitOptions, option
 from eutectic.cli.request import SearchedRecipeOptions, request
 from eutectic.errors import RequestError
 
