@@ -142,8 +142,7 @@ def collect(
         if add:
             result = add_statistics([result, *add], output)
             target.unlink()
-    seconds = round(time.monotonic() - started, 1)
-    _report(result, output, randomly_initialised, seconds, json)
+    _report(result, output, randomly_initialised, round(time.monotonic() - started, 1), json)
 
 
 def _collected(
@@ -161,15 +160,15 @@ def _collected(
     from eutectic.models.loading import load_model
     from eutectic.statistics import collect as run
 
-    checkpoint, data, head, task = expert.checkpoint, expert.data, gradients.head, reading.task
-    assert checkpoint is not None and data is not None
+    data, head, task = expert.data, gradients.head, reading.task
+    assert expert.checkpoint is not None and data is not None
     if reading.split is not None:
         check_split([data], reading.split)
     if head is not None and task not in (None, "feature-extraction"):
         raise RequestError(f"--head is for bare models, not for --task {task}.\nLeave it out.")
     own = None if head is None else read_head(head, gradients.pooling, gradients.normalize)  # pyright: ignore[reportArgumentType]
     wanted = "feature-extraction" if own is not None else task
-    loaded = load_model(checkpoint, expert.base, wanted, reading.device)
+    loaded = load_model(expert.checkpoint, expert.base, wanted, reading.device)
     if gradients.any:
         loaded.check_head(own)
     batches = reading.batches(
@@ -179,19 +178,14 @@ def _collected(
         needs_labels=gradients.any and gradients.labels != "sample",
         classes=None if own is None else len(own.bias),
     )
-    options = {**vars(sums), "dtype": getattr(torch, sums.dtype)}
-    memory = options.pop("memory")
+    options: dict[str, Any] = {**vars(sums), **vars(gradients)}
+    options.update(dtype=getattr(torch, sums.dtype), head=own)
+    memory, _, _ = map(options.pop, ("memory", *_WITH_HEAD))
     with progress_bar("collecting") as tell:
         result = run(
             loaded.model,
             batches,
             target,
-            output_gradients=gradients.output_gradients,
-            fisher=gradients.fisher,
-            block_fisher=gradients.block_fisher,
-            labels=gradients.labels,  # pyright: ignore[reportArgumentType]
-            seed=gradients.seed,
-            head=own,
             memory_bytes=None if memory is None else parse_bytes(memory),
             fingerprint=loaded.fingerprint,
             progress=lambda done, total: tell(done, total or done + 1, f"batch {done}"),

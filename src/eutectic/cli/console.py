@@ -4,10 +4,9 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import Signature
-from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
@@ -31,40 +30,29 @@ err = Console(stderr=True)
 
 INTERRUPTED = 130
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-_settings = {"debug": False}
-
-
-def set_debug(debug: bool) -> None:
-    """Show tracebacks of expected errors too."""
-    _settings["debug"] = debug
+settings = {"debug": False}  # whether tracebacks of expected errors are shown
 
 
 def verb(command: _Command) -> _Command:
-    """Make a command for typer: its records are options, its errors lines and an exit code.
-
-    Errors raised on purpose become two or three lines on stderr.
-    """
+    """Make a command for typer: its records are options, its errors lines and an exit code."""
 
     @functools.wraps(command)
     def run(**values: Any) -> Any:
         try:
             return call_with_records(command, values)
-        except EutecticError as error:
-            if _settings["debug"]:
+        except (EutecticError, OSError) as error:
+            if settings["debug"]:
                 raise
-            first, *rest = str(error).splitlines() or [type(error).__name__]
+            if isinstance(error, EutecticError):
+                code = error.exit_code
+                text = "\n".join(str(error).splitlines()) or type(error).__name__
+            else:
+                code = EutecticError.exit_code
+                where = "" if error.filename is None else f"{error.filename}: "
+                text = f"{where}{error.strerror or error}."
             err.print("[bold red]error:[/] ", end="")
-            err.print(first, markup=False, highlight=False, soft_wrap=True)
-            for line in rest:
-                err.print(line, markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(error.exit_code) from None
-        except OSError as error:
-            if _settings["debug"]:
-                raise
-            err.print("[bold red]error:[/] ", end="")
-            where = "" if error.filename is None else f"{error.filename}: "
-            err.print(f"{where}{error.strerror or error}.", markup=False, soft_wrap=True)
-            raise typer.Exit(EutecticError.exit_code) from None
+            err.print(text, markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(code) from None
         except KeyboardInterrupt:
             err.print("interrupted; the same command continues where it stopped.")
             raise typer.Exit(INTERRUPTED) from None
@@ -77,20 +65,12 @@ def verb(command: _Command) -> _Command:
 
 
 def pairs(items: list[str], what: str) -> dict[str, str]:
-    """Return name -> value of `name=value` words.
-
-    Raises:
-        RequestError: a word has no `=`, or a name stands twice.
-    """
+    """Return name -> value of `name=value` words; refuse others, and a name that stands twice."""
     return unique((pair(item, what) for item in items), what)
 
 
 def pair(item: str, what: str) -> tuple[str, str]:
-    """Return name and value of a `name=value` word.
-
-    Raises:
-        RequestError: it has no `=`, no name or no value.
-    """
+    """Return name and value of a `name=value` word; refuse one without either."""
     name, separator, value = item.partition("=")
     if not separator or not name or not value:
         raise RequestError(f"{what} '{item}' must have the form name=value.")
@@ -98,11 +78,7 @@ def pair(item: str, what: str) -> tuple[str, str]:
 
 
 def unique(named: Iterable[tuple[str, str]], what: str) -> dict[str, str]:
-    """Return name -> value.
-
-    Raises:
-        RequestError: a name stands twice.
-    """
+    """Return name -> value; refuse a name that stands twice."""
     found: dict[str, str] = {}
     for name, value in named:
         if name in found:
@@ -153,11 +129,10 @@ def tell_notes(notes: Iterable[Note], *, warnings_only: bool = False) -> None:
             tell("note", note)
 
 
-def notes_as_json(notes: Iterable[Note]) -> dict[str, Any]:
+def notes_as_json(notes: Sequence[Note]) -> dict[str, Any]:
     """Return notes as texts, and their records for programs."""
-    noted = list(notes)
-    records = [dataclasses.asdict(note) for note in noted]
-    return {"notes": [str(note) for note in noted], "note_records": records}
+    records = [dataclasses.asdict(note) for note in notes]
+    return {"notes": [str(note) for note in notes], "note_records": records}
 
 
 def tell_done(label: str, path: object) -> None:
@@ -167,12 +142,8 @@ def tell_done(label: str, path: object) -> None:
 
 def print_json(value: Any) -> None:
     """Print a value as JSON on stdout, for machines."""
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=_plain) + "\n")
 
+    def plain(part: Any) -> Any:
+        return dict(part) if isinstance(part, Mapping) else str(part)
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, Path):
-        return str(value)
-    return str(value)
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=plain) + "\n")

@@ -52,10 +52,17 @@ def demo(
     from eutectic.evaluation.task_files import Part
     from eutectic.execution.run import merge
 
-    examples = _examples() if examples is None else _checked(examples)
+    if examples is None:
+        examples = _examples()
+    elif not (examples / "experts").is_dir():
+        raise RequestError(
+            f"{examples}: holds no folder 'experts'.\n"
+            "Name the folder examples/minilm of a clone with --examples."
+        )
     base = base or _base()
     names = sorted(p.name for p in (examples / "experts").iterdir() if p.is_dir())
     experts = {name: examples / "experts" / name for name in names}
+    paths = {name: str(path) for name, path in experts.items()}
     kept = output / "merged"
     _remove_earlier(kept, names)
     prepared = [
@@ -87,7 +94,6 @@ def demo(
         for step, (method, scale) in enumerate(MERGES, start=1 + len(names)):
             tell(step, steps, method)
             folder = kept if method == KEPT else Path(scratch) / method
-            paths = {n: str(p) for n, p in experts.items()}
             merge(base=str(base), experts=paths, method=method, scale=scale, output=folder)
             model = load_model(folder, prepared[0].task)
             rows[f"{method} ({scale:g})"] = _accuracies(model, prepared)
@@ -104,11 +110,7 @@ def demo(
 
 
 def _remove_earlier(folder: Path, names: Sequence[str]) -> None:
-    """Remove the merge of an earlier demo, and nothing else that may be there.
-
-    Raises:
-        RequestError: something else is there.
-    """
+    """Remove the merge of an earlier demo, and refuse anything else that is there."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
@@ -160,15 +162,6 @@ def _examples() -> Path:
         "the demo's experts are not here: they are in the source repository, not in the package.\n"
         "Run `make demo` in a clone, or name the folder with --examples."
     )
-
-
-def _checked(examples: Path) -> Path:
-    if not (examples / "experts").is_dir():
-        raise RequestError(
-            f"{examples}: holds no folder 'experts'.\n"
-            "Name the folder examples/minilm of a clone with --examples."
-        )
-    return examples
 
 
 def _base() -> Path:

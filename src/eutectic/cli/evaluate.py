@@ -69,7 +69,10 @@ def evaluate(
     """
     from eutectic.evaluation.run import evaluate as run
 
-    measured: dict[str, Any] = {**vars(measures), "proxy": _by_task(measures.proxy or [])}
+    proxy: dict[str, list[str]] = {}
+    for name, data in (pair(word, "--proxy") for word in measures.proxy or []):
+        proxy.setdefault(name, []).append(data)
+    measured: dict[str, Any] = {**vars(measures), "proxy": proxy}
     with progress_bar("evaluating") as report:
         results = run(
             tasks,
@@ -88,13 +91,6 @@ def evaluate(
         tell_done("written", output)
 
 
-def _by_task(words: Sequence[str]) -> dict[str, list[str]]:
-    further: dict[str, list[str]] = {}
-    for name, path in (pair(word, "--proxy") for word in words):
-        further.setdefault(name, []).append(path)
-    return further
-
-
 def _named(words: Sequence[str]) -> dict[str, str]:
     def named(word: str) -> tuple[str, str]:
         alone = "=" not in word or Path(word).is_dir()  # a folder may be called alpha=0.3
@@ -106,9 +102,9 @@ def _named(words: Sequence[str]) -> dict[str, str]:
 def show(results: Results) -> None:
     """Print checkpoints as rows: tasks across where few, then means, normalised figures, NAI."""
     rows = [mean.checkpoint for mean in results.means]
+    experts = {c.name for c in results.checkpoints if c.role == "expert"}
     cells = {
-        ("experts" if _is_expert(results, r.checkpoint) else r.checkpoint, r.task): r
-        for r in results.results
+        ("experts" if r.checkpoint in experts else r.checkpoint, r.task): r for r in results.results
     }
     metrics = {task.name: task.metric for task in results.tasks}
     for start in range(0, len(results.tasks), _TASKS_ACROSS):
@@ -122,25 +118,25 @@ def show(results: Results) -> None:
             table.add_row(escape(row), *(_value(cell, metrics[task.name]) for cell, task in values))
         out.print(table)
         out.print()
-    table = _table()
-    for title in ("mean [95 %]", "of the expert", "NAI [95 %]", "tasks"):
-        table.add_column(title, justify="right")
+    table = _table("mean [95 %]", "of the expert", "NAI [95 %]", "tasks")
     common = set(metrics.values())
-    metric = common.pop() if len(common) == 1 else ""
+    unit = 100 if len(common) == 1 and common <= _PERCENT else 1
     for mean in results.means:
         table.add_row(
             escape(mean.checkpoint),
-            _with_interval(mean.value, mean.interval, 100 if metric in _PERCENT else 1),
+            _with_interval(mean.value, mean.interval, unit),
             "" if mean.normalized is None else f"{100 * mean.normalized:.1f} %",
             _with_interval(mean.nai, mean.nai_interval, 1),
             str(len(mean.tasks)),
         )
     out.print(table)
-    _show_differences(results, 100 if metric in _PERCENT else 1)
+    _show_differences(results, unit)
     for note in results.notes:
         tell("note", note)
     names = ", ".join(dict.fromkeys(metrics.values()))
-    out.print(f"{names}; split {results.split}, n = {_counts(results)}", style="dim")
+    sizes = sorted({task.n for task in results.tasks})
+    count = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    out.print(f"{names}; split {results.split}, n = {count}", style="dim")
 
 
 def _show_differences(results: Results, unit: int) -> None:
@@ -154,9 +150,7 @@ def _show_differences(results: Results, unit: int) -> None:
     if len(ranked) < 2:
         return
     best = max(ranked, key=ranked.__getitem__)
-    table = _table()
-    for title in ("mean less that of the best [95 %]", "of the expert [95 %]"):
-        table.add_column(title, justify="right")
+    table = _table("mean less that of the best [95 %]", "of the expert [95 %]")
     for found in results.differences:
         if found.other == best and found.checkpoint in ranked:
             table.add_row(
@@ -169,14 +163,12 @@ def _show_differences(results: Results, unit: int) -> None:
     out.print(f"best: {escape(best)}", style="dim")
 
 
-def _table() -> Table:
+def _table(*titles: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     table.add_column("", overflow="fold", max_width=24)
+    for title in titles:
+        table.add_column(title, justify="right")
     return table
-
-
-def _is_expert(results: Results, name: str) -> bool:
-    return any(c.name == name and c.role == "expert" for c in results.checkpoints)
 
 
 def _value(cell: Figures | None, metric: str) -> str:
@@ -193,8 +185,3 @@ def _with_interval(value: float | None, interval: tuple[float, float] | None, un
         return f"{unit * value:.{digits}f}"
     low, high = (f"{unit * v:.{digits}f}" for v in interval)
     return f"{unit * value:.{digits}f} \\[{low}, {high}]"
-
-
-def _counts(results: Results) -> str:
-    sizes = sorted({task.n for task in results.tasks})
-    return str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Column, Table
 
@@ -153,25 +153,18 @@ _MEANING = {
 
 def _alignment(found: Inspection, names: Sequence[str]) -> Table:
     models = [found.summary.merged[name] for name in names]
-    with_nai = found.summary.correlation is not None
-    headers: list[str] = []
-    for name in names:
-        headers += [f"SAR {_cut(name)}", *(["NAI"] if with_nai else [])]
-    table = _table("task", *headers)
+    width = 1 if found.summary.correlation is None else 2  # columns of a model: NAI beside SAR
+
+    def cells(of_models: Iterable[tuple[str, str]]) -> list[str]:
+        return [cell for both in of_models for cell in both[:width]]
+
+    table = _table("task", *cells((f"SAR {_cut(name)}", "NAI") for name in names))
     for task in found.experts:
-        cells: list[str] = []
-        for model in models:
-            cells.append(_number(model.task_sar[task]))
-            cells += [_number(model.nai.get(task))] if with_nai else []
-        table.add_row(_cut(task), *cells)
-    means: list[str] = []
-    for model in models:
-        means += [_number(model.sar), *([_number(model.mean_nai)] if with_nai else [])]
+        row = cells((_number(m.task_sar[task]), _number(m.nai.get(task))) for m in models)
+        table.add_row(_cut(task), *row)
+    means = cells((_number(m.sar), _number(m.mean_nai)) for m in models)
     table.add_row("mean", *means, style="bold")
-    ranks: list[str] = []
-    for model in models:
-        ranks += [f"{model.rank:.1f}", *([""] if with_nai else [])]
-    table.add_row("rank q", *ranks, style="dim")
+    table.add_row("rank q", *cells((f"{m.rank:.1f}", "") for m in models), style="dim")
     return table
 
 
@@ -183,5 +176,5 @@ def _cut(name: str, length: int = 22) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
 
 
-def _number(value: float | None) -> Any:
+def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}" if abs(value) >= 10 else f"{value:.3f}"

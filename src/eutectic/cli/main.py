@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from eutectic.cli.collect import collect
-from eutectic.cli.console import set_debug
+from eutectic.cli.console import settings
 from eutectic.cli.demo import demo
 from eutectic.cli.evaluate import evaluate
 from eutectic.cli.inspect import inspect
@@ -46,7 +46,7 @@ def root(
     ] = False,
 ) -> None:
     """Merge checkpoints fine-tuned from one base into one multi-task model, without training."""
-    set_debug(debug)
+    settings["debug"] = debug
 
 
 def main() -> None:

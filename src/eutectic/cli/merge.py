@@ -1,8 +1,9 @@
 """`eutectic merge`."""
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,12 @@ def summary(records: Mapping[str, Any]) -> list[tuple[str, str]]:
     Everything else that methods report, residual curves among it, is in the output's
     `eutectic.json` under `records`.
     """
-    found = list(_each(records))
+    found = [
+        (tensor if part == "matrix" else f"{tensor}{part}", record)
+        for tensor, parts in records.items()
+        for part, record in parts.items()
+        if isinstance(record, Mapping)  # not a layer's factor: it belongs to no system
+    ]
     rows: list[tuple[str, str]] = []
     solved = [(name, record) for name, record in found if "status" in record]
     if solved:
@@ -103,8 +109,8 @@ def summary(records: Mapping[str, Any]) -> list[tuple[str, str]]:
         steps = sorted(record["iterations"] for _, record in solved)
         rows.append(("systems", f"{len(solved)} solved by conjugate gradients: {listed}"))
         rows.append(("iterations", f"{steps[0]} to {steps[-1]}, median {steps[len(steps) // 2]}"))
-        name, record = max(solved, key=lambda pair: _order(pair[1]["residuals"][-1]))
-        worst = record["residuals"][-1]
+        last = [(name, record["residuals"][-1]) for name, record in solved]
+        name, worst = max(last, key=lambda pair: math.inf if pair[1] is None else pair[1])
         shown = "not finite" if worst is None else f"{worst:.1e}"
         rows.append(("worst residual", f"{shown} at {name}"))
     resting = Counter((r["rest"], r["reason"]) for _, r in found if "rest" in r)
@@ -121,16 +127,3 @@ def summary(records: Mapping[str, Any]) -> list[tuple[str, str]]:
         text = f"{len(short)} tensors have experts with fewer directions than asked for"
         rows.append(("short", f"{text}, such as {short[0]}"))
     return rows
-
-
-def _each(records: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (tensor, record) of every matrix; parts of a tensor carry theirs in brackets."""
-    for tensor, parts in records.items():
-        for part, record in parts.items():
-            if not isinstance(record, Mapping):
-                continue  # a layer's factor, which belongs to the tensor and to no system
-            yield (tensor if part == "matrix" else f"{tensor}{part}"), record
-
-
-def _order(residual: float | None) -> float:
-    return float("inf") if residual is None else residual

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from eutectic.models.loading import LoadedModel
 
 
+_is_record: Callable[[Any], bool] = is_dataclass
+
+
 def option(default: Any, help: str, *names: str, **settings: Any) -> Any:
     """Declare a field or parameter as an option, see `typer.Option`; `...` has no default."""
     return _declared(default, typer.Option(*names, help=help, **settings))
@@ -43,7 +46,7 @@ def parameters_of(owner: Callable[..., Any]) -> Iterator[Parameter]:
     declared: dict[str, Any] = getattr(owner, "__dataclass_fields__", {})
     for name, parameter in signature(owner).parameters.items():
         kind, default = _hints(owner)[name], parameter.default
-        if is_dataclass(kind):
+        if _is_record(kind):
             yield from parameters_of(kind)
             continue
         found: Any = default if isinstance(default, Field) else declared.get(name)
@@ -57,7 +60,7 @@ def call_with_records(owner: Callable[..., Any], values: Mapping[str, Any]) -> A
     """Call a command, or make a record, with the records that its parameters are annotated with."""
     return owner(
         **{
-            name: call_with_records(kind, values) if is_dataclass(kind) else values[name]
+            name: call_with_records(kind, values) if _is_record(kind) else values[name]
             for name in signature(owner).parameters
             for kind in (_hints(owner)[name],)
         }

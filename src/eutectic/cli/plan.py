@@ -113,15 +113,13 @@ def _route(planned: Any) -> str:
 
     if not planned.merged or planned.treatment.value != "matrix":
         return ""
-    method = get_method(planned.method)
-    if method.explain is None:
+    explain, stack = get_method(planned.method).explain, len(planned.experts)
+    if explain is None:
         return ""
-    shapes = dict.fromkeys(planned.matrix_shapes)
-    texts = [
-        method.explain((len(planned.experts), *shape), planned.parameters, planned.precision)
-        for shape in shapes
-    ]
-    return "; ".join(texts)
+    return "; ".join(
+        explain((stack, *shape), planned.parameters, planned.precision)
+        for shape in dict.fromkeys(planned.matrix_shapes)
+    )
 
 
 def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

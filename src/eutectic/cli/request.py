@@ -62,11 +62,7 @@ class SearchedRecipeOptions(RecipeOptions):
 
 
 def request(asked: RecipeOptions) -> tuple[Path | None, dict[str, Any]]:
-    """Return the recipe file, if one is named, and the options that come on top of it.
-
-    Raises:
-        RequestError: neither a recipe nor experts are named, or words do not fit together.
-    """
+    """Return the recipe file, if one is named, and the options that come on top of it."""
     words = asked.what or []
     if not words:
         raise RequestError(
@@ -84,8 +80,14 @@ def request(asked: RecipeOptions) -> tuple[Path | None, dict[str, Any]]:
                 f"--set names '{key}', which is no key of a recipe.{suggest(key, known)}\n"
                 f"Keys: {', '.join(known)}. Parameters of the method go after --param."
             )
-    if asked.scale is not None:
-        _check_scale(asked.scale)
+    if asked.scale not in (None, "auto"):
+        try:
+            float(asked.scale)
+        except ValueError:
+            raise RequestError(
+                f"--scale '{asked.scale}' must be a number or auto. "
+                "Searches with data: eutectic tune."
+            ) from None
     stated = {key: getattr(asked, key) for key in ("base", "method", "scale", "shard_size")}
     options.update({key: value for key, value in stated.items() if value is not None})
     if asked.param:
@@ -118,23 +120,8 @@ def _values(items: list[str], option: str) -> dict[str, Any]:
     return found
 
 
-def _check_scale(text: str) -> None:
-    if text == "auto":
-        return
-    try:
-        float(text)
-    except ValueError:
-        raise RequestError(
-            f"--scale '{text}' must be a number or auto. Searches with data: eutectic tune."
-        ) from None
-
-
 def mixtures(text: str) -> list[float]:
-    """Return the values of `0,0.3,1` or `0:1:11` (start, stop, how many).
-
-    Raises:
-        RequestError: the text has neither form.
-    """
+    """Return the values of `0,0.3,1` or `0:1:11` (start, stop, how many)."""
     try:
         if ":" not in text:
             return [float(part) for part in text.split(",")]
@@ -149,11 +136,7 @@ def mixtures(text: str) -> list[float]:
 
 
 def split_recipe(words: list[str]) -> tuple[Path | None, list[str]]:
-    """Return the recipe file, if the first word is one, and the words that name experts.
-
-    Raises:
-        RequestError: the first word is a folder without a name.
-    """
+    """Return the recipe file, if the first word is one, and the words that name experts."""
     if "=" in words[0]:
         return None, words
     recipe = Path(words[0])
@@ -168,11 +151,7 @@ def split_recipe(words: list[str]) -> tuple[Path | None, list[str]]:
 def named_experts(
     words: list[str], weights: list[str], statistics: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """Return expert -> path, weight and statistics, as a recipe would have them.
-
-    Raises:
-        RequestError: a word has no name, or an option names no expert of the command line.
-    """
+    """Return expert -> path, weight and statistics, as a recipe would have them."""
     experts: dict[str, dict[str, Any]] = {
         name: {"path": path} for name, path in pairs(words, "expert").items()
     }

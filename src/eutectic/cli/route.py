@@ -117,6 +117,7 @@ def route(
         raise RequestError(f"--router is discriminant or prototype, got '{build.router}'.")
     if not target.dry_run:
         _check_folders(target)
+    from eutectic.checkpoint.folder import copy_side_files, side_files
     from eutectic.models.loading import load_stored
     from eutectic.routed import build_routed, export_lora, routed_costs
     from eutectic.routed.build import expert_statistics as check_statistics
@@ -124,36 +125,39 @@ def route(
     from eutectic.routed.routed_layers import routed_layers
 
     model = load_stored(merged)
-    of_experts = expert_statistics(statistics)
+    of_experts = _open(statistics.statistics, "--statistics")
     chosen, left_out = routed_layers(model, build.layers, of_experts)
     costs = dataclasses.asdict(
         routed_costs(model, len(named), build.rank, build.layers, of_experts)
     )
     if target.dry_run:
-        report_routed({"costs": costs, "left_out": left_out}, json)
+        _report({"costs": costs, "left_out": left_out}, json)
         return
     if not json:
-        report_routed({"costs": costs}, json)
+        _report({"costs": costs}, json)
     # Everything that can be refused is, before data are run through the model.
     check_statistics(of_experts, list(named), chosen, "statistics")
     with open_experts(model, named, build.base):
         pass
-    of_router = router_statistics(statistics, reading, merged, named, build.layers)
-    routed = build_routed(model, named, of_experts, of_router, **vars(build))
+    of_router = _router_statistics(statistics, reading, merged, named, build.layers)
+    routed: Any = build_routed(model, named, of_experts, of_router, **vars(build))
     report: dict[str, Any] = {
         **({"costs": costs} if json else {}),
-        "experts": list(routed.routing.experts),  # pyright: ignore[reportAttributeAccessIssue]
-        "router": routed.routing.router,  # pyright: ignore[reportAttributeAccessIssue]
-        "short": routed.routing.short,  # pyright: ignore[reportAttributeAccessIssue]
-        "left_out": routed.routing.left_out,  # pyright: ignore[reportAttributeAccessIssue]
+        "experts": list(routed.routing.experts),
+        "router": routed.routing.router,
+        "short": routed.routing.short,
+        "left_out": routed.routing.left_out,
     }
     if target.output is not None:
-        _save(routed, merged, target.output)
+        routed.save_pretrained(target.output)
+        own = {path.name for path in target.output.iterdir()}
+        others = [name for name in side_files(merged) if name not in own]
+        copy_side_files(merged, target.output, others)
         report["output"] = str(target.output)
     if target.export is not None:
         export_lora(routed, target.export)
         report["export"] = str(target.export)
-    report_routed(report, json)
+    _report(report, json)
 
 
 def _show(folder: Path, export: Path | None, json: bool) -> None:
@@ -173,7 +177,7 @@ def _show(folder: Path, export: Path | None, json: bool) -> None:
     if export is not None:
         export_lora(routed, export)
         report["export"] = str(export)
-    report_routed(report, json)
+    _report(report, json)
 
 
 def _check_folders(target: TargetOptions) -> None:
@@ -184,60 +188,31 @@ def _check_folders(target: TargetOptions) -> None:
             raise RequestError(f"{folder}: not empty; name a new folder.")
 
 
-def _save(routed: Any, merged: Path, output: Path) -> None:
-    from eutectic.checkpoint.folder import copy_side_files, side_files
-
-    routed.save_pretrained(output)
-    own = {path.name for path in output.iterdir()}
-    copy_side_files(merged, output, [name for name in side_files(merged) if name not in own])
-
-
-def expert_statistics(given: StatisticsOptions) -> dict[str, Any]:
-    """Return expert -> its statistics."""
-    return _open(given.statistics, "--statistics")
-
-
-def router_statistics(
+def _router_statistics(
     given: StatisticsOptions,
     reading: RouterDataOptions,
     merged: Path,
     experts: Mapping[str, str],
     layers: list[str] | None,
 ) -> dict[str, Any] | None:
-    """Return expert -> statistics of the merged model on its task's data; None where none is named.
-
-    Raises:
-        RequestError: files and data are named, or data of other tasks than the experts'.
-    """
+    """Return expert -> statistics of the merged model on its task's data, if any are named."""
     if given.router_statistics and given.router_data:
         raise RequestError("give --router-statistics or --router-data, not both.")
     if given.router_statistics:
         return _open(given.router_statistics, "--router-statistics")
     if not given.router_data:
         return None
+    from eutectic.data.row_files import check_split, has_splits
+    from eutectic.models.loading import load_model
+    from eutectic.routed.routed_layers import choose_layers
+    from eutectic.statistics import collect
+
     sources = pairs(given.router_data, "--router-data")
     if set(sources) != set(experts):
         raise RequestError(
             f"--router-data names {', '.join(sources)}; the experts are {', '.join(experts)}.\n"
             "Give the proxy data of every expert's task."
         )
-    return _collected(sources, reading, merged, layers)
-
-
-def _open(items: list[str] | None, option: str) -> dict[str, Any]:
-    from eutectic.statistics import load_statistics
-
-    return {name: load_statistics(path) for name, path in pairs(items or [], option).items()}
-
-
-def _collected(
-    sources: Mapping[str, str], reading: RouterDataOptions, merged: Path, layers: list[str] | None
-) -> dict[str, Any]:
-    from eutectic.data.row_files import check_split, has_splits
-    from eutectic.models.loading import load_model
-    from eutectic.routed.routed_layers import choose_layers
-    from eutectic.statistics import collect
-
     if reading.split is not None:
         check_split(list(sources.values()), reading.split)
     loaded = load_model(merged, None, reading.task, reading.device)  # pyright: ignore[reportArgumentType]
@@ -260,7 +235,13 @@ def _collected(
     return found
 
 
-def report_routed(report: Mapping[str, Any], json: bool) -> None:
+def _open(items: list[str] | None, option: str) -> dict[str, Any]:
+    from eutectic.statistics import load_statistics
+
+    return {name: load_statistics(path) for name, path in pairs(items or [], option).items()}
+
+
+def _report(report: Mapping[str, Any], json: bool) -> None:
     """Print costs, experts and files as far as the report has them."""
     if json:
         print_json(report)
