@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from eutectic.data.labels import ClassLabels, class_index, finite_number
+from eutectic.data.columns import ClassLabels, class_index, finite_number
 from eutectic.errors import StatisticsError
 
 PLAIN = {"no": 0, "yes": 1}

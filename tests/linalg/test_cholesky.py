@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eutectic.errors import NumericalError
-from eutectic.linalg.cholesky import ridged_cholesky
+from eutectic.linalg.gram import ridged_cholesky
 
 EPS32 = torch.finfo(torch.float32).eps
 

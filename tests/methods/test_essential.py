@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eutectic.errors import MethodError, NumericalError, StatisticsError
-from eutectic.execution.layer_factors import layer_factors
+from eutectic.execution.merging import layer_factors
 from eutectic.linalg.essential import essential_subspace
 from eutectic.methods import get_method, merge_matrices
 from eutectic.types import LayerStatistics

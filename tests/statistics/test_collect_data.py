@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from eutectic.data.columns import Columns
+from eutectic.data.columns import ClassLabels, Columns
 from eutectic.data.encoded_rows import BatchOptions, EncodedRows, open_batches
-from eutectic.data.labels import ClassLabels
 from eutectic.data.row_files import read_rows
 from eutectic.errors import RequestError, StatisticsError
 

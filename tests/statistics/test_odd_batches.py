@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eutectic.data.columns import Columns
+from eutectic.data.columns import ClassLabels, Columns
 from eutectic.data.encoded_rows import EncodedRows
-from eutectic.data.labels import ClassLabels
 from eutectic.errors import RequestError, StatisticsError
 from eutectic.models.loading import longest_input
 from eutectic.statistics import add_statistics, collect

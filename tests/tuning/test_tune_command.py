@@ -10,7 +10,7 @@ import typer.testing
 import yaml
 
 from eutectic.cli.main import app
-from eutectic.tuning import plot
+from eutectic.tuning import search as curves
 
 pytest.importorskip("transformers")
 from tuning import world  # noqa: E402 - after the check that transformers is there
@@ -112,8 +112,8 @@ def test_a_plot(tmp_path):
         for s, v in ((0.1, 1.0), (1.0, 0.5), (3.0, None))
     ]
     search = {"scale": 1.0, "objective": "of a test", "points": points}
-    for ending in plot.FORMATS:
-        plot.plot_curve(search, tmp_path / f"curve{ending}")
+    for ending in curves.FORMATS:
+        curves.plot_curve(search, tmp_path / f"curve{ending}")
         assert (tmp_path / f"curve{ending}").stat().st_size > 1000
 
 
@@ -123,13 +123,13 @@ def test_a_plot(tmp_path):
 def test_metrics_are_drawn_as_shares_of_the_experts(tmp_path, monkeypatch, metric, expected):
     pytest.importorskip("matplotlib")
     drawn = []
-    monkeypatch.setattr(plot, "save_figure", lambda figure, path, dpi: drawn.append(figure))
+    monkeypatch.setattr(curves, "save_figure", lambda figure, path, dpi: drawn.append(figure))
     points = [{"scale": s, "value": 1.0, "parts": {"a": v}} for s, v in ((0.1, 20.0), (1.0, 60.0))]
     search = {
         "scale": 1.0, "objective": "of a test", "points": points,
         "experts": {"a": 40.0}, "tasks": {"a": {"metric": metric}},
     }  # fmt: skip
-    plot.plot_curve(search, tmp_path / "curve.png")
+    curves.plot_curve(search, tmp_path / "curve.png")
     lines = {line.get_label(): list(line.get_ydata()) for line in drawn[0].axes[0].lines}
     assert lines["a"] == pytest.approx(expected) and lines["objective"] == [1.0, 1.0]
     assert json.loads((tmp_path / "curve.json").read_text())["points"] == points

@@ -83,7 +83,7 @@ def tune(
       eutectic tune --base ./base -m iso_c --search gram a=./a b=./b -s a=a.stats -s b=b.stats
     """
     from eutectic.tuning import tune as run
-    from eutectic.tuning.plot import check_plot, numbers_of, plot_curve
+    from eutectic.tuning.search import check_plot, numbers_of, plot_curve
 
     recipe, options = request(asked)
     keys = search.stated()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eutectic.data.columns import (
     INPUTS,
+    ClassLabels,
     Columns,
     Row,
     RowsOfTask,
@@ -18,7 +19,6 @@ from eutectic.data.columns import (
     required_inputs,
 )
 from eutectic.data.images import image_inputs, locate_images
-from eutectic.data.labels import ClassLabels
 from eutectic.data.row_files import read_rows
 from eutectic.models.batches import IGNORED_LABEL, Batch
 from eutectic.models.loading import LoadedModel, image_mode, longest_input, padding_id, takes_images

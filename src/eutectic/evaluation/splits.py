@@ -12,11 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eutectic.data.columns import ANSWERS, INPUTS, Row, check_columns, check_pairs, required_inputs
+from eutectic.data.columns import (
+    ANSWERS,
+    INPUTS,
+    Row,
+    check_columns,
+    check_pairs,
+    class_index,
+    finite_number,
+    required_inputs,
+)
 from eutectic.data.encoded_rows import longest_target, token_ids
 from eutectic.data.fingerprints import data_hash, row_key
 from eutectic.data.images import PixelBatches, locate_images
-from eutectic.data.labels import class_index, finite_number
 from eutectic.data.row_files import read_rows
 from eutectic.errors import CheckpointError, Fault, RequestError, TaskError, first_line, suggest
 from eutectic.evaluation.checkpoints import processor_hash

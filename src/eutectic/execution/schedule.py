@@ -15,9 +15,14 @@ from eutectic.checkpoint.writer import OutputFile
 from eutectic.errors import Note, RequestError
 from eutectic.execution.executors import Executor, Limits, on_threads, one_intra_op_thread
 from eutectic.execution.journal import Ledger
-from eutectic.execution.layer_factors import factors_of, layer_factors, range_factor
 from eutectic.execution.matrix_merging import context_of
-from eutectic.execution.merging import holds_weight, stream_chunks
+from eutectic.execution.merging import (
+    factors_of,
+    holds_weight,
+    layer_factors,
+    range_factor,
+    stream_chunks,
+)
 from eutectic.execution.tasks import Finished, Stage, Task, Workplace
 from eutectic.execution.tensor_values import block_ranges, read_base
 from eutectic.planning.cost import tensor_cost

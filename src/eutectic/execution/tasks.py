@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.output_format import TensorSink
-from eutectic.execution.layer_factors import with_factors
 from eutectic.execution.merging import (
     Emit,
     Finished,
@@ -21,6 +20,7 @@ from eutectic.execution.merging import (
     merge_tensor,
     merge_unscaled,
     scale_tensor,
+    with_factors,
 )
 from eutectic.execution.tensor_values import flat_ranges
 from eutectic.planning.inputs import InputPaths, Inputs, reopen

@@ -16,7 +16,7 @@ from eutectic.linalg.cg import (
     jacobi,
     kronecker,
 )
-from eutectic.linalg.cholesky import ridged_cholesky
+from eutectic.linalg.gram import ridged_cholesky
 from eutectic.methods.grams import lack
 from eutectic.methods.linear import mean_of_deltas
 from eutectic.methods.operators import NEEDS, Operator, System, damped, scaled, shifted

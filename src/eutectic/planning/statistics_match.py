@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eutectic.checkpoint.content import same_content, sample_ranges
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.names import align
-from eutectic.checkpoint.reader import TensorSource
+from eutectic.checkpoint.reader import TensorSource, same_content, sample_ranges
 from eutectic.conventions import PARTS, is_packed
 from eutectic.errors import CheckpointError, Fault
 from eutectic.methods import Method, get_method

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
 import torch
 from torch import Tensor, nn
 
-from eutectic.checkpoint.content import same_content, sample_of
 from eutectic.checkpoint.expert_tensors import Expert, full_expert
 from eutectic.checkpoint.experts import is_adapter, open_expert
 from eutectic.checkpoint.index import CheckpointIndex, open_index
 from eutectic.checkpoint.names import align
-from eutectic.checkpoint.reader import CheckpointReader, StateDictReader
+from eutectic.checkpoint.reader import CheckpointReader, StateDictReader, same_content, sample_of
 from eutectic.conventions import canonical_name
 from eutectic.errors import NumericalError, RequestError, StatisticsError
 from eutectic.linalg.essential import essential_subspace

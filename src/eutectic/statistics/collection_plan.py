@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eutectic.checkpoint.content import sample_of
+from eutectic.checkpoint.reader import sample_of
 from eutectic.conventions import IA3_SUFFIX
 from eutectic.errors import RequestError
 from eutectic.models.batches import (
