@@ -16,8 +16,6 @@ A message is two or three lines: what happened and where; what was got and what 
 what to do next. `Fault` and `Note` are the records that messages are made from.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches

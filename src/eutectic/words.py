@@ -4,8 +4,6 @@ A template may use the subject's names by position (`{0}`), all of them (`{all}`
 with a count of the others (`{few}`), and every number by its name.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

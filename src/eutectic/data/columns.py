@@ -1,7 +1,5 @@
 """The columns that rows of each kind of task have, and their labels as indices or numbers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

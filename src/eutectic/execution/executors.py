@@ -1,7 +1,5 @@
 """Who carries out tasks, and with how much of a machine; the driver alone keeps the journal."""
 
-from __future__ import annotations
-
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence

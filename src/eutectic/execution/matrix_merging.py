@@ -1,7 +1,5 @@
 """A tensor merged as matrices, and the statistics and thin factors that come with them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """One tensor merged, whatever the files and whoever schedules it, and factors between layers."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What makes a folder of weights a model: config, tokenizer, experts' folders, card, provenance."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """The output folder: refused beforehand, written aside, and moved to its name when complete."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

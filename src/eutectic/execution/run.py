@@ -1,7 +1,5 @@
 """The public entries: a merge of files, of state dicts, and of two experts in every mixture."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections import Counter

@@ -1,7 +1,5 @@
 """The one schedule of a merge: deltas that wait, factors between layers, α, then the output."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass

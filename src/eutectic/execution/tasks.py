@@ -1,7 +1,5 @@
 """A unit of work as data: one tensor and what shall be done to it, carried out by any worker."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Values of a planned tensor, in the base and in an expert: flat ranges, and maps [out, in]."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 import torch

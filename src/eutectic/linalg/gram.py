@@ -1,7 +1,5 @@
 """Grams, in float64 by default: their eigenproblem, and Cholesky factors of singular ones."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

@@ -7,8 +7,6 @@ Eigenvalues and singular values are descending everywhere.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Essential Subspace Merging: fuse the directions in which each expert moves its outputs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """Isotropic merging: a flat spectrum on the subspace that the experts share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any

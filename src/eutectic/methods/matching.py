@@ -1,7 +1,5 @@
 """Matching: MaTS, one linear system per tensor, and its closed forms RegMean and Fisher."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import partial

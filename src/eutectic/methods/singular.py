@@ -1,7 +1,5 @@
 """Task singular vectors: low-rank experts side by side, made orthogonal to each other."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Any
 

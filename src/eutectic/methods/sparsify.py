@@ -1,7 +1,5 @@
 """DARE: drop at random and rescale, then a consensus."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 

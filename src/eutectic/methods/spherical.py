@@ -1,7 +1,5 @@
 """Interpolation on the sphere."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """TIES: trim, elect sign, disjoint merge."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, Literal
 

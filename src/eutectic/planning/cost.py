@@ -1,7 +1,5 @@
 """What a plan will cost: bytes, peak memory, seconds."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a user should know of a plan."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase

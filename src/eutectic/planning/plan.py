@@ -1,7 +1,5 @@
 """From a recipe and opened inputs to one treatment per tensor, with every fault at once."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """Statistics as a plan sees them: whose they are, which tensor they belong to, what they hold."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What will be done to one tensor of the output: all that decides its bytes, and nothing else."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """One tensor of the base: its treatment, where it is kept, and the method that merges it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """The matrices of a base, its experts and merged models, read and measured one at a time."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What one number says of task matrices: of a spectrum, of a pair, of a merged matrix."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 

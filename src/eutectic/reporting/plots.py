@@ -1,7 +1,5 @@
 """An inspection as pictures. Figures have no window; matplotlib is loaded in `new_figure` alone."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Sequence

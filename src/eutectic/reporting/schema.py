@@ -4,8 +4,6 @@ Values that are not defined (the cosine with a zero matrix) are null. Pair table
 the order of `experts`.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """How far a merged model's outputs are from an expert's, without labels."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The public entries: a merge whose scale may be a search, and the search alone."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack

@@ -1,7 +1,5 @@
 """W₀ + αΔ put into a loaded model, tensor by tensor."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch

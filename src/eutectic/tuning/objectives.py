@@ -1,7 +1,5 @@
 """Objectives that run the model: a metric with labels, a divergence without."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """α in closed form: least squares on layer outputs, from statistics alone."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 

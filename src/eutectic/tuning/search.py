@@ -1,7 +1,5 @@
 """A search over α: a logarithmic grid, then a golden section; and the curve as a picture."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The tasks of a search: data that may be used, models with their heads, the experts' outputs."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import json
