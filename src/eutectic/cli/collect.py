@@ -179,15 +179,14 @@ def _collected(
         classes=None if own is None else len(own.bias),
     )
     options: dict[str, Any] = {**vars(sums), **vars(gradients)}
-    options.update(dtype=getattr(torch, sums.dtype), head=own)
     memory, _, _ = map(options.pop, ("memory", *_WITH_HEAD))
+    options["memory_bytes"] = None if memory is None else parse_bytes(memory)
+    options.update(dtype=getattr(torch, sums.dtype), head=own, fingerprint=loaded.fingerprint)
     with progress_bar("collecting") as tell:
         result = run(
             loaded.model,
             batches,
             target,
-            memory_bytes=None if memory is None else parse_bytes(memory),
-            fingerprint=loaded.fingerprint,
             progress=lambda done, total: tell(done, total or done + 1, f"batch {done}"),
             **options,
         )

@@ -135,9 +135,10 @@ def notes_as_json(notes: Sequence[Note]) -> dict[str, Any]:
     return {"notes": [str(note) for note in notes], "note_records": records}
 
 
-def tell_done(label: str, path: object) -> None:
-    """Print what was made, on one line however long."""
-    out.print(f"[bold green]{label}[/] {escape(str(path))}", highlight=False, soft_wrap=True)
+def tell_done(label: str, path: object | None) -> None:
+    """Print what was made, if anything was, on one line however long."""
+    if path is not None:
+        out.print(f"[bold green]{label}[/] {escape(str(path))}", highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

@@ -19,14 +19,7 @@ if TYPE_CHECKING:
     from eutectic.evaluation import Prepared
 
 # Scales that suit these adapters; see examples/minilm/README.md.
-MERGES: tuple[tuple[str, float], ...] = (
-    ("average", 1.0),
-    ("task_arithmetic", 0.2),
-    ("ties", 0.4),
-    ("tsv_m", 0.25),
-    ("iso_c", 0.8),
-    ("iso_cts", 0.7),
-)
+MERGES = dict(average=1.0, task_arithmetic=0.2, ties=0.4, tsv_m=0.25, iso_c=0.8, iso_cts=0.7)
 KEPT = "iso_c"
 MAX_TOKENS = 48
 
@@ -91,7 +84,7 @@ def demo(
             tell(step, steps, f"expert {name}")
             model = load_model(experts[name], split.task, base=base)
             rows["experts"].update(_accuracies(model, [split]))
-        for step, (method, scale) in enumerate(MERGES, start=1 + len(names)):
+        for step, (method, scale) in enumerate(MERGES.items(), start=1 + len(names)):
             tell(step, steps, method)
             folder = kept if method == KEPT else Path(scratch) / method
             merge(base=str(base), experts=paths, method=method, scale=scale, output=folder)
@@ -103,10 +96,8 @@ def demo(
         return
     _show(summary, names)
     out.print(f"\nThe {KEPT} merge is in [bold]{kept}[/]. Use it like any model:", highlight=False)
-    out.print(
-        f"  from transformers import AutoModel\n  model = AutoModel.from_pretrained('{kept}')",
-        highlight=False,
-    )
+    use = f"  from transformers import AutoModel\n  model = AutoModel.from_pretrained('{kept}')"
+    out.print(use, highlight=False)
 
 
 def _remove_earlier(folder: Path, names: Sequence[str]) -> None:
@@ -118,7 +109,7 @@ def _remove_earlier(folder: Path, names: Sequence[str]) -> None:
         own = (made["method"], made["scale"], sorted(made["experts"]))
     except (OSError, ValueError, LookupError, TypeError):
         own = None
-    if own != (KEPT, dict(MERGES)[KEPT], list(names)):
+    if own != (KEPT, MERGES[KEPT], list(names)):
         raise RequestError(
             f"{folder} is there already and is not an earlier demo's.\n"
             "Name another folder with --output."

@@ -87,8 +87,7 @@ def evaluate(
         typer.echo(results.model_dump_json(indent=1))
         return
     show(results)
-    if output is not None:
-        tell_done("written", output)
+    tell_done("written", output)
 
 
 def _named(words: Sequence[str]) -> dict[str, str]:
@@ -106,21 +105,19 @@ def show(results: Results) -> None:
     cells = {
         ("experts" if r.checkpoint in experts else r.checkpoint, r.task): r for r in results.results
     }
-    metrics = {task.name: task.metric for task in results.tasks}
+    metrics = dict.fromkeys(task.metric for task in results.tasks)
     for start in range(0, len(results.tasks), _TASKS_ACROSS):
         table = _table()
         chosen = results.tasks[start : start + _TASKS_ACROSS]
         for task in chosen:
             table.add_column(escape(task.name), justify="right", overflow="fold")
         for row in rows:
-            shown = [cells.get((row, task.name)) for task in chosen]
-            values = zip(shown, chosen, strict=True)
-            table.add_row(escape(row), *(_value(cell, metrics[task.name]) for cell, task in values))
+            values = (_value(cells.get((row, task.name)), task.metric) for task in chosen)
+            table.add_row(escape(row), *values)
         out.print(table)
         out.print()
     table = _table("mean [95 %]", "of the expert", "NAI [95 %]", "tasks")
-    common = set(metrics.values())
-    unit = 100 if len(common) == 1 and common <= _PERCENT else 1
+    unit = 100 if len(metrics) == 1 and _PERCENT.issuperset(metrics) else 1
     for mean in results.means:
         table.add_row(
             escape(mean.checkpoint),
@@ -133,10 +130,9 @@ def show(results: Results) -> None:
     _show_differences(results, unit)
     for note in results.notes:
         tell("note", note)
-    names = ", ".join(dict.fromkeys(metrics.values()))
     sizes = sorted({task.n for task in results.tasks})
     count = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    out.print(f"{names}; split {results.split}, n = {count}", style="dim")
+    out.print(f"{', '.join(metrics)}; split {results.split}, n = {count}", style="dim")
 
 
 def _show_differences(results: Results, unit: int) -> None:

@@ -104,9 +104,8 @@ def inspect(
         print_json(found.model_dump(mode="json"))
         return
     _show(found)
-    for title, path in (("written", output), ("drawn into", plot)):
-        if path is not None:
-            tell_done(title, path)
+    tell_done("written", output)
+    tell_done("drawn into", plot)
 
 
 def _show(found: Inspection) -> None:
@@ -115,40 +114,35 @@ def _show(found: Inspection) -> None:
     table = _table("task", "‖Δ‖", "‖Δ‖/‖W₀‖", "stable rank", "eff. rank")
     table.add_column("interferes most", no_wrap=True)
     for name, task in tasks.items():
-        other = "–" if task.most_interfering is None else task.most_interfering
+        sizes = (task.norm, task.relative_norm, task.stable_rank, task.effective_rank)
+        other = _cut("–" if task.most_interfering is None else task.most_interfering)
         mark = " σ" if by_data and task.by == "singular" else ""
-        table.add_row(
-            _cut(name),
-            _number(task.norm),
-            _number(task.relative_norm),
-            _number(task.stable_rank),
-            _number(task.effective_rank),
-            _cut(other) + ("" if task.interference is None else f" {task.interference:.3f}{mark}"),
-        )
+        share = "" if task.interference is None else f" {task.interference:.3f}{mark}"
+        table.add_row(_cut(name), *map(_number, sizes), other + share)
     out.print(table)
     names = list(found.merged)
     for start in range(0, len(names), MODELS_PER_TABLE):
         out.print()
         out.print(_alignment(found, names[start : start + MODELS_PER_TABLE]))
     if len(tasks) > 1:
-        tell("interferes", _MEANING[by_data])
+        meaning = (
+            "singular task interference of the two over Σσ (measured on outputs with --statistics)"
+        )
+        if by_data:
+            meaning = (
+                "how much the other moves outputs on the task's data; 1: as much as the task "
+                "itself; σ: without statistics, singular task interference"
+            )
+        tell("interferes", meaning)
     for note in found.notes:
         tell("note", note)
-    correlation = found.summary.correlation
-    if correlation is not None:
-        overall = correlation.overall
+    if found.summary.correlation is not None:
+        overall = found.summary.correlation.overall
         out.print(
             f"[bold]SAR against NAI[/]: Pearson {_number(overall.pearson)}, Spearman "
             f"{_number(overall.spearman)} over {overall.count} points",
             highlight=False,
         )
-
-
-_MEANING = {
-    True: "how much the other moves outputs on the task's data; 1: as much as the task itself; "
-    "σ: without statistics, singular task interference",
-    False: "singular task interference of the two over Σσ (measured on outputs with --statistics)",
-}
 
 
 def _alignment(found: Inspection, names: Sequence[str]) -> Table:

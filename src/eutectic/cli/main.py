@@ -17,7 +17,6 @@ from eutectic.cli.tune import tune
 
 app = typer.Typer(
     name="eutectic",
-    help="Merge checkpoints fine-tuned from one base into one multi-task model, without training.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

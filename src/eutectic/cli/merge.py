@@ -64,9 +64,8 @@ def merge(
     for label, text in summary(report.records):
         table.add_row(label, escape(text))
     resumed = ", continued" if report.resumed else ""
-    table.add_row(
-        "took", f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_bytes)}{resumed}"
-    )
+    peak = format_bytes(report.peak_bytes)
+    table.add_row("took", f"{report.seconds:.1f} s, peak memory {peak}{resumed}")
     out.print(table)
     tell_notes(report.note_records)
     tell_done("written", report.output)
@@ -84,9 +83,8 @@ def _sweep(recipe: Path | None, weights: list[float], options: dict[str, Any], j
     for value in weights:
         state = f"{reports[value].seconds:.1f} s" if value in reports else "was finished"
         name = mixture_name(value)
-        out.print(
-            f"λ = {name:<5} {options['output'] / name}  {state}", highlight=False, soft_wrap=True
-        )
+        text = f"λ = {name:<5} {options['output'] / name}  {state}"
+        out.print(text, highlight=False, soft_wrap=True)
 
 
 def summary(records: Mapping[str, Any]) -> list[tuple[str, str]]:

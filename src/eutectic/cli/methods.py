@@ -58,9 +58,8 @@ def methods(
         parameters = plain_table("parameter", "type", "default", "meaning")
         for key, value in entry["parameters"].items():
             default = encoding.dumps(value["default"]).strip('"')
-            parameters.add_row(
-                key, *map(escape, (_type(hints[key]), default, meanings.get(key, "")))
-            )
+            words = (_type(hints[key]), default, meanings.get(key, ""))
+            parameters.add_row(key, *map(escape, words))
         out.print()
         out.print(parameters)
 

@@ -34,8 +34,7 @@ def argument(default: Any, help: str, **settings: Any) -> Any:
 
 
 def _declared(default: Any, kind: Any) -> Any:
-    default = MISSING if default is ... else default
-    return field(default=default, metadata={"parameter": kind})
+    return field(default=MISSING if default is ... else default, metadata={"parameter": kind})
 
 
 def parameters_of(owner: Callable[..., Any]) -> Iterator[Parameter]:
@@ -58,13 +57,11 @@ def parameters_of(owner: Callable[..., Any]) -> Iterator[Parameter]:
 
 def call_with_records(owner: Callable[..., Any], values: Mapping[str, Any]) -> Any:
     """Call a command, or make a record, with the records that its parameters are annotated with."""
-    return owner(
-        **{
-            name: call_with_records(kind, values) if _is_record(kind) else values[name]
-            for name in signature(owner).parameters
-            for kind in (_hints(owner)[name],)
-        }
-    )
+    given: dict[str, Any] = {}
+    for name in signature(owner).parameters:
+        kind = _hints(owner)[name]
+        given[name] = call_with_records(kind, values) if _is_record(kind) else values[name]
+    return owner(**given)
 
 
 @cache

@@ -133,9 +133,8 @@ def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault(key, []).append(row)
     folded: list[dict[str, Any]] = []
     for (pattern, shape, *_), members in groups.items():
-        count = f" ×{len(members)}" if len(members) > 1 else ""
-        named = members[0]["name"] if len(members) == 1 else pattern + count
-        folded.append({**members[0], "name": _short(named), "shape": shape})
+        name = f"{pattern} ×{len(members)}" if len(members) > 1 else members[0]["name"]
+        folded.append({**members[0], "name": _short(name), "shape": shape})
     return folded
 
 

@@ -155,21 +155,22 @@ def named_experts(
     experts: dict[str, dict[str, Any]] = {
         name: {"path": path} for name, path in pairs(words, "expert").items()
     }
-    for flag, key, values in (
-        ("--weight", "weight", pairs(weights, "--weight")),
-        ("--statistics", "statistics", pairs(statistics, "--statistics")),
-    ):
+    further = {
+        "weight": pairs(weights, "--weight"),
+        "statistics": pairs(statistics, "--statistics"),
+    }
+    for key, values in further.items():
         for name, value in values.items():
             if name not in experts:
-                given = f"Experts on the command line: {', '.join(experts)}."
-                if not experts:
-                    given = (
-                        "No experts were given on the command line. When you pass a recipe, set "
-                        "them there."
-                    )
+                known = (
+                    f"Experts on the command line: {', '.join(experts)}."
+                    if experts
+                    else "No experts were given on the command line. When you pass a recipe, set "
+                    "them there."
+                )
                 raise RequestError(
-                    f"{flag} names '{name}', which is not an expert on the command line."
-                    f"{suggest(name, list(experts))}\n{given}"
+                    f"--{key} names '{name}', which is not an expert on the command line."
+                    f"{suggest(name, list(experts))}\n{known}"
                 )
             experts[name][key] = value
     return experts

@@ -249,16 +249,12 @@ def _report(report: Mapping[str, Any], json: bool) -> None:
     table = Table.grid(padding=(0, 2))
     costs = report.get("costs")
     if costs:
-        share = costs["parameters"] / costs["model_parameters"]
-        work = costs["multiply_adds_per_token"] / costs["model_multiply_adds_per_token"]
+        count, work, size = costs["parameters"], costs["multiply_adds_per_token"], costs["nbytes"]
+        more = count / costs["model_parameters"]
+        slower = work / costs["model_multiply_adds_per_token"]
         table.add_row("routed layers", str(costs["layers"]))
-        table.add_row(
-            "adds",
-            f"{costs['parameters']:,} parameters (+{share:.1%}), {format_bytes(costs['nbytes'])}",
-        )
-        table.add_row(
-            "per token", f"{costs['multiply_adds_per_token']:,} multiply-adds (+{work:.1%})"
-        )
+        table.add_row("adds", f"{count:,} parameters (+{more:.1%}), {format_bytes(size)}")
+        table.add_row("per token", f"{work:,} multiply-adds (+{slower:.1%})")
     if "experts" in report:
         table.add_row("experts", escape(", ".join(report["experts"])))
         table.add_row("router", report["router"])
@@ -273,6 +269,5 @@ def _report(report: Mapping[str, Any], json: bool) -> None:
             "rank: too few tokens, or nothing left to add",
         )
     out.print(table)
-    for key in ("output", "export"):
-        if key in report:
-            tell_done("written", report[key])
+    tell_done("written", report.get("output"))
+    tell_done("written", report.get("export"))

@@ -43,14 +43,11 @@ class SearchOptions:
 
     def stated(self) -> dict[str, Any]:
         """Return the keys that were given, as a recipe would have them."""
-        keys = {
-            "search": self.search,
-            "tasks": None if self.tasks is None else str(self.tasks),
-            "range": None if self.range_ is None else _range(self.range_),
-            "points": self.points,
-            "tolerance": self.tolerance,
-        }
-        return {key: value for key, value in keys.items() if value is not None}
+        keys = {key.rstrip("_"): value for key, value in vars(self).items() if value is not None}
+        for key, plain in (("tasks", str), ("range", _range)):
+            if key in keys:
+                keys[key] = plain(keys[key])
+        return keys
 
 
 @verb
@@ -86,20 +83,11 @@ def tune(
     from eutectic.tuning.search import check_plot, numbers_of, plot_curve
 
     recipe, options = request(asked)
-    keys = search.stated()
+    options.update(vars(limits), search=search.stated(), output=output, work=work, restart=restart)
     if plot is not None:
         check_plot(plot)
     with progress_bar("tuning") as bar:
-        report = run(
-            recipe,
-            search=keys,
-            output=output,
-            work=work,
-            restart=restart,
-            progress=bar,
-            **vars(limits),
-            **options,
-        )
+        report = run(recipe, progress=bar, **options)
     record: dict[str, Any] = {
         "method": report.method,
         "scale": report.scale,
@@ -117,10 +105,9 @@ def tune(
     tell("objective", report.search["objective"])
     tell_notes(report.note_records)
     out.print(f"[bold green]α = {report.scale:g}[/] for {report.method}", highlight=False)
-    numbers = None if plot is None else numbers_of(plot)
-    for title, path in (("written", output), ("drawn", plot), ("numbers", numbers)):
-        if path is not None:
-            tell_done(title, path)
+    tell_done("written", output)
+    tell_done("drawn", plot)
+    tell_done("numbers", None if plot is None else numbers_of(plot))
 
 
 def curve_table(search: Mapping[str, Any]) -> Table:
@@ -135,14 +122,9 @@ def curve_table(search: Mapping[str, Any]) -> Table:
         value = point["value"]
         best = point["scale"] == search["scale"]
         length = 0 if value is None or top == 0 else round(BAR * abs(value) / top)
-        cells = [_shown(point["parts"].get(name)) for name in names]
-        table.add_row(
-            f"{point['scale']:.3g}",
-            _shown(value),
-            "█" * length + (" ◀" if best else ""),
-            *cells,
-            style="bold green" if best else None,
-        )
+        bar = "█" * length + (" ◀" if best else "")
+        cells = [_shown(value), bar, *(_shown(point["parts"].get(name)) for name in names)]
+        table.add_row(f"{point['scale']:.3g}", *cells, style="bold green" if best else None)
     return table
 
 
