@@ -10,7 +10,7 @@ from importlib.metadata import version
 import pytest
 import typer
 
-from eutectic.cli import console, main
+from eutectic.cli import console, main, options
 from eutectic.errors import CheckpointError, RequestError
 from helpers.processes import run_cli
 
@@ -107,10 +107,10 @@ def test_errors_that_nobody_expects_are_not_hidden():
 @pytest.mark.parametrize("word", ["a", "=b", "a=", ""])
 def test_words_that_are_no_pairs(word):
     with pytest.raises(RequestError, match="must have the form name=value"):
-        console.pairs([word], "--param")
+        options.pairs([word], "--param")
 
 
 def test_pairs():
-    assert console.pairs(["a=b=c", "x=1"], "--param") == {"a": "b=c", "x": "1"}
+    assert options.pairs(["a=b=c", "x=1"], "--param") == {"a": "b=c", "x": "1"}
     with pytest.raises(RequestError, match="--param 'a' is given twice"):
-        console.pairs(["a=1", "a=2"], "--param")
+        options.pairs(["a=1", "a=2"], "--param")

@@ -23,7 +23,7 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from eutectic.cli.options import call_with_records, parameters_of
-from eutectic.errors import EutecticError, Note, RequestError
+from eutectic.errors import EutecticError, Note
 
 out = Console()
 err = Console(stderr=True)
@@ -62,29 +62,6 @@ def verb(command: _Command) -> _Command:
     described.__signature__ = Signature(parameters)
     described.__annotations__ = {p.name: p.annotation for p in parameters}
     return described
-
-
-def pairs(items: list[str], what: str) -> dict[str, str]:
-    """Return name -> value of `name=value` words; refuse others, and a name that stands twice."""
-    return unique((pair(item, what) for item in items), what)
-
-
-def pair(item: str, what: str) -> tuple[str, str]:
-    """Return name and value of a `name=value` word; refuse one without either."""
-    name, separator, value = item.partition("=")
-    if not separator or not name or not value:
-        raise RequestError(f"{what} '{item}' must have the form name=value.")
-    return name, value
-
-
-def unique(named: Iterable[tuple[str, str]], what: str) -> dict[str, str]:
-    """Return name -> value; refuse a name that stands twice."""
-    found: dict[str, str] = {}
-    for name, value in named:
-        if name in found:
-            raise RequestError(f"{what} '{name}' is given twice.")
-        found[name] = value
-    return found
 
 
 @contextmanager

@@ -58,27 +58,23 @@ def demo(
     paths = {name: str(path) for name, path in experts.items()}
     kept = output / "merged"
     _remove_earlier(kept, names)
-    prepared = [
-        prepare(
-            Task(
-                name=name,
-                kind="text-classification",
-                data={"test": Part(path=str(examples / "tasks" / f"{name}.jsonl"))},
-                head=str(experts[name] / "head.safetensors"),
-                base_head=str(experts[name] / "base_head.safetensors"),
-                max_length=MAX_TOKENS,
-            ),
-            "test",
-            base,
+    tasks = [
+        Task(
+            name=name,
+            kind="text-classification",
+            data={"test": Part(path=str(examples / "tasks" / f"{name}.jsonl"))},
+            head=str(experts[name] / "head.safetensors"),
+            base_head=str(experts[name] / "base_head.safetensors"),
+            max_length=MAX_TOKENS,
         )
         for name in names
     ]
-    rows: dict[str, dict[str, float]] = {}
+    prepared = [prepare(task, "test", base) for task in tasks]
+    rows: dict[str, dict[str, float]] = {"base": {}, "experts": {}}
     steps = 1 + len(names) + len(MERGES)
     with tempfile.TemporaryDirectory() as scratch, progress_bar("demo") as tell:
         tell(0, steps, "base")
         rows["base"] = _accuracies(load_model(base, prepared[0].task), prepared, base=True)
-        rows["experts"] = {}
         for step, split in enumerate(prepared, start=1):
             name = split.task.name
             tell(step, steps, f"expert {name}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +10,8 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from eutectic.cli.console import out, pair, pairs, progress_bar, tell, tell_done, unique, verb
-from eutectic.cli.options import Json, argument, option
+from eutectic.cli.console import out, progress_bar, tell, tell_done, verb
+from eutectic.cli.options import Json, argument, option, pair, pairs, unique
 
 if TYPE_CHECKING:
     from eutectic.evaluation.results import Figures, Results
@@ -78,7 +77,7 @@ def evaluate(
             tasks,
             base=base,
             experts=pairs(expert or [], "--expert"),
-            models=_named(models or []),
+            models=unique(map(_named, models or []), "model"),
             output=output,
             progress=report,
             **measured,
@@ -90,12 +89,9 @@ def evaluate(
     tell_done("written", output)
 
 
-def _named(words: Sequence[str]) -> dict[str, str]:
-    def named(word: str) -> tuple[str, str]:
-        alone = "=" not in word or Path(word).is_dir()  # a folder may be called alpha=0.3
-        return (word.rstrip("/"), word) if alone else pair(word, "model")
-
-    return unique(map(named, words), "model")
+def _named(word: str) -> tuple[str, str]:
+    alone = "=" not in word or Path(word).is_dir()  # a folder may be called alpha=0.3
+    return (word.rstrip("/"), word) if alone else pair(word, "model")
 
 
 def show(results: Results) -> None:

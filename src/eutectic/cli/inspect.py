@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING
 
 from rich.table import Column, Table
 
-from eutectic.cli.console import (
-    out,
+from eutectic.cli.console import out, plain_table, print_json, progress_bar, tell, tell_done, verb
+from eutectic.cli.options import (
+    Base,
+    Json,
+    StatisticsFiles,
+    What,
+    named_experts,
+    option,
     pairs,
-    plain_table,
-    print_json,
-    progress_bar,
-    tell,
-    tell_done,
-    verb,
+    split_recipe,
 )
-from eutectic.cli.options import Json, StatisticsFiles, option
-from eutectic.cli.request import Base, What, named_experts, split_recipe
 from eutectic.errors import RequestError
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from eutectic.cli.console import out, print_json, progress_bar, tell_done, tell_notes, verb
-from eutectic.cli.options import Json, LimitOptions, option
-from eutectic.cli.request import RecipeOptions, mixtures, request
+from eutectic.cli.options import Json, LimitOptions, RecipeOptions, option, request
+from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes
 
 
@@ -49,7 +49,7 @@ def merge(
     recipe, options = request(asked)
     options.update(vars(limits), output=output, restart=restart)
     if sweep is not None:
-        _sweep(recipe, mixtures(sweep), options, json)
+        _sweep(recipe, _mixtures(sweep), options, json)
         return
     with progress_bar("merging") as tell:
         report = run(recipe, progress=tell, **options)
@@ -125,3 +125,18 @@ def summary(records: Mapping[str, Any]) -> list[tuple[str, str]]:
         text = f"{len(short)} tensors have experts with fewer directions than asked for"
         rows.append(("short", f"{text}, such as {short[0]}"))
     return rows
+
+
+def _mixtures(text: str) -> list[float]:
+    """Return the values of `0,0.3,1` or `0:1:11` (start, stop, how many)."""
+    try:
+        if ":" not in text:
+            return [float(part) for part in text.split(",")]
+        start, stop, count = text.split(":")
+        steps = int(count) - 1
+        low, high = float(start), float(stop)
+        return [round(low + (high - low) * i / steps, 6) for i in range(steps + 1)]
+    except (ValueError, ZeroDivisionError):
+        raise RequestError(
+            f"--sweep '{text}' must be numbers with commas, or START:STOP:COUNT such as 0:1:11."
+        ) from None

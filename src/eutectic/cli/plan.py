@@ -6,8 +6,7 @@ from rich.markup import escape
 from rich.table import Column
 
 from eutectic.cli.console import notes_as_json, out, plain_table, print_json, tell, tell_notes, verb
-from eutectic.cli.options import Json, LimitOptions, option
-from eutectic.cli.request import RecipeOptions, request
+from eutectic.cli.options import Json, LimitOptions, RecipeOptions, option, request
 from eutectic.conventions import layer_group
 from eutectic.recipes.units import format_bytes
 
@@ -52,20 +51,19 @@ def plan(
     rows = [_row(t, costs[t.name], explain, searched is not None) for t in made.tensors]
     if json:
         tell_notes(made.notes, warnings_only=True)
-        print_json(
-            {
-                "method": made.method.name,
-                "scale": made.scale if searched is None else None,
-                "search": None if searched is None else searched.model_dump(mode="json"),
-                "threads": count,
-                "memory_limit_bytes": limit,
-                "cost": vars(total),
-                "files": files,
-                **notes_as_json(made.notes),
-                "heads": {n: [e.name for e in own] for n, own in made.heads.items()},
-                "tensors": rows,
-            }
-        )
+        record: dict[str, Any] = {
+            "method": made.method.name,
+            "scale": made.scale if searched is None else None,
+            "search": None if searched is None else searched.model_dump(mode="json"),
+            "threads": count,
+            "memory_limit_bytes": limit,
+            "cost": vars(total),
+            "files": files,
+            **notes_as_json(made.notes),
+            "heads": {n: [e.name for e in own] for n, own in made.heads.items()},
+            "tensors": rows,
+        }
+        print_json(record)
         return
     fixed = [Column(name, no_wrap=True) for name in ("shape", "treatment", "method", "α")]
     why = ["why"] if every else []

@@ -1,8 +1,7 @@
 """`eutectic route`."""
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from eutectic.cli.console import out, pairs, print_json, progress_bar, tell_done, verb
+from eutectic.cli.console import out, print_json, progress_bar, tell_done, verb
 from eutectic.cli.options import (
     Json,
     RouterDataOptions,
@@ -18,6 +17,7 @@ from eutectic.cli.options import (
     argument,
     given_options,
     option,
+    pairs,
     refuse,
 )
 from eutectic.errors import RequestError
@@ -127,9 +127,7 @@ def route(
     model = load_stored(merged)
     of_experts = _open(statistics.statistics, "--statistics")
     chosen, left_out = routed_layers(model, build.layers, of_experts)
-    costs = dataclasses.asdict(
-        routed_costs(model, len(named), build.rank, build.layers, of_experts)
-    )
+    costs = asdict(routed_costs(model, len(named), build.rank, build.layers, of_experts))
     if target.dry_run:
         _report({"costs": costs, "left_out": left_out}, json)
         return
@@ -165,12 +163,11 @@ def _show(folder: Path, export: Path | None, json: bool) -> None:
     from eutectic.routed.routed_folder import experts_of
 
     routed = load_routed(folder)
-    layers = experts_of(routed)
     report: dict[str, Any] = {
         "experts": list(routed.routing.experts),
         "router": routed.routing.router,
         "accumulate": routed.routing.accumulate,
-        "layers": {path: experts.up.shape[2] for path, experts in layers.items()},
+        "layers": {path: experts.up.shape[2] for path, experts in experts_of(routed).items()},
         "short": routed.routing.short,
         "left_out": routed.routing.left_out,
     }

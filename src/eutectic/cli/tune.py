@@ -18,8 +18,7 @@ from eutectic.cli.console import (
     tell_notes,
     verb,
 )
-from eutectic.cli.options import Json, LimitOptions, option
-from eutectic.cli.request import SearchedRecipeOptions, request
+from eutectic.cli.options import Json, LimitOptions, SearchedRecipeOptions, option, request
 from eutectic.errors import RequestError
 
 BAR = 24
@@ -114,8 +113,7 @@ def curve_table(search: Mapping[str, Any]) -> Table:
     """Return the curve as a table with one bar per α."""
     points = search["points"]
     names = [name for name in points[0]["parts"] if len(points[0]["parts"]) <= 8]
-    values = [p["value"] for p in points if p["value"] is not None]
-    top = max((abs(v) for v in values), default=0.0)
+    top = max((abs(p["value"]) for p in points if p["value"] is not None), default=0.0)
     right = [Column(name, justify="right", no_wrap=True) for name in ("α", "objective", *names)]
     table = plain_table(*right[:2], Column("", no_wrap=True), *right[2:])
     for point in points:
