@@ -128,11 +128,7 @@ def polar(
     if isinstance(matrix, LowRank):
         P, core, Q, unit = matrix.core()
         small = polar(
-            core,
-            support=support,
-            rank_tolerance=rank_tolerance,
-            precision=precision,
-            route=route,
+            core, support=support, rank_tolerance=rank_tolerance, precision=precision, route=route
         )
         factor = LowRank((P @ small.factor).to(matrix.dtype), Q.mT.to(matrix.dtype))
         return Polar(factor, small.nuclear_norm * unit, small.rank, small.route)

@@ -13,13 +13,7 @@ from eutectic.errors import MethodError
 from eutectic.linalg.cg import eigenbasis_pays
 from eutectic.methods.grams import participants
 from eutectic.methods.initial import initial_guess
-from eutectic.methods.operators import (
-    FISHER_FLOOR,
-    NEEDS,
-    Operator,
-    build_system,
-    fisher_weighted,
-)
+from eutectic.methods.operators import FISHER_FLOOR, NEEDS, Operator, build_system, fisher_weighted
 from eutectic.methods.registry import (
     Context,
     Cost,

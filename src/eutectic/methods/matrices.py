@@ -27,11 +27,7 @@ def merge_matrices(
 ) -> Merged: ...
 @overload
 def merge_matrices(
-    method: str,
-    deltas: Deltas,
-    *,
-    full_output: Literal[False] = ...,
-    **kwargs: Any,
+    method: str, deltas: Deltas, *, full_output: Literal[False] = ..., **kwargs: Any
 ) -> Tensor: ...
 def merge_matrices(
     method: str,

@@ -5,10 +5,4 @@ from eutectic.reporting.matrix_measures import alignment_rank, subspace_alignmen
 from eutectic.reporting.schema import Inspection
 from eutectic.reporting.summary import correlate
 
-__all__ = [
-    "Inspection",
-    "alignment_rank",
-    "correlate",
-    "inspect",
-    "subspace_alignment_ratio",
-]
+__all__ = ["Inspection", "alignment_rank", "correlate", "inspect", "subspace_alignment_ratio"]

@@ -248,9 +248,7 @@ class ExpertWeights:
 
 @contextmanager
 def open_experts(
-    model: nn.Module,
-    experts: Mapping[str, StateDict | str | Path],
-    base: str | Path | None,
+    model: nn.Module, experts: Mapping[str, StateDict | str | Path], base: str | Path | None
 ) -> Iterator[list[ExpertWeights]]:
     """Open every expert: a state dict, a checkpoint (read tensor by tensor), or a PEFT adapter."""
     if not experts:

@@ -225,8 +225,4 @@ def _forms(expert: Tensor, merged: Tensor, record: LayerStatistics) -> tuple[flo
     gram = record.dense_gram()
     assert gram is not None
     own, both = expert @ gram, merged @ gram
-    return (
-        float((own * merged).sum()),
-        float((both * merged).sum()),
-        float((own * expert).sum()),
-    )
+    return (float((own * merged).sum()), float((both * merged).sum()), float((own * expert).sum()))
