@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import eutectic
-from eutectic.storage import machine
+from eutectic.execution import executors as machine
 from helpers.folders import digests, make_base, make_expert, save
 
 # Stands for Windows as far as one can from here: no fcntl, no resource, no calls that take an

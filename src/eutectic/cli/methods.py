@@ -1,7 +1,5 @@
 """`eutectic methods`."""
 
-from __future__ import annotations
-
 import inspect
 import json as encoding
 import re

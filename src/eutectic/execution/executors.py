@@ -1,20 +1,61 @@
-"""Who carries out tasks, and with how much of a machine; the driver alone keeps the journal."""
+"""Who carries out tasks, and with how much of a machine; threads are the first executor."""
 
+import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Literal, Protocol, TypeVar
 
+import psutil
 import torch
 
 from eutectic.errors import EutecticError, RequestError
 from eutectic.execution.tasks import Finished, Task, Workplace, carry_out
 from eutectic.planning.cost import PROCESS_BYTES
 from eutectic.recipes.units import parse_bytes
-from eutectic.storage.machine import default_memory, default_threads
+
+MEMORY_SHARE = 0.6
+
+
+def default_threads() -> int:
+    """Return the number of cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores or 1)
+
+
+def default_memory() -> int:
+    """Return 60 % of what is available to this process, cgroup limits included."""
+    available = psutil.virtual_memory().available
+    groups = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError):
+            free = int((groups / limit).read_text()) - int((groups / used).read_text())
+            available = min(available, max(free, 0))
+    return int(MEMORY_SHARE * available)
+
+
+def peak_bytes() -> int:
+    """Return the largest resident memory of this process so far."""
+    status = Path("/proc/self/status")
+    if status.exists():  # unlike ru_maxrss, it does not start at the parent process's peak
+        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if match:
+            return int(match[1]) * 1024
+    if sys.platform == "darwin":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = psutil.Process().memory_info()
+    return int(getattr(memory, "peak_wset", memory.rss))  # the former on Windows
+
 
 Progress = Callable[[float, float, str], None]  # seconds done and in all, estimated; tensor
 

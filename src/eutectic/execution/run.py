@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eutectic.checkpoint.writer import MemoryWriter
 from eutectic.errors import Note, RequestError
-from eutectic.execution.executors import Progress, limits_of
+from eutectic.execution.executors import Progress, limits_of, peak_bytes
 from eutectic.execution.journal import Ledger, request_identity
 from eutectic.execution.model_folder import PROVENANCE
 from eutectic.execution.output_folder import check_output, write_to_folder
@@ -23,7 +23,6 @@ from eutectic.planning.inputs import in_memory_inputs, open_inputs
 from eutectic.planning.plan import make_plan
 from eutectic.recipes.load import Source, check_recipe, load_recipe
 from eutectic.recipes.schema import Recipe
-from eutectic.storage.machine import peak_bytes
 from eutectic.types import LayerStatistics
 
 

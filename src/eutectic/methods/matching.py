@@ -12,7 +12,6 @@ from torch import Tensor
 from eutectic.errors import MethodError
 from eutectic.linalg.cg import eigenbasis_pays
 from eutectic.methods.grams import participants
-from eutectic.methods.initial import initial_guess
 from eutectic.methods.operators import FISHER_FLOOR, NEEDS, Operator, build_system, fisher_weighted
 from eutectic.methods.registry import (
     Context,
@@ -30,6 +29,7 @@ from eutectic.methods.solving import (
     averaged,
     closed_form,
     continued,
+    initial_guess,
     iterate,
     offset_of,
     reason_to_rest,

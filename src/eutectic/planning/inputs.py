@@ -17,8 +17,8 @@ from eutectic.checkpoint.index import CheckpointIndex, open_index
 from eutectic.checkpoint.reader import CheckpointReader, StateDictReader, TensorSource
 from eutectic.errors import EutecticError, Fault, RecipeError, suggest
 from eutectic.methods import Method
-from eutectic.methods.initial import ZERO
 from eutectic.methods.registry import all_methods
+from eutectic.methods.solving import ZERO
 from eutectic.planning.tensor_plan import Source
 from eutectic.recipes.document import Source as Document
 from eutectic.recipes.schema import Recipe

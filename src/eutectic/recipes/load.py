@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from eutectic.checkpoint.index import WEIGHT_SUFFIXES
 from eutectic.errors import Fault, MethodError, RecipeError, suggest
 from eutectic.methods import Method, all_methods, get_method
-from eutectic.methods.initial import ZERO
+from eutectic.methods.solving import ZERO
 from eutectic.recipes.document import (
     Location,
     Source,
