@@ -67,9 +67,7 @@ class Checkpoints:
         """Return the expert folder that lends its head, or None where none is needed."""
         expert = self.experts.get(task.expert_name)
         own_head = checkpoint.of_expert(task).is_dir()
-        if task.head is not None or expert == checkpoint.folder or own_head:
-            return None
-        return expert
+        return None if task.head is not None or expert == checkpoint.folder or own_head else expert
 
     def processor(self, checkpoint: Checkpoint, task: Task) -> Path:
         """Return the folder whose tokenizer or image processor encodes the task's rows.

@@ -202,9 +202,7 @@ def _from_gram(matrix: Tensor, k: int, tolerance: float | None, seed: int) -> Tr
 
 def _kept(values: Tensor, k: int, tolerance: float | None) -> int:
     """Return how many of the k leading singular values are worth keeping."""
-    if tolerance is None:
-        return k
-    return max(1, min(k, numerical_rank(values, tolerance)))
+    return k if tolerance is None else max(1, min(k, numerical_rank(values, tolerance)))
 
 
 def _converged(residual: Tensor, gap: float, k: int) -> bool:

@@ -74,9 +74,7 @@ def linear(inputs: Tensor | LowRankStack, parameters: LinearParameters, context:
     Raises:
         MethodError: `normalize` with weights that sum to zero.
     """
-    if parameters.normalize:
-        return _mean(inputs, context)
-    return weighted_sum(inputs, context)
+    return _mean(inputs, context) if parameters.normalize else weighted_sum(inputs, context)
 
 
 def weighted_sum(inputs: Tensor | LowRankStack, context: Context) -> Tensor:

@@ -87,6 +87,4 @@ def kind_of_architectures(architectures: Sequence[str]) -> TaskKind | None:
         for kind, endings in ARCHITECTURES.items():
             if kind != "feature-extraction" and name.endswith(endings):
                 return kind
-    if any(name.endswith("Model") for name in architectures):
-        return "feature-extraction"
-    return None
+    return "feature-extraction" if any(name.endswith("Model") for name in architectures) else None
