@@ -1,6 +1,5 @@
 """The results of an evaluation: the published schema of results.json."""
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -108,8 +107,3 @@ def results_schema() -> dict[str, Any]:
     """Return the JSON schema of results.json, as published in docs/schemas."""
     schema = Results.model_json_schema(mode="serialization")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA_ID, **schema}
-
-
-def schema_text() -> str:
-    """Return the published file's text."""
-    return json.dumps(results_schema(), indent=1, ensure_ascii=False) + "\n"

@@ -33,76 +33,47 @@ class _Strict(BaseModel):
 
 
 class Part(_Strict):
-    """The rows of one split.
+    """The rows of one split."""
 
-    Attributes:
-        path: jsonl, csv, tsv, parquet, folder of images, or folder written by `datasets`.
-        share: this share of the rows, chosen by the hash of their inputs; None takes them all.
-        subset: the split inside a `datasets` folder that has several.
-    """
-
-    path: str
+    path: str  # jsonl, csv, tsv, parquet, folder of images, or folder written by `datasets`
+    # This share of the rows, chosen by the hash of their inputs; None takes them all.
     share: Annotated[float, Field(gt=0, le=1)] | None = None
-    subset: str | None = None
+    subset: str | None = None  # the split inside a `datasets` folder that has several
 
 
 class HarnessOptions(_Strict):
-    """What lm-evaluation-harness is asked for.
+    """What lm-evaluation-harness is asked for."""
 
-    Attributes:
-        tasks: names of its tasks or groups; the rows of all are pooled.
-        num_fewshot: examples in the prompt; None: what each task says.
-        limit: the first rows of each of its tasks only.
-        filter: which of its filters, where a task has several.
-        include_path: folder with further tasks, which may run Python code.
-    """
-
-    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
-    num_fewshot: Annotated[int, Field(ge=0)] | None = None
-    limit: Annotated[int, Field(ge=1)] | None = None
-    filter: str | None = None
-    include_path: str | None = None
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]  # or groups; their rows are pooled
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None  # None: what each task says
+    limit: Annotated[int, Field(ge=1)] | None = None  # the first rows of each of its tasks only
+    filter: str | None = None  # which of its filters, where a task has several
+    include_path: str | None = None  # folder with further tasks, which may run Python code
 
 
 class TaskSpec(_Strict):
-    """One task: data with known answers, a kind of model, a metric.
+    """One task: data with known answers, a kind of model, a metric."""
 
-    Attributes:
-        kind: what the model does.
-        data: split -> file, or {path, share, subset}; a file alone is the split `test`.
-        columns: names of columns, where they are not the usual ones.
-        metric: None takes the kind's first; see `metrics.METRICS_OF_KIND`.
-        expert: the expert whose head and accuracy the task refers to; None: the task's own name.
-        labels: class names in the order of the model's outputs; None: as its configuration says.
-        max_length: tokens per input; None: what the model takes, at most 512.
-        head: safetensors file with `weight` [outputs, hidden] and `bias` [outputs], applied to
-            pooled features; None: the model has a head of its own.
-        base_head: the same for the base, where it differs.
-        pooling: of features for `head`: mean over unmasked tokens, the first token, or the model's
-            own pooled output (for CLIP: the projected image embedding).
-        normalize: scale features to length 1 before the head.
-        head_tensors: shell patterns over tensor names that count as the expert's head, besides
-            those that the base lacks or has in another shape.
-        function: `module:function` or `file.py:function`, for the kind `function`.
-        options: keyword arguments of the function.
-        harness: for the kind `lm-eval`, which brings its rows and metrics itself.
-    """
-
-    kind: TaskKind
+    kind: TaskKind  # what the model does
+    # Split -> file, or {path, share, subset}; a file alone is the split `test`.
     data: Annotated[dict[Split, Part], Field(default_factory=dict[Split, Part])]
-    columns: Columns = Columns()
-    metric: str | None = None
-    expert: Name | None = None
+    columns: Columns = Columns()  # names of columns, where they are not the usual ones
+    metric: str | None = None  # None takes the kind's first; see `metrics.METRICS_OF_KIND`
+    expert: Name | None = None  # whose head and accuracy it refers to; None: the task's own name
+    # Class names in the order of the model's outputs; None: as its configuration says.
     labels: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    max_length: Annotated[int, Field(ge=1)] | None = None
+    max_length: Annotated[int, Field(ge=1)] | None = None  # tokens; None: the model's, at most 512
+    # File with `weight` [outputs, hidden] and `bias` for pooled features; None: the model's own head.
     head: str | None = None
-    base_head: str | None = None
+    base_head: str | None = None  # the same for the base, where it differs
+    # Of features: mean of unmasked tokens, first token, or the model's own (CLIP: projected image).
     pooling: Pooling = "mean"
-    normalize: bool = False
+    normalize: bool = False  # scale features to length 1 before the head
+    # Shell patterns of the expert's head, besides what the base lacks or has in another shape.
     head_tensors: tuple[str, ...] = ()
-    function: str | None = None
-    options: dict[str, Any] = Field(default_factory=dict)
-    harness: HarnessOptions | None = None
+    function: str | None = None  # `module:function` or `file.py:function`, of the kind `function`
+    options: dict[str, Any] = Field(default_factory=dict)  # keyword arguments of the function
+    harness: HarnessOptions | None = None  # for `lm-eval`, which brings its rows and metrics
 
     @field_validator("kind", mode="before")
     @classmethod

@@ -90,8 +90,8 @@ class Executor(Protocol):
     ) -> Generator[tuple[Task, Finished], None, None]:
         """Yield each task with what is to be noted of it, as soon as it is finished.
 
-        The first error stops the others and is raised. A task computes with one intra-op thread,
-        which the executor sets. Workers that do not share this process's memory open `place.site`.
+        The first error stops the others and is raised. Workers that do not share this process's
+        memory open `place.site`.
         """
         ...
 

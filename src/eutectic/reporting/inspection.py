@@ -34,14 +34,7 @@ _KEPT = ("base", "experts", "tensors", "statistics_of")  # of a recipe; the rest
 
 
 class InspectionOptions(TypedDict, total=False):
-    """What is measured, and who is told.
-
-    Attributes:
-        layers: shell pattern over tensor names; other matrices are left out.
-        rank: k, leading singular triplets that overlaps compare; None: int(r/T).
-        error: relative error of Δ_M that defines q in SAR, see `subspace_alignment_ratio` (0.05).
-        progress: called with (done, total, tensor).
-    """
+    """What is measured, and who is told; see `inspect`."""
 
     layers: str | None
     rank: int | None
@@ -82,7 +75,12 @@ def inspect(
             its tasks those of the experts.
         output: file for the inspection as JSON, written at the end, whole or not at all.
         plots: folder for PNGs.
-        **options: `layers`, `rank`, `error`, `progress`; see `InspectionOptions`.
+        **options: what is measured, and who is told:
+
+            - `layers`: shell pattern over tensor names; other matrices are left out.
+            - `rank`: k, leading singular triplets that overlaps compare; None: int(r/T).
+            - `error`: of Δ_M, which defines q in SAR, see `subspace_alignment_ratio` (0.05).
+            - `progress`: called with (done, total, tensor).
 
     Returns:
         The inspection; `.summary` for the whole model, `.layers` per matrix.

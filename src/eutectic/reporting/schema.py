@@ -21,130 +21,90 @@ class _Strict(BaseModel):
 
 
 class Spectrum(_Strict):
-    """The singular values of one delta.
+    """The singular values of one delta."""
 
-    Attributes:
-        norm: ‖Δ‖_F.
-        relative_norm: ‖Δ‖_F / ‖W₀‖_F.
-        stable_rank: Σσ²/σ₁².
-        effective_rank: exp of the entropy of σ/Σσ.
-        energy: share of Σσ² in the layer's `leading` triplets.
-        rank: number of singular values above rounding.
-        positions: 1-based positions of `values` in the descending spectrum, thinned.
-        values: singular values at `positions`.
-    """
-
-    norm: Size
-    relative_norm: Size | None
-    stable_rank: Size | None
-    effective_rank: Size | None
-    energy: Share | None
-    rank: Count
-    positions: list[int]
-    values: list[Size]
+    norm: Size = Field(description="‖Δ‖_F.")
+    relative_norm: Size | None = Field(description="‖Δ‖_F / ‖W₀‖_F.")
+    stable_rank: Size | None = Field(description="Σσ²/σ₁².")
+    effective_rank: Size | None = Field(description="exp of the entropy of σ/Σσ.")
+    energy: Share | None = Field(description="share of Σσ² in the layer's `leading` triplets.")
+    rank: Count = Field(description="number of singular values above rounding.")
+    positions: list[int] = Field(
+        description="1-based positions of `values` in the descending spectrum, thinned."
+    )
+    values: list[Size] = Field(description="singular values at `positions`.")
 
 
 class Alignment(_Strict):
-    """Subspace alignment with one merged model.
+    """Subspace alignment with one merged model."""
 
-    Attributes:
-        rank: q, directions of Δ_M that leave no more than the relative error.
-        ratio: expert -> SAR.
-    """
-
-    rank: Count
-    ratio: dict[str, Share | None]
+    rank: Count = Field(
+        description="q, directions of Δ_M that leave no more than the relative error."
+    )
+    ratio: dict[str, Share | None] = Field(description="expert -> SAR.")
 
 
 class Interference(_Strict):
-    """Pairs of experts; row s, column t.
+    """Pairs of experts; row s, column t."""
 
-    Attributes:
-        cosine: ⟨Δ_s, Δ_t⟩/(‖Δ_s‖‖Δ_t‖).
-        overlap_left: ‖U_sᵀU_t‖_F²/k of the leading left vectors (outputs).
-        overlap_right: the same of the right vectors (inputs).
-        sign_conflicts: share of entries with opposite signs.
-        singular: singular task interference of the pair over Σσ of both.
-        activation: tr(Δ_s A_t Δ_sᵀ)/tr(Δ_t A_t Δ_tᵀ): how much s moves outputs on t's data, in
-            units of what t itself does. Null where t has no statistics; None without any.
-    """
-
-    cosine: Pairs
-    overlap_left: Pairs
-    overlap_right: Pairs
-    sign_conflicts: Pairs
-    singular: Pairs
-    activation: Pairs | None = None
+    cosine: Pairs = Field(description="⟨Δ_s, Δ_t⟩/(‖Δ_s‖‖Δ_t‖).")
+    overlap_left: Pairs = Field(description="‖U_sᵀU_t‖_F²/k of the leading left vectors (outputs).")
+    overlap_right: Pairs = Field(description="the same of the right vectors (inputs).")
+    sign_conflicts: Pairs = Field(description="share of entries with opposite signs.")
+    singular: Pairs = Field(description="singular task interference of the pair over Σσ of both.")
+    activation: Pairs | None = Field(
+        None,
+        description="tr(Δ_s A_t Δ_sᵀ)/tr(Δ_t A_t Δ_tᵀ): how much s moves outputs on t's data, in "
+        "units of what t itself does. Null where t has no statistics; None without any.",
+    )
 
 
 class Layer(_Strict):
-    """One matrix.
+    """One matrix."""
 
-    Attributes:
-        name: the tensor, with `[block][part]` for stacks and fused matrices.
-        shape: [out, in].
-        leading: k, the triplets of each expert that overlaps and energies are about.
-        base_norm: ‖W₀‖_F.
-        experts: expert -> spectrum of Δ_t.
-        sum: spectrum of ΣΔ_t.
-        merged: merged model -> spectrum of Δ_M.
-        alignment: merged model -> SAR.
-        singular_task_interference: ‖(UᵀU − I) Σ (VᵀV − I)‖₁ over all experts.
-        interference: pairs of experts.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    leading: Count
-    base_norm: Size
-    experts: dict[str, Spectrum]
-    sum: Spectrum
-    merged: dict[str, Spectrum]
-    alignment: dict[str, Alignment]
-    singular_task_interference: Size
-    interference: Interference
+    name: str = Field(description="the tensor, with `[block][part]` for stacks and fused matrices.")
+    shape: tuple[int, int] = Field(description="[out, in].")
+    leading: Count = Field(
+        description="k, the triplets of each expert that overlaps and energies are about."
+    )
+    base_norm: Size = Field(description="‖W₀‖_F.")
+    experts: dict[str, Spectrum] = Field(description="expert -> spectrum of Δ_t.")
+    sum: Spectrum = Field(description="spectrum of ΣΔ_t.")
+    merged: dict[str, Spectrum] = Field(description="merged model -> spectrum of Δ_M.")
+    alignment: dict[str, Alignment] = Field(description="merged model -> SAR.")
+    singular_task_interference: Size = Field(
+        description="‖(UᵀU − I) Σ (VᵀV − I)‖₁ over all experts."
+    )
+    interference: Interference = Field(description="pairs of experts.")
 
 
 class TaskSummary(_Strict):
-    """One expert over all layers.
+    """One expert over all layers."""
 
-    Attributes:
-        norm: of the whole task vector's matrices, √Σ‖Δ_t‖².
-        relative_norm: that over √Σ‖W₀‖².
-        stable_rank: mean over layers.
-        effective_rank: mean over layers.
-        most_interfering: the expert that interferes most with this one.
-        interference: by how much: by `activation` with statistics, else by `singular`.
-        by: which of the two.
-    """
-
-    norm: Size
-    relative_norm: Size | None
-    stable_rank: Size | None
-    effective_rank: Size | None
-    most_interfering: str | None
-    interference: Size | None
-    by: Literal["activation", "singular"]
+    norm: Size = Field(description="of the whole task vector's matrices, √Σ‖Δ_t‖².")
+    relative_norm: Size | None = Field(description="that over √Σ‖W₀‖².")
+    stable_rank: Size | None = Field(description="mean over layers.")
+    effective_rank: Size | None = Field(description="mean over layers.")
+    most_interfering: str | None = Field(
+        description="the expert that interferes most with this one."
+    )
+    interference: Size | None = Field(
+        description="by how much: by `activation` with statistics, else by `singular`."
+    )
+    by: Literal["activation", "singular"] = Field(description="which of the two.")
 
 
 class MergedSummary(_Strict):
-    """One merged model over all layers.
+    """One merged model over all layers."""
 
-    Attributes:
-        sar: mean of the tasks' means.
-        task_sar: expert -> mean SAR over layers.
-        nai: expert -> normalised accuracy improvement, as far as results tell.
-        mean_nai: mean over the experts that have one.
-        rank: mean of q over layers.
-        effective_rank: mean over layers.
-    """
-
-    sar: Share | None
-    task_sar: dict[str, Share | None]
-    nai: dict[str, float | None]
-    mean_nai: float | None
-    rank: Size
-    effective_rank: Size | None
+    sar: Share | None = Field(description="mean of the tasks' means.")
+    task_sar: dict[str, Share | None] = Field(description="expert -> mean SAR over layers.")
+    nai: dict[str, float | None] = Field(
+        description="expert -> normalised accuracy improvement, as far as results tell."
+    )
+    mean_nai: float | None = Field(description="mean over the experts that have one.")
+    rank: Size = Field(description="mean of q over layers.")
+    effective_rank: Size | None = Field(description="mean over layers.")
 
 
 class CorrelationValue(_Strict):
@@ -164,48 +124,30 @@ class SarNai(_Strict):
 
 
 class Summary(_Strict):
-    """The whole model.
+    """The whole model."""
 
-    Attributes:
-        tasks: per expert.
-        merged: per merged model.
-        interference: pairs over all layers: the cosine of whole task vectors, means over layers,
-            and the median for `activation`.
-        correlation: SAR against NAI; None without results.
-    """
-
-    tasks: dict[str, TaskSummary]
-    merged: dict[str, MergedSummary]
-    interference: Interference
-    correlation: SarNai | None = None
+    tasks: dict[str, TaskSummary] = Field(description="per expert.")
+    merged: dict[str, MergedSummary] = Field(description="per merged model.")
+    interference: Interference = Field(
+        description="pairs over all layers: the cosine of whole task vectors, "
+        "means over layers, and the median for `activation`."
+    )
+    correlation: SarNai | None = Field(None, description="SAR against NAI; None without results.")
 
 
 class Inspection(_Strict):
-    """Everything that was measured.
+    """Everything that was measured."""
 
-    Attributes:
-        schema_version: of this file's form.
-        eutectic: version of the package.
-        base: path of the base, as it was named.
-        experts: name -> path.
-        merged: name -> path.
-        error: relative error in the definition of q.
-        pattern: of layers, if one was given.
-        notes: what a reader should know.
-        summary: the whole model.
-        layers: one entry per matrix.
-    """
-
-    schema_version: Literal[1] = 1
-    eutectic: str
-    base: str
-    experts: dict[str, str]
-    merged: dict[str, str]
-    error: float
-    pattern: str | None
-    notes: list[str]
-    summary: Summary
-    layers: list[Layer]
+    schema_version: Literal[1] = Field(1, description="of this file's form.")
+    eutectic: str = Field(description="version of the package.")
+    base: str = Field(description="path of the base, as it was named.")
+    experts: dict[str, str] = Field(description="name -> path.")
+    merged: dict[str, str] = Field(description="name -> path.")
+    error: float = Field(description="relative error in the definition of q.")
+    pattern: str | None = Field(description="of layers, if one was given.")
+    notes: list[str] = Field(description="what a reader should know.")
+    summary: Summary = Field(description="the whole model.")
+    layers: list[Layer] = Field(description="one entry per matrix.")
 
 
 def schema_text() -> str:
