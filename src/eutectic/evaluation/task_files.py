@@ -63,7 +63,7 @@ class TaskSpec(_Strict):
     # Class names in the order of the model's outputs; None: as its configuration says.
     labels: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     max_length: Annotated[int, Field(ge=1)] | None = None  # tokens; None: the model's, at most 512
-    # File with `weight` [outputs, hidden] and `bias` for pooled features; None: the model's own head.
+    # File of `weight` [outputs, hidden] and `bias` for pooled features; None: the model's own head.
     head: str | None = None
     base_head: str | None = None  # the same for the base, where it differs
     # Of features: mean of unmasked tokens, first token, or the model's own (CLIP: projected image).

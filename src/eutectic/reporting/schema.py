@@ -53,7 +53,7 @@ class Interference(_Strict):
     sign_conflicts: Pairs = Field(description="share of entries with opposite signs.")
     singular: Pairs = Field(description="singular task interference of the pair over Σσ of both.")
     activation: Pairs | None = Field(
-        None,
+        default=None,
         description="tr(Δ_s A_t Δ_sᵀ)/tr(Δ_t A_t Δ_tᵀ): how much s moves outputs on t's data, in "
         "units of what t itself does. Null where t has no statistics; None without any.",
     )
@@ -132,13 +132,13 @@ class Summary(_Strict):
         description="pairs over all layers: the cosine of whole task vectors, "
         "means over layers, and the median for `activation`."
     )
-    correlation: SarNai | None = Field(None, description="SAR against NAI; None without results.")
+    correlation: SarNai | None = Field(default=None, description="SAR against NAI, of results.")
 
 
 class Inspection(_Strict):
     """Everything that was measured."""
 
-    schema_version: Literal[1] = Field(1, description="of this file's form.")
+    schema_version: Literal[1] = Field(default=1, description="of this file's form.")
     eutectic: str = Field(description="version of the package.")
     base: str = Field(description="path of the base, as it was named.")
     experts: dict[str, str] = Field(description="name -> path.")
