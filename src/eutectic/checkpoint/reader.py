@@ -115,16 +115,15 @@ class CheckpointReader:
             return self._pickle(entry.file)[name].view(-1)[start:stop].clone()
         width = entry.dtype.itemsize
         buffer = torch.empty((stop - start) * width, dtype=torch.uint8)
-        where = f"{self.index.folder / entry.file}: '{name}'"
         try:
             self._files.read_into(entry.file, buffer.numpy().data, entry.offset + start * width)
         except OSError as error:
-            why = error.strerror or error
-            raise CheckpointError(f"{where} cannot be read ({why}).") from error
+            why, where = error.strerror or error, self.index.folder / entry.file
+            raise CheckpointError(f"{where}: '{name}' cannot be read ({why}).") from error
         if entry.dtype is torch.bool and bool((buffer > 1).any()):
             raise CheckpointError(
-                f"{where} is boolean but holds other bytes than 0 and 1.\n"
-                "Download or save the file again."
+                f"{self.index.folder / entry.file}: '{name}' is boolean but holds other bytes than "
+                "0 and 1.\nDownload or save the file again."
             )
         return buffer.view(entry.dtype)
 

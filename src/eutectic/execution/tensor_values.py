@@ -16,7 +16,9 @@ def read_stored(source: Source, inputs: Inputs, start: int, stop: int) -> Tensor
     """Read a flat range of the base in the file's dtype; zeros in rows that it lacks."""
     assert source.tensor is not None
     name, reader = source.tensor, inputs.base
-    absent = torch.zeros(stop - start if source.rows else 0, dtype=reader.entries[name].dtype)
+    if source.rows is None:
+        return reader.read(name, start, stop)
+    absent = torch.zeros(stop - start, dtype=reader.entries[name].dtype)
     return _placed(source, start, stop, lambda a, b, _: reader.read(name, a, b), absent)
 
 
@@ -34,12 +36,14 @@ def read_delta(expert: Expert, source: Source, start: int, base: Tensor) -> Tens
     """
     if source.tensor is None:
         return torch.zeros_like(base)
-    name, absent = source.tensor, torch.zeros_like(base) if source.rows else base
+    name, stop = source.tensor, start + base.numel()
+    if source.rows is None:
+        return expert.delta(name, start, stop, base=base, dtype=base.dtype)
 
     def read(first: int, last: int, place: slice) -> Tensor:
         return expert.delta(name, first, last, base=base[place], dtype=base.dtype)
 
-    return _placed(source, start, start + base.numel(), read, absent)
+    return _placed(source, start, stop, read, torch.zeros_like(base))
 
 
 def read_weight(
@@ -50,13 +54,14 @@ def read_weight(
         assert base is not None
         return base
     name = source.tensor
+    if source.rows is None:
+        return expert.weight(name, *span, base=base, dtype=dtype)
+    assert base is not None
 
     def read(first: int, last: int, place: slice) -> Tensor:
-        own = None if base is None else base[place]
-        return expert.weight(name, first, last, base=own, dtype=dtype)
+        return expert.weight(name, first, last, base=base[place], dtype=dtype)
 
-    absent = torch.empty(0) if base is None else base
-    return _placed(source, *span, read, absent.clone() if source.rows else absent)
+    return _placed(source, *span, read, base.clone())
 
 
 def read_own(expert: Expert, source: Source, start: int, base: Tensor) -> Tensor:
