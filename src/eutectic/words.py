@@ -63,6 +63,11 @@ def _no_gain(_: Sequence[str], values: Mapping[str, Any]) -> str:
     )
 
 
+def _dequantised(owners: Sequence[str], numbers: Mapping[str, Any]) -> str:
+    kinds = (f"{k} ({n} tensor{'s' if n != 1 else ''})" for k, n in numbers["kinds"].items())
+    return f"dequantised: {', '.join(kinds)} of {', '.join(owners)}"
+
+
 SENTENCES: dict[str, Template] = {
     # Why a tensor takes its treatment.
     "matrix": "matrix",
@@ -91,6 +96,15 @@ SENTENCES: dict[str, Template] = {
     "mixed_classes": _mixed_classes,
     "extra_prefix": "expert '{0}': the expert's keys carry the prefix '{1}', which the base's lack",
     "lacking_prefix": "expert '{0}': the expert's keys lack the prefix '{1}' of the base's",
+    "dequantised": _dequantised,
+    "stale_quantisation": (
+        "the configuration of {all} says that it is quantised ({method}), but its tensors are "
+        "plain numbers and are read as such"
+    ),
+    "adapter_on_quantised": (
+        "expert '{0}' is an adapter on a quantised base: its change is added to the dequantised "
+        "weights, as peft's merge_and_unload does after dequantising"
+    ),
     "copied": "copied from the base, since no expert has them: {few}",
     "extra_left_out": (
         "expert '{expert}' has tensors that the base lacks, left out because of heads: {heads}: "

@@ -18,13 +18,14 @@ from eutectic.checkpoint.adapters import WEIGHT_NAMES, adapter_weights, open_lor
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG, Expert, full_expert
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index, read_json_object
 from eutectic.checkpoint.names import align
-from eutectic.checkpoint.reader import CheckpointReader, StateDictReader, TensorSource
+from eutectic.checkpoint.opening import open_reader
+from eutectic.checkpoint.reader import CheckpointSource, StateDictReader, TensorSource
 from eutectic.conventions import IA3_SUFFIX, PEFT_ROOT
 from eutectic.errors import CheckpointError
 
 
 def common_base(
-    base: CheckpointReader, experts: Mapping[str, Path]
+    base: CheckpointSource, experts: Mapping[str, Path]
 ) -> tuple[TensorSource, CheckpointIndex]:
     """Return what the experts' tensors are compared with, and its layout.
 
@@ -45,9 +46,9 @@ def open_expert(path: Path, base: CheckpointIndex) -> Expert:
     vectors = _is_ia3(path) and bool(_ia3_vectors(base))
     if is_adapter(path) and not vectors:
         return open_lora(path, base.entries)
-    index = _open_ia3(path) if vectors else open_index(path)
-    folder = path if vectors else index.folder
-    return full_expert(CheckpointReader(index), base.entries, str(path), index.config, folder)
+    reader = open_reader(_open_ia3(path) if vectors else path)
+    folder = path if vectors else reader.index.folder
+    return full_expert(reader, base.entries, str(path), reader.index.config, folder)
 
 
 def is_adapter(path: Path) -> bool:
@@ -58,9 +59,9 @@ def is_adapter(path: Path) -> bool:
 def fingerprint_of(path: Path, base: Path | None = None) -> str:
     """Return the identity of the content of a checkpoint, or of an adapter alone."""
     if is_adapter(path) and not _is_ia3(path) and base is not None:
-        with closing(open_expert(path, open_index(base))) as expert:
+        with open_reader(base) as whole, closing(open_expert(path, whole.index)) as expert:
             return expert.fingerprint()
-    with CheckpointReader(_open_ia3(path) if _is_ia3(path) else open_index(path)) as reader:
+    with open_reader(_open_ia3(path) if _is_ia3(path) else path) as reader:
         return reader.fingerprint()
 
 
@@ -80,7 +81,7 @@ def _open_ia3(folder: Path) -> CheckpointIndex:
 
 
 def _identity_adapter(
-    adapters: Mapping[str, CheckpointIndex], base: CheckpointReader
+    adapters: Mapping[str, CheckpointIndex], base: CheckpointSource
 ) -> tuple[StateDictReader, CheckpointIndex]:
     """Return the adapter that changes nothing, and its layout: that of the first adapter.
 

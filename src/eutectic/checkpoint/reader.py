@@ -8,14 +8,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry
 from eutectic.checkpoint.pickles import check_dense, load_pickle
-from eutectic.errors import CheckpointError
+from eutectic.errors import CheckpointError, Note
 from eutectic.storage import OpenedFile, storage_of
 
 _WINDOW_BYTES = 4096
@@ -83,6 +83,46 @@ def same_content(first: Tensor, second: Tensor) -> bool:
 _MAX_OPEN_FILES = 16
 
 
+class TensorSource(Protocol):
+    """Tensors that are read in flat ranges, from many threads at once."""
+
+    is_delta: bool
+    notes: tuple[Note, ...]  # what a user should know of how they are read
+
+    @property
+    def entries(self) -> Mapping[str, TensorEntry]:
+        """The tensors by name, in the order of files and of offsets in them."""
+        ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return elements [start, stop) of the flattened tensor: 1-D, its dtype, own memory."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return an identity of the content."""
+        ...
+
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Return (name, bytes, mtime in ns) of every file that they lie in."""
+        ...
+
+    def close(self) -> None:
+        """Release files."""
+
+
+class CheckpointSource(TensorSource, Protocol):
+    """Tensors of a checkpoint in files, and the table that lists them."""
+
+    index: CheckpointIndex
+
+    def __enter__(self) -> CheckpointSource:
+        """Return itself."""
+        ...
+
+    def __exit__(self, *_: object) -> None:
+        """Release files."""
+
+
 class CheckpointReader:
     """Reads the tensors of one checkpoint; safe to share between threads.
 
@@ -92,6 +132,7 @@ class CheckpointReader:
     """
 
     is_delta = False
+    notes: tuple[Note, ...] = ()
 
     def __init__(self, index: CheckpointIndex) -> None:
         self.index = index
@@ -211,6 +252,7 @@ class StateDictReader:
     """
 
     is_delta = False
+    notes: tuple[Note, ...] = ()
 
     def __init__(self, state_dict: Mapping[str, Any], label: str = "the state dict") -> None:
         """Take a state dict of dense tensors; `label` names it in messages."""
@@ -247,9 +289,6 @@ class StateDictReader:
 
     def close(self) -> None:
         """Do nothing; the tensors belong to the caller."""
-
-
-TensorSource = CheckpointReader | StateDictReader
 
 
 def file_identity(folder: Path, names: list[str]) -> list[tuple[str, int, int]]:

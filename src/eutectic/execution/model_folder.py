@@ -24,6 +24,7 @@ from eutectic.checkpoint.output_format import (
     shard_name,
     weight_index_bytes,
 )
+from eutectic.checkpoint.quantised.side_files import forget_quantisation
 from eutectic.checkpoint.writer import OutputFile, write_atomically
 from eutectic.conventions import CLASSIFIERS, is_token_embedding
 from eutectic.execution.tasks import Finished
@@ -264,9 +265,10 @@ def write_folder(
     asked = plan.output.dtype
     stated = _stated_dtype(inputs.config) if asked is None else _name_of(asked)
     dtype = stated or _prevailing_dtype(layout.files)
-    for config in model.glob("experts/*/config.json"):
-        _state_dtype(config, dtype)
-    if asked is not None or plan.output.side_files != "base":
+    for folder in model.glob("experts/*"):
+        forget_quantisation(folder)
+        _state_dtype(folder / "config.json", dtype)
+    if forget_quantisation(model) or asked is not None or plan.output.side_files != "base":
         _state_dtype(model / "config.json", dtype)
     write_atomically(model / "README.md", card(provenance).encode())
     text = json.dumps({**provenance, "records": dict(records)}, indent=1, ensure_ascii=False)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.experts import Expert, is_adapter, open_expert
-from eutectic.checkpoint.index import CheckpointIndex, open_index
-from eutectic.checkpoint.reader import CheckpointReader
+from eutectic.checkpoint.index import CheckpointIndex
+from eutectic.checkpoint.opening import logical_index, open_reader
 from eutectic.conventions import CLASSIFIERS
 from eutectic.errors import CheckpointError, first_line
 from eutectic.models.linear_head import Pooling
@@ -69,7 +69,7 @@ def load_model(
     state = checkpoint_tensors(folder, base)
     configured = body = base_folder(folder, base)
     if expert is not None and task.head is None and Path(expert) != folder:
-        index = open_index(body)
+        index = logical_index(body)
         with _opened(Path(expert), index, base) as lender:
             head = _head(lender, index, task)
             if head and not lender.is_delta:
@@ -83,8 +83,8 @@ def load_model(
 
 def checkpoint_tensors(folder: str | Path, base: str | Path | None = None) -> dict[str, Tensor]:
     """Return all tensors of a checkpoint by the file's keys; an adapter as W₀ + ΔW on its base."""
-    index = open_index(base_folder(Path(folder), base))
-    with CheckpointReader(index) as reader:
+    with open_reader(base_folder(Path(folder), base)) as reader:
+        index = reader.index
         state = {n: reader.read(n).view(e.shape) for n, e in reader.entries.items()}
     if not is_adapter(Path(folder)):
         return state
@@ -109,7 +109,7 @@ def head_tensors(
 
     Those that `body` lacks or has in another shape, and those that `task.head_tensors` names.
     """
-    index = open_index(Path(body))
+    index = logical_index(Path(body))
     with _opened(Path(expert), index, base) as lender:
         return _head(lender, index, task)
 
@@ -121,7 +121,7 @@ def borrows_head(
 
     False where the body has a head of the same shape itself. Headers are read, no tensor.
     """
-    index = open_index(base_folder(Path(folder), base))
+    index = logical_index(base_folder(Path(folder), base))
     with _opened(Path(expert), index, base) as lender:
         return bool(lender.extra or _head_names(lender, index, task))
 
@@ -200,7 +200,7 @@ def _opened(expert: Path, index: CheckpointIndex, base: str | Path | None) -> cl
         if base is None or not is_adapter(expert):
             raise
         # A merged body may be named otherwise than the base that the adapter was made for.
-        return closing(open_expert(expert, open_index(Path(base))))
+        return closing(open_expert(expert, logical_index(Path(base))))
 
 
 def _head(lender: Expert, index: CheckpointIndex, task: ModelTask) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from eutectic.checkpoint.expert_tensors import Expert, full_expert
 from eutectic.checkpoint.experts import common_base, is_adapter, open_expert
 from eutectic.checkpoint.hub import resolve
 from eutectic.checkpoint.index import CheckpointIndex, open_index
-from eutectic.checkpoint.reader import CheckpointReader, StateDictReader, TensorSource
+from eutectic.checkpoint.opening import open_reader
+from eutectic.checkpoint.reader import CheckpointSource, StateDictReader, TensorSource
 from eutectic.errors import EutecticError, Fault, RecipeError, suggest
 from eutectic.methods import Method
 from eutectic.methods.registry import all_methods
@@ -103,10 +104,10 @@ def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
         for name, spec in recipe.experts.items():
             with told("expert", f"expert '{name}'", "experts", name):
                 paths[name] = resolve(spec.path)
-        place, readers = Path(), list[CheckpointReader]()
+        place, readers = Path(), list[CheckpointSource]()
         with told("base", "base", "base"):
             place = resolve(recipe.base)
-            readers.append(stack.enter_context(CheckpointReader(open_index(place))))
+            readers.append(stack.enter_context(open_reader(place)))
         if not readers:
             for name, path in paths.items():  # their faults are not hidden by the base's
                 with told("expert", f"expert '{name}'", "experts", name):
@@ -144,7 +145,7 @@ def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
 def reopen(paths: InputPaths) -> Inputs:
     """Open inputs that were opened before, in this process or another."""
     with ExitStack() as stack:
-        opened = stack.enter_context(CheckpointReader(open_index(paths.base)))
+        opened = stack.enter_context(open_reader(paths.base))
         base, index = common_base(opened, paths.experts)
         experts = {name: open_expert(path, index) for name, path in paths.experts.items()}
         initial = None if paths.initial is None else open_expert(paths.initial, index)

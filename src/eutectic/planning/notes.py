@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -113,6 +114,8 @@ def notes_on(
         elif expert.alignment.add:
             notes.append(Note("lacking_prefix", (name, expert.alignment.add)))
 
+    notes += _on_quantised(inputs)
+
     def tell(kind: str, subject: Iterable[str], numbers: Mapping[str, Any] | None = None) -> None:
         names = tuple(subject)
         if names:
@@ -149,6 +152,23 @@ def notes_on(
             for need in sorted(method.needs(parameters) - {"base"}):
                 if all(lacks(statistics, own, {need}) for own in statistics):
                     tell("uncollected", (name,), {"need": need, "option": _OPTIONS.get(need)})
+    return notes
+
+
+def _on_quantised(inputs: Inputs) -> list[Note]:
+    """Return what was dequantised, owners of the same together, and which adapters are on it."""
+    held = {"the base": inputs.base.notes}
+    held |= {f"expert '{name}'": e.source.notes for name, e in inputs.experts.items()}
+    if inputs.initial is not None:
+        held["init"] = inputs.initial.source.notes
+    owners: dict[str, tuple[Note, list[str]]] = {}
+    for owner, own in held.items():
+        for note in own:
+            owners.setdefault(f"{note.kind} {note.numbers}", (note, []))[1].append(owner)
+    notes = [replace(note, subject=tuple(names)) for note, names in owners.values()]
+    if any(note.kind == "dequantised" for note in inputs.base.notes):
+        adapters = (name for name, expert in inputs.experts.items() if expert.is_delta)
+        notes += [Note("adapter_on_quantised", (name,)) for name in adapters]
     return notes
 
 

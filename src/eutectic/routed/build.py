@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from eutectic.checkpoint.expert_tensors import Expert, full_expert
 from eutectic.checkpoint.experts import is_adapter, open_expert
-from eutectic.checkpoint.index import CheckpointIndex, open_index
 from eutectic.checkpoint.names import align
-from eutectic.checkpoint.reader import CheckpointReader, StateDictReader, same_content, sample_of
+from eutectic.checkpoint.opening import open_reader
+from eutectic.checkpoint.reader import CheckpointSource, StateDictReader, same_content, sample_of
 from eutectic.conventions import canonical_name
 from eutectic.errors import NumericalError, RequestError, StatisticsError
 from eutectic.linalg.essential import essential_subspace
@@ -228,7 +228,7 @@ class ExpertWeights:
     name: str
     expert: Expert
     called: Mapping[str, str]  # what the model's parameters are called there; of adapters: in base
-    base: CheckpointReader | None = None
+    base: CheckpointSource | None = None
 
     def read(self, name: str) -> Tensor:
         """Return the stored weight under the model's name, float32."""
@@ -259,7 +259,6 @@ def open_experts(
     names, saved = list(own.entries), saved_names(model)
     with ExitStack() as stack:
         opened: list[ExpertWeights] = []
-        index: CheckpointIndex | None = None
         for name, source in experts.items():
             label = f"expert '{name}'"
             if isinstance(source, Mapping) or not is_adapter(Path(source)):
@@ -267,7 +266,7 @@ def open_experts(
                     reader = StateDictReader(source, label)
                 else:
                     label += f" ({source})"
-                    reader = stack.enter_context(CheckpointReader(open_index(Path(source))))
+                    reader = stack.enter_context(open_reader(Path(source)))
                 called = names_in(reader.entries, names, saved)
                 entries = {called[n]: entry for n, entry in own.entries.items()}
                 expert = full_expert(reader, entries, label)
@@ -278,9 +277,8 @@ def open_experts(
                     f"{label} is an adapter, whose weights need the model it was trained on.\n"
                     "Pass base=, the checkpoint before merging."
                 )
-            index = index or open_index(Path(base))
-            reader = stack.enter_context(CheckpointReader(index))
-            adapter = stack.enter_context(closing(open_expert(Path(source), index)))
+            reader = stack.enter_context(open_reader(Path(base)))
+            adapter = stack.enter_context(closing(open_expert(Path(source), reader.index)))
             called = names_in(reader.entries, names, saved)
             mapping, _ = align(called.values(), reader.entries, expert=f"the base of '{name}'")
             keys = {own_name: key for key, own_name in mapping.items()}

@@ -1,0 +1,1 @@
+"""Quantised checkpoints as plain ones: a file per family of formats, and what tells them apart."""
