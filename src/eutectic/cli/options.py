@@ -223,7 +223,7 @@ class RecipeOptions:
     )
     set_: list[str] | None = option(
         None,
-        "Any other key of a recipe: dtype, heads, missing, seed, precision, scale_tensors …",
+        "Any other key of a recipe: dtype, heads, missing, unmatched, seed, precision …",
         "--set",
         metavar="KEY=VALUE",
     )

@@ -22,6 +22,7 @@ from eutectic.checkpoint.output_format import (
 from eutectic.checkpoint.writer import OutputFile
 from eutectic.errors import Fault, MethodError, Note, RecipeError, RequestError
 from eutectic.methods import Method, get_method
+from eutectic.planning.coverage import coverage_faults
 from eutectic.planning.inputs import Inputs, MergeRequest
 from eutectic.planning.notes import notes_on
 from eutectic.planning.statistics_match import statistics_faults, statistics_names
@@ -103,8 +104,12 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
     request = _request(recipe, inputs, source)
     if recipe.statistics_of == "expert":
         faults += statistics_faults(inputs, request.statistics_names)
+    uncovered = coverage_faults(request)
+    faults += uncovered
     planned = [plan_tensor(entry, request) for entry in inputs.base.entries.values()]
-    faults += [fault for fault in planned if isinstance(fault, Fault)]
+    # Where names do not meet, `missing: base` would be the wrong advice.
+    hidden = "missing_tensor" if uncovered else ""
+    faults += [fault for fault in planned if isinstance(fault, Fault) and fault.kind != hidden]
     _refuse(faults, source)
     tensors = [with_method(t, request) for t in planned if not isinstance(t, Fault)]
     _refuse(_unfit(tensors), source)

@@ -114,6 +114,8 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
     heads: Literal["per_expert", "base", "drop"] = "per_expert"  # kept in `experts/<name>/`
     # A base tensor that some expert lacks: unchanged there, or merged from those that have it.
     missing: Literal["error", "base", "available"] = "error"
+    # Tensors of an expert that the base lacks, are no heads, and may be the base's by other names.
+    unmatched: Literal["error", "leave"] = "error"
     nonfinite: Literal["error", "allow"] = "error"  # NaN or Inf in an expert
     side_files: str = "base"  # or the expert whose configuration and tokenizer files are copied
     statistics_of: Literal["expert", "any"] = "expert"  # the checkpoint they were collected on

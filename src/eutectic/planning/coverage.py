@@ -1,0 +1,309 @@
+"""The guard: no fine-tuned tensor is left behind because the base calls it otherwise.
+
+A tensor that the base lacks is kept for its expert alone, and one that an expert lacks counts as
+unchanged. Both are right for heads, and wrong for a body under other names: the merge would be the
+base's. All from headers, and a few samples that tell copies of a table.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from eutectic.checkpoint.experts import Expert
+from eutectic.checkpoint.index import TensorEntry
+from eutectic.conventions import layer_group
+from eutectic.conventions_heads import is_buffer, is_output_layer, output_part
+from eutectic.errors import Fault
+from eutectic.planning.inputs import MergeRequest
+from eutectic.planning.treatment import is_copy
+from eutectic.types import Treatment
+from eutectic.words import few
+
+# Of the base's numbers: what is larger is no head, whatever it is called.
+SMALL = 0.02
+
+TRIED = (
+    "the names as they are, and one prefix of up to three components more or less on either side"
+)
+
+Names = tuple[str, ...]
+
+
+def coverage_faults(request: MergeRequest) -> list[Fault]:
+    """Return a fault for every expert that is deeper or shallower, or named otherwise in parts."""
+    if request.recipe.unmatched == "leave":
+        return []
+    inputs = request.inputs
+    experts = dict(inputs.experts)
+    if inputs.initial is not None:
+        experts["initial"] = inputs.initial
+    faults: list[Fault] = []
+    for name, expert in experts.items():
+        line = request.document.line("experts", name)
+        depth, beyond = _depth_faults(name, expert, request, line)
+        faults += depth
+        missing = [n for n in lost(expert, request) if n not in beyond]
+        extra = [n for n in homeless(expert, request) if n not in beyond]
+        missing += _renamed_heads(expert.missing, extra)
+        if extra and not (not missing and _beside_the_body(extra, expert, request)):
+            faults.append(_unmatched(name, expert, missing, extra, request, line))
+    return faults
+
+
+def homeless(expert: Expert, request: MergeRequest) -> list[str]:
+    """Return the tensors that the base lacks and that are neither heads, copies nor buffers.
+
+    A head that the base has under another prefix, in the same shape, is that head renamed.
+    """
+    base = request.inputs.base.entries
+    lacking = {(output_part(n), base[n].shape) for n in expert.missing if is_output_layer(n)}
+    found: list[str] = []
+    for name, entry in expert.extra.items():
+        renamed = (output_part(name), entry.shape) in lacking
+        if _ruled(name, request) or not entry.numel or is_buffer(name, len(entry.shape)):
+            continue
+        if (is_output_layer(name) and not renamed) or is_copy(expert, name):
+            continue
+        found.append(name)
+    return found
+
+
+def lost(expert: Expert, request: MergeRequest) -> list[str]:
+    """Return the base's tensors that the expert lacks, without heads, copies and buffers."""
+    base = request.inputs.base.entries
+    tied = request.tied
+    held = {tied.get(name, name) for name in expert.entries}
+    return [
+        name
+        for name in expert.missing
+        if not (
+            is_output_layer(name)
+            or is_buffer(name, len(base[name].shape))
+            or not base[name].numel
+            or tied.get(name, name) in held
+            or _ruled(name, request)
+        )
+    ]
+
+
+def numbers(names: Iterable[str], entries: Mapping[str, TensorEntry]) -> int:
+    """Return how many numbers some tensors hold."""
+    return sum(entries[name].numel for name in names if name in entries)
+
+
+def _renamed_heads(missing: Sequence[str], extra: Sequence[str]) -> list[str]:
+    """Return the base's heads that the expert has under another prefix."""
+    parts = {output_part(name) for name in extra} - {None}
+    return [name for name in missing if output_part(name) in parts]
+
+
+def _ruled(name: str, request: MergeRequest) -> bool:
+    """Tell whether a rule of the recipe says that a tensor is no part of the merge."""
+    matching = (r for r in request.recipe.tensors if fnmatchcase(name, r.match))
+    treatment = next((r.treatment for r in matching if r.treatment is not None), None)
+    return treatment in (Treatment.COPY, Treatment.HEAD)
+
+
+def _beside_the_body(extra: Sequence[str], expert: Expert, request: MergeRequest) -> bool:
+    """Tell whether tensors are new modules at the root: heads by position, of unusual names.
+
+    They are small, share no module with the base, and end like none of its tensors.
+    """
+    base = request.inputs.base.entries
+    roots = {name.split(".")[0] for name in base}
+    taken, shared = roots, ""
+    if len(roots) == 1 and all(name.count(".") > 1 for name in base):
+        # One module holds all; a model may put its heads beside it or in it.
+        (shared,) = roots
+        taken = {name.split(".")[1] for name in base}
+    ends = {_end(name) for name in base if "." in name}
+    for name in extra:
+        own = name.removeprefix(f"{shared}.") if shared else name
+        if own.split(".")[0] in {*taken, shared} or _end(name) in ends:
+            return False
+    return numbers(extra, expert.extra) <= SMALL * numbers(base, base)
+
+
+def _end(name: str) -> str:
+    return ".".join(name.split(".")[-2:])
+
+
+def _unmatched(
+    name: str,
+    expert: Expert,
+    missing: Sequence[str],
+    extra: Sequence[str],
+    request: MergeRequest,
+    line: int,
+) -> Fault:
+    base = request.inputs.base.entries
+    own = {**expert.entries, **expert.extra}
+    has = f"{_tensors(extra)} of the expert ({_share(extra, own)} of its numbers)"
+    shown = layer_group(extra[0])
+    what = f"{has} are neither tensors of the base nor heads by position."
+    choose = f"If they are heads, say so by a rule: {{match: '{shown}', treatment: head}}. "
+    if missing:
+        lacks = f"{_tensors(missing)} of the base ({_share(missing, base)} of its numbers)"
+        what = f"{has} meet none of the base, and {lacks} none of the expert."
+        choose = "Rename the expert's tensors as the base's. "
+    listed = "".join(f"\n{text}" for text in patterns(missing, extra))
+    choose += (
+        "unmatched: leave (--set unmatched=leave) merges without them: the output has the base's "
+        "values there."
+    )
+    where = f"expert '{name}'" if name != "initial" else "init"
+    return Fault("unmatched", f"{what}{listed}\nTried: {TRIED}.", where, line, next=f"\n{choose}")
+
+
+def _tensors(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) != 1 else ''}"
+
+
+def _share(names: Iterable[str], entries: Mapping[str, TensorEntry]) -> str:
+    return percent(numbers(names, entries), numbers(entries, entries))
+
+
+def percent(part: int, whole: int) -> str:
+    """Return a share as text, never 0 % or 100 % of what is not."""
+    share = 100 * part / max(whole, 1)
+    if part and share < 0.1:
+        return "less than 0.1 %"
+    if part < whole and share > 99.9:
+        return "more than 99.9 %"
+    return f"{share:.1f} %" if 0 < share < 10 and share != round(share) else f"{share:.0f} %"
+
+
+def patterns(missing: Sequence[str], extra: Sequence[str], limit: int = 4) -> list[str]:
+    """Return lines that set both sides against each other, alike tensors together.
+
+    Tensors that end alike differ in what comes before (`model.* ↔ language_model.*`); those of one
+    module in their own names. The rest stands on its side alone.
+    """
+    left = set(missing)
+    by_end: dict[str, list[str]] = {}
+    for name in missing:
+        for end in _ends(name):
+            by_end.setdefault(end, []).append(name)
+    moved: Counter[tuple[str, str]] = Counter()
+    rest: list[str] = []
+    for name in extra:
+        partner, end = _longest(name, by_end, left)
+        if partner is None:
+            rest.append(name)
+            continue
+        left.discard(partner)
+        sides = (partner.removesuffix(end), name.removesuffix(end))
+        moved[layer_group(sides[0]), layer_group(sides[1])] += 1
+    lines = [
+        f"base ↔ expert: {base}* ↔ {own}* ({count} tensor{'s' if count > 1 else ''})"
+        for (base, own), count in moved.most_common(limit)
+    ]
+    others = [n for n in missing if n in left]
+    both = {_module(n) for n in others} & {_module(n) for n in rest}
+    for module in sorted({layer_group(m) for m in both})[:limit]:
+        base, own = (_leaves(names, module, both) for names in (others, rest))
+        lines.append(f"base ↔ expert: {module}.{base} ↔ {module}.{own}")
+    sides = (("the base alone", others), ("the expert alone", rest))
+    for label, names in sides:
+        counts = Counter(layer_group(n) for n in names if _module(n) not in both)
+        if counts:
+            shown = [f"{p} ×{n}" if n > 1 else p for p, n in counts.most_common()]
+            lines.append(f"{label}: {few(shown, limit)}")
+    return lines
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _leaves(names: Iterable[str], module: str, both: Collection[str]) -> str:
+    """Return the own names of a module's parameters, such as `{beta, gamma}`."""
+    own = {
+        n.rpartition(".")[2]
+        for n in names
+        if _module(n) in both and layer_group(_module(n)) == module
+    }
+    return f"{{{few(sorted(own))}}}" if len(own) > 1 else "".join(own)
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Yield what a name ends with, of two components at least, the longest first."""
+    components = name.split(".")
+    for start in range(1, len(components) - 1):
+        yield ".".join(components[start:])
+    if len(components) > 1:
+        yield name
+
+
+def _longest(
+    name: str, by_end: Mapping[str, Sequence[str]], left: Collection[str]
+) -> tuple[str | None, str]:
+    for end in sorted(_ends(name), key=len, reverse=True):
+        partner = next((n for n in by_end.get(end, ()) if n in left), None)
+        if partner is not None:
+            return partner, end
+    return None, ""
+
+
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+
+
+def _depth_faults(
+    name: str, expert: Expert, request: MergeRequest, line: int
+) -> tuple[list[Fault], set[str]]:
+    """Return faults of stacks with more layers on one side, and the tensors of those layers.
+
+    Layers that the expert lacks, where both configurations state one depth, are beside the stack:
+    transformers leaves out those that predict several tokens.
+    """
+    if expert.is_delta or not (expert.missing or expert.extra):
+        return [], set()
+    base = request.inputs.base.entries
+    own = [*expert.entries, *expert.extra]
+    theirs, ours = _stacks(base), _stacks(own)
+    stated, held = _stated_depth(request.inputs.config), _stated_depth(expert.config)
+    faults: list[Fault] = []
+    beyond: set[str] = set()
+    for path in sorted(theirs.keys() & ours.keys()):
+        there, here = theirs[path], ours[path]
+        if there.keys() == here.keys() or not there.keys() & here.keys():
+            continue
+        more, fewer = (here, there) if len(here) > len(there) else (there, here)
+        alone = [n for i, names in more.items() if i not in fewer for n in names]
+        if not alone or beyond.issuperset(alone) or not set(fewer) <= set(more):
+            continue
+        # Layers from the first on are a shallower model, others a checkpoint in parts.
+        parts = sorted(fewer) != list(range(len(fewer)))
+        if more is there and (parts or (stated is not None and stated == held)):
+            continue
+        if all(is_output_layer(n) or _ruled(n, request) for n in alone):
+            continue
+        beyond.update(alone)
+        word = "experts" if path.endswith("experts") else "layers"
+        what = f"{path} has {len(here)} {word} against {len(there)} of the base."
+        choose = (
+            "Only models of one architecture can be merged. unmatched: leave "
+            f"(--set unmatched=leave) merges the {word} that both have."
+        )
+        faults.append(Fault("other_depth", what, f"expert '{name}'", line, next=choose))
+    return faults, beyond
+
+
+def _stacks(names: Iterable[str]) -> dict[str, dict[int, list[str]]]:
+    """Return path of a stack -> number of a layer -> its tensors; like stacks are taken as one."""
+    found: dict[str, dict[int, list[str]]] = {}
+    for name in names:
+        components = name.split(".")
+        for position, word in enumerate(components[:-1]):
+            if position and word.isdecimal():
+                path = layer_group(".".join(components[:position]))
+                found.setdefault(path, {}).setdefault(int(word), []).append(name)
+    return found
+
+
+def _stated_depth(config: Mapping[str, Any]) -> int | None:
+    parts = (config, *(v for v in config.values() if isinstance(v, Mapping)))
+    return next((p[key] for p in parts for key in _DEPTHS if isinstance(p.get(key), int)), None)

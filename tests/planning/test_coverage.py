@@ -1,0 +1,249 @@
+"""The guard: tensors that do not meet are refused, heads and buffers stay notes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import eutectic
+from eutectic.errors import RecipeError
+from eutectic.planning.coverage import patterns, percent
+from eutectic.planning.inputs import in_memory_inputs
+from eutectic.planning.plan import Plan, make_plan
+from eutectic.recipes.load import check_recipe
+from helpers.cli import invoke
+from helpers.folders import load, save
+
+Tensors = dict[str, Tensor]
+
+
+def model(layers: int = 2, prefix: str = "bert.") -> Tensors:
+    """Return a small encoder with a table, attention, norms, a pooler and a head of its own."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    tensors = {"embeddings.word_embeddings.weight": randn(30, 8)}
+    for i in range(layers):
+        for part in ("query", "key", "value"):
+            tensors[f"encoder.layer.{i}.attention.self.{part}.weight"] = randn(8, 8)
+        tensors[f"encoder.layer.{i}.output.LayerNorm.weight"] = randn(8)
+        tensors[f"encoder.layer.{i}.output.LayerNorm.bias"] = randn(8)
+    tensors["pooler.dense.weight"] = randn(8, 8)
+    tensors = {prefix + name: w for name, w in tensors.items()}
+    return tensors | {"cls.predictions.bias": randn(30)}
+
+
+def tuned(base: Tensors) -> Tensors:
+    return {name: w + 1 if w.is_floating_point() else w for name, w in base.items()}
+
+
+def renamed(tensors: Tensors, old: str, new: str) -> Tensors:
+    return {name.replace(old, new): w for name, w in tensors.items()}
+
+
+def without(tensors: Tensors, part: str) -> Tensors:
+    return {name: w for name, w in tensors.items() if part not in name}
+
+
+def planned(base: Tensors, *experts: Tensors, **keys: Any) -> Plan:
+    named = {f"e{i}": tensors for i, tensors in enumerate(experts)}
+    inputs = in_memory_inputs(base, named, {}, keys.pop("config", None))
+    values = {"base": "memory", "experts": dict.fromkeys(named, "memory"), "method": "average"}
+    return make_plan(check_recipe({**values, **keys}), inputs)
+
+
+def refused(base: Tensors, *experts: Tensors, **keys: Any) -> RecipeError:
+    with pytest.raises(RecipeError) as caught:
+        planned(base, *experts, **keys)
+    return caught.value
+
+
+BASE = model()
+OTHER_NAMES = {
+    "a module": ("attention.self", "attention.own"),
+    "a parameter": ("LayerNorm.weight", "LayerNorm.g"),
+    "one tensor": ("layer.1.attention.self.query", "layer.1.attention.self.q"),
+    "an inner prefix": ("bert.encoder", "bert.text.encoder"),
+    "a table": ("embeddings.word_embeddings", "embeddings.words"),
+    "packed": ("encoder.layer.0", "encoder.blocks.0"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_NAMES)
+@pytest.mark.parametrize("missing", ["error", "base", "available"])
+def test_other_names_are_refused_whatever_the_policy(case: str, missing: str) -> None:
+    own = renamed(tuned(BASE), *OTHER_NAMES[case])
+    error = refused(BASE, own, missing=missing)
+    assert [fault.kind for fault in error.faults] == ["unmatched"]
+    assert "--set unmatched=leave" in str(error) and "Tried: " in str(error)
+    # One of three is as bad as all, and `missing: base` is not advised.
+    error = refused(BASE, tuned(BASE), tuned(BASE), own, missing=missing)
+    assert [(f.kind, f.where) for f in error.faults] == [("unmatched", "expert 'e2'")]
+
+
+def test_both_sides_are_shown_by_pattern_with_their_share() -> None:
+    text = str(refused(BASE, renamed(tuned(BASE), "bert.encoder", "bert.text.encoder")))
+    total = sum(w.numel() for w in BASE.values())
+    share = percent(sum(w.numel() for n, w in BASE.items() if ".layer." in n), total)
+    assert f"10 tensors of the expert ({share} of its numbers) meet none of the base" in text
+    assert f"10 tensors of the base ({share} of its numbers) none of the expert" in text
+    assert "base ↔ expert: bert.* ↔ bert.text.* (10 tensors)" in text
+    text = str(refused(BASE, renamed(tuned(BASE), "LayerNorm.weight", "LayerNorm.g")))
+    module = "bert.encoder.layer.*.output.LayerNorm"
+    assert f"base ↔ expert: {module}.weight ↔ {module}.g" in text
+    assert "2 tensors of the expert (2.1 % of its numbers)" in text
+
+
+def test_prefixes_of_towers_are_told_as_they_differ() -> None:
+    names = [f"layers.{i}.q_proj.weight" for i in range(13)]
+    left = [f"language_model.model.{n}" for n in names] + ["visual.patch.weight"]
+    right = [f"model.language_model.{n}" for n in names] + ["model.visual.patch.weight"]
+    assert patterns(left, right) == [
+        "base ↔ expert: language_model.model.* ↔ model.language_model.* (13 tensors)",
+        "base ↔ expert: * ↔ model.* (1 tensor)",
+    ]
+
+
+def test_leave_merges_what_meets_and_keeps_the_rest(tmp_path: Path) -> None:
+    own = renamed(tuned(BASE), "LayerNorm.weight", "LayerNorm.g")
+    paths = {"base": save(tmp_path / "base", BASE), "experts": {"a": save(tmp_path / "a", own)}}
+    options: dict[str, Any] = {**paths, "method": "average", "unmatched": "leave"}
+    eutectic.merge(**options, output=tmp_path / "out")
+    merged = load(tmp_path / "out")
+    for name, w in BASE.items():
+        torch.testing.assert_close(merged[name], w if "LayerNorm.w" in name else w + 1)
+    words = ("--base", paths["base"], "-m", "average", f"a={tmp_path / 'a'}")
+    for verb in (["plan"], ["merge", "-o", tmp_path / "new"]):
+        answer = invoke(*verb, *words)
+        assert answer.code == 2 and "LayerNorm.weight ↔" in answer.err
+        assert not (tmp_path / "new").exists()
+    assert invoke("plan", *words, "--set", "unmatched=leave").code == 0
+
+
+HEADS = {
+    "a classifier in place of another head": (
+        without(tuned(BASE), "cls."),
+        {"classifier.weight": (3, 8), "classifier.bias": (3,)},
+    ),
+    "a language model's head on an encoder": (tuned(BASE), {"lm_head.weight": (30, 8)}),
+    "no pooler": (without(tuned(BASE), "pooler"), {"score.weight": (2, 8)}),
+    "another pooler": (without(tuned(BASE), "pooler"), {"head.pooler.dense.weight": (6, 8)}),
+    "a head of two layers in the body's module": (
+        without(tuned(BASE), "pooler"),
+        {"bert.classifier.dense.weight": (8, 8), "bert.classifier.out_proj.weight": (2, 8)},
+    ),
+    "a small module of an unusual name at the root": (tuned(BASE), {"verdict.weight": (1, 8)}),
+}
+
+
+@pytest.mark.parametrize("case", HEADS)
+def test_heads_stay_notes(case: str) -> None:
+    own, extra = HEADS[case]
+    expert = own | {name: torch.ones(shape) for name, shape in extra.items()}
+    made = planned(BASE, expert, expert)
+    assert {e.name for e in made.heads["e0"]} == set(extra)
+
+
+BUFFERS = {
+    "embeddings.position_ids": torch.arange(30)[None],
+    "encoder.layer.0.attention.rotary_emb.inv_freq": torch.ones(4),
+    "encoder.bn.num_batches_tracked": torch.tensor(3),
+    "encoder.layer.0.attn.bias": torch.ones(1, 1, 8, 8),
+    "encoder.layer.0.attn.masked_bias": torch.tensor(-1e4),
+    "encoder.layer.0.nothing": torch.zeros(0, 8),
+}
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_buffers_on_one_side_are_harmless(name: str) -> None:
+    buffer = {f"bert.{name}": BUFFERS[name]}
+    planned(BASE, tuned(BASE) | buffer)
+    planned(BASE | buffer, tuned(BASE) | {"classifier.weight": torch.ones(2, 8)})
+    other = {f"bert.other.{name}": BUFFERS[name]}
+    planned(BASE | buffer, tuned(BASE) | other)
+
+
+def test_a_bias_called_as_a_mask_is_no_buffer() -> None:
+    error = refused(BASE, tuned(BASE) | {"bert.encoder.layer.0.attn.bias": torch.ones(8)})
+    assert error.faults[0].kind == "unmatched"
+
+
+def test_a_copy_of_the_table_is_harmless_and_a_trained_one_is_a_head() -> None:
+    table = "bert.embeddings.word_embeddings.weight"
+    own = tuned(BASE)
+    assert not planned(BASE, own | {"lm_head.weight": own[table].clone()}).heads
+    made = planned(BASE, own | {"lm_head.weight": own[table] + 1})
+    assert [e.name for e in made.heads["e0"]] == ["lm_head.weight"]
+    both = BASE | {"bert.tokens_embed.weight": BASE[table].clone()}
+    assert not planned(both, own).heads
+
+
+def test_a_head_under_another_prefix_is_no_other_head() -> None:
+    base = BASE | {"lm_head.weight": torch.ones(30, 8)}
+    own = renamed(tuned(base), "lm_head", "language_model.lm_head")
+    text = str(refused(base, own))
+    assert "base ↔ expert: * ↔ language_model.* (1 tensor)" in text
+    planned(base, own | {"language_model.lm_head.weight": torch.ones(2, 8)})
+
+
+EXTRAS = {
+    "a bias in the body": {"bert.encoder.layer.0.attention.self.query.bias": torch.ones(8)},
+    "a tower": {f"tower.{i}.proj.weight": torch.ones(8, 8) for i in range(3)},
+    "a norm that the base has elsewhere": {"other.LayerNorm.weight": torch.ones(8)},
+    "quantisation": {
+        "bert.encoder.layer.0.attention.self.query.weight_scale_inv": torch.ones(1, 1)
+    },
+}
+
+
+@pytest.mark.parametrize("case", EXTRAS)
+def test_body_tensors_that_the_base_lacks_are_refused(case: str) -> None:
+    error = refused(BASE, tuned(BASE) | EXTRAS[case])
+    assert [fault.kind for fault in error.faults] == ["unmatched"]
+    assert "are neither tensors of the base nor heads by position" in str(error)
+    rules = [{"match": name, "treatment": "head"} for name in EXTRAS[case]]
+    made = planned(BASE, tuned(BASE) | EXTRAS[case], tensors=rules)
+    assert {e.name for e in made.heads["e0"]} == set(EXTRAS[case])
+
+
+def test_a_tower_that_no_expert_has_is_a_note() -> None:
+    tower = {f"visual.blocks.{i}.weight": torch.ones(8, 8) for i in range(3)}
+    made = planned(BASE | tower, tuned(BASE), tuned(BASE), missing="base")
+    assert [n.subject for n in made.notes if n.kind == "copied"] == [tuple(tower)]
+
+
+def test_another_depth_is_told_as_such() -> None:
+    deep, stack = model(4), "bert.encoder.layer"
+    for base, own, said in ((BASE, deep, "4 layers against 2"), (deep, BASE, "2 layers against 4")):
+        for missing in ("error", "base"):
+            error = refused(base, tuned(own), missing=missing)
+            assert [fault.kind for fault in error.faults] == ["other_depth"]
+            assert f"{stack} has {said} of the base" in str(error)
+    planned(deep, tuned(BASE), missing="base", unmatched="leave")
+    # Layers from elsewhere are a checkpoint in parts.
+    planned(deep, without(tuned(deep), "layer.1."), missing="base")
+
+
+def test_a_layer_beside_the_stated_depth_may_be_missing() -> None:
+    config = {"num_hidden_layers": 2}
+    base = model(3)
+    inputs = in_memory_inputs(base, {"e0": tuned(BASE)}, {}, config)
+    inputs.experts["e0"].config = config
+    values = {"base": "memory", "experts": {"e0": "memory"}, "method": "average"}
+    made = make_plan(check_recipe(values), inputs)
+    assert len(next(n for n in made.notes if n.kind == "copied").subject) == 5
+
+
+@pytest.mark.parametrize(
+    ("part", "whole", "text"),
+    [(0, 5, "0 %"), (5, 5, "100 %"), (1, 10**6, "less than 0.1 %"), (71, 100, "71 %"),
+     (10**6 - 1, 10**6, "more than 99.9 %"), (25, 1000, "2.5 %"), (0, 0, "0 %")],
+)  # fmt: skip
+def test_shares_are_never_rounded_to_nothing_or_all(part: int, whole: int, text: str) -> None:
+    assert percent(part, whole) == text
