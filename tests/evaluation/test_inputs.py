@@ -372,3 +372,21 @@ def test_names_with_brackets_and_folders_with_equals_signs(tmp_path: Path):
     answer = invoke("evaluate", folder, f"q[/b]={folder}", "-t", tasks, "--resamples", 0)
     assert answer.code == 0, answer.err
     assert "q[/b]" in answer.out
+
+
+def test_untrusted_code_is_refused_before_anything_is_looked_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With outcomes of an earlier run, identities used to be computed, and modules found, first."""
+    monkeypatch.chdir(tmp_path)
+    model = world.save(world.make("bert"), tmp_path / "m")
+    (tmp_path / "score.py").write_text("def f(folder, rows):\n    return [0.5]\n")
+    tasks = world.tasks(tmp_path / "t.yaml", a={"kind": "function", "function": "score:f"})
+    before = list(sys.path)
+    eutectic.evaluate(tasks, models=[model], trust_code=True, resamples=0, output=tmp_path / "r")
+    for module in ("transformers", "json", "lm_eval"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('ran')\n")
+    monkeypatch.setattr("eutectic.evaluation.checkpoints.source_file", lambda _: 1 / 0)
+    with pytest.raises(RequestError, match="task 'a': 'score:f' runs Python code"):
+        eutectic.evaluate(tasks, models=[model], resamples=0, output=tmp_path / "r")
+    assert sys.path == before

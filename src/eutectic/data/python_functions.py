@@ -1,11 +1,16 @@
-"""Functions that a user names, as `module:function` or `file.py:function`."""
+"""Functions that a user names, as `module:function` or `file.py:function`.
+
+`sys.path` stays as it is. A folder put there would be asked first, so that a `transformers.py` that
+happens to lie in it would be imported in place of the package, by whoever imports it next.
+"""
 
 import hashlib
 import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from importlib.machinery import PathFinder
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,17 +21,14 @@ from eutectic.errors import RequestError
 def import_function(name: str, *, trust_code: bool) -> Callable[..., Any]:
     """Import `module:function` or `file.py:function`, which runs that code.
 
-    Modules are also looked for in the working folder, those of a file also beside it.
+    Modules that are not installed are looked for in the working folder, those that a file imports
+    beside it.
     """
     if not trust_code:
-        raise RequestError(
-            f"'{name}' runs Python code.\n"
-            "Add --trust-code (trust_code=True) if you trust it, or check the path if you meant a "
-            "file."
-        )
+        raise untrusted(name)
     where, _, attribute = name.rpartition(":")
     is_file = where.endswith(".py")
-    _look_in(Path(where).resolve().parent if is_file else Path.cwd())
+    _look_last_in(Path(where).resolve().parent if is_file else Path.cwd())
     try:
         module = _file_as_module(where) if is_file else importlib.import_module(where)
         return getattr(module, attribute)
@@ -36,6 +38,14 @@ def import_function(name: str, *, trust_code: bool) -> Callable[..., Any]:
         ) from error
 
 
+def untrusted(name: str, task: str = "") -> RequestError:
+    """Return the error that a function is named and code is not allowed."""
+    return RequestError(
+        f"{task}'{name}' runs Python code.\n"
+        "Add --trust-code (trust_code=True) if you trust it, or check the path if you meant a file."
+    )
+
+
 def source_file(where: str) -> Path | None:
     """Return the file of a function's code, without running any: `file.py`, or a module's name.
 
@@ -43,8 +53,7 @@ def source_file(where: str) -> Path | None:
     """
     if where.endswith(".py"):
         return Path(where)
-    _look_in(Path.cwd())
-    path: Sequence[str] | None = None
+    path: Sequence[str] | None = [*sys.path, str(Path.cwd())]
     spec = None
     for depth in range(1, where.count(".") + 2):
         spec = PathFinder.find_spec(".".join(where.split(".")[:depth]), path)
@@ -55,10 +64,25 @@ def source_file(where: str) -> Path | None:
     return found if found is not None and found.suffix == ".py" and found.is_file() else None
 
 
-def _look_in(folder: Path) -> None:
-    """Let modules of a folder be imported; an installed command looks in no folder by itself."""
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+@dataclass(frozen=True)
+class _Beside:
+    """Finds modules in a folder."""
+
+    folder: str
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Return what there is of this name in the folder; parts of packages are found by them."""
+        return PathFinder.find_spec(name, [self.folder]) if path is None else None
+
+
+def _look_last_in(folder: Path) -> None:
+    """Let modules of a folder be imported that nobody else has.
+
+    For good: a function may import more while it runs.
+    """
+    finder = _Beside(str(folder))
+    if finder not in sys.meta_path:
+        sys.meta_path.append(finder)
 
 
 def _file_as_module(file: str) -> ModuleType:

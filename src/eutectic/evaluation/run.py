@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from eutectic.checkpoint.writer import check_replaced, write_atomically
+from eutectic.data.python_functions import untrusted
 from eutectic.errors import RequestError, suggest
 from eutectic.evaluation.checkpoints import RoutingMode, named_checkpoints
 from eutectic.evaluation.figures import results_of
@@ -82,6 +83,7 @@ def evaluate(
     if output is not None:
         check_replaced(Path(output), {"schema_version", "results"}, "results")
     known = dict(tasks) if isinstance(tasks, Mapping) else load_tasks(tasks)
+    _check_trust(known, settings.trust_code)
     checkpoints = named_checkpoints(known, base, experts or {}, models, settings.routing)
     counted = _checked_splits(known, proxy or {}, settings.trust_code)
     pairs = Pairs(checkpoints, known, counted, settings, progress)
@@ -91,6 +93,13 @@ def evaluate(
     if output is not None:
         write_atomically(Path(output), (results.model_dump_json(indent=1) + "\n").encode())
     return results
+
+
+def _check_trust(tasks: Mapping[str, Task], trust_code: bool) -> None:
+    """Refuse tasks that run code of the user's, unless it is allowed, before anything is read."""
+    for name, task in tasks.items():
+        if task.function is not None and not trust_code:
+            raise untrusted(task.function, f"task '{name}': ")
 
 
 def _checked_splits(

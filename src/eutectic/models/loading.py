@@ -5,14 +5,13 @@ One set of rules for every call of transformers' loaders:
 | rule | |
 |---|---|
 | files | local ones only; nothing is downloaded |
-| code | that of transformers; a checkpoint's own code is never run |
-| class | by the kind of task, by the class that config.json names, or the caller's |
+| code | that of transformers; a checkpoint's own code is never run, and nobody is asked |
+| class | by the kind of task, by config.json (models only; see `named_classes`), or the caller's |
 | dtype | float32 to run a model on data; as stored to build another model from it |
 | noise | transformers' reports and progress bars are off while it loads, and then as before |
 | missing tensors | reported; the caller decides what they mean |
 """
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.checkpoint.experts import fingerprint_of, is_adapter
+from eutectic.checkpoint.index import read_json_object
 from eutectic.checkpoint.reader import StateDictReader
 from eutectic.conventions import canonical_name
 from eutectic.errors import CheckpointError, MissingExtraError, RequestError, first_line
 from eutectic.models.linear_head import Head
+from eutectic.models.named_classes import check_named_classes, model_class
 from eutectic.models.task_kinds import (
     COLLECTED,
     MODEL_CLASSES,
@@ -167,7 +168,7 @@ def transformers_for(purpose: str) -> Any:
 
 
 def pretrained(
-    model_class: Any,
+    chosen: Any,
     folder: Path | None,
     *,
     config: Any = None,
@@ -184,8 +185,10 @@ def pretrained(
     options = {**LOCAL, "output_loading_info": True, "torch_dtype" if old else "dtype": dtype}
     if state is not None:
         options |= {"config": config, "state_dict": dict(state), "ignore_mismatched_sizes": True}
+    if folder is not None:
+        check_named_classes(folder, transformers)
     with quietly(transformers):
-        loaded = model_class.from_pretrained(folder, **options)
+        loaded = chosen.from_pretrained(folder, **options)
     return loaded if isinstance(loaded, tuple) else (loaded, {})  # classes of others may not report
 
 
@@ -206,28 +209,22 @@ def quietly(transformers: Any) -> Iterator[None]:
 
 def load_config(folder: Path) -> Any:
     """Return a folder's configuration as transformers reads it."""
-    return transformers_for("Reading configurations").AutoConfig.from_pretrained(folder, **LOCAL)
+    transformers = transformers_for("Reading configurations")
+    check_named_classes(folder, transformers)
+    return transformers.AutoConfig.from_pretrained(folder, **LOCAL)
 
 
-def load_stored(folder: Path, model_class: Any = None) -> Any:
+def load_stored(folder: Path, chosen: Any = None) -> Any:
     """Return a transformers model as stored: its dtype, and the class that config.json names.
 
-    `model_class`, anything with `from_pretrained`, is taken in place of the latter.
+    `chosen`, anything with `from_pretrained`, is taken in place of the latter.
     """
-    transformers = transformers_for(f"loading {folder}")
-    if model_class is None:
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder / 'config.json'}: cannot be read: {error}.") from None
-        name = (config.get("architectures") or ["?"])[0]
-        model_class = getattr(transformers, str(name), None)
-        if model_class is None:
-            raise CheckpointError(
-                f"{folder}: its architecture '{name}' is not in transformers.\n"
-                "Pass the class, or a module, as model=."
-            )
-    return pretrained(model_class, folder, dtype="auto")[0]
+    if chosen is None:
+        transformers = transformers_for(f"loading {folder}")
+        names = read_json_object(folder / "config.json").get("architectures")
+        first = names[0] if isinstance(names, list) and names else None
+        chosen = model_class(first, folder, transformers)
+    return pretrained(chosen, folder, dtype="auto")[0]
 
 
 def load_processor(own: Path, folder: Path, *, images: bool) -> Any:
@@ -236,6 +233,8 @@ def load_processor(own: Path, folder: Path, *, images: bool) -> Any:
     `own` is where a tokenizer is looked for first: adapters may bring one.
     """
     transformers = transformers_for("Reading tokenizers")
+    for place in {own, folder}:
+        check_named_classes(place, transformers)
     if images:
         return transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL)
     brings = (own / "tokenizer_config.json").exists()
