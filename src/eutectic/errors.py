@@ -17,11 +17,11 @@ what to do next. `Fault` and `Note` are the records that messages are made from.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from eutectic.words import sentence
+from eutectic.words import few, sentence
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,27 @@ class RecipeError(RequestError):
     def __init__(self, faults: Sequence[Fault | str], where: str = "the recipe") -> None:
         self.faults = [f if isinstance(f, Fault) else Fault("other", f) for f in faults]
         count = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''}"
-        lines = "\n".join("  - " + str(fault).replace("\n", "\n    ") for fault in self.faults)
+        lines = "\n".join("  - " + text.replace("\n", "\n    ") for text in told(self.faults))
         super().__init__(f"{where} cannot be carried out ({count}):\n{lines}")
+
+
+def told(faults: Sequence[Fault], limit: int = 30) -> list[str]:
+    """Return the faults as texts, those that differ in their place only as one, with a count."""
+    alike: dict[tuple[object, ...], list[Fault]] = {}
+    for number, fault in enumerate(faults):
+        own = None if fault.where else number
+        key = (fault.kind, fault.what, fault.line, fault.allowed, fault.next, own)
+        alike.setdefault(key, []).append(fault)
+    texts = [str(group[0] if len(group) == 1 else _folded(group)) for group in alike.values()]
+    more = len(texts) - limit
+    return texts if more <= 0 else [*texts[:limit], f"and {more} more."]
+
+
+def _folded(faults: Sequence[Fault]) -> Fault:
+    """Return one fault in place of several that differ in their places, and what was got there."""
+    same = len({fault.got for fault in faults}) == 1
+    places = [f.where if same else f"{f.where} {f.got}" for f in faults]
+    return replace(faults[0], where=few(places), got=faults[0].got if same else "")
 
 
 class TaskError(RecipeError):

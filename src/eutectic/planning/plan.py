@@ -25,6 +25,7 @@ from eutectic.methods import Method, get_method
 from eutectic.planning.coverage import coverage_faults
 from eutectic.planning.inputs import Inputs, MergeRequest
 from eutectic.planning.notes import notes_on
+from eutectic.planning.shapes import another_base, empty_heads, shape_faults
 from eutectic.planning.statistics_match import statistics_faults, statistics_names
 from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.planning.tensors import plan_tensor, with_method
@@ -99,17 +100,12 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
     """Decide what becomes of every tensor, from headers alone."""
     source = source or Source()
     faults: list[Fault] = []
-    _check_kinship(inputs, source, faults)
     _check_shards(recipe, inputs, source, faults)
     request = _request(recipe, inputs, source)
     if recipe.statistics_of == "expert":
         faults += statistics_faults(inputs, request.statistics_names)
-    uncovered = coverage_faults(request)
-    faults += uncovered
     planned = [plan_tensor(entry, request) for entry in inputs.base.entries.values()]
-    # Where names do not meet, `missing: base` would be the wrong advice.
-    hidden = "missing_tensor" if uncovered else ""
-    faults += [fault for fault in planned if isinstance(fault, Fault) and fault.kind != hidden]
+    faults += _told([fault for fault in planned if isinstance(fault, Fault)], request)
     _refuse(faults, source)
     tensors = [with_method(t, request) for t in planned if not isinstance(t, Fault)]
     _refuse(_unfit(tensors), source)
@@ -216,12 +212,21 @@ def _request(recipe: Recipe, inputs: Inputs, source: Source) -> MergeRequest:
     )
 
 
-def _refuse(faults: Sequence[Fault], source: Source, limit: int = 30) -> None:
-    shown = list(faults[:limit])
-    if len(faults) > limit:
-        shown.append(Fault("more", f"and {len(faults) - limit} more of the same kind."))
-    if shown:
-        raise RecipeError(shown, source.name)
+def _told(faults: Sequence[Fault], request: MergeRequest) -> list[Fault]:
+    """Return the faults of tensors by their causes, and those of the experts as a whole."""
+    kinship, uncovered = another_base(request), coverage_faults(request)
+    shaped = [fault.where for fault in faults if fault.kind == "other_shape"]
+    hidden = {"other_shape"}
+    if uncovered:  # where names do not meet, `missing: base` would be the wrong advice
+        hidden.add("missing_tensor")
+    told = [fault for fault in faults if fault.kind not in hidden]
+    shapes = shape_faults(shaped, request, leave_out=kinship)
+    return [*kinship.values(), *uncovered, *shapes, *empty_heads(request), *told]
+
+
+def _refuse(faults: Sequence[Fault], source: Source) -> None:
+    if faults:
+        raise RecipeError(faults, source.name)
 
 
 def _check_shards(recipe: Recipe, inputs: Inputs, source: Source, faults: list[Fault]) -> None:
@@ -231,21 +236,6 @@ def _check_shards(recipe: Recipe, inputs: Inputs, source: Source, faults: list[F
         what = "the output is an (IA)³ adapter, which PEFT reads from one file."
         where, line = "shard_size", source.line("shard_size")
         faults.append(Fault("adapter_in_shards", what, where, line, next="Leave shard_size out."))
-
-
-def _check_kinship(inputs: Inputs, source: Source, faults: list[Fault]) -> None:
-    """Refuse experts whose tensors mostly differ in shape: they come from another base."""
-    for name, expert in inputs.experts.items():
-        shared = [(k, e) for k, e in expert.entries.items() if k in inputs.base.entries]
-        differ = [k for k, e in shared if inputs.base.entries[k].shape != e.shape]
-        if shared and 2 * len(differ) > len(shared):
-            first = differ[0]
-            what = (
-                f"expert '{name}' is not of this base: {len(differ)} of {len(shared)} tensors have "
-                f"another shape, such as {first} {list(expert.entries[first].shape)} against "
-                f"{list(inputs.base.entries[first].shape)}."
-            )
-            faults.append(Fault("another_base", what, line=source.line("experts", name)))
 
 
 def _unfit(tensors: Sequence[TensorPlan]) -> list[Fault]:

@@ -9,6 +9,7 @@ import torch
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.conventions import PARTS, is_counter, is_output_vocabulary, is_packed
+from eutectic.conventions_heads import is_output_layer
 from eutectic.errors import Fault, Note
 from eutectic.methods import get_method
 from eutectic.planning.inputs import MergeRequest
@@ -98,15 +99,20 @@ def _meet_experts(
     """Adjust a decision to what the experts hold of this tensor."""
     fixed = decision.treatment in (Treatment.COPY, Treatment.HEAD)
     shapes = {name: e.shape for name, e in having.items() if e.shape != entry.shape}
+    if _empty(entry, shapes, decision):
+        return Fault("other_shape", "has no numbers on one side.", entry.name)
     if shapes and not fixed:
         listed = ", ".join(f"{n} {list(s)}" for n, s in shapes.items())
-        if decision.treatment is Treatment.EMBEDDING or is_output_vocabulary(entry.name):
+        table = decision.treatment is Treatment.EMBEDDING or is_output_vocabulary(entry.name)
+        if table and all(shape[-1:] == entry.shape[-1:] for shape in shapes.values()):
             return Fault(
                 "table_size",
                 f"the base has {list(entry.shape)}, but {listed}. Tables of different size cannot "
                 "be merged row by row; add a rule: treatment copy or head.",
                 entry.name,
             )
+        if not is_output_layer(entry.name):
+            return Fault("other_shape", f"another shape: {listed}.", entry.name)
         differ = Note("other_shape", tuple(shapes), {n: str(list(s)) for n, s in shapes.items()})
         return decision.because(differ, treatment=Treatment.HEAD)
     if shapes and decision.treatment is Treatment.COPY and not entry.dtype.is_floating_point:
@@ -127,6 +133,16 @@ def _meet_experts(
             next="Choose missing: base (count it as unchanged) or missing: available.",
         )
     return decision
+
+
+def _empty(entry: TensorEntry, shapes: Mapping[str, tuple[int, ...]], decision: Decision) -> bool:
+    """Tell whether one side holds no numbers of a tensor that is to be merged, or a head by shape.
+
+    An empty tensor of the base is copied, but not where an expert has numbers for it.
+    """
+    if decision.ruled or not entry.dtype.is_floating_point:
+        return False
+    return any((0 in shape) != (0 in entry.shape) for shape in shapes.values())
 
 
 def _dtype_fault(entry: TensorEntry, having: Mapping[str, TensorEntry]) -> Fault | None:
