@@ -7,12 +7,19 @@ import pytest
 from eutectic.conventions import (
     classification_head,
     is_adapter_part,
-    is_table,
-    is_table_parameter,
+    is_attention_or_mlp_input,
     is_token_embedding,
     layer_group,
     may_be_vocabulary,
     reads_encoder,
+)
+from eutectic.conventions_tensors import (
+    expert_counts,
+    holder,
+    is_norm_module,
+    is_table,
+    is_table_parameter,
+    is_vectors,
 )
 
 
@@ -63,7 +70,8 @@ def test_groups_replace_whole_numbers_between_dots_only() -> None:
         ("embeddings.position_embeddings.weight", True, True, False),
         ("transformer.wpe.weight", True, False, False),
         ("SelfAttention.relative_attention_bias.weight", True, False, False),
-        ("layers.0.attn.relative_position_bias_table", False, False, False),
+        ("encoder.embedder.layers.0.attn.qkv.weight", False, True, False),
+        ("embeddings.projection.weight", False, True, False),
     ],
 )
 def test_three_kinds_of_tables(name: str, table: bool, vocabulary: bool, tokens: bool) -> None:
@@ -72,7 +80,73 @@ def test_three_kinds_of_tables(name: str, table: bool, vocabulary: bool, tokens:
         vocabulary,
         tokens,
     )
-    assert is_table_parameter("relative_position_bias_table")
+
+
+@pytest.mark.parametrize(
+    ("own", "table", "vectors"),
+    [
+        ("relative_position_bias_table", True, False),
+        ("attention_biases", True, False),
+        ("rel_pos_w", True, False),
+        ("query_tokens", True, False),
+        ("latents_1d", True, False),
+        ("cls_token1", True, False),
+        ("memory_temporal_positional_encoding", True, False),
+        ("pos_bias_u", False, True),
+        ("r_w_bias", False, True),
+        ("down_proj_bias", False, True),
+        ("A_log", False, True),
+        ("sinks", False, True),
+        ("layer_scale_1", False, True),
+        ("time_mix_key", False, True),
+        ("x_proj_weight", False, False),
+        ("prompts_visual_projection", False, False),
+        ("down_proj", False, False),
+        ("weight_ih_l0", False, False),
+    ],
+)
+def test_what_a_bare_parameter_is_called(own: str, table: bool, vectors: bool) -> None:
+    assert (is_table_parameter(own), is_vectors(own)) == (table, vectors)
+
+
+def test_a_tensor_is_named_by_its_module_whatever_stands_between() -> None:
+    assert holder("weight") == ("weight", "", "")
+    assert holder("time_embed.0.weight") == ("weight", "time_embed", "")
+    assert holder("conv.weight_v") == ("weight", "conv", "")
+    assert holder("a.conv.parametrizations.weight.original0")[0] == "original0"
+
+
+def test_norms_and_what_projects_from_them() -> None:
+    norms = ("q_norm", "LayerNorm", "norm1", "ln_f", "ln_1", "bn2", "grn", "final_layer_norm")
+    assert all(is_norm_module(module) for module in norms)
+    assert not any(
+        is_norm_module(module) for module in ("norm_proj", "in_proj", "kernel", "linear")
+    )
+
+
+def test_numbers_of_experts_are_found_in_every_part_of_a_configuration() -> None:
+    config = {
+        "num_experts_per_tok": 2,
+        "text_config": {"n_routed_experts": 64, "moe_num_experts": [8, 8]},
+        "num_local_experts": 4,
+    }
+    assert sorted(expert_counts(config)) == [4, 64]
+
+
+@pytest.mark.parametrize(
+    ("name", "routed"),
+    [
+        ("encoder.layers.0.self_attn.linear_q.weight", True),
+        ("model.layers.0.self_attn.kv_a_proj_with_mqa.weight", True),
+        ("blocks.0.attn.q_proj.linear.weight", True),
+        ("layers.0.mlp.Wi.weight", True),
+        ("layers.0.mlp.fc2.weight", False),
+        ("layers.0.self_attn.linear_pos.weight", False),
+        ("embeddings.patch_projection.weight", False),
+    ],
+)
+def test_attention_and_the_way_into_an_mlp(name: str, routed: bool) -> None:
+    assert is_attention_or_mlp_input(name) is routed
 
 
 def test_a_head_is_named_up_to_its_module() -> None:

@@ -7,38 +7,10 @@ stand beside each other, with the reason. Nothing here knows a shape, a file or 
 
 import re
 
-# --- Tables, whose rows are items and not directions of a linear map ---
-
-_TABLE = re.compile(
-    r"embed|(^|\.)(wte|wpe|shared)\.|relative_attention_bias|_token(s)?$|(^|\.)tokens?_type"
-    r"|position_ids|lookup_table"
-)
-# Not `is_table`: Swin's `relative_position_bias_table` is merged as a matrix there.
-_TABLE_PARAMETER = re.compile(r"embed|position|token")
-
-
-def is_table(name: str) -> bool:
-    """Tell whether a tensor is a lookup table or a learned token, of whatever kind.
-
-    >>> is_table("bert.embeddings.position_embeddings.weight"), is_table("lm_head.weight")
-    (True, False)
-    """
-    return _TABLE.search(name) is not None
-
-
-def is_table_parameter(own: str) -> bool:
-    """Tell whether a plain parameter of a module, by its own name, is added and not multiplied by.
-
-    >>> is_table_parameter("relative_position_bias_table"), is_table_parameter("down_proj")
-    (True, False)
-    """
-    return _TABLE_PARAMETER.search(own) is not None
-
-
 # --- Vocabularies, whose rows are tokens ---
 
-# Wider than `is_token_embedding`, because a copy is recognised by its content too, and narrower
-# than `is_table`: position tables and relative biases are nobody's output layer.
+# Wider than `is_token_embedding`, because a copy is recognised by its content too; position tables
+# of their own and relative biases are nobody's output layer.
 _VOCABULARY = re.compile(r"embed|(^|\.)(wte|shared)\.")
 _OUTPUT_VOCABULARY = re.compile(r"(lm_head|embed_out|output_projection|(^|\.)decoder)\.weight$")
 # Exact, because its number of rows becomes the configuration's vocab_size.
@@ -87,7 +59,7 @@ def classification_head(name: str) -> str | None:
 # --- Layouts ---
 
 # transformers' Conv1D and OpenCLIP's projections keep weights as [in, out].
-CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)\.weight$")
 _OPENCLIP_PROJECTION = re.compile(r"(^|\.)(visual\.proj|text_projection)$")
 _TEXT_PROJECTION = re.compile(r"(^|\.)text_projection(\.weight)?$")
@@ -109,11 +81,6 @@ def is_text_projection(name: str) -> bool:
     return _TEXT_PROJECTION.search(name) is not None
 
 
-def is_expert_stack(name: str) -> bool:
-    """Tell whether three dimensions are a mixture's experts `[E, out, in]`, not a kernel."""
-    return "expert" in name
-
-
 def is_packed(name: str) -> bool:
     """Tell whether a tensor is the in-projection of `nn.MultiheadAttention`, rows q, k, v."""
     return name.endswith("in_proj_weight")
@@ -130,11 +97,12 @@ def is_counter(name: str) -> bool:
 _ROUTED = re.compile(
     r"\.(in_proj_weight"
     r"|((attn|attention|SelfAttention|EncDecAttention|self_attn|cross_attn|encoder_attn)\."
-    r"([qkvo]|dense|c_proj|proj|out|to_out\.0|output\.dense))\.weight"
+    r"([qkvo]|kv|dense|c_proj|proj|out|to_out\.0|output\.dense|Wo|value_proj|output_proj))\.weight"
     r"|(query|key|value|[qkvo]_proj|out_proj|[qkv]_lin|out_lin|c_attn|q_attn|qkv_proj|qkv"
-    r"|query_key_value|W_?qkv)\.weight"
-    r"|(intermediate\.dense|fc1|c_fc|wi|wi_[01]|up_proj|gate_proj|gate_up_proj|lin1|linear1"
-    r"|dense_h_to_4h|w1|w3)\.weight)$"
+    r"|query_key_value|W_?qkv|linear_[qkv]|linear_out)(\.linear)?\.weight"
+    r"|(q_[ab]_proj|kv_[ab]_proj|kv_a_proj_with_mqa)\.weight"  # through a space of low rank
+    r"|(intermediate\.dense|fc1|c_fc|[Ww]i|wi_[01]|up_proj|gate_proj|gate_up_proj|lin1|linear1"
+    r"|dense_h_to_4h|w1|w3|intermediate_dense)(\.linear)?\.weight)$"
 )
 _LAYER_NUMBER = re.compile(r"(?<![^.])\d+(?![^.[])")
 

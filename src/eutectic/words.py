@@ -75,6 +75,8 @@ SENTENCES: dict[str, Template] = {
     "integers": "integers or booleans",
     "empty": "empty",
     "small": "bias, norm or scalar",
+    "vectors": "stack of vectors: biases, scales or norms",
+    "several_axes": "linear map of several axes",
     "ia3_vector": "(IA)³ vector",
     "convolution": "convolution kernel",
     "table": "lookup table",

@@ -47,10 +47,71 @@ def decided(found: TensorEntry, *rules: dict[str, Any], **config: Any) -> Decisi
         ("mlp.experts.down_proj", (3, 8, 4), "matrix"),
         ("text_projection.weight", (8, 4), "vector"),
         ("lm_head.weight", (8, 4), "matrix"),
+        ("embed_out.weight", (8, 4), "matrix"),
+        ("experts.gate_up_proj_bias", (3, 8), "vector"),
+        ("self_attn.sinks", (1, 8), "vector"),
+        ("mixer.A_log", (8, 4), "vector"),
+        ("self_attn.pos_bias_u", (8, 4), "vector"),
+        ("self_attn.q_norm.weight", (8, 4), "vector"),
+        ("block.layer_scale.gamma", (8, 1, 1), "vector"),
+        ("conv.parametrizations.weight.original0", (8, 1, 1), "vector"),
+        ("conv.parametrizations.weight.original1", (8, 4, 3), "conv"),
+        ("dense.parametrizations.weight.original1", (8, 4), "matrix"),
+        ("attn.relative_position_bias_table", (49, 4), "embedding"),
+        ("attn.rel_pos_h", (27, 4), "embedding"),
+        ("resampler.latents", (8, 4), "embedding"),
+        ("pos_embed", (1, 4, 7, 7), "embedding"),
+        ("embedder.layers.0.attn.qkv.weight", (12, 4), "matrix"),
+        ("vision.embeddings.patch_embedding.weight", (8, 12), "matrix"),
+        ("embedding_hidden_mapping_in.weight", (8, 4), "matrix"),
+        ("embeddings_project.weight", (8, 4), "matrix"),
+        ("embedder.conv1.weight", (8, 4, 7), "conv"),
+        ("head.weight", (4, 32, 64), "matrix"),
+        ("rg_lru.input_gate_weight", (4, 8, 8), "matrix"),
+        ("filters.weight", (64, 64, 15), "conv"),
+        ("pos_conv_embed.conv.weight", (64, 48, 128), "conv"),
     ],
 )
 def test_defaults(name: str, shape: tuple[int, ...], treatment: str) -> None:
     assert decided(entry(name, *shape)).treatment.value == treatment
+
+
+def test_the_bias_beside_a_weight_tells_a_linear_layer_from_a_table() -> None:
+    def with_bias(found: TensorEntry, *shape: int) -> str:
+        bias = entry(found.name.replace("weight", "bias"), *shape)
+        decision = decide(found, [], {}, {bias.name: bias, found.name: found})
+        assert isinstance(decision, Decision)
+        return decision.treatment.value
+
+    for name in ("time_embed.0.weight", "bbox_embed.layers.1.weight", "reference_points.weight"):
+        assert with_bias(entry(name, 8, 4), 8) == "matrix"
+    assert decided(entry("reference_points.weight", 8, 4)).treatment.value == "embedding"
+    assert with_bias(entry("mixing.weight", 8, 16, 16), 8, 16) == "matrix"
+    assert with_bias(entry("mixing.weight", 8, 16, 16), 8) == "conv"
+    assert with_bias(entry("affine.weight", 1, 1, 1, 8), 1, 1, 1, 8) == "vector"
+    assert with_bias(entry("style_norm.weight", 8, 4), 8) == "matrix"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "config"),
+    [
+        ("layers.0.block_sparse_moe.input_linear.weight", (4, 32, 16), {}),
+        ("layers.0.mlp.output_linear.weight", (4, 16, 32), {}),  # JetMoE
+        ("layers.0.mixture.w_in.weight", (4, 32, 16), {"num_local_experts": 4}),
+        ("layers.0.mixture.w_in.weight", (4, 32, 16), {"text_config": {"n_routed_experts": 4}}),
+        ("depth_decoder.codebooks_head.weight", (31, 128, 2051), {}),
+    ],
+)
+def test_stacks_of_linear_maps_are_merged_one_by_one(
+    name: str, shape: tuple[int, ...], config: dict[str, Any]
+) -> None:
+    decision = decided(entry(name, *shape), **config)
+    assert (decision.treatment.value, decision.layout.stacked) == ("matrix", True)
+
+
+def test_a_map_whose_heads_have_an_axis_is_one_map() -> None:
+    decision = decided(entry("layer.0.rel_attn.q", 16, 4, 8))
+    assert (decision.treatment.value, decision.layout.stacked) == ("matrix", False)
 
 
 def test_integers_are_copied_whatever_their_name() -> None:

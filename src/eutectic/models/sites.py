@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from eutectic.conventions import (
     canonical_name,
     is_adapter_part,
-    is_table_parameter,
     reads_encoder,
     reads_image,
 )
+from eutectic.conventions_tensors import is_table_parameter, is_vectors
 
 Kind = Literal["linear", "conv1d", "convolution", "in_projection", "out_projection"]
 Role = Literal["encoder", "decoder", "cross", "image", "text"]
@@ -120,7 +120,7 @@ def _unobservable(model: nn.Module, observed: set[int]) -> dict[str, str]:
             matrix = parameter.ndim in (2, 3) and min(parameter.shape) > 1
             if not matrix or id(parameter) in observed or not parameter.is_floating_point():
                 continue
-            if not (is_table_parameter(own) or is_adapter_part(raw)):
+            if not (is_table_parameter(own) or is_vectors(own) or is_adapter_part(raw)):
                 kind = type(module).__name__
                 found[canonical_name(raw)] = f"no linear layer: {kind} multiplies by it itself"
     return found

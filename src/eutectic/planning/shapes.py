@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.index import TensorEntry
-from eutectic.conventions import is_expert_stack
 from eutectic.conventions_heads import (
     is_key_or_value,
     is_mlp,
@@ -16,6 +15,7 @@ from eutectic.conventions_heads import (
     is_output_layer,
     is_query,
 )
+from eutectic.conventions_tensors import is_expert_stack
 from eutectic.errors import Fault
 from eutectic.planning.inputs import MergeRequest
 

@@ -25,7 +25,8 @@ def plan_tensor(entry: TensorEntry, request: MergeRequest) -> TensorPlan | Fault
     """Decide one tensor, or return its fault; the method follows in `with_method`."""
     recipe, inputs = request.recipe, request.inputs
     partner = request.tied.get(entry.name, entry.name)
-    decision = decide(replace(entry, name=partner), recipe.tensors, inputs.config)
+    named, held = replace(entry, name=partner), inputs.base.entries
+    decision = decide(named, recipe.tensors, inputs.config, held)
     if isinstance(decision, Fault):
         return decision
     if partner != entry.name:

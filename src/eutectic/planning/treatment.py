@@ -15,6 +15,7 @@ from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.reader import TensorSource
 from eutectic.conventions import is_output_vocabulary, may_be_vocabulary
 from eutectic.errors import Fault, Note
+from eutectic.planning.kinds import kind_of
 from eutectic.planning.tensor_plan import Layout
 from eutectic.recipes.schema import TensorRule
 from eutectic.types import Treatment
@@ -36,7 +37,10 @@ class Decision:
 
 
 def decide(
-    entry: TensorEntry, rules: Sequence[TensorRule], config: Mapping[str, Any]
+    entry: TensorEntry,
+    rules: Sequence[TensorRule],
+    config: Mapping[str, Any],
+    held: Mapping[str, TensorEntry] | None = None,
 ) -> Decision | Fault:
     """Return the decision for one tensor of the base, or its fault.
 
@@ -44,18 +48,20 @@ def decide(
     treatment decides it. Likewise for `split` and `scale`. Without a rule:
 
     1. integers and booleans, and empty tensors: copy;
-    2. fewer than two dimensions, and (IA)³ vectors: vector;
-    3. four and more dimensions, and three unless the name says stacked experts or a table: conv;
-    4. lookup tables (`*embed*`, `wte`, `shared`, relative attention bias, class tokens): embedding;
-       matrices of one row or column, and `text_projection`: vector;
-    5. every other matrix, and stacks of experts' matrices: matrix.
+    2. fewer than two dimensions, (IA)³ vectors, biases, scales and norms of any shape: vector;
+    3. weights of four and more dimensions, and three unless they stack linear maps: conv;
+    4. lookup tables of tokens and positions, learned tokens and queries: embedding; matrices of one
+       row or column, and `text_projection`: vector;
+    5. every other matrix, and stacks of matrices: matrix.
+
+    `held` are all tensors of the base; the bias beside a weight helps to tell what it is.
     """
     matching = [rule for rule in rules if fnmatchcase(entry.name, rule.match)]
     ruled = next((r for r in matching if r.treatment is not None), None)
     scale = next((r.scale for r in matching if r.scale is not None), None)
     split = next((r.split for r in matching if r.split is not None), None)
-    default, reason = _default(entry)
-    treatment = default
+    default, reason = kind_of(entry, config, held or {})
+    treatment, kind = default, reason.kind
     if ruled is not None and ruled.treatment is not None:
         treatment, reason = ruled.treatment, Note("rule", (ruled.match,))
         if treatment is Treatment.MATRIX and len(entry.shape) < 2:
@@ -68,35 +74,12 @@ def decide(
     layout = Layout()
     if treatment is Treatment.MATRIX:
         transpose = _is_transposed(entry, config)
-        stacked = len(entry.shape) == 3 and default is not Treatment.CONV
+        stacked = len(entry.shape) == 3 and kind not in ("convolution", "several_axes")
         parts = _parts(entry, split, transpose, stacked) if split else ()
         if isinstance(parts, Fault):
             return parts
         layout = Layout(transpose, parts, stacked)
     return Decision(treatment, (reason,), layout, scale, ruled is not None)
-
-
-def _default(entry: TensorEntry) -> tuple[Treatment, Note]:
-    shape = entry.shape
-    if not entry.dtype.is_floating_point:
-        return Treatment.COPY, Note("integers")
-    if 0 in shape:
-        return Treatment.COPY, Note("empty")
-    if len(shape) < 2:
-        return Treatment.VECTOR, Note("small")
-    if entry.name.endswith(conventions.IA3_SUFFIX):
-        return Treatment.VECTOR, Note("ia3_vector")
-    table = conventions.is_table(entry.name)
-    stack = table or conventions.is_expert_stack(entry.name)
-    if len(shape) > 3 or (len(shape) == 3 and not stack):
-        return Treatment.CONV, Note("convolution")
-    if table:
-        return Treatment.EMBEDDING, Note("table")
-    if min(shape[-2:]) == 1:
-        return Treatment.VECTOR, Note("single_row")
-    if conventions.is_text_projection(entry.name):
-        return Treatment.VECTOR, Note("text_projection")
-    return Treatment.MATRIX, Note("stack") if len(shape) == 3 else Note("matrix")
 
 
 def _is_transposed(entry: TensorEntry, config: Mapping[str, Any]) -> bool:
