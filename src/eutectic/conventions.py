@@ -154,8 +154,6 @@ def reads_encoder(path: str) -> bool:
 PEFT_ROOT = "base_model.model."
 IA3_SUFFIX = ".ia3_l"
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?")
-# A wrapper that PEFT puts between a module and its parameters, in some versions and situations.
-_WRAPPER = re.compile(r"\.(base_layer|modules_to_save(\.default)?)(?=\.[^.]+$)")
 # Modules that adapters add beside the layer they adapt; their inputs are not a base weight's.
 _ADAPTER_PART = re.compile(r"\.(lora_\w+|original_module)(\.|$)")
 
@@ -170,15 +168,10 @@ def is_adapter_part(name: str) -> bool:
     return _ADAPTER_PART.search(f".{name}") is not None
 
 
-def unwrapped_key(key: str) -> str:
-    """Return an adapter file's key without PEFT's wrapper around the module."""
-    return _WRAPPER.sub("", key)
-
-
 def canonical_name(name: str) -> str:
     """Return the checkpoint's name of a parameter in memory, of a wrapped (PEFT, compiled) model.
 
-    Unlike an adapter's file (`unwrapped_key`), memory knows every adapter by its name.
+    Unlike an adapter's file (`conventions_names`), memory knows every adapter by its name.
 
     >>> canonical_name("base_model.model.encoder.q.base_layer.weight")
     'encoder.q.weight'

@@ -56,6 +56,21 @@ def _searched(tasks: Sequence[str], numbers: Mapping[str, Any]) -> str:
     return text
 
 
+def _read_as(subject: Sequence[str], numbers: Mapping[str, Any]) -> str:
+    expert, own, base = subject
+    return f"expert '{expert}': {read_as(own, base, numbers['count'])}"
+
+
+def read_as(own: str, base: str, count: int) -> str:
+    """Return in words that a spelling in an expert's names is read as one of the base's."""
+    tensors = f"({count} tensor{'' if count == 1 else 's'})"
+    if not base:
+        return f"'{own}' left out of its names {tensors}"
+    if not own:
+        return f"'{base}' of the base's names added {tensors}"
+    return f"{own} read as {base} {tensors}"
+
+
 def _no_gain(_: Sequence[str], values: Mapping[str, Any]) -> str:
     listed = ", ".join(f"{t} ({own:.4g}, base {base:.4g})" for t, (own, base) in values.items())
     return (
@@ -107,6 +122,8 @@ SENTENCES: dict[str, Template] = {
         "expert '{0}' is an adapter on a quantised base: its change is added to the dequantised "
         "weights, as peft's merge_and_unload does after dequantising"
     ),
+    "read_as": _read_as,
+    "repeated": "expert '{expert}' holds these again under other names, unchanged: {few}",
     "copied": "copied from the base, since no expert has them: {few}",
     "extra_left_out": (
         "expert '{expert}' has tensors that the base lacks, left out because of heads: {heads}: "

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,14 @@ from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG, Expert, Factors
 from eutectic.checkpoint.index import TensorEntry, open_index, read_json_object
 from eutectic.checkpoint.names import align, check_inside
 from eutectic.checkpoint.reader import CheckpointReader
-from eutectic.conventions import PEFT_ROOT, lora_factor, unwrapped_key
+from eutectic.conventions import PEFT_ROOT, lora_factor
+from eutectic.conventions_names import (
+    adapter_name,
+    is_frozen_copy,
+    is_trained_copy,
+    unwrapped,
+    without_adapter_name,
+)
 from eutectic.errors import CheckpointError
 
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -171,11 +178,45 @@ def _read_config(folder: Path) -> _LoraConfig:
     return config
 
 
+def plain_keys(keys: Iterable[str], label: str) -> dict[str, str]:
+    """Return each key of an adapter's file as PEFT names the parameter in the adapted model.
+
+    Without PEFT's root, the adapter's name, and what wraps modules. The unchanged copy of a module
+    that is trained whole is left out. CheckpointError where a file holds several adapters.
+    """
+    keys = list(keys)
+    adapters = sorted({name for key in keys if (name := adapter_name(key))})
+    plain: dict[str, str] = {}
+    taken: dict[str, str] = {}
+    trained = {own for key in keys if (own := _plain(key, adapters)) and is_trained_copy(key)}
+    for key in keys:
+        own = _plain(key, adapters)
+        if is_frozen_copy(key) and own in trained:
+            continue
+        if own in taken:
+            raise CheckpointError(
+                f"{label}: the keys '{taken[own]}' and '{key}' both mean '{own}'"
+                + (f"; it holds the adapters {', '.join(adapters)}" if len(adapters) > 1 else "")
+                + ".\nSave each adapter into a folder of its own (save_pretrained, "
+                "selected_adapters)."
+            )
+        taken[own] = key
+        plain[key] = own
+    return plain
+
+
+def _plain(key: str, adapters: Sequence[str]) -> str:
+    bare = unwrapped(without_adapter_name(key), adapters)
+    while bare.startswith(PEFT_ROOT):
+        bare = bare.removeprefix(PEFT_ROOT)
+    return bare
+
+
 def _grouped(entries: Mapping[str, TensorEntry], label: str) -> dict[str, _Group]:
     """Group a file's tensors by the parameter they act on, in the adapted model's own names."""
     groups: dict[str, _Group] = {}
-    for key, entry in entries.items():
-        own = key.removeprefix(PEFT_ROOT)
+    for key, own in plain_keys(entries, label).items():
+        entry = entries[key]
         if factor := lora_factor(own):
             groups.setdefault(f"{factor['module']}.weight", {})[factor["side"]] = entry
         elif "lora_" in own or "token_adapter" in own:
@@ -185,7 +226,7 @@ def _grouped(entries: Mapping[str, TensorEntry], label: str) -> dict[str, _Group
                 f"{' (DoRA)' if 'magnitude' in own else ''}; merge it with peft first."
             )
         else:
-            groups.setdefault(unwrapped_key(own), {})["full"] = entry
+            groups.setdefault(own, {})["full"] = entry
     return groups
 
 

@@ -2,20 +2,26 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from eutectic.checkpoint.arranged import Arranged
 from eutectic.checkpoint.index import TensorEntry
+from eutectic.checkpoint.layouts import layout_readings, rearranged
 from eutectic.checkpoint.names import Alignment, align
 from eutectic.checkpoint.reader import TensorSource, file_identity
+from eutectic.conventions import lora_factor
+from eutectic.conventions_names import unwrapped, without_adapter_name
 from eutectic.errors import CheckpointError
 
 ADAPTER_CONFIG = "adapter_config.json"
+_COMPARED = 1 << 20  # elements of two tensors that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -172,26 +178,77 @@ def full_expert(
     label: str,
     config: Mapping[str, Any] | None = None,
     folder: Path | None = None,
+    base_config: Mapping[str, Any] | None = None,
 ) -> Expert:
-    """Return a complete fine-tuned checkpoint, on disk or in memory, aligned to the base."""
-    mapping, alignment = align(base, source.entries, expert=label)
-    if not mapping:
-        shown = ", ".join(list(source.entries)[:3])
+    """Return a complete fine-tuned checkpoint, on disk or in memory, aligned to the base.
+
+    Tensors that the base keeps in another layout are put together as the base has them.
+    """
+    own = source.entries
+    mapping, alignment = align(base, own, expert=label, same=partial(_same_values, source))
+    views = rearranged(base, own, mapping, alignment, (base_config or {}, config or {}), label)
+    keys = {name: key for key, name in mapping.items()}
+    if views:
+        shapes = {name: base[name].shape for name in views}
+        alignment = replace(alignment, readings=(*alignment.readings, *layout_readings(views)))
+        source = Arranged(source, views, shapes)
+        keys.update((name, name) for name in views)
+    if not keys:
+        shown = ", ".join(list(own)[:3])
         raise CheckpointError(
             f"{label}: shares no tensor with the base; it is a fine-tune of another model.\n"
             f"Its tensors: {shown} …; the base's: {', '.join(list(base)[:3])} …"
         )
-    own = {name: key for key, name in mapping.items()}
-    entries = {name: source.entries[own[name]] for name in base if name in own}
-    extra = {alignment.to_base(k, base): e for k, e in source.entries.items() if k not in mapping}
+    entries = {name: source.entries[keys[name]] for name in base if name in keys}
+    used = {*mapping, *alignment.copies}.union(*(view.keys for view in views.values()))
+    rest = [key for key in own if key not in used]
+    _check_no_factors(rest, label)
+    extra = _named_like_base(rest, alignment, base)
     return Expert(
         label,
         source,
         alignment,
         entries,
-        extra,
+        {name: own[key] for name, key in extra.items()},
         stored=entries,
-        missing=tuple(name for name in base if name not in own),
+        missing=tuple(name for name in base if name not in keys),
         config=config or {},
         folder=folder,
     )
+
+
+def _same_values(source: TensorSource, first: str, second: str) -> bool:
+    """Tell whether two tensors of a checkpoint are the same, to the bit."""
+    one, other = source.entries[first], source.entries[second]
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    for start in range(0, one.numel, _COMPARED):
+        stop = min(one.numel, start + _COMPARED)
+        a, b = source.read(first, start, stop), source.read(second, start, stop)
+        if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
+            return False
+    return True
+
+
+def _named_like_base(
+    keys: Iterable[str], alignment: Alignment, base: Mapping[str, TensorEntry]
+) -> dict[str, str]:
+    """Return the names that keys which the base lacks would have there, each with its key."""
+    named: dict[str, str] = {}
+    for key in keys:
+        name = alignment.to_base(key, base)
+        bare = unwrapped(name)
+        named[name if bare in base or bare in named else bare] = key
+    return named
+
+
+def _check_no_factors(keys: Iterable[str], label: str) -> None:
+    """Refuse a model that was saved whole with an adapter's factors still apart."""
+    factors = [key for key in keys if lora_factor(without_adapter_name(key))]
+    if factors:
+        raise CheckpointError(
+            f"{label}: holds {len(factors)} factors of a LoRA adapter beside the weights, such as "
+            f"'{factors[0]}'; its change would be lost.\n"
+            "Merge the adapter with peft (merge_and_unload) and save that, or save the adapter "
+            "alone (save_pretrained of the PEFT model) and name its folder."
+        )

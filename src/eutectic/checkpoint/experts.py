@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eutectic.checkpoint.adapters import WEIGHT_NAMES, adapter_weights, open_lora
+from eutectic.checkpoint.adapters import WEIGHT_NAMES, adapter_weights, open_lora, plain_keys
+from eutectic.checkpoint.arranged import Arranged, whole
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG, Expert, full_expert
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index, read_json_object
 from eutectic.checkpoint.names import align
@@ -33,7 +34,7 @@ def common_base(
     """
     if not experts or not all(_is_ia3(path) for path in experts.values()):
         return base, base.index
-    return _identity_adapter({name: _open_ia3(path) for name, path in experts.items()}, base)
+    return _identity_adapter({name: _open_ia3(path)[0] for name, path in experts.items()}, base)
 
 
 def open_expert(path: Path, base: CheckpointIndex) -> Expert:
@@ -46,9 +47,12 @@ def open_expert(path: Path, base: CheckpointIndex) -> Expert:
     vectors = _is_ia3(path) and bool(_ia3_vectors(base))
     if is_adapter(path) and not vectors:
         return open_lora(path, base.entries)
-    reader = open_reader(_open_ia3(path) if vectors else path)
-    folder = path if vectors else reader.index.folder
-    return full_expert(reader, base.entries, str(path), reader.index.config, folder)
+    if vectors:
+        index, source = _open_ia3(path)
+        return full_expert(source, base.entries, str(path), index.config, path)
+    reader = open_reader(path)
+    index = reader.index
+    return full_expert(reader, base.entries, str(path), index.config, index.folder, base.config)
 
 
 def is_adapter(path: Path) -> bool:
@@ -61,7 +65,7 @@ def fingerprint_of(path: Path, base: Path | None = None) -> str:
     if is_adapter(path) and not _is_ia3(path) and base is not None:
         with open_reader(base) as whole, closing(open_expert(path, whole.index)) as expert:
             return expert.fingerprint()
-    with open_reader(_open_ia3(path) if _is_ia3(path) else path) as reader:
+    with closing(_open_ia3(path)[1] if _is_ia3(path) else open_reader(path)) as reader:
         return reader.fingerprint()
 
 
@@ -69,15 +73,26 @@ def _is_ia3(path: Path) -> bool:
     return is_adapter(path) and read_json_object(path / ADAPTER_CONFIG).get("peft_type") == "IA3"
 
 
-def _open_ia3(folder: Path) -> CheckpointIndex:
-    """Return the table of an (IA)³ adapter's tensors: vectors, and modules saved in full."""
+def _open_ia3(folder: Path) -> tuple[CheckpointIndex, TensorSource]:
+    """Return the table of an (IA)³ adapter's tensors, vectors and modules saved in full.
+
+    And their reader; both by the names that PEFT gives them in files.
+    """
     index = open_index(adapter_weights(folder))
+    source: TensorSource = open_reader(index)
     index = replace(index, config=read_json_object(folder / ADAPTER_CONFIG))
+    called = {own: key for key, own in plain_keys(index.entries, str(folder)).items()}
+    if any(PEFT_ROOT + own != key for own, key in called.items()):
+        views = {PEFT_ROOT + own: whole(index.entries[key]) for own, key in called.items()}
+        shapes = {PEFT_ROOT + own: index.entries[key].shape for own, key in called.items()}
+        source = Arranged(source, views, shapes)
+        held = {name: replace(source.entries[name], name=name) for name in views}
+        index = replace(index, entries=held)
     if not _ia3_vectors(index):
         raise CheckpointError(
             f"{folder}: holds no vector ('…{IA3_SUFFIX}'); it is no (IA)³ adapter."
         )
-    return index
+    return index, source
 
 
 def _identity_adapter(

@@ -1,14 +1,28 @@
 """Names: of files inside a checkpoint folder, and of tensors in two checkpoints of one model."""
 
 from collections import Counter
-from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 
+from eutectic.conventions_names import (
+    canonical,
+    is_frozen_copy,
+    is_trained_copy,
+    unwrapped,
+)
 from eutectic.errors import CheckpointError
+from eutectic.words import read_as
 
 _MAX_EXTRA_COMPONENTS = 3
+_MOST_READINGS = 8  # prefixes that fit equally well; more are as ambiguous as two
+# What was tried where names do not meet, for messages.
+TRIED = (
+    "a common prefix, wrappers (_orig_mod, module, _fsdp_wrapped_module, base_layer), the prefixes "
+    "of vision-language models, gamma/beta, weight_g/weight_v, packed and "
+    "single matrices of mixtures, and transformers' own renaming where it is installed"
+)
 
 
 def check_plain_name(name: str, where: str) -> None:
@@ -55,16 +69,37 @@ def _is_hub_blob(home: Path, real: Path) -> bool:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """One kind of spelling in which an expert's keys differ from the base's names."""
+
+    own: str  # as the expert writes it; "" where only the base has such a component
+    base: str  # as the base writes it; "" where only the expert has such a component
+    count: int  # tensors
+
+    def __str__(self) -> str:
+        return read_as(self.own, self.base, self.count)
+
+
+@dataclass(frozen=True)
 class Alignment:
-    """Leading components that the expert's keys have in excess of the base's ("bert."), or lack."""
+    """How an expert's keys were read as the base's names.
+
+    `strip` and `add` are leading components that its keys have in excess of the base's ("bert."),
+    or lack; `readings` are known equivalences; `copies` are keys that say again what another says.
+    """
 
     strip: str = ""
     add: str = ""
+    readings: tuple[Reading, ...] = ()
+    copies: tuple[str, ...] = ()
 
     def __str__(self) -> str:
+        text = "its keys as they are"
         if self.strip:
-            return f"its keys without the prefix '{self.strip}'"
-        return f"its keys with the prefix '{self.add}'" if self.add else "its keys as they are"
+            text = f"its keys without the prefix '{self.strip}'"
+        elif self.add:
+            text = f"its keys with the prefix '{self.add}'"
+        return "; ".join([text, *map(str, self.readings)])
 
     def to_base(self, key: str, base_names: Container[str]) -> str:
         """Return the base's name for one key of the expert, whether the base has it or not."""
@@ -75,50 +110,202 @@ class Alignment:
         return key
 
 
+Same = Callable[[str, str], bool]  # tells whether two keys of an expert hold the same values
+
+
 def align(
-    base_names: Iterable[str], expert_names: Iterable[str], *, expert: str = "the expert"
+    base_names: Iterable[str],
+    expert_names: Iterable[str],
+    *,
+    expert: str = "the expert",
+    same: Same | None = None,
 ) -> tuple[dict[str, str], Alignment]:
     """Return which key of the base each key of the expert means, and by what alignment.
 
-    Either the keys agree as they are, or one side carries extra leading components ("bert.",
-    "model.", "base_model.model."): the choice that lets most keys meet wins, and CheckpointError
-    is raised where there are two. Keys without a partner are left out of the mapping. Linear.
+    Keys agree as they are, or one side carries extra leading components ("bert.", "model.",
+    "base_model.model."), or both are known spellings of one name (`conventions_names`): the choice
+    that lets most keys meet wins. CheckpointError where two choices are as good and differ, or
+    where two keys mean one name and `same` does not say that they hold the same. Keys without a
+    partner are left out of the mapping. Linear.
     """
-    base = frozenset(base_names)
-    keys = list(expert_names)
-    chosen = _choose(base, keys, expert)
-    mapping: dict[str, str] = {}
-    taken: dict[str, str] = {}
-    for key in keys:
-        name = chosen.to_base(key, base)
-        if name in taken:
-            raise CheckpointError(
-                f"{expert}: the keys '{taken[name]}' and '{key}' both mean '{name}' of the base "
-                f"({chosen}).\nRename the keys of the expert as the base's."
-            )
-        taken[name] = key
-        if name in base:
-            mapping[key] = name
-    return mapping, chosen
+    base = tuple(dict.fromkeys(base_names))
+    keys = [key for key in dict.fromkeys(expert_names)]
+    frozen = _frozen_copies(keys)
+    keys = [key for key in keys if key not in frozen]
+    winners = _literal(frozenset(base), keys)
+    chosen = [_met(base, keys, alignment) for alignment in winners]
+    if len(chosen) > 1 or len(chosen[0].mapping) < len(keys):
+        chosen = _canonically(base, keys, winners)
+    first = chosen[0]
+    for other in chosen[1:]:
+        if other.mapping != first.mapping:
+            _refuse_two_ways(expert, first, other, len(keys))
+    copies = _checked_copies(first, expert, same)
+    alignment = replace(first.alignment, readings=_readings(first, base), copies=(*frozen, *copies))
+    return first.mapping, alignment
 
 
-def _choose(base: frozenset[str], keys: list[str], expert: str) -> Alignment:
+@dataclass
+class _Meeting:
+    """Which keys meet under one choice of a prefix."""
+
+    alignment: Alignment
+    mapping: dict[str, str]  # key of the expert -> name of the base
+    again: list[tuple[str, str]] = field(default_factory=list[tuple[str, str]])  # key, name taken
+
+
+def _frozen_copies(keys: list[str]) -> tuple[str, ...]:
+    """Return the keys of modules that PEFT keeps unchanged beside the trained ones."""
+    frozen = [key for key in keys if is_frozen_copy(key)]
+    if not frozen:
+        return ()
+    trained = {unwrapped(key) for key in keys if is_trained_copy(key)}
+    return tuple(key for key in frozen if unwrapped(key) in trained)
+
+
+def _literal(base: frozenset[str], keys: list[str]) -> list[Alignment]:
+    """Return the prefixes that let most keys meet as they are written."""
     present = frozenset(keys)
     met = Counter(("strip", p) for key in keys for p in _prefixes(key) if key[len(p) :] in base)
     met.update(("add", p) for key in base for p in _prefixes(key) if key[len(p) :] in present)
     best = max(met.values(), default=0)
-    if sum(key in base for key in keys) >= best:
-        return Alignment()
-    winners = sorted(choice for choice, count in met.items() if count == best)
-    if len(winners) > 1:
-        listed = ", ".join(f"'{p}'" for _, p in winners[:5])
-        raise CheckpointError(
-            f"{expert}: its keys fit the base's in more than one way ({best} of {len(keys)} keys "
-            f"each with the prefixes {listed}).\n"
-            "Is it a fine-tune of this base? If so, rename its keys as the base's."
+    as_they_are = sum(key in base for key in keys)
+    if as_they_are >= best:
+        return [Alignment()]
+    return _winners(met, best)
+
+
+def _winners(met: Counter[tuple[str, str]], best: int) -> list[Alignment]:
+    winners = sorted((c for c, count in met.items() if count == best), key=lambda c: (len(c[1]), c))
+    few = winners[:_MOST_READINGS]
+    return [Alignment(strip=p) if side == "strip" else Alignment(add=p) for side, p in few]
+
+
+def _met(base: tuple[str, ...], keys: list[str], alignment: Alignment) -> _Meeting:
+    """Return the keys that meet as they are written, after the prefix."""
+    names = frozenset(base)
+    found = _Meeting(alignment, {})
+    taken: set[str] = set()
+    for key in keys:
+        name = alignment.to_base(key, names)
+        if name in taken:
+            found.again.append((key, name))
+        elif name in names:
+            taken.add(name)
+            found.mapping[key] = name
+    return found
+
+
+def _canonically(
+    base: tuple[str, ...], keys: list[str], winners: list[Alignment]
+) -> list[_Meeting]:
+    """Let keys meet in the form that all their spellings share.
+
+    The prefix of most literal meetings stays, unless another one lets more keys meet.
+    """
+    forms: dict[str, list[str]] = {}
+    for name in base:
+        forms.setdefault(_form(name), []).append(name)
+    unique = {form: names[0] for form, names in forms.items() if len(names) == 1}
+    found = [_with_forms(_met(base, keys, a), keys, unique, frozenset(base)) for a in winners]
+    most = max(len(f.mapping) for f in found)
+    if most < min(len(keys), len(base)):
+        own = {_form(key) for key in keys}
+        met = Counter(
+            ("strip", p) for k in keys for p in _prefixes(k) if _form(k[len(p) :]) in unique
         )
-    side, prefix = winners[0]
-    return Alignment(**{side: prefix})
+        met.update(("add", p) for n in base for p in _prefixes(n) if _form(n[len(p) :]) in own)
+        highest = max(met.values(), default=0)
+        if highest > most:
+            more = _winners(met, highest)
+            tried = [_with_forms(_met(base, keys, a), keys, unique, frozenset(base)) for a in more]
+            best_of = max(len(f.mapping) for f in tried)
+            return [f for f in tried if len(f.mapping) == best_of]
+    return [f for f in found if len(f.mapping) == most]
+
+
+def _form(name: str) -> str:
+    return canonical(name).name
+
+
+def _with_forms(
+    found: _Meeting, keys: list[str], unique: Mapping[str, str], names: frozenset[str]
+) -> _Meeting:
+    """Add the keys that meet only in the form that all their spellings share."""
+    held = {name: key for key, name in found.mapping.items()}
+    for key in keys:
+        if key in found.mapping:
+            continue
+        form = canonical(found.alignment.to_base(key, names)).name
+        name = unique.get(form) or unique.get(canonical(key).name)
+        if name is None:
+            continue
+        if name in held:
+            found.again.append((key, name))
+        else:
+            held[name] = key
+            found.mapping[key] = name
+    return found
+
+
+def _checked_copies(found: _Meeting, expert: str, same: Same | None) -> list[str]:
+    """Return the keys that repeat what another key says; refuse those that say something else."""
+    held = {name: key for key, name in found.mapping.items()}
+    copies: list[str] = []
+    for key, name in found.again:
+        first = held.get(name)
+        if first is None:
+            continue
+        if same is None or not same(first, key):
+            raise CheckpointError(
+                f"{expert}: the keys '{first}' and '{key}' both mean '{name}' of the base "
+                f"({found.alignment}).\n"
+                + ("" if same is None else "They hold different values. ")
+                + "Rename the keys of the expert as the base's, or leave out the wrong one."
+            )
+        copies.append(key)
+    return copies
+
+
+def _refuse_two_ways(expert: str, first: _Meeting, other: _Meeting, keys: int) -> None:
+    readings: list[str] = []
+    differing = next(k for k in {**first.mapping, **other.mapping} if _differ(k, first, other))
+    for found in (first, other):
+        name = found.mapping.get(differing)
+        means = f"means '{name}'" if name else "has no partner"
+        readings.append(f"{found.alignment}: '{differing}' {means}")
+    prefixes = ", ".join(f"'{f.alignment.strip or f.alignment.add}'" for f in (first, other))
+    raise CheckpointError(
+        f"{expert}: its keys fit the base's in more than one way ({len(first.mapping)} of {keys} "
+        f"keys each with the prefixes {prefixes}).\n"
+        f"Either {readings[0]}, or {readings[1]}.\n"
+        "Is it a fine-tune of this base? If so, rename its keys as the base's."
+    )
+
+
+def _differ(key: str, first: _Meeting, other: _Meeting) -> bool:
+    return first.mapping.get(key) != other.mapping.get(key)
+
+
+def _readings(found: _Meeting, base: Iterable[str]) -> tuple[Reading, ...]:
+    """Return what was read as something else, beside the one prefix."""
+    met: Counter[tuple[str, str]] = Counter()
+    names = frozenset(base)
+    for key, name in found.mapping.items():
+        called = found.alignment.to_base(key, names)
+        if called == name:
+            continue
+        own = canonical(called)
+        other = canonical(name)
+        if own.leading != other.leading:
+            met[own.leading, other.leading] += 1
+        if own.wrappers - other.wrappers:
+            met[f"{'., '.join(sorted(own.wrappers - other.wrappers))}.", ""] += 1
+        if other.wrappers - own.wrappers:
+            met["", f"{'., '.join(sorted(other.wrappers - own.wrappers))}."] += 1
+        met.update(own.renamed - other.renamed)
+        met.update((base, spelt) for spelt, base in other.renamed - own.renamed)
+    return tuple(Reading(own, base, count) for (own, base), count in met.items())
 
 
 def _prefixes(key: str) -> list[str]:

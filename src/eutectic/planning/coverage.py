@@ -14,6 +14,7 @@ from typing import Any
 
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.index import TensorEntry
+from eutectic.checkpoint.names import TRIED
 from eutectic.conventions import layer_group
 from eutectic.conventions_heads import is_buffer, is_output_layer, output_part
 from eutectic.errors import Fault
@@ -24,10 +25,6 @@ from eutectic.words import few
 
 # Of the base's numbers: what is larger is no head, whatever it is called.
 SMALL = 0.02
-
-TRIED = (
-    "the names as they are, and one prefix of up to three components more or less on either side"
-)
 
 Names = tuple[str, ...]
 

@@ -174,7 +174,8 @@ def in_memory_inputs(
     opened: dict[str, Expert] = {}
     for name, tensors in experts.items():
         label = f"expert '{name}'"
-        opened[name] = full_expert(StateDictReader(tensors, label), reader.entries, label)
+        source = StateDictReader(tensors, label)
+        opened[name] = full_expert(source, reader.entries, label, base_config=config)
     wrapped = {name: as_statistics(given) for name, given in statistics.items()}
     return Inputs(reader, None, opened, wrapped, stated=config or {})
 

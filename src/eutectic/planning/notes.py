@@ -113,6 +113,10 @@ def notes_on(
             notes.append(Note("extra_prefix", (name, expert.alignment.strip)))
         elif expert.alignment.add:
             notes.append(Note("lacking_prefix", (name, expert.alignment.add)))
+        for read in expert.alignment.readings:
+            notes.append(Note("read_as", (name, read.own, read.base), {"count": read.count}))
+        if copies := expert.alignment.copies:
+            notes.append(Note("repeated", copies, {"expert": name}))
 
     notes += _on_quantised(inputs)
 
