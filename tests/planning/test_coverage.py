@@ -186,10 +186,10 @@ def test_a_copy_of_the_table_is_harmless_and_a_trained_one_is_a_head() -> None:
 
 def test_a_head_under_another_prefix_is_no_other_head() -> None:
     base = BASE | {"lm_head.weight": torch.ones(30, 8)}
-    own = renamed(tuned(base), "lm_head", "language_model.lm_head")
+    own = renamed(tuned(base), "lm_head", "decoder.lm_head")
     text = str(refused(base, own))
-    assert "base ↔ expert: * ↔ language_model.* (1 tensor)" in text
-    planned(base, own | {"language_model.lm_head.weight": torch.ones(2, 8)})
+    assert "base ↔ expert: * ↔ decoder.* (1 tensor)" in text
+    planned(base, own | {"decoder.lm_head.weight": torch.ones(2, 8)})
 
 
 EXTRAS = {
