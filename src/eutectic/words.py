@@ -134,7 +134,7 @@ SENTENCES: dict[str, Template] = {
         "heads kept per expert: " + "; ".join(f"{n}: {few(heads[n])}" for n in experts)
     ),
     "heads_left_out": "heads left out of the output: {few}",
-    "module_weights": "module weights copied from the base, not merged: {few}",
+    "side_files_left": "beside the base's weights, and not copied: {few}",
     "idle_rules": "rules that match no tensor: {few}",
     "rules_of_tied": (
         "'{0}' is a copy of '{1}' and takes the rules of that, not those that match its own name"

@@ -68,7 +68,7 @@ def test_without_a_stated_dtype_it_is_that_of_most_numbers(family: Path):
 
 def test_tokenizers_of_every_family_are_taken_along_and_code_only_where_it_is_named(tmp_path: Path):
     kept = ("spm.model", "spm_char.model", "tekken.json", "entity_vocab.json", "dict.txt")
-    for name in (*kept, "config.json", "secret_train.py", "notes.txt"):
+    for name in (*kept, "config.json", "secret_train.py", "train.log"):
         (tmp_path / name).write_text("{}")
     assert side_files(tmp_path) == tuple(sorted((*kept, "config.json")))
     (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "secret_train.Model"}}')

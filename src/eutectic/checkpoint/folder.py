@@ -1,96 +1,257 @@
 """The files beside the weights: configuration, tokenizer, processors, custom code, licences."""
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
+from eutectic.checkpoint.module_folders import MODULES_NAME, ROUTER_CONFIGS, module_folders
 from eutectic.checkpoint.names import check_inside
-from eutectic.errors import OutputError
+from eutectic.checkpoint.writer import write_atomically
+from eutectic.errors import CheckpointError, OutputError
 from eutectic.storage import storage_of
 
-# What a model needs to be loaded and used, and what its licence asks to be kept.
+# What a model needs to be loaded and used, and what its licence asks to be kept: copied whatever
+# its size, and from folders that are no model's too, such as that of a lone file or of an adapter.
 _PATTERNS = (
-    *("config.json", "configuration.json", "generation_config.json", "modules.json"),
-    *("*config_sentence_transformers.json", "sentence_*_config.json"),
-    *("*processor_config.json", "feature_extractor*.json"),
+    *("config.json", "configuration.json", "generation_config.json", MODULES_NAME),
+    *("*config_sentence_transformers.json", "sentence_*_config.json", "router_config.json"),
+    *("*processor_config.json", "feature_extractor*.json", "open_clip_config.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*vocab*", "merges.txt"),
     *("dict.txt", "spiece.model", "spm*.model", "sentencepiece*.model", "*.spm", "tekken.json"),
     *("prophetnet.tokenizer", "emoji.json", "byte_maps.json", "*.tiktoken", "bpe.codes"),
     *("word_shape.json", "word_pronunciation.json", "normalizer.json", "chat_template*"),
     *("LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*"),
 )
-# Never copied, whatever their name: weights, training states and pickles.
+# Never copied, whatever their name: weights in any format, archives, pickles and unfinished files.
 _NEVER = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npz"),
-    *(".npy", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json"),
+    *(".npy", ".h5", ".hdf5", ".keras", ".msgpack", ".onnx", ".onnx_data", ".onnx.data", ".gguf"),
+    *(".ggml", ".index.json", ".ot", ".tflite", ".pb", ".mlmodel", ".engine", ".plan", ".nemo"),
+    *(".mar", ".pt2", ".pte", ".ptl", ".pdparams", ".llamafile", ".zip", ".tar", ".tgz"),
+    *(
+        ".tar.gz",
+        ".7z",
+        ".xz",
+        ".zst",
+        ".incomplete",
+        ".part",
+        ".tmp",
+        ".lock",
+        ".pyc",
+        ".swp",
+        ".bak",
+        "~",
+    ),
 )
-# Modules of sentence-transformers ("1_Pooling") and further chat templates.
-_SUBFOLDER = re.compile(r"\d+_[A-Za-z]\w*|additional_chat_templates")
-_SUBFOLDER_PATTERNS = (*_PATTERNS, "*.json", "*.txt", "*.jinja")
+# What training leaves beside a model.
+_LEFTOVERS = (
+    *("optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*", "training_args*"),
+    *("trainer_state.json", "trainer_log*", "*_results.json", "*.log", "events.out.*", "nohup.out"),
+    *("zero_to_fp32.py", "latest", "latest_checkpointed_iteration.txt", "adapter_config.json"),
+    *("training_loss*.png", "training_eval_*.png", "Thumbs.db"),
+)
+# Folders of the weights in other formats, of training, and of an earlier merge's experts.
+_LEFT_FOLDERS = (
+    *("onnx*", "openvino*", "coreml*", "original", "gguf", "ggml", "flax", "tf", "tensorrt*"),
+    *("executorch*", "checkpoint-*", "checkpoints", "global_step*", "runs", "logs", "wandb"),
+    *("mlruns", "lightning_logs", "tensorboard", "eval", "__pycache__", "*.partial", "experts"),
+)
+_OWN = ("README.md", "eutectic.json")  # the output gets its own
+_OPEN_CLIP = {
+    "open_clip_model.safetensors",
+    *(f"open_clip_pytorch_model{end}" for end in (".safetensors", ".bin", ".pth")),
+}
+_MODEL_CONFIGS = ("config.json", "open_clip_config.json", MODULES_NAME)
+# Files of the checkpoint, not of its first module, where both lie in one folder.
+_OF_THE_WHOLE = (
+    *(MODULES_NAME, "*config_sentence_transformers.json", "LICEN[CS]E*", "NOTICE*", "COPYING*"),
+    *("USE_POLICY*", "*/*"),
+)
+_CHAT_TEMPLATES = "additional_chat_templates"
+# Modules of sentence-transformers ("1_Pooling").
+_NUMBERED = re.compile(r"\d+_[A-Za-z]\w*")
+_MAX_BYTES = 32 << 20  # of a file that is copied without being known
+_MAX_FILES = 2000
+_MAX_DEPTH = 4
+
+
+@dataclass(frozen=True)
+class SideFiles:
+    """What lies beside a model's weights; names relative to its folder, sorted."""
+
+    taken: tuple[str, ...]
+    left: tuple[str, ...] = ()  # files, and folders as "onnx/"
 
 
 def side_files(folder: Path) -> tuple[str, ...]:
-    """Return the names, relative to `folder` and sorted, of the files to take along.
+    """Return the names of the files of a folder to take along, sorted; see `survey`."""
+    return survey(folder).taken
 
-    Python files only where a configuration names code (`auto_map`, or sentence-transformers'
-    modules): a lone checkpoint may lie among anything.
 
-    Never weights, optimizer or training states, pickles, the README (the output gets a card of its
-    own), hidden files or folders other than sentence-transformers' numbered modules. A link that
-    leads out of the folder is refused.
+def survey(folder: Path, weights: Iterable[str] = ()) -> SideFiles:
+    """Return which files of a folder go with its model, and which are left out.
+
+    Of a model's folder everything but weights, optimizer and training states, pickles, what lies in
+    folders of other formats or of training, files beyond a size, and the README (the output gets a
+    card of its own). Python files only where a configuration names code (`auto_map`, or
+    sentence-transformers' modules). Of a folder without a model's configuration, and of an
+    adapter's, only files of known names: a lone checkpoint may lie among anything.
+
+    Hidden files are neither taken nor listed, nor are `weights`, the files that are merged and
+    their indices. A link that leads out of the folder is refused where the model needs it, left out
+    elsewhere.
     """
-    configs = (path for path in folder.glob("*config.json") if path.is_file())
-    names_code = (folder / "modules.json").is_file() or any(
+    modules = {module.folder for module in module_folders(folder)} - {""}
+    configs = [path for path in folder.glob("*config.json") if path.is_file()]
+    names_code = (folder / MODULES_NAME).is_file() or any(
         b'"auto_map"' in config.read_bytes() for config in configs
     )
-    patterns = (*_PATTERNS, "*.py") if names_code else _PATTERNS
-    return _matching(folder, patterns, _SUBFOLDER_PATTERNS, _NEVER)
+    a_model = any((folder / name).is_file() for name in _MODEL_CONFIGS)
+    everything = a_model and not (folder / "adapter_config.json").is_file()
+    taken: list[str] = []
+    left: list[str] = []
+    merged = {*weights, *_OWN}
+    # A folder may hold a model for transformers and the same for open_clip; one of them is merged.
+    others = [name for name in _OPEN_CLIP if (folder / name).exists()]
+    stray = () if not others or merged & _OPEN_CLIP else ("open_clip_config.json",)
+    for name, place in _walk(folder, modules, everything, left):
+        file = name.rpartition("/")[2]
+        if name in merged:
+            continue
+        own_module = place in modules or _NUMBERED.fullmatch(place) or place == _CHAT_TEMPLATES
+        known = any(fnmatchcase(file, pattern) for pattern in _PATTERNS) or (
+            own_module and file.endswith((".json", ".txt", ".jinja", ".model"))
+        )
+        code = file.endswith(".py")
+        never = file.lower().endswith(_NEVER) or _matches(file, _LEFTOVERS) or file in stray
+        allowed = known or (code and names_code) or (everything and not code)
+        if never or not allowed or (not known and not _fits(folder, name, len(taken))):
+            left.append(name)
+            continue
+        check_inside(folder, name)
+        taken.append(name)
+    return SideFiles(tuple(sorted(taken)), tuple(sorted(left)) if everything else ())
 
 
-def module_weights(folder: Path) -> tuple[str, ...]:
-    """Return weight files in numbered module folders ("2_Dense/model.safetensors").
+def _walk(
+    folder: Path, modules: set[str], everything: bool, left: list[str]
+) -> Iterator[tuple[str, str]]:
+    """Yield (name, folder) of the files that may be taken; folders that are left go to `left`."""
+    waiting = [""]
+    while waiting:
+        place = waiting.pop()
+        for path in sorted((folder / place).iterdir()):
+            name = f"{place}/{path.name}" if place else path.name
+            if path.name.startswith("."):
+                continue
+            if not path.is_dir():
+                yield name, place
+                continue
+            needed = any(m == name or m.startswith(f"{name}/") for m in modules)
+            needed = needed or (not place and _NUMBERED.fullmatch(path.name) is not None)
+            if needed or (not place and path.name == _CHAT_TEMPLATES):
+                waiting.append(name)
+            elif (
+                not everything
+                or path.is_symlink()
+                or name.count("/") >= _MAX_DEPTH
+                or _matches(path.name, _LEFT_FOLDERS)
+            ):
+                left.append(f"{name}/")
+            else:
+                waiting.append(name)
 
-    They belong to no key of the checkpoint, so they are neither merged nor copied by
-    `copy_side_files`; the caller states what becomes of them.
-    """
-    return _matching(folder, (), ("*.safetensors", "*.bin"), ())
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _fits(folder: Path, name: str, count: int) -> bool:
+    """Tell whether a file that nobody is known to need may come along."""
+    try:
+        return check_inside(folder, name).stat().st_size <= _MAX_BYTES and count < _MAX_FILES
+    except (CheckpointError, OSError):
+        return False
 
 
 def copy_side_files(
-    folder: Path, destination: Path, names: Iterable[str] | None = None
+    folder: Path,
+    destination: Path,
+    names: Iterable[str] | None = None,
+    *,
+    like: Path | None = None,
 ) -> tuple[str, ...]:
     """Copy side files (all of `side_files`, or `names`) and return their names.
 
     Links are followed, so that the copy stands alone; one that leads out of the folder is refused.
+    With `like`, the copy gets the layout of that folder, whose modules may lie elsewhere.
     """
     chosen = side_files(folder) if names is None else tuple(names)
+    moved = {} if like is None else _moved(folder, like)
     for name in chosen:
+        target = _moved_to(name, moved)
+        if target is None:
+            continue
         source = check_inside(folder, name)
-        target = destination / name
         try:
-            storage_of(destination).copy(source, target)
+            if name == MODULES_NAME and moved:
+                text = _respelt(source.read_text(encoding="utf-8"), moved)
+                write_atomically(destination / target, text.encode())
+            else:
+                storage_of(destination).copy(source, destination / target)
         except OSError as error:
-            raise OutputError(f"{target}: cannot be written ({error.strerror}).") from error
+            raise OutputError(
+                f"{destination / target}: cannot be written ({error.strerror})."
+            ) from error
     return chosen
 
 
-def _matching(
-    folder: Path, patterns: tuple[str, ...], sub_patterns: tuple[str, ...], never: tuple[str, ...]
-) -> tuple[str, ...]:
-    wanted = {folder: patterns}
-    for path in folder.iterdir():
-        if _SUBFOLDER.fullmatch(path.name) and path.is_dir():
-            wanted[path] = sub_patterns
-    found = [
-        path.relative_to(folder).as_posix()
-        for place, allowed in wanted.items()
-        for path in place.iterdir()
-        if not path.is_dir()
-        and not path.name.startswith(".")
-        and not path.name.lower().endswith(never)
-        and any(fnmatchcase(path.name, pattern) for pattern in allowed)
-    ]
-    for name in found:
-        check_inside(folder, name)
-    return tuple(sorted(found))
+def layout_files(folder: Path) -> tuple[str, ...]:
+    """Return the side files that say in which folders a checkpoint's modules lie."""
+    modules = module_folders(folder)
+    names = {MODULES_NAME: None} if modules else {}
+    for above in sorted({module.folder.rpartition("/")[0] for module in modules}):
+        # In the folder itself, config.json is that of the first module.
+        for name in ROUTER_CONFIGS if above else ROUTER_CONFIGS[:1]:
+            names[f"{above}/{name}" if above else name] = None
+    return tuple(name for name in names if (folder / name).is_file())
+
+
+def _moved(folder: Path, like: Path) -> Mapping[str, str | None]:
+    """Return what becomes of files and folders that lie elsewhere in another folder's layout.
+
+    Folder of a module -> its folder there; None for files that would contradict those there.
+    """
+    own = {module.prefix: module.folder for module in module_folders(folder)} or {"": ""}
+    theirs = {module.prefix: module.folder for module in module_folders(like)} or {"": ""}
+    moved: dict[str, str | None] = {
+        place: theirs[prefix] for prefix, place in own.items() if theirs.get(prefix, place) != place
+    }
+    for above in {place.rpartition("/")[0] for place in moved if place}:
+        # A Router's configuration, which names the folders of its modules.
+        moved |= dict.fromkeys(f"{above}/{n}" if above else n for n in ROUTER_CONFIGS)
+    return moved
+
+
+def _moved_to(name: str, moved: Mapping[str, str | None]) -> str | None:
+    """Return the name of a file in another layout; None where it has no place there."""
+    if name in moved:
+        return moved[name]
+    places = [place for place in moved if not place or name.startswith(f"{place}/")]
+    place = max(places, key=len, default=None)
+    if place is None or (not place and _matches(name, _OF_THE_WHOLE)):
+        return name
+    inner = name.removeprefix(f"{place}/") if place else name
+    return f"{moved[place]}/{inner}" if moved[place] else inner
+
+
+def _respelt(text: str, moved: Mapping[str, str | None]) -> str:
+    """Return a `modules.json` with the folders of another layout."""
+    stated: list[dict[str, Any]] = json.loads(text)
+    for module in stated:
+        module["path"] = moved.get(module["path"], module["path"]) or ""
+    return json.dumps(stated, indent=2, ensure_ascii=False) + "\n"

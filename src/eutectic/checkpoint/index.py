@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from eutectic.checkpoint.header import TensorEntry, read_header
+from eutectic.checkpoint.module_folders import MODULES_NAME, ModuleFolder, module_folders
 from eutectic.checkpoint.names import check_inside, check_plain_name
 from eutectic.checkpoint.pickles import load_pickle
 from eutectic.errors import CheckpointError
@@ -30,6 +31,34 @@ class CheckpointIndex:
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by safetensors file
     config: Mapping[str, Any] = field(default_factory=dict)  # {} where there is no config.json
     skipped: tuple[str, ...] = ()  # "name (type)" of what is no tensor in torch pickles
+    modules: tuple[ModuleFolder, ...] = ()  # those with weights, of a checkpoint in several folders
+
+    def module_of(self, file: str) -> ModuleFolder:
+        """Return the module that a weight file belongs to; the checkpoint itself where it is one.
+
+        A tensor's key in the file is its name without the module's prefix.
+        """
+        folder = file.rpartition("/")[0]
+        found = next((m for m in self.modules if m.folder == folder), None)
+        return found or ModuleFolder("", "", transformer=True, weight_index=self.weight_index)
+
+    @property
+    def main(self) -> ModuleFolder:
+        """The module whose names have no prefix, or else the first."""
+        found = next((m for m in self.modules if not m.prefix), None)
+        return found or (self.modules[0] if self.modules else self.module_of(""))
+
+    @property
+    def weight_files(self) -> tuple[str, ...]:
+        """Names of the weight files and of their indices."""
+        indices = [self.weight_index, *(module.weight_index for module in self.modules)]
+        return (*self.files, *dict.fromkeys(name for name in indices if name))
+
+    @property
+    def config_files(self) -> tuple[str, ...]:
+        """Names of the files, there or not, that say how the tensors are read."""
+        configs = [module.file("config.json") for module in self.modules]
+        return (MODULES_NAME, *configs) if self.modules else ("config.json",)
 
 
 def open_index(path: Path) -> CheckpointIndex:
@@ -38,8 +67,64 @@ def open_index(path: Path) -> CheckpointIndex:
     In a folder, safetensors win over torch pickles; a file name that transformers writes wins over
     a lone file of any other name. Of safetensors only the headers are read. CheckpointError where
     a header or an index lies or leads out of the folder, or a pickle holds code.
+
+    Of a checkpoint in several folders (see `module_folders`) the tables of all are one.
     """
     path = Path(path)
+    modules = modules_with_weights(path) if path.is_dir() else ()
+    if not modules:
+        return _open_one(path)
+    return _joined(path, {module: _open_one(path / module.folder) for module in modules})
+
+
+def modules_with_weights(path: Path) -> tuple[ModuleFolder, ...]:
+    """Return the modules of a checkpoint in several folders; none where it lies in one."""
+    found = [module for module in module_folders(path) if _holds_weights(path / module.folder)]
+    if not any(module.folder for module in found):
+        return ()
+    if all(module.folder for module in found) and _holds_weights(path):
+        raise CheckpointError(
+            f"{path}: holds weights beside {MODULES_NAME}, which names those in "
+            f"{found[0].folder}/.\nOne of them is stale. Remove it, or name the file you mean "
+            "instead of the folder."
+        )
+    return tuple(found)
+
+
+def _holds_weights(folder: Path) -> bool:
+    names = storage_of(folder).list(folder) if folder.is_dir() else ()
+    return any(
+        n.endswith(WEIGHT_SUFFIXES) and not n.startswith((".", *_NOT_WEIGHTS)) for n in names
+    )
+
+
+def _joined(path: Path, modules: Mapping[ModuleFolder, CheckpointIndex]) -> CheckpointIndex:
+    """Return one table of the tensors of all modules."""
+    entries: dict[str, TensorEntry] = {}
+    for module, index in modules.items():
+        for key, entry in index.entries.items():
+            named = replace(entry, name=module.prefix + key, file=module.file(entry.file))
+            if named.name in entries:
+                raise CheckpointError(f"{path}: two modules hold a tensor '{named.name}'.")
+            entries[named.name] = named
+    kept = tuple(
+        replace(m, weight_index=m.file(index.weight_index) if index.weight_index else None)
+        for m, index in modules.items()
+    )
+    configs = [index.config for module, index in modules.items() if module.transformer]
+    return CheckpointIndex(
+        path,
+        entries,
+        tuple(module.file(file) for module, index in modules.items() for file in index.files),
+        next((module.weight_index for module in kept if not module.prefix), None),
+        {m.file(file): said for m, i in modules.items() for file, said in i.metadata.items()},
+        configs[0] if configs else {},
+        tuple(told for index in modules.values() for told in index.skipped),
+        modules=kept,
+    )
+
+
+def _open_one(path: Path) -> CheckpointIndex:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder.")
     if path.is_dir():

@@ -153,7 +153,8 @@ class CheckpointReader:
         if not 0 <= start <= stop <= entry.numel:
             raise ValueError(f"'{name}': range {start}:{stop} outside 0:{entry.numel}")
         if entry.offset < 0:
-            return self._pickle(entry.file)[name].view(-1)[start:stop].clone()
+            key = name.removeprefix(self.index.module_of(entry.file).prefix)
+            return self._pickle(entry.file)[key].view(-1)[start:stop].clone()
         width = entry.dtype.itemsize
         buffer = torch.empty((stop - start) * width, dtype=torch.uint8)
         try:
@@ -174,8 +175,9 @@ class CheckpointReader:
 
     def identity(self) -> list[tuple[str, int, int]]:
         """Return (name, bytes, mtime in ns) of every file that the checkpoint consists of."""
-        names = [*self.index.files, self.index.weight_index, "config.json"]
-        return file_identity(self.index.folder, [n for n in names if n])
+        return file_identity(
+            self.index.folder, [*self.index.weight_files, *self.index.config_files]
+        )
 
     def close(self) -> None:
         """Close all files; reading afterwards opens them again."""

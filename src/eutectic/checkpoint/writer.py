@@ -25,9 +25,15 @@ from eutectic.storage import StagedFile, storage_of
 class OutputFile:
     """One safetensors file to be written: its (tensor name, dtype, shape), and `__metadata__`."""
 
-    name: str
+    name: str  # relative to the folder of the output
     entries: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""  # of the names of all its tensors; their keys in the file lack it
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of its tensors in the file."""
+        return tuple(name.removeprefix(self.prefix) for name, _, _ in self.entries)
 
     @property
     def data_bytes(self) -> int:
@@ -57,12 +63,15 @@ class CheckpointWriter:
         self._where: dict[str, TensorEntry] = {}
         headers: dict[str, bytes] = {}
         for file in self.files:
-            check_plain_name(file.name, "the output")
-            headers[file.name], placed = build_header(file.entries, file.metadata, file.name)
+            for part in file.name.split("/"):
+                check_plain_name(part, "the output")
+            rows = [(k, *row[1:]) for k, row in zip(file.keys, file.entries, strict=True)]
+            headers[file.name], placed = build_header(rows, file.metadata, file.name)
             for tensor in placed:
-                if tensor.name in self._where:
-                    raise ValueError(f"tensor '{tensor.name}' occurs in two output files")
-                self._where[tensor.name] = tensor
+                name = file.prefix + tensor.name
+                if name in self._where:
+                    raise ValueError(f"tensor '{name}' occurs in two output files")
+                self._where[name] = tensor
         sizes = {file.name: len(headers[file.name]) + file.data_bytes for file in self.files}
         try:
             pending = [n for n in sizes if not (resume and self._take_up(n, headers[n], sizes[n]))]

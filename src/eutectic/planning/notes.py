@@ -6,7 +6,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
-from eutectic.checkpoint.folder import module_weights
+from eutectic.checkpoint.folder import survey
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.conventions import classification_head
 from eutectic.errors import Note
@@ -135,7 +135,8 @@ def notes_on(
     tell("heads_kept", heads, {n: tuple(e.name for e in own) for n, own in heads.items()})
     tell("heads_left_out", left_out)
     if inputs.index is not None:
-        tell("module_weights", module_weights(inputs.index.folder))
+        found = survey(inputs.index.folder, inputs.index.weight_files)
+        tell("side_files_left", found.left)
     held = {*inputs.base.entries}.union(*(expert.extra for expert in inputs.experts.values()))
     patterns = [rule.match for rule in recipe.tensors]
     tell("idle_rules", [p for p in patterns if not any(fnmatchcase(n, p) for n in held)])

@@ -158,7 +158,7 @@ def output_layout(plan: Plan, inputs: Inputs) -> OutputLayout:
         tensors.append(OutputTensor(planned.name, planned.dtype, planned.shape, file))
     recipe = json.dumps(plan.stated_recipe, sort_keys=True)
     bound = plan.output.shard_bytes
-    form = LaidOutLikeBase(index) if bound is None else InShards(bound)
+    form = LaidOutLikeBase(index) if bound is None else InShards(bound, index)
     files = form.lay_out(tensors, {"eutectic": version("eutectic"), "recipe": recipe})
     return OutputLayout(form, tuple(files))
 
