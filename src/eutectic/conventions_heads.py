@@ -19,6 +19,8 @@ _OUTPUT = re.compile(
     r"|^(output|out|linear|projector)(?=\.)"
     r"|(^|\.)decoder(?=\.(weight|bias)$)"
 )
+# Modules of sentence-transformers behind its transformer, each in a folder of its own.
+_MODULE = re.compile(r"\d+_(?!\w*(Transformer|CLIPModel|Router|Asym|Embeddings?)\b)[A-Za-z]\w*\.")
 _NUMBERED = re.compile(r"(^|\.)\d+\.")
 
 
@@ -29,7 +31,11 @@ def output_part(name: str) -> str | None:
 
     >>> output_part("roberta.classifier.dense.weight"), output_part("h.0.mlp.fc.weight")
     ('classifier.dense.weight', None)
+    >>> output_part("2_Dense.linear.weight"), output_part("0_CLIPModel.logit_scale")
+    ('2_Dense.linear.weight', None)
     """
+    if _MODULE.match(name):
+        return name
     match = _OUTPUT.search(name)
     if match is None or _NUMBERED.search(name[: match.start() + 1]):
         return None
