@@ -47,7 +47,9 @@ _DENSE = re.compile(
 )
 
 # Models that keep stacks as [E, in, out]; all others in the conventions keep [E, out, in].
-INPUTS_FIRST = frozenset({"gpt_oss", "llama4", "llama4_text"})
+INPUTS_FIRST = frozenset(
+    {"gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter"}
+)
 OUTPUTS_FIRST = frozenset(
     {"mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "deepseek_v2", "deepseek_v3"}
     | {"glm4_moe", "minimax", "phimoe", "granitemoe", "granitemoeshared", "granitemoehybrid"}

@@ -39,6 +39,7 @@ _RELATIVE = re.compile(
     r"|(^|_)position_bias|^(height|width)_rel$"
 )
 _MAP = re.compile(r"(proj|projection|weights?|kernel|matrix|linear|gate|(^|_)(w|fc)\d?)$")
+_NORM_WEIGHT = re.compile(r"(norm|scale)_weights?$")
 _VECTORS = re.compile(
     r"(^|_)bias(es)?(_[a-z0-9]+)?$"  # biases of a stack or per head: `pos_bias_u`, `r_w_bias`
     r"|(^|_)(scales?|gammas?|betas?|alphas?|lambdas?|temperature|slopes?|sinks?|decay|norm)(_|\d*$)"
@@ -58,7 +59,9 @@ def is_vectors(own: str) -> bool:
     >>> is_vectors("gate_up_proj_bias"), is_vectors("A_log"), is_vectors("relative_position_bias")
     (True, True, False)
     """
-    return _RELATIVE.search(own) is None and _VECTORS.search(own) is not None
+    if _RELATIVE.search(own) or (_MAP.search(own) and not _NORM_WEIGHT.search(own)):
+        return False
+    return _VECTORS.search(own) is not None
 
 
 def is_table_parameter(own: str) -> bool:
@@ -91,6 +94,7 @@ _TABLE_MODULE = re.compile(
     r"|^bias_values$",
     re.IGNORECASE,
 )
+_EMBEDDER = re.compile(r"(^|_)embedder$")  # of patches, it is linear; of rows and queries, a table
 # A module of such a name is a table where the one around it is of embeddings.
 _EMBEDDING = re.compile(r"^(\w+_)?embed(ding|der)?s?$")
 _PLAIN = re.compile(r"^(tok|token|pos|position|word|segment|type|row|col|column)s?(_\w+)?$")
@@ -116,7 +120,7 @@ def is_table(name: str) -> bool:
     (False, True)
     """
     _, module, around = holder(name)
-    if _LINEAR_MODULE.search(module):
+    if _LINEAR_MODULE.search(module) or (_EMBEDDER.search(module) and "patch" in around):
         return False
     if _TABLE_MODULE.search(module) or (_EMBEDDING.search(around) and _PLAIN.search(module)):
         return True
@@ -131,6 +135,7 @@ def is_magnitude(name: str) -> bool:
 # --- Three axes: stacks of matrices, kernels, and maps with an axis of heads ---
 
 _EXPERTS = re.compile(r"expert|(^|[._])moe([._]|$)", re.IGNORECASE)
+_EXPERTS_IN_ROWS = re.compile(r"(^|\.)experts\.mlp\.(w[12]|v1)$")
 _KERNEL = re.compile(r"conv|(^|[._])(kernel|filter)s?([._]|$)", re.IGNORECASE)
 _EXPERT_COUNT = re.compile(r"^(moe_)?(num|n)_(\w+_)?experts$|^moe_num_experts$")
 # [in, heads, size] or [out, heads, size]: one map, of XLNet and Funnel.
@@ -144,6 +149,19 @@ def is_expert_stack(name: str) -> bool:
     (True, False)
     """
     return _EXPERTS.search(name) is not None
+
+
+def experts_in_rows(name: str, rows: int, config: Mapping[str, Any]) -> int:
+    """Return how many experts' matrices lie one below the other in a matrix, 1 for a single one.
+
+    DBRX keeps `experts.mlp.w1` as `[E·width, hidden]`.
+
+    >>> experts_in_rows("ffn.experts.mlp.w1", 64, {"ffn_config": {"moe_num_experts": 4}})
+    4
+    """
+    count = max(expert_counts(config), default=1)
+    alike = _EXPERTS_IN_ROWS.search(name) is not None and count > 0
+    return count if alike and rows > count and rows % count == 0 else 1
 
 
 def is_kernel(name: str) -> bool:

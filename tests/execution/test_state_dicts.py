@@ -102,3 +102,36 @@ def test_requests_that_make_no_sense() -> None:
     experts["a"]["layers.0.proj.weight"][0, 0] = torch.inf
     with pytest.raises(NumericalError, match=r"layers\.0\.proj\.weight: NaN or Inf in expert 'a'"):
         eutectic.merge_state_dicts(base, experts, method="iso_c")
+
+
+def _polar_mean(deltas: torch.Tensor) -> torch.Tensor:
+    """Iso-C of `[T, out, in]`: the mean of the singular values of the sum in place of each."""
+    left, values, right = torch.linalg.svd(deltas.double().sum(0), full_matrices=False)
+    return (left * values.mean()) @ right
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("layers.0.block_sparse_moe.input_linear.weight", (3, 12, 8)),
+        ("layers.0.self_attention.experts.output_linear.weight", (3, 8, 12)),
+        ("layers.0.rg_lru.input_gate_weight", (3, 8, 8)),
+    ],
+)
+def test_stacks_are_merged_matrix_by_matrix(name: str, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, *experts = (torch.randn(shape, generator=generator) for _ in range(3))
+    given = {str(i): {name: tensor} for i, tensor in enumerate(experts)}
+    merged = eutectic.merge_state_dicts({name: base}, given, method="iso_c", scale=1.0)
+    deltas = torch.stack(experts) - base
+    wanted = torch.stack([_polar_mean(deltas[:, i]) for i in range(len(base))])
+    torch.testing.assert_close(merged[name] - base, wanted.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_map_with_an_axis_of_heads_is_merged_as_one() -> None:
+    generator, name = torch.Generator().manual_seed(0), "layer.0.rel_attn.q"
+    base, *experts = (torch.randn(8, 3, 4, generator=generator) for _ in range(3))
+    given = {str(i): {name: tensor} for i, tensor in enumerate(experts)}
+    merged = eutectic.merge_state_dicts({name: base}, given, method="iso_c", scale=1.0)
+    wanted = _polar_mean((torch.stack(experts) - base).flatten(2)).view(8, 3, 4)
+    torch.testing.assert_close(merged[name] - base, wanted.float(), rtol=1e-4, atol=1e-4)

@@ -157,6 +157,21 @@ def test_a_fused_tensor_is_cut_along_its_outputs(
     assert str(wrong) == f"{found.name}: split [4, 4] adds up to 8, the tensor has 12 rows."
 
 
+def test_rows_of_a_stack_are_its_last_axis_where_a_model_keeps_inputs_first() -> None:
+    found, rule = entry("experts.gate_up_proj", 2, 5, 12), {"match": "*", "split": 2}
+    layout = decided(found, rule, model_type="llama4").layout
+    assert (layout.transpose, layout.stacked, layout.split) == (True, True, (6, 6))
+    assert not decided(found, model_type="llama4").layout.transpose
+
+
+def test_experts_below_each_other_in_one_matrix_are_merged_apart() -> None:
+    config = {"model_type": "dbrx", "ffn_config": {"moe_num_experts": 4}}
+    found = entry("transformer.blocks.0.ffn.experts.mlp.v1", 32, 6)
+    assert decided(found, **config).layout.split == (8, 8, 8, 8)
+    assert decided(found, {"match": "*", "split": [16, 16]}, **config).layout.split == (16, 16)
+    assert decided(found).layout.split == ()
+
+
 def test_rules_that_cannot_be() -> None:
     matrix = [TensorRule(match="*", treatment=Treatment.MATRIX)]
     assert "needs 2 dimensions" in str(decide(entry("b", 4), matrix, {}))

@@ -14,6 +14,8 @@ from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.reader import TensorSource
 from eutectic.conventions import is_output_vocabulary, may_be_vocabulary
+from eutectic.conventions_layouts import INPUTS_FIRST
+from eutectic.conventions_tensors import experts_in_rows
 from eutectic.errors import Fault, Note
 from eutectic.planning.kinds import kind_of
 from eutectic.planning.tensor_plan import Layout
@@ -73,9 +75,13 @@ def decide(
             return Fault("dtype", what, entry.name)
     layout = Layout()
     if treatment is Treatment.MATRIX:
-        transpose = _is_transposed(entry, config)
         stacked = len(entry.shape) == 3 and kind not in ("convolution", "several_axes")
-        parts = _parts(entry, split, transpose, stacked) if split else ()
+        transpose = _is_transposed(entry, config) or (
+            # Only where rows are cut: a stack merges alike either way, but for rounding.
+            stacked and split is not None and bool(_model_types(config) & INPUTS_FIRST)
+        )
+        split = split or experts_in_rows(entry.name, entry.shape[0], config)
+        parts = _parts(entry, split, transpose, stacked) if split != 1 else ()
         if isinstance(parts, Fault):
             return parts
         layout = Layout(transpose, parts, stacked)
@@ -85,17 +91,21 @@ def decide(
 def _is_transposed(entry: TensorEntry, config: Mapping[str, Any]) -> bool:
     if len(entry.shape) != 2:
         return False
-    # A model of several parts (vision-encoder-decoder) states each part's type.
-    parts = (config, *(v for v in config.values() if isinstance(v, Mapping)))
-    conv1d = any(str(part.get("model_type")) in conventions.CONV1D_MODELS for part in parts)
+    conv1d = bool(_model_types(config) & conventions.CONV1D_MODELS)
     own = conv1d and conventions.is_conv1d(entry.name)
     return own or conventions.is_openclip_projection(entry.name)
+
+
+def _model_types(config: Mapping[str, Any]) -> set[str]:
+    """Return the type of a model, and of its parts (such as of a vision-encoder-decoder)."""
+    parts = (config, *(v for v in config.values() if isinstance(v, Mapping)))
+    return {str(part.get("model_type")) for part in parts}
 
 
 def _parts(
     entry: TensorEntry, split: int | list[int], transpose: bool, stacked: bool
 ) -> tuple[int, ...] | Fault:
-    rows = entry.shape[1 if transpose or stacked else 0]
+    rows = entry.shape[-1 if transpose else 1 if stacked else 0]
     if isinstance(split, int):
         what = f"{rows} rows cannot be split into {split} equal parts."
         heights = (rows // split,) * split
