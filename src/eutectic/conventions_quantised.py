@@ -6,6 +6,7 @@ import re
 # (whose "inverse" multiplies), compressed-tensors and fbgemm, DeepSeek-V4, Mistral, ComfyUI.
 _SCALES_OF = ("_scale_inv", "_scale")
 _SCALES_BESIDE = (".scale", ".qscale_weight", ".scale_weight")
+BLOCKS, SCALES = "_blocks", "_scales"  # of gpt-oss
 # What is said of activations, caches and kernels plays no part in weights.
 _ACTIVATIONS = re.compile(
     r"(^|[._])(input|activation|act|output|[qkv]|kv|prob)_(scale(_ub|_inv)?|zero_point|global_scale)$"

@@ -27,6 +27,14 @@ class Stated:
     dtype: torch.dtype | None = None  # of the model
     conv1d: bool = False  # its linear layers are `Conv1D`, kept [in, out] without quantisation
 
+    @property
+    def weights(self) -> list[Mapping[str, Any]]:
+        """What the groups of compressed-tensors say of weights."""
+        groups = self.settings.get("config_groups")
+        own = groups.values() if isinstance(groups, Mapping) else ()
+        found = (group.get("weights") for group in own if isinstance(group, Mapping))
+        return [weights for weights in found if isinstance(weights, Mapping)]
+
     def dtype_beside(self, scales: torch.dtype) -> torch.dtype:
         """Return the dtype of numbers: the model's, else that of 16-bit scales, else bfloat16."""
         half = scales in (torch.float16, torch.bfloat16)
@@ -82,7 +90,7 @@ class RowCodes(Codes):
         return values.clone() if len(values) < values.untyped_storage().nbytes() else values
 
 
-_BAND_BYTES = 4 << 20
+_BAND_BYTES = 2 << 20
 
 
 def rows_per_band(rows: int, row_bytes: int, multiple: int) -> int:

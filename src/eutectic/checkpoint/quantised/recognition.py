@@ -10,7 +10,7 @@ import torch
 from eutectic import conventions
 from eutectic import conventions_quantised as names
 from eutectic.checkpoint.index import TensorEntry
-from eutectic.checkpoint.quantised import scaled
+from eutectic.checkpoint.quantised import bitsandbytes, gptq, mxfp4, packed, scaled
 from eutectic.checkpoint.quantised.codes import Codes, Entries, Read, Stated, Unreadable
 from eutectic.errors import CheckpointError, Note
 
@@ -19,6 +19,10 @@ Found = Iterator[Codes | tuple[str, Unreadable]]
 # Families, each in its file. All look at all tensors: a checkpoint may mix them.
 FAMILIES: tuple[Callable[[Entries, Stated, Read], Found], ...] = (
     lambda entries, stated, _: scaled.find(entries, stated),
+    packed.find,
+    lambda entries, stated, _: mxfp4.find(entries, stated),
+    bitsandbytes.find,
+    lambda entries, stated, _: gptq.find(entries, stated),
 )
 
 _KEYS = ("quantization_config", "compression_config")

@@ -10,7 +10,7 @@ MXFP8's.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -167,17 +167,19 @@ def _block(shape: tuple[int, ...], grid: tuple[int, int], stated: Stated) -> tup
     A side with a scale for all, or one for each, says so itself. Else the configuration's size
     counts, DeepSeek's where there is none, if it gives the grid; else the side in equal parts.
     """
-    asked: Any = stated.settings.get("weight_block_size")
-    if not (isinstance(asked, list | tuple) and len(cast("list[Any]", asked)) == 2):
-        asked = _BLOCK
+    stated_sizes: list[Any] = [stated.settings.get("weight_block_size")]
+    stated_sizes += [weights.get("block_structure") for weights in stated.weights]
+    sizes = [s for s in stated_sizes if isinstance(s, list) and len(cast("list[Any]", s)) == 2]
     matrix = (1, *shape)[-2:]
+    fitting = (s for s in (*sizes, _BLOCK) if _fits(matrix, grid, s))
+    asked = next(fitting, _BLOCK)
     found: list[int] = []
     for side, count, size in zip(matrix, grid, asked, strict=True):
         if count == 1:
             found.append(max(side, 1))
         elif count == side:
             found.append(1)
-        elif isinstance(size, int) and size > 0 and -(-side // size) == count:
+        elif _fits((side,), (count,), (size,)):
             found.append(size)
         elif count and side % count == 0:
             found.append(side // count)
@@ -185,6 +187,12 @@ def _block(shape: tuple[int, ...], grid: tuple[int, int], stated: Stated) -> tup
             what = f"a grid of {list(grid)} scales does not fit {list(matrix)}"
             raise Unreadable(f"{what} in blocks of {list(asked)}")
     return found[0], found[1]
+
+
+def _fits(matrix: Sequence[int], grid: Sequence[int], block: Sequence[Any]) -> bool:
+    """Tell whether blocks of a size, the last ones cut off, make such a grid."""
+    sides = zip(matrix, grid, block, strict=True)
+    return all(isinstance(b, int) and b > 0 and -(-m // b) == n for m, n, b in sides)
 
 
 def _kind(
