@@ -6,6 +6,7 @@ stand beside each other, with the reason. Nothing here knows a shape, a file or 
 """
 
 import re
+from collections.abc import Iterable
 
 # --- Vocabularies, whose rows are tokens ---
 
@@ -182,3 +183,38 @@ def canonical_name(name: str) -> str:
     name = name.replace(".base_layer.", ".")
     name = re.sub(r"\.modules_to_save\.[^.]+\.", ".", name)
     return re.sub(r"\.ia3_l\.[^.]+$", IA3_SUFFIX, name)
+
+
+# --- Adapters of other programs, in files of their own ---
+
+_KOHYA_KEY = re.compile(r"(lora_(unet|te\d?|transformer|prior)|lycoris)_")
+_DIFFUSERS_KEY = re.compile(
+    r"(unet|text_encoder(_\d)?|transformer|prior)\..*(lora[._](A|B|up|down)|_lora\.|\.alpha$)"
+    r"|.*_lora\.(up|down)\.weight"
+)
+_MLX_KEY = re.compile(r".+\.(lora_[ab]|m)$")  # with the magnitude of DoRA
+_LORA_KEY = re.compile(r".*(lora_|\.lora\.|\.hada_w|\.lokr_w|\.alpha$|\.dora_scale)")
+
+
+def adapter_keys(keys: Iterable[str]) -> str | None:
+    """Return whose adapter a file is that holds nothing else: kohya, diffusers, mlx or peft.
+
+    None where any key is a model's own: some models have LoRA factors in their checkpoints.
+
+    >>> adapter_keys(["lora_unet_mid.lora_up.weight", "lora_unet_mid.alpha"])
+    'kohya'
+    >>> adapter_keys(["model.layers.0.q_proj.weight", "model.layers.0.q_proj.lora_a"])
+    """
+    own = list(keys)
+    kinds = {"kohya": _KOHYA_KEY, "mlx": _MLX_KEY, "diffusers": _DIFFUSERS_KEY, "peft": _LORA_KEY}
+    if not any("lora" in key or "hada" in key or "lokr" in key for key in own):
+        return None
+    return next((kind for kind, key in kinds.items() if all(map(key.match, own))), None)
+
+
+_ORIGINAL_LLAMA = re.compile(r"tok_embeddings\.weight|layers\.\d+\.attention\.w[qkvo]\.weight")
+
+
+def original_llama_key(name: str) -> bool:
+    """Tell whether a name is of Meta's or Mistral's own format, before conversion."""
+    return _ORIGINAL_LLAMA.fullmatch(name) is not None

@@ -111,6 +111,14 @@ SENTENCES: dict[str, Template] = {
     "split_by_inputs": "query, key and value saw different inputs",
     # What a user should know of a plan.
     "mixed_classes": _mixed_classes,
+    "shards_without_index": (
+        "no index lists the shards of {all}; all {count} are there by their names, and were read"
+    ),
+    "other_ending": "'{file}' of {all} holds {format}, whatever its ending says; read as that",
+    "one_level_down": "{0}: the folder itself holds no weights; taken is what lies below: {1}",
+    "further_adapters": (
+        "{who}: taken is the adapter in the folder itself; to merge another, name it: {few}"
+    ),
     "extra_prefix": "expert '{0}': the expert's keys carry the prefix '{1}', which the base's lack",
     "lacking_prefix": "expert '{0}': the expert's keys lack the prefix '{1}' of the base's",
     "dequantised": _dequantised,

@@ -177,7 +177,7 @@ def test_weights_as_pickle_and_identity(tmp_path: Path) -> None:
 Q = factors("enc.q", 4, 6)
 REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "IA3": (Q, {"peft_type": "IA3"}, "with other .IA.³ adapters only"),
-    "no kind": (Q, {"peft_type": None}, "kind None"),
+    "no kind": (Q, {"peft_type": None}, "names no kind"),
     "DoRA": (Q, {"use_dora": True}, "use_dora"),
     "DoRA, by its tensors": (
         {**Q, "base_model.model.enc.q.lora_magnitude_vector.weight": torch.ones(4)},
@@ -223,7 +223,7 @@ def test_refusals_name_the_folder_and_the_reason(tmp_path: Path, case: str) -> N
 def test_folder_without_weights_or_with_code(tmp_path: Path) -> None:
     write(tmp_path, Q)
     (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="but no adapter_model"):
+    with pytest.raises(CheckpointError, match="adapter_model.safetensors is missing"):
         read(tmp_path)
     torch.save({"x": Path("/")}, tmp_path / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="holds code"):

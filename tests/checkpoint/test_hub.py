@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from eutectic.checkpoint.hub import resolve
+from eutectic.checkpoint.hub import HubId, hub_id
 from eutectic.checkpoint.index import open_index
+from eutectic.checkpoint.locating import locate, resolve
 from eutectic.errors import CheckpointError, MissingExtraError
 
 SHA = "1" * 40
@@ -28,6 +29,16 @@ REPOSITORIES = {
         "onnx/model.onnx": b"x",
         "onnx/config.json": b"{}",
     },
+    "org/inner": {
+        "README.md": b"",
+        "a/adapter_config.json": b"{}",
+        "a/adapter_model.safetensors": WEIGHTS,
+        "b/config.json": b"{}",
+        "b/model.safetensors": WEIGHTS,
+        "b/optimizer.bin": b"x",
+    },
+    "org/steps": {"README.md": b"", "checkpoint-9/model.safetensors": WEIGHTS, "runs/x.json": b""},
+    "org/gguf": {"README.md": b"", "q4.gguf": b"GGUF", "config.json": b"{}"},
     "org/old": {"pytorch_model.bin": b"old", "config.json": b"{}", "training_args.bin": b"x"},
 }
 
@@ -109,7 +120,18 @@ def test_existing_paths_are_returned_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["./nowhere", "/no/where", "a/b/c", "models/x.safetensors", "x.bin", "", "-x", "a b"]
+    "name",
+    [
+        "./nowhere",
+        "/no/where",
+        "a/../c",
+        "a/b/../c",
+        "models/x.safetensors",
+        "x.bin",
+        "",
+        "-x",
+        "a b",
+    ],
 )
 def test_what_is_neither_path_nor_id(name: str) -> None:
     with pytest.raises(CheckpointError, match="no such file or folder"):
@@ -140,6 +162,65 @@ def test_download_takes_pickles_where_there_is_nothing_else(hub: Path) -> None:
 def test_refusals_of_the_hub(name: str, revision: str | None, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         resolve(name, revision=revision)
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "revision", "folder"),
+    [
+        ("gpt2", "gpt2", None, None),
+        ("gpt2@main", "gpt2", "main", None),
+        ("gpt2@main/onnx", "gpt2", "main", "onnx"),
+        ("org/name", "org/name", None, None),
+        ("org/name@v1.0", "org/name", "v1.0", None),
+        ("org/name@refs/pr/3", "org/name", "refs/pr/3", None),
+        ("org/name@refs/pr/3/sub", "org/name", "refs/pr/3", "sub"),
+        ("org/name/sub/further", "org/name", None, "sub/further"),
+        ("org/name@0123abc/checkpoint-500", "org/name", "0123abc", "checkpoint-500"),
+    ],
+)
+def test_what_an_id_means(name: str, model: str, revision: str | None, folder: str | None) -> None:
+    assert hub_id(name) == HubId(model, revision, folder)
+    assert str(hub_id(name)) == name
+
+
+@pytest.mark.usefixtures("hub")
+def test_revisions_reach_the_hub() -> None:
+    assert resolve("org/new@main") == resolve("org/new")
+    with pytest.raises(CheckpointError, match="no revision 'gone'"):
+        resolve("org/new@gone")
+
+
+def test_a_folder_in_a_repository_is_fetched_alone(hub: Path) -> None:
+    folder = resolve("org/inner/b")
+    assert names_in(folder) == ["config.json", "model.safetensors"]
+    assert names_in(folder.parent) == ["b/config.json", "b/model.safetensors"]
+    assert list(open_index(resolve("org/inner@main/b")).entries) == ["a"]
+    # Named, a folder is fetched that is left out where the whole model is asked for.
+    assert names_in(resolve("org/steps/checkpoint-9")) == ["model.safetensors"]
+
+
+@pytest.mark.usefixtures("hub")
+def test_what_lies_one_level_down_on_the_hub() -> None:
+    with pytest.raises(CheckpointError, match="2 folders below") as caught:
+        resolve("org/inner")
+    assert "org/inner/a  (adapter)" in str(caught.value)
+    assert "org/inner/b  (checkpoint)" in str(caught.value)
+    assert locate("org/inner@main", full=True).below == "org/inner@main/b"
+    found = locate("org/steps")
+    assert found.below == "org/steps/checkpoint-9"
+    assert names_in(found.path) == ["model.safetensors"]
+    with pytest.raises(CheckpointError, match="no folder 'c'.\nFolders with files there: a, b"):
+        resolve("org/inner/c")
+    with pytest.raises(CheckpointError, match="GGUF"):
+        resolve("org/gguf")
+
+
+def test_a_folder_of_that_name_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "org/new@main"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(WEIGHTS)
+    assert resolve("org/new@main") == Path("org/new@main")
 
 
 def test_offline_uses_the_cache_or_says_so(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:

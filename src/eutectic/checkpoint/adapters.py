@@ -10,7 +10,10 @@ from typing import Any
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG, Expert, Factors
 from eutectic.checkpoint.index import TensorEntry, open_index, read_json_object
 from eutectic.checkpoint.names import align, check_inside
+from eutectic.checkpoint.odd_adapters import other_adapter
+from eutectic.checkpoint.odd_folders import without_weights
 from eutectic.checkpoint.reader import CheckpointReader
+from eutectic.checkpoint.weight_files import names_in
 from eutectic.conventions import PEFT_ROOT, lora_factor
 from eutectic.conventions_names import (
     adapter_name,
@@ -93,7 +96,10 @@ def adapter_weights(folder: Path) -> Path:
     """Return the file with an adapter's tensors, which may not be a link out of the folder."""
     name = next((n for n in WEIGHT_NAMES if (folder / n).exists()), None)
     if name is None:
-        raise CheckpointError(f"{folder}: has {ADAPTER_CONFIG} but no {WEIGHT_NAMES[0]}.")
+        config = read_json_object(folder / ADAPTER_CONFIG)
+        raise (other_adapter(folder, config) or without_weights(folder, names_in(folder))).error(
+            folder
+        )
     check_inside(folder, name)
     return folder / name
 
@@ -132,15 +138,8 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 def _read_config(folder: Path) -> _LoraConfig:
     path = folder / ADAPTER_CONFIG
     raw = read_json_object(path)
-    kind = raw.get("peft_type")
-    if kind != "LORA":
-        what = f"an adapter of the kind {kind!r} cannot be merged; only 'LORA' can"
-        if kind == "IA3":
-            what = "an (IA)³ adapter merges with other (IA)³ adapters only, as vectors"
-        raise CheckpointError(
-            f"{folder}: {what}.\n"
-            "Merge it into its base with peft (merge_and_unload), save that, and name the result."
-        )
+    if (other := other_adapter(folder, raw)) is not None:
+        raise other.error(folder)
     for option, reason in _REFUSED.items():
         if raw.get(option):
             raise CheckpointError(

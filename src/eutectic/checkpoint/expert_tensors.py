@@ -16,11 +16,11 @@ from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.layouts import layout_readings, rearranged
 from eutectic.checkpoint.names import Alignment, align
 from eutectic.checkpoint.reader import TensorSource, file_identity
-from eutectic.conventions import lora_factor
+from eutectic.checkpoint.weight_files import ADAPTER_CONFIG as ADAPTER_CONFIG
+from eutectic.conventions import lora_factor, original_llama_key
 from eutectic.conventions_names import unwrapped, without_adapter_name
 from eutectic.errors import CheckpointError
 
-ADAPTER_CONFIG = "adapter_config.json"
 _COMPARED = 1 << 20  # elements of two tensors that are compared at a time
 
 
@@ -149,6 +149,12 @@ class Expert:
         """Release files."""
         self.source.close()
 
+    @property
+    def trained_on(self) -> str | None:
+        """What an adapter's configuration says of its base: a path or hub id; None if nothing."""
+        named = self.config.get("base_model_name_or_path") if self.is_delta else None
+        return named if isinstance(named, str) and named else None
+
     def _read(self, name: str, start: int, stop: int | None) -> Tensor:
         if name not in self.stored:
             raise CheckpointError(f"{self.label}: has no tensor '{name}'.")
@@ -195,6 +201,11 @@ def full_expert(
         keys.update((name, name) for name in views)
     if not keys:
         shown = ", ".join(list(own)[:3])
+        if any(map(original_llama_key, own)) and not any(map(original_llama_key, base)):
+            raise CheckpointError(
+                f"{label}: the original format of Llama or Mistral, whose names are not the base's "
+                f"({shown} …).\nName the same model in the format of transformers."
+            )
         raise CheckpointError(
             f"{label}: shares no tensor with the base; it is a fine-tune of another model.\n"
             f"Its tensors: {shown} …; the base's: {', '.join(list(base)[:3])} …"

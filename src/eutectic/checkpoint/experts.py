@@ -32,7 +32,7 @@ def common_base(
 
     The base itself; where every expert is an (IA)³ adapter, the adapter of it that changes nothing.
     """
-    if not experts or not all(_is_ia3(path) for path in experts.values()):
+    if not experts or not all(is_ia3(path) for path in experts.values()):
         return base, base.index
     return _identity_adapter({name: _open_ia3(path)[0] for name, path in experts.items()}, base)
 
@@ -44,7 +44,7 @@ def open_expert(path: Path, base: CheckpointIndex) -> Expert:
     layout that `common_base` returned.
     """
     path = Path(path)
-    vectors = _is_ia3(path) and bool(_ia3_vectors(base))
+    vectors = is_ia3(path) and bool(_ia3_vectors(base))
     if is_adapter(path) and not vectors:
         return open_lora(path, base.entries)
     if vectors:
@@ -62,14 +62,15 @@ def is_adapter(path: Path) -> bool:
 
 def fingerprint_of(path: Path, base: Path | None = None) -> str:
     """Return the identity of the content of a checkpoint, or of an adapter alone."""
-    if is_adapter(path) and not _is_ia3(path) and base is not None:
+    if is_adapter(path) and not is_ia3(path) and base is not None:
         with open_reader(base) as whole, closing(open_expert(path, whole.index)) as expert:
             return expert.fingerprint()
-    with closing(_open_ia3(path)[1] if _is_ia3(path) else open_reader(path)) as reader:
+    with closing(_open_ia3(path)[1] if is_ia3(path) else open_reader(path)) as reader:
         return reader.fingerprint()
 
 
-def _is_ia3(path: Path) -> bool:
+def is_ia3(path: Path) -> bool:
+    """Return whether `path` is an (IA)³ adapter; CheckpointError if its configuration is broken."""
     return is_adapter(path) and read_json_object(path / ADAPTER_CONFIG).get("peft_type") == "IA3"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from eutectic.checkpoint.module_folders import MODULES_NAME, ROUTER_CONFIGS, module_folders
 from eutectic.checkpoint.names import check_inside
+from eutectic.checkpoint.odd_files import pointer, pointers_among
 from eutectic.checkpoint.writer import write_atomically
 from eutectic.errors import CheckpointError, OutputError
 from eutectic.storage import storage_of
@@ -90,6 +91,12 @@ class SideFiles:
 def side_files(folder: Path) -> tuple[str, ...]:
     """Return the names of the files of a folder to take along, sorted; see `survey`."""
     return survey(folder).taken
+
+
+def check_side_files(folder: Path | None) -> None:
+    """Refuse a folder whose side files are Git-LFS pointers: the output would get pointers too."""
+    if folder is not None and (found := pointers_among(folder, side_files(folder))):
+        raise pointer(folder, found).error(folder)
 
 
 def survey(folder: Path, weights: Iterable[str] = ()) -> SideFiles:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from eutectic.checkpoint.odd_files import HEAD_BYTES, by_content, start_of
 from eutectic.errors import CheckpointError
 from eutectic.storage import OpenedFile, storage_of
 
@@ -71,19 +72,32 @@ def read_header(path: Path, file: str = "") -> Header:
     try:
         with closing(storage_of(path).open(path)) as opened:
             size = opened.size
+            start = _bytes_of(opened, 0, min(size, HEAD_BYTES))
+            length = int.from_bytes(start[:8], "little")
+            if start[8:9] != b"{" and (other := by_content(path, start)) is not None:
+                raise other.error(path)
             if size < 8:
-                raise _broken(path, f"truncated: {size} bytes, too short for a header length")
-            length = int.from_bytes(_bytes_of(opened, 0, 8), "little")
+                raise _cut_off(path, f"{size} bytes, too short for the length of a header")
             announced = f"it announces a header of {length:,} bytes"
             if length > MAX_HEADER_BYTES:
                 limit = f"{announced}, the limit is {MAX_HEADER_BYTES:,}"
                 raise _broken(path, f"not safetensors, or corrupt: {limit}")
             if 8 + length > size:
-                raise _broken(path, f"truncated: {announced}, the file has {size:,}")
+                raise _cut_off(path, f"{announced}, the file ends after {size:,}")
             raw = _bytes_of(opened, 8, length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
     return _parse(path, file, raw, size)
+
+
+def looks_like_safetensors(path: Path) -> bool:
+    """Tell whether a file begins as safetensors do, whatever its name is."""
+    try:
+        start = start_of(path)
+        size = path.stat().st_size
+    except OSError:
+        return False
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= min(size, MAX_HEADER_BYTES)
 
 
 def _bytes_of(file: OpenedFile, offset: int, count: int) -> bytes:
@@ -112,9 +126,11 @@ def _parse(path: Path, file: str, raw: bytes, file_size: int) -> Header:
             raise _broken(path, f"inconsistent header: tensor '{tensor.name}' {fault} {previous}")
         position += tensor.nbytes
         previous = f"'{tensor.name}'"
+    if position > file_size:
+        raise _cut_off(path, f"the file ends after {file_size:,} of {position:,} bytes")
     if position != file_size:
-        fault = "truncated: the header" if position > file_size else "inconsistent header: it"
-        raise _broken(path, f"{fault} describes {position:,} bytes, the file has {file_size:,}")
+        described = f"it describes {position:,} bytes, the file has {file_size:,}"
+        raise _broken(path, f"inconsistent header: {described}")
     return Header(tuple(tensors), metadata)
 
 
@@ -162,6 +178,10 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _broken(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path}: {what}.\nDownload or save the file again.")
+
+
+def _cut_off(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path}: truncated: {what}.\nComplete the download, or save it again.")
 
 
 def build_header(

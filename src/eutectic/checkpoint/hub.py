@@ -1,74 +1,142 @@
-"""Names of checkpoints: local paths as they are, others from the Hugging Face hub."""
+"""Models of the Hugging Face hub: how they are named, and their files in the hub's own cache."""
 
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from eutectic.checkpoint.index import WEIGHT_SUFFIXES
 from eutectic.errors import CheckpointError, MissingExtraError, first_line
+from eutectic.words import few
 
-_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
-_PATTERNS = [
+_PART = r"[A-Za-z0-9][\w.-]{0,95}"
+# A revision is a commit, a tag or a branch without slashes, or one of the hub's own references.
+_ID = re.compile(
+    rf"(?P<model>{_PART}(/{_PART})?)"
+    r"(@(?P<revision>refs/(pr|convert|heads|tags)/[\w.-]+|\w[\w.+-]*))?"
+    r"(/(?P<folder>\w[\w.-]*(/\w[\w.-]*)*))?"
+)
+_PATTERNS = (
     *("*.safetensors", "*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.jinja", "*.py"),
     *("LICENSE*", "NOTICE*", "README.md"),
-]
+)
 # Copies of the weights in other formats, and states of training.
-_IGNORED = [
+_IGNORED = (
     *("onnx/*", "openvino/*", "original/*", "coreml/*", "checkpoint-*/*", "runs/*"),
     *("training_args.bin", "optimizer*", "*.onnx"),
-]
+)
 
 
-def resolve(path_or_id: str | Path, *, revision: str | None = None) -> Path:
-    """Return a local folder or file for a path, or for the id of a model on the hub.
+@dataclass(frozen=True)
+class HubId:
+    """A model of the hub, or a folder in its repository."""
 
-    An existing path is returned as it is. "name" and "org/name" are downloaded into the hub's own
-    cache (its environment variables HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE … apply): configuration,
-    tokenizer and safetensors, or `.bin` files where there are none.
+    model: str  # "name" or "org/name"
+    revision: str | None = None
+    folder: str | None = None  # in the repository, with slashes
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        folder = f"/{self.folder}" if self.folder else ""
+        return f"{self.model}{revision}{folder}"
+
+    def below(self, name: str) -> "HubId":
+        """Return a folder in this one."""
+        return replace(self, folder=f"{self.folder}/{name}" if self.folder else name)
+
+
+def hub_id(text: str, revision: str | None = None) -> HubId | None:
+    """Return what `name`, `org/name`, `org/name@revision` or `org/name/folder` mean, else None.
+
+    >>> hub_id("org/name@v1.0/adapters/sst2")
+    HubId(model='org/name', revision='v1.0', folder='adapters/sst2')
     """
-    text = str(path_or_id)
-    path = Path(text).expanduser()
-    if text and path.exists():
-        return path
-    if not _ID.fullmatch(text) or path.suffix in WEIGHT_SUFFIXES:
-        raise CheckpointError(
-            f"'{text}': no such file or folder, and not the id of a model on the hub either "
-            "('name' or 'org/name')."
-        )
-    return _download(text, revision)
+    match = _ID.fullmatch(text)
+    if match is None:
+        return None
+    return HubId(match["model"], match["revision"] or revision, match["folder"])
 
 
-def _download(model_id: str, revision: str | None) -> Path:
-    try:
-        from huggingface_hub import errors, snapshot_download
-    except ImportError as error:
-        purpose = f"'{model_id}' is no local path; downloading it from the hub"
-        raise MissingExtraError("huggingface_hub", "hf", purpose) from error
+def download(wanted: HubId) -> Path:
+    """Return a model's folder in the hub's cache, downloaded where it is not there yet.
 
-    fetch = partial(snapshot_download, model_id, revision=revision, ignore_patterns=_IGNORED)
-    at = f" at revision '{revision}'" if revision else ""
-    try:
-        folder = Path(fetch(allow_patterns=_PATTERNS))
+    The hub's environment variables HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE … apply. Fetched are
+    configuration, tokenizer and safetensors, or `.bin` files where there are none.
+    """
+    hub = _hub(wanted)
+    inner = f"{wanted.folder}/" if wanted.folder else ""
+    patterns, ignored = ([inner + p for p in given] for given in (_PATTERNS, _IGNORED))
+    fetch = partial(
+        hub.snapshot_download, wanted.model, revision=wanted.revision, ignore_patterns=ignored
+    )
+    with _explained(wanted, hub.errors):
+        folder = Path(fetch(allow_patterns=patterns)) / inner
         if any(folder.glob("*.safetensors")):
             return folder
-        return Path(fetch(allow_patterns=[*_PATTERNS, "*.bin"]))
+        folder = Path(fetch(allow_patterns=[*patterns, f"{inner}*.bin"])) / inner
+    if not folder.is_dir():
+        there = sorted(listed_on_hub(replace(wanted, folder=None)))
+        known = f"Folders with files there: {few([n for n in there if n], 10)}." if there else ""
+        raise CheckpointError(f"{wanted}: the model has no folder '{wanted.folder}'.\n{known}")
+    return folder
+
+
+def listed_on_hub(wanted: HubId) -> Mapping[str, list[str]]:
+    """Return the names in each folder one level below a model's, under "" those beside them.
+
+    Empty where the hub cannot be asked.
+    """
+    hub = _hub(wanted)
+    try:
+        files: list[str] = hub.HfApi().list_repo_files(wanted.model, revision=wanted.revision)
+    except (hub.errors.HfHubHTTPError, hub.errors.OfflineModeIsEnabled, OSError):
+        return {}
+    inner = f"{wanted.folder}/" if wanted.folder else ""
+    found: dict[str, list[str]] = {}
+    for file in files:
+        *folders, name = file.removeprefix(inner).split("/")
+        if file.startswith(inner) and len(folders) < 2:
+            found.setdefault("/".join(folders), []).append(name)
+    return found
+
+
+def _hub(wanted: HubId) -> Any:
+    try:
+        import_module("huggingface_hub.errors")
+        return import_module("huggingface_hub")
+    except ImportError as error:
+        purpose = f"'{wanted}' is no local path; downloading it from the hub"
+        raise MissingExtraError("huggingface_hub", "hf", purpose) from error
+
+
+@contextmanager
+def _explained(wanted: HubId, errors: Any) -> Iterator[None]:
+    """Say in words what keeps a model from being downloaded."""
+    at = f" at revision '{wanted.revision}'" if wanted.revision else ""
+    try:
+        yield
     except errors.GatedRepoError as error:
         raise CheckpointError(
-            f"{model_id}: access on the hub is restricted.\n"
+            f"{wanted.model}: access on the hub is restricted.\n"
             "Accept its terms on its page, then log in with: hf auth login"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise CheckpointError(f"{model_id}: the hub has no revision '{revision}' of it.") from error
+        raise CheckpointError(
+            f"{wanted.model}: the hub has no revision '{wanted.revision}' of it."
+        ) from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{model_id}: neither a local path nor a model on the hub (or a private one).\n"
+            f"{wanted.model}: neither a local path nor a model on the hub (or a private one).\n"
             "Check the spelling; for a private model log in with: hf auth login"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise CheckpointError(
-            f"{model_id}: no such local path; the hub cannot be reached and its cache does not "
+            f"{wanted}: no such local path; the hub cannot be reached and its cache does not "
             f"hold the model{at}.\nConnect (is HF_HUB_OFFLINE set?) or name a local folder."
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        text = f"{model_id}: could not be downloaded from the hub{at}.\n{first_line(error)}"
+        text = f"{wanted}: could not be downloaded from the hub{at}.\n{first_line(error)}"
         raise CheckpointError(text) from error

@@ -1,23 +1,42 @@
 """The table of a checkpoint's tensors, from headers only."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from eutectic.checkpoint.header import TensorEntry, read_header
+from eutectic.checkpoint.header import TensorEntry, looks_like_safetensors, read_header
 from eutectic.checkpoint.module_folders import MODULES_NAME, ModuleFolder, module_folders
-from eutectic.checkpoint.names import check_inside, check_plain_name
-from eutectic.checkpoint.pickles import load_pickle
-from eutectic.errors import CheckpointError
-from eutectic.storage import storage_of
+from eutectic.checkpoint.names import check_inside
+from eutectic.checkpoint.odd_adapters import by_keys
+from eutectic.checkpoint.odd_folders import by_names
+from eutectic.checkpoint.pickles import load_pickle, looks_like_pickle
+from eutectic.checkpoint.weight_files import (
+    INDEX_SUFFIX,
+    PICKLE_SUFFIXES,
+    WEIGHT_SUFFIXES,
+    Shards,
+    check_whole,
+    holds_weights,
+    names_in,
+    read_json_object,
+    weight_map,
+    weights_in,
+)
+from eutectic.conventions import adapter_keys
+from eutectic.errors import CheckpointError, Note
+from eutectic.words import few
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
-WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
-# Files that training scripts and PEFT leave beside the weights.
-_NOT_WEIGHTS = ("adapter_model", "optimizer", "scheduler", "scaler", "rng_state", "training_args")
-_INDEX_SUFFIX = ".index.json"
+__all__ = [
+    "PICKLE_SUFFIXES",
+    "WEIGHT_SUFFIXES",
+    "CheckpointIndex",
+    "TensorEntry",
+    "open_index",
+    "read_json_object",
+]
+
+_ADAPTER_FILE = "adapter_model."
 
 
 @dataclass(frozen=True)
@@ -31,6 +50,7 @@ class CheckpointIndex:
     metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # by safetensors file
     config: Mapping[str, Any] = field(default_factory=dict)  # {} where there is no config.json
     skipped: tuple[str, ...] = ()  # "name (type)" of what is no tensor in torch pickles
+    notes: tuple[Note, ...] = ()  # what is unusual in its files
     modules: tuple[ModuleFolder, ...] = ()  # those with weights, of a checkpoint in several folders
 
     def module_of(self, file: str) -> ModuleFolder:
@@ -65,8 +85,9 @@ def open_index(path: Path) -> CheckpointIndex:
     """Return the table of the checkpoint at `path`: a folder, or one weight file.
 
     In a folder, safetensors win over torch pickles; a file name that transformers writes wins over
-    a lone file of any other name. Of safetensors only the headers are read. CheckpointError where
-    a header or an index lies or leads out of the folder, or a pickle holds code.
+    a lone file of any other name. Of safetensors only the headers are read, and a file's content
+    decides its format, not its ending. CheckpointError where a header or an index lies or leads
+    out of the folder, or a pickle holds code.
 
     Of a checkpoint in several folders (see `module_folders`) the tables of all are one.
     """
@@ -92,10 +113,7 @@ def modules_with_weights(path: Path) -> tuple[ModuleFolder, ...]:
 
 
 def _holds_weights(folder: Path) -> bool:
-    names = storage_of(folder).list(folder) if folder.is_dir() else ()
-    return any(
-        n.endswith(WEIGHT_SUFFIXES) and not n.startswith((".", *_NOT_WEIGHTS)) for n in names
-    )
+    return folder.is_dir() and holds_weights(names_in(folder))
 
 
 def _joined(path: Path, modules: Mapping[ModuleFolder, CheckpointIndex]) -> CheckpointIndex:
@@ -120,6 +138,7 @@ def _joined(path: Path, modules: Mapping[ModuleFolder, CheckpointIndex]) -> Chec
         {m.file(file): said for m, i in modules.items() for file, said in i.metadata.items()},
         configs[0] if configs else {},
         tuple(told for index in modules.values() for told in index.skipped),
+        notes=tuple(note for index in modules.values() for note in index.notes),
         modules=kept,
     )
 
@@ -127,134 +146,123 @@ def _joined(path: Path, modules: Mapping[ModuleFolder, CheckpointIndex]) -> Chec
 def _open_one(path: Path) -> CheckpointIndex:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder.")
+    found: str | Shards
     if path.is_dir():
-        folder, name = path, _weights_in(path)
+        folder, found = path, weights_in(path)
     else:
-        folder, name = path.parent, path.name
-        if not name.endswith((*WEIGHT_SUFFIXES, _INDEX_SUFFIX)):
+        folder, found = path.parent, path.name
+        if not found.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)):
+            if (other := by_names(folder, [found])) is not None:
+                raise CheckpointError(f"{path}: not a weight file: {other.what}.\n{other.next}")
             raise CheckpointError(
                 f"{path}: not a weight file.\nKnown endings: .safetensors, "
-                f"{', '.join(PICKLE_SUFFIXES)}, {_INDEX_SUFFIX}."
+                f"{', '.join(PICKLE_SUFFIXES)}, {INDEX_SUFFIX}."
             )
+        check_whole(path)
     config = read_json_object(folder / "config.json") if (folder / "config.json").exists() else {}
-    if name.endswith(_INDEX_SUFFIX):
-        return _sharded(folder, name, config)
-    # A file that the user named himself may be a link to anywhere; one found in a folder may not.
-    real = check_inside(folder, name) if path.is_dir() else path
-    entries, metadata, skipped = _read_file(real, name)
-    table = {entry.name: entry for entry in entries}
-    return CheckpointIndex(folder, table, (name,), None, {name: metadata}, config, skipped)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, holds {type(value).__name__}.")
-    return value
-
-
-def _weights_in(folder: Path) -> str:
-    try:
-        names = [name for name in storage_of(folder).list(folder) if not name.startswith(".")]
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be read ({error.strerror}).") from error
-    found = _choose(folder, names, "model.safetensors", (".safetensors",))
-    if found := found or _choose(folder, names, "pytorch_model.bin", PICKLE_SUFFIXES):
-        return found
-    if "adapter_config.json" in names:
-        raise CheckpointError(
-            f"{folder}: this is a PEFT adapter, not a full checkpoint.\n"
-            "It can be an expert; the base must be the model it was trained on."
+    if isinstance(found, Shards):
+        index = _unlisted(folder, found.names, config)
+    elif found.endswith(INDEX_SUFFIX):
+        index = _sharded(folder, found, config)
+    else:
+        # A file that the user named himself may be a link to anywhere; one found in a folder not.
+        real = check_inside(folder, found) if path.is_dir() else path
+        entries, metadata, skipped, notes = _read_file(real, found)
+        table = {entry.name: entry for entry in entries}
+        files = (found,)
+        index = CheckpointIndex(
+            folder, table, files, None, {found: metadata}, config, skipped, notes
         )
-    raise CheckpointError(
-        f"{folder}: no weights found.\nExpected model.safetensors, pytorch_model.bin, their "
-        "sharded forms with an index, or a single .safetensors, .bin or .pt file."
+    _refuse_oddities(index)
+    return index
+
+
+def _refuse_oddities(index: CheckpointIndex) -> None:
+    """Refuse tables that are no weights of a model, whatever their file is called."""
+    where = index.folder / index.files[0]
+    alone = len(index.files) == 1 and not index.files[0].startswith(_ADAPTER_FILE)
+    if alone and (kind := adapter_keys(index.entries)) is not None:
+        raise by_keys(where, kind).error(where)
+
+
+def _unlisted(folder: Path, names: Sequence[str], config: Mapping[str, Any]) -> CheckpointIndex:
+    """Return the table of shards that no index lists: all of them are there, by their names."""
+    entries: dict[str, TensorEntry] = {}
+    metadata: dict[str, Mapping[str, str]] = {}
+    skipped: list[str] = []
+    notes = [Note("shards_without_index", numbers={"count": len(names)})]
+    for name in names:
+        listed, metadata[name], others, told = _read_file(check_inside(folder, name), name)
+        if twice := [entry for entry in listed if entry.name in entries]:
+            raise CheckpointError(
+                f"{folder}: {name} and {entries[twice[0].name].file} both hold "
+                f"{few([entry.name for entry in twice])}, and no index says which counts.\n"
+                "The shards belong to different checkpoints; save the model again."
+            )
+        entries.update((entry.name, entry) for entry in listed)
+        skipped += others
+        notes += told
+    return CheckpointIndex(
+        folder, entries, tuple(names), None, metadata, config, tuple(skipped), tuple(notes)
     )
 
 
-def _choose(
-    folder: Path, names: Sequence[str], usual: str, suffixes: tuple[str, ...]
-) -> str | None:
-    """Return the weight file or index of one format; None where there is none."""
-    usual_index = usual + _INDEX_SUFFIX
-    known = [name for name in (usual, usual_index) if name in names]
-    if len(known) == 2 and set(_weight_map(folder, usual_index).values()) != {usual}:
-        raise CheckpointError(
-            f"{folder}: holds both {usual} and {usual_index}, which names other files.\n"
-            "One of them is stale. Remove it, or name the file you mean instead of the folder."
-        )
-    if known:
-        return known[0]
-    for endings in (tuple(suffix + _INDEX_SUFFIX for suffix in suffixes), suffixes):
-        found = [n for n in names if n.endswith(endings) and not n.startswith(_NOT_WEIGHTS)]
-        if len(found) > 1:
-            raise CheckpointError(
-                f"{folder}: several files could be the checkpoint: {', '.join(found[:6])}.\n"
-                "Name the file you mean instead of the folder."
-            )
-        if found:
-            return found[0]
-    return None
-
-
-def _weight_map(folder: Path, name: str) -> dict[str, str]:
-    check_inside(folder, name)
-    weight_map = read_json_object(folder / name).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{folder / name}: 'weight_map' must map tensors to files.")
-    for tensor, file in weight_map.items():
-        if not isinstance(file, str):
-            raise CheckpointError(f"{folder / name}: the file of '{tensor}' is not a string.")
-        check_plain_name(file, str(folder / name))
-    return weight_map
-
-
 def _sharded(folder: Path, name: str, config: Mapping[str, Any]) -> CheckpointIndex:
-    weight_map = _weight_map(folder, name)
-    files = tuple(sorted(set(weight_map.values())))
+    listed_in = weight_map(folder, name)
+    files = tuple(sorted(set(listed_in.values())))
     if absent := [file for file in files if not (folder / file).exists()]:
         raise CheckpointError(
             f"{folder}: {name} names {len(absent)} of {len(files)} files that are missing: "
-            f"{', '.join(absent[:5])}.\nComplete the download."
+            f"{few(absent, 5)}.\nComplete the download."
         )
     entries: dict[str, TensorEntry] = {}
     metadata: dict[str, Mapping[str, str]] = {}
     skipped: list[str] = []
+    notes: list[Note] = []
     for file in files:
-        listed, metadata[file], others = _read_file(check_inside(folder, file), file)
+        listed, metadata[file], others, told = _read_file(check_inside(folder, file), file)
         skipped.extend(others)
-        for entry in listed:
-            if (elsewhere := weight_map.get(entry.name)) != file:
-                what = f"says it is in {elsewhere}" if elsewhere else "does not list it"
-                raise CheckpointError(
-                    f"{folder}: {file} holds the tensor '{entry.name}', but {name} {what}.\n"
-                    "The shards belong to different checkpoints, or the index is stale; "
-                    "save the model again."
-                )
-            entries[entry.name] = entry
-    if lost := [tensor for tensor in weight_map if tensor not in entries]:
+        notes.extend(told)
+        if strays := [entry.name for entry in listed if listed_in.get(entry.name) != file]:
+            elsewhere = listed_in.get(strays[0])
+            what = f"says it is in {elsewhere}" if elsewhere else "does not list it"
+            more = f" (and {len(strays) - 1} more such tensors)" if len(strays) > 1 else ""
+            raise CheckpointError(
+                f"{folder}: {file} holds the tensor '{strays[0]}', but {name} {what}{more}.\n"
+                "The shards belong to different checkpoints, or the index is stale; "
+                "save the model again."
+            )
+        entries.update((entry.name, entry) for entry in listed)
+    if lost := [tensor for tensor in listed_in if tensor not in entries]:
         raise CheckpointError(
             f"{folder}: {name} lists {len(lost)} tensors that the files do not hold: "
-            f"{', '.join(lost[:5])}.\nThe index is stale or a shard is damaged."
+            f"{few(lost, 5)}.\nThe index is stale or a shard is damaged."
         )
-    return CheckpointIndex(folder, entries, files, name, metadata, config, tuple(skipped))
+    index = CheckpointIndex(folder, entries, files, name, metadata, config)
+    return replace(index, skipped=tuple(skipped), notes=tuple(notes))
 
 
-def _read_file(
-    path: Path, name: str
-) -> tuple[Sequence[TensorEntry], Mapping[str, str], tuple[str, ...]]:
-    """Return a file's tensors, its metadata, and what else a pickle holds."""
-    if name.endswith(".safetensors"):
+_File = tuple[Sequence[TensorEntry], Mapping[str, str], tuple[str, ...], tuple[Note, ...]]
+
+
+def _read_file(path: Path, name: str) -> _File:
+    """Return a file's tensors, its metadata, what else a pickle holds, and what is to be told."""
+    ending = name.endswith(".safetensors")
+    notes: tuple[Note, ...] = ()
+    safe = ending
+    if ending and looks_like_pickle(path) and not looks_like_safetensors(path):
+        safe, notes = False, (_other_ending(name, "a torch pickle"),)
+    elif not ending and looks_like_safetensors(path):
+        safe, notes = True, (_other_ending(name, "safetensors"),)
+    if safe:
         header = read_header(path, name)
-        return header.tensors, header.metadata, ()
+        return header.tensors, header.metadata, (), notes
     tensors, skipped = load_pickle(path)
     entries = [
         TensorEntry(key, t.dtype, tuple(t.shape), name, -1, t.nbytes) for key, t in tensors.items()
     ]
-    return entries, {}, skipped
+    return entries, {}, skipped, notes
+
+
+def _other_ending(file: str, format: str) -> Note:
+    return Note("other_ending", numbers={"file": file, "format": format})

@@ -149,8 +149,8 @@ class LaidOutLikeBase(OutputFormat):
 
     def _index_name(self, place: str, files: Sequence[OutputFile]) -> str | None:
         name = self.index.module_of(files[0].name).weight_index
-        if name is None:
-            return None
+        if name is None:  # one file, or shards that no index lists
+            return super()._index_name(place, files)
         name = name.rpartition("/")[2]
         safe = name.removesuffix(".index.json").endswith(".safetensors")
         return name if safe else SHARD_INDEX_NAME  # the base's may stand for pickles

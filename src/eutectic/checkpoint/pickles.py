@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eutectic.checkpoint.odd_files import Oddity, by_archive, by_content, start_of
 from eutectic.errors import CheckpointError
 
 # Names under which training scripts file the weights of a model, in order of preference.
+_ZIP = b"PK\x03\x04"
+_PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
@@ -42,8 +46,24 @@ def load_pickle(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     }
     others = [f"{k} ({type(v).__name__})" for k, v in content.items() if not isinstance(v, Tensor)]
     if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors (found: {', '.join(others[:5]) or '-'}).")
+        states = {"state", "param_groups"} <= {str(key) for key in content}
+        what = (
+            "the state of an optimizer, it holds no tensors of" if states else "holds no tensors of"
+        )
+        raise CheckpointError(
+            f"{path}: {what} a model (found: {', '.join(others[:5]) or '-'}).\n"
+            "Name the file or folder with the model's weights."
+        )
     return tensors, (*others, *outer)
+
+
+def looks_like_pickle(path: Path) -> bool:
+    """Tell whether a file begins as torch's own formats do: a zip archive, or a bare pickle."""
+    try:
+        start = start_of(path)
+    except OSError:
+        return False
+    return start.startswith(_ZIP) or (start[:1] == b"\x80" and start[1:2] in _PROTOCOLS)
 
 
 def check_dense(tensor: Tensor, name: str, where: str) -> Tensor:
@@ -60,11 +80,14 @@ def check_dense(tensor: Tensor, name: str, where: str) -> Tensor:
 
 def _load(path: Path) -> Any:
     try:
+        start = start_of(path)
+        odd = _archive(path) if start.startswith(_ZIP) else by_content(path, start)
+        if odd is not None:
+            raise odd.error(path)
         with warnings.catch_warnings():
             # torch warns about deprecated storage classes of old files; they load all the same.
             warnings.simplefilter("ignore")
-            with path.open("rb") as file:
-                is_zip = file.read(4) == b"PK\x03\x04"  # older formats cannot be mapped
+            is_zip = start.startswith(_ZIP)  # older formats cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -72,6 +95,8 @@ def _load(path: Path) -> Any:
             f"torch says: {_first_line(error)}\n"
             "Load it where you trust it, and save its state_dict() as safetensors."
         ) from error
+    except CheckpointError:
+        raise
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
     except Exception as error:
@@ -80,6 +105,11 @@ def _load(path: Path) -> Any:
             f"{path}: damaged, or not a checkpoint of torch ({_first_line(error)}).\n"
             "Download or save the file again."
         ) from error
+
+
+def _archive(path: Path) -> Oddity | None:
+    with zipfile.ZipFile(path) as archive:
+        return by_archive(path, archive.namelist())
 
 
 def _first_line(error: Exception) -> str:

@@ -132,10 +132,10 @@ class CheckpointReader:
     """
 
     is_delta = False
-    notes: tuple[Note, ...] = ()
 
     def __init__(self, index: CheckpointIndex) -> None:
         self.index = index
+        self.notes: tuple[Note, ...] = index.notes
         self.entries: Mapping[str, TensorEntry] = index.entries
         self._files = _OpenFiles(index.folder)
         self._pickles: dict[str, dict[str, Tensor]] = {}

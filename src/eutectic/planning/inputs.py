@@ -11,12 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from eutectic.checkpoint.expert_tensors import Expert, full_expert
-from eutectic.checkpoint.experts import common_base, is_adapter, open_expert
-from eutectic.checkpoint.hub import resolve
+from eutectic.checkpoint.experts import common_base, is_adapter, is_ia3, open_expert
+from eutectic.checkpoint.folder import check_side_files
 from eutectic.checkpoint.index import CheckpointIndex, open_index
+from eutectic.checkpoint.locating import locate
 from eutectic.checkpoint.opening import open_reader
 from eutectic.checkpoint.reader import CheckpointSource, StateDictReader, TensorSource
-from eutectic.errors import EutecticError, Fault, RecipeError, suggest
+from eutectic.errors import CheckpointError, EutecticError, Fault, Note, RecipeError, suggest
 from eutectic.methods import Method
 from eutectic.methods.registry import all_methods
 from eutectic.methods.solving import ZERO
@@ -47,6 +48,7 @@ class Inputs:
     initial: Expert | None = None  # a merged checkpoint that an iterative method starts from
     stated: Mapping[str, Any] = field(default_factory=dict)  # the base's configuration, in memory
     paths: InputPaths | None = None  # where all of it lies; None in memory
+    notes: tuple[Note, ...] = ()  # of where they were found
     device: str = "cpu"  # where methods are given what is read from here
     _stack: ExitStack = field(default_factory=ExitStack, repr=False)
 
@@ -92,6 +94,7 @@ def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
     experts: dict[str, Expert] = {}
     statistics: dict[str, Statistics] = {}
     faults: list[Fault] = []
+    notes: list[Note] = []
 
     @contextmanager
     def told(kind: str, what: str, *location: str) -> Iterator[None]:
@@ -103,10 +106,15 @@ def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
     with ExitStack() as stack:
         for name, spec in recipe.experts.items():
             with told("expert", f"expert '{name}'", "experts", name):
-                paths[name] = resolve(spec.path)
+                found = locate(spec.path)
+                is_ia3(found.path)  # a broken configuration is a fault of this expert alone
+                paths[name] = found.path
+                notes += found.notes(f"expert '{name}'")
         place, readers = Path(), list[CheckpointSource]()
         with told("base", "base", "base"):
-            place = resolve(recipe.base)
+            found = locate(recipe.base, full=True)
+            place = found.path
+            notes += found.notes("base")
             readers.append(stack.enter_context(open_reader(place)))
         if not readers:
             for name, path in paths.items():  # their faults are not hidden by the base's
@@ -127,6 +135,9 @@ def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
             if spec.statistics is not None:
                 with told("statistics", f"statistics of '{name}'", "experts", name):
                     statistics[name] = _load_statistics(spec.statistics)
+        donor = experts[recipe.side_files] if recipe.side_files in experts else None
+        with told("side_files", "side_files", "side_files"):
+            check_side_files(index.folder if donor is None else donor.folder)
         start = _initial_path(recipe, document, faults)
         initial = None
         if start is not None:
@@ -138,7 +149,14 @@ def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
         files = {n: s.statistics for n, s in recipe.experts.items() if s.statistics is not None}
         where = InputPaths(place, paths, files, start)
         return Inputs(
-            base, index, experts, statistics, initial, paths=where, _stack=stack.pop_all()
+            base,
+            index,
+            experts,
+            statistics,
+            initial,
+            paths=where,
+            notes=tuple(notes),
+            _stack=stack.pop_all(),
         )
 
 
@@ -185,9 +203,13 @@ def _initial_path(recipe: Recipe, document: Document, faults: list[Fault]) -> Pa
     init = recipe.parameters.get("init")
     if not isinstance(init, str) or init == ZERO or init in all_methods():
         return None
-    path = Path(init)
-    if path.exists():
-        return path
+    if Path(init).exists():
+        try:
+            return locate(init).path
+        except CheckpointError as error:
+            line = document.line("parameters", "init")
+            faults.append(Fault("unusable_init", str(error), "init", line))
+            return None
     what = f"init '{init}' is no method, not '{ZERO}', and no checkpoint either."
     line, nearest = document.line("parameters", "init"), suggest(init, list(all_methods()))
     faults.append(Fault("unknown_init", what, line=line, next=nearest))

@@ -107,7 +107,7 @@ def notes_on(
     """Return warnings, alignments, tensors that nobody changes, heads, idle rules, fall-backs."""
     recipe, inputs = request.recipe, request.inputs
     method, parameters = request.method, request.parameters
-    notes = label_warnings(tensors, recipe, inputs)
+    notes = [*label_warnings(tensors, recipe, inputs), *inputs.notes]
     for name, expert in inputs.experts.items():
         if expert.alignment.strip:
             notes.append(Note("extra_prefix", (name, expert.alignment.strip)))

@@ -7,7 +7,8 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from eutectic.checkpoint.index import WEIGHT_SUFFIXES
+from eutectic.checkpoint.hub import hub_id
+from eutectic.checkpoint.weight_files import WEIGHT_SUFFIXES
 from eutectic.errors import Fault, MethodError, RecipeError, suggest
 from eutectic.methods import Method, all_methods, get_method
 from eutectic.methods.solving import ZERO
@@ -123,20 +124,27 @@ def _path_faults(values: Mapping[str, Any], source: Source) -> list[Fault]:
     return [
         no_file(where, path, source)
         for where, path in paths.items()
-        if isinstance(path, str) and (_is_local(path) or where == tasks)
+        if isinstance(path, str) and (_is_local(path, source, where[-1]) or where == tasks)
         if not _exists(_inside(path, source))
     ]
 
 
-def _is_local(path: str) -> bool:
-    """Tell a path from a hub id: ids have at most one slash and never start with a dot or slash."""
-    looks_like_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
-    return looks_like_path or Path(path).suffix in WEIGHT_SUFFIXES
+def _is_local(path: str, source: Source, key: object = "path") -> bool:
+    """Tell a path from what may name a model of the hub, which no file of statistics is."""
+    found = hub_id(path)
+    if found is None or Path(path).suffix in WEIGHT_SUFFIXES:
+        looks_like_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
+        return looks_like_path or Path(path).suffix in WEIGHT_SUFFIXES
+    if found.folder is None:
+        return False
+    # `models/sst2/final` beside a folder `models` is a mistyped path, not a model of the hub.
+    beside = found.revision is None and _exists(_inside(path.partition("/")[0], source))
+    return beside or key == "statistics"
 
 
-def _resolve(path: str, source: Source) -> str:
+def _resolve(path: str, source: Source, key: object = "path") -> str:
     inside = _inside(path, source)
-    return str(inside) if _is_local(path) or _exists(inside) else path
+    return str(inside) if _is_local(path, source, key) or _exists(inside) else path
 
 
 def _inside(path: str, source: Source) -> Path:
@@ -161,7 +169,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
 def _resolve_paths(recipe: Recipe, source: Source) -> Recipe:
     experts: dict[str, ExpertSpec] = {}
     for name, spec in recipe.experts.items():
-        statistics = spec.statistics and _resolve(spec.statistics, source)
+        statistics = spec.statistics and _resolve(spec.statistics, source, "statistics")
         found = {"path": _resolve(spec.path, source), "statistics": statistics}
         experts[name] = spec.model_copy(update=found)
     update: dict[str, Any] = {"base": _resolve(recipe.base, source), "experts": experts}

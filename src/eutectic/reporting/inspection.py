@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from eutectic.checkpoint.experts import Expert, open_expert
-from eutectic.checkpoint.hub import resolve
+from eutectic.checkpoint.locating import resolve
 from eutectic.checkpoint.writer import check_replaced, write_atomically
 from eutectic.errors import EutecticError, Note, RequestError, suggest
 from eutectic.options import options_from

@@ -35,7 +35,7 @@ class QuantisedTensors:
         self._codes = found.codes
         self._where = where
         self._bands = _Bands()
-        self.notes: tuple[Note, ...] = found.notes
+        self.notes: tuple[Note, ...] = (*source.notes, *found.notes)
         anchors = {codes.anchor: codes.entry for codes in found.codes.values()}
         listed = (anchors.get(n, e) for n, e in source.entries.items() if n not in found.hidden)
         self.entries: Mapping[str, TensorEntry] = {entry.name: entry for entry in listed}
