@@ -24,6 +24,49 @@ def few(names: Sequence[str], limit: int = 4) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
+def percent(share: float) -> str:
+    """Return a part of one as text, never 0 % of something or 100 % of what is not all."""
+    value = 100 * share
+    if 0 < value < 0.1:
+        return "less than 0.1 %"
+    if 99.9 < value < 100:
+        return "more than 99.9 %"
+    return f"{value:.1f} %" if value < 10 and round(value, 1) != round(value) else f"{value:.0f} %"
+
+
+def _of_the_base(text: str) -> Callable[[Sequence[str], Mapping[str, Any]], str]:
+    """Return a template of names that ends with their share of the base's numbers, if known."""
+
+    def template(names: Sequence[str], numbers: Mapping[str, Any]) -> str:
+        told = text.format(few=few(names), **numbers)
+        share = numbers.get("share")
+        return told if share is None else f"{told}; {percent(share)} of the base's numbers"
+
+    return template
+
+
+def _left_alone(names: Sequence[str], numbers: Mapping[str, Any]) -> str:
+    return (
+        f"expert '{numbers['expert']}': {percent(numbers['share'])} of its numbers are neither "
+        f"merged nor kept: {few(names)}"
+    )
+
+
+def shares(record: Mapping[str, Any]) -> str:
+    """Return the shares of the experts' numbers (`Shares.record`) as text."""
+    merged, kept, left = (percent(record[part]) for part in ("merged", "kept", "left"))
+    parts = f"{merged} merged, {kept} kept as heads, {left} left"
+    return f"of the experts' {record['numbers']:,} numbers: {parts}"
+
+
+def _untaken(_: Sequence[str], numbers: Mapping[str, Any]) -> str:
+    others = ", ".join(f"{name} ({count})" for name, count in numbers["merged_by"].items())
+    return (
+        f"no tensor takes {numbers['method']}: it merges matrices, and none of these models' "
+        f"tensors is one for it. All are merged by {others}"
+    )
+
+
 def _uncollected(subject: Sequence[str], numbers: Mapping[str, Any]) -> str:
     how = f": collect them with {numbers['option']}" if numbers.get("option") else ""
     return f"the statistics of '{subject[0]}' hold no {numbers['need']} at all{how}"
@@ -132,12 +175,18 @@ SENTENCES: dict[str, Template] = {
     ),
     "read_as": _read_as,
     "repeated": "expert '{expert}' holds these again under other names, unchanged: {few}",
-    "copied": "copied from the base, since no expert has them: {few}",
+    "copied": _of_the_base("copied from the base, since no expert has them: {few}"),
     "extra_left_out": (
         "expert '{expert}' has tensors that the base lacks, left out because of heads: {heads}: "
         "{few}"
     ),
-    "expert_lacks": "expert '{expert}' lacks (missing: {missing}): {few}",
+    "expert_lacks": _of_the_base("expert '{expert}' lacks (missing: {missing}): {few}"),
+    "left_alone": _left_alone,
+    "untaken": _untaken,
+    "other_base_named": (
+        "adapter '{0}' says that it was trained on '{stated}', and the base is '{base}': is that "
+        "the same model?"
+    ),
     "heads_kept": lambda experts, heads: (
         "heads kept per expert: " + "; ".join(f"{n}: {few(heads[n])}" for n in experts)
     ),

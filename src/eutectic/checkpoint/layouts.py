@@ -103,7 +103,7 @@ def layout_readings(views: Mapping[str, View]) -> list[Reading]:
 
 
 def _swapped(one: TensorEntry, other: TensorEntry) -> bool:
-    if len(one.shape) != 3 or one.shape == other.shape:
+    if not len(one.shape) == len(other.shape) == 3 or one.shape == other.shape:
         return False
     return one.shape == (other.shape[0], other.shape[2], other.shape[1])
 

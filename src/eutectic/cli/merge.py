@@ -14,6 +14,7 @@ from eutectic.cli.console import out, print_json, progress_bar, tell_done, tell_
 from eutectic.cli.options import Json, LimitOptions, RecipeOptions, option, request
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes
+from eutectic.words import shares
 
 
 @verb
@@ -58,9 +59,13 @@ def merge(
         print_json(dataclasses.asdict(report))
         return
     table = Table.grid(padding=(0, 2))
-    table.add_row("method", f"{report.method}, scale {report.scale:g}")
+    taken = "" if report.method in report.merged_by else " (no tensor takes it)"
+    table.add_row("method", f"{report.method}{taken}, scale {report.scale:g}")
     table.add_row("tensors", ", ".join(f"{n} {name}" for name, n in report.tensors.items()))
     table.add_row("merged by", ", ".join(f"{name} {n}" for name, n in report.merged_by.items()))
+    table.add_row(
+        "numbers", f"of the experts' {report.shares['numbers']:,}: {shares(report.shares)}"
+    )
     for label, text in summary(report.records):
         table.add_row(label, escape(text))
     resumed = ", continued" if report.resumed else ""

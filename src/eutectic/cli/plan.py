@@ -9,6 +9,7 @@ from eutectic.cli.console import notes_as_json, out, plain_table, print_json, te
 from eutectic.cli.options import Json, LimitOptions, RecipeOptions, option, request
 from eutectic.conventions import layer_group
 from eutectic.recipes.units import format_bytes
+from eutectic.words import shares
 
 
 @verb
@@ -32,7 +33,7 @@ def plan(
     """
     from eutectic.execution.executors import limits_of
     from eutectic.execution.run import recipe_from
-    from eutectic.planning.cost import check_memory, plan_cost, tensor_cost
+    from eutectic.planning.cost import check_memory, merged_by, plan_cost, tensor_cost
     from eutectic.planning.inputs import open_inputs
     from eutectic.planning.plan import make_plan, output_layout
 
@@ -59,6 +60,8 @@ def plan(
             "memory_limit_bytes": limit,
             "cost": vars(total),
             "files": files,
+            "merged_by": merged_by(made),
+            "shares": made.shares.record,
             **notes_as_json(made.notes),
             "heads": {n: [e.name for e in own] for n, own in made.heads.items()},
             "tensors": rows,
@@ -79,6 +82,10 @@ def plan(
         for text in dict.fromkeys(row["route"] for row in rows if row["route"]):
             tell("route", text)
     tell_notes(made.notes)
+    tell(
+        "numbers",
+        f"of the experts' {made.shares.record['numbers']:,}: {shares(made.shares.record)}",
+    )
     written = format_bytes(total.write_bytes) + (f" in {files} files" if files > 1 else "")
     out.print(
         f"{made.method.name}, scale {scale_text}: reads {format_bytes(total.read_bytes)}, writes "

@@ -21,10 +21,12 @@ from eutectic.checkpoint.quantised.side_files import forget_quantisation
 from eutectic.checkpoint.writer import OutputFile, write_atomically
 from eutectic.execution.expert_folders import write_expert_folders
 from eutectic.execution.tasks import Finished
-from eutectic.planning.cost import treatments
+from eutectic.planning.cost import merged_by, treatments
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import OutputLayout, Plan
+from eutectic.planning.tensor_plan import COPY
 from eutectic.types import Statistics
+from eutectic.words import shares
 
 PROVENANCE = "eutectic.json"
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
@@ -46,6 +48,8 @@ def document(
         "recipe": plan.stated_recipe,
         "scale": plan.scale,
         "treatments": treatments(plan),
+        "merged_by": merged_by(plan),
+        "shares": plan.shares.record,
         "notes": [str(note) for note in plan.notes],
         "parents": {
             "base": {
@@ -151,12 +155,17 @@ def card(provenance: Mapping[str, Any]) -> str:
     )
     counts = ", ".join(f"{n} {name}" for name, n in provenance["treatments"].items())
     notes = "".join(f"- {note}\n" for note in provenance["notes"]) or "- none\n"
+    method, taken = provenance["recipe"]["method"], provenance["merged_by"]
+    by = f"`{method}`"
+    if method not in taken:
+        others = ", ".join(f"`{name}`" for name in taken if name != COPY)
+        by = f"{others} (asked for: `{method}`, which no tensor takes)"
     recipe = yaml.safe_dump(provenance["recipe"], sort_keys=False, allow_unicode=True)
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
-        f"# Merged model\n\nMerged from {len(parents) - 1} experts by "
-        f"`{provenance['recipe']['method']}` with scale {provenance['scale']:g}, using eutectic "
-        f"{provenance['eutectic']} (torch {provenance['torch']}). Tensors: {counts}.\n\n"
+        f"# Merged model\n\nMerged from {len(parents) - 1} experts by {by} with scale "
+        f"{provenance['scale']:g}, using eutectic {provenance['eutectic']} "
+        f"(torch {provenance['torch']}). Tensors: {counts}; {shares(provenance['shares'])}.\n\n"
         f"| role | model | licence | fingerprint |\n|---|---|---|---|\n{rows}\n\n"
         "The fingerprint identifies a checkpoint's content by samples of every tensor. Hashes of "
         f"every merged tensor are in `{PROVENANCE}`.\n\n"

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from eutectic.execution.journal import Ledger, request_identity
 from eutectic.execution.model_folder import PROVENANCE
 from eutectic.execution.output_folder import check_output, write_to_folder
 from eutectic.execution.schedule import Chooser, Desk, refuse_search, run_schedule
-from eutectic.planning.cost import check_memory, treatments
+from eutectic.planning.cost import check_memory, merged_by, treatments
 from eutectic.planning.inputs import in_memory_inputs, open_inputs
 from eutectic.planning.plan import make_plan
 from eutectic.recipes.load import Source, check_recipe, load_recipe
@@ -64,6 +63,8 @@ class MergeReport:
         tensors: number of tensors per treatment.
         merged_by: number of tensors per method that merged them ("copy" for copies).
         heads: expert -> names of the tensors kept for it alone.
+        shares: parts of the experts' numbers that were `merged`, `kept` as heads and `left`, all
+            together and under `experts`; `base_alone` is the base's part that no expert has.
         notes: what a user should know: fall-backs, alignments, tensors that nobody changed.
         records: tensor -> what the method reported of it (residual curves, ridges, ranks).
         resumed: whether an unfinished run was continued.
@@ -79,6 +80,7 @@ class MergeReport:
     tensors: Mapping[str, int]
     merged_by: Mapping[str, int]
     heads: Mapping[str, tuple[str, ...]]
+    shares: Mapping[str, Any]
     notes: tuple[str, ...]
     records: Mapping[str, Any] = field(repr=False)
     resumed: bool
@@ -124,8 +126,9 @@ def merge(
         method=plan.method.name,
         scale=plan.scale,
         tensors=treatments(plan),
-        merged_by=dict(sorted(Counter(t.method for t in plan.tensors).items())),
+        merged_by=merged_by(plan),
         heads={n: tuple(e.name for e in own) for n, own in plan.heads.items()},
+        shares=plan.shares.record,
         notes=tuple(map(str, plan.notes)),
         note_records=plan.notes,
         records=written.records,

@@ -134,3 +134,8 @@ def treatments(plan: Plan) -> dict[str, int]:
     """Return how many tensors take each treatment."""
     counts = Counter(t.treatment for t in plan.tensors)
     return {t.value: counts[t] for t in Treatment if t in counts}
+
+
+def merged_by(plan: Plan) -> dict[str, int]:
+    """Return how many tensors each method merges ("copy" for copies)."""
+    return dict(sorted(Counter(t.method for t in plan.tensors).items()))

@@ -21,7 +21,7 @@ from eutectic.errors import Fault
 from eutectic.planning.inputs import MergeRequest
 from eutectic.planning.treatment import is_copy
 from eutectic.types import Treatment
-from eutectic.words import few
+from eutectic.words import few, percent
 
 # Of the base's numbers: what is larger is no head, whatever it is called.
 SMALL = 0.02
@@ -48,6 +48,18 @@ def coverage_faults(request: MergeRequest) -> list[Fault]:
         if extra and not (not missing and _beside_the_body(extra, expert, request)):
             faults.append(_unmatched(name, expert, missing, extra, request, line))
     return faults
+
+
+def unmatched(request: MergeRequest) -> dict[str, list[str]]:
+    """Return expert -> its tensors that meet none of the base's and are no heads."""
+    experts = request.inputs.experts.items()
+    return {name: _in_the_body(expert, request) for name, expert in experts}
+
+
+def _in_the_body(expert: Expert, request: MergeRequest) -> list[str]:
+    extra = homeless(expert, request)
+    missing = lost(expert, request) + _renamed_heads(expert.missing, extra)
+    return extra if missing or not _beside_the_body(extra, expert, request) else []
 
 
 def homeless(expert: Expert, request: MergeRequest) -> list[str]:
@@ -160,17 +172,7 @@ def _tensors(names: Sequence[str]) -> str:
 
 
 def _share(names: Iterable[str], entries: Mapping[str, TensorEntry]) -> str:
-    return percent(numbers(names, entries), numbers(entries, entries))
-
-
-def percent(part: int, whole: int) -> str:
-    """Return a share as text, never 0 % or 100 % of what is not."""
-    share = 100 * part / max(whole, 1)
-    if part and share < 0.1:
-        return "less than 0.1 %"
-    if part < whole and share > 99.9:
-        return "more than 99.9 %"
-    return f"{share:.1f} %" if 0 < share < 10 and share != round(share) else f"{share:.0f} %"
+    return percent(numbers(names, entries) / max(numbers(entries, entries), 1))
 
 
 def patterns(missing: Sequence[str], extra: Sequence[str], limit: int = 4) -> list[str]:

@@ -1,6 +1,7 @@
 """What a user should know of a plan."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -11,7 +12,9 @@ from eutectic.checkpoint.index import TensorEntry
 from eutectic.conventions import classification_head
 from eutectic.errors import Note
 from eutectic.methods.registry import all_methods
+from eutectic.planning import coverage
 from eutectic.planning.inputs import Inputs, MergeRequest
+from eutectic.planning.shares import Shares
 from eutectic.planning.statistics_match import lacks, unknown_origin
 from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.recipes.schema import Recipe
@@ -102,6 +105,7 @@ def notes_on(
     tensors: Sequence[TensorPlan],
     heads: Mapping[str, tuple[TensorEntry, ...]],
     left_out: Sequence[str],
+    shares: Shares,
     request: MergeRequest,
 ) -> list[Note]:
     """Return warnings, alignments, tensors that nobody changes, heads, idle rules, fall-backs."""
@@ -125,13 +129,22 @@ def notes_on(
         if names:
             notes.append(Note(kind, names, numbers or {}))
 
+    def of_base(names: Sequence[str]) -> float:
+        return coverage.numbers(names, inputs.base.entries) / max(shares.base, 1)
+
+    notes += named_bases(recipe, inputs)
+    notes += _untaken(tensors, request)
     absent = _because({"in_no_expert"}, tensors)
-    tell("copied", absent)
+    tell("copied", absent, {"share": of_base(absent)})
     for name, expert in inputs.experts.items():
         if recipe.heads != "per_expert":
             tell("extra_left_out", expert.extra, {"expert": name, "heads": recipe.heads})
         missing = [k for k in expert.missing if k not in absent]
-        tell("expert_lacks", missing, {"expert": name, "missing": recipe.missing})
+        numbers = {"expert": name, "missing": recipe.missing, "share": of_base(missing)}
+        tell("expert_lacks", missing, numbers)
+        own = shares.experts[name]
+        share = own.left / max(own.numbers, 1)
+        tell("left_alone", own.left_tensors, {"expert": name, "share": share})
     tell("heads_kept", heads, {n: tuple(e.name for e in own) for n, own in heads.items()})
     tell("heads_left_out", left_out)
     if inputs.index is not None:
@@ -175,6 +188,38 @@ def _on_quantised(inputs: Inputs) -> list[Note]:
         adapters = (name for name, expert in inputs.experts.items() if expert.is_delta)
         notes += [Note("adapter_on_quantised", (name,)) for name in adapters]
     return notes
+
+
+def _untaken(tensors: Sequence[TensorPlan], request: MergeRequest) -> list[Note]:
+    """Return a warning where no tensor takes the method that was asked for."""
+    merged_by = Counter(t.method for t in tensors if t.merged)
+    if request.method.name in merged_by:
+        return []
+    numbers = {"method": request.method.name, "merged_by": dict(merged_by.most_common())}
+    return [Note("untaken", numbers=numbers, level="warning")]
+
+
+def named_bases(recipe: Recipe, inputs: Inputs) -> list[Note]:
+    """Return a note for every adapter whose configuration names a base of another name.
+
+    Names alone do not tell two models apart: folders are renamed, and hubs hold copies.
+    """
+    place = None if inputs.paths is None else inputs.paths.base
+    called = {recipe.base, str(inputs.config.get("_name_or_path") or "")}
+    called |= {part.replace("--", "/") for part in ([] if place is None else place.parts[-3:])}
+    known = {_last(name) for name in called if name}
+    notes: list[Note] = []
+    for name, expert in inputs.experts.items():
+        stated = expert.config.get("base_model_name_or_path")
+        if not isinstance(stated, str) or not stated or _last(stated) in known:
+            continue
+        numbers = {"stated": stated, "base": _last(recipe.base)}
+        notes.append(Note("other_base_named", (name,), numbers))
+    return notes
+
+
+def _last(name: str) -> str:
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1].casefold()
 
 
 def _because(kinds: Collection[str], tensors: Sequence[TensorPlan]) -> tuple[str, ...]:

@@ -20,12 +20,14 @@ from eutectic.checkpoint.output_format import (
     TensorFiles,
 )
 from eutectic.checkpoint.writer import OutputFile
+from eutectic.conventions_heads import is_buffer
 from eutectic.errors import Fault, MethodError, Note, RecipeError, RequestError
 from eutectic.methods import Method, get_method
-from eutectic.planning.coverage import coverage_faults
+from eutectic.planning.coverage import coverage_faults, unmatched
 from eutectic.planning.inputs import Inputs, MergeRequest
 from eutectic.planning.notes import notes_on
 from eutectic.planning.shapes import another_base, empty_heads, shape_faults
+from eutectic.planning.shares import Shares, shares_of
 from eutectic.planning.statistics_match import statistics_faults, statistics_names
 from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.planning.tensors import plan_tensor, with_method
@@ -71,6 +73,7 @@ class Plan:
     left_out: tuple[str, ...]  # tensors of the base that the output does not hold (`heads: drop`)
     output: OutputOptions  # what is decided of the output as a whole
     request: StatedRequest  # what was asked for, for the card and the journal
+    shares: Shares  # of the experts' numbers: merged, kept, left
     notes: tuple[Note, ...]  # alignments, tensors that nobody changes, fall-backs
 
     @property
@@ -121,6 +124,8 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         nothing = Fault("nothing_to_merge", "no tensor would be merged: every one is copied.")
         _refuse([nothing], source)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
+    entries = inputs.base.entries
+    shares = shares_of(tensors, heads, unmatched(request), inputs.experts, entries)
     return Plan(
         method=method,
         parameters=parameters,
@@ -131,7 +136,8 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         left_out=left_out,
         output=OutputOptions(dtype, recipe.heads, recipe.side_files, recipe.shard_size),
         request=_stated_request(recipe),
-        notes=tuple(notes_on(tensors, heads, left_out, request)),
+        shares=shares,
+        notes=tuple(notes_on(tensors, heads, left_out, shares, request)),
     )
 
 
@@ -285,6 +291,7 @@ def _heads(
     for name, expert in inputs.experts.items():
         own = [replace(expert.entries[k], name=k) for k in shared if k in expert.entries]
         own += [replace(e, name=k) for k, e in expert.extra.items() if not is_copy(expert, k)]
-        if own:
+        # A buffer comes along with heads, and is no reason for a folder of its own.
+        if not all(is_buffer(e.name, len(e.shape)) for e in own):
             heads[name] = tuple(own)
     return heads
