@@ -31,6 +31,15 @@ def holder(name: str) -> tuple[str, str, str]:
     return own, module, around
 
 
+def bias_beside(name: str) -> str:
+    """Return the name of the bias that a module with this weight would have.
+
+    >>> bias_beside("ups.0.weight_v")
+    'ups.0.bias'
+    """
+    return re.sub(r"(^|\.)weight$", r"\1bias", _DIRECTION.sub(".weight", name))
+
+
 # --- Parameters of a module's own, by their own names ---
 
 # Positions relative to each other, with a bias for each: tables, though they are called biases.
@@ -85,7 +94,7 @@ def is_map_parameter(own: str) -> bool:
 _NORM_MODULE = re.compile(r"norm(\d|_\w)*$|(^|_)(ln|bn|grn|rms)(_?\d|_[a-z])*$", re.IGNORECASE)
 _LINEAR_MODULE = re.compile(
     r"proj|dense|linear|mapping|transformation|(^|_)(fc|lin|mlp|out|up|down|gate)(_?\d)?$"
-    r"|embed_out$|unembed|patch(es)?_?embed",
+    r"|embed_out$|unembed|patch(es)?_?embed|^(bbox|time|class)_embed$|^timestep_embed",
     re.IGNORECASE,
 )
 _TABLE_MODULE = re.compile(

@@ -68,6 +68,8 @@ def decided(found: TensorEntry, *rules: dict[str, Any], **config: Any) -> Decisi
         ("embedder.conv1.weight", (8, 4, 7), "conv"),
         ("head.weight", (4, 32, 64), "matrix"),
         ("rg_lru.input_gate_weight", (4, 8, 8), "matrix"),
+        ("time_embed.0.weight", (8, 4), "matrix"),
+        ("embed_timestep.weight", (8, 4), "embedding"),
         ("filters.weight", (64, 64, 15), "conv"),
         ("pos_conv_embed.conv.weight", (64, 48, 128), "conv"),
     ],
@@ -88,6 +90,7 @@ def test_the_bias_beside_a_weight_tells_a_linear_layer_from_a_table() -> None:
     assert decided(entry("reference_points.weight", 8, 4)).treatment.value == "embedding"
     assert with_bias(entry("mixing.weight", 8, 16, 16), 8, 16) == "matrix"
     assert with_bias(entry("mixing.weight", 8, 16, 16), 8) == "conv"
+    assert with_bias(entry("ups.weight", 64, 32, 40), 64) == "conv"
     assert with_bias(entry("affine.weight", 1, 1, 1, 8), 1, 1, 1, 8) == "vector"
     assert with_bias(entry("style_norm.weight", 8, 4), 8) == "matrix"
 

@@ -14,7 +14,7 @@ Kind = tuple[Treatment, Note]
 # A linear map has more inputs than this; a kernel `[out, in, k]` of fewer is nothing else.
 _SHORT = 8
 # Longer kernels than this have `conv` in their name in every library looked at.
-_LONG = 64
+_LONG = 32
 
 
 def kind_of(entry: TensorEntry, config: Mapping[str, Any], held: Mapping[str, TensorEntry]) -> Kind:
@@ -39,7 +39,7 @@ def kind_of(entry: TensorEntry, config: Mapping[str, Any], held: Mapping[str, Te
         return Treatment.VECTOR, Note("vectors")
     if own != "weight":
         return _of_parameter(name, own, module, shape)
-    beside = held.get(f"{name[: -len('weight')]}bias") if name.endswith(".weight") else None
+    beside = held.get(tensors.bias_beside(name))
     bias = None if beside is None else beside.shape
     if bias == shape or (tensors.is_norm_module(module) and (bias is None or len(bias) != 1)):
         return Treatment.VECTOR, Note("vectors")

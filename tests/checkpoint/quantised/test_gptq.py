@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from tests.checkpoint.quantised.packing import awq, gptq, meant, random_layer
 
 from eutectic.checkpoint.opening import open_reader
 from eutectic.checkpoint.quantised import codes
 from eutectic.errors import CheckpointError
-from tests.checkpoint.quantised.packing import awq, gptq, meant, random_layer
 
 NAME = "model.layers.0.mlp.up_proj"
 
