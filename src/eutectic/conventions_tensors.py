@@ -51,7 +51,7 @@ _MAP = re.compile(r"(proj|projection|weights?|kernel|matrix|linear|gate|(^|_)(w|
 _NORM_WEIGHT = re.compile(r"(norm|scale)_weights?$")
 _VECTORS = re.compile(
     r"(^|_)bias(es)?(_[a-z0-9]+)?$"  # biases of a stack or per head: `pos_bias_u`, `r_w_bias`
-    r"|(^|_)(scales?|gammas?|betas?|alphas?|lambdas?|temperature|slopes?|sinks?|decay|norm)(_|\d*$)"
+    r"|(^|_)(scales?|gains?|gammas?|betas?|alphas?|lambdas?|temperature|slopes?|sinks?|decay|norm)(_|\d*$)"
     r"|^(A_logs?|Ds?|dts?|freqs)$"  # of state spaces: one row per channel
     r"|^time_(mix|first|faaaa|maa|decay)(_[a-z]+)?$|^x_[rwkvag]$|^[rk]_[ka]$"  # RWKV
     r"|^ls\d?$|_magnitude(_vector)?$"
@@ -147,6 +147,8 @@ _EXPERTS = re.compile(r"expert|(^|[._])moe([._]|$)", re.IGNORECASE)
 _EXPERTS_IN_ROWS = re.compile(r"(^|\.)experts\.mlp\.(w[12]|v1)$")
 _KERNEL = re.compile(r"conv|(^|[._])(kernel|filter)s?([._]|$)", re.IGNORECASE)
 _EXPERT_COUNT = re.compile(r"^(moe_)?(num|n)_(\w+_)?experts$|^moe_num_experts$")
+# Kernels of several experts in two axes, `[E, out·in·k·k]`, of timm's CondConv.
+_FLAT_KERNEL = re.compile(r"^conv_(dw|pwl?)$")
 # [in, heads, size] or [out, heads, size]: one map, of XLNet and Funnel.
 _HEADS_APART = re.compile(r"(^|\.)(rel_attn\.[qkvor]|r_kernel)$")
 
@@ -181,6 +183,11 @@ def is_kernel(name: str) -> bool:
 def is_linear_module(module: str) -> bool:
     """Tell whether a module's name is that of a linear layer, or of several in a stack."""
     return _LINEAR_MODULE.search(module) is not None
+
+
+def is_flat_kernel(module: str) -> bool:
+    """Tell whether a weight of two axes without a bias holds kernels, one in each row."""
+    return _FLAT_KERNEL.search(module) is not None
 
 
 def has_heads_apart(name: str) -> bool:

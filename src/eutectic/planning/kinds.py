@@ -43,7 +43,7 @@ def kind_of(entry: TensorEntry, config: Mapping[str, Any], held: Mapping[str, Te
     bias = None if beside is None else beside.shape
     if bias == shape or (tensors.is_norm_module(module) and (bias is None or len(bias) != 1)):
         return Treatment.VECTOR, Note("vectors")
-    if len(shape) > 3:
+    if len(shape) > 3 or (bias is None and tensors.is_flat_kernel(module)):
         return Treatment.CONV, Note("convolution")
     if len(shape) == 3:
         return _of_three_axes(name, module, shape, bias, config)
@@ -74,6 +74,8 @@ def _of_three_axes(
         kernel = False
     elif tensors.is_kernel(name):
         kernel = True
+    elif tensors.is_table(name) and shape[-1] >= _LONG:  # of positions in two directions
+        return Treatment.EMBEDDING, Note("table")
     else:
         stack = tensors.is_linear_module(module) or shape[0] in tensors.expert_counts(config)
         kernel = shape[-1] < (_SHORT if stack else _LONG)
