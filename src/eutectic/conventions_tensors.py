@@ -99,7 +99,7 @@ _LINEAR_MODULE = re.compile(
 )
 _TABLE_MODULE = re.compile(
     r"embed|^(wte|wpe|shared|tokens?_type\w*)$|relative_attention_bias|(^|_)embs?(_.*)?$|_tokens?$"
-    r"|codebook|lookup|(^|_)quer(y|ies)_feat|^reference_points$|^refpoint|^pe(_[a-z])?$"
+    r"|codebooks?$|lookup|(^|_)quer(y|ies)_feat|^reference_points$|^refpoint|^pe(_[a-z])?$"
     r"|^bias_values$",
     re.IGNORECASE,
 )
