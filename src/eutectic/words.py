@@ -142,6 +142,7 @@ SENTENCES: dict[str, Template] = {
     "text_projection": "text projection, not flattened officially",
     "rule": "rule '{0}'",
     "tied": "tied to {0}",
+    "tied_by_base": "treated as {0}, to which the base ties it",
     "other_shape": lambda experts, shapes: (
         "shape differs: " + ", ".join(f"{n} {shapes[n]}" for n in experts)
     ),
@@ -195,6 +196,20 @@ SENTENCES: dict[str, Template] = {
     "idle_rules": "rules that match no tensor: {few}",
     "rules_of_tied": (
         "'{0}' is a copy of '{1}' and takes the rules of that, not those that match its own name"
+    ),
+    "untied": (
+        "no longer tied to {partner} in the output, since {experts} changed one without the other: "
+        "{few}"
+    ),
+    "base_untied": (
+        "the base's configuration ties '{1}' to '{0}', but its file holds them with different "
+        "values: both are merged, and the output's configuration ties nothing. Versions of "
+        "transformers before 5 use '{0}' for both"
+    ),
+    "tie_kept": (
+        "the output's file holds tables apart that its configuration ties, because models of the "
+        "type {0} scale their outputs by the same key. transformers 5 goes by the file; versions "
+        "before do not"
     ),
     "split_ignored": "split plays no part in {method}, which looks at a tensor as a whole: {few}",
     "side_files_shape": (

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from eutectic.conventions_names import (
     unwrapped,
     without_adapter_name,
 )
+from eutectic.conventions_ties import is_output_table, is_token_table
 from eutectic.errors import CheckpointError
 
 WEIGHT_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -63,8 +64,17 @@ def open_lora(folder: Path, base: Mapping[str, TensorEntry]) -> Expert:
         _check_factors(own.removesuffix(".weight"), group, lora, label)
     mapping, alignment = align(base, groups, expert=label)
     extra: dict[str, TensorEntry] = {}
+    tied: dict[str, str] = {}
+    owns = {name: own for own, name in mapping.items()}
     for own, group in groups.items():
         if own in mapping:
+            continue
+        name = alignment.to_base(own, base)
+        owns[name] = own
+        table = _tied_table(name, group, base) if "A" in group else None
+        if table is not None:
+            tied[name] = table
+            extra[name] = replace(_entry(base[table], group), name=name)
             continue
         if "A" in group:
             raise CheckpointError(
@@ -72,9 +82,10 @@ def open_lora(folder: Path, base: Mapping[str, TensorEntry]) -> Expert:
                 f"The base's tensors: {', '.join(list(base)[:3])} …\n"
                 "The adapter belongs to another base."
             )
-        extra[alignment.to_base(own, base)] = group["full"]
-    modules = {name: own.removesuffix(".weight") for own, name in mapping.items()}
-    named = {name: groups[own] for own, name in mapping.items()}
+        extra[name] = group["full"]
+    named = {name: groups[own] for name, own in owns.items()}
+    shapes = {n: base[tied.get(n, n)].shape for n, group in named.items() if "A" in group}
+    transposed = _orientations(named, shapes, lora.fan_in_fan_out, label)
     return Expert(
         label,
         reader,
@@ -83,13 +94,29 @@ def open_lora(folder: Path, base: Mapping[str, TensorEntry]) -> Expert:
         extra,
         stored={name: group["full"] for name, group in named.items() if "full" in group},
         factored={
-            n: Factors(named[n]["A"], named[n]["B"], lora.scaling(modules[n]), transposed)
-            for n, transposed in _orientations(named, base, lora.fan_in_fan_out, label).items()
+            n: Factors(
+                named[n]["A"], named[n]["B"], lora.scaling(owns[n].removesuffix(".weight")), swapped
+            )
+            for n, swapped in transposed.items()
         },
+        tied=tied,
         is_delta=True,
         config=lora.raw,
         folder=folder,
     )
+
+
+def _tied_table(name: str, group: _Group, base: Mapping[str, TensorEntry]) -> str | None:
+    """Return the base's table that an output layer, or a table, is tied to; None for others.
+
+    The base's file leaves a tied tensor out, and an adapter may change it by its own name.
+    """
+    if not (is_token_table(name) or is_output_table(name)):
+        return None
+    a, b = group["A"].shape, group["B"].shape
+    held = (a[1], b[0]) if ".lora_embedding_" in group["A"].name else (b[0], a[1])
+    tables = (n for n, e in base.items() if e.shape == held)
+    return next((n for n in tables if is_token_table(n) or is_output_table(n)), None)
 
 
 def adapter_weights(folder: Path) -> Path:
@@ -258,20 +285,23 @@ def _entry(base: TensorEntry, group: _Group) -> TensorEntry:
 
 
 def _orientations(
-    named: Mapping[str, _Group], base: Mapping[str, TensorEntry], fan_in_fan_out: bool, label: str
+    named: Mapping[str, _Group],
+    shapes: Mapping[str, tuple[int, ...]],
+    fan_in_fan_out: bool,
+    label: str,
 ) -> dict[str, bool]:
     """Tell for each pair of factors whether the base stores [in, out] instead of [out, in].
 
     Shapes decide; for square matrices the configuration does, or else what the adapter's other
-    tensors show: all of GPT-2's `Conv1D` are stored alike.
+    tensors show: all of GPT-2's `Conv1D` are stored alike, and no output layer is one.
     """
     transposed: dict[str, bool] = {}
-    embeddings: dict[str, bool] = {}
+    fixed: dict[str, bool] = {}
     square: list[str] = []
     for name, group in named.items():
         if "A" not in group:
             continue
-        a, b, shape = group["A"].shape, group["B"].shape, base[name].shape
+        a, b, shape = group["A"].shape, group["B"].shape, shapes[name]
         rows, columns = b[0], math.prod(a[1:])
         held = (shape[0], math.prod(shape[1:])) if shape else (0, 0)
         if held not in ((rows, columns), (columns, rows)) or (
@@ -282,10 +312,11 @@ def _orientations(
                 f"the base's tensor is {list(shape)}.\nThe adapter belongs to another base."
             )
         if ".lora_embedding_" in group["B"].name:
-            embeddings[name] = True
+            fixed[name] = True
         elif rows == columns and len(shape) == 2:
+            fixed.update({name: False} if is_output_table(name) else {})
             square.append(name)
         else:
             transposed[name] = held != (rows, columns)
     as_the_others = fan_in_fan_out or any(transposed.values())
-    return {**transposed, **embeddings, **dict.fromkeys(square, as_the_others)}
+    return {**transposed, **dict.fromkeys(square, as_the_others), **fixed}

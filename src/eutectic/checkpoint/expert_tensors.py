@@ -47,8 +47,10 @@ class Expert:
     alignment: Alignment
     entries: Mapping[str, TensorEntry]
     extra: Mapping[str, TensorEntry]  # tensors that the base lacks
-    stored: Mapping[str, TensorEntry]  # tensors that `source` holds in full
+    stored: Mapping[str, TensorEntry]  # tensors that `source` holds in full, `extra` included
     factored: Mapping[str, Factors] = field(default_factory=dict[str, Factors])
+    # tensors of `extra` that it changes -> what they are tied to in the base, whose file lacks them
+    tied: Mapping[str, str] = field(default_factory=dict[str, str])
     missing: tuple[str, ...] = ()  # tensors of the base; of an adapter none, they are unchanged
     is_delta: bool = False  # it stores differences from the base
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])  # its own, or an adapter's
@@ -69,7 +71,7 @@ class Expert:
         adapter does not act. Of a product, only the rows that the range touches are formed:
         O(r·(stop − start)) operations.
         """
-        if self.is_delta and name not in self.entries:
+        if self.is_delta and name not in self.stored and name not in self.factored:
             return torch.zeros_like(base, dtype=dtype)
         product = None
         if name in self.factored:
@@ -80,7 +82,7 @@ class Expert:
         values = self._read(name, start, stop).to(dtype)
         if values.shape != base.shape:
             raise CheckpointError(
-                f"{self.label}: '{name}' has the shape {list(self.entries[name].shape)}, which "
+                f"{self.label}: '{name}' has the shape {list(self.stored[name].shape)}, which "
                 "differs from the base's; it has no difference from it."
             )
         values.sub_(base)
@@ -113,7 +115,7 @@ class Expert:
 
     def read_extra(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return elements of a tensor in `extra`, 1-D in the file's dtype."""
-        if name not in self.extra:
+        if name not in self.extra or name in self.factored:
             raise CheckpointError(f"{self.label}: has no extra tensor '{name}'.")
         return self.source.read(self.extra[name].name, start, stop)
 
@@ -129,6 +131,11 @@ class Expert:
         if name not in self.factored or name in self.stored:
             return None
         return self._factors(name, dtype)
+
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the two factors as the file holds them, A and B, without the scaling."""
+        found = self.factored[name]
+        return self.source.read(found.a.name), self.source.read(found.b.name)
 
     def fingerprint(self) -> str:
         """Return the sampled identity of the content, of an adapter with its configuration."""
@@ -214,14 +221,14 @@ def full_expert(
     used = {*mapping, *alignment.copies}.union(*(view.keys for view in views.values()))
     rest = [key for key in own if key not in used]
     _check_no_factors(rest, label)
-    extra = _named_like_base(rest, alignment, base)
+    extra = {name: own[key] for name, key in _named_like_base(rest, alignment, base).items()}
     return Expert(
         label,
         source,
         alignment,
         entries,
-        {name: own[key] for name, key in extra.items()},
-        stored=entries,
+        extra,
+        stored={**extra, **entries},
         missing=tuple(name for name in base if name not in keys),
         config=config or {},
         folder=folder,

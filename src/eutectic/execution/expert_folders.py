@@ -242,14 +242,14 @@ def _fill_heads(
 def _head_values(
     inputs: Inputs, expert: Expert, head: TensorEntry, start: int, stop: int
 ) -> Tensor:
-    if head.name in expert.extra:
+    if head.name in expert.extra and head.name not in expert.tied:
         return expert.read_extra(head.name, start, stop)
-    own = inputs.base.entries[head.name]
+    own = inputs.base.entries[expert.tied.get(head.name, head.name)]
     if not expert.is_delta or head.shape != own.shape:
         return expert.read(head.name, start, stop)
     # An adapter may hold the head as a change of the base's.
     dtype = torch.promote_types(own.dtype, torch.float32)
-    base = inputs.base.read(head.name, start, stop).to(dtype)
+    base = inputs.base.read(own.name, start, stop).to(dtype)
     return expert.weight(head.name, start, stop, base=base, dtype=dtype)
 
 

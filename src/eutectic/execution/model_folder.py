@@ -19,6 +19,7 @@ from eutectic.checkpoint.folder import copy_side_files, layout_files, survey
 from eutectic.checkpoint.index import CheckpointIndex, modules_with_weights
 from eutectic.checkpoint.quantised.side_files import forget_quantisation
 from eutectic.checkpoint.writer import OutputFile, write_atomically
+from eutectic.conventions_ties import is_tied, with_tie
 from eutectic.execution.expert_folders import write_expert_folders
 from eutectic.execution.tasks import Finished
 from eutectic.planning.cost import merged_by, treatments
@@ -112,6 +113,8 @@ def write_folder(
         changed = forget_quantisation(model / place)
         if changed or asked is not None or plan.output.side_files != "base":
             _state_dtype(model / place / "config.json", dtype)
+        for folder in (model, *model.glob("experts/*")):
+            _state_ties(folder / place / "config.json", plan.output.tied)
     write_atomically(model / "README.md", card(provenance).encode())
     text = json.dumps({**provenance, "records": dict(records)}, indent=1, ensure_ascii=False)
     write_atomically(model / PROVENANCE, (text + "\n").encode())
@@ -215,3 +218,14 @@ def _state_dtype(config: Path, dtype: str) -> None:
     key = "torch_dtype" if "torch_dtype" in values else "dtype"
     values[key] = _name_of(getattr(torch, dtype))
     write_atomically(config, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _state_ties(config: Path, tied: bool | None) -> None:
+    """Let a configuration say of tied tables what the weights are, if it says otherwise."""
+    if tied is None or not config.exists():
+        return
+    values = json.loads(config.read_text(encoding="utf-8"))
+    stated = is_tied(values)
+    if stated is not tied and not (tied and stated is None):
+        written = json.dumps(with_tie(values, tied), indent=2, ensure_ascii=False)
+        write_atomically(config, (written + "\n").encode())

@@ -89,16 +89,20 @@ def checkpoint_tensors(folder: str | Path, base: str | Path | None = None) -> di
     if not is_adapter(Path(folder)):
         return state
     with closing(open_expert(Path(folder), index)) as expert:
-        for name, entry in expert.entries.items():
-            if entry.shape == state[name].shape:
-                stored = state[name].view(-1)
+        before = dict(state)
+        changed = {name: expert.extra[name] for name in expert.tied}
+        for name, entry in {**expert.entries, **changed}.items():
+            like = before[expert.tied.get(name, name)]
+            if entry.shape == like.shape:
+                stored = like.view(-1)
                 dtype = torch.promote_types(stored.dtype, torch.float32)
                 values = expert.weight(name, base=stored.to(dtype), dtype=dtype)
             else:
                 values = expert.read(name)
             state[name] = values.view(entry.shape)
         for name, entry in expert.extra.items():
-            state[name] = expert.read_extra(name).view(entry.shape)
+            if name not in changed:
+                state[name] = expert.read_extra(name).view(entry.shape)
     return state
 
 
@@ -123,7 +127,7 @@ def borrows_head(
     """
     index = logical_index(base_folder(Path(folder), base))
     with _opened(Path(expert), index, base) as lender:
-        return bool(lender.extra or _head_names(lender, index, task))
+        return bool(lender.extra.keys() - lender.tied or _head_names(lender, index, task))
 
 
 def _build(folder: Path, task: ModelTask, state: Mapping[str, Tensor]) -> Any:
@@ -208,6 +212,7 @@ def _head(lender: Expert, index: CheckpointIndex, task: ModelTask) -> dict[str, 
     found = {
         n if lender.is_delta else e.name: lender.read_extra(n).view(e.shape)
         for n, e in lender.extra.items()
+        if n not in lender.tied
     }
     for name in _head_names(lender, index, task):
         entry, own = lender.entries[name], index.entries.get(name)

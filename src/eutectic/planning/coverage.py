@@ -19,7 +19,6 @@ from eutectic.conventions import layer_group
 from eutectic.conventions_heads import is_buffer, is_output_layer, output_part
 from eutectic.errors import Fault
 from eutectic.planning.inputs import MergeRequest
-from eutectic.planning.treatment import is_copy
 from eutectic.types import Treatment
 from eutectic.words import few, percent
 
@@ -42,8 +41,8 @@ def coverage_faults(request: MergeRequest) -> list[Fault]:
         line = request.document.line("experts", name)
         depth, beyond = _depth_faults(name, expert, request, line)
         faults += depth
-        missing = [n for n in lost(expert, request) if n not in beyond]
-        extra = [n for n in homeless(expert, request) if n not in beyond]
+        missing = [n for n in lost(name, expert, request) if n not in beyond]
+        extra = [n for n in homeless(name, expert, request) if n not in beyond]
         missing += _renamed_heads(expert.missing, extra)
         if extra and not (not missing and _beside_the_body(extra, expert, request)):
             faults.append(_unmatched(name, expert, missing, extra, request, line))
@@ -53,17 +52,17 @@ def coverage_faults(request: MergeRequest) -> list[Fault]:
 def unmatched(request: MergeRequest) -> dict[str, list[str]]:
     """Return expert -> its tensors that meet none of the base's and are no heads."""
     experts = request.inputs.experts.items()
-    return {name: _in_the_body(expert, request) for name, expert in experts}
+    return {name: _in_the_body(name, expert, request) for name, expert in experts}
 
 
-def _in_the_body(expert: Expert, request: MergeRequest) -> list[str]:
-    extra = homeless(expert, request)
-    missing = lost(expert, request) + _renamed_heads(expert.missing, extra)
+def _in_the_body(owner: str, expert: Expert, request: MergeRequest) -> list[str]:
+    extra = homeless(owner, expert, request)
+    missing = lost(owner, expert, request) + _renamed_heads(expert.missing, extra)
     return extra if missing or not _beside_the_body(extra, expert, request) else []
 
 
-def homeless(expert: Expert, request: MergeRequest) -> list[str]:
-    """Return the tensors that the base lacks and that are neither heads, copies nor buffers.
+def homeless(owner: str, expert: Expert, request: MergeRequest) -> list[str]:
+    """Return the tensors that the base lacks and that are neither heads, tied, copies nor buffers.
 
     A head that the base has under another prefix, in the same shape, is that head renamed.
     """
@@ -74,17 +73,15 @@ def homeless(expert: Expert, request: MergeRequest) -> list[str]:
         renamed = (output_part(name), entry.shape) in lacking
         if _ruled(name, request) or not entry.numel or is_buffer(name, len(entry.shape)):
             continue
-        if (is_output_layer(name) and not renamed) or is_copy(expert, name):
+        if (is_output_layer(name) and not renamed) or name in request.ties.explained[owner]:
             continue
         found.append(name)
     return found
 
 
-def lost(expert: Expert, request: MergeRequest) -> list[str]:
-    """Return the base's tensors that the expert lacks, without heads, copies and buffers."""
+def lost(owner: str, expert: Expert, request: MergeRequest) -> list[str]:
+    """Return the base's tensors that the expert lacks, without heads, tied ones and buffers."""
     base = request.inputs.base.entries
-    tied = request.tied
-    held = {tied.get(name, name) for name in expert.entries}
     return [
         name
         for name in expert.missing
@@ -92,7 +89,7 @@ def lost(expert: Expert, request: MergeRequest) -> list[str]:
             is_output_layer(name)
             or is_buffer(name, len(base[name].shape))
             or not base[name].numel
-            or tied.get(name, name) in held
+            or request.ties.source(owner, expert, name) is not None
             or _ruled(name, request)
         )
     ]

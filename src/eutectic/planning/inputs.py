@@ -22,6 +22,7 @@ from eutectic.methods import Method
 from eutectic.methods.registry import all_methods
 from eutectic.methods.solving import ZERO
 from eutectic.planning.tensor_plan import Source
+from eutectic.planning.ties import Ties
 from eutectic.recipes.document import Source as Document
 from eutectic.recipes.schema import Recipe
 from eutectic.types import LayerStatistics, Statistics, as_statistics
@@ -82,7 +83,7 @@ class MergeRequest:
     parameters: Any  # its checked parameters
     scale: float  # α where no rule says otherwise; while it is to be searched, the method's default
     own_parameters: Mapping[str, Any]  # of experts that have some of their own
-    tied: Mapping[str, str]  # tensor -> earlier tensor that it copies, whose rules and seed it has
+    ties: Ties  # which tensors are one under several names, and where each checkpoint keeps it
     # expert -> base name (with the part of a packed tensor) -> name in its statistics
     statistics_names: Mapping[str, Mapping[str, str]]
 

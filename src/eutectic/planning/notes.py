@@ -123,6 +123,7 @@ def notes_on(
             notes.append(Note("repeated", copies, {"expert": name}))
 
     notes += _on_quantised(inputs)
+    notes += request.ties.notes
 
     def tell(kind: str, subject: Iterable[str], numbers: Mapping[str, Any] | None = None) -> None:
         names = tuple(subject)
@@ -138,8 +139,10 @@ def notes_on(
     tell("copied", absent, {"share": of_base(absent)})
     for name, expert in inputs.experts.items():
         if recipe.heads != "per_expert":
-            tell("extra_left_out", expert.extra, {"expert": name, "heads": recipe.heads})
-        missing = [k for k in expert.missing if k not in absent]
+            extra = [k for k in expert.extra if k not in request.ties.explained[name]]
+            tell("extra_left_out", extra, {"expert": name, "heads": recipe.heads})
+        lacking = (k for k in expert.missing if request.ties.source(name, expert, k) is None)
+        missing = [k for k in lacking if k not in absent]
         numbers = {"expert": name, "missing": recipe.missing, "share": of_base(missing)}
         tell("expert_lacks", missing, numbers)
         own = shares.experts[name]
@@ -232,7 +235,8 @@ def _ignored(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs) -> l
     notes: list[Note] = []
     for planned in tensors:
         partner = planned.seed_name
-        if partner != planned.name and _rules(recipe, planned.name) != _rules(recipe, partner):
+        follows = any(reason.kind in ("tied", "tied_by_base") for reason in planned.reason)
+        if follows and _rules(recipe, planned.name) != _rules(recipe, partner):
             notes.append(Note("rules_of_tied", (planned.name, partner)))
     for_all = {m.name for m in all_methods().values() if m.elementwise and m.prepare is not None}
     whole = [t for t in tensors if t.layout.split and t.method in for_all]

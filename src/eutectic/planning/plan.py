@@ -31,7 +31,7 @@ from eutectic.planning.shares import Shares, shares_of
 from eutectic.planning.statistics_match import statistics_faults, statistics_names
 from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.planning.tensors import plan_tensor, with_method
-from eutectic.planning.treatment import is_copy, tied_to
+from eutectic.planning.ties import Ties, find_ties
 from eutectic.recipes.load import Source
 from eutectic.recipes.schema import Recipe, ScaleSearch
 from eutectic.types import Treatment
@@ -58,6 +58,7 @@ class OutputOptions:
     heads: Literal["per_expert", "base", "drop"]
     side_files: str  # "base", or the expert whose config and tokenizer files are copied
     shard_bytes: int | None = None  # most bytes in one file; None where files are the base's
+    tied: bool | None = None  # what its configuration says of tied tables; None: as it stands
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,14 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
     request = _request(recipe, inputs, source)
     if recipe.statistics_of == "expert":
         faults += statistics_faults(inputs, request.statistics_names)
-    planned = [plan_tensor(entry, request) for entry in inputs.base.entries.values()]
+    entries = [*inputs.base.entries.values(), *_untied(inputs, request.ties)]
+    planned = [plan_tensor(entry, request) for entry in entries]
+    faults += request.ties.faults
     faults += _told([fault for fault in planned if isinstance(fault, Fault)], request)
     _refuse(faults, source)
     tensors = [with_method(t, request) for t in planned if not isinstance(t, Fault)]
     _refuse(_unfit(tensors), source)
-    heads = _heads(recipe, inputs, tensors)
+    heads = _heads(recipe, inputs, tensors, request.ties)
     left_out = ()
     if recipe.heads == "drop":
         left_out = tuple(t.name for t in tensors if t.treatment is Treatment.HEAD)
@@ -124,8 +127,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         nothing = Fault("nothing_to_merge", "no tensor would be merged: every one is copied.")
         _refuse([nothing], source)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
-    entries = inputs.base.entries
-    shares = shares_of(tensors, heads, unmatched(request), inputs.experts, entries)
+    shares = shares_of(tensors, heads, unmatched(request), request)
     return Plan(
         method=method,
         parameters=parameters,
@@ -134,7 +136,9 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         tensors=tuple(tensors),
         heads=heads,
         left_out=left_out,
-        output=OutputOptions(dtype, recipe.heads, recipe.side_files, recipe.shard_size),
+        output=OutputOptions(
+            dtype, recipe.heads, recipe.side_files, recipe.shard_size, request.ties.tied
+        ),
         request=_stated_request(recipe),
         shares=shares,
         notes=tuple(notes_on(tensors, heads, left_out, shares, request)),
@@ -205,6 +209,9 @@ def _request(recipe: Recipe, inputs: Inputs, source: Source) -> MergeRequest:
         for name, spec in recipe.experts.items()
         if spec.parameters
     }
+    owners = dict(inputs.experts)
+    if inputs.initial is not None:
+        owners["initial"] = inputs.initial
     return MergeRequest(
         recipe=recipe,
         inputs=inputs,
@@ -213,7 +220,7 @@ def _request(recipe: Recipe, inputs: Inputs, source: Source) -> MergeRequest:
         parameters=method.parse(dict(recipe.parameters)),
         scale=scale,
         own_parameters=own,
-        tied=tied_to(inputs.base),
+        ties=find_ties(inputs.base, inputs.config, owners),
         statistics_names={n: statistics_names(s, inputs) for n, s in inputs.statistics.items()},
     )
 
@@ -280,8 +287,13 @@ def _refuse_partial(tensors: Sequence[TensorPlan], request: MergeRequest) -> Non
         _refuse([Fault("missing_tensor", what, next=choose)], request.document)
 
 
+def _untied(inputs: Inputs, ties: Ties) -> list[TensorEntry]:
+    """Return the tensors of the output that the base's file leaves out, as the base has them."""
+    return [replace(inputs.base.entries[own], name=name) for name, own in ties.added.items()]
+
+
 def _heads(
-    recipe: Recipe, inputs: Inputs, tensors: Sequence[TensorPlan]
+    recipe: Recipe, inputs: Inputs, tensors: Sequence[TensorPlan], ties: Ties
 ) -> dict[str, tuple[TensorEntry, ...]]:
     """Return, per expert, the head tensors that it has."""
     if recipe.heads != "per_expert":
@@ -290,7 +302,8 @@ def _heads(
     heads: dict[str, tuple[TensorEntry, ...]] = {}
     for name, expert in inputs.experts.items():
         own = [replace(expert.entries[k], name=k) for k in shared if k in expert.entries]
-        own += [replace(e, name=k) for k, e in expert.extra.items() if not is_copy(expert, k)]
+        no_heads = ties.explained[name].difference(shared)
+        own += [replace(e, name=k) for k, e in expert.extra.items() if k not in no_heads]
         # A buffer comes along with heads, and is no reason for a folder of its own.
         if not all(is_buffer(e.name, len(e.shape)) for e in own):
             heads[name] = tuple(own)

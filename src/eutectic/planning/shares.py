@@ -8,15 +8,15 @@ tensors and copies of a table that counts already are left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.conventions_heads import is_buffer
+from eutectic.planning.inputs import MergeRequest
 from eutectic.planning.tensor_plan import TensorPlan
-from eutectic.planning.treatment import is_copy
 from eutectic.types import Treatment
 
 
@@ -72,32 +72,38 @@ def shares_of(
     tensors: Sequence[TensorPlan],
     heads: Mapping[str, Sequence[TensorEntry]],
     unmatched: Mapping[str, Sequence[str]],
-    experts: Mapping[str, Expert],
-    base: Mapping[str, TensorEntry],
+    request: MergeRequest,
 ) -> Shares:
     """Return the shares of a plan. Tensors that do not meet count as left, kept or not."""
+    base, ties = request.inputs.base.entries, request.ties
     planned = {t.name: t for t in tensors}
     alone = [t for t in tensors if any(r.kind == "in_no_expert" for r in t.reason)]
     return Shares(
         {
             name: _share_of(
-                expert, planned, {e.name for e in heads.get(name, ())} - {*unmatched.get(name, ())}
+                expert,
+                planned
+                | {s.tensor or "": t for t in tensors for s in t.experts if s.owner == name},
+                {e.name for e in heads.get(name, ())} - {*unmatched.get(name, ())},
+                ties.explained[name],
             )
-            for name, expert in experts.items()
+            for name, expert in request.inputs.experts.items()
         },
         sum(entry.numel for entry in base.values()),
         sum(t.elements for t in alone),
     )
 
 
-def _share_of(expert: Expert, planned: Mapping[str, TensorPlan], kept: set[str]) -> ExpertShare:
+def _share_of(
+    expert: Expert, planned: Mapping[str, TensorPlan], kept: set[str], copies: Collection[str]
+) -> ExpertShare:
     counts = dict.fromkeys(("merged", "kept", "left"), 0)
     left: list[str] = []
     for name, entry in [*expert.entries.items(), *expert.extra.items()]:
         own = planned.get(name)
         if own is not None and own.merged:
             counts["merged"] += entry.numel
-        elif _is_constant(name, entry, own) or (name in expert.extra and is_copy(expert, name)):
+        elif _is_constant(name, entry, own) or name in copies:
             continue
         elif name in kept:
             counts["kept"] += entry.numel

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from itertools import accumulate
 
 import torch
@@ -24,19 +25,20 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def plan_tensor(entry: TensorEntry, request: MergeRequest) -> TensorPlan | Fault:
     """Decide one tensor, or return its fault; the method follows in `with_method`."""
     recipe, inputs = request.recipe, request.inputs
-    partner = request.tied.get(entry.name, entry.name)
-    named, held = replace(entry, name=partner), inputs.base.entries
-    decision = decide(named, recipe.tensors, inputs.config, held)
+    ties = request.ties
+    partner = ties.partner.get(entry.name, entry.name)
+    decision = _decide(entry, partner, request)
     if isinstance(decision, Fault):
         return decision
-    if partner != entry.name:
-        decision = decision.because(Note("tied", (partner,)))
-    having = {
-        name: expert.entries[own]
-        for name, expert in inputs.experts.items()
-        if (own := _stored_name(expert, entry.name, partner)) in expert.entries
-    }
-    lacking = [n for n, e in inputs.experts.items() if n not in having and entry.name in e.missing]
+    having: dict[str, TensorEntry] = {}
+    lacking: list[str] = []
+    for name, expert in inputs.experts.items():
+        own = ties.source(name, expert, entry.name)
+        found = None if own is None else expert.entries.get(own) or expert.extra.get(own)
+        if found is not None:
+            having[name] = found
+        elif own is None:
+            lacking.append(name)
     decision = _meet_experts(entry, decision, having, lacking, request)
     if isinstance(decision, Fault):
         return decision
@@ -57,7 +59,7 @@ def plan_tensor(entry: TensorEntry, request: MergeRequest) -> TensorPlan | Fault
         treatment=decision.treatment,
         reason=decision.reason,
         layout=decision.layout,
-        base=Source("base", entry.name),
+        base=Source("base", ties.added.get(entry.name, entry.name)),
         experts=tuple(_expert_source(name, entry.name, request) for name in owners),
         scale=1.0 if decision.scale is None else decision.scale,
         tunable=decision.scale is None,
@@ -69,25 +71,36 @@ def plan_tensor(entry: TensorEntry, request: MergeRequest) -> TensorPlan | Fault
     )
 
 
+def _decide(entry: TensorEntry, partner: str, request: MergeRequest) -> Decision | Fault:
+    """Decide a tensor of the base; a tied one as the tensor that it is a copy of.
+
+    One that an expert unties follows the rules that match its own name, if there are any.
+    """
+    rules, config, held = request.recipe.tensors, request.inputs.config, request.inputs.base.entries
+    apart = entry.name in request.ties.apart
+    if partner == entry.name or (apart and any(fnmatchcase(entry.name, r.match) for r in rules)):
+        return decide(entry, rules, config, held)
+    decision = decide(replace(entry, name=partner), rules, config, held)
+    if isinstance(decision, Fault):
+        return decision
+    return decision.because(Note("tied_by_base" if apart else "tied", (partner,)))
+
+
 def source_in(owner: str, expert: Expert, name: str, partner: str) -> Source:
-    """Return where a checkpoint keeps a tensor of the base: under its name, or its tied partner's.
+    """Return where a merged checkpoint keeps a tensor: under its name, or its tied partner's.
 
     An adapter that does not act on the tensor still has it: its change there is zero.
     """
-    stored = _stored_name(expert, name, partner)
-    return Source(owner, stored if expert.is_delta or stored in expert.entries else None)
-
-
-def _stored_name(expert: Expert, name: str, partner: str) -> str:
-    return name if name in expert.entries else partner
+    own = name in expert.entries or name in expert.extra
+    held = own or expert.is_delta or partner in expert.entries
+    return Source(owner, (name if own else partner) if held else None)
 
 
 def _expert_source(owner: str, name: str, request: MergeRequest) -> Source:
     own = request.statistics_names.get(owner, {})
     parts = {part: own[name + part] for part in ("", *PARTS) if name + part in own}
-    partner = request.tied.get(name, name)
-    found = source_in(owner, request.inputs.experts[owner], name, partner)
-    return replace(found, weight=request.recipe.experts[owner].weight, statistics=parts)
+    kept = request.ties.source(owner, request.inputs.experts[owner], name)
+    return Source(owner, kept, weight=request.recipe.experts[owner].weight, statistics=parts)
 
 
 def _meet_experts(
@@ -174,7 +187,8 @@ def with_method(planned: TensorPlan, request: MergeRequest) -> TensorPlan:
     if treatment is not Treatment.MATRIX and not method.elementwise:
         has_rule = method.vectors and treatment is Treatment.VECTOR
         if needs == {"fisher_diagonal"} and not has_rule:
-            has_rule = planned.name not in {*request.tied, *request.tied.values()}
+            tied = request.ties.partner
+            has_rule = planned.name not in {*tied, *tied.values()}
             reason += () if has_rule else (Note("averaged_as_tied"),)
         chosen = method.name if has_rule else "average"
     if chosen == method.name and needs and planned.layout.stacked:
@@ -199,7 +213,7 @@ def with_method(planned: TensorPlan, request: MergeRequest) -> TensorPlan:
         particular = request.own_parameters
         experts = tuple(replace(s, parameters=particular.get(s.owner)) for s in experts)
         if start is not None:
-            initial = source_in("initial", start, planned.name, planned.seed_name)
+            initial = Source("initial", request.ties.source("initial", start, planned.name))
     return replace(
         planned,
         method=chosen,

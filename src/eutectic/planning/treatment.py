@@ -1,19 +1,14 @@
-"""Which treatment a tensor takes: by its name, shape and dtype, or that of the table it copies."""
+"""Which treatment a tensor takes: by its name, shape and dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
-
 from eutectic import conventions
-from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.index import TensorEntry
-from eutectic.checkpoint.reader import TensorSource
-from eutectic.conventions import is_output_vocabulary, may_be_vocabulary
 from eutectic.conventions_layouts import INPUTS_FIRST
 from eutectic.conventions_tensors import experts_in_rows
 from eutectic.errors import Fault, Note
@@ -113,54 +108,3 @@ def _parts(
         what = f"split {split} adds up to {sum(split)}, the tensor has {rows} rows."
         heights = tuple(split)
     return heights if sum(heights) == rows else Fault("split", what, entry.name)
-
-
-Read = Callable[[str, int, int], torch.Tensor]
-
-_WINDOW = 1024
-
-
-def tied_to(base: TensorSource) -> dict[str, str]:
-    """Return tensor -> earlier tensor for vocabulary tables that a file holds more than once.
-
-    A copy is recognised by name, shape, dtype and three samples of its content, and is merged by
-    the rule and the random numbers of its partner, so that both stay equal.
-    """
-    matrices = [e for e in base.entries.values() if len(e.shape) == 2]
-    tables = [e for e in matrices if may_be_vocabulary(e.name)]
-    outputs = [e for e in matrices if is_output_vocabulary(e.name) and e not in tables]
-    tied: dict[str, str] = {}
-    for position, entry in enumerate([*tables, *outputs]):
-        for partner in tables[:position]:
-            alike = (partner.shape, partner.dtype) == (entry.shape, entry.dtype)
-            if not alike or partner.name in tied:
-                continue
-            if _equal(base.read, entry.name, base.read, partner.name, entry.numel):
-                tied[entry.name] = partner.name
-                break
-    return tied
-
-
-def is_copy(expert: Expert, extra: str) -> bool:
-    """Tell whether a tensor that the base lacks repeats a vocabulary table of the same expert.
-
-    Such as the output embeddings in `torch.save(model.state_dict())` of a tied model: no head.
-    """
-    entry = expert.extra[extra]
-    if len(entry.shape) != 2 or not (is_output_vocabulary(extra) or may_be_vocabulary(extra)):
-        return False
-    alike = (
-        name
-        for name, own in expert.entries.items()
-        if may_be_vocabulary(name) and (own.shape, own.dtype) == (entry.shape, entry.dtype)
-    )
-    return any(_equal(expert.read_extra, extra, expert.read, name, entry.numel) for name in alike)
-
-
-def _equal(left: Read, first: str, right: Read, second: str, length: int) -> bool:
-    for start in {0, max(0, length // 2 - _WINDOW), max(0, length - _WINDOW)}:
-        stop = min(length, start + _WINDOW)
-        a, b = left(first, start, stop), right(second, start, stop)
-        if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
-            return False
-    return True

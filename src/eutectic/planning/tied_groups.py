@@ -1,0 +1,247 @@
+"""Tied tensors of a model: groups of names for one tensor, of which a file holds any.
+
+Copies are recognised by their names and their values; names that the base's file leaves out, by the
+habits of transformers and by what the experts hold.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from eutectic import conventions_ties as habits
+from eutectic.checkpoint.experts import Expert
+from eutectic.checkpoint.index import TensorEntry
+from eutectic.checkpoint.reader import TensorSource
+from eutectic.conventions import is_output_vocabulary, may_be_vocabulary
+
+_WINDOW = 1024
+_PIECE = 1 << 22  # entries read at a time
+
+
+@dataclass(frozen=True)
+class TiedModel:
+    """What a base and its configuration say of ties."""
+
+    base: TensorSource
+    config: Mapping[str, Any]
+    tied: bool | None  # its output layer is its table of tokens; None where nothing is known
+    extends: bool  # it has an output layer, which is one of its tables where the file holds none
+
+
+@dataclass
+class Group:
+    """One tensor of a model and all its names."""
+
+    entry: TensorEntry  # of the base's first
+    held: list[str]  # the base's file has it under these names, the first of which gives the rules
+    others: list[str] = field(default_factory=list[str])  # names that the base's file leaves out
+    # owner -> name -> its name in that owner's checkpoint
+    sources: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])
+    # name -> owners in which its values are not those under the first name
+    apart: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+
+    @property
+    def names(self) -> list[str]:
+        """All names, the base's first."""
+        return [*self.held, *self.others]
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is the bias of a head, not a table."""
+        return len(self.entry.shape) == 1
+
+    @property
+    def tables(self) -> list[str]:
+        """The base's names for a table of the tokens that are read."""
+        return [n for n in self.held if habits.is_token_table(n)]
+
+    @property
+    def is_used_as_table(self) -> bool:
+        """Whether the base has it as a table of tokens or as its output layer."""
+        return bool(self.tables) or any(map(is_output, self.held))
+
+
+def is_output(name: str) -> bool:
+    """Tell whether a tensor may be an output layer over the vocabulary, going by its name."""
+    return is_output_vocabulary(name) or habits.is_output_table(name)
+
+
+def model_of(base: TensorSource, config: Mapping[str, Any]) -> TiedModel:
+    """Return what a base says of ties."""
+    tied = habits.is_tied(config)
+    return TiedModel(base, config, tied, tied is not False and habits.has_output_layer(config))
+
+
+def groups_of(model: TiedModel) -> list[Group]:
+    """Return the tied tensors of a base, with the names that it has by habit beside its file's."""
+    names = model.base.entries
+    groups: list[Group] = []
+    for held in equal_tensors(model.base):
+        group = Group(names[held[0]], held)
+        if group.is_bias:
+            group.others = [n for n in habits.bias_names(held[0]) if n not in names]
+        else:
+            siblings = (n for t in group.tables for n in habits.input_names(t, names))
+            group.others = [n for n in dict.fromkeys(siblings) if n not in names]
+            group.others += _output_of(group, model)
+        groups.append(group)
+    return groups
+
+
+def equal_tensors(base: TensorSource) -> list[list[str]]:
+    """Return the names of tensors that are equal in a base, and of single ones that may be tied.
+
+    Tables first, in the order of the file, then output layers, then biases of heads.
+    """
+    entries = base.entries
+    matrices = [e for e in entries.values() if len(e.shape) == 2]
+    tables = [e for e in matrices if may_be_vocabulary(e.name)]
+    outputs = [e for e in matrices if is_output(e.name) and e not in tables]
+    groups: list[list[str]] = []
+    for entry in (*tables, *outputs):
+        for group in groups:
+            first = entries[group[0]]
+            alike = (first.shape, first.dtype) == (entry.shape, entry.dtype)
+            if alike and may_be_vocabulary(first.name) and _equal_in(base, first, entry.name):
+                group.append(entry.name)
+                break
+        else:
+            groups.append([entry.name])
+    for name, entry in entries.items():
+        own = [n for n in habits.bias_names(name) if n in entries]
+        if len(entry.shape) != 1 or own[:1] != [name]:
+            continue  # no such bias, or the second of two
+        equal = len(own) == 2 and entries[own[1]].shape == entry.shape
+        if equal and _equal_in(base, entry, own[1]):
+            groups.append(own)
+        else:
+            groups += [[n] for n in own]
+    return groups
+
+
+def join(model: TiedModel, groups: list[Group], expert: Expert) -> frozenset[str]:
+    """Add an expert's names to the groups; return its tensors that are no tensors of their own.
+
+    These are copies of what it holds under the base's names, or the base's tied tensors.
+    """
+    explained: set[str] = set()
+    for name, entry in expert.extra.items():
+        group = _group_of(model, groups, expert, entry, name)
+        if group is not None and name not in group.names:
+            group.others.append(name)
+        if group is not None or _is_copy(expert, name, entry):
+            explained.add(name)
+    return frozenset(explained)
+
+
+def has(expert: Expert, name: str, like: TensorEntry) -> bool:
+    """Tell whether an expert holds, or changes, a tensor in this shape."""
+    entry = expert.entries.get(name) or expert.extra.get(name)
+    return entry is not None and entry.shape == like.shape
+
+
+def same_in(expert: Expert, first: str, second: str) -> bool:
+    """Tell whether an expert stores the same values under two names."""
+    if first == second:
+        return True
+    if not (_holds(expert, first) and _holds(expert, second)):
+        return False
+    one, two = expert.stored[first], expert.stored[second]
+    if (one.shape, one.dtype) != (two.shape, two.dtype):
+        return False
+    read = expert.source.read
+    return same_values(Stored(read, one.name), Stored(read, two.name), one.numel)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A stored tensor: who reads flat ranges of it, and under which name."""
+
+    read: Callable[[str, int, int], torch.Tensor]
+    name: str
+
+
+def same_values(left: Stored, right: Stored, length: int) -> bool:
+    """Tell whether two tensors of `length` entries are equal, bit by bit where the dtype is one.
+
+    Tables that were trained apart differ almost everywhere, so that samples tell most of them;
+    copies are read to the end, because the rows of rare tokens may be all that differs.
+    """
+    starts = (0, max(0, length // 2 - _WINDOW), max(0, length - _WINDOW))
+    ranges = [(start, min(length, start + _WINDOW)) for start in starts]
+    ranges += [(start, min(length, start + _PIECE)) for start in range(0, length, _PIECE)]
+    for start, stop in ranges:
+        a, b = left.read(left.name, start, stop), right.read(right.name, start, stop)
+        wide = a.dtype != b.dtype
+        a, b = (a.double(), b.double()) if wide else (a.view(torch.uint8), b.view(torch.uint8))
+        if not torch.equal(a, b):
+            return False
+    return True
+
+
+def _output_of(group: Group, model: TiedModel) -> list[str]:
+    """Return the name of the output layer that a base's file leaves out, since its table is it."""
+    names = model.base.entries
+    writes = any(is_output(n) and e.shape == group.entry.shape for n, e in names.items())
+    if not (group.tables and model.extends and model.tied) or writes:
+        return []
+    biases = [n for n, e in names.items() if e.shape == group.entry.shape[:1]]
+    return [habits.output_name(group.tables[0], biases, names, model.config)]
+
+
+def _group_of(
+    model: TiedModel, groups: list[Group], expert: Expert, entry: TensorEntry, name: str
+) -> Group | None:
+    """Return the group of a tensor that the base's file lacks, None where it is not tied."""
+    alike = [g for g in groups if g.entry.shape == entry.shape]
+    if len(entry.shape) == 1:
+        return next((g for g in alike if name in g.names), None)
+    known = habits.is_token_table(name) or is_output(name)
+    if len(entry.shape) != 2 or not (known or may_be_vocabulary(name)):
+        return None
+    for group in alike:
+        if any(own != name and same_in(expert, name, own) for own in group.names):
+            return group
+    named = [g for g in alike if name in g.names]
+    if not named and known and model.extends:
+        named = [g for g in alike if _may_be(model, g, name, expert)]
+    return named[0] if len(named) == 1 else None
+
+
+def _may_be(model: TiedModel, group: Group, name: str, expert: Expert) -> bool:
+    """Tell whether a group may have one more name, of a table that the base has no other of."""
+    writes = [n for n in group.held if is_output(n)]
+    lacking = not expert.is_delta and not any(has(expert, n, group.entry) for n in group.names)
+    if lacking and any(habits.may_be_shared(name, n) for n in group.tables):
+        return True
+    # The expert has the table as its other end alone, or trained that apart, which says nothing
+    # where nobody says that the base has such an end.
+    other_end = group.tables and not writes if is_output(name) else writes and not group.tables
+    return bool(other_end) and (lacking or bool(model.tied))
+
+
+def _is_copy(expert: Expert, name: str, entry: TensorEntry) -> bool:
+    """Tell whether a tensor that the base lacks repeats a vocabulary table of the same expert.
+
+    Such as the output layer in `torch.save(model.state_dict())` of a tied model whose vocabulary
+    was enlarged.
+    """
+    if len(entry.shape) != 2 or not (is_output(name) or may_be_vocabulary(name)):
+        return False
+    return any(may_be_vocabulary(n) and same_in(expert, name, n) for n in _alike(expert, entry))
+
+
+def _alike(expert: Expert, entry: TensorEntry) -> Iterator[str]:
+    for name, own in expert.entries.items():
+        if (own.shape, own.dtype) == (entry.shape, entry.dtype):
+            yield name
+
+
+def _holds(expert: Expert, name: str) -> bool:
+    return name in expert.stored and name not in expert.factored
+
+
+def _equal_in(base: TensorSource, first: TensorEntry, second: str) -> bool:
+    return same_values(Stored(base.read, first.name), Stored(base.read, second), first.numel)
