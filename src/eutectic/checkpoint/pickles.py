@@ -13,9 +13,9 @@ from torch import Tensor
 from eutectic.checkpoint.odd_files import Oddity, by_archive, by_content, start_of
 from eutectic.errors import CheckpointError
 
-# Names under which training scripts file the weights of a model, in order of preference.
 _ZIP = b"PK\x03\x04"
 _PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
+# Names under which training scripts file the weights of a model, in order of preference.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 
 
@@ -88,6 +88,9 @@ def _load(path: Path) -> Any:
             # torch warns about deprecated storage classes of old files; they load all the same.
             warnings.simplefilter("ignore")
             is_zip = start.startswith(_ZIP)  # older formats cannot be mapped
+            if path.suffix == ".safetensors":  # torch would go by the ending
+                with path.open("rb") as file:
+                    return torch.load(file, map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise CheckpointError(

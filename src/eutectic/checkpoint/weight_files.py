@@ -44,12 +44,13 @@ def weights_in(folder: Path) -> str | Shards:
     names = names_in(folder)
     if (found := unfinished(folder, names)) is not None:
         raise found.error(folder)
-    for usual, suffixes in (
-        ("model.safetensors", (".safetensors",)),
-        ("pytorch_model.bin", PICKLE_SUFFIXES),
-    ):
-        if (chosen := _choose(folder, names, usual, suffixes)) is not None:
-            return chosen
+    for own in ([n for n in names if not n.startswith(_SECOND_COPY)], names):
+        for usual, suffixes in (
+            ("model.safetensors", (".safetensors",)),
+            ("pytorch_model.bin", PICKLE_SUFFIXES),
+        ):
+            if (chosen := _choose(folder, own, usual, suffixes)) is not None:
+                return chosen
     raise _nothing(folder, names)
 
 
@@ -130,17 +131,16 @@ def _choose(
     indices = [n for n in names if _may_be_weights(n, tuple(s + INDEX_SUFFIX for s in suffixes))]
     files = [n for n in names if _may_be_weights(n, suffixes)]
     for found in (indices, files):
-        own = [n for n in found if not n.startswith(_SECOND_COPY)] or found
-        if found is files and (shards := _shards(folder, own)) is not None:
+        if found is files and (shards := _shards(folder, found)) is not None:
             return shards
-        if len(own) > 1:
-            listed = "\n".join(f"  {folder / name}" for name in own[:6])
+        if len(found) > 1:
+            listed = "\n".join(f"  {folder / name}" for name in found[:6])
             raise CheckpointError(
-                f"{folder}: several files could be the checkpoint: {few(own, 6)}.\n"
+                f"{folder}: several files could be the checkpoint: {few(found, 6)}.\n"
                 f"Name the file you mean instead of the folder:\n{listed}"
             )
-        if own:
-            return own[0]
+        if found:
+            return found[0]
     return None
 
 

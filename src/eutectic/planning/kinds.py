@@ -86,7 +86,7 @@ def _of_parameter(name: str, own: str, module: str, shape: tuple[int, ...]) -> K
     """Return what a bare parameter of two axes and more is."""
     if tensors.is_expert_stack(name) and len(shape) == 3 and not tensors.is_vectors(own):
         return _map(name, shape)
-    if tensors.is_table_parameter(own) or (own == "weights" and tensors.is_table(name)):
+    if tensors.is_table_parameter(own) or (own.startswith("weight") and tensors.is_table(name)):
         return Treatment.EMBEDDING, Note("table")
     if tensors.is_vectors(own):
         return Treatment.VECTOR, Note("vectors")
