@@ -1,4 +1,4 @@
-"""Checkpoints as libraries write them (`fixtures/write_checkpoints.py`), merged from files to files.
+"""Checkpoints as libraries write them (`fixtures/write_checkpoints.py`), merged in files.
 
 Guards: the average, and one matrix method, of what each library wrote against arithmetic on its
 files, or on the models that transformers makes of them; and that the outputs have what their
@@ -150,6 +150,11 @@ def loaded(folder: Path, kind: str) -> dict[str, Tensor]:
     return {name: w.detach() for name, w in model.state_dict().items()}
 
 
+# Of transformers about configurations of its earlier versions, and about itself.
+quiet = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+@quiet
 @pytest.mark.parametrize("family", WRITTEN)
 def test_models_of_three_versions_of_transformers(family: str, tmp_path: Path) -> None:
     kind = WRITTEN[family]
@@ -165,6 +170,7 @@ def test_models_of_three_versions_of_transformers(family: str, tmp_path: Path) -
     assert changed > len(found) // 2
 
 
+@quiet
 def test_adapters_of_two_versions_of_peft(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     import transformers as hf
@@ -178,3 +184,52 @@ def test_adapters_of_two_versions_of_peft(tmp_path: Path) -> None:
     found = loaded(merged("adapters", tmp_path / "out"), "LlamaForCausalLM")
     for name, tensor in found.items():
         assert_close(tensor, (tuned[0][name] + tuned[1][name]) / 2, name)
+
+
+# --- The other loaders, where they are installed ---
+
+
+@quiet
+@pytest.mark.parametrize("family", ["sentence-transformers", "router"])
+def test_sentence_transformers_loads_all_modules(family: str, tmp_path: Path) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    out = merged(family, tmp_path / "out")
+    held = library.SentenceTransformer(str(out), device="cpu").state_dict()
+    stored = [(k, w) for tensors in files(out).values() for k, w in tensors.items()]
+    assert len(stored) == len(held)
+    for key, tensor in stored:
+        assert any(name.endswith(key) and torch.equal(w, tensor) for name, w in held.items()), key
+
+
+@quiet
+def test_open_clip_loads_the_folder(tmp_path: Path) -> None:
+    library = pytest.importorskip("open_clip")
+    for base in ("base", "b"):
+        out = merged("open-clip", tmp_path / base, base=ROOT / "open-clip" / base)
+        model, *_ = library.create_model_and_transforms(f"local-dir:{out}")
+        held = {name: w for name, w in model.state_dict().items() if name != "attn_mask"}
+        (stored,) = files(out).values()
+        assert held.keys() == stored.keys() - {"attn_mask"}
+        assert all(torch.equal(held[name], stored[name]) for name in held)
+
+
+@quiet
+def test_timm_loads_the_output_and_the_experts(tmp_path: Path) -> None:
+    library = pytest.importorskip("timm")
+    out = merged("timm", tmp_path / "out")
+    for folder, classes in ((out, 3), (out / "experts/a", 3), (out / "experts/b", 5)):
+        stored = load_file(folder / "model.safetensors")
+        sizes = json.loads((folder / "config.json").read_text())["model_args"]
+        loaded = (
+            library.create_model(f"local-dir:{folder}", pretrained=True),
+            library.create_model(
+                "vit_tiny_patch16_224",
+                checkpoint_path=str(folder / "model.safetensors"),
+                **{**sizes, "num_classes": classes},
+            ),
+        )
+        for model in loaded:
+            assert model.num_classes == classes
+            held = model.state_dict()
+            assert held.keys() == stored.keys()
+            assert all(torch.equal(held[name], stored[name]) for name in held)
