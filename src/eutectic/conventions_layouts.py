@@ -19,7 +19,7 @@ _ROLES = {
         "gate_up_proj": GATE_UP,
         "w13": GATE_UP,
         "input_linear": GATE_UP,
-        "output_linear": ("down",),
+        **{"output_linear": ("down",), "fc1": GATE_UP, "fc2": ("down",)},
     },
     **{"gate_up_projs": GATE_UP, "gate_projs": ("gate",), "up_projs": ("up",)},
     "down_projs": ("down",),
@@ -34,7 +34,7 @@ _LISTED = re.compile(
     r"(?P<kind>weight|bias)"
 )
 _STACKED = re.compile(
-    r"(?P<group>.*(?<![^.])experts)\.(?P<role>gate_up_proj|gate_proj|up_proj|down_proj|w13|w[123])"
+    r"(?P<group>.*(?<![^.])experts)\.(?P<role>gate_up_proj|gate_proj|up_proj|down_proj|w13|w[123]|fc[12](?=\.weight))"
     r"(?:[._](?P<kind>weight|bias))?"
 )
 # Granite's and JetMoE's stacks; of two dimensions in the shared expert.

@@ -40,6 +40,9 @@ _ADAPTER_NAME = re.compile(r"\.(lora_(?:embedding_)?[AB]|ia3_l)\.(?!weight$)([^.
 _LEADING = re.compile(r"(?:(?:base_model|model|language_model|thinker|vlm)\.)+")
 # Emu3's text model. Not a leading component by itself: CLIP has a `text_model` beside another.
 _TEXT_MODEL = re.compile(r"text_model\.(?:model\.|(?=lm_head\.))")
+# First components of a language model's body, and of what stands beside it as a whole.
+LANGUAGE = frozenset({"layers", "embed_tokens", "norm", "decoder", "h", "wte"})
+OUTPUTS = frozenset({"lm_head"})
 # CLIP and SigLIP inside another model lost their own prefix in version 5.
 _TOWER = re.compile(r"(?<![^.])((?:vision|image|video)_tower)\.vision_model\.")
 
@@ -161,6 +164,15 @@ def without_adapter_name(key: str) -> str:
     ('model.q.lora_A.weight', 'k.ia3_l')
     """
     return _ADAPTER_NAME.sub(r".\1", key)
+
+
+def output_leading(body: str) -> str:
+    """Return an output layer's leading components, where the language model's body has `body`.
+
+    >>> output_leading("model.language_model."), output_leading("language_model.model.")
+    ('', 'language_model.')
+    """
+    return body.removesuffix("language_model.").removesuffix("model.")
 
 
 def adapter_name(key: str) -> str | None:

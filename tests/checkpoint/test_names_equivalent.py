@@ -253,3 +253,16 @@ def test_vectors_by_their_adapter_name(tmp_path: Path, key: str) -> None:
             assert found.read("base_model.model.model.k.ia3_l").tolist() == [value] * 3
             assert source.entries["base_model.model.model.k.ia3_l"].shape == (3, 1)
             found.close()
+
+
+def test_extra_tensors_are_spelt_as_the_base_spells_their_module() -> None:
+    body = {"norm.weight": torch.ones(2), "layers.0.w": torch.ones(2)}
+    base = {f"language_model.model.{name}": t for name, t in body.items()}
+    own = {f"model.language_model.{name}": t for name, t in body.items()}
+    more = {"lm_head.weight": torch.ones(2, 2), "model.language_model.layers.1.w": torch.ones(2)}
+    assert set(expert(base, own | more).extra) == {
+        "language_model.lm_head.weight",
+        "language_model.model.layers.1.w",
+    }
+    more = {"language_model.lm_head.weight": torch.ones(2, 2)}
+    assert set(expert(own, base | more).extra) == {"lm_head.weight"}

@@ -9,7 +9,8 @@ from typing import Any
 
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG, Expert, Factors
 from eutectic.checkpoint.index import TensorEntry, open_index, read_json_object
-from eutectic.checkpoint.names import align, check_inside
+from eutectic.checkpoint.meeting import meet_names, named_like_base
+from eutectic.checkpoint.names import check_inside
 from eutectic.checkpoint.odd_adapters import other_adapter
 from eutectic.checkpoint.odd_folders import without_weights
 from eutectic.checkpoint.reader import CheckpointReader
@@ -48,7 +49,9 @@ _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _Group = dict[str, TensorEntry]  # what acts on one parameter: "A", "B", or "full"
 
 
-def open_lora(folder: Path, base: Mapping[str, TensorEntry]) -> Expert:
+def open_lora(
+    folder: Path, base: Mapping[str, TensorEntry], base_config: Mapping[str, Any] | None = None
+) -> Expert:
     """Return a LoRA adapter as an expert, aligned to the base.
 
     Linear layers, embeddings (`lora_embedding_A/B`), convolutions without groups and `Conv1D`
@@ -62,14 +65,16 @@ def open_lora(folder: Path, base: Mapping[str, TensorEntry]) -> Expert:
     groups = _grouped(reader.entries, label)
     for own, group in groups.items():
         _check_factors(own.removesuffix(".weight"), group, lora, label)
-    mapping, alignment = align(base, groups, expert=label)
+    mapping, alignment = meet_names(base, groups, label, [base_config or {}])
     extra: dict[str, TensorEntry] = {}
     tied: dict[str, str] = {}
     owns = {name: own for own, name in mapping.items()}
+    rest = [own for own in groups if own not in mapping]
+    called = named_like_base(rest, mapping, alignment, base)
     for own, group in groups.items():
         if own in mapping:
             continue
-        name = alignment.to_base(own, base)
+        name = called[own]
         owns[name] = own
         table = _tied_table(name, group, base) if "A" in group else None
         if table is not None:

@@ -3,8 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,13 @@ from torch import Tensor
 
 from eutectic.checkpoint.arranged import Arranged
 from eutectic.checkpoint.index import TensorEntry
-from eutectic.checkpoint.layouts import layout_readings, rearranged
-from eutectic.checkpoint.names import Alignment, align
+from eutectic.checkpoint.meeting import meet
+from eutectic.checkpoint.names import Alignment
 from eutectic.checkpoint.reader import TensorSource, file_identity
 from eutectic.checkpoint.weight_files import ADAPTER_CONFIG as ADAPTER_CONFIG
 from eutectic.conventions import lora_factor, original_llama_key
-from eutectic.conventions_names import unwrapped, without_adapter_name
+from eutectic.conventions_names import without_adapter_name
 from eutectic.errors import CheckpointError
-
-_COMPARED = 1 << 20  # elements of two tensors that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -198,14 +195,11 @@ def full_expert(
     Tensors that the base keeps in another layout are put together as the base has them.
     """
     own = source.entries
-    mapping, alignment = align(base, own, expert=label, same=partial(_same_values, source))
-    views = rearranged(base, own, mapping, alignment, (base_config or {}, config or {}), label)
-    keys = {name: key for key, name in mapping.items()}
-    if views:
-        shapes = {name: base[name].shape for name in views}
-        alignment = replace(alignment, readings=(*alignment.readings, *layout_readings(views)))
-        source = Arranged(source, views, shapes)
-        keys.update((name, name) for name in views)
+    met = meet(source, base, label, (base_config or {}, config or {}))
+    keys = {name: key for key, name in met.mapping.items()}
+    if met.views:
+        source = Arranged(source, met.views, {name: base[name].shape for name in met.views})
+        keys.update((name, name) for name in met.views)
     if not keys:
         shown = ", ".join(list(own)[:3])
         if any(map(original_llama_key, own)) and not any(map(original_llama_key, base)):
@@ -218,14 +212,12 @@ def full_expert(
             f"Its tensors: {shown} …; the base's: {', '.join(list(base)[:3])} …"
         )
     entries = {name: source.entries[keys[name]] for name in base if name in keys}
-    used = {*mapping, *alignment.copies}.union(*(view.keys for view in views.values()))
-    rest = [key for key in own if key not in used]
-    _check_no_factors(rest, label)
-    extra = {name: own[key] for name, key in _named_like_base(rest, alignment, base).items()}
+    _check_no_factors(met.rest, label)
+    extra = {name: own[key] for key, name in met.rest.items()}
     return Expert(
         label,
         source,
-        alignment,
+        met.alignment,
         entries,
         extra,
         stored={**extra, **entries},
@@ -233,31 +225,6 @@ def full_expert(
         config=config or {},
         folder=folder,
     )
-
-
-def _same_values(source: TensorSource, first: str, second: str) -> bool:
-    """Tell whether two tensors of a checkpoint are the same, to the bit."""
-    one, other = source.entries[first], source.entries[second]
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    for start in range(0, one.numel, _COMPARED):
-        stop = min(one.numel, start + _COMPARED)
-        a, b = source.read(first, start, stop), source.read(second, start, stop)
-        if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
-            return False
-    return True
-
-
-def _named_like_base(
-    keys: Iterable[str], alignment: Alignment, base: Mapping[str, TensorEntry]
-) -> dict[str, str]:
-    """Return the names that keys which the base lacks would have there, each with its key."""
-    named: dict[str, str] = {}
-    for key in keys:
-        name = alignment.to_base(key, base)
-        bare = unwrapped(name)
-        named[name if bare in base or bare in named else bare] = key
-    return named
 
 
 def _check_no_factors(keys: Iterable[str], label: str) -> None:

@@ -46,7 +46,7 @@ def open_expert(path: Path, base: CheckpointIndex) -> Expert:
     path = Path(path)
     vectors = is_ia3(path) and bool(_ia3_vectors(base))
     if is_adapter(path) and not vectors:
-        return open_lora(path, base.entries)
+        return open_lora(path, base.entries, base.config)
     if vectors:
         index, source = _open_ia3(path)
         return full_expert(source, base.entries, str(path), index.config, path)

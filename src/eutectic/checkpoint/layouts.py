@@ -7,13 +7,13 @@ and up in one, with the outputs or the inputs first. Names say which matrices a 
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from eutectic.checkpoint.arranged import Piece, View, check_one_dtype
 from eutectic.checkpoint.index import TensorEntry
-from eutectic.checkpoint.names import Alignment, Reading
+from eutectic.checkpoint.names import Reading
 from eutectic.conventions import layer_group
 from eutectic.conventions_layouts import (
     ALTERNATING,
@@ -52,30 +52,32 @@ def model_types(config: Mapping[str, Any]) -> frozenset[str]:
 
 
 def rearranged(
-    base: Mapping[str, TensorEntry],
-    own: Mapping[str, TensorEntry],
+    tables: tuple[Mapping[str, TensorEntry], Mapping[str, TensorEntry]],
     mapping: Mapping[str, str],
-    alignment: Alignment,
-    configs: tuple[Mapping[str, Any], Mapping[str, Any]],
+    called: Callable[[str], str],
+    configs: Sequence[Mapping[str, Any]],
     label: str,
+    forms: Mapping[str, str] | None = None,
 ) -> dict[str, View]:
     """Return how tensors of the base are made of an expert's tensors that have another layout.
 
-    `mapping` says which key meets which name as it is; stacks among them whose axes are exchanged
-    are made anew. `configs` are those of the base and of the expert. CheckpointError where shapes
-    and configurations allow two readings that differ.
+    `tables` and `configs` are those of the base and of the expert; `mapping` says which key meets
+    which name as it is, and stacks among them whose axes are exchanged are made anew. `called` says
+    what the base would call a key; `forms` are other names of the base's tensors. CheckpointError
+    where shapes and configurations allow two readings that differ.
     """
+    base, own = tables
     met = {name: key for key, name in mapping.items()}
     turned = any(_swapped(base[name], own[key]) for name, key in met.items())
     if len(met) == len(base) and not turned:
         return {}
     names = [name for name in base if name not in met]
     keys = [key for key in own if key not in mapping]
-    wanted = _packings(names, base, lambda name: name)
+    known = {} if forms is None else forms
+    wanted = _packings(names, base, lambda name: known.get(name, name))
     if not (wanted or turned):
         return {}
-    known = frozenset(base)
-    held = _packings(keys, own, lambda key: alignment.to_base(key, known))
+    held = _packings(keys, own, called)
     if turned:  # which square stacks are exchanged too is only to be seen with all of them
         pairs = _packings(list(met), base, lambda name: name)
         pairs = {name: found for name, found in pairs.items() if found.stacked}
@@ -108,7 +110,9 @@ def _swapped(one: TensorEntry, other: TensorEntry) -> bool:
     return one.shape == (other.shape[0], other.shape[2], other.shape[1])
 
 
-def _packings(names: Sequence[str], entries: Mapping[str, TensorEntry], called: Any):
+def _packings(
+    names: Sequence[str], entries: Mapping[str, TensorEntry], called: Callable[[str], str]
+) -> dict[str, Packing]:
     found = {n: packing(canonical(called(n)).name, len(entries[n].shape)) for n in names}
     return {name: how for name, how in found.items() if how is not None}
 
