@@ -37,6 +37,16 @@ REPOSITORIES = {
         "b/model.safetensors": WEIGHTS,
         "b/optimizer.bin": b"x",
     },
+    "org/modules": {
+        "modules.json": b'[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]',
+        "config.json": b"{}",
+        "model.safetensors": WEIGHTS,
+        "pytorch_model.bin": b"old",
+        "1_Pooling/config.json": b"{}",
+        "2_Dense/config.json": b"{}",
+        "2_Dense/pytorch_model.bin": b"old",
+        "LICENSE.md": b"x",
+    },
     "org/steps": {"README.md": b"", "checkpoint-9/model.safetensors": WEIGHTS, "runs/x.json": b""},
     "org/gguf": {"README.md": b"", "q4.gguf": b"GGUF", "config.json": b"{}"},
     "org/old": {"pytorch_model.bin": b"old", "config.json": b"{}", "training_args.bin": b"x"},
@@ -162,6 +172,13 @@ def test_download_takes_pickles_where_there_is_nothing_else(hub: Path) -> None:
 def test_refusals_of_the_hub(name: str, revision: str | None, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         resolve(name, revision=revision)
+
+
+@pytest.mark.usefixtures("hub")
+def test_modules_without_safetensors_have_their_pickles() -> None:
+    assert names_in(resolve("org/modules")) == sorted(
+        {*REPOSITORIES["org/modules"]} - {"pytorch_model.bin"}
+    )
 
 
 @pytest.mark.parametrize(

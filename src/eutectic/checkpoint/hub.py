@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from eutectic.checkpoint.module_folders import module_folders
 from eutectic.errors import CheckpointError, MissingExtraError, first_line
 from eutectic.words import few
 
@@ -21,7 +22,7 @@ _ID = re.compile(
 )
 _PATTERNS = (
     *("*.safetensors", "*.json", "*.txt", "*.model", "*.spm", "*.tiktoken", "*.jinja", "*.py"),
-    *("LICENSE*", "NOTICE*", "README.md"),
+    *("*.csv", "*.vocab", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*", "*.md"),
 )
 # Copies of the weights in other formats, and states of training.
 _IGNORED = (
@@ -74,14 +75,20 @@ def download(wanted: HubId) -> Path:
     )
     with _explained(wanted, hub.errors):
         folder = Path(fetch(allow_patterns=patterns)) / inner
-        if any(folder.glob("*.safetensors")):
-            return folder
-        folder = Path(fetch(allow_patterns=[*patterns, f"{inner}*.bin"])) / inner
+        if lacking := _without_safetensors(folder):
+            pickles = [f"{inner}{place}*.bin" for place in lacking]
+            folder = Path(fetch(allow_patterns=[*patterns, *pickles])) / inner
     if not folder.is_dir():
         there = sorted(listed_on_hub(replace(wanted, folder=None)))
         known = f"Folders with files there: {few([n for n in there if n], 10)}." if there else ""
         raise CheckpointError(f"{wanted}: the model has no folder '{wanted.folder}'.\n{known}")
     return folder
+
+
+def _without_safetensors(folder: Path) -> list[str]:
+    """Return "" where a folder has no safetensors, and folders of its modules that have none."""
+    modules = [f"{m.folder}/" for m in module_folders(folder) if m.folder]
+    return [place for place in ("", *modules) if not any((folder / place).glob("*.safetensors"))]
 
 
 def listed_on_hub(wanted: HubId) -> Mapping[str, list[str]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eutectic.checkpoint.experts import fingerprint_of, is_adapter
+from eutectic.checkpoint.locating import locate
 from eutectic.data.python_functions import source_file
 from eutectic.errors import RequestError, suggest
 from eutectic.evaluation.task_files import Task
@@ -211,10 +212,11 @@ def named_checkpoints(
             raise RequestError(f"the name '{name}' is taken; write another as NAME=FOLDER.")
     for name in {"base", EXPERTS_MEAN} & experts.keys():
         raise RequestError(f"an expert cannot be called '{name}'; tables use that name.")
-    folders = {name: Path(path) for name, path in experts.items()}
-    found = [Checkpoint("base", "base", Path(base))] if base is not None else []
+    folders = {name: _folder(path) for name, path in experts.items()}
+    root = None if base is None else _folder(base, full=True)
+    found = [Checkpoint("base", "base", root)] if root is not None else []
     found += [Checkpoint(name, "expert", path) for name, path in folders.items()]
-    found += [Checkpoint(name, "model", Path(path)) for name, path in named.items()]
+    found += [Checkpoint(name, "model", _folder(path)) for name, path in named.items()]
     if not found:
         raise RequestError("nothing to evaluate: name a base, experts or models.")
     for checkpoint in found:
@@ -222,7 +224,12 @@ def named_checkpoints(
             raise RequestError(f"{checkpoint.folder}: no such folder ({checkpoint.name}).")
     if routing != "route" and not any(checkpoint.routed for checkpoint in found):
         raise RequestError(f"routing '{routing}' is for routed models, and none of these is one.")
-    return Checkpoints(None if base is None else Path(base), folders, tuple(found), routing)
+    return Checkpoints(root, folders, tuple(found), routing)
+
+
+def _folder(path: str | Path, *, full: bool = False) -> Path:
+    """Return the folder of a checkpoint, the one below it where that alone holds weights."""
+    return locate(path, full=full).path if Path(path).is_dir() else Path(path)
 
 
 def _config(folder: Path | None) -> dict[str, Any]:

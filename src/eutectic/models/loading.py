@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from eutectic.checkpoint.experts import fingerprint_of, is_adapter
 from eutectic.checkpoint.index import read_json_object
+from eutectic.checkpoint.locating import locate, resolve
 from eutectic.checkpoint.reader import StateDictReader
 from eutectic.conventions import canonical_name
 from eutectic.errors import CheckpointError, MissingExtraError, RequestError, first_line
@@ -97,6 +98,8 @@ def load_model(
     for given in (checkpoint, base):
         if given is not None and not given.is_dir():
             raise CheckpointError(f"{given}: no such folder.")
+    checkpoint = resolve(checkpoint)
+    base = None if base is None else locate(base, full=True).path
     folder = base_folder(checkpoint, base)
     if base is not None and folder == checkpoint:
         raise RequestError(f"{checkpoint}: is a full checkpoint; --base is for adapters.")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from eutectic.checkpoint.expert_tensors import Expert, full_expert
 from eutectic.checkpoint.experts import is_adapter, open_expert
+from eutectic.checkpoint.locating import locate, resolve
 from eutectic.checkpoint.names import align
 from eutectic.checkpoint.opening import open_reader
 from eutectic.checkpoint.reader import CheckpointSource, StateDictReader, same_content, sample_of
@@ -261,12 +262,13 @@ def open_experts(
         opened: list[ExpertWeights] = []
         for name, source in experts.items():
             label = f"expert '{name}'"
-            if isinstance(source, Mapping) or not is_adapter(Path(source)):
+            source = source if isinstance(source, Mapping) else resolve(source)
+            if isinstance(source, Mapping) or not is_adapter(source):
                 if isinstance(source, Mapping):
                     reader = StateDictReader(source, label)
                 else:
                     label += f" ({source})"
-                    reader = stack.enter_context(open_reader(Path(source)))
+                    reader = stack.enter_context(open_reader(source))
                 called = names_in(reader.entries, names, saved)
                 entries = {called[n]: entry for n, entry in own.entries.items()}
                 expert = full_expert(reader, entries, label)
@@ -277,8 +279,8 @@ def open_experts(
                     f"{label} is an adapter, whose weights need the model it was trained on.\n"
                     "Pass base=, the checkpoint before merging."
                 )
-            reader = stack.enter_context(open_reader(Path(base)))
-            adapter = stack.enter_context(closing(open_expert(Path(source), reader.index)))
+            reader = stack.enter_context(open_reader(locate(base, full=True).path))
+            adapter = stack.enter_context(closing(open_expert(source, reader.index)))
             called = names_in(reader.entries, names, saved)
             mapping, _ = align(called.values(), reader.entries, expert=f"the base of '{name}'")
             keys = {own_name: key for key, own_name in mapping.items()}
