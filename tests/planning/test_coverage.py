@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import eutectic
-from eutectic.errors import RecipeError
+from eutectic.errors import CheckpointError, RecipeError
 from eutectic.planning.coverage import patterns
 from eutectic.planning.inputs import in_memory_inputs
 from eutectic.planning.plan import Plan, make_plan
@@ -248,3 +249,54 @@ def test_a_layer_beside_the_stated_depth_may_be_missing() -> None:
 )  # fmt: skip
 def test_shares_are_never_rounded_to_nothing_or_all(share: float, text: str) -> None:
     assert percent(share) == text
+
+
+def test_a_body_under_the_name_of_a_head_is_no_head() -> None:
+    moves = [
+        ("bert.encoder", "classifier.encoder"),
+        ("bert.encoder.layer", "bert.encoder.classifier"),
+        ("bert.encoder.layer.1.", "bert.classifier.1."),
+        ("bert.embeddings", "head.embeddings"),
+    ]
+    for old, new in moves:
+        own = renamed(tuned(BASE), old, new)
+        assert own.keys() != BASE.keys()
+        faults = refused(BASE, own, missing="base").faults
+        assert {f.kind for f in faults} <= {"unmatched", "other_depth"}, (old, new)
+
+
+@pytest.mark.parametrize(
+    "new", ["classifier.weight", "lm_head.other", "head.lm_head.weight", "output_head.weight"]
+)
+def test_a_vocabularys_output_layer_under_another_name_is_no_other_head(new: str) -> None:
+    base = BASE | {"lm_head.weight": torch.ones(30, 8)}
+    own = renamed(tuned(base), "lm_head.weight", new)
+    assert [f.kind for f in refused(base, own).faults] == ["unmatched"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_renamed_at_random_nothing_is_left_behind(seed: int) -> None:
+    """Refused, or all is merged as it was, or what was renamed is a head."""
+    draw = random.Random(seed)
+    base = BASE | {"lm_head.weight": torch.ones(30, 8)}
+    names = [n for n in base if not n.startswith("cls.")]
+    count = 0
+    for _ in range(60):
+        components = draw.choice(names).split(".")
+        place = draw.randrange(len(components))
+        old = ".".join(components[: place + 1])
+        word = draw.choice(["zug", "encoder", "head", "classifier", "weight", "own"])
+        kept = components[: place + draw.randrange(2)]
+        new = ".".join([*kept, word])
+        moved = {n: new + n[len(old) :] for n in base if n == old or n.startswith(f"{old}.")}
+        own = {moved.get(n, n): w for n, w in tuned(base).items()}
+        if len(own) < len(base) or own.keys() == base.keys():
+            continue
+        try:
+            record = planned(base, own, missing="base").shares.record
+        except (RecipeError, CheckpointError):
+            count += 1
+            continue
+        heads = all("pooler" in n or "lm_head" in n for n in moved)
+        assert (record["merged"] == 1 and record["base_alone"] == 0) or heads, (old, new)
+    assert count > 20

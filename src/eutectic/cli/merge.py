@@ -63,9 +63,7 @@ def merge(
     table.add_row("method", f"{report.method}{taken}, scale {report.scale:g}")
     table.add_row("tensors", ", ".join(f"{n} {name}" for name, n in report.tensors.items()))
     table.add_row("merged by", ", ".join(f"{name} {n}" for name, n in report.merged_by.items()))
-    table.add_row(
-        "numbers", f"of the experts' {report.shares['numbers']:,}: {shares(report.shares)}"
-    )
+    table.add_row("shares", shares(report.shares))
     for label, text in summary(report.records):
         table.add_row(label, escape(text))
     resumed = ", continued" if report.resumed else ""

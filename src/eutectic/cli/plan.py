@@ -82,10 +82,7 @@ def plan(
         for text in dict.fromkeys(row["route"] for row in rows if row["route"]):
             tell("route", text)
     tell_notes(made.notes)
-    tell(
-        "numbers",
-        f"of the experts' {made.shares.record['numbers']:,}: {shares(made.shares.record)}",
-    )
+    tell("shares", shares(made.shares.record))
     written = format_bytes(total.write_bytes) + (f" in {files} files" if files > 1 else "")
     out.print(
         f"{made.method.name}, scale {scale_text}: reads {format_bytes(total.read_bytes)}, writes "

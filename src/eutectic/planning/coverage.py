@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.names import TRIED
-from eutectic.conventions import layer_group
+from eutectic.conventions import is_token_embedding, layer_group
 from eutectic.conventions_heads import is_buffer, is_output_layer, output_part
 from eutectic.errors import Fault
 from eutectic.planning.inputs import MergeRequest
@@ -25,7 +26,7 @@ from eutectic.words import few, percent
 # Of the base's numbers: what is larger is no head, whatever it is called.
 SMALL = 0.02
 
-Names = tuple[str, ...]
+Shaped = tuple[str, tuple[int, ...]]  # a name, or a part of one, and a shape
 
 
 def coverage_faults(request: MergeRequest) -> list[Fault]:
@@ -41,10 +42,10 @@ def coverage_faults(request: MergeRequest) -> list[Fault]:
         line = request.document.line("experts", name)
         depth, beyond = _depth_faults(name, expert, request, line)
         faults += depth
-        missing = [n for n in lost(name, expert, request) if n not in beyond]
-        extra = [n for n in homeless(name, expert, request) if n not in beyond]
-        missing += _renamed_heads(expert.missing, extra)
-        if extra and not (not missing and _beside_the_body(extra, expert, request)):
+        missing, extra = (
+            [n for n in names if n not in beyond] for names in _sides(name, expert, request)
+        )
+        if extra:
             faults.append(_unmatched(name, expert, missing, extra, request, line))
     return faults
 
@@ -52,31 +53,83 @@ def coverage_faults(request: MergeRequest) -> list[Fault]:
 def unmatched(request: MergeRequest) -> dict[str, list[str]]:
     """Return expert -> its tensors that meet none of the base's and are no heads."""
     experts = request.inputs.experts.items()
-    return {name: _in_the_body(name, expert, request) for name, expert in experts}
+    return {name: _sides(name, expert, request)[1] for name, expert in experts}
 
 
-def _in_the_body(owner: str, expert: Expert, request: MergeRequest) -> list[str]:
+def _sides(owner: str, expert: Expert, request: MergeRequest) -> tuple[list[str], list[str]]:
+    """Return what is lost of the base and what is homeless of the expert, if that is no head."""
     extra = homeless(owner, expert, request)
     missing = lost(owner, expert, request) + _renamed_heads(expert.missing, extra)
-    return extra if missing or not _beside_the_body(extra, expert, request) else []
+    if not missing and _beside_the_body(extra, expert, request):
+        return [], []
+    return missing, extra
 
 
 def homeless(owner: str, expert: Expert, request: MergeRequest) -> list[str]:
-    """Return the tensors that the base lacks and that are neither heads, tied, copies nor buffers.
+    """Return the tensors that the base lacks, without heads, tied ones and buffers."""
+    renamed = _Renamed.of(owner, expert, request)
+    return [
+        name
+        for name, entry in expert.extra.items()
+        if entry.numel
+        and not _ruled(name, request)
+        and not is_buffer(name, len(entry.shape))
+        and not (is_output_layer(name) and not renamed.found(name, entry.shape))
+        and name not in request.ties.explained.get(owner, ())
+    ]
 
-    A head that the base has under another prefix, in the same shape, is that head renamed.
+
+@dataclass(frozen=True)
+class _Renamed:
+    """What tells an output layer that is a tensor of the base under another name.
+
+    That is a head of the base with a longer or shorter prefix, or another parameter of its module;
+    a matrix of the vocabulary's shape in place of the base's; and what an expert has in place of
+    the base's body: the same end, or a name inside a module that it lacks, or beside it.
     """
-    base = request.inputs.base.entries
-    lacking = {(output_part(n), base[n].shape) for n in expert.missing if is_output_layer(n)}
-    found: list[str] = []
-    for name, entry in expert.extra.items():
-        renamed = (output_part(name), entry.shape) in lacking
-        if _ruled(name, request) or not entry.numel or is_buffer(name, len(entry.shape)):
-            continue
-        if (is_output_layer(name) and not renamed) or name in request.ties.explained[owner]:
-            continue
-        found.append(name)
-    return found
+
+    heads: frozenset[Shaped]  # of the base, lacking: names from the output layer on
+    modules: frozenset[Shaped]  # of these, and what holds the lost modules of the body
+    tables: frozenset[tuple[int, ...]]  # the vocabulary's shapes, where one of these is lacking
+    ends: frozenset[Shaped]  # of what is lost of the body
+    inner: frozenset[str]  # lost modules without modules in them
+
+    @classmethod
+    def of(cls, owner: str, expert: Expert, request: MergeRequest) -> _Renamed:
+        base = request.inputs.base.entries
+        lacking = [n for n in expert.missing if request.ties.source(owner, expert, n) is None]
+        heads = {(p, base[n].shape) for n in lacking if (p := output_part(n)) is not None}
+        tables = {e.shape for n, e in base.items() if is_token_embedding(n)}
+        body = lost(owner, expert, request)
+        outer = {_module(_module(name)) for name in base}
+        modules = {(_module(n), base[n].shape) for n in lacking if is_output_layer(n)}
+        modules |= {(m, base[n].shape) for n in body if "." in (m := _module(_module(n)))}
+        return cls(
+            frozenset(heads),
+            frozenset(modules),
+            frozenset(tables & {base[n].shape for n in lacking}),
+            frozenset((_end(n), base[n].shape) for n in body if "." in n),
+            frozenset(m for n in body if (m := _module(n)) and m not in outer),
+        )
+
+    def found(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Tell whether an output layer of this name is such a tensor."""
+        part = output_part(name) or name
+        if any(size == shape and _ends_alike(part, other) for other, size in self.heads):
+            return True
+        module = _module(name)
+        if shape in self.tables or (module, shape) in self.modules:
+            return True
+        if part.startswith("pooler."):  # BEiT's norm moves there when a head is put on
+            return False
+        inside = any(name.startswith(f"{lost}.") for lost in self.inner)
+        return (
+            inside or (_module(module), shape) in self.modules or (_end(name), shape) in self.ends
+        )
+
+
+def _ends_alike(one: str, other: str) -> bool:
+    return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
 
 
 def lost(owner: str, expert: Expert, request: MergeRequest) -> list[str]:
@@ -101,9 +154,13 @@ def numbers(names: Iterable[str], entries: Mapping[str, TensorEntry]) -> int:
 
 
 def _renamed_heads(missing: Sequence[str], extra: Sequence[str]) -> list[str]:
-    """Return the base's heads that the expert has under another prefix."""
-    parts = {output_part(name) for name in extra} - {None}
-    return [name for name in missing if output_part(name) in parts]
+    """Return the base's heads that stand against output layers among the expert's tensors."""
+    parts = [part for name in extra if (part := output_part(name)) is not None]
+    return [
+        name
+        for name in missing
+        if (own := output_part(name)) is not None and any(_ends_alike(own, p) for p in parts)
+    ]
 
 
 def _ruled(name: str, request: MergeRequest) -> bool:

@@ -30,7 +30,13 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Progress = Callable[[float, float, str], None]
-_KEPT = ("base", "experts", "tensors", "statistics_of")  # of a recipe; the rest is about merging
+_KEPT = (
+    "base",
+    "experts",
+    "tensors",
+    "unmatched",
+    "statistics_of",
+)  # of a recipe; the rest is about merging
 
 
 class InspectionOptions(TypedDict, total=False):
