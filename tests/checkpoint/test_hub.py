@@ -12,16 +12,35 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import save
 
+import eutectic
 from eutectic.checkpoint.hub import HubId, hub_id
 from eutectic.checkpoint.index import open_index
 from eutectic.checkpoint.locating import locate, resolve
 from eutectic.errors import CheckpointError, MissingExtraError
+from helpers.cli import invoke
+from helpers.folders import load
 
 SHA = "1" * 40
 WEIGHTS = save({"a": torch.ones(2)})
+BASE, TUNED = torch.eye(4), torch.ones(4, 4)
+FACTOR = torch.full((1, 4), 0.5)
+LORA = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["q"]}
 REPOSITORIES = {
+    "org/base": {"model.safetensors": save({"q.weight": BASE}), "config.json": b"{}"},
+    "org/tuned": {
+        "README.md": b"",
+        "sst2/checkpoint-5/model.safetensors": save({"q.weight": TUNED}),
+        "lora/adapter_model.safetensors": save(
+            {
+                "base_model.model.q.lora_A.weight": FACTOR,
+                "base_model.model.q.lora_B.weight": FACTOR.T.clone(),
+            }
+        ),
+        "lora/adapter_config.json": json.dumps(LORA).encode(),
+    },
     "org/new": {
         "model.safetensors": WEIGHTS,
         "pytorch_model.bin": b"old",
@@ -48,6 +67,7 @@ REPOSITORIES = {
         "LICENSE.md": b"x",
     },
     "org/steps": {"README.md": b"", "checkpoint-9/model.safetensors": WEIGHTS, "runs/x.json": b""},
+    "org/torch": {"model.pt": b"x", "README.md": b""},
     "org/gguf": {"README.md": b"", "q4.gguf": b"GGUF", "config.json": b"{}"},
     "org/old": {"pytorch_model.bin": b"old", "config.json": b"{}", "training_args.bin": b"x"},
 }
@@ -230,6 +250,32 @@ def test_what_lies_one_level_down_on_the_hub() -> None:
         resolve("org/inner/c")
     with pytest.raises(CheckpointError, match="GGUF"):
         resolve("org/gguf")
+    with pytest.raises(CheckpointError, match=r"model.pt.*\n.*hf download org/torch model.pt"):
+        resolve("org/torch")
+
+
+@pytest.mark.usefixtures("hub")
+def test_merges_of_models_on_the_hub(tmp_path: Path) -> None:
+    """Full checkpoint and adapter, a revision, a folder, and one below it, in all three ways."""
+    experts = {"a": "org/tuned/sst2", "b": "org/tuned@main/lora"}
+    eutectic.merge(
+        base="org/base@main", experts=experts, method="average", output=tmp_path / "python"
+    )
+    words = [f"{name}={path}" for name, path in experts.items()]
+    options = ["--base", "org/base@main", "-m", "average", "-o", tmp_path / "words"]
+    assert invoke("merge", *options, *words).code == 0
+    recipe = tmp_path / "recipe.json"
+    stated = {"base": "org/base@main", "experts": experts, "method": "average"}
+    recipe.write_text(json.dumps(stated))
+    answer = invoke("merge", recipe, "-o", tmp_path / "recipe")
+    assert answer.code == 0, answer
+    assert "taken is what lies below: org/tuned/sst2/checkpoint-5" in answer.out + answer.err
+    wanted = (TUNED + (BASE + 2 * FACTOR.T @ FACTOR)) / 2
+    for name in ("python", "words", "recipe"):
+        assert torch.allclose(load(tmp_path / name)["q.weight"], wanted)
+    card = (tmp_path / "recipe/README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == ["org/base"]
+    assert "org/tuned@main/lora" in card
 
 
 def test_a_folder_of_that_name_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,8 +64,9 @@ def hub_id(text: str, revision: str | None = None) -> HubId | None:
 def download(wanted: HubId) -> Path:
     """Return a model's folder in the hub's cache, downloaded where it is not there yet.
 
-    The hub's environment variables HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE … apply. Fetched are
-    configuration, tokenizer and safetensors, or `.bin` files where there are none.
+    The path does not exist where a folder has nothing to fetch in it. The hub's environment
+    variables HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE … apply. Fetched are configuration, tokenizer
+    and safetensors, or `.bin` files where there are none.
     """
     hub = _hub(wanted)
     inner = f"{wanted.folder}/" if wanted.folder else ""
@@ -78,11 +79,14 @@ def download(wanted: HubId) -> Path:
         if lacking := _without_safetensors(folder):
             pickles = [f"{inner}{place}*.bin" for place in lacking]
             folder = Path(fetch(allow_patterns=[*patterns, *pickles])) / inner
-    if not folder.is_dir():
-        there = sorted(listed_on_hub(replace(wanted, folder=None)))
-        known = f"Folders with files there: {few([n for n in there if n], 10)}." if there else ""
-        raise CheckpointError(f"{wanted}: the model has no folder '{wanted.folder}'.\n{known}")
     return folder
+
+
+def no_folder(wanted: HubId) -> CheckpointError:
+    """Return the error of a folder that a model on the hub does not have."""
+    there = [name for name in sorted(listed_on_hub(replace(wanted, folder=None))) if name]
+    known = f"Folders with files there: {few(there, 10)}." if there else "Check the spelling."
+    return CheckpointError(f"{wanted}: the model has no folder '{wanted.folder}'.\n{known}")
 
 
 def _without_safetensors(folder: Path) -> list[str]:

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eutectic.checkpoint.hub import download, hub_id, listed_on_hub
+from eutectic.checkpoint.hub import HubId, download, hub_id, listed_on_hub, no_folder
 from eutectic.checkpoint.module_folders import MODULES_NAME
+from eutectic.checkpoint.odd_files import command
 from eutectic.checkpoint.odd_folders import by_names, unfinished
 from eutectic.checkpoint.weight_files import (
     ADAPTER_CONFIG,
@@ -22,6 +23,7 @@ from eutectic.checkpoint.weight_files import (
     names_in,
 )
 from eutectic.errors import CheckpointError, Note
+from eutectic.words import few
 
 # Other formats of the weights, and what is no model: never descended into unasked.
 _ASIDE = re.compile(
@@ -72,11 +74,13 @@ def locate(path_or_id: str | Path, *, revision: str | None = None, full: bool = 
         )
     folder = download(found)
     if _kind(names_in(folder)) is None and (below := listed_on_hub(found)):
-        _refuse_unfit(folder, below.get("", ()))
         chosen = _chosen(below, str(found), full)
         if chosen is not None:
             inner = found.below(chosen)
             return Located(download(inner), str(inner))
+        _refuse_unfit(found, folder, below.get("", ()))
+    if not folder.is_dir():
+        raise no_folder(found)
     return _in_folder(folder, str(found), full)
 
 
@@ -153,7 +157,15 @@ def _typed(shown: str, name: str) -> str:
     return f"{shown.rstrip('/')}/{name}"
 
 
-def _refuse_unfit(folder: Path, names: Sequence[str]) -> None:
-    """Say what a model of the hub is that holds no weights to read, by the names there."""
-    if not holds_weights(names) and (found := by_names(folder, names)) is not None:
-        raise found.error(folder)
+def _refuse_unfit(wanted: HubId, folder: Path, names: Sequence[str]) -> None:
+    """Say what a model of the hub is of which nothing to read was fetched, by the names there."""
+    if holds_weights(names):
+        place = f"{wanted.folder}/" if wanted.folder else ""
+        files = [place + name for name in names if name.endswith(WEIGHT_SUFFIXES)]
+        here = command("hf", "download", wanted.model, *files[:1], "--local-dir", "FOLDER")
+        raise CheckpointError(
+            f"{wanted}: of its files ({few(files)}) none has a name that is fetched unasked.\n"
+            f"Download the one you mean, and name it: {here}"
+        )
+    if names and (found := by_names(folder, names)) is not None:
+        raise found.error(wanted)

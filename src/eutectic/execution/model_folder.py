@@ -16,6 +16,7 @@ from eutectic.checkpoint.adapters import WEIGHT_NAMES
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.folder import copy_side_files, layout_files, survey
+from eutectic.checkpoint.hub import hub_id
 from eutectic.checkpoint.index import CheckpointIndex, modules_with_weights
 from eutectic.checkpoint.quantised.side_files import forget_quantisation
 from eutectic.checkpoint.writer import OutputFile, write_atomically
@@ -149,7 +150,10 @@ def card(provenance: Mapping[str, Any]) -> str:
     if "initial" in provenance:
         sources["initial"] = provenance["initial"]
     licences = {p["licence"] for p in sources.values()}
-    front: dict[str, Any] = {"tags": ["merge", "eutectic"], "base_model": [parents["base"]["name"]]}
+    base = parents["base"]["name"]
+    known = hub_id(base)  # cards name the model alone, without revision and folder
+    base = base if known is None else known.model
+    front: dict[str, Any] = {"tags": ["merge", "eutectic"], "base_model": [base]}
     if len(licences) == 1 and "unknown" not in licences:
         front["license"] = licences.pop()
     rows = "\n".join(

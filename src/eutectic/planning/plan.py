@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from eutectic.checkpoint.adapters import WEIGHT_NAMES
+from eutectic.checkpoint.hub import hub_id
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.output_format import (
     InShards,
@@ -195,6 +196,8 @@ def _shown(path: str) -> str:
     """Return a hub id as it is, and of a local path its last part."""
     parts = Path(path).parts
     if not path.startswith((".", "/", "~")) and len(parts) <= 2:
+        return path
+    if hub_id(path) is not None and not Path(path).exists():
         return path
     return Path(path).name or path
 
