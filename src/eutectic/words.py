@@ -159,6 +159,9 @@ SENTENCES: dict[str, Template] = {
         "no index lists the shards of {all}; all {count} are there by their names, and were read"
     ),
     "other_ending": "'{file}' of {all} holds {format}, whatever its ending says; read as that",
+    "wrapped_weights": (
+        "'{file}' of {all} holds the weights under '{name}', and {others} other entries, left out"
+    ),
     "one_level_down": "{0}: the folder itself holds no weights; taken is what lies below: {1}",
     "further_adapters": (
         "{who}: taken is the adapter in the folder itself; to merge another, name it: {few}"

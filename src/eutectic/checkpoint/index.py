@@ -257,7 +257,10 @@ def _read_file(path: Path, name: str) -> _File:
     if safe:
         header = read_header(path, name)
         return header.tensors, header.metadata, (), notes
-    tensors, skipped = load_pickle(path)
+    tensors, skipped, wrapper = load_pickle(path)
+    if wrapper:
+        told = {"file": name, "name": wrapper, "others": len(skipped)}
+        notes = (*notes, Note("wrapped_weights", numbers=told))
     entries = [
         TensorEntry(key, t.dtype, tuple(t.shape), name, -1, t.nbytes) for key, t in tensors.items()
     ]

@@ -12,18 +12,23 @@ from torch import Tensor
 
 from eutectic.checkpoint.odd_files import Oddity, by_archive, by_content, start_of
 from eutectic.errors import CheckpointError
+from eutectic.words import few
 
 _ZIP = b"PK\x03\x04"
 _PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
-# Names under which training scripts file the weights of a model, in order of preference.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+# Names under which training scripts file the weights of a model.
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
+_MAX_DEPTH = 3
 
 
-def load_pickle(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def load_pickle(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...], str]:
     """Return the tensors of a `.bin` or `.pt` file, and "name (type)" of all else that it holds.
 
     Memory-mapped where the format allows. Only `torch.load(weights_only=True)` is ever used. A
-    state dict filed under one of `_WRAPPERS` is unwrapped. Tied tensors and views stay as they are.
+    state dict filed under one of `_WRAPPERS` is unwrapped, and the last result is the name: what
+    training scripts save (nanoGPT, Lightning) holds it beside the optimizer, counters and losses.
+    CheckpointError where several tables could be the weights. Tied tensors and views stay as they
+    are.
     """
     content = _load(path)
     if not isinstance(content, Mapping):
@@ -31,30 +36,85 @@ def load_pickle(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
             f"{path}: expected a table of named tensors, found {type(content).__name__}.\n"
             "Save the model's state_dict() instead."
         )
-    outer: list[str] = []
-    if not any(isinstance(value, Tensor) for value in content.values()):
-        for wrapper in _WRAPPERS:
-            inner = content.get(wrapper)
-            if isinstance(inner, Mapping):
-                outer = [f"{k} ({type(v).__name__})" for k, v in content.items() if k != wrapper]
-                content = inner
-                break
+    others: list[str] = []
+    wrappers: list[str] = []
+    while (wrapper := _wrapper(path, content)) is not None and len(wrappers) < _MAX_DEPTH:
+        others += [_described(k, v) for k, v in content.items() if k != wrapper]
+        wrappers.append(wrapper)
+        content = content[wrapper]
     tensors = {
         str(name): check_dense(value, str(name), str(path))
         for name, value in content.items()
         if isinstance(value, Tensor)
     }
-    others = [f"{k} ({type(v).__name__})" for k, v in content.items() if not isinstance(v, Tensor)]
+    own = [_described(k, v) for k, v in content.items() if not isinstance(v, Tensor)]
     if not tensors:
-        states = {"state", "param_groups"} <= {str(key) for key in content}
-        what = (
-            "the state of an optimizer, it holds no tensors of" if states else "holds no tensors of"
-        )
+        raise _without_tensors(path, content, own)
+    return tensors, (*own, *others), ".".join(wrappers)
+
+
+def _wrapper(path: Path, content: Mapping[Any, Any]) -> str | None:
+    """Return the name under which a table files the model's weights; None where it is the table."""
+    own = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    known = [name for name in _WRAPPERS if _held(content.get(name), 1)]
+    if not known:
+        return None
+    if any(tensor.numel() > 1 for tensor in own.values()):
         raise CheckpointError(
-            f"{path}: {what} a model (found: {', '.join(others[:5]) or '-'}).\n"
-            "Name the file or folder with the model's weights."
+            f"{path}: holds tensors ({few([str(k) for k in own])}) and a table of tensors under "
+            f"'{known[0]}'.\n{_SAVE_ONE.format(name=known[0])}"
         )
-    return tensors, (*others, *outer)
+    # Beside the weights, scripts keep their running average, a teacher or a second network.
+    size = max(_held(content[name], _MAX_DEPTH) for name in known)
+    rivals = [
+        str(name)
+        for name, value in content.items()
+        if name not in known and 2 * _held(value, _MAX_DEPTH) > size and not _is_optimizer(value)
+    ]
+    if len(known) + len(rivals) > 1:
+        raise CheckpointError(
+            f"{path}: holds several tables of tensors: {few([*known, *rivals])}. Which of them is "
+            f"the model?\n{_SAVE_ONE.format(name=known[0])}"
+        )
+    return known[0]
+
+
+_SAVE_ONE = (
+    "Save the one that you mean in a file of its own, such as: "
+    "torch.save(torch.load(file, weights_only=True)['{name}'], 'pytorch_model.bin')"
+)
+
+
+def _held(value: object, depth: int) -> int:
+    """Return how many tensors a table holds, in tables within it too."""
+    if not isinstance(value, Mapping):
+        return 0
+    direct = sum(isinstance(v, Tensor) for v in value.values())
+    if direct or not depth:
+        return direct
+    return sum(_held(v, depth - 1) for k, v in value.items() if k in _WRAPPERS)
+
+
+def _is_optimizer(value: Any) -> bool:
+    return isinstance(value, Mapping) and {"state", "param_groups"} <= {str(k) for k in value}
+
+
+def _described(name: object, value: object) -> str:
+    return f"{name} ({type(value).__name__})"
+
+
+def _without_tensors(path: Path, content: Mapping[Any, Any], own: list[str]) -> CheckpointError:
+    tables = [str(name) for name, value in content.items() if _held(value, 1)]
+    if tables:
+        return CheckpointError(
+            f"{path}: holds no tensors itself, but tables of them under {few(tables)}.\n"
+            f"{_SAVE_ONE.format(name=tables[0])}"
+        )
+    what = "the state of an optimizer, it holds" if _is_optimizer(content) else "holds"
+    return CheckpointError(
+        f"{path}: {what} no tensors of a model (found: {few(own, 5) or '-'}).\n"
+        "Name the file or folder with the model's weights."
+    )
 
 
 def looks_like_pickle(path: Path) -> bool:

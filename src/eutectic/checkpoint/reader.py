@@ -194,7 +194,7 @@ class CheckpointReader:
     def _pickle(self, file: str) -> dict[str, Tensor]:
         with self._lock:
             if file not in self._pickles:
-                tensors, _ = load_pickle(self.index.folder / file)
+                tensors, _, _ = load_pickle(self.index.folder / file)
                 # Once here, or every chunk of a strided tensor would copy the whole of it.
                 self._pickles[file] = {name: t.contiguous() for name, t in tensors.items()}
             return self._pickles[file]
