@@ -15,7 +15,8 @@ import eutectic
 from eutectic.checkpoint.folder import side_files, survey
 from eutectic.checkpoint.index import open_index
 from eutectic.checkpoint.reader import CheckpointReader
-from eutectic.errors import CheckpointError
+from eutectic.errors import CheckpointError, ResumeError
+from helpers.folders import digests
 
 Parts = dict[str, dict[str, Tensor]]  # folder of a module -> its tensors
 
@@ -200,18 +201,43 @@ def test_the_modules_of_a_router_have_names_by_route(tmp_path: Path) -> None:
     assert not (out / "2_Router/config.json").exists()
 
 
-def test_a_resumed_run_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_a_resumed_run_gives_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = {n: save_modules(tmp_path / n, make_parts(s)) for s, n in enumerate(("base", "a", "b"))}
     base = paths.pop("base")
     options = {"base": base, "experts": paths, "method": "iso_c", "dtype": "bfloat16"}
     eutectic.merge(**options, output=tmp_path / "one", threads=1)
-    eutectic.merge(**options, output=tmp_path / "two", threads=2)
-    names = sorted(
-        p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file()
-    )
-    assert Path("2_Dense/model.safetensors") in names
-    for name in names:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("eutectic.execution.output_folder.write_folder", killed)
+        eutectic.merge(**options, output=tmp_path / "two", threads=2)
+    assert not (tmp_path / "two").exists()
+    assert eutectic.merge(**options, output=tmp_path / "two", threads=2).resumed
+    one, two = digests(tmp_path / "one"), digests(tmp_path / "two")
+    assert "2_Dense/model.safetensors" in one and one == two
+    hashes = json.loads((tmp_path / "one/eutectic.json").read_text())["tensors"]
+    assert "2_Dense.linear.weight" in hashes
+
+
+def test_a_changed_module_refuses_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = {n: save_modules(tmp_path / n, make_parts(s)) for s, n in enumerate(("base", "a"))}
+    options = {"base": paths["base"], "experts": {"a": paths["a"]}, "method": "average"}
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("eutectic.execution.output_folder.write_folder", killed)
+        eutectic.merge(**options, output=tmp_path / "out")
+    save_file(make_parts(9)["2_Dense"], tmp_path / "a/2_Dense/model.safetensors")
+    with pytest.raises(ResumeError):
+        eutectic.merge(**options, output=tmp_path / "out")
 
 
 def test_shards_stay_in_the_folder_of_their_module(tmp_path: Path) -> None:

@@ -90,6 +90,26 @@ def test_a_matrix_method_in_every_folder(
     assert_close(found[place][name], wanted, name)
 
 
+def test_an_adapter_of_the_transformer_beside_modules_in_full(tmp_path: Path) -> None:
+    root = ROOT / "sentence-transformers"
+    experts = {"a": root / "a", "c": root / "c"}
+    found = files(merged("sentence-transformers", tmp_path / "out", experts=experts))
+    base, a, own = (files(root / name) for name in ("base", "a", "c"))
+    factors, changed = own["."], 0
+    for name, before in base["."].items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        tuned = before
+        if (left := factors.get(f"{module}.lora_B.weight")) is not None:
+            tuned = before + 2 * left @ factors[f"{module}.lora_A.weight"]  # lora_alpha / r
+            changed += 1
+        if before.is_floating_point():
+            assert_close(found["."][name], (a["."][name] + tuned) / 2, name)
+    assert 2 * changed == len(factors) > 0
+    for place in ("2_Dense", "3_LayerNorm"):
+        for name, tensor in found[place].items():
+            assert_close(tensor, (a[place][name] + own[place][name]) / 2, name)
+
+
 @pytest.mark.parametrize("family", MODULES)
 def test_everything_but_weights_is_that_of_the_base(family: str, tmp_path: Path) -> None:
     out, base = merged(family, tmp_path / "out"), ROOT / family / "base"

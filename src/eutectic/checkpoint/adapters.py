@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG, Expert, Factors
-from eutectic.checkpoint.index import TensorEntry, open_index, read_json_object
+from eutectic.checkpoint.index import TensorEntry, open_adapter_index, read_json_object
 from eutectic.checkpoint.meeting import meet_names, named_like_base
 from eutectic.checkpoint.names import check_inside
 from eutectic.checkpoint.odd_adapters import other_adapter
@@ -61,7 +61,7 @@ def open_lora(
     """
     label = str(folder)
     lora = _read_config(folder)
-    reader = CheckpointReader(open_index(adapter_weights(folder)))
+    reader = CheckpointReader(open_adapter_index(adapter_weights(folder)))
     groups = _grouped(reader.entries, label)
     for own, group in groups.items():
         _check_factors(own.removesuffix(".weight"), group, lora, label)

@@ -98,6 +98,19 @@ def open_index(path: Path) -> CheckpointIndex:
     return _joined(path, {module: _open_one(path / module.folder) for module in modules})
 
 
+def open_adapter_index(weights: Path) -> CheckpointIndex:
+    """Return the table of an adapter's file, and of the modules beside it with weights of their own.
+
+    sentence-transformers saves a trained adapter of its transformer so, and all of a Dense.
+    """
+    index, folder = open_index(weights), weights.parent
+    beside = [m for m in module_folders(folder) if m.prefix and _holds_weights(folder / m.folder)]
+    if not beside:
+        return index
+    others = {module: _open_one(folder / module.folder) for module in beside}
+    return _joined(folder, {ModuleFolder("", "", transformer=True): index, **others})
+
+
 def modules_with_weights(path: Path) -> tuple[ModuleFolder, ...]:
     """Return the modules of a checkpoint in several folders; none where it lies in one."""
     found = [module for module in module_folders(path) if _holds_weights(path / module.folder)]
