@@ -8,7 +8,8 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
@@ -18,24 +19,30 @@ from typing import Any
 from eutectic.errors import RequestError
 
 
-def import_function(name: str, *, trust_code: bool) -> Callable[..., Any]:
-    """Import `module:function` or `file.py:function`, which runs that code.
+@contextmanager
+def imported(name: str, *, trust_code: bool) -> Iterator[Callable[..., Any]]:
+    """Import `module:function` or `file.py:function`, which runs that code, and use it inside.
 
-    Modules that are not installed are looked for in the working folder, those that a file imports
-    beside it.
+    Inside, modules that are not installed are looked for in the working folder too, those that a
+    file imports beside it.
     """
     if not trust_code:
         raise untrusted(name)
     where, _, attribute = name.rpartition(":")
     is_file = where.endswith(".py")
-    _look_last_in(Path(where).resolve().parent if is_file else Path.cwd())
+    beside = _Beside(str(Path(where).resolve().parent if is_file else Path.cwd()))
+    sys.meta_path.append(beside)
     try:
-        module = _file_as_module(where) if is_file else importlib.import_module(where)
-        return getattr(module, attribute)
-    except Exception as error:  # whatever the code does on import
-        raise RequestError(
-            f"'{name}' cannot be imported: {type(error).__name__}: {error}."
-        ) from error
+        try:
+            module = _file_as_module(where) if is_file else importlib.import_module(where)
+            function = getattr(module, attribute)
+        except Exception as error:  # whatever the code does on import
+            raise RequestError(
+                f"'{name}' cannot be imported: {type(error).__name__}: {error}."
+            ) from error
+        yield function
+    finally:
+        sys.meta_path.remove(beside)
 
 
 def untrusted(name: str, task: str = "") -> RequestError:
@@ -66,23 +73,13 @@ def source_file(where: str) -> Path | None:
 
 @dataclass(frozen=True)
 class _Beside:
-    """Finds modules in a folder."""
+    """Finds modules in a folder, for whoever asks it last."""
 
     folder: str
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """Return what there is of this name in the folder; parts of packages are found by them."""
         return PathFinder.find_spec(name, [self.folder]) if path is None else None
-
-
-def _look_last_in(folder: Path) -> None:
-    """Let modules of a folder be imported that nobody else has.
-
-    For good: a function may import more while it runs.
-    """
-    finder = _Beside(str(folder))
-    if finder not in sys.meta_path:
-        sys.meta_path.append(finder)
 
 
 def _file_as_module(file: str) -> ModuleType:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from eutectic.data.columns import Row
-from eutectic.data.python_functions import import_function
+from eutectic.data.python_functions import imported
 from eutectic.errors import MissingExtraError, RequestError, StatisticsError
 
 _IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -65,7 +65,8 @@ def check_split(sources: Sequence[str], split: str) -> None:
 
 
 def _call(source: str, trust_code: bool) -> Sequence[Any]:
-    rows: list[Any] = list(import_function(source, trust_code=trust_code)())
+    with imported(source, trust_code=trust_code) as function:
+        rows: list[Any] = list(function())
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):
             raise StatisticsError(

@@ -14,7 +14,7 @@ import numpy as np
 from eutectic.checkpoint.experts import is_adapter
 from eutectic.data.columns import Row
 from eutectic.data.fingerprints import data_hash
-from eutectic.data.python_functions import import_function
+from eutectic.data.python_functions import imported
 from eutectic.errors import (
     NumericalError,
     OutputError,
@@ -221,23 +221,20 @@ def call_function(
     """
     name = str(task.function)
     of_adapter: dict[str, Any] = {} if base is None else {"base": str(base)}
-    try:
-        function = import_function(name, trust_code=trust_code)
-    except RequestError as error:
-        raise RequestError(f"task '{task.name}': {error}") from error
-    try:
-        values = function(str(folder), list(rows), **of_adapter, **task.options)
-    except Exception as error:
-        raise RequestError(
-            f"task '{task.name}': '{name}' failed: {type(error).__name__}: {error}."
-        ) from error
-    try:
-        numbers = np.array([float(value) for value in values], dtype=np.float64)
-    except (TypeError, ValueError):
-        raise RequestError(
-            f"task '{task.name}': '{name}' gave a {type(values).__name__}; it must give a list of "
-            "numbers, one per row."
-        ) from None
+    with imported(name, trust_code=trust_code) as function:
+        try:
+            values = function(str(folder), list(rows), **of_adapter, **task.options)
+        except Exception as error:
+            raise RequestError(
+                f"task '{task.name}': '{name}' failed: {type(error).__name__}: {error}."
+            ) from error
+        try:
+            numbers = np.array([float(value) for value in values], dtype=np.float64)
+        except (TypeError, ValueError):
+            raise RequestError(
+                f"task '{task.name}': '{name}' gave a {type(values).__name__}; it must give a list "
+                "of numbers, one per row."
+            ) from None
     if not len(numbers) or (rows and len(numbers) != len(rows)) or not np.isfinite(numbers).all():
         raise RequestError(
             f"task '{task.name}': '{name}' gave {len(numbers)} values for {len(rows)} rows; it "

@@ -132,7 +132,8 @@ def _parent(name: str, transformers: Any) -> Any:
 
 def _is_there(name: str, transformers: Any) -> bool:
     """Tell whether transformers may have something of this name; modules are in lower case."""
-    return not name[:1].isupper() or name in dir(transformers)
+    known = getattr(transformers, "_class_to_module", {})
+    return not name[:1].isupper() or name in known or name in vars(transformers)
 
 
 def _named(name: Any, homes: tuple[str, ...], transformers: Any) -> Any:
