@@ -11,12 +11,14 @@ import pytest
 import eutectic
 
 NAMES = [
+    "CalibrationReport",
     "EutecticError",
     "LayerStatistics",
     "MergeReport",
     "Merged",
     "Treatment",
     "build_routed",
+    "calibrate",
     "collect",
     "evaluate",
     "inspect",

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from eutectic.calibration import CalibrationReport, calibrate
     from eutectic.errors import EutecticError
     from eutectic.evaluation import evaluate
     from eutectic.execution import MergeReport, merge_state_dicts
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = version("eutectic")
 
 _ROOMS = {
+    "calibration": ("CalibrationReport", "calibrate"),
     "errors": ("EutecticError",),
     "evaluation": ("evaluate",),
     "execution": ("MergeReport", "merge_state_dicts"),
@@ -41,12 +43,14 @@ _ROOMS = {
 }
 
 __all__ = [
+    "CalibrationReport",
     "EutecticError",
     "LayerStatistics",
     "MergeReport",
     "Merged",
     "Treatment",
     "build_routed",
+    "calibrate",
     "collect",
     "evaluate",
     "inspect",

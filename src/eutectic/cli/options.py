@@ -17,6 +17,7 @@ import typer
 from eutectic.errors import RequestError, suggest
 
 if TYPE_CHECKING:
+    from eutectic.data.encoded_rows import BatchOptions
     from eutectic.models.batches import Batch
     from eutectic.models.loading import LoadedModel
 
@@ -165,6 +166,20 @@ class DataOptions:
     target_column: str = option("target", "Column of target texts.")
     image_column: str = option("image", "Column of images.")
 
+    def how(self, **further: Any) -> BatchOptions:
+        """Return how rows become batches."""
+        from eutectic.data.columns import Columns
+        from eutectic.data.encoded_rows import BatchOptions
+
+        named = {
+            name.removesuffix("_column"): value
+            for name, value in vars(self).items()
+            if name.endswith("_column")
+        }
+        read = ("batch_size", "max_length", "split", "trust_code")
+        options: dict[str, Any] = {key: getattr(self, key) for key in read}
+        return BatchOptions(columns=Columns(**named), **options | further)
+
     def batches(
         self,
         source: str,
@@ -175,17 +190,9 @@ class DataOptions:
         **further: Any,
     ) -> Iterable[Batch]:
         """Return the batches of a data set for a loaded model; see `open_batches`."""
-        from eutectic.data.columns import Columns
-        from eutectic.data.encoded_rows import BatchOptions, open_batches
+        from eutectic.data.encoded_rows import open_batches
 
-        named = {
-            name.removesuffix("_column"): value
-            for name, value in vars(self).items()
-            if name.endswith("_column")
-        }
-        read = ("batch_size", "max_length", "split", "trust_code")
-        options: dict[str, Any] = {key: getattr(self, key) for key in read}
-        how = BatchOptions(columns=Columns(**named), **options | further)
+        how = self.how(**further)
         return open_batches(source, loaded, how, needs_labels=needs_labels, classes=classes)
 
 
@@ -195,6 +202,14 @@ class RouterDataOptions(DataOptions):
 
     batch_size: int = option(16, "Examples per batch, collecting.", min=1)
     label_column: str = field(default="label", init=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationDataOptions(RouterDataOptions):
+    """The same where the processor decides nothing: it is the CPU."""
+
+    batch_size: int = option(16, "Examples per forward pass.", min=1)
+    device: str = field(default="cpu", init=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,13 +79,21 @@ class LoadedModel:
 
 
 def load_model(
-    checkpoint: Path, base: Path | None = None, task: str | None = None, device: str = "cpu"
+    checkpoint: Path,
+    base: Path | None = None,
+    task: str | None = None,
+    device: str = "cpu",
+    *,
+    feeds: bool = True,
+    named_class: bool = False,
 ) -> LoadedModel:
     """Load a checkpoint, or a PEFT adapter on its base, in float32 with what feeds it.
 
     Adapters stay beside the layers that they adapt; parameters keep the base's names. The
     fingerprint is that of the checkpoint's (the adapter's) files. `task`, a kind of task, decides
-    the class; default by the architecture that the configuration names.
+    the class; default by the architecture that the configuration names. Without `feeds` there need
+    be neither tokenizer nor image processor: the caller has batches. With `named_class` the class
+    is the one that the configuration names, whatever it is for, unless there is a `task`.
     """
     transformers = transformers_for("running a checkpoint")
     kind = None if task is None else task_kind(task, COLLECTED)
@@ -106,21 +114,27 @@ def load_model(
     try:
         config = load_config(folder)
         architectures: list[str] = getattr(config, "architectures", None) or []
+        named = getattr(transformers, architectures[0], None) if architectures else None
+        model_class = named if named_class and kind is None else None
         kind = kind or kind_of_architectures(architectures)
+        if kind is None and model_class is not None:
+            kind = "feature-extraction"  # as far as its data are concerned
         if kind is None:
             raise RequestError(
                 f"{folder}: its configuration does not tell the task (architectures: "
                 f"{architectures}).\nName one with --task: {', '.join(COLLECTED)}."
             )
-        model, report = pretrained(getattr(transformers, MODEL_CLASSES[kind]), folder)
+        model_class = model_class or getattr(transformers, MODEL_CLASSES[kind])
+        model, report = pretrained(model_class, folder)
         model = model.to(torch.float32)
         images = takes_images(model) or kind == "image-classification"
-        processor = load_processor(checkpoint, folder, images=images)
+        processor = load_processor(checkpoint, folder, images=images) if feeds else None
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"{folder}: transformers cannot load it: {first_line(error)}"
         ) from error
-    tell_padding(model, processor)
+    if feeds:
+        tell_padding(model, processor)
     if folder != checkpoint:
         model = _with_adapter(model, checkpoint)
     labels = {str(k): int(v) for k, v in (getattr(config, "label2id", None) or {}).items()}

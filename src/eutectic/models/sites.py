@@ -15,7 +15,7 @@ from eutectic.conventions import (
 )
 from eutectic.conventions_tensors import is_table_parameter, is_vectors
 
-Kind = Literal["linear", "conv1d", "convolution", "in_projection", "out_projection"]
+Kind = Literal["linear", "conv1d", "convolution", "in_projection", "out_projection", "scaling"]
 Role = Literal["encoder", "decoder", "cross", "image", "text"]
 
 _CONVOLUTIONS = (
@@ -82,6 +82,29 @@ def find_sites(
     sites.skipped = {**_unobservable(model, observed), **sites.skipped}
     sites.skipped = {n: why for n, why in sites.skipped.items() if selected(n, patterns)}
     return sites
+
+
+def find_scalings(model: nn.Module) -> list[Site]:
+    """Return the modules that scale each channel of their input, in module order: norms mostly.
+
+    They have one vector of their own, or two of which the second is called bias, and nothing below
+    them. Whether their output is affine in those vectors, as a norm's is, only a call can tell.
+    """
+    found: list[Site] = []
+    encoder_decoder = is_encoder_decoder(model)
+    for path, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        names, shapes = list(own), {tuple(p.shape) for p in own.values()}
+        vectors = len(shapes) == 1 and len(next(iter(shapes))) == 1
+        if not vectors or names[1:] not in ([], ["bias"]) or next(module.children(), None):
+            continue
+        if is_adapter_part(path) or not own[names[0]].is_floating_point():
+            continue
+        name = canonical_name(f"{path}.{names[0]}" if path else names[0])
+        width = len(own[names[0]])
+        role = _role(path, encoder_decoder)
+        found.append(Site(name, path, module, "scaling", role, (width, width), own[names[0]]))
+    return found
 
 
 def routable_sites(model: nn.Module) -> list[Site]:

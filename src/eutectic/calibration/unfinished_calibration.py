@@ -1,0 +1,91 @@
+"""The unfinished state of a calibration on disk: a file for every layer that is finished."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from eutectic.errors import OutputError, RequestError, ResumeError, StatisticsError
+from eutectic.statistics.statistics_file import TensorFile, write_tensors
+from eutectic.storage import Lock, storage_of
+
+MODEL = "model"  # the folder of the output, in the work folder until it is complete
+_KEY = "eutectic_calibration"
+_LAYER = "layer-{:05d}.safetensors"
+
+
+@dataclass
+class Unfinished:
+    """The folder `<output>.partial`: finished layers in order, and later the output's folder.
+
+    `layers` has name of the place -> (new tensors by file key, what is reported of it).
+    """
+
+    folder: Path
+    identity: str
+    lock: Lock
+    layers: dict[str, tuple[Mapping[str, Tensor], dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def model(self) -> Path:
+        """Where the output is written before it gets its name."""
+        return self.folder / MODEL
+
+    def add(self, place: str, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
+        """Keep a finished layer; it outlives the process when this returns."""
+        path = self.folder / _LAYER.format(len(self.layers))
+        kept = {"identity": self.identity, "place": place, "record": record}
+        write_tensors(path, tensors, _KEY, kept)
+        # From there, so that finished layers take no memory.
+        self.layers[place] = (TensorFile(path, _KEY), record)
+
+    def remove(self) -> None:
+        """Delete the folder; the calibration is finished."""
+        self.lock.leave_nothing()
+        storage_of(self.folder).remove(self.folder)
+
+
+def open_unfinished(folder: Path, identity: str, *, restart: bool) -> Unfinished:
+    """Create the work folder, or take up what a killed run left in it; `restart` empties it."""
+    storage = storage_of(folder)
+    try:
+        names = storage.list(folder)
+        strangers = [n for n in names if n != MODEL and not n.startswith(("layer-", "."))]
+        if strangers:
+            raise ResumeError(
+                f"{folder} exists and is not an unfinished calibration.\n"
+                "Move it away, or choose another output."
+            )
+        lock = storage.lock(folder)
+        try:
+            if restart:
+                storage.remove(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            found = Unfinished(folder, identity, lock)
+            _read(found)
+            storage.remove(found.model)  # quickly written again
+            return found
+        except BaseException:
+            lock.release()
+            raise
+    except BlockingIOError:
+        raise RequestError(f"another process is calibrating into {folder}.") from None
+    except OSError as error:
+        raise OutputError(f"cannot write {folder}: {error.strerror or error}.") from None
+
+
+def _read(unfinished: Unfinished) -> None:
+    while (path := unfinished.folder / _LAYER.format(len(unfinished.layers))).exists():
+        try:
+            file = TensorFile(path, _KEY)
+        except StatisticsError as error:
+            raise ResumeError(f"{error}\nRemove {unfinished.folder} to start anew.") from error
+        if file.record.get("identity") != unfinished.identity:
+            raise ResumeError(
+                f"{unfinished.folder} holds an unfinished calibration of another request: "
+                "a checkpoint, the data, a setting or the version has changed since.\n"
+                "Repeat the earlier command to finish it, or start over with --restart."
+            )
+        unfinished.layers[file.record["place"]] = (file, file.record["record"])
