@@ -220,26 +220,36 @@ def test_a_tower_that_no_expert_has_is_a_note() -> None:
     assert [n.subject for n in made.notes if n.kind == "copied"] == [tuple(tower)]
 
 
+def planned_with(configs: tuple[Any, Any], base: Tensors, own: Tensors, **keys: Any) -> Plan:
+    """Plan a merge of one expert, where base and expert state configurations."""
+    inputs = in_memory_inputs(base, {"e0": own}, {}, configs[0])
+    inputs.experts["e0"].config = configs[1]
+    values = {"base": "memory", "experts": {"e0": "memory"}, "method": "average", **keys}
+    return make_plan(check_recipe(values), inputs)
+
+
 def test_another_depth_is_told_as_such() -> None:
     deep, stack = model(4), "bert.encoder.layer"
     for base, own, said in ((BASE, deep, "4 layers against 2"), (deep, BASE, "2 layers against 4")):
-        for missing in ("error", "base"):
-            error = refused(base, tuned(own), missing=missing)
-            assert [fault.kind for fault in error.faults] == ["other_depth"]
-            assert f"{stack} has {said} of the base" in str(error)
-    planned(deep, tuned(BASE), missing="base", unmatched="leave")
-    # Layers from elsewhere are a checkpoint in parts.
+        error = refused(base, tuned(own))
+        assert [fault.kind for fault in error.faults] == ["other_depth"]
+        assert f"{stack} has {said} of the base" in str(error)
+    refused(BASE, deep, missing="base")
+    planned(deep, tuned(BASE), unmatched="leave")
+    # Layers from elsewhere are a checkpoint in parts, and so is what a user says is unchanged.
     planned(deep, without(tuned(deep), "layer.1."), missing="base")
+    planned(deep, tuned(BASE), missing="base")
 
 
-def test_a_layer_beside_the_stated_depth_may_be_missing() -> None:
-    config = {"num_hidden_layers": 2}
+def test_stated_depths_decide_what_lacking_layers_are() -> None:
+    two, three = {"num_hidden_layers": 2}, {"text_config": {"num_hidden_layers": 3}}
     base = model(3)
-    inputs = in_memory_inputs(base, {"e0": tuned(BASE)}, {}, config)
-    inputs.experts["e0"].config = config
-    values = {"base": "memory", "experts": {"e0": "memory"}, "method": "average"}
-    made = make_plan(check_recipe(values), inputs)
-    assert len(next(n for n in made.notes if n.kind == "copied").subject) == 5
+    for missing in ("error", "base"):
+        # Beside the stack, such as layers that predict several tokens.
+        made = planned_with((two, two), base, tuned(BASE), missing=missing)
+        assert len(next(n for n in made.notes if n.kind == "copied").subject) == 5
+        with pytest.raises(RecipeError, match="2 layers against 3 of the base"):
+            planned_with((three, two), base, tuned(BASE), missing=missing)
 
 
 @pytest.mark.parametrize(

@@ -318,6 +318,7 @@ def _depth_faults(
     own = [*expert.entries, *expert.extra]
     theirs, ours = _stacks(base), _stacks(own)
     stated, held = _stated_depth(request.inputs.config), _stated_depth(expert.config)
+    asked = request.recipe.missing != "error"
     faults: list[Fault] = []
     beyond: set[str] = set()
     for path in sorted(theirs.keys() & ours.keys()):
@@ -328,9 +329,10 @@ def _depth_faults(
         alone = [n for i, names in more.items() if i not in fewer for n in names]
         if not alone or beyond.issuperset(alone) or not set(fewer) <= set(more):
             continue
-        # Layers from the first on are a shallower model, others a checkpoint in parts.
-        parts = sorted(fewer) != list(range(len(fewer)))
-        if more is there and (parts or (stated is not None and stated == held)):
+        # Layers from the first on are a shallower model, others a checkpoint in parts, and so are
+        # those of a user who says that what an expert lacks is unchanged.
+        parts = asked or sorted(fewer) != list(range(len(fewer)))
+        if more is there and (parts if None in (stated, held) else stated == held):
             continue
         if all(is_output_layer(n) or _ruled(n, request) for n in alone):
             continue
