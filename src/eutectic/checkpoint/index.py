@@ -99,7 +99,7 @@ def open_index(path: Path) -> CheckpointIndex:
 
 
 def open_adapter_index(weights: Path) -> CheckpointIndex:
-    """Return the table of an adapter's file, and of the modules beside it with weights of their own.
+    """Return the table of an adapter's file and of the modules beside it that have weights.
 
     sentence-transformers saves a trained adapter of its transformer so, and all of a Dense.
     """
