@@ -6,7 +6,6 @@ modules with weights make one table of tensors: those of the first module under 
 those of the others behind the name of their folder ("2_Dense.linear.weight").
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, cast
 
 from eutectic.checkpoint.names import check_inside
 from eutectic.errors import CheckpointError
+from eutectic.storage.small_files import read_json
 
 MODULES_NAME = "modules.json"
 # Of a Router; the second is that of its predecessor Asym.
@@ -111,15 +111,4 @@ def _checked(folder: object, where: Path) -> str:
 def _stated(path: Path, name: str, kind: type) -> Any:
     """Return the content of a JSON file below a checkpoint's folder, a list or an object."""
     real = check_inside(path, name)
-    try:
-        value = json.loads(real.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path / name}: cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path / name}: not valid JSON ({error}).") from error
-    if not isinstance(value, kind):
-        kinds = {list: "a list", dict: "an object"}
-        raise CheckpointError(
-            f"{path / name}: must hold {kinds[kind]}, holds {type(value).__name__}."
-        )
-    return value
+    return read_json(real, CheckpointError, kind=kind)

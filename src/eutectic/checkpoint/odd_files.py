@@ -12,6 +12,7 @@ from pathlib import Path
 
 from eutectic.errors import CheckpointError
 from eutectic.storage import storage_of
+from eutectic.storage.small_files import read_start
 from eutectic.words import few
 
 HEAD_BYTES = 512  # of a file, enough to tell what it is
@@ -43,8 +44,7 @@ def python(code: str) -> str:
 
 def start_of(path: Path) -> bytes:
     """Return the first bytes of a file."""
-    with path.open("rb") as file:
-        return file.read(HEAD_BYTES)
+    return read_start(path, HEAD_BYTES)
 
 
 # --- By the first bytes ---

@@ -1,6 +1,5 @@
 """Which files of a folder are the checkpoint, by their names."""
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from eutectic.checkpoint.names import check_inside, check_plain_name
-from eutectic.checkpoint.odd_files import is_pointer, pointer
+from eutectic.checkpoint.odd_files import is_pointer, pointer, start_of
 from eutectic.checkpoint.odd_folders import by_names, is_piece, unfinished
 from eutectic.errors import CheckpointError
 from eutectic.storage import storage_of
+from eutectic.storage.small_files import CONFIG_BYTES, INDEX_BYTES, read_json
 from eutectic.words import few
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
@@ -72,26 +72,22 @@ def holds_adapter(names: Sequence[str]) -> bool:
     return ADAPTER_CONFIG in names and any(n.startswith("adapter_model.") for n in names)
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file."""
+def read_json_object(
+    path: Path, *, limit: int = CONFIG_BYTES, unique: bool = False
+) -> dict[str, Any]:
+    """Return the JSON object in a file; for `limit` and `unique` see `storage.small_files`."""
     try:
-        raw = path.read_bytes()
-        if is_pointer(raw):
+        if is_pointer(start_of(path)):
             raise pointer(path.parent).error(path)
-        value = json.loads(raw.decode("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object, holds {type(value).__name__}.")
-    return value
+    return read_json(path, CheckpointError, limit=limit, unique=unique)
 
 
 def weight_map(folder: Path, name: str) -> dict[str, str]:
     """Return tensor -> file of the index `name`; the files are plain names."""
     check_inside(folder, name)
-    table = read_json_object(folder / name).get("weight_map")
+    table = read_json_object(folder / name, limit=INDEX_BYTES, unique=True).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise CheckpointError(f"{folder / name}: 'weight_map' must map tensors to files.")
     for tensor, file in table.items():

@@ -298,14 +298,12 @@ def request(asked: RecipeOptions) -> tuple[Path | None, dict[str, Any]]:
 
 def _values(items: list[str], option: str) -> dict[str, Any]:
     """Return name -> value of `name=value` words, with values as a recipe would have them."""
-    import yaml
-
-    from eutectic.recipes.document import UNREADABLE
+    from eutectic.recipes.plain_yaml import UNREADABLE, load_plain
 
     found: dict[str, Any] = {}
     for name, text in pairs(items, option).items():
         try:
-            found[name] = yaml.safe_load(text)
+            found[name] = load_plain(text)
         except UNREADABLE:
             raise RequestError(f"{option} {name}: '{text}' is not a YAML value.") from None
     return found

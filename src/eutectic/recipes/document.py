@@ -9,20 +9,10 @@ from typing import Any, cast
 import yaml
 
 from eutectic.errors import Fault, RecipeError, suggest
+from eutectic.recipes.plain_yaml import UNREADABLE, YAML_BYTES, compose, described, values_of
+from eutectic.storage.small_files import decoded, read_bytes
 
 Location = tuple[str | int, ...]
-
-# What PyYAML raises on a text that it cannot read: its own errors on syntax, and whatever Python
-# raises while a value is built (`2020-13-45`, `!!int x`, brackets a thousand deep).
-UNREADABLE = (
-    yaml.YAMLError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    OverflowError,
-    RecursionError,
-)
 
 
 @dataclass(frozen=True)
@@ -50,25 +40,26 @@ def read_document(
     noun = what.removeprefix("a ")
     duplicates: list[Fault] = []
     try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values: object = yaml.safe_load(text)
-        lines = _lines(node, duplicates) if node is not None else {}
+        raw = read_bytes(path, YAML_BYTES)
     except OSError as fault:
         known = {errno.ENOENT: "no such file", errno.EISDIR: "is a folder, not a YAML file"}
         why = known.get(fault.errno or 0, fault.strerror or fault)
         raise error([Fault("unreadable", f"{why}.", str(path))], f"the {noun}") from None
-    except UnicodeDecodeError:
+    except ValueError as fault:  # no path at all, such as one with a NUL
+        raise error([Fault("unreadable", f"{fault}.", repr(path))], f"the {noun}") from None
+    try:
+        text = decoded(raw)
+    except ValueError:
         why = f"{path} is not a UTF-8 text file."
         raise error([Fault("unreadable", why)], f"the {noun}") from None
-    except yaml.MarkedYAMLError as fault:
-        mark = fault.problem_mark or fault.context_mark
-        line = 0 if mark is None else mark.line + 1
-        why = ", ".join(part for part in (fault.context, fault.problem) if part)
+    try:
+        node = compose(text)
+        values: object = None if node is None else values_of(node)
+        lines = _lines(node, duplicates) if node is not None else {}
+    except UNREADABLE as fault:
+        why, line = described(fault)
         invalid = Fault("not_yaml", f"not valid YAML: {why}.", line=line)
         raise error([invalid], f"{noun} {path}") from None
-    except UNREADABLE as fault:
-        raise error([Fault("not_yaml", f"not valid YAML: {fault}")], f"{noun} {path}") from None
     source = Source(f"{noun} {path}", path.parent, lines)
     if not isinstance(values, Mapping):
         raise error([Fault("not_a_mapping", f"{what} is a mapping with {holds}.")], source.name)
@@ -107,12 +98,8 @@ def no_file(location: Location, path: str, source: Source) -> Fault:
 def _lines(root: yaml.Node, duplicates: list[Fault]) -> dict[Location, int]:
     """Map every location of a YAML document to its line, and note keys that stand twice."""
     lines: dict[Location, int] = {}
-    above: list[yaml.Node] = []
 
     def visit(node: yaml.Node, path: Location) -> None:
-        if any(node is outer for outer in above):
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: an alias is part of itself")
-        above.append(node)
         if path:
             lines.setdefault(path, node.start_mark.line + 1)
         if isinstance(node, yaml.MappingNode):
@@ -128,7 +115,6 @@ def _lines(root: yaml.Node, duplicates: list[Fault]) -> dict[Location, int]:
         elif isinstance(node, yaml.SequenceNode):
             for position, value in enumerate(cast("list[yaml.Node]", node.value)):
                 visit(value, (*path, position))
-        above.pop()
 
     visit(root, ())
     return lines

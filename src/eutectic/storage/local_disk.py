@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from eutectic.storage.interface import Lock, Storage
+from eutectic.storage.small_files import open_regular
 
 _CLOSED_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
 _BYTES = getattr(os, "O_BINARY", 0)  # Windows would translate line ends
@@ -35,7 +36,7 @@ class LocalDisk(Storage):
         return status.st_size, status.st_mtime_ns
 
     def open(self, file: Path) -> PositionedFile:
-        return PositionedFile(os.open(file, os.O_RDONLY | _BYTES | _CLOSED_ON_EXEC))
+        return PositionedFile(open_regular(file))
 
     def free_bytes(self, folder: Path) -> int | None:
         while not folder.exists() and folder != folder.parent:
