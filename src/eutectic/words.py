@@ -4,6 +4,7 @@ A template may use the subject's names by position (`{0}`), all of them (`{all}`
 with a count of the others (`{few}`), and every number by its name.
 """
 
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,37 @@ def few(names: Sequence[str], limit: int = 4) -> str:
     """Return the first names, and how many more there are."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def is_plain(text: str) -> bool:
+    """Tell whether a text holds no control characters, so that it does nothing but appear."""
+    return text.isprintable() or not any(map(_is_control, text))
+
+
+def plain(text: str, kept: str = "\n") -> str:
+    r"""Return a text with its control characters written out (`\x1b`), but for those `kept`."""
+    if is_plain(text):
+        return text
+    return "".join(c if c in kept or not _is_control(c) else repr(c)[1:-1] for c in text)
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Return a value from elsewhere for a message: control characters written out, cut short."""
+    # A value may be large or hold itself often, and repr() would write all of it.
+    few_items = value[:limit] if isinstance(value, (str, bytes, list, tuple)) else value
+    if isinstance(few_items, dict):
+        return f"a table of {len(few_items)} keys"
+    text = repr(few_items)
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+# Control characters (C0, C1), marks of direction and other invisible ones, halves of pairs.
+_CONTROLS = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+_JOINERS = "\u200c\u200d"  # part of words in some scripts, and of pictures
+
+
+def _is_control(character: str) -> bool:
+    return character not in _JOINERS and unicodedata.category(character) in _CONTROLS
 
 
 def percent(share: float) -> str:

@@ -6,7 +6,6 @@ range in the data; the ranges follow one another without gap or overlap and end 
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,8 +17,11 @@ import torch
 from eutectic.checkpoint.odd_files import HEAD_BYTES, by_content, start_of
 from eutectic.errors import CheckpointError
 from eutectic.storage import OpenedFile, storage_of
+from eutectic.storage.small_files import INDEX_BYTES, parse_json
+from eutectic.words import is_plain, shown
 
-MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = INDEX_BYTES
+MOST_AXES = 64  # of a tensor
 METADATA_KEY = "__metadata__"
 _MAX_DIMENSION = 2**63 - 1
 
@@ -110,8 +112,8 @@ def _parse(path: Path, file: str, raw: bytes, file_size: int) -> Header:
     if not raw.startswith(b"{"):
         raise _broken(path, "not safetensors, or corrupt: the header does not begin with '{'")
     try:
-        table = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        table = parse_json(raw, unique=True)
+    except ValueError as error:
         raise _broken(path, f"corrupt: the header is not valid JSON ({error})") from error
     metadata = table.pop(METADATA_KEY, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -138,22 +140,20 @@ def _tensor(path: Path, file: str, name: str, item: Any, data_start: int) -> Ten
     def broken(what: str) -> CheckpointError:
         return _broken(path, f"inconsistent header: tensor '{name}': {what}")
 
-    try:
-        name.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _broken(path, f"corrupt: tensor name {name!r} is not valid Unicode") from error
+    if not is_plain(name):
+        raise _broken(path, f"corrupt: the tensor name {name[:80]!r} holds control characters")
     if not isinstance(item, dict) or not {"dtype", "shape", "data_offsets"} <= item.keys():
         raise broken("it needs 'dtype', 'shape' and 'data_offsets'")
     code, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
     if not isinstance(code, str) or code not in DTYPES:
         raise CheckpointError(
-            f"{path}: tensor '{name}' has the data type {code!r}, which is not supported.\n"
+            f"{path}: tensor '{name}' has the data type {shown(code)}, which is not supported.\n"
             f"Known types: {', '.join(DTYPES)}."
         )
     if not _is_size_list(shape):
-        raise broken(f"shape {shape!r} is not a list of sizes ≥ 0")
+        raise broken(f"shape {shown(shape)} is not a list of at most {MOST_AXES} sizes ≥ 0")
     if not _is_size_list(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise broken(f"data_offsets {offsets!r} are not [begin, end] with 0 ≤ begin ≤ end")
+        raise broken(f"data_offsets {shown(offsets)} are not [begin, end] with 0 ≤ begin ≤ end")
     dtype = DTYPES[code]
     nbytes = offsets[1] - offsets[0]
     expected = math.prod(shape) * dtype.itemsize
@@ -163,17 +163,11 @@ def _tensor(path: Path, file: str, name: str, item: Any, data_start: int) -> Ten
 
 
 def _is_size_list(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= _MAX_DIMENSION for n in value
+    return (
+        isinstance(value, list)
+        and len(value) <= MOST_AXES
+        and all(type(n) is int and 0 <= n <= _MAX_DIMENSION for n in value)
     )
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key '{twice}' occurs twice")
-    return table
 
 
 def _broken(path: Path, what: str) -> CheckpointError:

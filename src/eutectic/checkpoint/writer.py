@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
@@ -19,6 +18,7 @@ from eutectic.checkpoint.header import TensorEntry, build_header
 from eutectic.checkpoint.names import check_plain_name
 from eutectic.errors import OutputError, RequestError, ResumeError
 from eutectic.storage import StagedFile, storage_of
+from eutectic.storage.small_files import parse_json
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def _has_keys(path: Path, keys: Set[str]) -> bool:
         with path.open("rb") as file:
             if file.read(1) != b"{":  # it may be a checkpoint of many gigabytes
                 return False
-            found: Any = json.loads(b"{" + file.read())
+            found: Any = parse_json(b"{" + file.read())
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and keys <= found.keys()

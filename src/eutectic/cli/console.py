@@ -21,12 +21,23 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Column, Table
+from rich.text import Text
 
 from eutectic.cli.options import call_with_records, parameters_of
 from eutectic.errors import EutecticError, Note
+from eutectic.words import is_plain, plain
 
-out = Console()
-err = Console(stderr=True)
+
+class _PlainConsole(Console):
+    """A console on which texts appear and do nothing else: names in files may hold anything."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # pyright: ignore
+        """Make a text for the terminal, with the escape sequences in it written out."""
+        return super().render_str(plain(text, kept="\n\t"), **options)
+
+
+out = _PlainConsole()
+err = _PlainConsole(stderr=True)
 
 INTERRUPTED = 130
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -80,7 +91,9 @@ def progress_bar(title: str) -> Iterator[Callable[[float, float, str], None]]:
         task = bar.add_task(title, total=None, current="")
 
         def tell(done: float, total: float, current: str) -> None:
-            bar.update(task, completed=done, total=total, current=escape(current[-40:]))
+            bar.update(
+                task, completed=done, total=total, current=escape(plain(current[-40:], kept=""))
+            )
 
         yield tell
 
@@ -121,7 +134,10 @@ def tell_done(label: str, path: object | None) -> None:
 def print_json(value: Any) -> None:
     """Print a value as JSON on stdout, for machines."""
 
-    def plain(part: Any) -> Any:
+    def as_json(part: Any) -> Any:
         return dict(part) if isinstance(part, Mapping) else str(part)
 
-    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False, default=plain) + "\n")
+    text = json.dumps(value, indent=1, ensure_ascii=False, default=as_json)
+    if not all(map(is_plain, text.split("\n"))):  # JSON leaves some control characters as they are
+        text = json.dumps(value, indent=1, default=as_json)
+    sys.stdout.write(text + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as encoding
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from eutectic.cli.console import out, plain_table, print_json, progress_bar, ver
 from eutectic.cli.options import Json, option
 from eutectic.errors import EutecticError, RequestError
 from eutectic.storage import storage_of
+from eutectic.storage.small_files import INDEX_BYTES, parse_json, read_bytes
 
 if TYPE_CHECKING:
     from eutectic.evaluation import Prepared
@@ -101,7 +101,7 @@ def _remove_earlier(folder: Path, names: Sequence[str]) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     try:
-        made = encoding.loads((folder / "eutectic.json").read_text(encoding="utf-8"))["recipe"]
+        made = parse_json(read_bytes(folder / "eutectic.json", INDEX_BYTES))["recipe"]
         own = (made["method"], made["scale"], sorted(made["experts"]))
     except (OSError, ValueError, LookupError, TypeError):
         own = None

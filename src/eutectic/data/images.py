@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, overload
@@ -10,7 +11,10 @@ from torch import Tensor
 
 from eutectic.data.columns import Row
 from eutectic.errors import RequestError, StatisticsError, first_line
+from eutectic.storage.small_files import read_bytes
 
+IMAGE_BYTES = 1 << 30  # of a picture's file
+MOST_PIXELS = 178_956_970  # of a picture, as many as Pillow decodes unasked
 KEPT_PIXELS = 1 << 26  # values of float32, of one split
 
 
@@ -23,14 +27,24 @@ def open_image(value: Any, mode: str = "RGB") -> Any:
     value = _held(value)
     if not isinstance(value, str | Path | bytes):
         return _converted(value, mode) if hasattr(value, "convert") else value
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     shown = f"{len(value)} bytes" if isinstance(value, bytes) else value
     try:
-        with Image.open(io.BytesIO(value) if isinstance(value, bytes) else value) as image:
-            return _converted(image, mode)
-    except (OSError, UnidentifiedImageError) as error:
-        raise StatisticsError(f"{shown}: not a readable image ({error}).") from error
+        content = value if isinstance(value, bytes) else read_bytes(Path(value), IMAGE_BYTES)
+        with warnings.catch_warnings():
+            # Pillow warns of what it would refuse at twice the size; the bound here is one.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content)) as image:
+                width, height = image.size
+                if width * height > MOST_PIXELS:
+                    raise ValueError(f"{width:,} × {height:,} pixels, the limit is {MOST_PIXELS:,}")
+                return _converted(image, mode)
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Decoders raise anything at a damaged file: OSError, SyntaxError, struct.error, …
+        raise StatisticsError(f"{shown}: not a readable image ({first_line(error)}).") from error
 
 
 def locate_images(rows: Sequence[Row], column: str, source: str) -> Sequence[Row]:

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any, cast
 from eutectic.data.columns import Row
 from eutectic.data.python_functions import imported
 from eutectic.errors import MissingExtraError, RequestError, StatisticsError
+from eutectic.storage.small_files import parse_json, read_text
 
 _IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+DATA_BYTES = 16 << 30  # of one file of rows, all of which are held in memory
 _SPLITS = "dataset_dict.json"
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _KNOWN = (
@@ -83,7 +84,7 @@ def _jsonl(path: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise StatisticsError(f"{path}, line {number}: not valid JSON ({error}).") from error
         if not isinstance(row, dict):
@@ -98,7 +99,7 @@ def _json(path: Path) -> list[Row]:
     if not text.lstrip().startswith("["):
         return _jsonl(path)
     try:
-        rows = json.loads(text)
+        rows = parse_json(text)
     except ValueError as error:
         raise StatisticsError(f"{path}: not valid JSON ({error}).") from error
     for number, row in enumerate(rows, 1):
@@ -143,8 +144,10 @@ def _has_bare_quotes(text: str) -> bool:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path, DATA_BYTES).removeprefix("\ufeff")
+    except OSError as error:
+        raise StatisticsError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except ValueError as error:
         raise StatisticsError(f"{path}: cannot be read ({error}).") from error
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eutectic.checkpoint.experts import fingerprint_of, is_adapter
+from eutectic.checkpoint.index import read_json_object
 from eutectic.checkpoint.locating import locate
 from eutectic.data.python_functions import source_file
 from eutectic.errors import RequestError, suggest
@@ -18,6 +20,7 @@ from eutectic.evaluation.task_files import Task
 from eutectic.models.loading import base_folder
 from eutectic.models.task_kinds import ARCHITECTURES, CLASSIFICATION
 from eutectic.models.task_models import EXPERTS, GENERATION, borrows_head, load_model
+from eutectic.storage.small_files import open_regular
 
 _PROCESSOR_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -234,10 +237,7 @@ def _folder(path: str | Path, *, full: bool = False) -> Path:
 
 def _config(folder: Path | None) -> dict[str, Any]:
     file = folder / "config.json" if folder is not None else None
-    with suppress(ValueError, TypeError):
-        if file is not None and file.is_file():
-            return dict(json.loads(file.read_text(encoding="utf-8")))
-    return {}
+    return read_json_object(file) if file is not None and file.is_file() else {}
 
 
 def _classes(folder: Path | None) -> dict[str, int]:
@@ -297,7 +297,7 @@ def processor_hash(folder: Path) -> str:
 def file_hash(path: Path) -> str:
     """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.folder import copy_side_files
-from eutectic.checkpoint.index import CheckpointIndex, TensorEntry
+from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, read_json_object
 from eutectic.checkpoint.module_folders import ModuleFolder
 from eutectic.checkpoint.output_format import (
     SHARD_INDEX_NAME,
@@ -261,7 +261,7 @@ def _fit_config(config: Path, expert: Expert, heads: Sequence[TensorEntry]) -> N
     """Tell the base's config what an adapter's heads are: their classes, task and vocabulary."""
     if not config.exists():
         return
-    values = json.loads(config.read_text(encoding="utf-8"))
+    values = read_json_object(config)
     for head in heads:
         rows = head.shape[0] if len(head.shape) == 2 else 0
         if rows and head.name.endswith(CLASSIFIERS):

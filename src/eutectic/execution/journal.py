@@ -6,15 +6,19 @@ import hashlib
 import json
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from eutectic.errors import OutputError, RequestError, ResumeError
 from eutectic.execution.tasks import Finished
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.storage import AppendedFile, storage_of
+from eutectic.storage.small_files import parse_json
 
 JOURNAL = "journal.jsonl"
 _FORMAT = 2
@@ -68,6 +72,18 @@ def request_identity(plan: Plan, inputs: Inputs) -> str:
         },
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class _Line(BaseModel):
+    """A line of a journal: a finished task, and what it gave."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    stage: str
+    tensor: str
+    sha256: str
+    record: dict[str, Any]
+    norms: dict[str, float]
 
 
 class Journal(Ledger):
@@ -129,9 +145,11 @@ class Journal(Ledger):
             self._write(header)
             return False
         for line in lines[1:]:
-            item = json.loads(line)
-            key = (item["stage"], item["tensor"])
-            self.finished[key] = Finished(item["sha256"], item["record"], item["norms"])
+            # A line that the disk lost, such as one of zeros after a power cut, costs its tensor.
+            with suppress(ValueError):
+                item = _Line.model_validate(parse_json(line))
+                done = Finished(item.sha256, item.record, item.norms)
+                self.finished[item.stage, item.tensor] = done
         return True
 
     def add(self, stage: str, tensor: str, finished: Finished) -> None:

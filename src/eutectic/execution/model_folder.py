@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -10,28 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from eutectic.checkpoint.adapters import WEIGHT_NAMES
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.folder import copy_side_files, layout_files, survey
-from eutectic.checkpoint.hub import hub_id
-from eutectic.checkpoint.index import CheckpointIndex, modules_with_weights
+from eutectic.checkpoint.index import CheckpointIndex, modules_with_weights, read_json_object
 from eutectic.checkpoint.quantised.side_files import forget_quantisation
 from eutectic.checkpoint.writer import OutputFile, write_atomically
 from eutectic.conventions_ties import is_tied, with_tie
+from eutectic.errors import OutputError
 from eutectic.execution.expert_folders import write_expert_folders
+from eutectic.execution.model_card import PROVENANCE, card, licence_of
 from eutectic.execution.tasks import Finished
 from eutectic.planning.cost import merged_by, treatments
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import OutputLayout, Plan
-from eutectic.planning.tensor_plan import COPY
+from eutectic.storage.small_files import JOURNAL_BYTES, read_json
 from eutectic.types import Statistics
-from eutectic.words import shares
-
-PROVENANCE = "eutectic.json"
-_FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 
 
 def document(
@@ -56,8 +51,9 @@ def document(
         "parents": {
             "base": {
                 "name": names["base"],
+                "hub": plan.request.hub_base,
                 "fingerprint": inputs.base.fingerprint(),
-                "licence": _licence(inputs.index.folder if inputs.index else None),
+                "licence": licence_of(inputs.index.folder if inputs.index else None),
             },
             **{
                 name: _parent(names[name], expert, inputs.statistics.get(name))
@@ -80,11 +76,16 @@ def document(
     return provenance
 
 
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Return what a merged model's folder says of its merge."""
+    return read_json(folder / PROVENANCE, OutputError, limit=JOURNAL_BYTES)
+
+
 def _parent(name: str, expert: Expert, statistics: Statistics | None = None) -> dict[str, Any]:
     """Describe an expert, and which data its statistics are of, if the recipe names any."""
     known = statistics is not None and statistics.provenance
     data = {"statistics": known["data"]} if known else {}
-    licence = _licence(expert.folder)
+    licence = licence_of(expert.folder)
     return {"name": name, "fingerprint": expert.fingerprint(), "licence": licence, **data}
 
 
@@ -143,56 +144,6 @@ def _copy_side_files(plan: Plan, inputs: Inputs, index: CheckpointIndex, model: 
         copy_side_files(index.folder, model, layout)
 
 
-def card(provenance: Mapping[str, Any]) -> str:
-    """Return the model card: front matter that hubs read, parents, recipe."""
-    parents = provenance["parents"]
-    sources = dict(parents)
-    if "initial" in provenance:
-        sources["initial"] = provenance["initial"]
-    licences = {p["licence"] for p in sources.values()}
-    base = parents["base"]["name"]
-    known = hub_id(base)  # cards name the model alone, without revision and folder
-    base = base if known is None else known.model
-    front: dict[str, Any] = {"tags": ["merge", "eutectic"], "base_model": [base]}
-    if len(licences) == 1 and "unknown" not in licences:
-        front["license"] = licences.pop()
-    rows = "\n".join(
-        f"| {role} | {p['name']} | {p['licence']} | `{p['fingerprint'][:16]}` |"
-        for role, p in sources.items()
-    )
-    counts = ", ".join(f"{n} {name}" for name, n in provenance["treatments"].items())
-    notes = "".join(f"- {note}\n" for note in provenance["notes"]) or "- none\n"
-    method, taken = provenance["recipe"]["method"], provenance["merged_by"]
-    by = f"`{method}`"
-    if method not in taken:
-        others = ", ".join(f"`{name}`" for name in taken if name != COPY)
-        by = f"{others} (asked for: `{method}`, which no tensor takes)"
-    recipe = yaml.safe_dump(provenance["recipe"], sort_keys=False, allow_unicode=True)
-    return (
-        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
-        f"# Merged model\n\nMerged from {len(parents) - 1} experts by {by} with scale "
-        f"{provenance['scale']:g}, using eutectic {provenance['eutectic']} "
-        f"(torch {provenance['torch']}). Tensors: {counts}; {shares(provenance['shares'])}.\n\n"
-        f"| role | model | licence | fingerprint |\n|---|---|---|---|\n{rows}\n\n"
-        "The fingerprint identifies a checkpoint's content by samples of every tensor. Hashes of "
-        f"every merged tensor are in `{PROVENANCE}`.\n\n"
-        f"## Recipe\n\n```yaml\n{recipe}```\n\n## Notes\n\n{notes}"
-    )
-
-
-def _licence(folder: Path | None) -> str:
-    """Return the licence that a model's card states, or "unknown"."""
-    if folder is None:
-        return "unknown"
-    try:
-        match = _FRONT_MATTER.match((folder / "README.md").read_text(encoding="utf-8"))
-        front = yaml.safe_load(match[1]) if match else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return "unknown"
-    licence = front.get("license") if isinstance(front, dict) else None
-    return licence if isinstance(licence, str) else "unknown"
-
-
 def _stated_dtype(config: Mapping[str, Any]) -> str | None:
     found = config.get("dtype", config.get("torch_dtype"))
     known = isinstance(found, str) and isinstance(getattr(torch, found, 0), torch.dtype)
@@ -216,7 +167,7 @@ def _state_dtype(config: Path, dtype: str) -> None:
     """Write the output's dtype into its config under whichever key the model uses."""
     if not config.exists():
         return  # bare weights without a config
-    values = json.loads(config.read_text(encoding="utf-8"))
+    values = read_json_object(config)
     if "architecture" in values and "model_type" not in values:
         return  # timm reads the dtype from the weights
     key = "torch_dtype" if "torch_dtype" in values else "dtype"
@@ -228,7 +179,7 @@ def _state_ties(config: Path, tied: bool | None) -> None:
     """Let a configuration say of tied tables what the weights are, if it says otherwise."""
     if tied is None or not config.exists():
         return
-    values = json.loads(config.read_text(encoding="utf-8"))
+    values = read_json_object(config)
     stated = is_tied(values)
     if stated is not tied and not (tied and stated is None):
         written = json.dumps(with_tie(values, tied), indent=2, ensure_ascii=False)

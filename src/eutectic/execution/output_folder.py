@@ -1,6 +1,5 @@
 """The output folder: refused beforehand, written aside, and moved to its name when complete."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from eutectic.checkpoint.writer import CheckpointWriter, OutputFile
 from eutectic.errors import Note, OutputError, RequestError
 from eutectic.execution.executors import Limits
 from eutectic.execution.journal import JOURNAL, Journal, records_of, request_identity
-from eutectic.execution.model_folder import PROVENANCE, document, write_folder
+from eutectic.execution.model_folder import PROVENANCE, document, read_provenance, write_folder
 from eutectic.execution.schedule import CHOSEN, Choose, Desk, Unscaled, merged_deltas, run_schedule
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan, output_layout, with_scale
@@ -69,7 +68,7 @@ def _chosen_before(
     """Return the plan with the α of a model that was finished before its run could end."""
     if choose is None:
         return plan, None
-    made = json.loads((output / PROVENANCE).read_text(encoding="utf-8"))
+    made = read_provenance(output)
     kept = journal.finished[CHOSEN, "note"].record
     note = Note(kept["kind"], tuple(kept["subject"]), kept["numbers"], kept["level"])
     return with_scale(plan, made["scale"], note), made["search"]

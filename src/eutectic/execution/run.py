@@ -1,6 +1,5 @@
 """The public entries: a merge of files, of state dicts, and of two experts in every mixture."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -14,7 +13,7 @@ from eutectic.checkpoint.writer import MemoryWriter
 from eutectic.errors import Note, RequestError
 from eutectic.execution.executors import Progress, limits_of, peak_bytes
 from eutectic.execution.journal import Ledger, request_identity
-from eutectic.execution.model_folder import PROVENANCE
+from eutectic.execution.model_folder import PROVENANCE, read_provenance
 from eutectic.execution.output_folder import check_output, write_to_folder
 from eutectic.execution.schedule import Chooser, Desk, refuse_search, run_schedule
 from eutectic.planning.cost import check_memory, merged_by, treatments
@@ -245,7 +244,7 @@ def mixture_name(value: float) -> str:
 
 def _check_same(folder: Path, recipe: Mapping[str, Any]) -> None:
     """Refuse a finished merge of another request."""
-    made = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
+    made = read_provenance(folder)
     checked, source = recipe_from(recipe, {})
     with open_inputs(checked, source) as inputs:
         asked = request_identity(make_plan(checked, inputs, source), inputs)

@@ -36,7 +36,7 @@ from eutectic.planning.ties import Ties, find_ties
 from eutectic.recipes.load import Source
 from eutectic.recipes.schema import Recipe, ScaleSearch
 from eutectic.types import Treatment
-from eutectic.words import few
+from eutectic.words import few, plain
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class StatedRequest:
     published: Mapping[str, Any]
     names: Mapping[str, str]  # parent ("base", "initial", the experts) -> its name in public
     statistics_files: Mapping[str, str]  # expert -> its statistics file
+    hub_base: bool = False  # whether the base is a model of the hub, which cards may link to
 
 
 @dataclass(frozen=True)
@@ -189,17 +190,18 @@ def _stated_request(recipe: Recipe) -> StatedRequest:
         values["experts"][name] = own["path"] if len(own) == 1 else own
         names[name] = own["path"]
     files = {n: s.statistics for n, s in recipe.experts.items() if s.statistics is not None}
-    return StatedRequest(recipe.model_dump(mode="json"), values, names, files)
+    complete, hub_base = recipe.model_dump(mode="json"), _is_hub_id(recipe.base)
+    return StatedRequest(complete, values, names, files, hub_base)
 
 
 def _shown(path: str) -> str:
     """Return a hub id as it is, and of a local path its last part."""
-    parts = Path(path).parts
-    if not path.startswith((".", "/", "~")) and len(parts) <= 2:
-        return path
-    if hub_id(path) is not None and not Path(path).exists():
-        return path
-    return Path(path).name or path
+    return path if _is_hub_id(path) else plain(Path(path).name) or path
+
+
+def _is_hub_id(path: str) -> bool:
+    """Tell whether a checked recipe means a model of the hub: its local paths lead somewhere."""
+    return hub_id(path) is not None and not Path(path).exists()
 
 
 def _request(recipe: Recipe, inputs: Inputs, source: Source) -> MergeRequest:

@@ -91,7 +91,9 @@ def _check_nodes(root: yaml.Node) -> None:
             values = 1 + sum(count for count, _ in inner)
             levels = 1 + max((depth for _, depth in inner), default=0)
             if values > MOST_VALUES or levels > MOST_LEVELS:
-                what = f"{MOST_VALUES:,} values" if values > MOST_VALUES else f"{MOST_LEVELS} levels"
+                what = (
+                    f"{MOST_VALUES:,} values" if values > MOST_VALUES else f"{MOST_LEVELS} levels"
+                )
                 raise _refused(f"aliases expand beyond the limit of {what}", node)
             weights[key] = (values, levels)
         elif key in open_nodes:

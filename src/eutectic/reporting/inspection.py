@@ -25,6 +25,7 @@ from eutectic.reporting.matrix_measures import check_error
 from eutectic.reporting.plots import check_plots, draw
 from eutectic.reporting.schema import Inspection, Layer
 from eutectic.reporting.summary import summarise
+from eutectic.storage.small_files import INDEX_BYTES, read_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -248,7 +249,7 @@ class _Results(_View):
 def _read_nai(path: Path, merged: Sequence[str]) -> tuple[str, dict[str, dict[str, float | None]]]:
     """Return the split that was scored, and merged model -> expert -> mean NAI of its tasks."""
     try:
-        results = _Results.model_validate_json(path.read_bytes())
+        results = _Results.model_validate_json(read_bytes(path, INDEX_BYTES))
     except OSError as error:
         raise RequestError(f"{path}: cannot be read ({error.strerror}).") from None
     except ValidationError as error:

@@ -20,6 +20,7 @@ from eutectic.routed.forward_pass import Routing, install_hooks
 from eutectic.routed.routed_modules import Experts, RoutedLinear, install
 from eutectic.routed.router import ROUTERS, RouterKind
 from eutectic.routed.routing_modes import routing_of
+from eutectic.storage.small_files import read_bytes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -153,7 +154,7 @@ def _tensors(path: Path, held: Mapping[str, Tensor], layer: Site, experts: int) 
 def _read_description(path: Path) -> Description:
     file = path / DESCRIPTION
     try:
-        description = Description.model_validate_json(file.read_bytes())
+        description = Description.model_validate_json(read_bytes(file))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not a routed model, it has no {DESCRIPTION}.") from None
     except OSError as error:

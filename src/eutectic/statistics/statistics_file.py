@@ -30,6 +30,7 @@ from torch import Tensor
 from eutectic.checkpoint.header import build_header, read_header
 from eutectic.errors import CheckpointError, OutputError, StatisticsError, suggest
 from eutectic.storage import storage_of
+from eutectic.storage.small_files import parse_json
 from eutectic.types import LayerStatistics
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
@@ -257,7 +258,7 @@ class TensorFile(Mapping[str, Tensor]):
                 "metadata).\nCollect one with: eutectic collect CHECKPOINT --data … -o FILE"
             )
         try:
-            record = json.loads(header.metadata[key])
+            record = parse_json(header.metadata[key])
         except ValueError as error:
             raise StatisticsError(f"{path}: its record is not valid JSON ({error}).") from error
         if not isinstance(record, dict):

@@ -4,12 +4,13 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from eutectic.errors import OutputError, ResumeError, StatisticsError
+from eutectic.errors import OutputError, ResumeError, StatisticsError, first_line
 from eutectic.statistics.statistics_file import TensorFile, write_tensors
 from eutectic.storage import storage_of
 
@@ -45,6 +46,22 @@ class Snapshot:
     log: DataLog
 
 
+class _Stood(BaseModel):
+    """What the record of a snapshot says."""
+
+    model_config = ConfigDict(strict=True)
+
+    part: Annotated[int, Field(ge=0)]
+    batches: Annotated[int, Field(ge=0)]
+    log: list[str]
+
+
+def _damaged(path: Path, error: Exception) -> ResumeError:
+    return ResumeError(
+        f"{path}: damaged ({first_line(error)}).\nRemove {path.parent} to start anew."
+    )
+
+
 @dataclass(frozen=True)
 class Partial:
     """The folder `<output>.partial` of one collection.
@@ -67,9 +84,13 @@ class Partial:
         file = self._read(_SNAPSHOT)
         if file is None:
             return None
-        log = DataLog(file["examples"].tolist(), list(file.record["log"]))
+        try:
+            stood = _Stood.model_validate(file.record)
+            log = DataLog(file["examples"].tolist(), stood.log)
+        except (KeyError, ValueError) as error:
+            raise _damaged(file.path, error) from error
         sums = {name: file[name] for name in file if name != "examples"}
-        return Snapshot(file.record["part"], file.record["batches"], sums, log)
+        return Snapshot(stood.part, stood.batches, sums, log)
 
     def save_pass(
         self, part: int, tensors: Mapping[str, Tensor], counts: Mapping[str, Any]
@@ -80,7 +101,12 @@ class Partial:
     def load_pass(self, part: int) -> tuple[Mapping[str, Tensor], dict[str, Any]] | None:
         """Return what a pass gave, read when asked for, or None when it is not finished."""
         file = self._read(_PASS.format(part))
-        return None if file is None else (file, file.record["counts"])
+        if file is None:
+            return None
+        counts = file.record.get("counts")
+        if not isinstance(counts, dict):
+            raise _damaged(file.path, ValueError("'counts' is no object"))
+        return file, counts
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         write_tensors(self.folder / name, tensors, _KEY, {"identity": self.identity, **record})

@@ -10,7 +10,6 @@ stored as the linear layer that it is, transposed. Source: `bitsandbytes.functio
 these are bit by bit.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from eutectic.checkpoint.quantised.codes import (
     Transposed,
     Unreadable,
 )
+from eutectic.storage.small_files import parse_json
 
 _INVERSE_127 = 7.874015718698502e-3  # as bitsandbytes writes it
 _STATE = ".quant_state.bitsandbytes__"
@@ -130,7 +130,7 @@ def _four_bit(state: str, entries: Entries, read: Read) -> FourBit:
     if stored is None or absmax is None or f"{name}.quant_map" not in entries:
         raise Unreadable(f"'{name}', its absmax or its quant_map is missing")
     try:
-        told = json.loads(read(state, 0, entries[state].numel).numpy().tobytes())
+        told = parse_json(read(state, 0, entries[state].numel).numpy().tobytes())
         shape, run = tuple(int(n) for n in told["shape"]), int(told["blocksize"])
         dtype = getattr(torch, str(told["dtype"]).removeprefix("torch."))
         nested_run = int(told["nested_blocksize"]) if "nested_offset" in told else 0
