@@ -76,5 +76,6 @@ def licence_of(folder: Path | None) -> str:
     except (OSError, *UNREADABLE):
         return UNKNOWN  # somebody's card is no reason for a merge to fail
     licence = front.get("license") if isinstance(front, dict) else None
-    usable = isinstance(licence, str) and is_plain(licence) and len(licence) <= _LONGEST_LICENCE
-    return licence if usable else UNKNOWN
+    if not isinstance(licence, str) or len(licence) > _LONGEST_LICENCE or not is_plain(licence):
+        return UNKNOWN
+    return licence
