@@ -151,7 +151,7 @@ def _tensor(path: Path, file: str, name: str, item: Any, data_start: int) -> Ten
             f"Known types: {', '.join(DTYPES)}."
         )
     if not _is_size_list(shape):
-        raise broken(f"shape {shown(shape)} is not a list of at most {MOST_AXES} sizes ≥ 0")
+        raise broken(f"shape {shown(shape)} is not a list of sizes ≥ 0, {MOST_AXES} at most")
     if not _is_size_list(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise broken(f"data_offsets {shown(offsets)} are not [begin, end] with 0 ≤ begin ≤ end")
     dtype = DTYPES[code]
