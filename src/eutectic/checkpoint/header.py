@@ -18,7 +18,7 @@ from eutectic.checkpoint.odd_files import HEAD_BYTES, by_content, start_of
 from eutectic.errors import CheckpointError
 from eutectic.storage import OpenedFile, storage_of
 from eutectic.storage.small_files import INDEX_BYTES, parse_json
-from eutectic.words import is_plain, shown
+from eutectic.words import shown
 
 MAX_HEADER_BYTES = INDEX_BYTES
 MOST_AXES = 64  # of a tensor
@@ -140,8 +140,6 @@ def _tensor(path: Path, file: str, name: str, item: Any, data_start: int) -> Ten
     def broken(what: str) -> CheckpointError:
         return _broken(path, f"inconsistent header: tensor '{name}': {what}")
 
-    if not is_plain(name):
-        raise _broken(path, f"corrupt: the tensor name {name[:80]!r} holds control characters")
     if not isinstance(item, dict) or not {"dtype", "shape", "data_offsets"} <= item.keys():
         raise broken("it needs 'dtype', 'shape' and 'data_offsets'")
     code, shape, offsets = item["dtype"], item["shape"], item["data_offsets"]
