@@ -30,7 +30,7 @@ def card(provenance: Mapping[str, Any]) -> str:
         sources["initial"] = provenance["initial"]
     licences = {p["licence"] for p in sources.values()}
     front: dict[str, Any] = {"tags": ["merge", "eutectic"]}
-    known = hub_id(parents["base"]["name"]) if parents["base"]["hub"] else None
+    known = hub_id(parents["base"]["name"]) if parents["base"].get("hub") else None
     if known is not None:  # cards name the model alone, without revision and folder
         front["base_model"] = [known.model]
     if len(licences) == 1 and UNKNOWN not in licences:

@@ -51,7 +51,7 @@ def document(
         "parents": {
             "base": {
                 "name": names["base"],
-                "hub": plan.request.hub_base,
+                **({"hub": True} if plan.request.hub_base else {}),
                 "fingerprint": inputs.base.fingerprint(),
                 "licence": licence_of(inputs.index.folder if inputs.index else None),
             },
