@@ -11,8 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from eutectic.errors import MethodError, NumericalError
-from eutectic.methods.linear import finite
+from eutectic.errors import MethodError
 from eutectic.methods.registry import Context
 from eutectic.types import LayerStatistics
 
@@ -174,12 +173,9 @@ class Sums:
         if entry.gram is not None or entry.gram_factor is None:
             return self.square(t, "gram", size, weight)
         scale = weight / self._divisor(t, "gram")
-        rows = len(entry.gram_factor)
-        _check(entry.gram_factor, "gram_factor", (rows, size), self.context, t)
         stored = entry.gram_factor.to(self.like)
         remainder = None
         if entry.gram_diagonal is not None:
-            _check(entry.gram_diagonal, "gram_diagonal", (size,), self.context, t)
             remainder = entry.gram_diagonal.to(self.like) * scale
         if self.off_diagonal != 1:
             own = (1 - self.off_diagonal) * scale * stored.square().sum(0)
@@ -190,7 +186,6 @@ class Sums:
     def square(self, t: int, need: str, size: int, weight: float) -> Gram:
         """Return `weight` times a stored square matrix of expert t; see `input_gram`."""
         stored = _stored(self.context, t, need)
-        _check(stored, need, (size, size), self.context, t)
         matrix = stored.to(self.like)
         if self.off_diagonal != 1:
             matrix = scaled_off_diagonal(matrix, self.off_diagonal)
@@ -199,7 +194,6 @@ class Sums:
     def fisher_diagonal(self, t: int) -> Tensor:
         """Return the diagonal Fisher of expert t, in the shape of `like`, in float64."""
         stored = _stored(self.context, t, "fisher_diagonal")
-        _check(stored, "fisher_diagonal", tuple(self.like.shape), self.context, t)
         return stored.to(self.like.device, torch.float64) / self._divisor(t, "fisher_diagonal")
 
     def _divisor(self, t: int, need: str) -> float:
@@ -233,20 +227,6 @@ def _examples(entry: LayerStatistics, need: str) -> int:
 def _tensors(entry: LayerStatistics, need: str) -> list[Tensor]:
     names = ("gram", "gram_factor", "gram_diagonal") if need == "gram" else (need,)
     return [x for x in (getattr(entry, name) for name in names) if x is not None]
-
-
-def _check(value: Tensor, name: str, shape: tuple[int, ...], context: Context, t: int) -> None:
-    if tuple(value.shape) != shape:
-        raise MethodError(
-            f"{_where(context, t)}: {name} has shape {list(value.shape)}, "
-            f"the tensor asks for {list(shape)}.\n"
-            "The statistics belong to another layer, layout or checkpoint."
-        )
-    if not finite(value):
-        raise NumericalError(
-            f"{_where(context, t)}: NaN or Inf in {name}; nothing was merged.\n"
-            "Collect the statistics of this expert again, in float32."
-        )
 
 
 def _where(context: Context, t: int) -> str:

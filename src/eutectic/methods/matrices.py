@@ -12,6 +12,7 @@ from eutectic.errors import MethodError, NumericalError
 from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.methods.linear import finite
 from eutectic.methods.registry import Context, Method, all_methods, get_method
+from eutectic.methods.sound_statistics import check_statistics
 from eutectic.types import LayerStatistics, Merged
 
 Deltas = Tensor | LowRankStack | Sequence[Tensor | LowRank | tuple[Tensor, Tensor]]
@@ -100,6 +101,7 @@ def run_method(
     Thin factors are expanded unless the method takes them. The state is prepared here unless
     `context.state` holds one already (model scope).
     """
+    check_statistics(entry.needs(values), tuple(deltas.shape[1:]), context)
     in_weights = entry.space(values) == "weight"
     base = context.base if in_weights else None
     if in_weights and base is None:
