@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +26,9 @@ from eutectic.checkpoint.output_format import (
 )
 from eutectic.checkpoint.writer import OutputFile, write_atomically
 from eutectic.conventions import CLASSIFIERS, is_token_embedding
+from eutectic.execution.merging import not_finite
 from eutectic.execution.tensor_values import flat_ranges
+from eutectic.methods.linear import finite
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import OutputLayout, Plan
 from eutectic.storage import storage_of
@@ -46,6 +49,7 @@ class _Target:
     model: Path  # the folder of the merged model
     format: OutputFormat
     dtype: torch.dtype | None
+    nonfinite: Literal["error", "allow"]
     variants: Variants
 
 
@@ -61,7 +65,8 @@ def write_expert_folders(plan: Plan, inputs: Inputs, model: Path, layout: Output
     variants: Variants = {}
     for name, heads in plan.heads.items():
         expert, folder = inputs.experts[name], model / "experts" / name
-        to = _Target(folder, expert, inputs, model, layout.format, plan.output.dtype, variants)
+        dtype, nonfinite = plan.output.dtype, plan.output.nonfinite
+        to = _Target(folder, expert, inputs, model, layout.format, dtype, nonfinite, variants)
         homes = {head: _home(head, expert, index) for head in heads}
         parts = {index.module_of(file.name): [] for file in layout.files}
         for file in layout.files:
@@ -236,7 +241,10 @@ def _fill_heads(
     for head, row in heads.items():
         for start, stop in flat_ranges(head.numel):
             values = _head_values(to.inputs, to.expert, head, start, stop)
-            opened.write(row.name, start, values.to(row.dtype))
+            stored = values.to(row.dtype)
+            if to.nonfinite == "error" and stored.dtype.is_floating_point and not finite(stored):
+                raise not_finite(head.name, values, row.dtype, f"'{to.folder.name}'")
+            opened.write(row.name, start, stored)
 
 
 def _head_values(

@@ -24,7 +24,7 @@ from eutectic.execution.tensor_values import (
 from eutectic.methods import Method, get_method
 from eutectic.methods.linear import finite
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.tensor_plan import TensorPlan
+from eutectic.planning.tensor_plan import COPY, TensorPlan
 
 
 def matrix_name(planned: TensorPlan, block: int, part: str) -> str:
@@ -242,6 +242,11 @@ def scale_tensor(
 
 def scaled(base: Tensor | None, merged: Tensor, planned: TensorPlan, alpha: float) -> Tensor:
     """Return W₀ + α·Δ from what `merge_unscaled` emits; `base` may be absent where α = 1."""
+    if abs(alpha) > torch.finfo(planned.compute).max:
+        raise NumericalError(
+            f"{planned.name}: the scale {alpha:.3g} is beyond the range of {planned.compute}.\n"
+            "Choose a smaller scale."
+        )
     if not holds_weight(planned):
         assert base is not None
         return torch.add(base, merged, alpha=alpha)
@@ -255,12 +260,32 @@ def holds_weight(planned: TensorPlan) -> bool:
 
 
 def narrow(values: Tensor, planned: TensorPlan) -> Tensor:
-    """Return values in the output's dtype."""
+    """Return values in the output's dtype; NaN and Inf are refused, whatever they come from."""
     result = values.to(planned.dtype)
-    at_risk = planned.dtype == torch.float16 and values.dtype != torch.float16
-    if at_risk and planned.nonfinite == "error" and finite(values) and not finite(result):
-        raise NumericalError(
-            f"{planned.name}: merged values reach {float(values.abs().max()):.3g}, beyond the "
-            "range of float16.\nChoose dtype: bfloat16 or float32, or a smaller scale."
-        )
+    if planned.nonfinite == "error" and result.dtype.is_floating_point and not finite(result):
+        where = "the base" if planned.method == COPY else ""
+        raise not_finite(planned.name, values, planned.dtype, where)
     return result
+
+
+def not_finite(name: str, values: Tensor, dtype: torch.dtype, where: str = "") -> NumericalError:
+    """Return the error that a tensor of the output would hold NaN or Inf; `where` holds it."""
+    short = str(dtype).removeprefix("torch.")
+    if finite(values):
+        wider = "float32" if dtype in (torch.float16, torch.bfloat16) else "float64"
+        if dtype == torch.float16:
+            wider = "bfloat16 or float32"
+        return NumericalError(
+            f"{name}: {'values of ' + where if where else 'merged values'} reach "
+            f"{float(values.abs().max()):.3g}, beyond the range of {short}.\n"
+            f"Choose dtype: {wider}, or a smaller scale."
+        )
+    if where:
+        return NumericalError(
+            f"{name}: NaN or Inf in {where}, which the output would hold as it is.\n"
+            "Repair the checkpoint, or set nonfinite: allow."
+        )
+    return NumericalError(
+        f"{name}: the merged values are NaN or Inf: they overflow {str(values.dtype)[6:]}.\n"
+        "Choose a smaller scale or weight, or set nonfinite: allow."
+    )

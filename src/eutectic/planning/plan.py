@@ -61,6 +61,7 @@ class OutputOptions:
     side_files: str  # "base", or the expert whose config and tokenizer files are copied
     shard_bytes: int | None = None  # most bytes in one file; None where files are the base's
     tied: bool | None = None  # what its configuration says of tied tables; None: as it stands
+    nonfinite: Literal["error", "allow"] = "error"  # NaN or Inf in it
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,12 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         heads=heads,
         left_out=left_out,
         output=OutputOptions(
-            dtype, recipe.heads, recipe.side_files, recipe.shard_size, request.ties.tied
+            dtype,
+            recipe.heads,
+            recipe.side_files,
+            recipe.shard_size,
+            request.ties.tied,
+            recipe.nonfinite,
         ),
         request=_stated_request(recipe),
         shares=shares,

@@ -116,7 +116,7 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
     missing: Literal["error", "base", "available"] = "error"
     # Tensors of an expert that the base lacks, are no heads, and may be the base's by other names.
     unmatched: Literal["error", "leave"] = "error"
-    nonfinite: Literal["error", "allow"] = "error"  # NaN or Inf in an expert
+    nonfinite: Literal["error", "allow"] = "error"  # NaN or Inf, read or to be written
     side_files: str = "base"  # or the expert whose configuration and tokenizer files are copied
     statistics_of: Literal["expert", "any"] = "expert"  # the checkpoint they were collected on
     # Most bytes of tensors in one file, such as "5GB"; None lays the output out like the base.
