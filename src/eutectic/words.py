@@ -209,6 +209,7 @@ SENTENCES: dict[str, Template] = {
         "expert '{0}' is an adapter on a quantised base: its change is added to the dequantised "
         "weights, as peft's merge_and_unload does after dequantising"
     ),
+    "other_prefix": "expert '{0}': the prefix '{1}' of its keys is the base's '{2}'",
     "read_as": _read_as,
     "repeated": "expert '{expert}' holds these again under other names, unchanged: {few}",
     "copied": _of_the_base("copied from the base, since no expert has them: {few}"),

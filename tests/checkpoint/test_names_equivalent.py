@@ -266,3 +266,13 @@ def test_extra_tensors_are_spelt_as_the_base_spells_their_module() -> None:
     }
     more = {"language_model.lm_head.weight": torch.ones(2, 2)}
     assert set(expert(own, base | more).extra) == {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("outer", ["policy.", "a.b."])
+def test_own_names_around_the_whole_model(outer: str) -> None:
+    base = [f"policy.{name}" for name in qwen("Qwen2-VL, files")]
+    own = [outer + name for name in qwen("Qwen2-VL, memory")]
+    mapping, alignment = align(base, own)
+    assert mapping == dict(zip(own, base, strict=True))
+    assert (alignment.strip, alignment.add) == (outer, "policy.")
+    assert alignment.to_base(f"{outer}score.weight", base) == "policy.score.weight"

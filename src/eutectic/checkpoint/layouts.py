@@ -23,8 +23,10 @@ from eutectic.conventions_layouts import (
     Packing,
     packing,
 )
-from eutectic.conventions_names import canonical
 from eutectic.errors import CheckpointError
+
+# How names of the base, and keys of the expert, are compared.
+Forms = tuple[Callable[[str], str], Callable[[str], str]]
 
 
 @dataclass(frozen=True)
@@ -54,17 +56,16 @@ def model_types(config: Mapping[str, Any]) -> frozenset[str]:
 def rearranged(
     tables: tuple[Mapping[str, TensorEntry], Mapping[str, TensorEntry]],
     mapping: Mapping[str, str],
-    called: Callable[[str], str],
+    forms: Forms,
     configs: Sequence[Mapping[str, Any]],
     label: str,
-    forms: Mapping[str, str] | None = None,
 ) -> dict[str, View]:
     """Return how tensors of the base are made of an expert's tensors that have another layout.
 
     `tables` and `configs` are those of the base and of the expert; `mapping` says which key meets
-    which name as it is, and stacks among them whose axes are exchanged are made anew. `called` says
-    what the base would call a key; `forms` are other names of the base's tensors. CheckpointError
-    where shapes and configurations allow two readings that differ.
+    which name as it is, and stacks among them whose axes are exchanged are made anew. `forms` says
+    how names are compared. CheckpointError where shapes and configurations allow two readings that
+    differ.
     """
     base, own = tables
     met = {name: key for key, name in mapping.items()}
@@ -73,13 +74,12 @@ def rearranged(
         return {}
     names = [name for name in base if name not in met]
     keys = [key for key in own if key not in mapping]
-    known = {} if forms is None else forms
-    wanted = _packings(names, base, lambda name: known.get(name, name))
+    wanted = _packings(names, base, forms[0])
     if not (wanted or turned):
         return {}
-    held = _packings(keys, own, called)
+    held = _packings(keys, own, forms[1])
     if turned:  # which square stacks are exchanged too is only to be seen with all of them
-        pairs = _packings(list(met), base, lambda name: name)
+        pairs = _packings(list(met), base, forms[0])
         pairs = {name: found for name, found in pairs.items() if found.stacked}
         wanted.update(pairs)
         held.update({met[name]: found for name, found in pairs.items()})
@@ -111,9 +111,9 @@ def _swapped(one: TensorEntry, other: TensorEntry) -> bool:
 
 
 def _packings(
-    names: Sequence[str], entries: Mapping[str, TensorEntry], called: Callable[[str], str]
+    names: Sequence[str], entries: Mapping[str, TensorEntry], form: Callable[[str], str]
 ) -> dict[str, Packing]:
-    found = {n: packing(canonical(called(n)).name, len(entries[n].shape)) for n in names}
+    found = {n: packing(form(n), len(entries[n].shape)) for n in names}
     return {name: how for name, how in found.items() if how is not None}
 
 

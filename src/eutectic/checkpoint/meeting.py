@@ -13,7 +13,7 @@ import torch
 
 from eutectic.checkpoint.arranged import View
 from eutectic.checkpoint.index import TensorEntry
-from eutectic.checkpoint.layouts import layout_readings, rearranged
+from eutectic.checkpoint.layouts import Forms, layout_readings, rearranged
 from eutectic.checkpoint.library_names import library_forms
 from eutectic.checkpoint.names import Alignment, Reading, align
 from eutectic.checkpoint.reader import TensorSource
@@ -40,22 +40,15 @@ def meet(
     """Return how a full checkpoint meets the base; `configs` are the base's and its own."""
     own = source.entries
     mapping, alignment = align(base, own, expert=label, same=partial(_same_values, source))
-    known = frozenset(base)
-
-    def called(key: str) -> str:
-        return alignment.to_base(key, known)
-
-    views = rearranged((base, own), mapping, called, configs, label)
+    aligned = alignment
+    views = rearranged((base, own), mapping, _forms(aligned), configs, label)
     used = {*mapping, *alignment.copies}.union(*(view.keys for view in views.values()))
-    left = {key: called(key) for key in own if key not in used}
     met = {*mapping.values(), *views}
-    more, forms = _by_library([name for name in base if name not in met], left, configs)
+    left = [name for name in base if name not in met], [key for key in own if key not in used]
+    more, forms = _by_library(left, aligned, configs)
     if forms:
         mapping, alignment = {**mapping, **more}, _told(alignment, more)
-        renamed = {**left, **{key: forms.get(name, name) for key, name in left.items()}}
-        views = rearranged(
-            (base, own), mapping, lambda key: renamed.get(key, called(key)), configs, label, forms
-        )
+        views = rearranged((base, own), mapping, _forms(aligned, forms), configs, label)
         used = {*mapping, *alignment.copies}.union(*(view.keys for view in views.values()))
     if views:
         readings = (*alignment.readings, *layout_readings(views))
@@ -69,22 +62,41 @@ def meet_names(
 ) -> tuple[Mapping[str, str], Alignment]:
     """Return which names of the base an adapter acts on, and by what alignment."""
     mapping, alignment = align(base, own, expert=label)
-    known, met = frozenset(base), frozenset(mapping.values())
-    left = {key: alignment.to_base(key, known) for key in own if key not in mapping}
-    more, _ = _by_library([name for name in base if name not in met], left, configs)
+    met = frozenset(mapping.values())
+    left = [name for name in base if name not in met], [key for key in own if key not in mapping]
+    more, _ = _by_library(left, alignment, configs)
     return {**mapping, **more}, _told(alignment, more)
 
 
 def _by_library(
-    names: Sequence[str], called: Mapping[str, str], configs: Sequence[Config]
+    left: tuple[Sequence[str], Sequence[str]], alignment: Alignment, configs: Sequence[Config]
 ) -> tuple[dict[str, str], Mapping[str, str]]:
     """Return the keys that meet a name as transformers relates them, and what it calls both."""
-    forms = library_forms(names, called.values(), configs)
+    bare = (
+        {name: name.removeprefix(alignment.add) for name in left[0]},
+        {key: key.removeprefix(alignment.strip) for key in left[1]},
+    )
+    forms = library_forms([*bare[0].values()], bare[1].values(), configs)
     if not forms:
         return {}, {}
-    theirs = _unique(names, lambda name: forms.get(name, name))
-    ours = _unique(called, lambda key: forms.get(called[key], called[key]))
+    theirs = _unique(bare[0], lambda name: forms.get(bare[0][name], bare[0][name]))
+    ours = _unique(bare[1], lambda key: forms.get(bare[1][key], bare[1][key]))
     return {ours[form]: name for form, name in theirs.items() if form in ours}, forms
+
+
+def _forms(alignment: Alignment, library: Mapping[str, str] | None = None) -> Forms:
+    """Return how names of the base, and keys of the expert, are compared."""
+    known = library or {}
+
+    def name_form(name: str) -> str:
+        bare = name.removeprefix(alignment.add)
+        return known.get(bare) or canonical(bare).name
+
+    def key_form(key: str) -> str:
+        bare = key.removeprefix(alignment.strip)
+        return known.get(bare) or canonical(bare).name
+
+    return name_form, key_form
 
 
 def _unique(names: Iterable[str], form: Callable[[str], str]) -> dict[str, str]:
@@ -113,7 +125,7 @@ def named_like_base(
     leading: dict[tuple[str, str], Counter[str]] = {}
     language: Counter[str] = Counter()
     for key, name in mapping.items() if keys else ():
-        own, other = canonical(alignment.to_base(key, known)), canonical(name)
+        own, other = alignment.form_of_key(key), alignment.form_of_name(name)
         root = other.name.partition(".")[0]
         leading.setdefault((own.leading, root), Counter())[other.leading] += 1
         if root in LANGUAGE:
@@ -122,14 +134,17 @@ def named_like_base(
     named: dict[str, str] = {}
     taken: set[str] = set()
     for key in keys:
-        name = unwrapped(called := alignment.to_base(key, known))
-        own = canonical(called)
+        called = alignment.to_base(key, known)
+        name = unwrapped(key.removeprefix(alignment.strip))
+        own = alignment.form_of_key(key)
         root = own.name.partition(".")[0]
         found = leading.get((own.leading, root))
         if found and len(found) == 1:
-            name = next(iter(found)) + name.removeprefix(own.leading)
+            name = alignment.add + next(iter(found)) + name.removeprefix(own.leading)
         elif language and root in OUTPUTS and name.startswith(own.leading):
-            name = head + name.removeprefix(own.leading)
+            name = alignment.add + head + name.removeprefix(own.leading)
+        else:
+            name = unwrapped(called)
         if name in known or name in taken:
             name = called
         taken.add(name)

@@ -1,12 +1,13 @@
 """Names: of files inside a checkpoint folder, and of tensors in two checkpoints of one model."""
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 
 from eutectic.conventions_names import (
+    Canonical,
     canonical,
     is_frozen_copy,
     is_trained_copy,
@@ -95,7 +96,9 @@ class Alignment:
 
     def __str__(self) -> str:
         text = "its keys as they are"
-        if self.strip:
+        if self.strip and self.add:
+            text = f"its prefix '{self.strip}' as '{self.add}'"
+        elif self.strip:
             text = f"its keys without the prefix '{self.strip}'"
         elif self.add:
             text = f"its keys with the prefix '{self.add}'"
@@ -103,11 +106,20 @@ class Alignment:
 
     def to_base(self, key: str, base_names: Container[str]) -> str:
         """Return the base's name for one key of the expert, whether the base has it or not."""
-        if self.strip and key.startswith(self.strip):
-            return key[len(self.strip) :]
+        if self.strip:
+            inside = key.startswith(self.strip)
+            return self.add + key[len(self.strip) :] if inside else key
         if self.add and (self.add + key in base_names or key not in base_names):
             return self.add + key
         return key
+
+    def form_of_key(self, key: str) -> Canonical:
+        """Return the canonical form of an expert's key, without what only the expert has."""
+        return canonical(key.removeprefix(self.strip))
+
+    def form_of_name(self, name: str) -> Canonical:
+        """Return the canonical form of a base's name, without what only the base has."""
+        return canonical(name.removeprefix(self.add))
 
 
 Same = Callable[[str, str], bool]  # tells whether two keys of an expert hold the same values
@@ -203,43 +215,46 @@ def _canonically(
 
     The prefix of most literal meetings stays, unless another one lets more keys meet.
     """
-    forms: dict[str, list[str]] = {}
-    for name in base:
-        forms.setdefault(_form(name), []).append(name)
-    unique = {form: names[0] for form, names in forms.items() if len(names) == 1}
-    found = [_with_forms(_met(base, keys, a), keys, unique, frozenset(base)) for a in winners]
+    found = [_with_forms(_met(base, keys, a), base, keys) for a in winners]
     most = max(len(f.mapping) for f in found)
     if most < min(len(keys), len(base)):
-        own = {_form(key) for key in keys}
+        own, names = ({_form(n) for n in side} for side in (keys, base))
         met = Counter(
-            ("strip", p) for k in keys for p in _prefixes(k) if _form(k[len(p) :]) in unique
+            ("strip", p) for k in keys for p in _prefixes(k) if _form(k[len(p) :]) in names
         )
         met.update(("add", p) for n in base for p in _prefixes(n) if _form(n[len(p) :]) in own)
         highest = max(met.values(), default=0)
-        if highest > most:
-            more = _winners(met, highest)
-            tried = [_with_forms(_met(base, keys, a), keys, unique, frozenset(base)) for a in more]
-            best_of = max(len(f.mapping) for f in tried)
-            return [f for f in tried if len(f.mapping) == best_of]
+        more = _winners(met, highest) if highest > most else []
+        # What holds the whole model may have a name of its own on either side.
+        more += [Alignment(p, q) for p in _common_prefixes(keys) for q in _common_prefixes(base)]
+        others = [_with_forms(_met(base, keys, a), base, keys) for a in more]
+        if others and (better := max(len(f.mapping) for f in others)) > most:
+            found, most = others, better
     return [f for f in found if len(f.mapping) == most]
+
+
+def _common_prefixes(names: Sequence[str]) -> list[str]:
+    """Return the leading components that all names share, the shortest first."""
+    return [p for p in _prefixes(names[0]) if all(name.startswith(p) for name in names)]
 
 
 def _form(name: str) -> str:
     return canonical(name).name
 
 
-def _with_forms(
-    found: _Meeting, keys: list[str], unique: Mapping[str, str], names: frozenset[str]
-) -> _Meeting:
+def _with_forms(found: _Meeting, base: tuple[str, ...], keys: list[str]) -> _Meeting:
     """Add the keys that meet only in the form that all their spellings share."""
+    forms: dict[str, list[str]] = {}
+    for name in base:
+        forms.setdefault(found.alignment.form_of_name(name).name, []).append(name)
     held = {name: key for key, name in found.mapping.items()}
     for key in keys:
         if key in found.mapping:
             continue
-        form = canonical(found.alignment.to_base(key, names)).name
-        name = unique.get(form) or unique.get(canonical(key).name)
-        if name is None:
+        names = forms.get(found.alignment.form_of_key(key).name, [])
+        if len(names) != 1:
             continue
+        (name,) = names
         if name in held:
             found.again.append((key, name))
         else:
@@ -292,11 +307,9 @@ def _readings(found: _Meeting, base: Iterable[str]) -> tuple[Reading, ...]:
     met: Counter[tuple[str, str]] = Counter()
     names = frozenset(base)
     for key, name in found.mapping.items():
-        called = found.alignment.to_base(key, names)
-        if called == name:
+        if found.alignment.to_base(key, names) == name:
             continue
-        own = canonical(called)
-        other = canonical(name)
+        own, other = found.alignment.form_of_key(key), found.alignment.form_of_name(name)
         if own.leading != other.leading:
             met[own.leading, other.leading] += 1
         if own.wrappers - other.wrappers:

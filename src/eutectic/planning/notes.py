@@ -113,7 +113,12 @@ def notes_on(
     method, parameters = request.method, request.parameters
     notes = [*label_warnings(tensors, recipe, inputs), *inputs.notes]
     for name, expert in inputs.experts.items():
-        if expert.alignment.strip:
+        if expert.alignment.strip and expert.alignment.add:
+            if expert.alignment.strip != expert.alignment.add:
+                notes.append(
+                    Note("other_prefix", (name, expert.alignment.strip, expert.alignment.add))
+                )
+        elif expert.alignment.strip:
             notes.append(Note("extra_prefix", (name, expert.alignment.strip)))
         elif expert.alignment.add:
             notes.append(Note("lacking_prefix", (name, expert.alignment.add)))
