@@ -270,6 +270,10 @@ SENTENCES: dict[str, Template] = {
         "{lost_percent:.0f} % of the experts' output shifts is lost"
     ),
     "searched_scale": _searched,
+    "earlier_scale": "scale {scale:g}, chosen by the search of the run that was killed",
+    "work_folder_left": (
+        "the model is complete, but {0} could not be removed: {reason}. Remove it yourself"
+    ),
     # What a reader of measurements should know.
     "no_gain": _no_gain,
     "inspected": "{matrices} matrices; {others} other tensors play no part",

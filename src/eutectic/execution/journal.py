@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,10 @@ from eutectic.planning.plan import Plan
 from eutectic.storage import AppendedFile, storage_of
 from eutectic.storage.small_files import parse_json
 
+# All that a run keeps in its work folder.
 JOURNAL = "journal.jsonl"
+MODEL = "model"  # the output, until it is complete
+DELTAS = "deltas.safetensors"
 _FORMAT = 2
 _HEADER = b'{"eutectic_journal": '
 
@@ -47,10 +50,11 @@ def records_of(ledger: Ledger) -> dict[str, Any]:
     }
 
 
-def request_identity(plan: Plan, inputs: Inputs) -> str:
+def request_identity(plan: Plan, inputs: Inputs, known: Mapping[str, Any] | None = None) -> str:
     """Return a hash of all that decides the output's bytes: recipe, decisions, inputs, version.
 
-    Inputs count by name, size and time of change of their files, and by a sample of their content.
+    Inputs count by name, size and time of change of their files, and by a sample of their content,
+    as `input_identities` has found them.
     """
     described = {
         "eutectic": version("eutectic"),
@@ -63,15 +67,24 @@ def request_identity(plan: Plan, inputs: Inputs) -> str:
             ]
             for t in plan.tensors
         ],
-        "base": [inputs.base.fingerprint(), inputs.base.identity()],
-        "experts": {n: [e.fingerprint(), e.identity()] for n, e in inputs.experts.items()},
-        "initial": inputs.initial.identity() if inputs.initial else None,
-        "statistics": {
-            name: storage_of(Path(path)).identity(Path(path))
-            for name, path in plan.request.statistics_files.items()
-        },
+        "inputs": input_identities(plan, inputs) if known is None else known,
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def input_identities(plan: Plan, inputs: Inputs) -> dict[str, Any]:
+    """Return what every input is known by: files' names, sizes and times of change, and samples.
+
+    Asked of the files anew each time, so that an input that changes in the meantime shows.
+    """
+    found: dict[str, Any] = {"the base": [inputs.base.fingerprint(), inputs.base.identity()]}
+    for name, expert in inputs.experts.items():
+        found[f"expert '{name}'"] = [expert.fingerprint(), expert.identity()]
+    if inputs.initial is not None:
+        found["init"] = [inputs.initial.fingerprint(), inputs.initial.identity()]
+    for name, path in plan.request.statistics_files.items():
+        found[f"the statistics of '{name}'"] = storage_of(Path(path)).identity(Path(path))
+    return found
 
 
 class _Line(BaseModel):
@@ -99,14 +112,18 @@ class Journal(Ledger):
         self._storage = storage_of(folder)
         self._file: AppendedFile | None = None
         try:
-            if self._storage.list(folder) and not self.path.exists():
+            names = self._storage.list(folder)
+            strangers = [name for name in names if name not in (JOURNAL, MODEL, DELTAS)]
+            if names and (strangers or not self.path.exists()):
+                why = f" It holds '{strangers[0]}'." if strangers else ""
                 raise ResumeError(
-                    f"{folder} exists and is not an unfinished merge.\n"
+                    f"{folder} exists and is not an unfinished merge.{why}\n"
                     "Move it away, or choose another output."
                 )
             self._owned = self._storage.lock(folder)
             try:
-                if restart:
+                self._check_owner()
+                if restart:  # while the lock is held: nobody's running merge is deleted
                     self._discard()
                 self._file = self._storage.append(self.path)
                 self.resumed = self._read(identity)
@@ -118,15 +135,21 @@ class Journal(Ledger):
         except OSError as error:
             raise OutputError(f"cannot write {folder}: {error.strerror or error}.") from None
 
-    def _discard(self) -> None:
-        """Empty the folder while the lock is held, so that nobody's running merge is deleted."""
+    def _check_owner(self) -> None:
+        """Refuse a folder that no merge has made.
+
+        A run begins its journal before anything else, so an empty one stands alone.
+        """
         found = self.path.read_bytes() if self.path.exists() else b""
-        if not _HEADER.startswith(found[: len(_HEADER)]):
+        others = [name for name in self._storage.list(self.path.parent) if name != JOURNAL]
+        begun = found[: len(_HEADER)]
+        if not _HEADER.startswith(begun) or (others and begun != _HEADER):
             raise ResumeError(f"{self.path} is not the journal of a merge.\nMove it away.")
+
+    def _discard(self) -> Sequence[str]:
+        """Remove the folder with all that a run keeps there; return what else it holds."""
         # The journal goes last: without it, the rest would pass for somebody else's.
-        names = [name for name in self._storage.list(self.path.parent) if name != JOURNAL]
-        for name in (*names, JOURNAL):
-            self._storage.remove(self.path.parent / name)
+        return self._storage.discard(self.path.parent, (MODEL, DELTAS, JOURNAL))
 
     def _read(self, identity: str) -> bool:
         assert self._file is not None
@@ -165,11 +188,21 @@ class Journal(Ledger):
         except OSError as error:
             raise OutputError(f"cannot write {self.path}: {error.strerror}.") from None
 
-    def remove_folder(self) -> None:
-        """Remove the run's folder while the lock is held; the run is finished."""
-        self._close_file()
-        self._owned.leave_nothing()  # first: a kill in between leaves a run that can be finished
-        self._storage.remove(self.path.parent)
+    def remove_folder(self) -> str | None:
+        """Remove the run's folder while the lock is held; the run is finished.
+
+        Return why something of it is left, if it is: what the run has made stands all the same.
+        """
+        self._close_file()  # first: network file systems keep a file that is open
+        self._owned.leave_nothing()  # then: a kill in between leaves a run that can be finished
+        try:
+            try:
+                left = self._discard()
+            except OSError:
+                left = self._discard()  # what failed once need not fail again
+        except OSError as error:
+            return error.strerror or str(error)
+        return f"it holds '{left[0]}', which no merge wrote" if left else None
 
     def close(self) -> None:
         """Close the file and release the lock."""

@@ -1,23 +1,30 @@
 """The output folder: refused beforehand, written aside, and moved to its name when complete."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from eutectic.checkpoint.output_format import TensorSink
 from eutectic.checkpoint.writer import CheckpointWriter, OutputFile
-from eutectic.errors import Note, OutputError, RequestError
+from eutectic.errors import CheckpointError, Note, OutputError, RequestError
 from eutectic.execution.executors import Limits
-from eutectic.execution.journal import JOURNAL, Journal, records_of, request_identity
+from eutectic.execution.journal import (
+    JOURNAL,
+    MODEL,
+    Journal,
+    input_identities,
+    records_of,
+    request_identity,
+)
 from eutectic.execution.model_folder import PROVENANCE, document, read_provenance, write_folder
 from eutectic.execution.schedule import CHOSEN, Choose, Desk, Unscaled, merged_deltas, run_schedule
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan, output_layout, with_scale
 from eutectic.storage import storage_of
 
-_MODEL = "model"  # in the work folder, until it is complete
+_Identities = Mapping[str, Any]  # name of an input -> what it is known by
 
 
 def check_output(output: Path, work: Path) -> None:
@@ -26,8 +33,8 @@ def check_output(output: Path, work: Path) -> None:
     obstacle = storage.obstacle(output)
     if obstacle is not None:
         raise RequestError(obstacle)
-    if storage.list(output) and not ((work / JOURNAL).exists() and _complete(output, work)):
-        raise RequestError(f"{output} is not empty.\nChoose another output, or remove it first.")
+    if storage.list(output) and not _complete(output, work):
+        raise _not_empty(output)
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Written:
     records: dict[str, Any]  # tensor -> what its method reported
     resumed: bool
     search: dict[str, Any] | None  # how α was chosen, where it was searched
+    notes: tuple[Note, ...] = ()  # of what happened while it was written
 
 
 def write_to_folder(
@@ -50,34 +58,72 @@ def write_to_folder(
     choose: Choose | None,
 ) -> Written:
     """Write the model into the work folder and move it to its name when it is complete."""
-    identity = request_identity(plan, inputs)
-    with Journal(work, identity, restart=restart) as journal:
-        if journal.resumed and _complete(output, work):
-            plan, search = _chosen_before(plan, output, journal, choose)
+    before = input_identities(plan, inputs)
+    identity = request_identity(plan, inputs, before)
+    made = _made_before(output, identity) if storage_of(output).list(output) else None
+    # A model that has its name is finished: there is nothing to start over.
+    with Journal(work, identity, restart=restart and made is None) as journal:
+        if made is not None:
+            plan, search = _chosen_before(plan, made, journal, choose)
+            records, resumed = made["records"], True
         else:
             plan, choice = run_schedule(plan, _desk(work, inputs, journal, limits), choose)
             search = None if choice is None else choice.record
-            _finish(plan, output, work / _MODEL, inputs, journal, identity, search)
-        journal.remove_folder()
-        return Written(plan, records_of(journal), journal.resumed, search)
+            _write(plan, work / MODEL, inputs, journal, identity, search)
+            _check_unchanged(before, input_identities(plan, inputs))
+            _commit(work / MODEL, output)
+            records, resumed = records_of(journal), journal.resumed
+        left = journal.remove_folder()
+        notes = () if left is None else (_left_behind(work, left),)
+        return Written(plan, records, resumed, search, notes)
+
+
+def _not_empty(output: Path) -> RequestError:
+    return RequestError(f"{output} is not empty.\nChoose another output, or remove it first.")
+
+
+def _made_before(output: Path, identity: str) -> dict[str, Any]:
+    """Return the provenance of a model that got its name before its run was killed."""
+    made: dict[str, Any] = {}
+    with suppress(OutputError):  # something else, then
+        made = read_provenance(output)
+    if made.get("request") != identity:
+        raise _not_empty(output)
+    return made
 
 
 def _chosen_before(
-    plan: Plan, output: Path, journal: Journal, choose: Choose | None
+    plan: Plan, made: Mapping[str, Any], journal: Journal, choose: Choose | None
 ) -> tuple[Plan, dict[str, Any] | None]:
     """Return the plan with the α of a model that was finished before its run could end."""
     if choose is None:
         return plan, None
-    made = read_provenance(output)
-    kept = journal.finished[CHOSEN, "note"].record
-    note = Note(kept["kind"], tuple(kept["subject"]), kept["numbers"], kept["level"])
+    note = Note("earlier_scale", (), {"scale": made["scale"]})
+    if (CHOSEN, "note") in journal.finished:  # unless only the work folder was left
+        kept = journal.finished[CHOSEN, "note"].record
+        note = Note(kept["kind"], tuple(kept["subject"]), kept["numbers"], kept["level"])
     return with_scale(plan, made["scale"], note), made["search"]
+
+
+def _check_unchanged(before: _Identities, after: _Identities) -> None:
+    """Refuse to give a name to a model of inputs that changed while they were read."""
+    changed = [name for name, known in before.items() if after.get(name) != known]
+    if changed:
+        raise CheckpointError(
+            f"{', '.join(changed)}: changed while it was merged; parts of the result may be of the "
+            "old content.\nNothing has been put in place. Run again with --restart when the files "
+            "are complete."
+        )
+
+
+def _left_behind(work: Path, reason: str) -> Note:
+    return Note("work_folder_left", (str(work),), {"reason": reason}, "warning")
 
 
 def _desk(work: Path, inputs: Inputs, journal: Journal, limits: Limits) -> Desk:
     @contextmanager
     def open_output(plan: Plan) -> Iterator[TensorSink]:
-        layout, model = output_layout(plan, inputs), work / _MODEL
+        layout, model = output_layout(plan, inputs), work / MODEL
         with layout.open(model, resume=model.exists()) as files:
             yield files
             files.sync()
@@ -88,9 +134,8 @@ def _desk(work: Path, inputs: Inputs, journal: Journal, limits: Limits) -> Desk:
     return Desk(inputs, journal, limits, open_deltas, open_output)
 
 
-def _finish(
+def _write(
     plan: Plan,
-    output: Path,
     model: Path,
     inputs: Inputs,
     journal: Journal,
@@ -106,6 +151,9 @@ def _finish(
     except OSError as error:
         where = error.filename or model
         raise OutputError(f"{where}: cannot be written ({error.strerror}).") from error
+
+
+def _commit(model: Path, output: Path) -> None:
     try:
         storage_of(output).commit(model, output)
     except OSError as error:
@@ -117,7 +165,8 @@ def _finish(
 
 def _complete(output: Path, work: Path) -> bool:
     """Tell whether a run was killed between moving its model and removing its work folder."""
-    return (output / PROVENANCE).exists() and not (work / _MODEL).exists()
+    begun = (work / JOURNAL).exists() or (work.is_dir() and not storage_of(work).list(work))
+    return begun and (output / PROVENANCE).exists() and not (work / MODEL).exists()
 
 
 @contextmanager

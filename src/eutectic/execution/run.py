@@ -120,6 +120,7 @@ def merge(
             refuse_search(plan)
         written = write_to_folder(plan, output, work, inputs, limits, restart, find)
     plan = written.plan
+    notes = (*plan.notes, *written.notes)
     return MergeReport(
         output=output,
         method=plan.method.name,
@@ -128,8 +129,8 @@ def merge(
         merged_by=merged_by(plan),
         heads={n: tuple(e.name for e in own) for n, own in plan.heads.items()},
         shares=plan.shares.record,
-        notes=tuple(map(str, plan.notes)),
-        note_records=plan.notes,
+        notes=tuple(map(str, notes)),
+        note_records=notes,
         records=written.records,
         resumed=written.resumed,
         seconds=time.perf_counter() - started,

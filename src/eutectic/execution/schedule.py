@@ -12,7 +12,7 @@ from eutectic.checkpoint.output_format import TensorSink
 from eutectic.checkpoint.writer import OutputFile
 from eutectic.errors import Note, RequestError
 from eutectic.execution.executors import Executor, Limits, on_threads, one_intra_op_thread
-from eutectic.execution.journal import Ledger
+from eutectic.execution.journal import DELTAS, Ledger
 from eutectic.execution.matrix_merging import context_of
 from eutectic.execution.merging import (
     factors_of,
@@ -80,7 +80,6 @@ def refuse_search(plan: Plan) -> None:
 
 
 EXECUTORS: Mapping[str, Executor] = {"threads": on_threads}
-DELTAS = "deltas.safetensors"
 CHOSEN = "chosen"  # stage of a search's note in the ledger
 
 Tell = Callable[[Task], None]

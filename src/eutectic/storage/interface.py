@@ -118,6 +118,13 @@ class Storage(Protocol):
     def remove(self, location: Path) -> None:
         """Remove a file or a whole folder, if it is there."""
 
+    def discard(self, folder: Path, names: Sequence[str]) -> Sequence[str]:
+        """Remove these of a folder, in this order, and the folder itself where nothing is left.
+
+        Return the names of what is left: nobody said that it may go.
+        """
+        ...
+
     def obstacle(self, folder: Path) -> str | None:
         """Return why nothing can be committed to `folder`, whatever it holds; None if it can."""
         ...
@@ -130,6 +137,8 @@ class Storage(Protocol):
 
     def lock(self, location: Path) -> Lock:
         """Become the only writer of a file or folder.
+
+        What a killed writer of the file has left beside it is removed.
 
         Raises:
             BlockingIOError: another process is it.

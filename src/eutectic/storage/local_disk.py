@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -70,6 +70,7 @@ class LocalDisk(Storage):
         # The process is part of the name: two that write the same file do not mix their bytes.
         aside = file.with_name(f".{file.name}.{os.getpid()}{_UNFINISHED}")
         try:
+            self._sweep(file, _is_abandoned)
             with aside.open("wb") as written:
                 yield written
                 written.flush()
@@ -99,6 +100,16 @@ class LocalDisk(Storage):
         else:
             location.unlink(missing_ok=True)
 
+    def discard(self, folder: Path, names: Sequence[str]) -> Sequence[str]:
+        for name in names:
+            self.remove(folder / name)
+        left = self.list(folder)
+        if not left and folder.is_dir():
+            for name in os.listdir(folder):  # noqa: PTH208 - leftovers alone
+                (folder / name).unlink()
+            folder.rmdir()
+        return left
+
     def obstacle(self, folder: Path) -> str | None:
         # os.path answers "no" where a folder above may not be searched; the last check tells.
         if os.path.islink(folder) or (os.path.exists(folder) and not folder.is_dir()):  # noqa: PTH110, PTH114
@@ -123,7 +134,20 @@ class LocalDisk(Storage):
 
     def lock(self, location: Path) -> Lock:
         """Lock `<location>.lock`, which is removed with the lock."""
-        return FileLock(location.with_name(location.name + ".lock"))
+        lock = FileLock(location.with_name(location.name + ".lock"))
+        with suppress(OSError):  # nothing that a run depends on
+            self._sweep(location, lambda _: True)
+        return lock
+
+    def _sweep(self, file: Path, abandoned: Callable[[str], bool]) -> None:
+        """Remove what processes have left that were killed while they wrote `file`."""
+        start = f".{file.name}."
+        with suppress(FileNotFoundError):
+            for name in os.listdir(file.parent):  # noqa: PTH208
+                middle = name[len(start) : -len(_UNFINISHED)]
+                ours = name.startswith(start) and name.endswith(_UNFINISHED) and middle.isdigit()
+                if ours and abandoned(middle):
+                    file.with_name(name).unlink(missing_ok=True)
 
 
 class PositionedFile:
@@ -242,6 +266,19 @@ class FileLock:
         """Release the lock and remove its file."""
         self.leave_nothing()
         self._lock.release()
+
+
+def _is_abandoned(process: str) -> bool:
+    """Tell whether no process of this machine has that number; where that is unknown, say no."""
+    if os.name == "nt":
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
 
 
 def _is_leftover(name: str) -> bool:

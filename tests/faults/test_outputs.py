@@ -1,0 +1,219 @@
+"""What is lost and what is left: outputs, work folders and inputs while a merge runs.
+
+Guards: a run that was killed after its model got its name ends cleanly; nothing that a run has not
+made is deleted; inputs that change are noticed before anything is put in place; the work folder is
+removed with no file of it open, and one that cannot be removed is told.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import eutectic
+from eutectic.errors import CheckpointError, RequestError, ResumeError
+from eutectic.execution import output_folder
+from eutectic.execution.journal import DELTAS, JOURNAL, Journal
+from eutectic.storage.local_disk import LocalDisk
+from helpers.folders import digests, make_base, make_expert, save
+
+
+class Killed(BaseException):
+    """The end of a process, at one call."""
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> dict[str, Any]:
+    base = make_base(layers=1, width=8)
+    save(tmp_path / "in/base", base)
+    for i, name in enumerate("ab"):
+        save(tmp_path / "in" / name, make_expert(base, i))
+    experts = {name: str(tmp_path / "in" / name) for name in "ab"}
+    folder = tmp_path / "out"
+    folder.mkdir()
+    base_path = str(tmp_path / "in/base")
+    return {"base": base_path, "experts": experts, "method": "average", "output": folder / "m"}
+
+
+def work_of(request_: dict[str, Any]) -> Path:
+    return request_["output"].with_name("m.partial")
+
+
+def _before_removal(_: Journal) -> None:
+    raise Killed
+
+
+def _folder_left(journal: Journal) -> None:
+    journal._close_file()
+    journal.path.unlink()
+    raise Killed
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("kill", [_before_removal, _folder_left])
+def test_a_run_killed_after_its_model_got_its_name_ends_cleanly(
+    request_: dict[str, Any],
+    kill: Callable[[Journal], None],
+    restart: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "remove_folder", kill)
+        with pytest.raises(Killed):
+            eutectic.merge(**request_)
+    made = digests(request_["output"])
+    assert work_of(request_).is_dir()
+    with pytest.raises(RequestError, match="not empty"):
+        eutectic.merge(**{**request_, "scale": 0.5}, restart=restart)
+    report = eutectic.merge(**request_, restart=restart)
+    assert report.resumed
+    assert digests(request_["output"]) == made
+    assert [p.name for p in request_["output"].parent.iterdir()] == ["m"]
+    with pytest.raises(RequestError, match="not empty"):
+        eutectic.merge(**request_, restart=restart)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("name", ["notes.txt", "model.safetensors"])
+def test_a_strangers_file_in_the_work_folder_is_not_deleted(
+    request_: dict[str, Any], name: str, restart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(output_folder, "_commit", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            eutectic.merge(**request_)
+    (work_of(request_) / name).write_text("mine")
+    with pytest.raises(ResumeError, match=f"not an unfinished merge.*'{name}'"):
+        eutectic.merge(**request_, restart=restart)
+    assert (work_of(request_) / name).read_text() == "mine"
+    (work_of(request_) / name).unlink()
+    assert eutectic.merge(**request_, restart=restart).resumed is not restart
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_an_empty_journal_beside_other_files_is_no_merges(
+    request_: dict[str, Any], restart: bool
+) -> None:
+    work = work_of(request_)
+    work.mkdir()
+    (work / JOURNAL).touch()
+    (work / DELTAS).write_text("mine")
+    with pytest.raises(ResumeError, match="not the journal of a merge"):
+        eutectic.merge(**request_, restart=restart)
+    assert (work / DELTAS).read_text() == "mine"
+    (work / DELTAS).unlink()  # alone it is what a kill leaves
+    eutectic.merge(**request_, restart=restart)
+    assert not work.exists()
+
+
+def test_what_comes_into_the_work_folder_meanwhile_is_left_and_told(
+    request_: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = output_folder._commit
+
+    def with_a_guest(model: Path, output: Path) -> None:
+        (model.parent / "notes.txt").write_text("mine")
+        commit(model, output)
+
+    monkeypatch.setattr(output_folder, "_commit", with_a_guest)
+    report = eutectic.merge(**request_)
+    (note,) = [n for n in report.note_records if n.kind == "work_folder_left"]
+    assert note.level == "warning" and "notes.txt" in note.text
+    assert [p.name for p in work_of(request_).iterdir()] == ["notes.txt"]
+
+
+def _rewritten(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:-4] + bytes(4))
+
+
+def _sampled(path: Path) -> None:
+    """Change values in place, and say that nothing has been changed."""
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start:] = bytes(len(content) - start)
+    with path.open("r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _replaced(path: Path) -> None:
+    aside = path.with_name("aside")
+    shutil.copyfile(path, aside)
+    _rewritten(aside)
+    aside.replace(path)
+
+
+@pytest.mark.parametrize("change", [_rewritten, _sampled, _replaced])
+@pytest.mark.parametrize(("folder", "called"), [("base", "the base"), ("b", "expert 'b'")])
+def test_an_input_that_changes_is_noticed_before_the_model_gets_its_name(
+    request_: dict[str, Any],
+    folder: str,
+    called: str,
+    change: Callable[[Path], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    schedule = output_folder.run_schedule
+    file = Path(request_["base"]).parent / folder / "model.safetensors"
+    content = file.read_bytes()
+
+    def changing(*given: Any) -> Any:
+        done = schedule(*given)
+        change(file)
+        return done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(output_folder, "run_schedule", changing)
+        with pytest.raises(CheckpointError, match=f"^{called}: changed while"):
+            eutectic.merge(**request_)
+    assert not request_["output"].exists()
+    file.write_bytes(content)
+    assert not eutectic.merge(**request_, restart=True).resumed
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks /proc what is open")
+def test_nothing_of_the_work_folder_is_open_when_it_is_removed(
+    request_: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    discard, seen = LocalDisk.discard, []
+
+    def watched(self: LocalDisk, folder: Path, names: Any) -> Any:
+        for descriptor in Path("/proc/self/fd").iterdir():
+            try:
+                opened = descriptor.readlink()
+            except OSError:
+                continue
+            assert not opened.is_relative_to(folder), opened
+        seen.append(folder)
+        return discard(self, folder, names)
+
+    monkeypatch.setattr(LocalDisk, "discard", watched)
+    eutectic.merge(**request_)
+    assert seen == [work_of(request_)]
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_work_folder_that_cannot_be_removed_does_not_undo_the_merge(
+    request_: dict[str, Any], failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    discard, calls = LocalDisk.discard, []
+
+    def failing(self: LocalDisk, folder: Path, names: Any) -> Any:
+        calls.append(folder)
+        if len(calls) <= failures:
+            raise OSError(39, "Directory not empty")
+        return discard(self, folder, names)
+
+    monkeypatch.setattr(LocalDisk, "discard", failing)
+    report = eutectic.merge(**request_)
+    assert request_["output"].is_dir()
+    told = [n for n in report.note_records if n.kind == "work_folder_left"]
+    assert bool(told) is work_of(request_).exists() is (failures == 2)
+    if told:
+        assert "Directory not empty" in told[0].text and str(work_of(request_)) in told[0].text
