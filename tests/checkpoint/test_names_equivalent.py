@@ -276,3 +276,11 @@ def test_own_names_around_the_whole_model(outer: str) -> None:
     assert mapping == dict(zip(own, base, strict=True))
     assert (alignment.strip, alignment.add) == (outer, "policy.")
     assert alignment.to_base(f"{outer}score.weight", base) == "policy.score.weight"
+
+
+def test_adapter_of_single_matrices_on_a_packed_base(tmp_path: Path) -> None:
+    at = "base_model.model.model.layers.0.mlp.experts.0.gate_proj"
+    tensors = {f"{at}.lora_A.weight": torch.ones(1, 4), f"{at}.lora_B.weight": torch.ones(6, 1)}
+    base = {"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(2, 12, 4)}
+    with pytest.raises(CheckpointError, match="packed otherwise: merge the adapter with peft"):
+        open_lora(write(tmp_path / "a", tensors), StateDictReader(base).entries)

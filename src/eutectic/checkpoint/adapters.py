@@ -10,12 +10,13 @@ from typing import Any
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG, Expert, Factors
 from eutectic.checkpoint.index import TensorEntry, open_adapter_index, read_json_object
 from eutectic.checkpoint.meeting import meet_names, named_like_base
-from eutectic.checkpoint.names import check_inside
+from eutectic.checkpoint.names import Alignment, check_inside
 from eutectic.checkpoint.odd_adapters import other_adapter
 from eutectic.checkpoint.odd_folders import without_weights
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.checkpoint.weight_files import names_in
 from eutectic.conventions import PEFT_ROOT, lora_factor
+from eutectic.conventions_layouts import packing
 from eutectic.conventions_names import (
     adapter_name,
     is_frozen_copy,
@@ -84,8 +85,7 @@ def open_lora(
         if "A" in group:
             raise CheckpointError(
                 f"{label}: acts on '{own}', which the base does not have ({alignment}).\n"
-                f"The base's tensors: {', '.join(list(base)[:3])} …\n"
-                "The adapter belongs to another base."
+                f"The base's tensors: {', '.join(list(base)[:3])} …\n{_advice(own, alignment)}"
             )
         extra[name] = group["full"]
     named = {name: groups[own] for name, own in owns.items()}
@@ -108,6 +108,16 @@ def open_lora(
         is_delta=True,
         config=lora.raw,
         folder=folder,
+    )
+
+
+def _advice(own: str, alignment: Alignment) -> str:
+    """Return what to do where the base lacks what an adapter acts on."""
+    if packing(alignment.form_of_key(own).name, 2) is None:
+        return "The adapter belongs to another base."
+    return (
+        "The base may keep these matrices packed otherwise: merge the adapter with peft "
+        "(merge_and_unload) into the model it was trained on, save that, and name the result."
     )
 
 
