@@ -10,7 +10,7 @@ from eutectic.checkpoint.module_folders import MODULES_NAME, ModuleFolder, modul
 from eutectic.checkpoint.names import check_inside
 from eutectic.checkpoint.odd_adapters import by_keys
 from eutectic.checkpoint.odd_folders import by_names
-from eutectic.checkpoint.pickles import load_pickle, looks_like_pickle
+from eutectic.checkpoint.pickles import looks_like_pickle, read_pickle
 from eutectic.checkpoint.weight_files import (
     INDEX_SUFFIX,
     PICKLE_SUFFIXES,
@@ -270,14 +270,15 @@ def _read_file(path: Path, name: str) -> _File:
     if safe:
         header = read_header(path, name)
         return header.tensors, header.metadata, (), notes
-    tensors, skipped, wrapper = load_pickle(path)
-    if wrapper:
-        told = {"file": name, "name": wrapper, "others": len(skipped)}
+    table = read_pickle(path)
+    if table.wrapper:
+        told = {"file": name, "name": table.wrapper, "others": len(table.others)}
         notes = (*notes, Note("wrapped_weights", numbers=told))
     entries = [
-        TensorEntry(key, t.dtype, tuple(t.shape), name, -1, t.nbytes) for key, t in tensors.items()
+        TensorEntry(key, t.dtype, t.shape, name, table.offset(key), t.numel() * t.dtype.itemsize)
+        for key, t in table.tensors.items()
     ]
-    return entries, {}, skipped, notes
+    return entries, {}, table.others, notes
 
 
 def _other_ending(file: str, format: str) -> Note:

@@ -1,36 +1,54 @@
 """Checkpoints in torch's own formats (`.bin`, `.pt`), read without running any code in them."""
 
-import pickle
-import warnings
-import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eutectic.checkpoint.odd_files import Oddity, by_archive, by_content, start_of
+from eutectic.checkpoint.header import CODE_OF
+from eutectic.checkpoint.odd_files import start_of
+from eutectic.checkpoint.pickle_files import ZIP, PickleFile, opened
+from eutectic.checkpoint.pickle_program import Opaque, View
 from eutectic.errors import CheckpointError
 from eutectic.words import few
 
-_ZIP = b"PK\x03\x04"
 _PROTOCOLS = (b"\x02", b"\x03", b"\x04", b"\x05")
 # Names under which training scripts file the weights of a model.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights")
 _MAX_DEPTH = 3
 
 
-def load_pickle(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...], str]:
-    """Return the tensors of a `.bin` or `.pt` file, and "name (type)" of all else that it holds.
+@dataclass(frozen=True)
+class PickleTable:
+    """The tensors of a `.bin` or `.pt` file, and what lies beside them."""
 
-    Memory-mapped where the format allows. Only `torch.load(weights_only=True)` is ever used. A
-    state dict filed under one of `_WRAPPERS` is unwrapped, and the last result is the name: what
-    training scripts save (nanoGPT, Lightning) holds it beside the optimizer, counters and losses.
-    CheckpointError where several tables could be the weights. Tied tensors and views stay as they
-    are.
+    file: PickleFile
+    tensors: Mapping[str, View]
+    others: tuple[str, ...]  # "name (type)" of all else that it holds
+    wrapper: str  # under which names the table is filed, "" where it is the file itself
+
+    def offset(self, name: str) -> int:
+        """Return where the numbers of a tensor lie in the file, −1 where not as they are."""
+        return self.file.offset(self.tensors[name])
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor, flattened, in memory of its own."""
+        return self.file.read(self.tensors[name])
+
+
+def read_pickle(path: Path) -> PickleTable:
+    """Return the table of a file in one of torch's own formats; no numbers are read.
+
+    Nothing in it is run: its instructions are followed on plain values (`pickle_program`). A
+    state dict filed under one of `_WRAPPERS` is unwrapped: what training scripts save (nanoGPT,
+    Lightning) holds it beside the optimizer, counters and losses. CheckpointError where several
+    tables could be the weights, and where the tensors claim far more than the file holds.
     """
-    content = _load(path)
+    file = opened(path)
+    content = file.content
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{path}: expected a table of named tensors, found {type(content).__name__}.\n"
@@ -43,19 +61,28 @@ def load_pickle(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...], str]:
         wrappers.append(wrapper)
         content = content[wrapper]
     tensors = {
-        str(name): check_dense(value, str(name), str(path))
+        str(name): _checked(value, str(name), path)
         for name, value in content.items()
-        if isinstance(value, Tensor)
+        if isinstance(value, View)
     }
-    own = [_described(k, v) for k, v in content.items() if not isinstance(v, Tensor)]
+    own = [_described(k, v) for k, v in content.items() if not isinstance(v, View)]
     if not tensors:
         raise _without_tensors(path, content, own)
-    return tensors, (*own, *others), ".".join(wrappers)
+    file.check_sizes(tensors.values())
+    return PickleTable(file, tensors, (*own, *others), ".".join(wrappers))
+
+
+def _checked(view: View, name: str, path: Path) -> View:
+    """Return a tensor's record; CheckpointError unless it is dense and can be stored again."""
+    kind = view.kind if view.kind or view.dtype in CODE_OF else f"of {view.dtype}"
+    if kind:
+        raise _not_dense(path, name, kind)
+    return view
 
 
 def _wrapper(path: Path, content: Mapping[Any, Any]) -> str | None:
     """Return the name under which a table files the model's weights; None where it is the table."""
-    own = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    own = {k: v for k, v in content.items() if isinstance(v, View)}
     known = [name for name in _WRAPPERS if _held(content.get(name), 1)]
     if not known:
         return None
@@ -89,7 +116,7 @@ def _held(value: object, depth: int) -> int:
     """Return how many tensors a table holds, in tables within it too."""
     if not isinstance(value, Mapping):
         return 0
-    direct = sum(isinstance(v, Tensor) for v in value.values())
+    direct = sum(isinstance(v, View) for v in value.values())
     if direct or not depth:
         return direct
     return sum(_held(v, depth - 1) for k, v in value.items() if k in _WRAPPERS)
@@ -100,7 +127,8 @@ def _is_optimizer(value: Any) -> bool:
 
 
 def _described(name: object, value: object) -> str:
-    return f"{name} ({type(value).__name__})"
+    kind = "Tensor" if isinstance(value, View) else type(value).__name__
+    return f"{name} ({value.kind if isinstance(value, Opaque) else kind})"
 
 
 def _without_tensors(path: Path, content: Mapping[Any, Any], own: list[str]) -> CheckpointError:
@@ -123,59 +151,20 @@ def looks_like_pickle(path: Path) -> bool:
         start = start_of(path)
     except OSError:
         return False
-    return start.startswith(_ZIP) or (start[:1] == b"\x80" and start[1:2] in _PROTOCOLS)
+    return start.startswith(ZIP) or (start[:1] == b"\x80" and start[1:2] in _PROTOCOLS)
 
 
 def check_dense(tensor: Tensor, name: str, where: str) -> Tensor:
     """Return `tensor` detached; raise CheckpointError unless it is dense and has data."""
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:
         kind = "quantised" if tensor.is_quantized else "without data (meta)"
         kind = str(tensor.layout) if tensor.layout != torch.strided else kind
-        raise CheckpointError(
-            f"{where}: tensor '{name}' is {kind}; only dense tensors are supported.\n"
-            "Save it as a dense tensor."
-        )
-    return tensor.detach()
+        raise _not_dense(where, name, "nested" if tensor.is_nested else kind)
+    return tensor.detach().resolve_conj().resolve_neg()
 
 
-def _load(path: Path) -> Any:
-    try:
-        start = start_of(path)
-        odd = _archive(path) if start.startswith(_ZIP) else by_content(path, start)
-        if odd is not None:
-            raise odd.error(path)
-        with warnings.catch_warnings():
-            # torch warns about deprecated storage classes of old files; they load all the same.
-            warnings.simplefilter("ignore")
-            is_zip = start.startswith(_ZIP)  # older formats cannot be mapped
-            if path.suffix == ".safetensors":  # torch would go by the ending
-                with path.open("rb") as file:
-                    return torch.load(file, map_location="cpu", weights_only=True)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: damaged, or holds code besides tensors; it was refused and nothing was run.\n"
-            f"torch says: {_first_line(error)}\n"
-            "Load it where you trust it, and save its state_dict() as safetensors."
-        ) from error
-    except CheckpointError:
-        raise
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    except Exception as error:
-        # A hostile or damaged pickle can raise anything while torch interprets it.
-        raise CheckpointError(
-            f"{path}: damaged, or not a checkpoint of torch ({_first_line(error)}).\n"
-            "Download or save the file again."
-        ) from error
-
-
-def _archive(path: Path) -> Oddity | None:
-    with zipfile.ZipFile(path) as archive:
-        return by_archive(path, archive.namelist())
-
-
-def _first_line(error: Exception) -> str:
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    telling = (line.strip() for line in lines if "Unsupported" in line or "GLOBAL" in line)
-    return next(telling, lines[0])[:300]
+def _not_dense(where: object, name: str, kind: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: tensor '{name}' is {kind}; only dense tensors are supported.\n"
+        "Save it as a dense tensor."
+    )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry
-from eutectic.checkpoint.pickles import check_dense, load_pickle
+from eutectic.checkpoint.pickles import PickleTable, check_dense, read_pickle
 from eutectic.errors import CheckpointError, Note
 from eutectic.storage import OpenedFile, storage_of
 
@@ -81,6 +81,7 @@ def same_content(first: Tensor, second: Tensor) -> bool:
 # Per folder: checkpoints of hundreds of shards, times many experts, would exhaust the usual limit
 # of 1024 open files.
 _MAX_OPEN_FILES = 16
+_MOST_WHOLE = 4  # tensors of torch pickles that are held whole between reads of their parts
 
 
 class TensorSource(Protocol):
@@ -127,8 +128,8 @@ class CheckpointReader:
     """Reads the tensors of one checkpoint; safe to share between threads.
 
     Safetensors are read by positioned reads straight into the tensors' memory, so that nothing
-    beyond the requested range becomes resident. Torch pickles are memory-mapped where their format
-    allows and copied out.
+    beyond the requested range becomes resident. So are torch pickles, but for tensors that are
+    packed or do not lie in a row.
     """
 
     is_delta = False
@@ -138,7 +139,8 @@ class CheckpointReader:
         self.notes: tuple[Note, ...] = index.notes
         self.entries: Mapping[str, TensorEntry] = index.entries
         self._files = _OpenFiles(index.folder)
-        self._pickles: dict[str, dict[str, Tensor]] = {}
+        self._pickles: dict[str, PickleTable] = {}
+        self._whole: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -154,7 +156,7 @@ class CheckpointReader:
             raise ValueError(f"'{name}': range {start}:{stop} outside 0:{entry.numel}")
         if entry.offset < 0:
             key = name.removeprefix(self.index.module_of(entry.file).prefix)
-            return self._pickle(entry.file)[key].view(-1)[start:stop].clone()
+            return self._from_pickle(entry.file, key)[start:stop].clone()
         width = entry.dtype.itemsize
         buffer = torch.empty((stop - start) * width, dtype=torch.uint8)
         try:
@@ -184,6 +186,7 @@ class CheckpointReader:
         self._files.close()
         with self._lock:
             self._pickles.clear()
+            self._whole.clear()
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -191,13 +194,19 @@ class CheckpointReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _pickle(self, file: str) -> dict[str, Tensor]:
+    def _from_pickle(self, file: str, key: str) -> Tensor:
+        """Return a tensor whose numbers do not lie in a row, or are packed: as a whole."""
         with self._lock:
-            if file not in self._pickles:
-                tensors, _, _ = load_pickle(self.index.folder / file)
-                # Once here, or every chunk of a strided tensor would copy the whole of it.
-                self._pickles[file] = {name: t.contiguous() for name, t in tensors.items()}
-            return self._pickles[file]
+            # Kept for a while, or every chunk would read the whole of it.
+            kept = self._whole.pop((file, key), None)
+            if kept is None:
+                if file not in self._pickles:
+                    self._pickles[file] = read_pickle(self.index.folder / file)
+                kept = self._pickles[file].read(key)
+            self._whole[file, key] = kept
+            while len(self._whole) > _MOST_WHOLE:
+                self._whole.popitem(last=False)
+            return kept
 
 
 class _OpenFiles:
