@@ -12,9 +12,13 @@ import typer
 from typer.testing import CliRunner
 
 import eutectic
+from eutectic.checkpoint import folder as side_files
 from eutectic.cli.route import route
-from eutectic.routed import load_routed
+from eutectic.errors import RequestError
+from eutectic.routed import export_lora, load_routed, routed_folder
 from eutectic.statistics import collect
+from eutectic.storage import FolderAside
+from eutectic.storage.local_disk import LocalDisk
 from routed.world import EXPERTS, bert, counted
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -249,3 +253,62 @@ def test_router_statistics_of_an_expert_are_refused(folder: Path, tmp_path: Path
     refused = run(*words, "-o", tmp_path / "routed")
     assert refused.exit_code == 1
     assert "the router's data of 'b'" in refused.stderr
+
+
+class Killed(BaseException):
+    """The end of a process."""
+
+
+@pytest.mark.parametrize("place", ["safetensors", "side files", "name", "export's name", "end"])
+def test_a_killed_run_looks_unfinished_and_the_same_command_finishes_it(
+    place: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    places: dict[str, tuple[Any, str, int]] = {
+        "safetensors": (routed_folder, "save_file", 1),
+        "side files": (side_files, "copy_side_files", 1),
+        "name": (LocalDisk, "commit", 1),
+        "export's name": (LocalDisk, "commit", 2),
+        "end": (FolderAside, "clear", 1),
+    }
+    owner, name, call = places[place]
+    original, calls = getattr(owner, name), []
+
+    def killed(*given: Any, **more: Any) -> Any:
+        calls.append(name)
+        if len(calls) == call:
+            raise Killed
+        return original(*given, **more)
+
+    words = [*request(folder), "--rank", 2, "-o", tmp_path / "routed", "--export", tmp_path / "x"]
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, killed)
+        with pytest.raises(Killed):
+            CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
+    for written in ("routed", "x"):
+        found = tmp_path / written
+        assert not found.exists() or place in ("export's name", "end")
+        assert not found.exists() or written == "routed" or place == "end"
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["routed", "x"]
+    assert (tmp_path / "routed/vocab.txt").exists() and (tmp_path / "routed/routed.json").exists()
+    config = json.loads((tmp_path / "x/experts/a/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tmp_path / "x/merged")
+    load_routed(tmp_path / "routed")
+    assert run(*words).exit_code == 2  # what is finished is not written over
+
+
+def test_an_export_replaces_nothing(folder: Path, tmp_path: Path):
+    assert run(*request(folder), "--rank", 2, "-o", tmp_path / "routed").exit_code == 0
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/prototypes.safetensors").write_text("mine")
+    refused = run(tmp_path / "routed", "--export", tmp_path / "full")
+    assert refused.exit_code == 2 and "not empty" in refused.stderr
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["prototypes.safetensors"]
+    assert (tmp_path / "full/prototypes.safetensors").read_text() == "mine"
+    refused = run(*request(folder), "-o", tmp_path / "new", "--export", tmp_path / "new")
+    assert refused.exit_code == 2 and "two folders" in refused.stderr
+    routed = load_routed(tmp_path / "routed")
+    for write in (routed.save_pretrained, lambda f: export_lora(routed, f)):
+        with pytest.raises(RequestError, match="not empty"):
+            write(tmp_path / "full")

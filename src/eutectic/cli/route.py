@@ -1,6 +1,7 @@
 """`eutectic route`."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from eutectic.cli.options import (
 )
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes
+from eutectic.storage import FolderAside, folder_aside
 
 _SHOWING = {"merged", "export", "json"}
 
@@ -115,20 +117,43 @@ def route(
         raise RequestError(f"--statistics-of is expert or any, got '{build.statistics_of}'.")
     if build.router not in (None, "discriminant", "prototype"):
         raise RequestError(f"--router is discriminant or prototype, got '{build.router}'.")
-    if not target.dry_run:
-        _check_folders(target)
+    with ExitStack() as stack:
+        asides: Mapping[str, FolderAside] = {}
+        if not target.dry_run:
+            words = [vars(part) for part in (statistics, build, reading)]
+            asked = {"merged": merged, "experts": experts, "options": words}
+            asides = _open_folders(target, asked, stack)
+        _build(merged, named, statistics, build, reading, asides, json)
+
+
+def _build(
+    merged: Path,
+    named: Mapping[str, str],
+    statistics: StatisticsOptions,
+    build: BuildOptions,
+    reading: RouterDataOptions,
+    asides: Mapping[str, FolderAside],
+    json: bool,
+) -> None:
+    """Build a routed model and write it; without folders to write, show what it costs."""
+    if asides and all(aside.finished for aside in asides.values()):
+        _put_in_place(asides)
+        _report({name: str(aside.output) for name, aside in asides.items()}, json)
+        return
     from eutectic.checkpoint.folder import copy_side_files, side_files
     from eutectic.models.loading import load_stored
-    from eutectic.routed import build_routed, export_lora, routed_costs
+    from eutectic.routed import build_routed, routed_costs
     from eutectic.routed.build import expert_statistics as check_statistics
     from eutectic.routed.build import open_experts
+    from eutectic.routed.routed_folder import write_adapters, write_routed
     from eutectic.routed.routed_layers import routed_layers
 
+    beside = side_files(merged)
     model = load_stored(merged)
     of_experts = _open(statistics.statistics, "--statistics")
     chosen, left_out = routed_layers(model, build.layers, of_experts)
     costs = asdict(routed_costs(model, len(named), build.rank, build.layers, of_experts))
-    if target.dry_run:
+    if not asides:
         _report({"costs": costs, "left_out": left_out}, json)
         return
     if not json:
@@ -146,16 +171,28 @@ def route(
         "short": routed.routing.short,
         "left_out": routed.routing.left_out,
     }
-    if target.output is not None:
-        routed.save_pretrained(target.output)
-        own = {path.name for path in target.output.iterdir()}
-        others = [name for name in side_files(merged) if name not in own]
-        copy_side_files(merged, target.output, others)
-        report["output"] = str(target.output)
-    if target.export is not None:
-        export_lora(routed, target.export)
-        report["export"] = str(target.export)
+    for name, aside in asides.items():
+        report[name] = str(aside.output)
+        if aside.finished:
+            continue
+        folder = aside.begin()
+        if name == "export":
+            write_adapters(routed, folder, aside.output)
+        else:
+            write_routed(routed, folder)
+            own = {path.name for path in folder.iterdir()}
+            copy_side_files(merged, folder, [name for name in beside if name not in own])
+    _put_in_place(asides)
     _report(report, json)
+
+
+def _put_in_place(asides: Mapping[str, FolderAside]) -> None:
+    """Give all folders their names before anything tells of the run is removed."""
+    for aside in asides.values():
+        if not aside.finished:
+            aside.commit()
+    for aside in asides.values():
+        aside.clear()
 
 
 def _show(folder: Path, export: Path | None, json: bool) -> None:
@@ -177,12 +214,22 @@ def _show(folder: Path, export: Path | None, json: bool) -> None:
     _report(report, json)
 
 
-def _check_folders(target: TargetOptions) -> None:
+def _open_folders(
+    target: TargetOptions, asked: Mapping[str, Any], stack: ExitStack
+) -> dict[str, FolderAside]:
+    """Return what is to be written by the name of its option, locked until the stack is closed."""
+    from eutectic.routed.routed_folder import DESCRIPTION, ROUTERS_FILE
+
     if target.output is None and target.export is None:
         raise RequestError("name a folder to write with --output or --export, or use --dry-run.")
-    for folder in (target.output, target.export):
-        if folder is not None and folder.exists() and any(folder.iterdir()):
-            raise RequestError(f"{folder}: not empty; name a new folder.")
+    if target.output is not None and target.output == target.export:
+        raise RequestError(f"--output and --export are both {target.output}; name two folders.")
+    named = (("output", target.output, DESCRIPTION), ("export", target.export, ROUTERS_FILE))
+    return {
+        name: stack.enter_context(folder_aside(folder, asked, last))
+        for name, folder, last in named
+        if folder is not None
+    }
 
 
 def _router_statistics(

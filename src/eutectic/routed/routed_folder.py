@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from eutectic.checkpoint.reader import StateDictReader
 from eutectic.conventions import PEFT_ROOT
 from eutectic.errors import CheckpointError, OutputError, RequestError
 from eutectic.models.loading import load_stored
@@ -20,6 +21,7 @@ from eutectic.routed.forward_pass import Routing, install_hooks
 from eutectic.routed.routed_modules import Experts, RoutedLinear, install
 from eutectic.routed.router import ROUTERS, RouterKind
 from eutectic.routed.routing_modes import routing_of
+from eutectic.storage import folder_aside
 from eutectic.storage.small_files import read_bytes
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,6 +29,7 @@ Model = TypeVar("Model", bound=nn.Module)
 DESCRIPTION = "routed.json"
 FACTORS = "routed.safetensors"
 PLAIN_WEIGHTS = "model.safetensors"  # of models that do not come from transformers
+ROUTERS_FILE = "prototypes.safetensors"
 FORMAT = 1
 
 
@@ -68,10 +71,20 @@ def finish(model: Model, routing: Routing) -> Model:
 def save_routed(routed: nn.Module, folder: str | Path, **options: Any) -> None:
     """Write a routed model: the merged model as it would save itself, and the experts beside it.
 
-    The folder, created when missing, loads in transformers as the merged model; `load_routed` adds
-    the experts. `options` go to the model's own `save_pretrained`; without one it takes none.
+    The folder, which must be empty or absent, loads in transformers as the merged model;
+    `load_routed` adds the experts. It is written aside and gets its name when it is complete.
+    `options` go to the model's own `save_pretrained`; without one it takes none.
     """
-    handle, path = routing_of(routed), Path(folder)
+    with folder_aside(Path(folder), _identity(routed), DESCRIPTION) as aside:
+        if not aside.finished:
+            write_routed(routed, aside.begin(), **options)
+            aside.commit()
+        aside.clear()
+
+
+def write_routed(routed: nn.Module, path: Path, **options: Any) -> None:
+    """Write the files of a routed model into a folder that has no other name yet."""
+    handle = routing_of(routed)
     weights, held = _base_state_dict(routed), experts_of(routed)
     layers = [RoutedLayer(name=experts.name, path=path) for path, experts in held.items()]
     kind = type(routed).__name__
@@ -85,8 +98,6 @@ def save_routed(routed: nn.Module, folder: str | Path, **options: Any) -> None:
     if own is None and options:
         raise RequestError(f"{kind} takes no options for saving: {options}.")
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / DESCRIPTION).unlink(missing_ok=True)
         if own is not None:
             own(routed, path, state_dict=weights, **options)
         else:
@@ -200,14 +211,23 @@ def export_lora(routed: nn.Module, folder: str | Path) -> None:
 
     Args:
         routed: a routed transformers model.
-        folder: created when missing.
+        folder: must be empty or absent; written aside, it gets its name when it is complete.
 
     Raises:
         RequestError: not a routed model, a packed in-projection (which LoRA has no form for), a
             model without `save_pretrained`, or a name of an expert that is no folder name.
         OutputError: the folder cannot be written.
     """
-    handle, path, layers = routing_of(routed), Path(folder), experts_of(routed)
+    with folder_aside(Path(folder), _identity(routed), ROUTERS_FILE) as aside:
+        if not aside.finished:
+            write_adapters(routed, aside.begin(), aside.output)
+            aside.commit()
+        aside.clear()
+
+
+def write_adapters(routed: nn.Module, path: Path, output: Path) -> None:
+    """Write the files of `export_lora` into a folder that will be called `output`."""
+    handle, layers = routing_of(routed), experts_of(routed)
     own = getattr(type(routed), "save_pretrained", None)
     packed = [p for p in layers if not isinstance(routed.get_submodule(p), RoutedLinear)]
     if packed or own is None:
@@ -222,14 +242,14 @@ def export_lora(routed: nn.Module, folder: str | Path) -> None:
     try:
         own(routed, path / "merged", state_dict=_base_state_dict(routed))
         for t, name in enumerate(handle.experts):
-            _write_adapter(routed, t, path / "experts" / name, path / "merged")
+            _write_adapter(routed, t, path / "experts" / name, output / "merged")
         routers = {
             f"{p}.{key}": tensor.contiguous()
             for p, experts in layers.items()
             for key, tensor in experts.router.state_dict().items()
         }
         metadata = {"experts": json.dumps(list(handle.experts)), "router": handle.router}
-        save_file(routers, path / "prototypes.safetensors", metadata=metadata)
+        save_file(routers, path / ROUTERS_FILE, metadata=metadata)
     except OSError as error:
         raise OutputError(f"{path}: the export cannot be written: {error}.") from error
 
@@ -262,6 +282,11 @@ def _write_adapter(routed: nn.Module, t: int, target: Path, base: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
     (target / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def _identity(routed: nn.Module) -> dict[str, Any]:
+    content = StateDictReader(routed.state_dict()).fingerprint()
+    return {"content": content, "routing": repr(routing_of(routed))}
 
 
 def _base_state_dict(routed: nn.Module) -> dict[str, Tensor]:

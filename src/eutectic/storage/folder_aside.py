@@ -1,0 +1,131 @@
+"""A folder that is written aside and gets its name when it is complete, in one step.
+
+For verbs that keep nothing of an unfinished run. In `<output>.partial` lie a mark, by which the
+folder is known to be a run's own, and what is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from eutectic.errors import OutputError, RequestError, ResumeError
+from eutectic.storage.interface import Storage
+
+_MARK = "unfinished.json"
+_CONTENT = "folder"
+_KEY = "eutectic_unfinished"
+
+
+class FolderAside:
+    """The one run that writes a folder, which is empty or absent until `commit`.
+
+    Attributes:
+        output: its name.
+        finished: a run of the same request was killed after it had given the folder its name;
+            there is nothing left to do but to call `clear`.
+    """
+
+    def __init__(self, output: Path, storage: Storage, request: Mapping[str, Any], last: str):
+        """Take the lock, and find out what an earlier run has left.
+
+        Args:
+            output: the folder to write.
+            storage: where it lies.
+            request: all that decides what is written.
+            last: the name of a file that is in every finished folder.
+        """
+        if output.name in ("", ".."):
+            raise RequestError(f"'{output}' has no name of its own. Name a new folder.")
+        obstacle = storage.obstacle(output)
+        if obstacle is not None:
+            raise RequestError(obstacle)
+        self.output, self._storage = output, storage
+        self._work = output.with_name(f"{output.name}.partial")
+        described = json.dumps(request, sort_keys=True, default=str)
+        identity = hashlib.sha256(described.encode()).hexdigest()
+        self._mark = json.dumps({_KEY: identity}).encode()
+        try:
+            self._lock = storage.lock(self._work)
+            try:
+                self.finished = self._finished_before(last)
+            except BaseException:
+                self._lock.release()
+                raise
+        except BlockingIOError:
+            raise RequestError(f"another process is writing {output}.") from None
+        except OSError as error:
+            raise self._failure(error) from None
+
+    def _finished_before(self, last: str) -> bool:
+        held = self._storage.list(self._work)
+        mark = self._work / _MARK
+        strangers = [name for name in held if name not in (_MARK, _CONTENT)]
+        found = mark.read_bytes() if mark.is_file() else b""
+        begun = f'{{"{_KEY}":'.encode()
+        if held and (strangers or not found.startswith(begun)):
+            why = f" It holds '{strangers[0]}'." if strangers else ""
+            raise ResumeError(
+                f"{self._work} exists and is not left by a run that was killed.{why}\n"
+                "Move it away, or choose another output."
+            )
+        if not self._storage.list(self.output):
+            return False
+        moved = self._work.is_dir() and _CONTENT not in held and (self.output / last).exists()
+        if moved and (not held or found == self._mark):
+            return True
+        raise RequestError(f"{self.output}: not empty; name a new folder.")
+
+    def begin(self) -> Path:
+        """Return the empty folder to write into."""
+        folder = self._work / _CONTENT
+        try:
+            self._storage.discard(self._work, (_CONTENT, _MARK))
+            self._work.mkdir(parents=True, exist_ok=True)
+            with self._storage.replacing(self._work / _MARK) as file:
+                file.write(self._mark)
+            folder.mkdir()
+        except OSError as error:
+            raise self._failure(error) from error
+        return folder
+
+    def commit(self) -> None:
+        """Give the folder its name."""
+        try:
+            self._storage.commit(self._work / _CONTENT, self.output)
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def clear(self) -> None:
+        """Remove what lies beside the finished folder."""
+        self._lock.leave_nothing()
+        try:
+            self._storage.discard(self._work, (_CONTENT, _MARK))
+        except OSError as error:
+            raise OutputError(
+                f"{self.output} is complete, but {self._work} cannot be removed "
+                f"({error.strerror or error})."
+            ) from error
+
+    def _failure(self, error: OSError) -> OutputError:
+        where = error.filename or self._work
+        return OutputError(f"{where}: cannot be written ({error.strerror or error}).")
+
+    def __enter__(self) -> FolderAside:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        """Give up the lock; after an error of the run also what it has written."""
+        try:
+            if isinstance(error, Exception) and not self.finished:
+                self._storage.discard(self._work, (_CONTENT, _MARK))
+        except OSError:
+            pass  # the next run does it; what matters is the first error
+        finally:
+            self._lock.release()

@@ -1,0 +1,133 @@
+"""A folder that is written aside: whole or absent, by one run at a time, nobody else's lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eutectic.errors import OutputError, RequestError, ResumeError
+from eutectic.storage import FolderAside, folder_aside
+from eutectic.storage.local_disk import LocalDisk
+
+ASKED = {"experts": ["a", "b"]}
+
+
+class Killed(BaseException):
+    """The end of a process."""
+
+
+def opened(tmp_path: Path, asked: dict[str, Any] = ASKED) -> FolderAside:
+    return folder_aside(tmp_path / "out", asked, "last.json")
+
+
+def write(tmp_path: Path, kill: str = "") -> None:
+    with opened(tmp_path) as aside:
+        if not aside.finished:
+            folder = aside.begin()
+            assert not list(folder.iterdir())
+            (folder / "first.json").write_text("1")
+            if kill == "while writing":
+                raise Killed
+            (folder / "last.json").write_text("2")
+            if kill == "before the name":
+                raise Killed
+            aside.commit()
+        if kill == "after it":
+            raise Killed
+        aside.clear()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+@pytest.mark.parametrize("kill", ["while writing", "before the name", "after it"])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_killed_run_is_finished_by_the_same_request(
+    kill: str, there: bool, tmp_path: Path
+) -> None:
+    if there:
+        (tmp_path / "out").mkdir()
+    with pytest.raises(Killed):
+        write(tmp_path, kill)
+    assert (tmp_path / "out/last.json").exists() is (kill == "after it")
+    assert (tmp_path / "out/first.json").exists() is (kill == "after it")
+    write(tmp_path)
+    assert names(tmp_path) == ["out/first.json", "out/last.json"]
+    with pytest.raises(RequestError, match="not empty"):
+        write(tmp_path)
+
+
+def test_the_finished_folder_of_another_request_is_not_taken_for_ones_own(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        write(tmp_path, "after it")
+    with pytest.raises(RequestError, match="not empty"):
+        opened(tmp_path, {"experts": ["a"]})
+
+
+def test_a_kill_while_the_mark_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(self: LocalDisk, folder: Path, names: Any) -> Any:
+        if (folder / names[-1]).exists():
+            (folder / names[-1]).unlink()
+            raise Killed
+        return discard(self, folder, names)
+
+    discard = LocalDisk.discard
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalDisk, "discard", killed)
+        with pytest.raises(Killed):
+            write(tmp_path)
+    assert (tmp_path / "out.partial").is_dir()
+    write(tmp_path)
+    assert names(tmp_path) == ["out/first.json", "out/last.json"]
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(OutputError), opened(tmp_path) as aside:
+        (aside.begin() / "first.json").write_text("1")
+        raise OutputError("full")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("held", ["folder/x", "notes.txt", "unfinished.json"])
+def test_what_no_run_has_made_is_not_deleted(held: str, tmp_path: Path) -> None:
+    file = tmp_path / "out.partial" / held
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    with pytest.raises(ResumeError, match="Move it away"):
+        write(tmp_path)
+    assert file.read_text() == "{}"
+
+
+def test_a_strangers_file_beside_what_a_killed_run_left(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        write(tmp_path, "while writing")
+    (tmp_path / "out.partial/notes.txt").write_text("mine")
+    with pytest.raises(ResumeError, match=r"notes\.txt"):
+        write(tmp_path)
+    assert (tmp_path / "out.partial/notes.txt").read_text() == "mine"
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    with opened(tmp_path), pytest.raises(RequestError, match="another process is writing"):
+        opened(tmp_path)
+    write(tmp_path)
+
+
+@pytest.mark.parametrize("output", [".", "..", "file", "full"])
+def test_outputs_that_cannot_be(output: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/x").write_text("mine")
+    chosen = Path(output) if output.startswith(".") else tmp_path / output
+    with pytest.raises(RequestError):
+        folder_aside(chosen, ASKED, "last.json")
+    assert names(tmp_path) == ["file", "full/x"]
+
+
+def test_missing_folders_above_are_made(tmp_path: Path) -> None:
+    write(tmp_path / "a/b")
+    assert names(tmp_path) == ["a/b/out/first.json", "a/b/out/last.json"]
