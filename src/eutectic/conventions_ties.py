@@ -115,6 +115,15 @@ def output_name(
     return _OUTPUT_OF_TYPE.get(str(config.get("model_type")), "lm_head.weight")
 
 
+def is_layer_stack(path: str) -> bool:
+    """Tell whether a stack is of layers, of which equal ones are a deeper model and not one layer.
+
+    >>> is_layer_stack("model.layers"), is_layer_stack("model.decoder.bbox_embed")
+    (True, False)
+    """
+    return re.search(r"(^|\.)(layers?|blocks?|resblocks|h|stages?|experts)$", path) is not None
+
+
 def bias_names(name: str) -> tuple[str, ...]:
     """Return both names of the bias of a masked language model's head, or nothing.
 

@@ -51,6 +51,34 @@ KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
         | {"decoder_ffn_dim": 24, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
         | {"max_position_embeddings": 32},
     ),
+    "marian": (
+        "MarianMTModel",
+        "MarianConfig",
+        {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24}
+        | {"decoder_ffn_dim": 24, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        | {"max_position_embeddings": 32, "decoder_start_token_id": 0},
+    ),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24}
+        | {"decoder_ffn_dim": 24, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        | {"max_source_positions": 6, "max_target_positions": 32, "num_mel_bins": 8}
+        | {"decoder_start_token_id": 1, "suppress_tokens": None, "begin_suppress_tokens": None},
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen2_5_VLConfig",
+        {
+            "tie_word_embeddings": True,
+            "text_config": {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24}
+            | {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+            | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+            | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+            "vision_config": {"depth": 1, "hidden_size": 16, "intermediate_size": 24}
+            | {"num_heads": 2, "out_hidden_size": 16},
+        },
+    ),
     "bert": ("BertForMaskedLM", "BertConfig", BERT),
     "roberta": ("RobertaForMaskedLM", "RobertaConfig", BERT),
 }
@@ -66,6 +94,12 @@ GROUPS: dict[str, list[list[str]]] = {
         ["model.shared.weight", "model.encoder.embed_tokens.weight"]
         + ["model.decoder.embed_tokens.weight", "lm_head.weight"]
     ],
+    "marian": [
+        ["model.shared.weight", "model.encoder.embed_tokens.weight"]
+        + ["model.decoder.embed_tokens.weight", "lm_head.weight"]
+    ],
+    "whisper": [["model.decoder.embed_tokens.weight", "proj_out.weight"]],
+    "qwen2_5_vl": [["model.language_model.embed_tokens.weight", "lm_head.weight"]],
     "bert": [
         ["bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"],
         ["cls.predictions.bias", "cls.predictions.decoder.bias"],
@@ -85,10 +119,12 @@ def build(kind: str, seed: int = 0) -> Any:
 
 
 def moved(model: Any, seed: int) -> Any:
-    """Return the model with noise on every parameter; tied ones stay one."""
+    """Return the model with noise on every parameter that is saved; tied ones stay one."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    computed = model._keys_to_ignore_on_save or ()  # sinusoidal positions
+    for name, parameter in model.named_parameters():
+        if name not in computed:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     return model
 
 
@@ -102,9 +138,14 @@ def untied(model: Any, seed: int) -> Any:
 
 
 def logits(model: Any) -> Tensor:
-    more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    given = {"input_ids": IDS}
+    if model.config.is_encoder_decoder:
+        given["decoder_input_ids"] = IDS
+    if model.config.model_type == "whisper":
+        sound = torch.randn(2, 8, 12, generator=torch.Generator().manual_seed(0))
+        given = {"input_features": sound, "decoder_input_ids": IDS}
     with torch.no_grad():
-        return model(input_ids=IDS, **more).logits
+        return model(**given).logits
 
 
 def averaged(models: list[Any]) -> Any:
@@ -251,6 +292,12 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
         "gpt2",
         {"target_modules": ["c_attn"], "modules_to_save": ["wte", "lm_head"]},
     ),
+    "whisper, proj_out": ("whisper", {"target_modules": ["q_proj", "proj_out"]}),
+    "whisper, saved table": (
+        "whisper",
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    ),
+    "qwen2_5_vl, lm_head": ("qwen2_5_vl", {"target_modules": ["q_proj", "lm_head"]}),
     "bart, lm_head": ("bart", {"target_modules": ["q_proj", "lm_head"]}),
     "t5, lm_head": ("t5", {"target_modules": ["q", "lm_head"]}),
     "bert, decoder": ("bert", {"target_modules": ["query", "decoder"]}),
@@ -347,3 +394,36 @@ def test_a_base_whose_file_contradicts_its_configuration(tmp_path: Path):
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
     notes = json.loads((out / "eutectic.json").read_text())["notes"]
     assert any("ties 'lm_head.weight' to 'model.embed_tokens.weight'" in note for note in notes)
+
+
+def test_heads_that_a_detector_shares_between_layers(tmp_path: Path):
+    def detector(seed: int) -> Tensors:
+        generator = torch.Generator().manual_seed(seed)
+        head = {"layers.0.weight": torch.randn(4, 8, generator=generator)}
+        head |= {"layers.0.bias": torch.full((4,), float(seed)), "norm.weight": torch.ones(4)}
+        tensors = {f"bbox_embed.{i}.{n}": w.clone() for i in range(3) for n, w in head.items()}
+        return tensors | {"body.weight": torch.randn(8, 8, generator=generator)}
+
+    def put(name: str, tensors: Tensors) -> None:
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+
+    def first(tensors: Tensors) -> Tensors:
+        return {
+            n: w for n, w in tensors.items() if not n.startswith(("bbox_embed.1", "bbox_embed.2"))
+        }
+
+    put("base", detector(0))
+    put("a", first(detector(1)))
+    put("b", detector(2))
+    found = load_file(merge(tmp_path, "a", "b") / "model.safetensors")
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, (detector(1)[name] + detector(2)[name]) / 2)
+    # The base holds one, an expert all.
+    save_file(first(detector(0)), tmp_path / "base/model.safetensors", {"format": "pt"})
+    out = eutectic.merge(
+        base=str(tmp_path / "base"), experts={n: str(tmp_path / n) for n in "ab"},
+        method="average", output=tmp_path / "one",
+    ).output  # fmt: skip
+    assert load_file(out / "model.safetensors").keys() == first(detector(0)).keys()
+    assert not (out / "experts").exists()

@@ -166,7 +166,7 @@ def merge_state_dicts(
 
     Returns:
         The merged state dict: the base's keys, order, shapes and dtypes, in new memory. Heads are
-        the base's.
+        the base's. A key that an expert unties from one of the base's (see `config`) is added.
 
     Raises:
         RequestError: the request is wrong.

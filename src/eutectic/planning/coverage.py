@@ -18,6 +18,7 @@ from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.names import TRIED
 from eutectic.conventions import is_token_embedding, layer_group
 from eutectic.conventions_heads import is_buffer, is_output_layer, output_part
+from eutectic.conventions_ties import is_layer_stack
 from eutectic.errors import Fault
 from eutectic.planning.inputs import MergeRequest
 from eutectic.types import Treatment
@@ -334,7 +335,8 @@ def _depth_faults(
         parts = asked or sorted(fewer) != list(range(len(fewer)))
         if more is there and (parts if None in (stated, held) else stated == held):
             continue
-        if all(is_output_layer(n) or _ruled(n, request) for n in alone):
+        shared = () if is_layer_stack(path) else _tied(name, expert, request)
+        if all(n in shared or is_output_layer(n) or _ruled(n, request) for n in alone):
             continue
         beyond.update(alone)
         word = "experts" if path.endswith("experts") else "layers"
@@ -345,6 +347,13 @@ def _depth_faults(
         )
         faults.append(Fault("other_depth", what, f"expert '{name}'", line, next=choose))
     return faults, beyond
+
+
+def _tied(owner: str, expert: Expert, request: MergeRequest) -> set[str]:
+    """Return the tensors that only one side holds under these names, and both have."""
+    ties = request.ties
+    found = {n for n in expert.missing if ties.source(owner, expert, n) is not None}
+    return found | ties.explained[owner]
 
 
 def _stacks(names: Iterable[str]) -> dict[str, dict[int, list[str]]]:

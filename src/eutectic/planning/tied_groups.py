@@ -4,20 +4,16 @@ Copies are recognised by their names and their values; names that the base's fil
 habits of transformers and by what the experts hold.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-import torch
 
 from eutectic import conventions_ties as habits
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.reader import TensorSource
 from eutectic.conventions import is_output_vocabulary, may_be_vocabulary
-
-_WINDOW = 1024
-_PIECE = 1 << 22  # entries read at a time
+from eutectic.planning.shared_modules import Stored, repeated, same_values
 
 
 @dataclass(frozen=True)
@@ -133,7 +129,7 @@ def join(model: TiedModel, groups: list[Group], expert: Expert) -> frozenset[str
             group.others.append(name)
         if group is not None or _is_copy(expert, name, entry):
             explained.add(name)
-    return frozenset(explained)
+    return frozenset(explained | repeated(expert, expert.extra.keys()))
 
 
 def has(expert: Expert, name: str, like: TensorEntry) -> bool:
@@ -153,32 +149,6 @@ def same_in(expert: Expert, first: str, second: str) -> bool:
         return False
     read = expert.source.read
     return same_values(Stored(read, one.name), Stored(read, two.name), one.numel)
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A stored tensor: who reads flat ranges of it, and under which name."""
-
-    read: Callable[[str, int, int], torch.Tensor]
-    name: str
-
-
-def same_values(left: Stored, right: Stored, length: int) -> bool:
-    """Tell whether two tensors of `length` entries are equal, bit by bit where the dtype is one.
-
-    Tables that were trained apart differ almost everywhere, so that samples tell most of them;
-    copies are read to the end, because the rows of rare tokens may be all that differs.
-    """
-    starts = (0, max(0, length // 2 - _WINDOW), max(0, length - _WINDOW))
-    ranges = [(start, min(length, start + _WINDOW)) for start in starts]
-    ranges += [(start, min(length, start + _PIECE)) for start in range(0, length, _PIECE)]
-    for start, stop in ranges:
-        a, b = left.read(left.name, start, stop), right.read(right.name, start, stop)
-        wide = a.dtype != b.dtype
-        a, b = (a.double(), b.double()) if wide else (a.view(torch.uint8), b.view(torch.uint8))
-        if not torch.equal(a, b):
-            return False
-    return True
 
 
 def _output_of(group: Group, model: TiedModel) -> list[str]:

@@ -14,9 +14,9 @@ from eutectic import conventions_ties as habits
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.reader import TensorSource
 from eutectic.errors import Fault, Note
+from eutectic.planning.shared_modules import Stored, same_values, shared_in
 from eutectic.planning.tied_groups import (
     Group,
-    Stored,
     TiedModel,
     groups_of,
     has,
@@ -24,7 +24,6 @@ from eutectic.planning.tied_groups import (
     join,
     model_of,
     same_in,
-    same_values,
 )
 
 
@@ -62,6 +61,8 @@ def find_ties(base: TensorSource, config: Mapping[str, Any], experts: Mapping[st
     """
     model = model_of(base, config)
     groups = groups_of(model)
+    shared = shared_in(base, experts.values(), [group.held for group in groups])
+    groups += [Group(base.entries[names[0]], names) for names in shared]
     explained = {name: join(model, groups, expert) for name, expert in experts.items()}
     faults: list[Fault] = []
     for owner, expert in experts.items():
