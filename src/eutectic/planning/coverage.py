@@ -238,7 +238,7 @@ def patterns(missing: Sequence[str], extra: Sequence[str], limit: int = 4) -> li
     """
     left = set(missing)
     by_end: dict[str, list[str]] = {}
-    for name in missing:
+    for name in reversed(missing):  # the first of a kind is taken first, from the end of its list
         for end in _ends(name):
             by_end.setdefault(end, []).append(name)
     moved: Counter[tuple[str, str]] = Counter()
@@ -286,19 +286,20 @@ def _leaves(names: Iterable[str], module: str, both: Collection[str]) -> str:
 def _ends(name: str) -> Iterator[str]:
     """Yield what a name ends with, of two components at least, the longest first."""
     components = name.split(".")
-    for start in range(1, len(components) - 1):
+    for start in range(len(components) - 1):
         yield ".".join(components[start:])
-    if len(components) > 1:
-        yield name
 
 
 def _longest(
-    name: str, by_end: Mapping[str, Sequence[str]], left: Collection[str]
+    name: str, by_end: Mapping[str, list[str]], left: Collection[str]
 ) -> tuple[str | None, str]:
-    for end in sorted(_ends(name), key=len, reverse=True):
-        partner = next((n for n in by_end.get(end, ()) if n in left), None)
-        if partner is not None:
-            return partner, end
+    """Return the tensor that is left and ends like a name in most components, and that end."""
+    for end in _ends(name):
+        alike = by_end.get(end, [])
+        while alike and alike[-1] not in left:
+            alike.pop()
+        if alike:
+            return alike[-1], end
     return None, ""
 
 

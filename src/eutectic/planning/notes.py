@@ -218,8 +218,8 @@ def named_bases(recipe: Recipe, inputs: Inputs) -> list[Note]:
     known = {_last(name) for name in called if name}
     notes: list[Note] = []
     for name, expert in inputs.experts.items():
-        stated = expert.config.get("base_model_name_or_path")
-        if not isinstance(stated, str) or not stated or _last(stated) in known:
+        stated = expert.trained_on
+        if not stated or _last(stated) in known:
             continue
         numbers = {"stated": stated, "base": _last(recipe.base)}
         notes.append(Note("other_base_named", (name,), numbers))
