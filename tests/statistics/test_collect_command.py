@@ -288,7 +288,10 @@ def test_ia3_vectors_have_a_block_fisher() -> None:
             2,
             "does not hold cls.predictions",
         ),
-        (["EXPERT", "-o", "no/where/x", "--data", "DATA"], 1, "is not a folder"),
+        (["EXPERT", "-o", "none.jsonl/x", "--data", "DATA"], 1, "none.jsonl"),
+        (["EXPERT", "-o", "DATA", "--data", "DATA"], 2, "holds something else"),
+        (["EXPERT", "-o", "expert", "--data", "DATA"], 1, "is a folder"),
+        (["EXPERT", "-o", "expert/model.safetensors", "--data", "DATA"], 2, "something else"),
         (["EXPERT", "-o", "x", "--data", "DATA", "--memory", "1KB"], 2, "more than the"),
         (
             ["EXPERT", "-o", "x", "--data", "DATA", "--labels", "mine", "--fisher"],

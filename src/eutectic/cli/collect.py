@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,6 +115,7 @@ def collect(
     if sums.dtype not in ("float32", "float64"):
         raise RequestError(f"--dtype {sums.dtype}: allowed are float32 and float64.")
     from eutectic.statistics import add_statistics, load_statistics
+    from eutectic.statistics.statistics_file import check_target
 
     started = time.monotonic()
     given = given_options(context)
@@ -136,13 +138,27 @@ def collect(
         _check_given(given, gradients)
         for file in add or ():
             load_statistics(file)  # a file that cannot be added is told before any data are run
-        # What is to be added goes through a file of its own, so that OUTPUT is never half a sum.
-        target = output.with_name(f"{output.name}.collected") if add else output
-        result, randomly_initialised = _collected(expert, gradients, sums, reading, target)
-        if add:
-            result = add_statistics([result, *add], output)
-            target.unlink()
+        check_target(output)
+        with _locked(output) if add else nullcontext():
+            # What is to be added goes through a file of its own: OUTPUT is never half a sum.
+            target = output.with_name(f"{output.name}.collected") if add else output
+            result, randomly_initialised = _collected(expert, gradients, sums, reading, target)
+            if add:
+                result = add_statistics([result, *add]).save(output)
+                target.unlink()
     _report(result, output, randomly_initialised, round(time.monotonic() - started, 1), json)
+
+
+@contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Keep others from writing the sum while its part is collected."""
+    from eutectic.statistics.statistics_file import lock_output
+
+    lock = lock_output(output)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _collected(

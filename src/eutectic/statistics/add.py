@@ -19,6 +19,7 @@ from eutectic.statistics.statistics_file import (
     expand,
     gram_names,
     load_statistics,
+    lock_output,
 )
 
 # What must agree for a sum to mean anything.
@@ -46,6 +47,12 @@ def add_statistics(
             policies, labels or other settings, have different layers, or share examples.
         OutputError: the output cannot be written.
     """
+    if output is not None:
+        lock = lock_output(Path(output))
+        try:
+            return add_statistics(files).save(output)
+        finally:
+            lock.release()
     opened = [f if isinstance(f, StatisticsFile) else load_statistics(f) for f in files]
     if not opened:
         raise RequestError("there are no statistics files to add.")
@@ -86,8 +93,7 @@ def add_statistics(
         package: ", ".join(sorted({number for other, number in versions if other == package}))
         for package, _ in versions
     }
-    result = StatisticsFile(record, tensors)
-    return result if output is None else result.save(output)
+    return StatisticsFile(record, tensors)
 
 
 def _check(files: Sequence[StatisticsFile]) -> None:

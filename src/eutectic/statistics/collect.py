@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.checkpoint.reader import StateDictReader
-from eutectic.errors import OutputError, RequestError
+from eutectic.errors import RequestError
 from eutectic.models.batches import Batch, mask_policy, sample_count
 from eutectic.models.names import saved_names
 from eutectic.models.sites import is_encoder_decoder
@@ -73,7 +73,8 @@ def collect(
         model: any module; transformers and PEFT models are understood.
         batches: mappings (passed as keywords), sequences or tensors, examples on the first axis.
             Read once per pass; several passes need something that can be read again.
-        output: file to write. Without it the result stays in memory. A killed collection goes on
+        output: file to write, over statistics if there are any. Without it the result stays in
+            memory. A killed collection goes on
             from `<output>.partial` when the same call is made again, and gives the same bytes.
         grams: input Grams, input sums, pooled sums and Grams.
         output_gradients: output-gradient Grams (K-FAC).
@@ -173,11 +174,14 @@ def collect(
             job = Pass(model, batches, part, settings, sums, log, 0, tell)
             results.append(_one_pass(job, index, partial, keep=len(parts) > 1))
             log = job.log
+        return _finish(path, partial, plan, record, log, results)
     except BaseException:
         if partial is not None:
             partial.remove_if_empty()
         raise
-    return _finish(path, partial, plan, record, log, results)
+    finally:
+        if partial is not None:
+            partial.lock.release()
 
 
 def _one_pass(
@@ -232,9 +236,6 @@ def _peek(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch], bool]:
 
 
 def _begin(path: Path, record: Mapping[str, Any], parts: Sequence[Plan]) -> Partial:
-    if path.is_dir() or not path.parent.is_dir():
-        why = "is a folder" if path.is_dir() else f"{path.parent} is not a folder"
-        raise OutputError(f"{path}: cannot be written: {why}.")
     observed = [
         {
             "layers": [[s.name, leader.name] for s, leader in part.leaders.items()],

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.header import build_header, read_header
-from eutectic.errors import CheckpointError, OutputError, StatisticsError, suggest
-from eutectic.storage import storage_of
+from eutectic.errors import CheckpointError, OutputError, RequestError, StatisticsError, suggest
+from eutectic.storage import Lock, storage_of
 from eutectic.storage.small_files import parse_json
 from eutectic.types import LayerStatistics
 
@@ -164,10 +164,43 @@ class StatisticsFile(Mapping[str, LayerStatistics]):
 
         Raises:
             OutputError: it cannot be written.
+            RequestError: there is a file already that is not of statistics.
         """
         path = Path(path)
+        check_target(path)
         write_tensors(path, self.tensors, RECORD_KEY, self.provenance)
         return load_statistics(path)
+
+
+def check_target(path: Path) -> None:
+    """Find out whether statistics may be written there: over statistics alone, if over anything."""
+    if path.is_dir():
+        raise OutputError(f"{path}: cannot be written: is a folder.")
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
+        return
+    ours = path.is_file()
+    if ours:
+        try:
+            TensorFile(path, RECORD_KEY)
+        except (StatisticsError, OSError):
+            ours = False
+    if not ours:
+        raise RequestError(
+            f"{path}: statistics would be written there, and it holds something else.\n"
+            "Choose another name."
+        )
+
+
+def lock_output(path: Path) -> Lock:
+    """Become the only one who writes a statistics file; folders that are missing are made."""
+    check_target(path)
+    try:
+        return storage_of(path).lock(path)
+    except BlockingIOError:
+        raise RequestError(f"another process is collecting into {path}.") from None
+    except OSError as error:
+        where = error.filename or path
+        raise OutputError(f"{where}: cannot be written ({error.strerror or error}).") from None
 
 
 def expand(factor: Tensor, diagonal: Tensor | None) -> Tensor:

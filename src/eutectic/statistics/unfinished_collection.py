@@ -1,6 +1,7 @@
 """The unfinished state of a collection on disk, so that a killed one can go on."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from eutectic.errors import OutputError, ResumeError, StatisticsError, first_line
-from eutectic.statistics.statistics_file import TensorFile, write_tensors
-from eutectic.storage import storage_of
+from eutectic.statistics.statistics_file import TensorFile, lock_output, write_tensors
+from eutectic.storage import Lock, storage_of
 
 _KEY = "eutectic_collection"
 _SNAPSHOT = "snapshot.safetensors"
 _PASS = "pass-{:04d}.safetensors"
+_A_PASS = re.compile(r"pass-\d{4,}\.safetensors")
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Partial:
 
     folder: Path
     identity: str
+    lock: Lock  # of the output
 
     def save(self, snapshot: Snapshot) -> None:
         """Replace the snapshot."""
@@ -128,29 +131,43 @@ class Partial:
         return file
 
     def remove(self) -> None:
-        """Delete the folder; the collection is finished."""
-        storage_of(self.folder).remove(self.folder)
+        """Delete the folder with all that a collection keeps there; this one is finished."""
+        storage = storage_of(self.folder)
+        names = [name for name in storage.list(self.folder) if _is_own(name)]
+        storage.discard(self.folder, names)
 
     def remove_if_empty(self) -> None:
         """Delete the folder of a collection that failed before there was anything to keep."""
-        if not storage_of(self.folder).list(self.folder):
-            self.remove()
+        storage_of(self.folder).discard(self.folder, ())
+
+
+def _is_own(name: str) -> bool:
+    return name == _SNAPSHOT or _A_PASS.fullmatch(name) is not None
 
 
 def open_partial(output: Path, identity: str) -> Partial:
-    """Create or take up the folder beside `output`."""
+    """Create or take up the folder beside `output`, which nobody else may write from here on."""
     folder = output.with_name(f"{output.name}.partial")
+    lock = lock_output(output)
     try:
-        folder.mkdir(exist_ok=True)
+        return _opened(Partial(folder, identity, lock))
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _opened(partial: Partial) -> Partial:
+    folder = partial.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
         names = storage_of(folder).list(folder)
     except OSError as error:
         raise OutputError(f"{folder}: cannot be created ({error.strerror}).") from error
-    strangers = [name for name in names if name != _SNAPSHOT and not name.startswith("pass-")]
+    strangers = [name for name in names if not _is_own(name)]
     if strangers:
         raise ResumeError(
             f"{folder}: holds '{strangers[0]}', which was not written by `collect`.\n"
             "Choose another output, or remove the folder."
         )
-    partial = Partial(folder, identity)
     partial.load()
     return partial
