@@ -77,6 +77,18 @@ def _of_the_base(text: str) -> Callable[[Sequence[str], Mapping[str, Any]], str]
     return template
 
 
+def _fallen(text: str) -> Callable[[Sequence[str], Mapping[str, Any]], str]:
+    """Return a template that ends with how much of a method's tensors fell back."""
+
+    def template(names: Sequence[str], numbers: Mapping[str, Any]) -> str:
+        return (
+            f"{text.format(few=few(names), **numbers)} ({numbers['tensors']} of {numbers['of']} "
+            f"tensors that {numbers['asked']} is for, {percent(numbers['share'])} of their numbers)"
+        )
+
+    return template
+
+
 def _left_alone(names: Sequence[str], numbers: Mapping[str, Any]) -> str:
     return (
         f"expert '{numbers['expert']}': {percent(numbers['share'])} of its numbers are neither "
@@ -257,8 +269,10 @@ SENTENCES: dict[str, Template] = {
         "statistics of '{0}' do not prove that they are of this expert; they may be of another "
         "checkpoint"
     ),
-    "fallback": "without statistics, merged by {method}: {few}",
-    "own_fallback": "without statistics, merged by {method}'s own rule for such tensors: {few}",
+    "fallback": _fallen("without statistics, merged by {method}: {few}"),
+    "own_fallback": _fallen(
+        "without statistics, merged by {method}'s own rule for such tensors: {few}"
+    ),
     "statistics_needed": (
         "no expert has statistics, and {method} needs them: collect them (eutectic collect) and "
         "name them with --statistics, or in the recipe"

@@ -61,7 +61,16 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "{match: lm_*, scale: 0.5}",
         "{match: layers.1.proj.bias, treatment: vector}",
     ]
-    stated = ["--memory", "4GB", "--set", f"tensors=[{', '.join(rules)}]", "--set", "missing=base"]
+    stated = [
+        "--memory",
+        "4GB",
+        "--fallback",
+        "allow",
+        "--set",
+        f"tensors=[{', '.join(rules)}]",
+        "--set",
+        "missing=base",
+    ]
     return ["--base", "base", "-m", "regmean", "a=a", "b=b", *stated]
 
 
@@ -111,7 +120,7 @@ def test_a_plan_and_a_merge(
     before = observed(eutectic, arguments, "first")
     assert {note["kind"] for note in before["plan"]["note_records"]} >= NOTED
     assert {kind for row in before["plan"]["tensors"] for kind in row["kinds"]} >= REASONS
-    assert before["warnings"] == [1, 1, 1]
+    assert before["warnings"] == [2, 1, 2]
     reworded()
     assert observed(eutectic, arguments, "second") == before
     texts = json.loads(Path("second/eutectic.json").read_text())["notes"]

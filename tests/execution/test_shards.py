@@ -55,9 +55,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def merge(inputs: Path, output: Path, **options: Any) -> eutectic.MergeReport:
     experts = {name: inputs / name for name in "ab"}
-    return eutectic.merge(
-        base=inputs / "base", experts=experts, method="esm", output=output, **options
-    )
+    stated = {"method": "esm", "fallback": "allow", **options}
+    return eutectic.merge(base=inputs / "base", experts=experts, output=output, **stated)
 
 
 def sizes(folder: Path) -> dict[str, list[int]]:
@@ -134,6 +133,7 @@ def test_transformers_loads_the_shards(size: str, tmp_path: Path) -> None:
 def test_the_command_line(inputs: Path, tmp_path: Path) -> None:
     experts = [f"{name}={inputs / name}" for name in "ab"]
     words = ["--base", inputs / "base", "-m", "esm", "--shard-size", "2.1KB", *experts]
+    words += ["--fallback", "allow"]
     planned = json.loads(invoke("plan", "--json", *words).out)
     assert invoke("merge", "-o", tmp_path / "out", *words).code == 0
     merge(inputs, tmp_path / "python", shard_size="2.1KB")

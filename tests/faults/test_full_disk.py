@@ -35,7 +35,18 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(inputs: Path, output: Path, method: str = "average") -> list[object]:
     experts = [f"{name}={inputs / name}" for name in "ab"]
-    return ["merge", "--base", inputs / "base", "-m", method, "-o", output, *experts]
+    return [
+        "merge",
+        "--base",
+        inputs / "base",
+        "-m",
+        method,
+        "--fallback",
+        "allow",
+        "-o",
+        output,
+        *experts,
+    ]
 
 
 def resize(folder: Path, size: int) -> None:

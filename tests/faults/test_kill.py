@@ -57,7 +57,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(inputs: Path, output: Path, *more: object, method: str = "iso_c") -> list[object]:
     experts = [f"{name}={inputs / name}" for name in "abc"]
     start = ["merge", "--base", inputs / "base", "-m", method, "-o", output]
-    return [*start, "--set", "precision=exact", *more, *experts]
+    return [*start, "--set", "precision=exact", "--fallback", "allow", *more, *experts]
 
 
 def partial(output: Path) -> Path:
@@ -258,4 +258,5 @@ def options(inputs: Path) -> dict[str, Any]:
         "experts": {name: str(inputs / name) for name in "abc"},
         "method": "iso_c",
         "precision": "exact",
+        "fallback": "allow",
     }

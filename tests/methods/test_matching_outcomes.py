@@ -94,7 +94,12 @@ def _without(statistics: list[LayerStatistics], case: str) -> list[LayerStatisti
 def test_missing_statistics_take_the_average_and_say_so(method, case):
     deltas, statistics = randn(EXPERTS, OUT, IN), _without(collect(), case)
     name, options = ("mats", {"operator": method}) if method in MATRIX_OPERATORS else (method, {})
-    merged = merge_matrices(name, deltas, statistics=statistics, full_output=True, **options)
+    options["full_output"] = True
+    if case != "no tokens":  # a layer that saw no token is no lack of statistics
+        with pytest.raises(MethodError, match="needs statistics with .* for every expert"):
+            merge_matrices(name, deltas, statistics=statistics, **options)
+        options["fallback"] = "allow"
+    merged = merge_matrices(name, deltas, statistics=statistics, **options)
     torch.testing.assert_close(merged.delta, deltas.mean(0))
     assert merged.record["rest"] == "average"
     assert "expert '" in merged.record["reason"]
@@ -102,7 +107,7 @@ def test_missing_statistics_take_the_average_and_say_so(method, case):
 
 def test_missing_statistics_take_the_initial_guess_where_asked_to():
     deltas = randn(EXPERTS, OUT, IN)
-    merged = mats(deltas, None, rest="init", init="iso_c", init_scale=1.0)
+    merged = mats(deltas, None, rest="init", init="iso_c", init_scale=1.0, fallback="allow")
     torch.testing.assert_close(merged.delta, merge_matrices("iso_c", deltas))
     assert merged.record["rest"] == "init" and merged.record["init"]["from"] == "iso_c"
     vector = mats(randn(EXPERTS, IN), None, rest="init", init="iso_c")

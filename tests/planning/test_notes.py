@@ -44,7 +44,7 @@ def test_rules_that_match_nothing_are_named() -> None:
 
 def test_a_method_without_its_statistics_says_what_to_do() -> None:
     inputs = in_memory_inputs(BASE, {"a": EXPERT}, {})
-    values = {"base": "memory", "experts": {"a": "memory"}}
+    values = {"base": "memory", "experts": {"a": "memory"}, "fallback": "allow"}
     for method, rule in (("esm", "tsv_m"), ("regmean", "regmean's own rule for such tensors")):
         text = "\n".join(
             map(str, make_plan(check_recipe({**values, "method": method}), inputs).notes)
@@ -57,6 +57,7 @@ def test_a_method_without_its_statistics_says_what_to_do() -> None:
 def test_statistics_of_the_wrong_kind_say_what_to_collect() -> None:
     inputs = in_memory_inputs(BASE, {"a": EXPERT}, {"a": {"layer.weight": LAYER}})
     values = {"base": "memory", "experts": {"a": "memory"}, "method": "mats"}
+    values["fallback"] = "allow"
 
     def text(operator: str) -> str:
         recipe = check_recipe({**values, "parameters": {"operator": operator}})

@@ -87,6 +87,7 @@ def test_the_plan_tells_which_tables_are_averaged(tmp_path: Path) -> None:
         found.save(tmp_path / f"{name}.stats")
     named = {n: {"path": paths[n], "statistics": tmp_path / f"{n}.stats"} for n in "ab"}
     recipe = {"base": paths["base"], "experts": named, "method": "fisher"}
+    recipe["fallback"] = "allow"
     report = eutectic.merge(recipe, output=tmp_path / "merged")
     assert report.records[TABLE]["matrix"]["rest"] == "average"
     assert any(TABLE in note and "without statistics" in note for note in report.notes)
@@ -120,6 +121,7 @@ def test_a_stack_of_matrices_takes_the_rest_rule_and_the_plan_says_so(tmp_path: 
         base=save(tmp_path / "base", tensors["base"]),
         experts={n: save(tmp_path / n, tensors[n]) for n in "ab"},
         method="fisher",
+        fallback="allow",
         output=tmp_path / "merged",
     )
     assert any("without statistics" in note and name in note for note in report.notes)
@@ -128,6 +130,7 @@ def test_a_stack_of_matrices_takes_the_rest_rule_and_the_plan_says_so(tmp_path: 
         tensors["base"],
         {n: tensors[n] for n in "ab"},
         method="fisher",
+        fallback="allow",
         statistics={n: {name: entry} for n in "ab"},
     )
     assert float(merged[name].mean()) == 1.5

@@ -43,7 +43,7 @@ HIDDEN = textwrap.dedent(
     report = eutectic.merge(
         base=folder / "base",
         experts={"a": folder / "a", "b": folder / "b"},
-        method="esm",
+        method="esm", fallback="allow",
         output=folder / "hidden",
     )
     assert report.peak_bytes > 0
@@ -66,6 +66,7 @@ def test_a_merge_without_unix(tmp_path: Path) -> None:
         base=tmp_path / "base",
         experts={"a": tmp_path / "a", "b": tmp_path / "b"},
         method="esm",
+        fallback="allow",
         output=tmp_path / "ordinary",
     )
     assert digests(tmp_path / "hidden") == digests(tmp_path / "ordinary")

@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -14,7 +14,10 @@ from eutectic.cli.console import out, print_json, progress_bar, tell_done, tell_
 from eutectic.cli.options import Json, LimitOptions, RecipeOptions, option, request
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes
-from eutectic.words import shares
+from eutectic.words import percent, shares
+
+if TYPE_CHECKING:
+    from eutectic.execution.run import MergeReport
 
 
 @verb
@@ -59,8 +62,7 @@ def merge(
         print_json(dataclasses.asdict(report))
         return
     table = Table.grid(padding=(0, 2))
-    taken = "" if report.method in report.merged_by else " (no tensor takes it)"
-    table.add_row("method", f"{report.method}{taken}, scale {report.scale:g}")
+    table.add_row("method", f"{_method(report)}, scale {report.scale:g}")
     table.add_row("tensors", ", ".join(f"{n} {name}" for name, n in report.tensors.items()))
     table.add_row("merged by", ", ".join(f"{name} {n}" for name, n in report.merged_by.items()))
     table.add_row("shares", shares(report.shares))
@@ -72,6 +74,14 @@ def merge(
     out.print(table)
     tell_notes(report.note_records)
     tell_done("written", report.output)
+
+
+def _method(report: "MergeReport") -> str:
+    """Name the method that merged most numbers, and the one asked for if that is another."""
+    if report.fallback and report.mostly_by != report.method:
+        share = percent(1 - report.fallback["share"])
+        return f"{report.mostly_by} ({report.method} merges {share} of what it is for)"
+    return report.method + ("" if report.method in report.merged_by else " (no tensor takes it)")
 
 
 def _sweep(recipe: Path | None, weights: list[float], options: dict[str, Any], json: bool) -> None:

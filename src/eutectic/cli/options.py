@@ -231,6 +231,11 @@ class RecipeOptions:
         None, "Weight of an expert (default 1).", "--weight", "-w", metavar="NAME=W"
     )
     statistics: StatisticsFiles = None
+    fallback: str | None = option(
+        None,
+        "allow: a method without the statistics that it needs merges by another.",
+        metavar="error | allow",
+    )
     shard_size: str | None = option(
         None,
         "Most bytes of tensors in one file, such as 5GB (default: files like the base's).",
@@ -279,7 +284,9 @@ def request(asked: RecipeOptions) -> tuple[Path | None, dict[str, Any]]:
                 f"--scale '{asked.scale}' must be a number or auto. "
                 "Searches with data: eutectic tune."
             ) from None
-    stated = {key: getattr(asked, key) for key in ("base", "method", "scale", "shard_size")}
+    stated = {
+        key: getattr(asked, key) for key in ("base", "method", "scale", "fallback", "shard_size")
+    }
     options.update({key: value for key, value in stated.items() if value is not None})
     if asked.param:
         options["parameters"] = _values(asked.param, "--param")

@@ -12,7 +12,7 @@ from eutectic.checkpoint.hub import hub_id
 from eutectic.planning.tensor_plan import COPY
 from eutectic.recipes.plain_yaml import UNREADABLE, YAML_BYTES, load_plain
 from eutectic.storage.small_files import read_text
-from eutectic.words import is_plain, plain, shares
+from eutectic.words import is_plain, percent, plain, shares
 
 PROVENANCE = "eutectic.json"
 UNKNOWN = "unknown"  # a licence that no card states
@@ -42,11 +42,7 @@ def card(provenance: Mapping[str, Any]) -> str:
     )
     counts = ", ".join(f"{n} {name}" for name, n in provenance["treatments"].items())
     notes = "".join(f"- {written(note)}\n" for note in provenance["notes"]) or "- none\n"
-    method, taken = provenance["recipe"]["method"], provenance["merged_by"]
-    by = f"`{method}`"
-    if method not in taken:
-        others = ", ".join(f"`{name}`" for name in taken if name != COPY)
-        by = f"{others} (asked for: `{method}`, which no tensor takes)"
+    by = _merged_by(provenance)
     recipe = yaml.safe_dump(provenance["recipe"], sort_keys=False, allow_unicode=True)
     fence = "`" * max(3, 1 + max(map(len, _FENCE.findall(recipe)), default=0))
     return (
@@ -59,6 +55,19 @@ def card(provenance: Mapping[str, Any]) -> str:
         f"every merged tensor are in `{PROVENANCE}`.\n\n"
         f"## Recipe\n\n{fence}yaml\n{recipe}{fence}\n\n## Notes\n\n{notes}"
     )
+
+
+def _merged_by(provenance: Mapping[str, Any]) -> str:
+    """Say which method merged most of the numbers, and which was asked for if it is another."""
+    method, taken = provenance["recipe"]["method"], provenance["merged_by"]
+    mostly, fallen = provenance["mostly_by"], provenance["fallback"]
+    if mostly != method and fallen:
+        share = percent(1 - fallen["share"])
+        return f"`{mostly}` (asked for: `{method}`, which merges {share} of what it is for)"
+    if method not in taken:
+        others = ", ".join(f"`{name}`" for name in taken if name != COPY)
+        return f"{others} (asked for: `{method}`, which no tensor takes)"
+    return f"`{method}`"
 
 
 def written(text: object) -> str:

@@ -46,6 +46,8 @@ def document(
         "scale": plan.scale,
         "treatments": treatments(plan),
         "merged_by": merged_by(plan),
+        "mostly_by": plan.mostly_by,
+        "fallback": dict(plan.fallback),
         "shares": plan.shares.record,
         "notes": [str(note) for note in plan.notes],
         "parents": {

@@ -61,6 +61,9 @@ class MergeReport:
         scale: α.
         tensors: number of tensors per treatment.
         merged_by: number of tensors per method that merged them ("copy" for copies).
+        mostly_by: the method that merged most numbers of those that `method` is for.
+        fallback: what took the method's fall-back for lack of statistics: its `method`, `tensors`
+            `of` how many, their `share` of the numbers; empty where nothing did.
         heads: expert -> names of the tensors kept for it alone.
         shares: parts of the experts' numbers that were `merged`, `kept` as heads and `left`, all
             together and under `experts`; `base_alone` is the base's part that no expert has.
@@ -78,6 +81,8 @@ class MergeReport:
     scale: float
     tensors: Mapping[str, int]
     merged_by: Mapping[str, int]
+    mostly_by: str
+    fallback: Mapping[str, Any]
     heads: Mapping[str, tuple[str, ...]]
     shares: Mapping[str, Any]
     notes: tuple[str, ...]
@@ -127,6 +132,8 @@ def merge(
         scale=plan.scale,
         tensors=treatments(plan),
         merged_by=merged_by(plan),
+        mostly_by=plan.mostly_by,
+        fallback=dict(plan.fallback),
         heads={n: tuple(e.name for e in own) for n, own in plan.heads.items()},
         shares=plan.shares.record,
         notes=tuple(map(str, notes)),

@@ -19,7 +19,13 @@ Deltas = Tensor | LowRankStack | Sequence[Tensor | LowRank | tuple[Tensor, Tenso
 
 
 # Keywords of one call of `merge_matrices` that stand among the method's parameters.
-_DEFAULTS: dict[str, Any] = {"experts": None, "tensor": "", "seed": 0, "precision": "fast"}
+_DEFAULTS: dict[str, Any] = {
+    "experts": None,
+    "tensor": "",
+    "seed": 0,
+    "precision": "fast",
+    "fallback": "error",
+}
 
 
 @overload
@@ -57,7 +63,9 @@ def merge_matrices(
         full_output: return a `Merged` with the method's record instead of the bare delta.
         **options: the method's own parameters; and `experts`, names, which seed per-expert random
             numbers (default "0", "1", …), `tensor`, the tensor's name, and `seed` (default 0),
-            which seed all of them, `precision`, "fast" or "exact" linear algebra.
+            which seed all of them, `precision`, "fast" or "exact" linear algebra, and `fallback`:
+            "error" (default) refuses statistics that are missing, "allow" takes the method's
+            fall-back, and the record tells `rest` and `reason`.
 
     Returns:
         The merged delta `[out, in]`, float32 (float64 for float64 input).
@@ -76,6 +84,9 @@ def merge_matrices(
     """
     entry = get_method(method)
     call = {name: options.pop(name, default) for name, default in _DEFAULTS.items()}
+    fallback = call.pop("fallback")
+    if fallback not in ("error", "allow"):
+        raise MethodError(f"fallback must be 'error' or 'allow', got {fallback!r}.")
     values = entry.parse(options, beside=_DEFAULTS)
     stack = _as_stack(entry, deltas)
     context = Context(
@@ -87,10 +98,35 @@ def merge_matrices(
         **call,
     )
     lacking = missing_needs(entry, values, context)
-    if lacking and entry.fallback(values) != method:
+    rest = entry.fallback(values)
+    if "base" in lacking and rest != method:
         raise MethodError(f"method '{method}' needs {' and '.join(lacking)}.")
-    merged = run_method(entry, stack, values, context)
+    # Grams are of matrices: a rule for other tensors does without them.
+    lacking = [n for n in lacking if n != "base" and (len(stack.shape) == 3 or "gram'" not in n)]
+    if lacking and fallback == "error":
+        instead = "its own rule for tensors without" if rest == method else f"'{rest}' instead"
+        raise MethodError(
+            f"method '{method}' needs {' and '.join(lacking)}.\n"
+            f"Pass statistics, or choose fallback='allow', which takes {instead}."
+        )
+    merged = _run_or_fall_back(entry, stack, values, context, lacking)
     return merged if full_output else merged.delta
+
+
+def _run_or_fall_back(
+    entry: Method,
+    deltas: Tensor | LowRankStack,
+    values: Any,
+    context: Context,
+    lacking: Sequence[str],
+) -> Merged:
+    rest = entry.fallback(values)
+    if not lacking or rest == entry.name:
+        return run_method(entry, deltas, values, context)
+    other = get_method(rest)
+    merged = run_method(other, deltas, other.parameters(), context)
+    reason = f"'{entry.name}' needs {' and '.join(lacking)}"
+    return Merged(merged.delta, {**merged.record, "rest": rest, "reason": reason})
 
 
 def run_method(
@@ -123,15 +159,32 @@ def run_method(
 def missing_needs(entry: Method, values: Any, context: Context) -> list[str]:
     """Return what the method needs for this tensor and the context lacks."""
     lacking: list[str] = []
-    for need in sorted(entry.needs(values)):
+    for need in sorted({*entry.needs(values), *needed(entry, values)}):
         if need == "base":
             if context.base is None:
                 lacking.append("base")
         elif context.statistics is None or any(
-            s is None or not s.has(need) for s in context.statistics
+            s is None or not s.has(need)
+            for s, weight in zip(context.statistics, context.weights, strict=True)
+            if takes_part(entry, weight)
         ):
             lacking.append(f"statistics with '{need}' for every expert")
     return lacking
+
+
+def takes_part(method: Method, weight: float) -> bool:
+    """Tell whether an expert of this weight matters to a method, and so do its statistics."""
+    return weight != 0 or "absent" not in method.laws
+
+
+def needed(method: Method, parameters: Any) -> frozenset[str]:
+    """Return the statistics that a method may ask for, its initial guess included."""
+    needs = set(method.needs(parameters))
+    init = getattr(parameters, "init", None)
+    if init in all_methods():
+        guess = get_method(init)
+        needs |= guess.needs(guess.parameters())
+    return frozenset(needs - {"base"})
 
 
 def methods() -> dict[str, dict[str, Any]]:

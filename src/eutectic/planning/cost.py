@@ -9,9 +9,9 @@ import torch
 
 from eutectic.errors import Fault, RecipeError
 from eutectic.methods import get_method
+from eutectic.methods.matrices import needed
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
-from eutectic.planning.statistics_match import wanted
 from eutectic.planning.tensor_plan import CHUNK, TensorPlan
 from eutectic.recipes.units import format_bytes
 from eutectic.types import Treatment
@@ -68,7 +68,7 @@ def tensor_cost(planned: TensorPlan, inputs: Inputs) -> Cost:
 def _statistics_bytes(planned: TensorPlan, inputs: Inputs) -> tuple[int, int]:
     """Return bytes of the statistics that a task reads, and of the squares made of them."""
     method, parameters = get_method(planned.method), planned.parameters
-    only = wanted(method, parameters)
+    only = needed(method, parameters)
     shape = planned.shape
     if not (only and inputs.statistics) or planned.layout.stacked or not shape:
         return 0, 0

@@ -13,6 +13,7 @@ from eutectic.conventions import classification_head
 from eutectic.errors import Note
 from eutectic.methods.registry import all_methods
 from eutectic.planning import coverage
+from eutectic.planning.fallbacks import FALLEN, fallen_share, option_for
 from eutectic.planning.inputs import Inputs, MergeRequest
 from eutectic.planning.shares import Shares
 from eutectic.planning.statistics_match import lacks, unknown_origin
@@ -94,13 +95,6 @@ def _difference(names: tuple[str, ...], wanted: tuple[str, ...]) -> Difference:
     return next((i, own, other) for i, (own, other) in pairs if own != other)
 
 
-_OPTIONS = {
-    "output_gradient_gram": "--output-gradients",
-    "fisher_diagonal": "--fisher",
-    "block_fisher": "--block-fisher",
-}
-
-
 def notes_on(
     tensors: Sequence[TensorPlan],
     heads: Mapping[str, tuple[TensorEntry, ...]],
@@ -167,17 +161,19 @@ def notes_on(
     for name, statistics in inputs.statistics.items():
         if unknown_origin(statistics, inputs.experts[name]):
             notes.append(Note("unproven_statistics", (name,)))
-    fallen = _because({"no_statistics", "no_statistics_of_stacks"}, tensors)
+    fallen = _because(FALLEN, tensors)
     if fallen:
-        fallback = method.fallback(parameters)
+        fallback, share = method.fallback(parameters), fallen_share(tensors, request)
         kind = "own_fallback" if fallback == method.name else "fallback"
-        notes.append(Note(kind, fallen, {"method": fallback}))
+        mostly = share["share"] > 0.5
+        level = "warning" if mostly else "note"
+        notes.append(Note(kind, fallen, {**share, "method": fallback}, level))
         if not inputs.statistics:
             notes.append(Note("statistics_needed", numbers={"method": method.name}))
         for name, statistics in inputs.statistics.items():
             for need in sorted(method.needs(parameters) - {"base"}):
                 if all(lacks(statistics, own, {need}) for own in statistics):
-                    tell("uncollected", (name,), {"need": need, "option": _OPTIONS.get(need)})
+                    tell("uncollected", (name,), {"need": need, "option": option_for(need)})
     return notes
 
 
@@ -201,7 +197,7 @@ def _on_quantised(inputs: Inputs) -> list[Note]:
 def _untaken(tensors: Sequence[TensorPlan], request: MergeRequest) -> list[Note]:
     """Return a warning where no tensor takes the method that was asked for."""
     merged_by = Counter(t.method for t in tensors if t.merged)
-    if request.method.name in merged_by:
+    if request.method.name in merged_by or _because(FALLEN, tensors):
         return []
     numbers = {"method": request.method.name, "merged_by": dict(merged_by.most_common())}
     return [Note("untaken", numbers=numbers, level="warning")]

@@ -25,6 +25,7 @@ from eutectic.conventions_heads import is_buffer
 from eutectic.errors import Fault, MethodError, Note, RecipeError, RequestError
 from eutectic.methods import Method, get_method
 from eutectic.planning.coverage import coverage_faults, unmatched
+from eutectic.planning.fallbacks import fallback_faults, fallen_share, merged_mostly_by
 from eutectic.planning.inputs import Inputs, MergeRequest
 from eutectic.planning.notes import notes_on
 from eutectic.planning.shapes import another_base, empty_heads, shape_faults
@@ -78,6 +79,9 @@ class Plan:
     output: OutputOptions  # what is decided of the output as a whole
     request: StatedRequest  # what was asked for, for the card and the journal
     shares: Shares  # of the experts' numbers: merged, kept, left
+    mostly_by: str  # the method that merges most numbers of those that `method` is for
+    # how much of those takes the method's fall-back, for lack of statistics; empty where nothing
+    fallback: Mapping[str, Any]
     notes: tuple[Note, ...]  # alignments, tensors that nobody changes, fall-backs
 
     @property
@@ -117,7 +121,8 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
     faults += _told([fault for fault in planned if isinstance(fault, Fault)], request)
     _refuse(faults, source)
     tensors = [with_method(t, request) for t in planned if not isinstance(t, Fault)]
-    _refuse(_unfit(tensors), source)
+    substitutes = fallback_faults(tensors, request) if recipe.fallback == "error" else []
+    _refuse([*substitutes, *_unfit(tensors)], source)
     heads = _heads(recipe, inputs, tensors, request.ties)
     left_out = ()
     if recipe.heads == "drop":
@@ -149,6 +154,8 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         ),
         request=_stated_request(recipe),
         shares=shares,
+        mostly_by=merged_mostly_by(tensors, request),
+        fallback=fallen_share(tensors, request),
         notes=tuple(notes_on(tensors, heads, left_out, shares, request)),
     )
 

@@ -1,7 +1,6 @@
 """Statistics as a plan sees them: whose they are, which tensor they belong to, what they hold."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +10,6 @@ from eutectic.checkpoint.names import align
 from eutectic.checkpoint.reader import TensorSource, same_content, sample_ranges
 from eutectic.conventions import PARTS, is_packed
 from eutectic.errors import CheckpointError, Fault
-from eutectic.methods import Method, get_method
-from eutectic.methods.registry import all_methods
 from eutectic.models.names import names_in
 from eutectic.planning.inputs import Inputs
 from eutectic.types import Statistics
@@ -41,16 +38,6 @@ def lacks(statistics: Statistics | None, name: str | None, needs: Iterable[str])
     if statistics is None or name is None or name not in statistics:
         return True
     return not all(statistics.has(name, need) for need in needs)
-
-
-def wanted(method: Method, parameters: Any) -> frozenset[str]:
-    """Return the statistics that a method may ask for, its initial guess included."""
-    needs = set(method.needs(parameters))
-    init = getattr(parameters, "init", None)
-    if init in all_methods():
-        guess = get_method(init)
-        needs |= guess.needs(guess.parameters())
-    return frozenset(needs - {"base"})
 
 
 def statistics_faults(inputs: Inputs, names: Mapping[str, Mapping[str, str]]) -> list[Fault]:

@@ -197,8 +197,7 @@ def with_method(planned: TensorPlan, request: MergeRequest) -> TensorPlan:
     elif chosen == method.name and needs:
         lacking = _experts_without(planned, needs, request)
         if lacking and is_packed(planned.name):
-            parts = [_experts_without(planned, needs, request, p) for p in PARTS]
-            lacking = list(dict.fromkeys(name for part in parts for name in part))
+            lacking = experts_without(planned, needs, request)
             if not lacking:
                 reason += (Note("split_by_inputs"),)
                 planned, lacking = _in_parts(planned)
@@ -237,6 +236,15 @@ def _in_parts(planned: TensorPlan) -> tuple[TensorPlan, list[str]]:
     if not {third, 2 * third} <= set(accumulate(heights)):
         return planned, [source.owner for source in planned.experts]
     return replace(planned, layout=replace(planned.layout, split=heights)), []
+
+
+def experts_without(planned: TensorPlan, needs: set[str], request: MergeRequest) -> list[str]:
+    """Return the experts that lack what is needed of a tensor, be it of one of its parts."""
+    lacking = _experts_without(planned, needs, request)
+    if lacking and is_packed(planned.name):
+        parts = [_experts_without(planned, needs, request, part) for part in PARTS]
+        lacking = list(dict.fromkeys(name for part in parts for name in part))
+    return lacking
 
 
 def _experts_without(

@@ -119,6 +119,8 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
     nonfinite: Literal["error", "allow"] = "error"  # NaN or Inf, read or to be written
     side_files: str = "base"  # or the expert whose configuration and tokenizer files are copied
     statistics_of: Literal["expert", "any"] = "expert"  # the checkpoint they were collected on
+    # A method whose statistics are missing as a whole, of all experts or of one: its fall-back.
+    fallback: Literal["error", "allow"] = "error"
     # Most bytes of tensors in one file, such as "5GB"; None lays the output out like the base.
     shard_size: Annotated[int, Field(ge=1, strict=True)] | None = None
 
