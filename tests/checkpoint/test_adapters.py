@@ -208,7 +208,10 @@ REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "rank zero": (Q, {"r": 0}, "at least 1"),
     "rank a word": (Q, {"r": "eight"}, "wrong type"),
     "alpha missing": (Q, {"lora_alpha": None}, "wrong type"),
-    "broken pattern": (Q, {"rank_pattern": {"(": 2}}, "wrong type"),
+    "broken pattern": (Q, {"rank_pattern": {"(": 2}}, "no pattern over modules"),
+    "pattern with flags": (Q, {"rank_pattern": {"q(?i)": 2}}, "sets flags"),
+    "alpha without end": (Q, {"lora_alpha": 10**399}, "limit is 300"),
+    "many patterns": (Q, {"rank_pattern": {f"a.*{i}": 2 for i in range(1001)}}, "limit is 1,000"),
 }
 
 

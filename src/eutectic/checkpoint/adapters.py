@@ -1,12 +1,17 @@
 """PEFT LoRA folders as experts, without peft: each Δ_t = scaling·B·A is formed when it is read."""
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from eutectic.checkpoint.adapter_config import (
+    LoraFields,
+    PatternTable,
+    lora_fields,
+    pattern_table,
+)
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG, Expert, Factors
 from eutectic.checkpoint.index import TensorEntry, open_adapter_index, read_json_object
 from eutectic.checkpoint.meeting import meet_names, named_like_base
@@ -90,7 +95,7 @@ def open_lora(
         extra[name] = group["full"]
     named = {name: groups[own] for name, own in owns.items()}
     shapes = {n: base[tied.get(n, n)].shape for n, group in named.items() if "A" in group}
-    transposed = _orientations(named, shapes, lora.fan_in_fan_out, label)
+    transposed = _orientations(named, shapes, lora.fields.fan_in_fan_out, label)
     return Expert(
         label,
         reader,
@@ -148,33 +153,22 @@ def adapter_weights(folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class _LoraConfig:
-    """The fields of a LoRA configuration that decide the weights; names as in PEFT."""
+    """A LoRA configuration, and which rank and α it gives to modules."""
 
-    r: int
-    lora_alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    use_rslora: bool
-    fan_in_fan_out: bool
+    fields: LoraFields
+    ranks: PatternTable[int]
+    alphas: PatternTable[float]
     raw: Mapping[str, Any]
 
     def rank(self, module: str) -> int:
         """Return r of a module (its path in the model that was adapted)."""
-        return int(_by_pattern(self.rank_pattern, module, self.r))
+        return self.ranks.value(module, self.fields.r)
 
     def scaling(self, module: str) -> float:
         """Return alpha / r of a module, or alpha / √r under rank-stabilised LoRA."""
         rank = self.rank(module)
-        alpha = float(_by_pattern(self.alpha_pattern, module, self.lora_alpha))
-        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
-
-
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    # PEFT's rule: the first pattern that matches the end of the path, from a dot or from its start.
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+        alpha = self.alphas.value(module, self.fields.lora_alpha)
+        return alpha / math.sqrt(rank) if self.fields.use_rslora else alpha / rank
 
 
 def _read_config(folder: Path) -> _LoraConfig:
@@ -196,27 +190,24 @@ def _read_config(folder: Path) -> _LoraConfig:
             "B·A is not its difference from the base.\nSave it with "
             "path_initial_model_for_weight_conversion in peft, which turns it into a plain LoRA."
         )
-    try:
-        config = _LoraConfig(
-            r=int(raw["r"]),
-            lora_alpha=float(raw["lora_alpha"]),
-            rank_pattern={str(k): int(v) for k, v in (raw.get("rank_pattern") or {}).items()},
-            alpha_pattern={str(k): float(v) for k, v in (raw.get("alpha_pattern") or {}).items()},
-            use_rslora=bool(raw.get("use_rslora")),
-            fan_in_fan_out=bool(raw.get("fan_in_fan_out")),
-            raw=raw,
-        )
-        for pattern in (*config.rank_pattern, *config.alpha_pattern):
-            re.compile(pattern)
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, re.error) as error:
-        raise CheckpointError(
-            f"{path}: 'r', 'lora_alpha', 'rank_pattern' or 'alpha_pattern' is missing or has the "
-            f"wrong type ({type(error).__name__}: {error})."
-        ) from error
-    lowest = min([config.r, *config.rank_pattern.values()])
-    if lowest < 1:
-        raise CheckpointError(f"{path}: a rank of {lowest}; ranks are at least 1.")
-    return config
+    return _checked_config(raw, path)
+
+
+def _checked_config(raw: Mapping[str, Any], path: Path) -> _LoraConfig:
+    fields = lora_fields(raw, path)
+    return _LoraConfig(
+        fields,
+        pattern_table(fields.rank_pattern, f"{path}: 'rank_pattern'"),
+        pattern_table(fields.alpha_pattern, f"{path}: 'alpha_pattern'"),
+        raw,
+    )
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise CheckpointError where the configuration of a LoRA is not what it must be."""
+    raw = read_json_object(folder / ADAPTER_CONFIG)
+    if raw.get("peft_type") == "LORA":
+        _checked_config(raw, folder / ADAPTER_CONFIG)
 
 
 def plain_keys(keys: Iterable[str], label: str) -> dict[str, str]:

@@ -22,6 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from eutectic.checkpoint.adapter_config import named_modules
+from eutectic.checkpoint.adapters import check_adapter
 from eutectic.checkpoint.experts import fingerprint_of, is_adapter
 from eutectic.checkpoint.index import read_json_object
 from eutectic.checkpoint.locating import locate, resolve
@@ -166,12 +168,19 @@ def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
         raise MissingExtraError(
             "peft", "adapters", f"running the adapter {adapter.name}"
         ) from error
+    options: dict[str, Any] = {"local_files_only": True}
+    check_adapter(adapter)
     try:
         with warnings.catch_warnings():
             # peft asks transformers by names that are going away.
             warnings.simplefilter("ignore", FutureWarning)
-            return peft.PeftModel.from_pretrained(model, str(adapter), local_files_only=True)  # pyright: ignore[reportArgumentType]
-    except (OSError, ValueError, RuntimeError) as error:
+            config = peft.PeftConfig.from_pretrained(str(adapter), **options)
+            paths = [name for name, _ in model.named_modules() if name]
+            for field, value in named_modules(vars(config), paths, adapter).items():
+                setattr(config, field, value)
+            options["config"] = config
+            return peft.PeftModel.from_pretrained(model, str(adapter), **options)  # pyright: ignore[reportArgumentType]
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError) as error:
         raise CheckpointError(f"{adapter}: does not fit the base: {first_line(error)}") from error
 
 
