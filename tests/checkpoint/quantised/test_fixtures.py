@@ -1,4 +1,4 @@
-"""Checkpoints that the formats' own libraries wrote, against what these decode them to, by the bit."""
+"""Checkpoints that the formats' libraries wrote, against what these decode them to, by the bit."""
 
 import hashlib
 import json

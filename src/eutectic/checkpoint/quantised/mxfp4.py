@@ -1,9 +1,9 @@
 """MXFP4 as gpt-oss stores a mixture: blocks of 32 e2m1 numbers with an exponent each.
 
 `X_blocks` [E, out, groups, 16] and `X_scales` [E, out, groups], bytes both, mean the tensor `X`
-[E, 32·groups, out], which is the transpose of the rows that are stored. Two numbers share a byte,
-the first in the low bits; the scale is 2^(byte − 127). Source: transformers'
-`convert_moe_packed_tensors`.
+[E, 32·groups, out], which is the transpose of the rows that are stored; blocks of another size
+likewise. Two numbers share a byte, the first in the low bits; the scale is 2^(byte − 127). Source:
+transformers' `convert_moe_packed_tensors`.
 """
 
 from collections.abc import Iterator
@@ -26,8 +26,6 @@ from eutectic.checkpoint.quantised.codes import (
 from eutectic.checkpoint.quantised.scaled import scales_as_numbers, unpacked_e2m1
 from eutectic.conventions_quantised import BLOCKS, SCALES
 
-_GROUP = 32  # numbers that share an exponent
-
 
 @dataclass(frozen=True)
 class Mxfp4(RowCodes):
@@ -37,10 +35,15 @@ class Mxfp4(RowCodes):
     scales: TensorEntry
 
     @property
+    def group(self) -> int:
+        """How many numbers share an exponent."""
+        return self.blocks.shape[3] * 2
+
+    @property
     def band(self) -> int:
         """Entries of the rows that are computed at once."""
         _, inputs, outputs = self.entry.shape
-        return rows_per_band(inputs, outputs * self.entry.dtype.itemsize, _GROUP) * outputs
+        return rows_per_band(inputs, outputs * self.entry.dtype.itemsize, self.group) * outputs
 
     def rows(self, read: Read, first: int, last: int) -> Tensor:
         """Return rows [first, last) of the stack of matrices [in, out]."""
@@ -56,13 +59,14 @@ class Mxfp4(RowCodes):
     def _inputs(self, read: Read, expert: int, start: int, stop: int) -> Tensor:
         outputs = self.entry.shape[2]
         own = (expert * outputs, (expert + 1) * outputs)
-        low, high = start // _GROUP, -(-stop // _GROUP)
+        group = self.group
+        low, high = start // group, -(-stop // group)
         flat = replace(self.blocks, shape=(self.blocks.numel // outputs, self.entry.shape[1] // 2))
-        packed = read_columns(read, flat, own, (low * _GROUP // 2, high * _GROUP // 2))
+        packed = read_columns(read, flat, own, (low * group // 2, high * group // 2))
         scales = read_columns(read, self.scales, own, (low, high)).contiguous()
-        values = unpacked_e2m1(packed.contiguous()).view(outputs, high - low, _GROUP)
+        values = unpacked_e2m1(packed.contiguous()).view(outputs, high - low, group)
         values = values.mul_(scales_as_numbers(scales)[..., None]).to(self.entry.dtype)
-        values = values.view(outputs, -1)[:, start - low * _GROUP : stop - low * _GROUP]
+        values = values.view(outputs, -1)[:, start - low * group : stop - low * group]
         return values.T.contiguous()
 
 
@@ -76,19 +80,15 @@ def find(entries: Entries, stated: Stated) -> Iterator[Codes | tuple[str, Unread
         if scales is None or scales.dtype is not torch.uint8:
             yield name, Unreadable(f"'{own}{SCALES}' is missing")
             continue
-        if (
-            len(blocks.shape) != 4
-            or blocks.shape[3] * 2 != _GROUP
-            or (scales.shape != blocks.shape[:3])
-        ):
+        if len(blocks.shape) != 4 or scales.shape != blocks.shape[:3] or 0 in blocks.shape:
             what = f"blocks {list(blocks.shape)} and scales {list(scales.shape)} do not fit"
             yield name, Unreadable(what)
             continue
-        count, outputs, groups, _ = blocks.shape
+        count, outputs, groups, width = blocks.shape
         entry = TensorEntry(
             own,
             stated.dtype_beside(torch.uint8),
-            (count, groups * _GROUP, outputs),
+            (count, groups * width * 2, outputs),
             blocks.file,
             -1,
             blocks.nbytes + scales.nbytes,
