@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eutectic.checkpoint.index import CheckpointIndex, open_index
+from eutectic.checkpoint.index import CheckpointIndex, open_index, read_json_object
 from eutectic.checkpoint.quantised.reader import QuantisedReader, QuantisedTensors
-from eutectic.checkpoint.quantised.recognition import recognise
+from eutectic.checkpoint.quantised.recognition import recognise, stated_by
 from eutectic.checkpoint.reader import (
     CheckpointReader,
     CheckpointSource,
@@ -39,6 +39,12 @@ def logical_index(path: Path) -> CheckpointIndex:
     """Return the table of a checkpoint's logical tensors; see `open_reader`."""
     with open_reader(path) as reader:
         return reader.index
+
+
+def is_stated_quantised(folder: Path) -> bool:
+    """Tell whether a folder's configuration says that its weights are quantised."""
+    config = folder / "config.json"
+    return config.is_file() and bool(stated_by(read_json_object(config)).settings)
 
 
 def path_of(index: CheckpointIndex) -> Path:

@@ -27,6 +27,7 @@ from eutectic.checkpoint.adapters import check_adapter
 from eutectic.checkpoint.experts import fingerprint_of, is_adapter
 from eutectic.checkpoint.index import read_json_object
 from eutectic.checkpoint.locating import locate, resolve
+from eutectic.checkpoint.opening import is_stated_quantised, open_reader
 from eutectic.checkpoint.reader import StateDictReader
 from eutectic.conventions import canonical_name
 from eutectic.errors import CheckpointError, MissingExtraError, RequestError, first_line
@@ -209,6 +210,14 @@ def pretrained(
     transformers = transformers_for("Loading models")
     old = int(transformers.__version__.split(".")[0]) < 5
     options = {**LOCAL, "output_loading_info": True, "torch_dtype" if old else "dtype": dtype}
+    if folder is not None and state is None and is_stated_quantised(folder):
+        # The formats' own libraries may be missing, or want a GPU; the numbers are what counts.
+        check_named_classes(folder, transformers)
+        config, state = load_config(folder), _dequantised(folder)
+        if not hasattr(chosen, "config_class"):  # an auto class reads folders only
+            with torch.device("meta"):
+                chosen = type(chosen.from_config(config, trust_remote_code=False))
+        folder = None
     if state is not None:
         options |= {"config": config, "state_dict": dict(state), "ignore_mismatched_sizes": True}
     if folder is not None:
@@ -216,6 +225,11 @@ def pretrained(
     with quietly(transformers):
         loaded = chosen.from_pretrained(folder, **options)
     return loaded if isinstance(loaded, tuple) else (loaded, {})  # classes of others may not report
+
+
+def _dequantised(folder: Path) -> dict[str, Tensor]:
+    with open_reader(folder) as reader:
+        return {n: reader.read(n).view(e.shape) for n, e in reader.entries.items()}
 
 
 @contextmanager
@@ -234,10 +248,18 @@ def quietly(transformers: Any) -> Iterator[None]:
 
 
 def load_config(folder: Path) -> Any:
-    """Return a folder's configuration as transformers reads it."""
+    """Return a folder's configuration as transformers reads it, of a model that is not quantised.
+
+    What is quantised is read as the numbers that it means; see `checkpoint.opening`.
+    """
     transformers = transformers_for("Reading configurations")
     check_named_classes(folder, transformers)
-    return transformers.AutoConfig.from_pretrained(folder, **LOCAL)
+    config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
+    if is_stated_quantised(folder):
+        for part in (config, *vars(config).values()):
+            if hasattr(part, "quantization_config"):
+                delattr(part, "quantization_config")
+    return config
 
 
 def load_stored(folder: Path, chosen: Any = None) -> Any:

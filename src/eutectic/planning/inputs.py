@@ -15,7 +15,7 @@ from eutectic.checkpoint.experts import common_base, is_adapter, is_ia3, open_ex
 from eutectic.checkpoint.folder import check_side_files
 from eutectic.checkpoint.index import CheckpointIndex, open_index
 from eutectic.checkpoint.locating import locate
-from eutectic.checkpoint.opening import open_reader
+from eutectic.checkpoint.opening import logical_tensors, open_reader
 from eutectic.checkpoint.reader import CheckpointSource, StateDictReader, TensorSource
 from eutectic.errors import CheckpointError, EutecticError, Fault, Note, RecipeError, suggest
 from eutectic.methods import Method
@@ -189,11 +189,11 @@ def in_memory_inputs(
     config: Mapping[str, Any] | None = None,
 ) -> Inputs:
     """Wrap state dicts in the surface that files have."""
-    reader = StateDictReader(base, "the base")
+    reader = logical_tensors(StateDictReader(base, "the base"), config)
     opened: dict[str, Expert] = {}
     for name, tensors in experts.items():
         label = f"expert '{name}'"
-        source = StateDictReader(tensors, label)
+        source = logical_tensors(StateDictReader(tensors, label))
         opened[name] = full_expert(source, reader.entries, label, base_config=config)
     wrapped = {name: as_statistics(given) for name, given in statistics.items()}
     return Inputs(reader, None, opened, wrapped, stated=config or {})

@@ -109,7 +109,7 @@ def recognise(entries: Entries, config: Mapping[str, Any], read: Read, where: st
             for found in family(entries, stated, read):
                 if isinstance(found, tuple):
                     unreadable[found[0]] = str(found[1])
-                elif found.entry.name in codes:
+                elif _is_taken(found, codes, entries):
                     unreadable[found.anchor] = f"another tensor means '{found.entry.name}' too"
                 else:
                     codes[found.entry.name] = found
@@ -138,6 +138,11 @@ def recognise(entries: Entries, config: Mapping[str, Any], read: Read, where: st
             codes[entry.name] = scaled.plain8(entry, stated)
     hidden |= parts - {c.anchor for c in codes.values()}
     return Recognised(codes, frozenset(hidden), _notes(codes, stated))
+
+
+def _is_taken(found: Codes, codes: Mapping[str, Codes], entries: Entries) -> bool:
+    name = found.entry.name
+    return name in codes or (name in entries and name not in found.parts)
 
 
 def _notes(codes: Mapping[str, Codes], stated: Stated) -> tuple[Note, ...]:
