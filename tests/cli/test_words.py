@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 from eutectic import words
 from eutectic.errors import Fault, Note, RecipeError
+from eutectic.execution.journal import Journal
 from eutectic.execution.run import merge
 from eutectic.execution.schedule import Choice
 from eutectic.recipes.load import load_recipe
@@ -144,7 +144,7 @@ def test_the_note_of_a_search_that_was_killed_after_the_move(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", killed)
+        patch.setattr(Journal, "remove_folder", killed)
         with pytest.raises(KeyboardInterrupt):
             merge(**request, choose=lambda *_: lambda _: Choice(0.5, note, {}))
     report = merge(**request, choose=lambda *_: lambda _: Choice(0.1, Note("matrix"), {}))

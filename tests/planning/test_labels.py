@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from eutectic.execution.model_card import written
 from eutectic.planning.inputs import open_inputs
 from eutectic.planning.notes import class_names
 from eutectic.planning.plan import make_plan
@@ -97,4 +98,4 @@ def test_the_command_line_warns_on_stderr(tmp_path: Path) -> None:
     assert text in json.loads(answer.out)["notes"]
     made = json.loads((tmp_path / "out" / "eutectic.json").read_text())
     assert text in made["notes"]
-    assert text in (tmp_path / "out" / "README.md").read_text()
+    assert written(text) in (tmp_path / "out" / "README.md").read_text()
