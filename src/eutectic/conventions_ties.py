@@ -226,6 +226,11 @@ def ties_with_scale(model_type: str) -> bool:
     return model_type in _SCALED
 
 
+def scales_apart(model_type: str) -> bool:
+    """Tell whether a tied model scales its outputs, by a key of its own since transformers 5."""
+    return model_type in _SCALED_APART
+
+
 def ties_by_file(model_type: str) -> bool:
     """Tell whether the file decides which tables a model ties, and not its configuration."""
     return model_type in _BY_FILE

@@ -254,6 +254,11 @@ SENTENCES: dict[str, Template] = {
         "values: both are merged, and the output's configuration ties nothing. Versions of "
         "transformers before 5 use '{0}' for both"
     ),
+    "scale_apart": (
+        "models of the type {0} scale their outputs where tables are tied. The output's "
+        "configuration unties them and says scale_decoder_outputs: true, which transformers 5 reads; in versions "
+        "before, its logits are larger by the root of the model's width"
+    ),
     "tie_kept": (
         "the output's file holds tables apart that its configuration ties, because models of the "
         "type {0} scale their outputs by the same key. transformers 5 goes by the file; versions "

@@ -258,6 +258,7 @@ def test_a_head_trained_apart_unties(kind: str, names_of_base: str, tmp_path: Pa
     torch.testing.assert_close(logits(loaded(out)), logits(reference), rtol=1e-5, atol=1e-6)
     notes = json.loads((out / "eutectic.json").read_text())["notes"]
     assert any("no longer tied to" in note and "'b'" in note for note in notes)
+    assert any("scale_decoder_outputs" in note for note in notes) is (kind == "t5")
 
 
 def adapted(kind: str, seed: int, **options: Any) -> Any:

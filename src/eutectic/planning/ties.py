@@ -237,6 +237,8 @@ def _stated(
             told = {"partner": group.held[0], "experts": ", ".join(f"'{o}'" for o in owners)}
             notes.append(Note("untied", tuple(group.apart), told))
     if opens:
+        if habits.scales_apart(kind):
+            notes.append(Note("scale_apart", (kind,), level="warning"))
         if habits.ties_with_scale(kind):
             return None, [*notes, Note("tie_kept", (kind,), level="warning")]
         return False, notes
