@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import eutectic
-from eutectic.errors import CheckpointError, RequestError, ResumeError
+from eutectic.errors import CheckpointError, EutecticError, RequestError, ResumeError
 from eutectic.execution import output_folder
 from eutectic.execution.journal import DELTAS, JOURNAL, Journal
+from eutectic.execution.run import sweep
 from eutectic.storage.local_disk import LocalDisk
 from helpers.folders import digests, make_base, make_expert, save
 
@@ -217,3 +219,89 @@ def test_a_work_folder_that_cannot_be_removed_does_not_undo_the_merge(
     assert bool(told) is work_of(request_).exists() is (failures == 2)
     if told:
         assert "Directory not empty" in told[0].text and str(work_of(request_)) in told[0].text
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def _dangling(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def _leading_out(path: Path) -> None:
+    path.symlink_to("/etc/hostname")
+
+
+def _unreadable(path: Path) -> None:
+    path.write_text("x")
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("root reads everything")
+
+
+def _list(path: Path) -> None:
+    path.write_text("[1]")
+
+
+def _no_json(path: Path) -> None:
+    path.write_text("{")
+
+
+BAD = {
+    "tokenizer.json": (_pipe, _dangling, _leading_out, _unreadable),
+    "LICENSE": (_pipe, _dangling),
+    "config.json": (_list, _no_json),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "make"), [(name, make) for name, makes in BAD.items() for make in makes]
+)
+@pytest.mark.parametrize("whose", ["base", "an expert with a head", "side_files"])
+def test_side_files_that_cannot_be_copied_are_found_before_any_tensor(
+    request_: dict[str, Any],
+    name: str,
+    make: Callable[[Path], None],
+    whose: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = Path(request_["base"]).parent / ("base" if whose == "base" else "b")
+    if whose == "an expert with a head":
+        content = make_expert(make_base(layers=1, width=8), 1)
+        save(folder, {**content, "classifier.weight": torch.ones(3, 8)})
+    elif whose == "side_files":
+        request_["side_files"] = "b"
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    monkeypatch.setattr(output_folder, "run_schedule", lambda *_: pytest.fail("begun"))
+    with pytest.raises(EutecticError, match=name):
+        eutectic.merge(**request_)
+    assert not list(request_["output"].parent.iterdir())
+
+
+def test_two_sweeps_into_one_folder(request_: dict[str, Any]) -> None:
+    output = request_.pop("output")
+    lock = LocalDisk().lock(output)
+    with pytest.raises(RequestError, match="another process is sweeping into"):
+        sweep(request_, output=output, mixtures=[0.5])
+    lock.release()
+    assert list(sweep(request_, output=output, mixtures=[0.5])) == [0.5]
+    assert [p.name for p in output.parent.iterdir()] == [output.name]
+
+
+def test_a_sweep_whose_merge_was_killed_at_the_very_end(
+    request_: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = request_.pop("output")
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "remove_folder", _before_removal)
+        with pytest.raises(Killed):
+            sweep(request_, output=output, mixtures=[0.5])
+    sweep(request_, output=output, mixtures=[0.5])
+    assert [p.name for p in output.iterdir()] == ["0.5"]
+
+
+def test_missing_folders_above_are_made(request_: dict[str, Any]) -> None:
+    eutectic.merge(**{**request_, "output": request_["output"] / "a/b"})
+    assert [p.name for p in (request_["output"] / "a").iterdir()] == ["b"]

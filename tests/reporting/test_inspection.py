@@ -189,6 +189,10 @@ def test_wrong_requests_are_refused_before_work(world, tmp_path):
         eutectic.inspect(**world, output=tmp_path / "no" / "inspection.json")
     with pytest.raises(RequestError, match="the inspection would be written there"):
         eutectic.inspect(**world, output=tmp_path / "base" / "config.json")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/norms.png").write_bytes(b"a picture of mine")
+    with pytest.raises(RequestError, match=r"norms\.png: a plot would be drawn there"):
+        eutectic.inspect(**world, plots=tmp_path / "mine")
     with pytest.raises(RequestError, match="is a file; plots are written to a folder"):
         eutectic.inspect(**world, plots=tmp_path / "base" / "config.json")
 

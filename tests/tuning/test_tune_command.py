@@ -10,6 +10,7 @@ import typer.testing
 import yaml
 
 from eutectic.cli.main import app
+from eutectic.errors import RequestError
 from eutectic.tuning import search as curves
 
 pytest.importorskip("transformers")
@@ -113,8 +114,15 @@ def test_a_plot(tmp_path):
     ]
     search = {"scale": 1.0, "objective": "of a test", "points": points}
     for ending in curves.FORMATS:
-        curves.plot_curve(search, tmp_path / f"curve{ending}")
-        assert (tmp_path / f"curve{ending}").stat().st_size > 1000
+        file = tmp_path / f"curve{ending}"
+        curves.plot_curve(search, file)
+        assert file.stat().st_size > 1000
+        curves.plot_curve(search, file)  # over a plot of its own
+        file.write_bytes(file.read_bytes().replace(b"eutectic", b"somebody"))
+        before = file.read_bytes()
+        with pytest.raises(RequestError, match="a plot would be drawn there"):
+            curves.plot_curve(search, file)
+        assert file.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from eutectic.checkpoint.odd_files import pointer, pointers_among
 from eutectic.checkpoint.writer import write_atomically
 from eutectic.errors import CheckpointError, OutputError
 from eutectic.storage import storage_of
+from eutectic.storage.small_files import read_json, read_start
 
 # What a model needs to be loaded and used, and what its licence asks to be kept: copied whatever
 # its size, and from folders that are no model's too, such as that of a lone file or of an adapter.
@@ -94,9 +95,26 @@ def side_files(folder: Path) -> tuple[str, ...]:
 
 
 def check_side_files(folder: Path | None) -> None:
-    """Refuse a folder whose side files are Git-LFS pointers: the output would get pointers too."""
-    if folder is not None and (found := pointers_among(folder, side_files(folder))):
+    """Refuse a folder whose side files an output could not get, before any tensor is written.
+
+    They cannot be read, or are Git-LFS pointers, or a configuration is no JSON object.
+    """
+    if folder is None:
+        return
+    names = side_files(folder)
+    if found := pointers_among(folder, names):
         raise pointer(folder, found).error(folder)
+    for name in names:
+        path = check_inside(folder, name)
+        try:
+            read_start(path, 1)
+        except OSError as error:
+            why = error.strerror or error
+            raise CheckpointError(f"{folder / name}: cannot be read ({why}).") from error
+    for place in {"", *(module.folder for module in module_folders(folder))}:
+        name = f"{place}/config.json" if place else "config.json"
+        if name in names:
+            read_json(folder / name, CheckpointError)
 
 
 def survey(folder: Path, weights: Iterable[str] = ()) -> SideFiles:

@@ -1,8 +1,11 @@
 """What all verbs share: errors in a few lines, progress with ETA, answers as tables or JSON."""
 
+import codecs
 import dataclasses
 import functools
+import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +43,7 @@ out = _PlainConsole()
 err = _PlainConsole(stderr=True)
 
 INTERRUPTED = 130
+_NO_MEMORY = re.compile(r"(can't|cannot) allocate|not enough memory|out of memory", re.I)
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 settings = {"debug": False}  # whether tracebacks of expected errors are shown
 
@@ -64,6 +68,14 @@ def verb(command: _Command) -> _Command:
             err.print("[bold red]error:[/] ", end="")
             err.print(text, markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(code) from None
+        except (MemoryError, RuntimeError) as error:
+            if settings["debug"] or not _is_out_of_memory(error):
+                raise
+            first = (str(error).splitlines() or [""])[0]
+            err.print("[bold red]error:[/] the memory does not suffice.", highlight=False)
+            err.print(first, markup=False, highlight=False, soft_wrap=True)
+            err.print("Allow less with --memory, or fewer --threads, where the verb has them.")
+            raise typer.Exit(EutecticError.exit_code) from None
         except KeyboardInterrupt:
             err.print("interrupted; the same command continues where it stopped.")
             raise typer.Exit(INTERRUPTED) from None
@@ -73,6 +85,23 @@ def verb(command: _Command) -> _Command:
     described.__signature__ = Signature(parameters)
     described.__annotations__ = {p.name: p.annotation for p in parameters}
     return described
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory was refused; torch says so in the text of a RuntimeError."""
+    return isinstance(error, MemoryError) or bool(_NO_MEMORY.search(str(error)))
+
+
+def escape_what_cannot_be_printed() -> None:
+    """Let terminals and files that cannot take a letter have its number, instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _only_ascii() -> bool:
+    """Tell whether JSON on stdout needs its own escapes, which a number alone is not."""
+    return codecs.lookup(sys.stdout.encoding or "utf-8").name != "utf-8"
 
 
 @contextmanager
@@ -138,6 +167,7 @@ def print_json(value: Any) -> None:
         return dict(part) if isinstance(part, Mapping) else str(part)
 
     text = json.dumps(value, indent=1, ensure_ascii=False, default=as_json)
-    if not all(map(is_plain, text.split("\n"))):  # JSON leaves some control characters as they are
+    # JSON leaves some control characters as they are.
+    if _only_ascii() or not all(map(is_plain, text.split("\n"))):
         text = json.dumps(value, indent=1, default=as_json)
     sys.stdout.write(text + "\n")

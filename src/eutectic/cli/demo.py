@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from eutectic.cli.console import out, plain_table, print_json, progress_bar, ver
 from eutectic.cli.options import Json, option
 from eutectic.errors import EutecticError, RequestError
 from eutectic.storage import storage_of
-from eutectic.storage.small_files import INDEX_BYTES, parse_json, read_bytes
 
 if TYPE_CHECKING:
     from eutectic.evaluation import Prepared
@@ -57,7 +56,8 @@ def demo(
     experts = {name: examples / "experts" / name for name in names}
     paths = {name: str(path) for name, path in experts.items()}
     kept = output / "merged"
-    _remove_earlier(kept, names)
+    request = {"base": str(base), "experts": paths}
+    there = _is_there(kept, {**request, "method": KEPT, "scale": MERGES[KEPT]})
     tasks = [
         Task(
             name=name,
@@ -83,7 +83,8 @@ def demo(
         for step, (method, scale) in enumerate(MERGES.items(), start=1 + len(names)):
             tell(step, steps, method)
             folder = kept if method == KEPT else Path(scratch) / method
-            merge(base=str(base), experts=paths, method=method, scale=scale, output=folder)
+            if method != KEPT or not there:
+                merge(request, method=method, scale=scale, output=folder)
             model = load_model(folder, prepared[0].task)
             rows[f"{method} ({scale:g})"] = _accuracies(model, prepared)
     summary = {name: _with_means(row, rows["experts"]) for name, row in rows.items()}
@@ -96,21 +97,20 @@ def demo(
     out.print(use, highlight=False)
 
 
-def _remove_earlier(folder: Path, names: Sequence[str]) -> None:
-    """Remove the merge of an earlier demo, and refuse anything else that is there."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
+def _is_there(folder: Path, recipe: Mapping[str, Any]) -> bool:
+    """Tell whether an earlier demo has made this merge, and refuse anything else that is there."""
+    from eutectic.execution.run import check_same
+
+    if not storage_of(folder).list(folder) and not folder.is_file():
+        return False
     try:
-        made = parse_json(read_bytes(folder / "eutectic.json", INDEX_BYTES))["recipe"]
-        own = (made["method"], made["scale"], sorted(made["experts"]))
-    except (OSError, ValueError, LookupError, TypeError):
-        own = None
-    if own != (KEPT, MERGES[KEPT], list(names)):
+        check_same(folder, recipe)
+    except EutecticError:
         raise RequestError(
             f"{folder} is there already and is not an earlier demo's.\n"
             "Name another folder with --output."
-        )
-    storage_of(folder).remove(folder)
+        ) from None
+    return True
 
 
 def _accuracies(

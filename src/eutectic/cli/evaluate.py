@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json as encoding
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.markup import escape
 from rich.table import Table
 
-from eutectic.cli.console import out, progress_bar, tell, tell_done, verb
+from eutectic.cli.console import out, print_json, progress_bar, tell, tell_done, verb
 from eutectic.cli.options import Json, argument, option, pair, pairs, unique
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def evaluate(
             **measured,
         )
     if json:
-        typer.echo(results.model_dump_json(indent=1))
+        print_json(encoding.loads(results.model_dump_json()))
         return
     show(results)
     tell_done("written", output)

@@ -6,7 +6,7 @@ import typer
 
 from eutectic.cli.calibrate import calibrate
 from eutectic.cli.collect import collect
-from eutectic.cli.console import settings
+from eutectic.cli.console import escape_what_cannot_be_printed, settings
 from eutectic.cli.demo import demo
 from eutectic.cli.evaluate import evaluate
 from eutectic.cli.inspect import inspect
@@ -51,6 +51,7 @@ def root(
 
 def main() -> None:
     """Run the command line."""
+    escape_what_cannot_be_printed()
     app()
 
 

@@ -243,6 +243,9 @@ def call_function(
     return Outcomes(numbers, np.ones(len(numbers)))
 
 
+_LINE = b'{"pair": "'  # how each begins
+
+
 @dataclass(frozen=True)
 class Journal:
     """Outcomes by the identity of what made them, and the file that keeps them, one JSON line each.
@@ -293,9 +296,11 @@ def open_journal(output: Path | None) -> Iterator[Journal]:
 
 def _finished(file: AppendedFile, path: Path) -> dict[str, Outcomes]:
     lines = file.read().splitlines(keepends=True)
-    # A kill may cut the last line short.
+    # A kill may cut the last line short, and leaves its beginning.
     if lines and not lines[-1].endswith(b"\n"):
-        lines.pop()
+        torn = lines.pop()
+        if not (torn.startswith(_LINE) or _LINE.startswith(torn)):
+            lines.append(torn)
     try:
         found: dict[str, Outcomes] = {}
         for item in map(json.loads, lines):

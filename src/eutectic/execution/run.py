@@ -1,8 +1,8 @@
 """The public entries: a merge of files, of state dicts, and of two experts in every mixture."""
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from eutectic.checkpoint.writer import MemoryWriter
-from eutectic.errors import Note, RequestError
+from eutectic.errors import Note, OutputError, RequestError
 from eutectic.execution.executors import Progress, limits_of, peak_bytes
 from eutectic.execution.journal import Ledger, request_identity
 from eutectic.execution.model_folder import PROVENANCE, read_provenance
@@ -21,6 +21,7 @@ from eutectic.planning.inputs import in_memory_inputs, open_inputs
 from eutectic.planning.plan import make_plan
 from eutectic.recipes.load import Source, check_recipe, load_recipe
 from eutectic.recipes.schema import Recipe
+from eutectic.storage import storage_of
 from eutectic.types import LayerStatistics
 
 
@@ -115,7 +116,7 @@ def merge(
     limits = limits_of(threads, memory, progress)
     if output.name in ("", ".."):
         raise RequestError(f"'{output}' has no name of its own. Name a new folder.")
-    work = output.with_name(output.name + ".partial")
+    work = work_folder(output)
     check_output(output, work)
     with open_inputs(checked, source) as inputs:
         plan = make_plan(checked, inputs, source)
@@ -225,18 +226,41 @@ def sweep(
     first, second = checked.experts
     stated = checked.model_dump(mode="json", exclude_unset=True)
     reports: dict[float, MergeReport] = {}
-    for value in mixtures:
-        folder = Path(output) / mixture_name(value)
-        experts = {name: dict(spec) for name, spec in stated["experts"].items()}
-        experts[first]["weight"], experts[second]["weight"] = value, 1 - value
-        mixed = {**stated, "experts": experts}
-        if (folder / PROVENANCE).exists():
-            _check_same(folder, mixed)
-            continue
-        reports[value] = merge(
-            mixed, output=folder, threads=threads, memory=memory, restart=restart
-        )
+    with _only_sweep(Path(output)):
+        for value in mixtures:
+            folder = Path(output) / mixture_name(value)
+            experts = {name: dict(spec) for name, spec in stated["experts"].items()}
+            experts[first]["weight"], experts[second]["weight"] = value, 1 - value
+            mixed = {**stated, "experts": experts}
+            # A run that was killed when its model was finished leaves its work folder.
+            if (folder / PROVENANCE).exists() and not work_folder(folder).exists():
+                check_same(folder, mixed)
+                continue
+            reports[value] = merge(
+                mixed, output=folder, threads=threads, memory=memory, restart=restart
+            )
     return reports
+
+
+@contextmanager
+def _only_sweep(output: Path) -> Iterator[None]:
+    """Keep other sweeps out of a folder."""
+    try:
+        lock = storage_of(output).lock(output)
+    except BlockingIOError:
+        raise RequestError(f"another process is sweeping into {output}.") from None
+    except OSError as error:
+        where = error.filename or output
+        raise OutputError(f"{where}: cannot be written ({error.strerror or error}).") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def work_folder(output: Path) -> Path:
+    """Return where the work on an output goes on."""
+    return output.with_name(output.name + ".partial")
 
 
 def mixture_name(value: float) -> str:
@@ -250,8 +274,8 @@ def mixture_name(value: float) -> str:
     return short if float(short) == value else repr(float(value))
 
 
-def _check_same(folder: Path, recipe: Mapping[str, Any]) -> None:
-    """Refuse a finished merge of another request."""
+def check_same(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Refuse a finished merge of another request, and what is none."""
     made = read_provenance(folder)
     checked, source = recipe_from(recipe, {})
     with open_inputs(checked, source) as inputs:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 
 from eutectic.checkpoint.adapters import WEIGHT_NAMES
+from eutectic.checkpoint.folder import check_side_files
 from eutectic.checkpoint.hub import hub_id
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.output_format import (
@@ -22,7 +23,7 @@ from eutectic.checkpoint.output_format import (
 )
 from eutectic.checkpoint.writer import OutputFile
 from eutectic.conventions_heads import is_buffer
-from eutectic.errors import Fault, MethodError, Note, RecipeError, RequestError
+from eutectic.errors import CheckpointError, Fault, MethodError, Note, RecipeError, RequestError
 from eutectic.methods import Method, get_method
 from eutectic.planning.coverage import coverage_faults, unmatched
 from eutectic.planning.fallbacks import fallback_faults, fallen_share, merged_mostly_by
@@ -124,6 +125,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
     substitutes = fallback_faults(tensors, request) if recipe.fallback == "error" else []
     _refuse([*substitutes, *_unfit(tensors)], source)
     heads = _heads(recipe, inputs, tensors, request.ties)
+    _refuse(_side_file_faults(heads, inputs), source)
     left_out = ()
     if recipe.heads == "drop":
         left_out = tuple(t.name for t in tensors if t.treatment is Treatment.HEAD)
@@ -158,6 +160,17 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         fallback=fallen_share(tensors, request),
         notes=tuple(notes_on(tensors, heads, left_out, shares, request)),
     )
+
+
+def _side_file_faults(heads: Mapping[str, Any], inputs: Inputs) -> list[Fault]:
+    """Return what keeps the experts with heads from folders of their own."""
+    faults: list[Fault] = []
+    for name in heads:
+        try:
+            check_side_files(inputs.experts[name].folder)
+        except CheckpointError as error:
+            faults.append(Fault("unusable_side_files", str(error), f"expert '{name}'"))
+    return faults
 
 
 def with_scale(plan: Plan, scale: float, note: Note) -> Plan:

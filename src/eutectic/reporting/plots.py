@@ -9,10 +9,14 @@ from typing import Any
 from eutectic.checkpoint.writer import write_atomically
 from eutectic.errors import MissingExtraError, RequestError
 from eutectic.reporting.schema import Inspection, Layer, Pairs, Spectrum
+from eutectic.storage.small_files import read_bytes
 
 PANELS = 6
 NUMBERED = 10  # pair tables of up to so many experts carry their numbers
 ROW_INCHES = 0.2
+_NAMES = ("spectra", "norms", "interference", "alignment", "sar_nai")
+_MAKER = "eutectic, with matplotlib"  # in the file, by which it is known again
+_MOST_BYTES = 64 << 20  # of a picture
 _LEGEND = {"loc": "outside right upper", "fontsize": 8, "frameon": False}
 
 
@@ -30,9 +34,26 @@ def new_figure(width: float, height: float) -> Any:
 
 def save_figure(figure: Any, path: Path, dpi: int) -> None:
     """Write a figure in the format that the file's ending names."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.removeprefix("."), dpi=dpi)
+    check_picture(path)
+    buffer, form = io.BytesIO(), path.suffix.removeprefix(".")
+    said = {"Software" if form == "png" else "Creator": _MAKER}
+    figure.savefig(buffer, format=form, dpi=dpi, metadata=said)
     write_atomically(path, buffer.getvalue())
+
+
+def check_picture(path: Path) -> None:
+    """Find out whether a picture can be drawn there: over one that was drawn here, if any."""
+    if not path.exists():
+        return
+    try:
+        ours = _MAKER.encode() in read_bytes(path, _MOST_BYTES)
+    except OSError:
+        ours = False
+    if not ours:
+        raise RequestError(
+            f"{path}: a plot would be drawn there, and it holds something else.\n"
+            "Choose another name."
+        )
 
 
 def check_plots(folder: Path) -> None:
@@ -41,6 +62,8 @@ def check_plots(folder: Path) -> None:
         raise RequestError(f"{folder}: is a file; plots are written to a folder.")
     if not folder.absolute().parent.is_dir():
         raise RequestError(f"{folder}: there is no folder {folder.parent}.")
+    for name in _NAMES:
+        check_picture(folder / f"{name}.png")
     new_figure(1, 1)
 
 

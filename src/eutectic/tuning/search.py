@@ -10,7 +10,7 @@ from typing import Any
 from eutectic.checkpoint.writer import check_replaced, write_atomically
 from eutectic.errors import NumericalError, RequestError
 from eutectic.evaluation.metrics import LOWER_IS_BETTER
-from eutectic.reporting.plots import new_figure, save_figure
+from eutectic.reporting.plots import check_picture, new_figure, save_figure
 
 OBJECTIVES = {
     "validation": "mean over tasks of the metric's share of the expert's, on validation data",
@@ -214,6 +214,7 @@ def check_plot(path: Path) -> None:
         raise RequestError(f"{path}: a plot's name ends with {', '.join(FORMATS)}.")
     if not path.parent.is_dir():
         raise RequestError(f"{path}: there is no folder {path.parent}.")
+    check_picture(path)
     numbers = numbers_of(path)
     check_replaced(numbers, {"scale", "objective", "points"}, "the curve's numbers")
     new_figure(1, 1)
