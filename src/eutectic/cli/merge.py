@@ -140,6 +140,9 @@ def summary(records: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+MOST_MIXTURES = 1_000
+
+
 def _mixtures(text: str) -> list[float]:
     """Return the values of `0,0.3,1` or `0:1:11` (start, stop, how many)."""
     try:
@@ -147,6 +150,9 @@ def _mixtures(text: str) -> list[float]:
             return [float(part) for part in text.split(",")]
         start, stop, count = text.split(":")
         steps = int(count) - 1
+        if steps >= MOST_MIXTURES:
+            many = f"{steps + 1:,} merges, the limit is {MOST_MIXTURES:,}"
+            raise RequestError(f"--sweep '{text}' asks for {many}.")
         low, high = float(start), float(stop)
         return [round(low + (high - low) * i / steps, 6) for i in range(steps + 1)]
     except (ValueError, ZeroDivisionError):

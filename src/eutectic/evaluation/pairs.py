@@ -32,6 +32,7 @@ from eutectic.evaluation.task_files import Split, Task
 from eutectic.storage import AppendedFile, storage_of
 
 Progress = Callable[[float, float, str], None]
+MOST_RESAMPLES = 1_000_000
 SUFFIX = ".outcomes.jsonl"
 
 
@@ -59,6 +60,10 @@ class EvaluationSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise RequestError(f"{name} must be at least {least}, got {value}.")
+        if self.resamples > MOST_RESAMPLES:
+            raise RequestError(
+                f"resamples must be at most {MOST_RESAMPLES:,}, got {self.resamples:,}."
+            )
 
 
 @dataclass

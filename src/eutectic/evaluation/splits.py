@@ -26,7 +26,15 @@ from eutectic.data.encoded_rows import longest_target, token_ids
 from eutectic.data.fingerprints import data_hash, row_key
 from eutectic.data.images import PixelBatches, locate_images
 from eutectic.data.row_files import read_rows
-from eutectic.errors import CheckpointError, Fault, RequestError, TaskError, first_line, suggest
+from eutectic.errors import (
+    CheckpointError,
+    EutecticError,
+    Fault,
+    RequestError,
+    TaskError,
+    first_line,
+    suggest,
+)
 from eutectic.evaluation.checkpoints import processor_hash
 from eutectic.evaluation.task_files import SPLITS, Part, Split, Task
 from eutectic.models.loading import (
@@ -270,7 +278,9 @@ def open_processor(task: Task, folder: Path, base: Path | None = None) -> tuple[
         configured = folder if base is None or (folder / "config.json").exists() else base
         config = load_config(configured)
         found = load_processor(folder, folder, images=images)
-    except (OSError, ValueError, KeyError) as error:
+    except (EutecticError, ImportError):
+        raise
+    except Exception as error:  # transformers raises anything at values that it does not expect
         raise CheckpointError(
             f"{folder}: no configuration and tokenizer for task '{task.name}': {first_line(error)}"
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -24,6 +25,7 @@ from eutectic.recipes.document import (
 from eutectic.recipes.schema import Name
 
 Split = Literal["proxy", "validation", "test"]
+MOST_LABELS = 50_000  # twice as many as the largest sets of pictures have
 SPLITS: tuple[Split, ...] = ("proxy", "validation", "test")
 NOT_TOKENIZED = ("image-classification", "function", "lm-eval")  # here, that is
 
@@ -92,8 +94,10 @@ class TaskSpec(_Strict):
         listed = cast("list[Any]", value)
         if any(isinstance(v, bool) for v in listed):
             raise ValueError("YAML reads unquoted yes, no, on, off as true and false: quote them")
+        if len(listed) > MOST_LABELS:
+            raise ValueError(f"{len(listed):,} classes, the limit is {MOST_LABELS:,}")
         names = [str(v) for v in listed]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
         if twice:
             raise ValueError(f"each class is named once; twice there: {', '.join(twice)}")
         return names

@@ -71,6 +71,9 @@ class Limits:
     executor: Literal["threads"] = "threads"  # who carries out the tasks; see `executors`
 
 
+MOST_THREADS = 1024
+
+
 def limits_of(
     threads: int | None = None, memory: str | int | None = None, progress: Progress | None = None
 ) -> Limits:
@@ -79,6 +82,8 @@ def limits_of(
     size = default_memory() if memory is None else parse_bytes(memory)
     if count < 1 or size < 1:
         raise RequestError(f"threads and memory must be positive, got {threads} and {memory}.")
+    if count > MOST_THREADS:
+        raise RequestError(f"threads must be at most {MOST_THREADS:,}, got {count:,}.")
     return Limits(count, size, progress)
 
 

@@ -30,7 +30,13 @@ from eutectic.checkpoint.locating import locate, resolve
 from eutectic.checkpoint.opening import is_stated_quantised, open_reader
 from eutectic.checkpoint.reader import StateDictReader
 from eutectic.conventions import canonical_name
-from eutectic.errors import CheckpointError, MissingExtraError, RequestError, first_line
+from eutectic.errors import (
+    CheckpointError,
+    EutecticError,
+    MissingExtraError,
+    RequestError,
+    first_line,
+)
 from eutectic.models.linear_head import Head
 from eutectic.models.named_classes import check_named_classes, model_class
 from eutectic.models.task_kinds import (
@@ -132,7 +138,9 @@ def load_model(
         model = model.to(torch.float32)
         images = takes_images(model) or kind == "image-classification"
         processor = load_processor(checkpoint, folder, images=images) if feeds else None
-    except (OSError, ValueError, KeyError) as error:
+    except (EutecticError, ImportError):
+        raise
+    except Exception as error:  # transformers raises anything at values that it does not expect
         raise CheckpointError(
             f"{folder}: transformers cannot load it: {first_line(error)}"
         ) from error
@@ -267,12 +275,20 @@ def load_stored(folder: Path, chosen: Any = None) -> Any:
 
     `chosen`, anything with `from_pretrained`, is taken in place of the latter.
     """
-    if chosen is None:
-        transformers = transformers_for(f"loading {folder}")
-        names = read_json_object(folder / "config.json").get("architectures")
-        first = names[0] if isinstance(names, list) and names else None
-        chosen = model_class(first, folder, transformers)
-    return pretrained(chosen, folder, dtype="auto")[0]
+    if chosen is not None:
+        return pretrained(chosen, folder, dtype="auto")[0]
+    transformers = transformers_for(f"loading {folder}")
+    check_named_classes(folder, transformers)
+    names = read_json_object(folder / "config.json").get("architectures")
+    first = names[0] if isinstance(names, list) and names else None
+    try:
+        return pretrained(model_class(first, folder, transformers), folder, dtype="auto")[0]
+    except (EutecticError, ImportError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}: transformers cannot load it: {first_line(error)}"
+        ) from error
 
 
 def load_processor(own: Path, folder: Path, *, images: bool) -> Any:

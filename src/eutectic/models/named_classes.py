@@ -6,6 +6,7 @@ each name is looked at before transformers sees it.
 """
 
 import importlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,10 @@ def model_class(name: Any, folder: Path, transformers: Any) -> Any:
     )
 
 
+MOST_COUNTED = 100_000
+_COUNTED = re.compile(r"^num_labels$|layers?$|depths?$|blocks?$|num_experts|num_local_experts")
+
+
 def check_named_classes(folder: Path, transformers: Any) -> None:
     """Raise CheckpointError where a folder's files name what is no model or processor class.
 
@@ -74,6 +79,7 @@ def check_named_classes(folder: Path, transformers: Any) -> None:
         if path.is_file():
             found = read_json_object(path)
             _check_kernels(found, path)
+            _check_counts(found, path)
             for key, parent in _PROCESSORS.items():
                 if isinstance(found.get(key), str):
                     _check_processor(found[key], key, parent, path, transformers)
@@ -104,6 +110,15 @@ def _check_kernels(config: Mapping[str, Any], path: Path) -> None:
                 f"{path}: `{key}` names '{value}', code of a hub, which is never fetched or run.\n"
                 "Remove the key, or name 'eager' or 'sdpa'."
             )
+
+
+def _check_counts(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse counts of what transformers would make one by one, at any depth."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_counts(value, path)
+        elif isinstance(value, (int, float)) and value > MOST_COUNTED and _COUNTED.search(str(key)):
+            raise CheckpointError(f"{path}: `{key}` is {value:,}, the limit is {MOST_COUNTED:,}.")
 
 
 def _check_processor(name: str, key: str, parent: str, path: Path, transformers: Any) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Literal
 
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from eutectic.conventions import (
     reads_encoder,
     reads_image,
 )
+from eutectic.conventions_patterns import fits
 from eutectic.conventions_tensors import is_table_parameter, is_vectors
 
 Kind = Literal["linear", "conv1d", "convolution", "in_projection", "out_projection", "scaling"]
@@ -151,7 +151,7 @@ def _unobservable(model: nn.Module, observed: set[int]) -> dict[str, str]:
 
 def selected(name: str, patterns: Sequence[str] | None) -> bool:
     """Tell whether a parameter's name matches one of the globs (None matches all)."""
-    return patterns is None or any(fnmatchcase(name, p) for p in patterns)
+    return patterns is None or any(fits(name, p) for p in patterns)
 
 
 def named_parameters(model: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Parameter]:

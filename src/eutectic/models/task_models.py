@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +12,8 @@ from eutectic.checkpoint.experts import Expert, is_adapter, open_expert
 from eutectic.checkpoint.index import CheckpointIndex
 from eutectic.checkpoint.opening import logical_index, open_reader
 from eutectic.conventions import CLASSIFIERS
-from eutectic.errors import CheckpointError, first_line
+from eutectic.conventions_patterns import fits
+from eutectic.errors import CheckpointError, EutecticError, first_line
 from eutectic.models.linear_head import Pooling
 from eutectic.models.loading import base_folder, load_config, pretrained, transformers_for
 from eutectic.models.task_kinds import MODEL_CLASSES, TaskKind
@@ -141,7 +141,9 @@ def _build(folder: Path, task: ModelTask, state: Mapping[str, Tensor]) -> Any:
         with torch.device("meta"):
             empty = getattr(transformers, auto).from_config(config, trust_remote_code=False)
         model, report = pretrained(type(empty), None, config=config, state=state)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (EutecticError, ImportError):
+        raise
+    except Exception as error:  # transformers raises anything at values that it does not expect
         raise CheckpointError(
             f"{folder}: transformers cannot load it for task '{task.name}' ({task.kind}): "
             f"{first_line(error)}"
@@ -186,7 +188,7 @@ def _set_generation(model: Any, kind: TaskKind, folders: Sequence[Path]) -> None
     settings = transformers_for("Generating texts").GenerationConfig
     try:
         found = settings.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
+    except Exception as error:
         reason = f"{folder / GENERATION}: cannot be read: {first_line(error)}"
         raise CheckpointError(reason) from None
     if kind == "sequence-to-sequence":
@@ -231,5 +233,5 @@ def _head_names(lender: Expert, index: CheckpointIndex, task: ModelTask) -> list
         name
         for name, entry in lender.entries.items()
         if shapes.get(name) != entry.shape
-        or any(fnmatchcase(name, pattern) for pattern in task.head_tensors)
+        or any(fits(name, pattern) for pattern in task.head_tensors)
     ]

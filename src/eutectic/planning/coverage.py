@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from eutectic.checkpoint.experts import Expert
@@ -18,6 +17,7 @@ from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.names import TRIED
 from eutectic.conventions import is_token_embedding, layer_group
 from eutectic.conventions_heads import is_buffer, is_output_layer, output_part
+from eutectic.conventions_patterns import fits
 from eutectic.conventions_ties import is_layer_stack
 from eutectic.errors import Fault
 from eutectic.planning.inputs import MergeRequest
@@ -166,7 +166,7 @@ def _renamed_heads(missing: Sequence[str], extra: Sequence[str]) -> list[str]:
 
 def _ruled(name: str, request: MergeRequest) -> bool:
     """Tell whether a rule of the recipe says that a tensor is no part of the merge."""
-    matching = (r for r in request.recipe.tensors if fnmatchcase(name, r.match))
+    matching = (r for r in request.recipe.tensors if fits(name, r.match))
     treatment = next((r.treatment for r in matching if r.treatment is not None), None)
     return treatment in (Treatment.COPY, Treatment.HEAD)
 

@@ -4,12 +4,12 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any, cast
 
 from eutectic.checkpoint.folder import survey
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.conventions import classification_head
+from eutectic.conventions_patterns import fits
 from eutectic.errors import Note
 from eutectic.methods.registry import all_methods
 from eutectic.planning import coverage
@@ -154,7 +154,7 @@ def notes_on(
         tell("side_files_left", found.left)
     held = {*inputs.base.entries}.union(*(expert.extra for expert in inputs.experts.values()))
     patterns = [rule.match for rule in recipe.tensors]
-    tell("idle_rules", [p for p in patterns if not any(fnmatchcase(n, p) for n in held)])
+    tell("idle_rules", [p for p in patterns if not any(fits(n, p) for n in held)])
     notes += _ignored(tensors, recipe, inputs)
     if inputs.index is not None:
         tell("no_tensors", inputs.index.skipped)
@@ -253,4 +253,4 @@ def _ignored(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs) -> l
 
 
 def _rules(recipe: Recipe, name: str) -> list[str]:
-    return [rule.match for rule in recipe.tensors if fnmatchcase(name, rule.match)]
+    return [rule.match for rule in recipe.tensors if fits(name, rule.match)]

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from itertools import accumulate
 
 import torch
@@ -11,6 +10,7 @@ from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.conventions import PARTS, is_counter, is_output_vocabulary, is_packed
 from eutectic.conventions_heads import is_output_layer
+from eutectic.conventions_patterns import fits
 from eutectic.errors import Fault, Note
 from eutectic.methods import get_method
 from eutectic.planning.inputs import MergeRequest
@@ -78,7 +78,7 @@ def _decide(entry: TensorEntry, partner: str, request: MergeRequest) -> Decision
     """
     rules, config, held = request.recipe.tensors, request.inputs.config, request.inputs.base.entries
     apart = entry.name in request.ties.apart
-    if partner == entry.name or (apart and any(fnmatchcase(entry.name, r.match) for r in rules)):
+    if partner == entry.name or (apart and any(fits(entry.name, r.match) for r in rules)):
         return decide(entry, rules, config, held)
     decision = decide(replace(entry, name=partner), rules, config, held)
     if isinstance(decision, Fault):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 from eutectic import conventions
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.conventions_layouts import INPUTS_FIRST
+from eutectic.conventions_patterns import fits
 from eutectic.conventions_tensors import experts_in_rows
 from eutectic.errors import Fault, Note
 from eutectic.planning.kinds import kind_of
@@ -53,7 +53,7 @@ def decide(
 
     `held` are all tensors of the base; the bias beside a weight helps to tell what it is.
     """
-    matching = [rule for rule in rules if fnmatchcase(entry.name, rule.match)]
+    matching = [rule for rule in rules if fits(entry.name, rule.match)]
     ruled = next((r for r in matching if r.treatment is not None), None)
     scale = next((r.scale for r in matching if r.scale is not None), None)
     split = next((r.split for r in matching if r.split is not None), None)

@@ -11,7 +11,9 @@ from eutectic.errors import RequestError
 from eutectic.recipes.units import parse_bytes
 from eutectic.types import Treatment
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
+MOST_RULES = 1_000
+# Also the name of a folder, which file systems bound.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=200)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -35,7 +37,9 @@ class ExpertSpec(BaseModel, extra="forbid", frozen=True):
 class TensorRule(BaseModel, extra="forbid", frozen=True):
     """One rule about tensors by name; the first rule that matches a name decides."""
 
-    match: str  # shell pattern over tensor names (`*.classifier.*`)
+    match: Annotated[
+        str, Field(max_length=1000)
+    ]  # shell pattern over tensor names (`*.classifier.*`)
     treatment: Treatment | None = None  # None leaves the default
     split: Split | None = (
         None  # rows are so many fused matrices of equal height, or of these heights
@@ -108,9 +112,9 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
     scale: Scale | None = None  # α, or a search for it; None takes the method's default
     scale_tensors: Literal["all", "matrix"] = "all"  # what α multiplies
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None  # None: as they are
-    seed: Annotated[int, Field(ge=0)] = 0  # of all random numbers
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of all random numbers
     precision: Literal["fast", "exact"] = "fast"  # checked kernels, or float64 decompositions
-    tensors: tuple[TensorRule, ...] = ()
+    tensors: Annotated[tuple[TensorRule, ...], Field(max_length=MOST_RULES)] = ()
     heads: Literal["per_expert", "base", "drop"] = "per_expert"  # kept in `experts/<name>/`
     # A base tensor that some expert lacks: unchanged there, or merged from those that have it.
     missing: Literal["error", "base", "available"] = "error"

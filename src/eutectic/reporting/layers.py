@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from eutectic.checkpoint.experts import Expert
+from eutectic.conventions_patterns import fits
 from eutectic.errors import NumericalError, RequestError
 from eutectic.execution.tensor_values import as_map, read_base, read_delta
 from eutectic.linalg import lapack
@@ -52,7 +52,7 @@ def selected_layers(
 ) -> list[TensorPlan]:
     """Return the plan's matrices that match a shell pattern; every merged model has them."""
     every = [t for t in plan.tensors if t.treatment is Treatment.MATRIX]
-    chosen = [t for t in every if pattern is None or fnmatchcase(t.name, pattern)]
+    chosen = [t for t in every if pattern is None or fits(t.name, pattern)]
     if not chosen:
         raise RequestError(
             "no matrix to inspect: no expert changes one."

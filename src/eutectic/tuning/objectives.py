@@ -5,11 +5,11 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
 
+from eutectic.conventions_patterns import fits
 from eutectic.errors import Note, NumericalError
 from eutectic.evaluation.metrics import LOWER_IS_BETTER
 from eutectic.evaluation.model_outputs import score
@@ -177,7 +177,7 @@ def _body_shapes(tasks: list[TuningTask], plan: Plan) -> list[dict[str, tuple[in
     """Return what is common to all models; what the plan keeps per expert is not."""
     common = {t.name: t.shape for t in plan.tensors if t.treatment is not Treatment.HEAD}
     return [
-        {k: s for k, s in common.items() if not any(fnmatchcase(k, p) for p in t.task.head_tensors)}
+        {k: s for k, s in common.items() if not any(fits(k, p) for p in t.task.head_tensors)}
         for t in tasks
     ]
 

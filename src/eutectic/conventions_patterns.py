@@ -1,0 +1,17 @@
+"""Shell patterns over names, as users write them in recipes and tasks."""
+
+import re
+from collections.abc import Callable
+from fnmatch import translate
+from functools import lru_cache
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Tell whether a shell pattern (`*`, `?`, `[…]`) matches a whole name, case included."""
+    return _compiled(pattern)(name) is not None
+
+
+# Python's own `fnmatch` forgets all but 256, fewer than a recipe may have rules.
+@lru_cache(maxsize=8192)
+def _compiled(pattern: str) -> Callable[[str], object]:
+    return re.compile(translate(pattern)).match
