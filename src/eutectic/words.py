@@ -256,8 +256,8 @@ SENTENCES: dict[str, Template] = {
     ),
     "scale_apart": (
         "models of the type {0} scale their outputs where tables are tied. The output's "
-        "configuration unties them and says scale_decoder_outputs: true, which transformers 5 reads; in versions "
-        "before, its logits are larger by the root of the model's width"
+        "configuration unties them and says scale_decoder_outputs: true, which transformers 5 "
+        "reads; in versions before, its logits are larger by the root of the model's width"
     ),
     "tie_kept": (
         "the output's file holds tables apart that its configuration ties, because models of the "
