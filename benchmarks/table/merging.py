@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,9 @@ class Row:
         seeded: whether its result depends on the proxy sample (or on random numbers).
         start: where the search for α begins.
         fixed: α is not searched (an average has none).
-        init: name of the row whose α and method are the initial merge of a linear system.
+        init: name of the row whose α and method are the initial merge of a linear system, or
+            whose merge at that α is calibrated.
+        calibrated: that is what the row is: the same method calibrated on the proxies.
     """
 
     method: str
@@ -44,6 +47,7 @@ class Row:
     start: float = 1.0
     fixed: bool = False
     init: str | None = None
+    calibrated: bool = False
 
     @property
     def needs_statistics(self) -> bool:
@@ -80,6 +84,7 @@ ROWS: dict[str, Row] = {
     "esm_roberta": Row("esm", {"preset": "roberta"}, seeded=True, start=1.0),
     "esm_vit": Row("esm", {"preset": "vit"}, seeded=True, start=0.3),
     "iso_a": Row("iso_a", seeded=True, start=0.7),
+    "iso_a_calibrated": Row("iso_a", seeded=True, fixed=True, init="iso_a", calibrated=True),
 }  # fmt: skip
 
 
@@ -170,8 +175,10 @@ def merge_row(
     folder = work / "merged" / f"{suite.name}-{row.method}-{os.getpid()}"  # two runs may share it
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    parameters = dict(row.parameters)
-    if init is not None:
+    parameters, scale = dict(row.parameters), 1.0
+    if init is not None and row.calibrated:
+        scale = init[1]
+    elif init is not None:
         parameters |= {"init": init[0], "init_scale": init[1]}
     experts: dict[str, dict[str, str]] = {
         task: {"path": str(suite.adapters.get(task, path))} for task, path in suite.experts.items()
@@ -183,20 +190,32 @@ def merge_row(
         "experts": experts,
         "method": row.method,
         "parameters": parameters,
-        "scale": 1.0,
+        "scale": scale,
         "seed": seed,
         "dtype": "float32",
     }  # fmt: skip
     file = folder / "recipe.json"
     file.write_text(json.dumps(recipe))
     report = _merge(str(file), "-o", str(folder / "out"))
+    out = folder / "out"
+    if row.calibrated:
+        out = folder / "calibrated"
+        data = {task: suite.proxies(task, seed, PROXIES).inputs for task in suite.tasks}
+        done = eutectic.calibrate(folder / "out", dict(suite.experts), data, out)
+        report["seconds"] += done.seconds
+        report["peak_bytes"] = max(report["peak_bytes"], 1024 * peak_kib())
     base = load_file(suite.base / "model.safetensors")
-    merged = load_file(folder / "out" / "model.safetensors")
+    merged = load_file(out / "model.safetensors")
     names = {name for name, _ in suite.model.named_parameters()}
     deltas = {name: merged[name] - base[name] for name in names}
     deltas = {name: delta for name, delta in deltas.items() if delta.any()}
     shutil.rmtree(folder)
     return MergedRow(base, deltas, report["seconds"], report["peak_bytes"], report["records"])
+
+
+def peak_kib() -> int:
+    """Return the largest resident memory of this process so far, in KiB (Linux)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def alignments(suite: Suite, merged: MergedRow, error: float = 0.05) -> dict[str, float]:
