@@ -6,7 +6,6 @@ import re
 # (whose "inverse" multiplies), compressed-tensors and fbgemm, DeepSeek-V4, Mistral, ComfyUI.
 _SCALES_OF = ("_scale_inv", "_scale")
 _SCALES_BESIDE = (".scale", ".qscale_weight", ".scale_weight")
-BLOCKS, SCALES = "_blocks", "_scales"  # of gpt-oss
 # What is said of activations, caches and kernels plays no part in weights.
 _ACTIVATIONS = re.compile(
     r"(^|[._])(input|activation|act|output|[qkv]|kv|prob)_(scale(_ub|_inv)?|zero_point|global_scale)$"
@@ -23,6 +22,61 @@ _BUFFER = re.compile(
     r"(^|[._])(bias|masked_bias|attn_?mask|mask|causal_mask|position_ids|position_index"
     r"|relative_position_index|token_type_ids|tril|idx|index|coords\w*)$"
 )
+
+
+# The tensor of a layer that tells its format; what stands beside it has the same beginning.
+_PACKED_LAYER = re.compile(r"(?P<module>.+)\.qweight")  # GPTQ, AWQ
+_INT8_SCALES = re.compile(r"(?P<module>.+)\.SCB")  # bitsandbytes
+_FOUR_BIT = re.compile(r"(?P<weight>.+)\.quant_state\.bitsandbytes__(?P<kind>\w+)")
+_PACKED_ROWS = re.compile(r"(?P<weight>.+\.weight)_packed")  # compressed-tensors
+_STACKED_BLOCKS = re.compile(r"(?P<weight>.+)_blocks")  # gpt-oss
+# Quantised checkpoints on the hub, by the habits of those who make them.
+_CALLED_QUANTISED = re.compile(
+    r"(?i)(^|[-_./])(bnb|gptq|awq|fp8|nf4|int[48]|w[48]a(8|16)|[48]-?bit|mxfp4|nvfp4)([-_./]|$)"
+)
+
+
+def packed_layer(name: str) -> str | None:
+    """Return the layer of GPTQ's or AWQ's packed integers, None for another tensor."""
+    found = _PACKED_LAYER.fullmatch(name)
+    return found["module"] if found else None
+
+
+def int8_layer(name: str) -> str | None:
+    """Return the layer that a tensor of bitsandbytes' scales belongs to, None for another."""
+    found = _INT8_SCALES.fullmatch(name)
+    return found["module"] if found else None
+
+
+def four_bit_state(name: str) -> tuple[str, str] | None:
+    """Return the weight that a blob of bitsandbytes describes, and its kind; None for another."""
+    found = _FOUR_BIT.fullmatch(name)
+    return (found["weight"], found["kind"]) if found else None
+
+
+def packed_rows(name: str) -> str | None:
+    """Return the weight that is stored with packed rows, None for another tensor."""
+    found = _PACKED_ROWS.fullmatch(name)
+    return found["weight"] if found else None
+
+
+def stacked_blocks(name: str) -> str | None:
+    """Return the tensor that gpt-oss stores as blocks, None for another.
+
+    >>> stacked_blocks("mlp.experts.down_proj_blocks"), stacked_blocks("blocks.0.weight")
+    ('mlp.experts.down_proj', None)
+    """
+    found = _STACKED_BLOCKS.fullmatch(name)
+    return found["weight"] if found else None
+
+
+def is_called_quantised(checkpoint: str) -> bool:
+    """Tell whether a checkpoint's own name says that it is quantised.
+
+    >>> is_called_quantised("unsloth/llama-3-8b-bnb-4bit"), is_called_quantised("org/habit")
+    (True, False)
+    """
+    return _CALLED_QUANTISED.search(checkpoint) is not None
 
 
 def scale_names(name: str) -> list[str]:

@@ -217,6 +217,10 @@ SENTENCES: dict[str, Template] = {
         "the configuration of {all} says that it is quantised ({method}), but its tensors are "
         "plain numbers and are read as such"
     ),
+    "adapter_of_quantised": (
+        "expert '{0}' is an adapter that was trained on '{trained_on}', quantised by its name: its "
+        "change is added to the weights of this base, which are not quite those it was trained on"
+    ),
     "adapter_on_quantised": (
         "expert '{0}' is an adapter on a quantised base: its change is added to the dequantised "
         "weights, as peft's merge_and_unload does after dequantising"

@@ -14,6 +14,7 @@ from eutectic.checkpoint.folder import copy_side_files, survey
 from eutectic.checkpoint.index import CheckpointIndex, open_index, read_json_object
 from eutectic.checkpoint.names import align, check_inside
 from eutectic.checkpoint.output_format import LaidOutLikeBase, OutputTensor
+from eutectic.checkpoint.quantised.side_files import forget_quantisation
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.checkpoint.writer import OutputFile, write_atomically
 from eutectic.storage import storage_of
@@ -32,6 +33,7 @@ def write_calibrated(
     folder = merged.index.folder
     layout, hashes = _write_weights(merged, model, values)
     copy_side_files(folder, model, survey(folder, merged.index.weight_files).taken)
+    forget_quantisation(model)
     for expert in sorted(p for p in (folder / EXPERTS).glob("*") if p.is_dir()):
         _write_expert(merged, expert, model, layout, values)
     card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""

@@ -10,6 +10,7 @@ from eutectic.checkpoint.folder import survey
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.conventions import classification_head
 from eutectic.conventions_patterns import fits
+from eutectic.conventions_quantised import is_called_quantised
 from eutectic.errors import Note
 from eutectic.methods.registry import all_methods
 from eutectic.planning import coverage
@@ -191,6 +192,12 @@ def _on_quantised(inputs: Inputs) -> list[Note]:
     if any(note.kind == "dequantised" for note in inputs.base.notes):
         adapters = (name for name, expert in inputs.experts.items() if expert.is_delta)
         notes += [Note("adapter_on_quantised", (name,)) for name in adapters]
+    else:
+        for name, expert in inputs.experts.items():
+            trained_on = expert.config.get("base_model_name_or_path") if expert.is_delta else None
+            if isinstance(trained_on, str) and is_called_quantised(trained_on):
+                numbers = {"trained_on": trained_on}
+                notes.append(Note("adapter_of_quantised", (name,), numbers))
     return notes
 
 

@@ -29,10 +29,10 @@ from eutectic.checkpoint.quantised.codes import (
     Transposed,
     Unreadable,
 )
+from eutectic.conventions_quantised import four_bit_state, int8_layer
 from eutectic.storage.small_files import parse_json
 
 _INVERSE_127 = 7.874015718698502e-3  # as bitsandbytes writes it
-_STATE = ".quant_state.bitsandbytes__"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -95,10 +95,10 @@ def find(entries: Entries, stated: Stated, read: Read) -> Iterator[Codes | tuple
     """Yield the weights that bitsandbytes stored."""
     for name, entry in entries.items():
         try:
-            if name.endswith(".SCB") and name.removesuffix("SCB") + "weight" in entries:
-                found: Codes = _int8(entry, entries, stated, read)
-            elif _STATE in name:
-                found = _four_bit(name, entries, read)
+            if (module := int8_layer(name)) and f"{module}.weight" in entries:
+                found: Codes = _int8(module, entry, entries, stated, read)
+            elif told := four_bit_state(name):
+                found = _four_bit(*told, name, entries, read)
             else:
                 continue
         except Unreadable as error:
@@ -110,9 +110,8 @@ def find(entries: Entries, stated: Stated, read: Read) -> Iterator[Codes | tuple
         yield found
 
 
-def _int8(scales: TensorEntry, entries: Entries, stated: Stated, read: Read) -> Int8:
-    module = scales.name.removesuffix("SCB")
-    codes, order = entries[module + "weight"], entries.get(module + "weight_format")
+def _int8(module: str, scales: TensorEntry, entries: Entries, stated: Stated, read: Read) -> Int8:
+    codes, order = entries[f"{module}.weight"], entries.get(f"{module}.weight_format")
     if codes.dtype is not torch.int8 or len(codes.shape) != 2 or scales.numel != codes.shape[0]:
         raise Unreadable(f"SCB {list(scales.shape)} beside {codes.dtype} {list(codes.shape)}")
     if order is not None and order.numel and int(read(order.name, 0, 1)[0]) != 0:
@@ -124,8 +123,7 @@ def _int8(scales: TensorEntry, entries: Entries, stated: Stated, read: Read) -> 
     return Int8("bitsandbytes int8", entry, codes.name, names, scales.name)
 
 
-def _four_bit(state: str, entries: Entries, read: Read) -> FourBit:
-    name, _, kind = state.partition(_STATE)
+def _four_bit(name: str, kind: str, state: str, entries: Entries, read: Read) -> FourBit:
     stored, absmax = entries.get(name), entries.get(f"{name}.absmax")
     if stored is None or absmax is None or f"{name}.quant_map" not in entries:
         raise Unreadable(f"'{name}', its absmax or its quant_map is missing")

@@ -50,11 +50,12 @@ class Codes(ABC):
     anchor: str  # the stored tensor whose place in the file it takes
     parts: tuple[str, ...]  # every stored tensor that belongs to it, the anchor among them
 
-    # Entries that are computed together and kept for the next read, where the file's order of
-    # bytes is not that of the tensor; 0 where a range costs no more than itself.
     @property
     def band(self) -> int:
-        """Number of entries that are computed at once and kept; 0 for none."""
+        """Number of entries that are computed at once and kept for the next read.
+
+        0 where a range costs no more than itself: where the file has the tensor's own order.
+        """
         return 0
 
     @property

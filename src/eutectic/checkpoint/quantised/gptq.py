@@ -31,6 +31,7 @@ from eutectic.checkpoint.quantised.codes import (
     read_columns,
     rows_per_band,
 )
+from eutectic.conventions_quantised import packed_layer
 
 _BITS = (2, 3, 4, 8)
 # Whose `qweight` is understood, and in which formats; others pack for one kernel.
@@ -126,9 +127,9 @@ class Awq(_Grouped):
 def find(entries: Entries, stated: Stated) -> Iterator[Codes | tuple[str, Unreadable]]:
     """Yield the weights of layers that hold `qweight`, `qzeros` and `scales`."""
     for name, entry in entries.items():
-        if not name.endswith(".qweight"):
+        module = packed_layer(name)
+        if module is None:
             continue
-        module = name.removesuffix(".qweight")
         try:
             yield _grouped(module, entry, entries, stated)
         except Unreadable as error:

@@ -24,7 +24,7 @@ from eutectic.checkpoint.quantised.codes import (
     rows_per_band,
 )
 from eutectic.checkpoint.quantised.scaled import scales_as_numbers, unpacked_e2m1
-from eutectic.conventions_quantised import BLOCKS, SCALES
+from eutectic.conventions_quantised import stacked_blocks
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ class Mxfp4(RowCodes):
 def find(entries: Entries, stated: Stated) -> Iterator[Codes | tuple[str, Unreadable]]:
     """Yield the tensors that are stored as blocks and scales."""
     for name, blocks in entries.items():
-        if not name.endswith(BLOCKS) or blocks.dtype is not torch.uint8:
+        own = stacked_blocks(name)
+        if own is None or blocks.dtype is not torch.uint8:
             continue
-        own = name.removesuffix(BLOCKS)
-        scales = entries.get(own + SCALES)
+        scales = entries.get(f"{own}_scales")
         if scales is None or scales.dtype is not torch.uint8:
-            yield name, Unreadable(f"'{own}{SCALES}' is missing")
+            yield name, Unreadable(f"'{own}_scales' is missing")
             continue
         if len(blocks.shape) != 4 or scales.shape != blocks.shape[:3] or 0 in blocks.shape:
             what = f"blocks {list(blocks.shape)} and scales {list(scales.shape)} do not fit"

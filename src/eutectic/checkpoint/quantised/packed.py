@@ -19,6 +19,7 @@ from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.quantised.bits import unpacked, words_of
 from eutectic.checkpoint.quantised.codes import Codes, Entries, Read, RowCodes, Stated, Unreadable
 from eutectic.checkpoint.quantised.scaled import scales_as_numbers, unpacked_e2m1
+from eutectic.conventions_quantised import packed_rows
 
 _FP4_GROUPS = (16, 32)
 _FLOAT_SCALES = (torch.float16, torch.bfloat16, torch.float32)
@@ -104,27 +105,31 @@ class PackedFp4(RowCodes):
 def find(entries: Entries, stated: Stated, read: Read) -> Iterator[Codes | tuple[str, Unreadable]]:
     """Yield the weights that are stored packed along their rows."""
     for name, entry in entries.items():
-        scale = entries.get(f"{name.removesuffix('_packed')}_scale")
-        if name.endswith(".weight_packed"):
+        weight = packed_rows(name)
+        if weight is not None:
             wanted = entry.dtype in (torch.int32, torch.uint8)
         else:  # ModelOpt keeps the name; plain bytes have no second scale
-            wanted = name.endswith(".weight") and f"{name}_scale_2" in entries
-            wanted = wanted and entry.dtype is torch.uint8
+            weight, wanted = name, entry.dtype is torch.uint8 and f"{name}_scale_2" in entries
         if not wanted:
             continue
+        scale = entries.get(f"{weight}_scale")
         try:
             if scale is None or len(entry.shape) < 2:
                 raise Unreadable("its weight_scale is missing")
             own = _ints if entry.dtype is torch.int32 else _fp4
-            yield own(entry, scale, entries, stated, read)
+            yield own(weight, entry, scale, entries, stated, read)
         except Unreadable as error:
             yield name, error
 
 
 def _ints(
-    packed: TensorEntry, scale: TensorEntry, entries: Entries, stated: Stated, read: Read
+    name: str,
+    packed: TensorEntry,
+    scale: TensorEntry,
+    entries: Entries,
+    stated: Stated,
+    read: Read,
 ) -> PackedInts:
-    name = packed.name.removesuffix("_packed")
     shape = entries.get(f"{name}_shape")
     zero, groups = entries.get(f"{name}_zero_point"), entries.get(f"{name}_g_idx")
     lead, height, words = packed.shape[:-2], packed.shape[-2], packed.shape[-1]
@@ -156,10 +161,14 @@ def _ints(
 
 
 def _fp4(
-    packed: TensorEntry, scale: TensorEntry, entries: Entries, stated: Stated, read: Read
+    name: str,
+    packed: TensorEntry,
+    scale: TensorEntry,
+    entries: Entries,
+    stated: Stated,
+    read: Read,
 ) -> PackedFp4:
     del read
-    name = packed.name.removesuffix("_packed")
     divisor, factor = entries.get(f"{name}_global_scale"), entries.get(f"{name}_scale_2")
     common = divisor or factor
     shape = (*packed.shape[:-1], packed.shape[-1] * 2)
