@@ -1,8 +1,8 @@
 """Where every checkpoint keeps tied tensors, and which ties the output no longer has.
 
 A checkpoint that holds a tied tensor under one of its names has it under all; one that holds it
-with different values has untied it, and so has an adapter that changes one name only: under the
-others it computes with the base's. Where an expert unties what the base ties, the output holds
+with different values has untied it, and so has an adapter that trains the output layer, or saves
+one of the modules whole: under the other names it computes with the base's. Where an expert unties what the base ties, the output holds
 both, and its configuration says so.
 """
 
@@ -187,13 +187,17 @@ def _ties(model: TiedModel, expert: Expert, group: Group, other: Group) -> bool:
 def _changed_as(model: TiedModel, expert: Expert, held: Sequence[str], name: str) -> str:
     """Return under which name an adapter changes a tied tensor; its own where it does not.
 
-    An adapter's layer computes with its own change, whatever else shares the weight. Only a table
-    that stands for others is no layer, and peft keeps layers tied where it was told to.
+    A layer computes with its own change. Who has none shares that of the table, for a merge of LoRA
+    factors changes the weight itself, in peft's `merge_and_unload` too; a table that stands for
+    others is no layer, and peft keeps layers tied where it was told to.
     """
     if held and expert.config.get("ensure_weight_tying"):
         return held[0]
     if name in held or not held:
         return name
+    tables = [n for n in held if n in expert.factored and not is_output(n)]
+    if len(tables) == 1:
+        return tables[0]
     if not model.extends or model.tied is None:
         return held[0]
     return next((n for n in held if habits.is_shared_table(n)), name)
