@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,32 @@ def test_a_run_killed_after_its_model_was_moved_is_finished(world: Path, tmp_pat
     assert report.resumed and report.layers == whole.layers
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_what_no_calibration_has_made_is_not_deleted(world: Path, tmp_path: Path) -> None:
+    work = tmp_path / "out.partial"
+    for name in ("notes.txt", ".hidden", "layer-notes.txt", "layer-00000.safetensors", "model/x"):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_text("mine")
+        for restart in (False, True):
+            with pytest.raises(ResumeError, match="not an unfinished calibration"):
+                run(world, tmp_path / "out", restart=restart)
+        assert (work / name).read_text() == "mine"
+        (work / name).unlink()
+        if name == "model/x":
+            (work / "model").rmdir()
+
+
+def test_a_checkpoint_that_changes_is_named(world: Path, tmp_path: Path) -> None:
+    models = shutil.copytree(world, tmp_path / "world")
+    (file,) = (models / "a").glob("*.safetensors")
+
+    def touch(done: float, total: float, current: str) -> None:
+        os.utime(file)
+
+    with pytest.raises(CheckpointError, match="expert 'a': changed while"):
+        run(models, tmp_path / "out", progress=touch)
+    assert not (tmp_path / "out").exists()
 
 
 def test_much_ridge_returns_the_anchor(world: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ removed with no file of it open, and one that cannot be removed is told.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -305,3 +306,54 @@ def test_a_sweep_whose_merge_was_killed_at_the_very_end(
 def test_missing_folders_above_are_made(request_: dict[str, Any]) -> None:
     eutectic.merge(**{**request_, "output": request_["output"] / "a/b"})
     assert [p.name for p in (request_["output"] / "a").iterdir()] == ["b"]
+
+
+def _calls() -> list[tuple[Any, str]]:
+    names = ["fsync", "replace", "rename", "link", "mkdir", "ftruncate", "unlink", "rmdir"]
+    return [(os, name) for name in (*names, "pwrite", "posix_fallocate") if hasattr(os, name)]
+
+
+@pytest.mark.parametrize("end", [Killed, OSError], ids=["killed", "failed"])
+def test_a_run_that_ends_at_any_call_is_finished_by_the_same_command(
+    request_: dict[str, Any], end: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """System calls that change something end the run, or fail in it once."""
+    for i, name in enumerate("ab"):  # with heads, so that folders of experts are written
+        content = make_expert(make_base(layers=1, width=8), i)
+        folder = Path(request_["base"]).parent / name
+        save(folder, {**content, "classifier.weight": torch.ones(i + 2, 8)})
+    counted = {"calls": 0, "last": -1}
+
+    def ending(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **more: Any) -> Any:
+            if not str(given[0]).endswith(".lock"):
+                counted["calls"] += 1
+                if counted["calls"] == counted["last"]:
+                    raise end(*((28, "No space left on device") if end is OSError else ()))
+            return original(*given, **more)
+
+        return call
+
+    def attempt(last: int) -> bool:
+        counted.update(calls=0, last=last)
+        with monkeypatch.context() as patched:
+            for owner, name in _calls():
+                patched.setattr(owner, name, ending(getattr(owner, name)))
+            try:
+                eutectic.merge(**request_, threads=1)
+            except (Killed, EutecticError, OSError):
+                return False
+        return True
+
+    output = request_["output"]
+    assert attempt(-1)
+    expected, calls = digests(output), counted["calls"]
+    assert calls > 30
+    # All of them take most of a minute; the last ones are where there is most to go wrong.
+    chance = random.Random(os.environ.get("EUTECTIC_KILLS", "0"))
+    for last in [*chance.sample(range(1, calls - 7), 8), *range(calls - 7, calls + 1)]:
+        shutil.rmtree(output)
+        if not attempt(last):
+            eutectic.merge(**request_, threads=1)
+        assert digests(output) == expected, last
+        assert [p.name for p in output.parent.iterdir()] == ["m"], last

@@ -92,6 +92,31 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_work_folder_that_cannot_be_removed(
+    failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    discard, calls = LocalDisk.discard, []
+
+    def failing(self: LocalDisk, folder: Path, names: Any) -> Any:
+        calls.append(folder)
+        if 2 <= len(calls) <= failures + 1:  # the first makes room for a new run
+            raise OSError(5, "broken")
+        return discard(self, folder, names)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalDisk, "discard", failing)
+        if failures == 1:
+            write(tmp_path)
+        else:
+            with pytest.raises(OutputError, match="complete, but"):
+                write(tmp_path)
+    if failures == 2:
+        write(tmp_path)
+    assert names(tmp_path) == ["out/first.json", "out/last.json"]
+    assert not (tmp_path / "out.partial").exists()
+
+
 @pytest.mark.parametrize("held", ["folder/x", "notes.txt", "unfinished.json"])
 def test_what_no_run_has_made_is_not_deleted(held: str, tmp_path: Path) -> None:
     file = tmp_path / "out.partial" / held

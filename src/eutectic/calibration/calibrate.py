@@ -38,7 +38,7 @@ from eutectic.calibration.streams import Stream, twin
 from eutectic.calibration.unfinished_calibration import MODEL, Unfinished, open_unfinished
 from eutectic.checkpoint.locating import locate
 from eutectic.data.fingerprints import example_hashes
-from eutectic.errors import OutputError, RequestError, suggest
+from eutectic.errors import CheckpointError, OutputError, RequestError, suggest
 from eutectic.models.batches import Batch, call, examples, sample_count
 from eutectic.models.hooks import evaluating
 from eutectic.models.loading import load_model
@@ -180,6 +180,7 @@ def calibrate(
         loaded = load_model(folder, None, settings.task, feeds=feeds, named_class=True)
         proxies = {name: draw(name, data[name], loaded, settings) for name in models.experts}
         _without_cache(loaded.model)
+        known = models.identity()
         identity = _identity(models, proxies, settings, is_encoder_decoder(loaded.model))
         if storage_of(output).list(output):
             return _finished_before(output, work, identity, started)
@@ -193,7 +194,7 @@ def calibrate(
         run = _Run(models, loaded.model, keys, whole, found, unfinished, settings)
         _calibrate_layers(run, proxies, progress)
         record = _record(run, proxies, identity)
-        _finish(run, output, record)
+        _finish(run, output, record, known)
     return _report(output, record, resumed, started)
 
 
@@ -220,9 +221,7 @@ def _check_output(output: Path, work: Path) -> None:
     obstacle = storage.obstacle(output)
     if obstacle is not None:
         raise RequestError(obstacle)
-    moved = (
-        storage.list(work) and MODEL not in storage.list(work) and (output / PROVENANCE).exists()
-    )
+    moved = work.is_dir() and MODEL not in storage.list(work) and (output / PROVENANCE).exists()
     if storage.list(output) and not moved:
         raise RequestError(f"{output} is not empty.\nChoose another output, or remove it first.")
 
@@ -232,7 +231,11 @@ def _finished_before(output: Path, work: Path, identity: str, started: float) ->
     record = json.loads((output / PROVENANCE).read_text(encoding="utf-8")).get("calibration", {})
     if record.get("request") != identity:
         raise RequestError(f"{output} is not empty.\nChoose another output, or remove it first.")
-    open_unfinished(work, identity, restart=False).remove()
+    unfinished = open_unfinished(work, identity, restart=False)
+    try:
+        unfinished.remove()
+    finally:
+        unfinished.lock.release()
     return _report(output, record, True, started)
 
 
@@ -448,7 +451,8 @@ def _record(run: _Run, proxies: Mapping[str, Proxies], identity: str) -> dict[st
     }
 
 
-def _finish(run: _Run, output: Path, record: Mapping[str, Any]) -> None:
+def _finish(run: _Run, output: Path, record: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Write the output aside and give it its name, unless a checkpoint is not what it was."""
     new, unfinished = run.new, run.unfinished
     try:
         write_calibrated(
@@ -457,6 +461,13 @@ def _finish(run: _Run, output: Path, record: Mapping[str, Any]) -> None:
             lambda key: new[key][key] if key in new else None,
             record,
         )
+        now = run.models.identity()
+        if changed := [name for name in known if now.get(name) != known[name]]:
+            raise CheckpointError(
+                f"{', '.join(changed)}: changed while the model was calibrated.\n"
+                "Nothing has been put in place. Run again with --restart when the files are "
+                "complete."
+            )
         storage_of(output).commit(unfinished.model, output)
     except OSError as error:
         where = error.filename or unfinished.model

@@ -70,11 +70,12 @@ class OpenedModels:
 
     def identity(self) -> dict[str, Any]:
         """Return what tells these checkpoints from others, and from their own later states."""
-        others = {**self.experts, **({} if self.base is None else {"": self.base})}
-        return {
-            "merged": [self.merged.fingerprint(), self.merged.identity()],
-            "others": {n: [e.fingerprint(), e.identity()] for n, e in others.items()},
-        }
+        known = {"the merged model": [self.merged.fingerprint(), self.merged.identity()]}
+        if self.base is not None:
+            known["the base"] = [self.base.fingerprint(), self.base.identity()]
+        for name, expert in self.experts.items():
+            known[f"expert '{name}'"] = [expert.fingerprint(), expert.identity()]
+        return known
 
     def _head_of_its_own(self, expert: Expert, key: str) -> bool:
         entry = expert.entries.get(key)

@@ -1,5 +1,6 @@
 """The unfinished state of a calibration on disk: a file for every layer that is finished."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from eutectic.storage import Lock, storage_of
 MODEL = "model"  # the folder of the output, in the work folder until it is complete
 _KEY = "eutectic_calibration"
 _LAYER = "layer-{:05d}.safetensors"
+_A_LAYER = re.compile(r"layer-\d{5,}\.safetensors")
 
 
 @dataclass
@@ -42,18 +44,38 @@ class Unfinished:
         self.layers[place] = (TensorFile(path, _KEY), record)
 
     def remove(self) -> None:
-        """Delete the folder; the calibration is finished."""
+        """Delete the folder with all that a calibration keeps there; this one is finished."""
         self.lock.leave_nothing()
-        storage_of(self.folder).remove(self.folder)
+        _discard(self.folder)
+
+
+def _discard(folder: Path) -> None:
+    """Remove what a calibration keeps in its work folder, and the folder if it holds no more."""
+    storage = storage_of(folder)
+    # The first layer goes last: by it, the rest is known to be a calibration's.
+    layers = [name for name in storage.list(folder) if _A_LAYER.fullmatch(name)]
+    storage.discard(folder, (MODEL, *reversed(layers)))
+
+
+def _is_own(folder: Path) -> bool:
+    """Tell whether a folder holds nothing but what calibrations write."""
+    names = storage_of(folder).list(folder)
+    if not names:
+        return True
+    if any(name != MODEL and not _A_LAYER.fullmatch(name) for name in names):
+        return False
+    try:  # the output is begun when all layers are there
+        TensorFile(folder / _LAYER.format(0), _KEY)
+    except (StatisticsError, OSError):
+        return False
+    return True
 
 
 def open_unfinished(folder: Path, identity: str, *, restart: bool) -> Unfinished:
     """Create the work folder, or take up what a killed run left in it; `restart` empties it."""
     storage = storage_of(folder)
     try:
-        names = storage.list(folder)
-        strangers = [n for n in names if n != MODEL and not n.startswith(("layer-", "."))]
-        if strangers:
+        if not _is_own(folder):
             raise ResumeError(
                 f"{folder} exists and is not an unfinished calibration.\n"
                 "Move it away, or choose another output."
@@ -61,7 +83,7 @@ def open_unfinished(folder: Path, identity: str, *, restart: bool) -> Unfinished
         lock = storage.lock(folder)
         try:
             if restart:
-                storage.remove(folder)
+                _discard(folder)
             folder.mkdir(parents=True, exist_ok=True)
             found = Unfinished(folder, identity, lock)
             _read(found)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eutectic.checkpoint.reader import StateDictReader
+from eutectic.checkpoint.writer import CheckpointWriter, OutputFile
 from eutectic.conventions import PEFT_ROOT
 from eutectic.errors import CheckpointError, OutputError, RequestError
 from eutectic.models.loading import load_stored
@@ -249,9 +250,20 @@ def write_adapters(routed: nn.Module, path: Path, output: Path) -> None:
             for key, tensor in experts.router.state_dict().items()
         }
         metadata = {"experts": json.dumps(list(handle.experts)), "router": handle.router}
-        save_file(routers, path / ROUTERS_FILE, metadata=metadata)
+        _write_in_order(path, ROUTERS_FILE, routers, metadata)
     except OSError as error:
         raise OutputError(f"{path}: the export cannot be written: {error}.") from error
+
+
+def _write_in_order(
+    path: Path, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a file whose metadata have an order, so that the same values are the same bytes."""
+    rows = tuple((key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items())
+    with CheckpointWriter(path, [OutputFile(name, rows, metadata)]) as writer:
+        for key, tensor in tensors.items():
+            writer.write(key, 0, tensor)
+        writer.sync()
 
 
 def _write_adapter(routed: nn.Module, t: int, target: Path, base: Path) -> None:

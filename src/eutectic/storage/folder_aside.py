@@ -104,7 +104,10 @@ class FolderAside:
         """Remove what lies beside the finished folder."""
         self._lock.leave_nothing()
         try:
-            self._storage.discard(self._work, (_CONTENT, _MARK))
+            try:
+                self._storage.discard(self._work, (_CONTENT, _MARK))
+            except OSError:  # what failed once need not fail again
+                self._storage.discard(self._work, (_CONTENT, _MARK))
         except OSError as error:
             raise OutputError(
                 f"{self.output} is complete, but {self._work} cannot be removed "
@@ -123,7 +126,8 @@ class FolderAside:
     ) -> None:
         """Give up the lock; after an error of the run also what it has written."""
         try:
-            if isinstance(error, Exception) and not self.finished:
+            # Once the folder has its name, the mark says whose it is.
+            if isinstance(error, Exception) and not self._storage.list(self.output):
                 self._storage.discard(self._work, (_CONTENT, _MARK))
         except OSError:
             pass  # the next run does it; what matters is the first error
