@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from eutectic.checkpoint.names import check_inside
+from eutectic.checkpoint.names import check_inside, is_plain_name
 from eutectic.errors import CheckpointError
 from eutectic.storage.small_files import read_json
+from eutectic.words import shown
 
 MODULES_NAME = "modules.json"
 # Of a Router; the second is that of its predecessor Asym.
@@ -98,11 +99,9 @@ def _module(path: Path, folder: str, prefix: str) -> ModuleFolder:
 def _checked(folder: object, where: Path) -> str:
     """Return a module's folder, which must lie below that of the file that names it."""
     parts = folder.split("/") if isinstance(folder, str) and folder else []
-    if not isinstance(folder, str) or any(
-        part in ("", ".", "..") or any(c in part for c in "\\:\0") for part in parts
-    ):
+    if not isinstance(folder, str) or len(parts) > 8 or not all(map(is_plain_name, parts)):
         raise CheckpointError(
-            f"{where} names the folder {folder!r}, which is not a plain path below its own.\n"
+            f"{where} names the folder {shown(folder)}, which is not a plain path below its own.\n"
             "Refused: a checkpoint may not read files elsewhere."
         )
     return folder

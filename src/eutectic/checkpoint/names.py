@@ -14,9 +14,10 @@ from eutectic.conventions_names import (
     unwrapped,
 )
 from eutectic.errors import CheckpointError
-from eutectic.words import read_as
+from eutectic.words import read_as, shown
 
 _MAX_EXTRA_COMPONENTS = 3
+_LONGEST_NAME = 255  # bytes, as file systems have it
 _MOST_READINGS = 8  # prefixes that fit equally well; more are as ambiguous as two
 # What was tried where names do not meet, for messages.
 TRIED = (
@@ -26,11 +27,17 @@ TRIED = (
 )
 
 
+def is_plain_name(name: str) -> bool:
+    """Tell whether a name can be a file's in any folder, and nothing else."""
+    wrong = name in {"", ".", ".."} or any(c in name for c in "/\\:\0")
+    return not wrong and len(name.encode("utf-8", "replace")) <= _LONGEST_NAME
+
+
 def check_plain_name(name: str, where: str) -> None:
     """Raise CheckpointError unless `name` is a plain file name: no folder, no '..', no drive."""
-    if not name or name in {".", ".."} or any(c in name for c in "/\\:\0"):
+    if not is_plain_name(name):
         raise CheckpointError(
-            f"{where} names the file {name!r}, which is not a plain name in its own folder.\n"
+            f"{where} names the file {shown(name)}, which is not a plain name in its own folder.\n"
             "Refused: a checkpoint may not read files elsewhere."
         )
 

@@ -18,6 +18,8 @@ from eutectic.recipes.document import (
     Location,
     Source,
     by_line,
+    exists,
+    inside,
     no_file,
     read_document,
     schema_fault,
@@ -233,13 +235,13 @@ def _resolved(name: str, spec: TaskSpec, source: Source) -> tuple[dict[str, Any]
     if spec.function is not None and ".py:" in spec.function:
         places.append((values, "function", ("function",)))
     faults: list[Fault] = []
-    for holder, key, inside in places:
+    for holder, key, where in places:
         stated = holder.get(key)
         if stated is None:
             continue
         file = stated.rpartition(":")[0] if key == "function" else stated
-        path = source.folder / Path(file).expanduser()
-        if not path.exists():
-            faults.append(no_file(("tasks", name, *inside), file, source))
+        path = inside(file, source)
+        if not exists(path):
+            faults.append(no_file(("tasks", name, *where), file, source))
         holder[key] = f"{path}{stated.removeprefix(file)}"
     return values, faults

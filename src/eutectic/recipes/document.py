@@ -89,6 +89,22 @@ def schema_fault(item: Any, source: Source, known_keys: Callable[[Location], lis
     return Fault(item["type"], f"{message[0].lower()}{message[1:]}.", name, line, shown)
 
 
+def inside(path: str, source: Source) -> Path:
+    """Return a path of a document, which starts at its folder."""
+    try:
+        return source.folder / Path(path).expanduser()
+    except RuntimeError:  # `~nobody`: no such user, so no such folder
+        return source.folder / path
+
+
+def exists(path: Path) -> bool:
+    """Tell whether something is there, whatever the path is."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, not ours to look at, or not a name at all
+        return False
+
+
 def no_file(location: Location, path: str, source: Source) -> Fault:
     """Return the fault of a path in a document that leads nowhere."""
     where = ".".join(map(str, location))

@@ -16,6 +16,8 @@ from eutectic.recipes.document import (
     Location,
     Source,
     by_line,
+    exists,
+    inside,
     no_file,
     read_document,
     schema_fault,
@@ -125,7 +127,7 @@ def _path_faults(values: Mapping[str, Any], source: Source) -> list[Fault]:
         no_file(where, path, source)
         for where, path in paths.items()
         if isinstance(path, str) and (_is_local(path, source, where[-1]) or where == tasks)
-        if not _exists(_inside(path, source))
+        if not exists(inside(path, source))
     ]
 
 
@@ -138,27 +140,13 @@ def _is_local(path: str, source: Source, key: object = "path") -> bool:
     if found.folder is None:
         return False
     # `models/sst2/final` beside a folder `models` is a mistyped path, not a model of the hub.
-    beside = found.revision is None and _exists(_inside(path.partition("/")[0], source))
+    beside = found.revision is None and exists(inside(path.partition("/")[0], source))
     return beside or key == "statistics"
 
 
 def _resolve(path: str, source: Source, key: object = "path") -> str:
-    inside = _inside(path, source)
-    return str(inside) if _is_local(path, source, key) or _exists(inside) else path
-
-
-def _inside(path: str, source: Source) -> Path:
-    try:
-        return source.folder / Path(path).expanduser()
-    except RuntimeError:  # `~nobody`: no such user, so no such folder
-        return source.folder / path
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # too long, not ours to look at, or not a name at all
-        return False
+    place = inside(path, source)
+    return str(place) if _is_local(path, source, key) or exists(place) else path
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
@@ -177,7 +165,7 @@ def _resolve_paths(recipe: Recipe, source: Source) -> Recipe:
     if isinstance(init, str) and init != ZERO and init not in all_methods():
         update["parameters"] = {**recipe.parameters, "init": _resolve(init, source)}
     if isinstance(recipe.scale, ScaleSearch) and recipe.scale.tasks is not None:
-        tasks = str(_inside(recipe.scale.tasks, source))
+        tasks = str(inside(recipe.scale.tasks, source))
         update["scale"] = recipe.scale.model_copy(update={"tasks": tasks})
     return recipe.model_copy(update=update)
 
