@@ -259,7 +259,9 @@ class Killed(BaseException):
     """The end of a process."""
 
 
-@pytest.mark.parametrize("place", ["safetensors", "side files", "name", "export's name", "end"])
+@pytest.mark.parametrize(
+    "place", ["safetensors", "side files", "name", "export's name", "end", "very end"]
+)
 def test_a_killed_run_looks_unfinished_and_the_same_command_finishes_it(
     place: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -269,6 +271,7 @@ def test_a_killed_run_looks_unfinished_and_the_same_command_finishes_it(
         "name": (LocalDisk, "commit", 1),
         "export's name": (LocalDisk, "commit", 2),
         "end": (FolderAside, "clear", 1),
+        "very end": (FolderAside, "clear", 2),
     }
     owner, name, call = places[place]
     original, calls = getattr(owner, name), []
@@ -286,8 +289,8 @@ def test_a_killed_run_looks_unfinished_and_the_same_command_finishes_it(
             CliRunner().invoke(app, [str(w) for w in words], catch_exceptions=False)
     for written in ("routed", "x"):
         found = tmp_path / written
-        assert not found.exists() or place in ("export's name", "end")
-        assert not found.exists() or written == "routed" or place == "end"
+        assert not found.exists() or place in ("export's name", "end", "very end")
+        assert not found.exists() or written == "routed" or place in ("end", "very end")
     result = run(*words)
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["routed", "x"]

@@ -224,10 +224,11 @@ def _open_folders(
         raise RequestError("name a folder to write with --output or --export, or use --dry-run.")
     if target.output is not None and target.output == target.export:
         raise RequestError(f"--output and --export are both {target.output}; name two folders.")
-    named = (("output", target.output, DESCRIPTION), ("export", target.export, ROUTERS_FILE))
+    output, export = target.output, target.export
+    named = (("output", output, DESCRIPTION, export), ("export", export, ROUTERS_FILE, output))
     return {
-        name: stack.enter_context(folder_aside(folder, asked, last))
-        for name, folder, last in named
+        name: stack.enter_context(folder_aside(folder, asked, last, together))
+        for name, folder, last, together in named
         if folder is not None
     }
 

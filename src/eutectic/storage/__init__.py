@@ -28,6 +28,8 @@ def storage_of(location: Path) -> Storage:
     return _LOCAL_DISK
 
 
-def folder_aside(output: Path, request: Mapping[str, Any], last: str) -> FolderAside:
+def folder_aside(
+    output: Path, request: Mapping[str, Any], last: str, together: Path | None = None
+) -> FolderAside:
     """Begin to write a folder aside; see `FolderAside`."""
-    return FolderAside(output, storage_of(output), request, last)
+    return FolderAside(output, storage_of(output), request, last, together)

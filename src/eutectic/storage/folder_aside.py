@@ -30,7 +30,14 @@ class FolderAside:
             there is nothing left to do but to call `clear`.
     """
 
-    def __init__(self, output: Path, storage: Storage, request: Mapping[str, Any], last: str):
+    def __init__(
+        self,
+        output: Path,
+        storage: Storage,
+        request: Mapping[str, Any],
+        last: str,
+        together: Path | None = None,
+    ) -> None:
         """Take the lock, and find out what an earlier run has left.
 
         Args:
@@ -38,6 +45,7 @@ class FolderAside:
             storage: where it lies.
             request: all that decides what is written.
             last: the name of a file that is in every finished folder.
+            together: another folder that the same run writes, and clears after this one or before.
         """
         if output.name in ("", ".."):
             raise RequestError(f"'{output}' has no name of its own. Name a new folder.")
@@ -45,14 +53,14 @@ class FolderAside:
         if obstacle is not None:
             raise RequestError(obstacle)
         self.output, self._storage = output, storage
-        self._work = output.with_name(f"{output.name}.partial")
+        self._work = _work(output)
         described = json.dumps(request, sort_keys=True, default=str)
         identity = hashlib.sha256(described.encode()).hexdigest()
         self._mark = json.dumps({_KEY: identity}).encode()
         try:
             self._lock = storage.lock(self._work)
             try:
-                self.finished = self._finished_before(last)
+                self.finished = self._finished_before(last, together)
             except BaseException:
                 self._lock.release()
                 raise
@@ -61,11 +69,10 @@ class FolderAside:
         except OSError as error:
             raise self._failure(error) from None
 
-    def _finished_before(self, last: str) -> bool:
+    def _finished_before(self, last: str, together: Path | None) -> bool:
         held = self._storage.list(self._work)
-        mark = self._work / _MARK
         strangers = [name for name in held if name not in (_MARK, _CONTENT)]
-        found = mark.read_bytes() if mark.is_file() else b""
+        found = _mark(self._work)
         begun = f'{{"{_KEY}":'.encode()
         if held and (strangers or not found.startswith(begun)):
             why = f" It holds '{strangers[0]}'." if strangers else ""
@@ -75,8 +82,11 @@ class FolderAside:
             )
         if not self._storage.list(self.output):
             return False
-        moved = self._work.is_dir() and _CONTENT not in held and (self.output / last).exists()
-        if moved and (not held or found == self._mark):
+        moved = self._work.is_dir() and _CONTENT not in held and (not held or found == self._mark)
+        if not held and together is not None:
+            other = _work(together)
+            moved |= _mark(other) == self._mark and not (other / _CONTENT).exists()
+        if moved and (self.output / last).exists():
             return True
         raise RequestError(f"{self.output}: not empty; name a new folder.")
 
@@ -133,3 +143,12 @@ class FolderAside:
             pass  # the next run does it; what matters is the first error
         finally:
             self._lock.release()
+
+
+def _work(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
+
+
+def _mark(work: Path) -> bytes:
+    file = work / _MARK
+    return file.read_bytes() if file.is_file() else b""
