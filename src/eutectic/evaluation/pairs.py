@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict
 
 from eutectic.checkpoint.experts import is_adapter
 from eutectic.data.columns import Row
@@ -30,6 +31,7 @@ from eutectic.evaluation.model_outputs import Precision, load_head, outcomes_of,
 from eutectic.evaluation.splits import BATCH_SIZE, Prepared, open_processor, prepare, split_rows
 from eutectic.evaluation.task_files import Split, Task
 from eutectic.storage import AppendedFile, storage_of
+from eutectic.storage.small_files import parse_json
 
 Progress = Callable[[float, float, str], None]
 MOST_RESAMPLES = 1_000_000
@@ -299,6 +301,16 @@ def open_journal(output: Path | None) -> Iterator[Journal]:
         yield journal
 
 
+class _Line(BaseModel):
+    """A line of the journal."""
+
+    model_config = ConfigDict(strict=True)
+
+    pair: str
+    predictions: list[Any]
+    references: list[Any]
+
+
 def _finished(file: AppendedFile, path: Path) -> dict[str, Outcomes]:
     lines = file.read().splitlines(keepends=True)
     # A kill may cut the last line short, and leaves its beginning.
@@ -306,12 +318,14 @@ def _finished(file: AppendedFile, path: Path) -> dict[str, Outcomes]:
         torn = lines.pop()
         if not (torn.startswith(_LINE) or _LINE.startswith(torn)):
             lines.append(torn)
-    try:
-        found: dict[str, Outcomes] = {}
-        for item in map(json.loads, lines):
-            arrays = (np.array(item[k], dtype=np.float64) for k in ("predictions", "references"))
-            found[item["pair"]] = Outcomes(*arrays)
-    except (ValueError, KeyError, TypeError):
+    found: dict[str, Outcomes] = {}
+    for line in lines:
+        # A line that the disk lost costs its pair, which is computed again.
+        with suppress(ValueError):
+            item = _Line.model_validate(parse_json(line))
+            arrays = (np.array(a, dtype=np.float64) for a in (item.predictions, item.references))
+            found[item.pair] = Outcomes(*arrays)
+    if lines and not found:
         raise ResumeError(
             f"{path} is not a journal of evaluations.\nMove it away, or choose another output."
         ) from None

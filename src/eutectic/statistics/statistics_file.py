@@ -29,15 +29,16 @@ from torch import Tensor
 
 from eutectic.checkpoint.header import build_header, read_header
 from eutectic.errors import CheckpointError, OutputError, RequestError, StatisticsError, suggest
+from eutectic.statistics.record import check_record
 from eutectic.storage import Lock, storage_of
 from eutectic.storage.small_files import parse_json
 from eutectic.types import LayerStatistics
+from eutectic.words import shown
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 RECORD_KEY = "eutectic_statistics"
 FORMAT = 1
 EXAMPLES = "examples"
-_COUNTS = ("count", "sample_count")
 # Kept under the name of the layer whose inputs are shared.
 INPUT_STATISTICS = frozenset({"gram", "input_sum", "pooled_gram", "pooled_sum"})
 VECTORS = ("input_sum", "pooled_sum", "fisher_diagonal")
@@ -230,26 +231,11 @@ def _check(path: Path, tensors: TensorFile) -> None:
     record = tensors.record
     if record.get("format") != FORMAT:
         raise StatisticsError(
-            f"{path}: format {record.get('format')!r}; this version of eutectic reads {FORMAT}.\n"
-            "Update eutectic, or collect the statistics again."
+            f"{path}: format {shown(record.get('format'))}; this version of eutectic reads "
+            f"{FORMAT}.\nUpdate eutectic, or collect the statistics again."
         )
-    layers = record.get("layers")
-    wanted = {"data": dict, "checkpoint": dict, "settings": dict, "layers": dict}
-    faulty = [key for key, kind in wanted.items() if not isinstance(record.get(key), kind)]
-    if faulty or not isinstance(layers, dict) or "fingerprint" not in record["checkpoint"]:
-        raise StatisticsError(
-            f"{path}: its record is incomplete ({', '.join(faulty) or 'checkpoint'}).\n"
-            "The file was not written by eutectic; collect the statistics again."
-        )
-    for name, layer in layers.items():
-        sound = (
-            isinstance(layer, dict)
-            and all(isinstance(layer.get(n), int) and layer[n] >= 0 for n in _COUNTS)
-            and all(layer.get(key) in layers for key in ("inputs", "same_as"))
-            and all(isinstance(layer.get(key), list) for key in ("shape", "parameter"))
-        )
-        if not sound:
-            raise StatisticsError(f"{path}: what it says about '{name}' makes no sense: {layer!r}.")
+    check_record(record, path)
+    layers = record["layers"]
     for name, _, shape in tensors.entries():
         if name != EXAMPLES:
             _check_tensor(path, name, shape, layers)

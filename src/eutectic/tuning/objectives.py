@@ -72,6 +72,8 @@ def prepare_objective(search: ScaleSearch, plan: Plan, inputs: Inputs) -> Choose
             "tasks": {t.task.name: t.described() for t in tasks},
         }
         if labelled:
+            if "experts" not in memory:  # the line was lost
+                load()
             record["experts"] = plain_parts(memory.get("experts").parts)
         elif search.compare == "features":
             record["compare"] = "features"
@@ -191,7 +193,11 @@ class _Memory:
         self._journal = journal
 
     def __contains__(self, name: str) -> bool:
-        return (STAGE, self._key(name)) in self._journal.finished
+        found = self._journal.finished.get((STAGE, self._key(name)))
+        record = {} if found is None else found.record
+        return isinstance(record.get("value"), (int, float)) and isinstance(
+            record.get("parts"), dict
+        )
 
     def get(self, name: str) -> Measured:
         found = self._journal.finished[STAGE, self._key(name)]
