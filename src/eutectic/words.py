@@ -89,6 +89,31 @@ def _fallen(text: str) -> Callable[[Sequence[str], Mapping[str, Any]], str]:
     return template
 
 
+def _exploded(_: Sequence[str], numbers: Mapping[str, Any]) -> str:
+    text = (
+        f"the merged change is {numbers['ratio']:.3g} times as large as the experts' own are on "
+        "average (α‖Δ‖ against the mean ‖Δ_t‖)"
+    )
+    if numbers["above"]:
+        largest = ", ".join(f"{name} ({own:.3g})" for name, own in numbers["largest"].items())
+        text += (
+            f"; more than {numbers['bound']:.3g} times in {numbers['above']} of "
+            f"{numbers['matrices']} matrices: {largest}"
+            + (" …" if numbers["above"] > len(numbers["largest"]) else "")
+        )
+    return text + ". Such a model is seldom any good: try a smaller scale, or damping"
+
+
+def _unrelated(subject: Sequence[str], numbers: Mapping[str, Any]) -> str:
+    share, kin = numbers["share"], numbers["kin"]
+    told = [] if share is None else [f"{share:.2g} times the base's own norm"]
+    told += [] if kin is None else [f"{kin:.2g} times the other experts' median"]
+    return (
+        f"expert '{subject[0]}' is far from the base, by {' and '.join(told)}: was it fine-tuned "
+        "from this one?"
+    )
+
+
 def _left_alone(names: Sequence[str], numbers: Mapping[str, Any]) -> str:
     return (
         f"expert '{numbers['expert']}': {percent(numbers['share'])} of its numbers are neither "
@@ -287,6 +312,15 @@ SENTENCES: dict[str, Template] = {
         "name them with --statistics, or in the recipe"
     ),
     "uncollected": _uncollected,
+    # What a merge shows of its experts and of itself.
+    "exploded": _exploded,
+    "changes_nothing": ("expert '{0}' changes nothing that was looked at: is it the base itself?"),
+    "unrelated": _unrelated,
+    "same_expert": "experts {all} are the same checkpoint, which therefore counts {count} times",
+    "same_as_base": "expert '{0}' is the base itself: it draws the merge towards the base",
+    "scale_far_out": (
+        "scale {scale:g} is far from what is usual for {method} (by default {usual:g})"
+    ),
     # How a scale was chosen.
     "closed_form_scale": (
         "scale {scale:g} in closed form from the Grams of {layers} of {matrices} matrices: "

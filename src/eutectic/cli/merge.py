@@ -66,6 +66,9 @@ def merge(
     table.add_row("tensors", ", ".join(f"{n} {name}" for name, n in report.tensors.items()))
     table.add_row("merged by", ", ".join(f"{name} {n}" for name, n in report.merged_by.items()))
     table.add_row("shares", shares(report.shares))
+    if report.norms.get("ratio") is not None:
+        text = f"of all that is merged {report.norms['ratio']:.3g} times the experts' mean"
+        table.add_row("change", text)
     for label, text in summary(report.records):
         table.add_row(label, escape(text))
     resumed = ", continued" if report.resumed else ""

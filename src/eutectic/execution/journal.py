@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from eutectic.errors import OutputError, RequestError, ResumeError
+from eutectic.execution.norms import Squares
 from eutectic.execution.tasks import Finished
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
@@ -47,6 +48,15 @@ def records_of(ledger: Ledger) -> dict[str, Any]:
         tensor: done.record
         for (stage, tensor), done in sorted(ledger.finished.items())
         if stage == "merge" and done.record
+    }
+
+
+def squares_in(ledger: Ledger) -> dict[str, Squares]:
+    """Return tensor -> how large its change is, for tensors that a method merged."""
+    return {
+        tensor: done.squares
+        for (stage, tensor), done in ledger.finished.items()
+        if stage == "merge" and done.squares
     }
 
 
@@ -97,6 +107,7 @@ class _Line(BaseModel):
     sha256: str
     record: dict[str, Any]
     norms: dict[str, float]
+    squares: dict[str, list[float]] = {}
 
 
 class Journal(Ledger):
@@ -171,7 +182,7 @@ class Journal(Ledger):
             # A line that the disk lost, such as one of zeros after a power cut, costs its tensor.
             with suppress(ValueError):
                 item = _Line.model_validate(parse_json(line))
-                done = Finished(item.sha256, item.record, item.norms)
+                done = Finished(item.sha256, item.record, item.norms, item.squares)
                 self.finished[item.stage, item.tensor] = done
         return True
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from eutectic.checkpoint.experts import Expert
 from eutectic.conventions import PARTS, is_packed
 from eutectic.errors import NumericalError
+from eutectic.execution.norms import Squares, squares_of
 from eutectic.execution.tensor_values import as_map, check_finite, read_base, read_delta, read_stack
 from eutectic.linalg.lowrank import LowRankStack
 from eutectic.methods import Context, get_method
@@ -107,9 +108,12 @@ def context_of(planned: TensorPlan, state: Any = None) -> Context:
 
 
 def merge_matrices(
-    planned: TensorPlan, inputs: Inputs
+    planned: TensorPlan, inputs: Inputs, squares: Squares
 ) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
-    """Yield (flat start, merged flat delta, record) of each matrix in a tensor, in file order."""
+    """Yield (flat start, merged flat delta, record) of each matrix in a tensor, in file order.
+
+    What each says of the size of its change is added to `squares`.
+    """
     blocks, size = planned.blocks
     context = context_of(planned)
     for block in range(blocks):
@@ -132,6 +136,14 @@ def merge_matrices(
             statistics=statistics_of(planned, inputs),
         )
         merged, record = _merge_parts(planned, inputs, deltas, own, suffix)
+        for part, rows in planned.row_parts(len(merged) if merged.ndim else 1):
+            whole = not planned.layout.split
+            # Thin factors are of whole matrices.
+            seen = deltas if whole or not isinstance(deltas, Tensor) else deltas[:, rows]
+            near, result = own.base, merged
+            if not whole:
+                near, result = None if near is None else near[rows], merged[rows]
+            squares[suffix + part] = squares_of(seen, near, result)
         if planned.layout.transpose:
             merged = merged.mT
         yield start, merged.contiguous().flatten().cpu(), record

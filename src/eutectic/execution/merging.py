@@ -11,6 +11,7 @@ from torch import Tensor
 from eutectic.conventions import layer_group
 from eutectic.errors import EutecticError, NumericalError
 from eutectic.execution.matrix_merging import context_of, merge_matrices
+from eutectic.execution.norms import Squares, add_chunk, with_layer_factors
 from eutectic.execution.tensor_values import (
     as_map,
     block_ranges,
@@ -101,6 +102,13 @@ def with_factors(
     return found
 
 
+def squares_with_factors(
+    squares: Squares, planned: TensorPlan, factors: Mapping[str, float]
+) -> Squares:
+    """Return the squares of a tensor's matrices with the factor of each besides α."""
+    return with_layer_factors(squares, factors, dict(_matrices(planned)))
+
+
 def _matrices(planned: TensorPlan) -> Iterator[tuple[str, str]]:
     """Yield (label in records, name) of every matrix of a tensor."""
     blocks, _ = planned.blocks
@@ -117,9 +125,9 @@ def stream_chunks(planned: TensorPlan, inputs: Inputs) -> Iterator[Tensor]:
 
 
 def merge_elementwise(
-    planned: TensorPlan, inputs: Inputs, state: Any
+    planned: TensorPlan, inputs: Inputs, state: Any, squares: Squares
 ) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """Yield (flat start, merged delta or weight, base or None) of each chunk."""
+    """Yield (flat start, merged delta or weight, base or None) of each chunk; add its squares."""
     method, parameters = get_method(planned.method), planned.parameters
     context = context_of(planned, state)
     ranges = list(flat_ranges(planned.elements))
@@ -137,7 +145,9 @@ def merge_elementwise(
         own = dataclasses.replace(context, offset=start)
         result = method.function(stack.to(inputs.device), parameters, own)
         assert isinstance(result, Tensor)
-        yield start, result.cpu(), base
+        result = result.cpu()
+        add_chunk(squares, planned, inputs, (start, stack, base), result, holds_weight(planned))
+        yield start, result, base
 
 
 def _read_chunk(
@@ -162,6 +172,7 @@ class Finished:
     record: dict[str, Any] = field(default_factory=dict[str, Any])  # what the method reported
     # Frobenius norms of its matrices' deltas, before α; see `layer_factors`
     norms: dict[str, float] = field(default_factory=dict[str, float])
+    squares: Squares = field(default_factory=Squares)  # how large its change is; see `norms`
 
 
 def copy_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit) -> Finished:
@@ -190,9 +201,10 @@ def merge_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any = N
     `state` is what `prepare` returned for the whole model, if the method's scope is the model.
     """
     if get_method(planned.method).elementwise:
-        for start, result, base in merge_elementwise(planned, inputs, state):
+        found = Finished()
+        for start, result, base in merge_elementwise(planned, inputs, state, found.squares):
             emit(start, narrow(scaled(base, result, planned, planned.scale), planned))
-        return Finished()
+        return found
 
     def emit_weight(start: int, delta: Tensor) -> None:
         base = read_base(planned, inputs, start, start + delta.numel())
@@ -208,10 +220,11 @@ def merge_unscaled(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any =
     """
     found = Finished()
     if get_method(planned.method).elementwise:
-        for start, result, _ in merge_elementwise(planned, inputs, state):
+        for start, result, _ in merge_elementwise(planned, inputs, state, found.squares):
             emit(start, result)
         return found
-    for block, (start, delta, record) in enumerate(merge_matrices(planned, inputs)):
+    merged = merge_matrices(planned, inputs, found.squares)
+    for block, (start, delta, record) in enumerate(merged):
         found.norms.update(matrix_norms(planned, block, delta))
         found.record.update(record)
         emit(start, delta)

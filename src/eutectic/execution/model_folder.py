@@ -48,6 +48,7 @@ def document(
         "merged_by": merged_by(plan),
         "mostly_by": plan.mostly_by,
         "fallback": dict(plan.fallback),
+        "norms": dict(plan.norms),
         "shares": plan.shares.record,
         "notes": [str(note) for note in plan.notes],
         "parents": {

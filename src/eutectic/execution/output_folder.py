@@ -17,8 +17,10 @@ from eutectic.execution.journal import (
     input_identities,
     records_of,
     request_identity,
+    squares_in,
 )
 from eutectic.execution.model_folder import PROVENANCE, document, read_provenance, write_folder
+from eutectic.execution.norms import measured, norm_notes
 from eutectic.execution.schedule import CHOSEN, Choose, Desk, Unscaled, merged_deltas, run_schedule
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan, output_layout, with_scale
@@ -65,10 +67,12 @@ def write_to_folder(
     with Journal(work, identity, restart=restart and made is None) as journal:
         if made is not None:
             plan, search = _chosen_before(plan, made, journal, choose)
+            plan = _with_norms(plan, made["norms"])
             records, resumed = made["records"], True
         else:
             plan, choice = run_schedule(plan, _desk(work, inputs, journal, limits), choose)
             search = None if choice is None else choice.record
+            plan = _with_norms(plan, measured(plan, squares_in(journal)))
             _write(plan, work / MODEL, inputs, journal, identity, search)
             _check_unchanged(before, input_identities(plan, inputs))
             _commit(work / MODEL, output)
@@ -90,6 +94,13 @@ def _made_before(output: Path, identity: str) -> dict[str, Any]:
     if made.get("request") != identity:
         raise _not_empty(output)
     return made
+
+
+def _with_norms(plan: Plan, norms: Mapping[str, Any]) -> Plan:
+    """Return the plan of a finished merge, with how large its change is and what that says."""
+    known = {note.subject for note in plan.notes if note.kind == "same_as_base"}
+    told = [n for n in norm_notes(norms) if n.kind != "changes_nothing" or n.subject not in known]
+    return replace(plan, norms=norms, notes=(*plan.notes, *told))
 
 
 def _chosen_before(

@@ -65,6 +65,9 @@ class MergeReport:
         mostly_by: the method that merged most numbers of those that `method` is for.
         fallback: what took the method's fall-back for lack of statistics: its `method`, `tensors`
             `of` how many, their `share` of the numbers; empty where nothing did.
+        norms: ‖αΔ‖ of all that is `merged`, ‖W₀‖ (`base`) and ‖Δ_t‖ of the `experts`; the `ratio`
+            of the first to the experts' mean, and how many of the `matrices` have one `above` the
+            `bound`, the `largest` by name.
         heads: expert -> names of the tensors kept for it alone.
         shares: parts of the experts' numbers that were `merged`, `kept` as heads and `left`, all
             together and under `experts`; `base_alone` is the base's part that no expert has.
@@ -84,6 +87,7 @@ class MergeReport:
     merged_by: Mapping[str, int]
     mostly_by: str
     fallback: Mapping[str, Any]
+    norms: Mapping[str, Any]
     heads: Mapping[str, tuple[str, ...]]
     shares: Mapping[str, Any]
     notes: tuple[str, ...]
@@ -135,6 +139,7 @@ def merge(
         merged_by=merged_by(plan),
         mostly_by=plan.mostly_by,
         fallback=dict(plan.fallback),
+        norms=dict(plan.norms),
         heads={n: tuple(e.name for e in own) for n, own in plan.heads.items()},
         shares=plan.shares.record,
         notes=tuple(map(str, notes)),

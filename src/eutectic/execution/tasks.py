@@ -18,6 +18,7 @@ from eutectic.execution.merging import (
     merge_tensor,
     merge_unscaled,
     scale_tensor,
+    squares_with_factors,
     with_factors,
 )
 from eutectic.execution.tensor_values import flat_ranges
@@ -128,7 +129,11 @@ def _run(task: Task, place: Workplace, emit: Emit) -> Finished:
     assert before is not None
 
     scale_tensor(planned, inputs, emit, partial(deltas.read_back, planned.name), task.factors)
-    return replace(before, record=with_factors(before.record, planned, task.factors))
+    return replace(
+        before,
+        record=with_factors(before.record, planned, task.factors),
+        squares=squares_with_factors(before.squares, planned, task.factors),
+    )
 
 
 def _bytes_of(values: Tensor) -> memoryview:

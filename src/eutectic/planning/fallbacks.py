@@ -10,6 +10,7 @@ from typing import Any
 
 from eutectic.errors import Fault
 from eutectic.methods.matrices import needed, takes_part
+from eutectic.methods.registry import all_methods
 from eutectic.planning.inputs import MergeRequest
 from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.planning.tensors import experts_without
@@ -136,10 +137,12 @@ def _asked(tensors: Sequence[TensorPlan], request: MergeRequest) -> list[TensorP
 def _rest(request: MergeRequest) -> str:
     """Return the method that merges tensors without statistics.
 
-    A method with a rule of its own averages them, unless it says that it takes its initial guess.
+    A method with a rule of its own averages them, unless it says that it takes its initial guess:
+    "init" where that is a checkpoint.
     """
     chosen = request.method.fallback(request.parameters)
     if chosen != request.method.name:
         return chosen
     own = getattr(request.parameters, "rest", "average")
-    return str(getattr(request.parameters, "init", own)) if own == "init" else own
+    init = getattr(request.parameters, "init", "")
+    return init if own == "init" and init in all_methods() else own

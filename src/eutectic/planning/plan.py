@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -84,6 +84,8 @@ class Plan:
     # how much of those takes the method's fall-back, for lack of statistics; empty where nothing
     fallback: Mapping[str, Any]
     notes: tuple[Note, ...]  # alignments, tensors that nobody changes, fall-backs
+    # how large the merged change is, once it is merged; see `execution.norms.measured`
+    norms: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def stated_recipe(self) -> dict[str, Any]:

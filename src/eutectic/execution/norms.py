@@ -1,0 +1,186 @@
+"""How large a merged change is against the experts' own: a guard against merges that explode.
+
+Measured in passing. Matrices that a method merges as such are measured whole; what is merged in
+chunks is measured on the first entries of each, which stand for the chunk.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eutectic.errors import Note
+from eutectic.execution.tensor_values import read_base
+from eutectic.linalg.lowrank import LowRankStack
+from eutectic.planning.inputs import Inputs
+from eutectic.planning.plan import Plan
+from eutectic.planning.tensor_plan import TensorPlan
+
+# matrix of a tensor ("" for the whole) -> ‖Δ‖² before α, ‖W₀‖², and ‖Δ_t‖² of its experts in order
+Squares = dict[str, list[float]]
+
+SAMPLE = 1 << 13  # entries of a chunk that are measured
+BOUND = 3.0  # times the experts' mean
+KIN = 10.0  # times the median of the other experts
+SHOWN = 4
+
+
+def add_chunk(
+    squares: Squares,
+    planned: TensorPlan,
+    inputs: Inputs,
+    chunk: tuple[int, Tensor, Tensor | None],
+    merged: Tensor,
+    in_weights: bool,
+) -> None:
+    """Add what one chunk says: its flat start, the `[T, n]` that a method saw, and the base.
+
+    `in_weights`: stack and result hold weights instead of deltas.
+    """
+    start, stack, base = chunk
+    count = merged.numel()
+    taken = min(count, SAMPLE)
+    if taken == 0:
+        return
+    own = read_base(planned, inputs, start, start + taken) if base is None else base[:taken]
+    deltas, merged = stack[:, :taken], merged[:taken]
+    if in_weights:
+        deltas, merged = deltas - own, merged - own
+    found = [
+        float(torch.linalg.vector_norm(merged)),
+        float(torch.linalg.vector_norm(own)),
+        *torch.linalg.vector_norm(deltas, dim=1).tolist(),
+    ]
+    scale = count / taken
+    held = squares.setdefault("", [0.0] * len(found))
+    for place, norm in enumerate(found):
+        held[place] += scale * norm * norm
+
+
+def squares_of(deltas: Tensor | LowRankStack, base: Tensor | None, merged: Tensor) -> list[float]:
+    """Return the squares of one matrix, its deltas given as `[T, *shape]` or as thin factors."""
+    if isinstance(deltas, LowRankStack):
+        experts = [_square_of_product(p.left.double(), p.right.double()) for p in deltas]
+    else:
+        experts = [_square(delta) for delta in deltas]
+    return [_square(merged), 0.0 if base is None else _square(base), *experts]
+
+
+def _square(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+
+
+def _square_of_product(left: Tensor, right: Tensor) -> float:
+    """Return ‖LR‖² = ⟨LᵀL, RRᵀ⟩ from two small Grams."""
+    return max(0.0, float(((left.mT @ left) * (right @ right.mT)).sum()))
+
+
+def with_layer_factors(
+    squares: Squares, factors: Mapping[str, float], named: Mapping[str, str]
+) -> Squares:
+    """Return the squares with each matrix's factor besides α; `named` is label -> matrix."""
+    return {
+        label: [own[0] * factors.get(named.get(label, ""), 1.0) ** 2, *own[1:]]
+        for label, own in squares.items()
+    }
+
+
+@dataclass(frozen=True)
+class Growth:
+    """One matrix: the norm of its merged change, with α, and what it is measured against."""
+
+    name: str
+    merged: float
+    mean: float  # of the experts that change it
+    experts: int  # how many do
+
+    @property
+    def ratio(self) -> float:
+        """α‖Δ‖ over the experts' mean."""
+        return self.merged / self.mean
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is beyond the bound for so many experts."""
+        return self.ratio > bound(self.experts)
+
+
+def bound(experts: int) -> float:
+    """Return above how many times the experts' mean a change is told.
+
+    That is 3, or √T for many: so large is the sum of T changes that have nothing in common.
+    """
+    return max(BOUND, math.sqrt(experts))
+
+
+def measured(plan: Plan, squares: Mapping[str, Squares]) -> dict[str, Any]:
+    """Return the norms of a merge: of the whole, of the experts, and the largest matrices.
+
+    Empty where nothing was measured. Norms have four digits.
+    """
+    total, base = 0.0, 0.0
+    experts: dict[str, float] = {}
+    layers: list[Growth] = []
+    for planned in plan.tensors:
+        for label, (merged, held, *own) in squares.get(planned.name, {}).items():
+            if not all(map(math.isfinite, (merged, held, *own))):
+                continue
+            merged *= planned.scale**2
+            total, base = total + merged, base + held
+            for source, square in zip(planned.experts, own, strict=True):
+                experts[source.owner] = experts.get(source.owner, 0.0) + square
+            if len(planned.shape) > 1 and (one := _growth(planned.name + label, merged, own)):
+                layers.append(one)
+    whole = _growth("", total, list(experts.values()))
+    if not experts or not math.isfinite(total + base):
+        return {}
+    large = sorted((g for g in layers if g.is_large), key=lambda g: g.ratio, reverse=True)
+    return {
+        "merged": _digits(math.sqrt(total)),
+        "base": _digits(math.sqrt(base)),
+        "experts": {name: _digits(math.sqrt(square)) for name, square in experts.items()},
+        "ratio": None if whole is None else _digits(whole.ratio),
+        "bound": _digits(bound(sum(square > 0 for square in experts.values()))),
+        "matrices": len(layers),
+        "above": len(large),
+        "largest": {g.name: _digits(g.ratio) for g in large[:SHOWN]},
+    }
+
+
+def _growth(name: str, merged: float, experts: Sequence[float]) -> Growth | None:
+    changing = [math.sqrt(square) for square in experts if square > 0]
+    if not changing:
+        return None
+    return Growth(name, math.sqrt(merged), statistics.fmean(changing), len(changing))
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def norm_notes(norms: Mapping[str, Any]) -> list[Note]:
+    """Return warnings of a change that exploded, and of experts that are no kin of the others."""
+    if not norms:
+        return []
+    notes: list[Note] = []
+    ratio = norms["ratio"]
+    if norms["above"] or (ratio is not None and ratio > norms["bound"]):
+        told = {key: norms[key] for key in ("ratio", "bound", "above", "matrices", "largest")}
+        notes.append(Note("exploded", tuple(norms["largest"]), told, "warning"))
+    experts, base = norms["experts"], norms["base"]
+    for name, norm in experts.items():
+        others = [own for other, own in experts.items() if other != name and own > 0]
+        kin = statistics.median(others) if others else 0.0
+        if norm == 0:
+            notes.append(Note("changes_nothing", (name,), level="warning"))
+        elif (base and norm > base) or (kin and norm > KIN * kin):
+            told = {
+                "share": _digits(norm / base) if base else None,
+                "kin": _digits(norm / kin) if kin else None,
+            }
+            notes.append(Note("unrelated", (name,), told, "warning"))
+    return notes
