@@ -90,9 +90,10 @@ def _fallen(text: str) -> Callable[[Sequence[str], Mapping[str, Any]], str]:
 
 
 def _exploded(_: Sequence[str], numbers: Mapping[str, Any]) -> str:
+    model = f"'{numbers['model']}': " if numbers.get("model") else ""
     text = (
-        f"the merged change is {numbers['ratio']:.3g} times as large as the experts' own are on "
-        "average (α‖Δ‖ against the mean ‖Δ_t‖)"
+        f"{model}the merged change is {numbers['ratio']:.3g} times as large as the experts' own "
+        "are on average (α‖Δ‖ against the mean ‖Δ_t‖)"
     )
     if numbers["above"]:
         largest = ", ".join(f"{name} ({own:.3g})" for name, own in numbers["largest"].items())

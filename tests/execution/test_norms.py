@@ -205,3 +205,16 @@ def test_experts_that_differ_in_one_tensor_are_two(tmp_path: Path) -> None:
         base=inputs["base"], experts=experts, method="average", output=tmp_path / "out"
     )
     assert not [n for n in report.note_records if n.level == "warning"]
+
+
+def test_an_inspection_says_what_a_merged_model_has_grown_to(tmp_path: Path) -> None:
+    inputs = world(tmp_path, {"x": 0.1, "y": 0.1})
+    for name, scale in (("calm", 1.0), ("wild", 5.0)):
+        eutectic.merge(**inputs, method="task_arithmetic", scale=scale, output=tmp_path / name)
+    merged = {name: tmp_path / name for name in ("calm", "wild")}
+    found = eutectic.inspect(**inputs, merged=merged, layers="a.*")
+    whole, mean = oracle(tmp_path, tmp_path / "wild", ["x", "y"], "a.weight")
+    assert found.summary.merged["wild"].growth == pytest.approx(whole / mean, rel=2e-3)
+    assert found.summary.merged["calm"].growth == pytest.approx(whole / mean / 5, rel=2e-3)
+    (told,) = (note for note in found.notes if "merged change" in note)
+    assert told.startswith("warning: 'wild': ") and "1 of 1 matrices: a.weight" in told

@@ -157,6 +157,8 @@ def _alignment(found: Inspection, names: Sequence[str]) -> Table:
         table.add_row(_cut(task), *row)
     means = cells((_number(m.sar), _number(m.mean_nai)) for m in models)
     table.add_row("mean", *means, style="bold")
+    sizes = cells((_number(m.growth), "") for m in models)
+    table.add_row("‖Δ‖ / experts'", *sizes, style="dim")
     table.add_row("rank q", *cells((f"{m.rank:.1f}", "") for m in models), style="dim")
     return table
 

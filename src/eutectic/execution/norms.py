@@ -133,25 +133,42 @@ def measured(plan: Plan, squares: Mapping[str, Squares]) -> dict[str, Any]:
             total, base = total + merged, base + held
             for source, square in zip(planned.experts, own, strict=True):
                 experts[source.owner] = experts.get(source.owner, 0.0) + square
-            if len(planned.shape) > 1 and (one := _growth(planned.name + label, merged, own)):
+            if len(planned.shape) > 1 and (one := growth_of(planned.name + label, merged, own)):
                 layers.append(one)
-    whole = _growth("", total, list(experts.values()))
+    whole = growth_of("", total, list(experts.values()))
     if not experts or not math.isfinite(total + base):
         return {}
-    large = sorted((g for g in layers if g.is_large), key=lambda g: g.ratio, reverse=True)
     return {
         "merged": _digits(math.sqrt(total)),
         "base": _digits(math.sqrt(base)),
         "experts": {name: _digits(math.sqrt(square)) for name, square in experts.items()},
+        **summary_of(whole, layers),
+    }
+
+
+def summary_of(whole: Growth | None, layers: Sequence[Growth]) -> dict[str, Any]:
+    """Return the ratio of the whole, and which matrices are beyond the bound."""
+    large = sorted((g for g in layers if g.is_large), key=lambda g: g.ratio, reverse=True)
+    return {
         "ratio": None if whole is None else _digits(whole.ratio),
-        "bound": _digits(bound(sum(square > 0 for square in experts.values()))),
+        "bound": _digits(bound(0 if whole is None else whole.experts)),
         "matrices": len(layers),
         "above": len(large),
         "largest": {g.name: _digits(g.ratio) for g in large[:SHOWN]},
     }
 
 
-def _growth(name: str, merged: float, experts: Sequence[float]) -> Growth | None:
+def explosion(found: Mapping[str, Any], model: str = "") -> list[Note]:
+    """Return a warning where the change of a merged model, or of matrices of it, has exploded."""
+    if not found["above"] and (found["ratio"] is None or found["ratio"] <= found["bound"]):
+        return []
+    told = {key: found[key] for key in ("ratio", "bound", "above", "matrices", "largest")}
+    told |= {"model": model} if model else {}
+    return [Note("exploded", tuple(found["largest"]), told, "warning")]
+
+
+def growth_of(name: str, merged: float, experts: Sequence[float]) -> Growth | None:
+    """Return how large a change is, from squared norms; None where no expert changes anything."""
     changing = [math.sqrt(square) for square in experts if square > 0]
     if not changing:
         return None
@@ -166,11 +183,7 @@ def norm_notes(norms: Mapping[str, Any]) -> list[Note]:
     """Return warnings of a change that exploded, and of experts that are no kin of the others."""
     if not norms:
         return []
-    notes: list[Note] = []
-    ratio = norms["ratio"]
-    if norms["above"] or (ratio is not None and ratio > norms["bound"]):
-        told = {key: norms[key] for key in ("ratio", "bound", "above", "matrices", "largest")}
-        notes.append(Note("exploded", tuple(norms["largest"]), told, "warning"))
+    notes = explosion(norms)
     experts, base = norms["experts"], norms["base"]
     for name, norm in experts.items():
         others = [own for other, own in experts.items() if other != name and own > 0]

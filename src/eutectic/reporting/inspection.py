@@ -15,6 +15,7 @@ from eutectic.checkpoint.experts import Expert, open_expert
 from eutectic.checkpoint.locating import resolve
 from eutectic.checkpoint.writer import check_replaced, write_atomically
 from eutectic.errors import EutecticError, Note, RequestError, suggest
+from eutectic.execution.norms import explosion, summary_of
 from eutectic.options import options_from
 from eutectic.planning.inputs import Inputs, open_inputs
 from eutectic.planning.plan import Plan, make_plan
@@ -24,7 +25,7 @@ from eutectic.reporting.layers import measure_layer, selected_layers, stream_mat
 from eutectic.reporting.matrix_measures import check_error
 from eutectic.reporting.plots import check_plots, draw
 from eutectic.reporting.schema import Inspection, Layer
-from eutectic.reporting.summary import summarise
+from eutectic.reporting.summary import growth, summarise
 from eutectic.storage.small_files import INDEX_BYTES, read_bytes
 
 if TYPE_CHECKING:
@@ -217,6 +218,8 @@ def _notes(plan: Plan, inputs: Inputs, layers: Sequence[Layer], split: str | Non
     without = tuple(n for n in inputs.experts if n not in inputs.statistics)
     if inputs.statistics and without:
         notes.append(Note("no_activation_interference", without))
+    for model in layers[0].merged:
+        notes += explosion(summary_of(*growth(layers, model)), model)
     if split is not None:
         notes.append(Note("nai_split", (split,)))
     return [str(note) for note in notes]

@@ -103,6 +103,11 @@ class MergedSummary(_Strict):
         description="expert -> normalised accuracy improvement, as far as results tell."
     )
     mean_nai: float | None = Field(description="mean over the experts that have one.")
+    growth: Size | None = Field(
+        default=None,
+        description="‖Δ_M‖ over all layers, over the mean of the experts' norms; above 3 it has "
+        "most likely exploded.",
+    )
     rank: Size = Field(description="mean of q over layers.")
     effective_rank: Size | None = Field(description="mean over layers.")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from eutectic.execution.norms import Growth, growth_of
 from eutectic.reporting.layers import plain, rounded
 from eutectic.reporting.schema import (
     CorrelationValue,
@@ -90,9 +91,28 @@ def _merged(
         task_sar=sar,
         nai={n: nai[n] for n in names if n in nai},
         mean_nai=average(nai.get(n) for n in names),
+        growth=None if (found := growth(layers, name)[0]) is None else rounded(found.ratio),
         rank=average(float(layer.alignment[name].rank) for layer in layers) or 0.0,
         effective_rank=average(layer.merged[name].effective_rank for layer in layers),
     )
+
+
+def growth(layers: Sequence[Layer], model: str) -> tuple[Growth | None, list[Growth]]:
+    """Return how large a merged model's change is in the whole, and in every matrix."""
+    single = [
+        growth_of(
+            layer.name,
+            layer.merged[model].norm ** 2,
+            [spectrum.norm**2 for spectrum in layer.experts.values()],
+        )
+        for layer in layers
+    ]
+    whole = growth_of(
+        "",
+        math.fsum(layer.merged[model].norm ** 2 for layer in layers),
+        [math.fsum(layer.experts[n].norm ** 2 for layer in layers) for n in layers[0].experts],
+    )
+    return whole, [one for one in single if one is not None]
 
 
 def _interference(layers: Sequence[Layer], names: Sequence[str]) -> Interference:
