@@ -12,6 +12,7 @@ import eutectic
 from eutectic.errors import Note, RequestError
 from eutectic.execution.run import merge as plain_merge
 from eutectic.execution.schedule import Choice
+from eutectic.storage.local_disk import LocalDisk
 from helpers.folders import digests, load, make_base, make_expert
 from helpers.merging import save_inputs
 
@@ -141,15 +142,13 @@ def test_a_failed_search_keeps_the_deltas(tmp_path, inputs):
 
 def test_killed_after_the_move(tmp_path, inputs, monkeypatch):
     """The model stands complete; only the work folder is left over."""
-    import shutil
-
     request = {**inputs, "method": "iso_c", "scale": "auto", "output": tmp_path / "out"}
     with monkeypatch.context() as patch:
 
-        def killed(path):
+        def killed(*_):
             raise KeyboardInterrupt
 
-        patch.setattr(shutil, "rmtree", killed)
+        patch.setattr(LocalDisk, "discard", killed)
         with pytest.raises(KeyboardInterrupt):
             plain_merge(**request, choose=fixed())
     before = digests(tmp_path / "out")
