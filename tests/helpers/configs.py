@@ -68,6 +68,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
     },
     "Llama": {**_TEXT, "num_key_value_heads": 1},
+    "Mamba": {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
     "Qwen2Moe": {
         **_TEXT,
         "num_key_value_heads": 2,

@@ -156,6 +156,14 @@ def gpt2() -> World:
     return world(lambda: tiny_model("GPT2LMHeadModel", pad_token_id=0), texts)
 
 
+def llama() -> World:
+    return world(lambda: tiny_model("LlamaForCausalLM", pad_token_id=0), texts)
+
+
+def mamba() -> World:
+    return world(lambda: tiny_model("MambaForCausalLM", pad_token_id=0), texts)
+
+
 def t5() -> World:
     def batch(task: int, samples: int, seed: int) -> Batch:
         source = texts(task, samples, seed)

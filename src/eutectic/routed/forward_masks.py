@@ -10,14 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
+from eutectic.models.arguments import (
+    DECODER_MASK,
+    ENCODER_MASK,
+    ENCODER_OUTPUTS,
+    ENCODER_STATES,
+    MASKS,
+    NO_TEXTS,
+    OF_DECODER,
+    TEXTS,
+)
 from eutectic.models.batches import predicting_positions
-
-# Name of a mask argument -> whether True (or 1) marks tokens that count.
-_MASKS = {"attention_mask": True, "src_key_padding_mask": False, "key_padding_mask": False}
-_TEXTS = ("input_ids", "inputs_embeds")
-_NO_TEXTS = ("pixel_values", "input_features", "input_values")
-_OF_DECODER = ("decoder_input_ids", "decoder_inputs_embeds")
-_STATES = "encoder_hidden_states"
 
 
 @dataclass(eq=False)
@@ -69,13 +72,13 @@ def open_frame(
     above = parent or Frame()
     own = _samples(given, batch_first)
     samples = above.samples if own is None else own
-    inputs = [given[name] for name in (*_TEXTS, *_NO_TEXTS) if isinstance(given.get(name), Tensor)]
+    inputs = [given[name] for name in (*TEXTS, *NO_TEXTS) if isinstance(given.get(name), Tensor)]
     counts = above.counts if own is None else frozenset({own, *map(len, inputs)})
     mask, known = _own_mask(given, names)
     # A model that is told nothing has the masks of the one that runs it, if it takes any.
     inherits = mask is None and known and above.samples == samples
-    paired = any(name in names or name in given for name in _OF_DECODER)
-    decodes = paired or given.get(_STATES) is not None
+    paired = any(name in names or name in given for name in OF_DECODER)
+    decodes = paired or given.get(ENCODER_STATES) is not None
     cross = above.cross_mask
     if paired:
         cross = above.cross_mask if inherits and above.decodes else mask
@@ -85,7 +88,7 @@ def open_frame(
             mask = above.mask if above.decodes else None
         elif inherits:
             mask = above.cross_mask if above.decodes else above.mask
-        cross = _flat(given.get("encoder_attention_mask"), cross)
+        cross = _flat(given.get(ENCODER_MASK), cross)
     lengths = above.lengths if own is None else _lengths(given, mask, cross)
     tower = _tower(given, parent)
     return Frame(samples, counts, mask, cross, decodes, lengths, tower, numbers=above.numbers)
@@ -94,7 +97,7 @@ def open_frame(
 def _own_mask(given: Mapping[str, Any], names: tuple[str, ...]) -> tuple[Tensor | None, bool]:
     """Return the mask `[samples, tokens]` that was passed, and whether one can be."""
     known = False
-    for name, keeps in _MASKS.items():
+    for name, keeps in MASKS.items():
         if name in names or name in given:
             known = True
             value = given.get(name)
@@ -110,18 +113,18 @@ def _flat(mask: Any, otherwise: Tensor | None) -> Tensor | None:
 
 def _decoder_mask(given: Mapping[str, Any], source: Tensor | None, above: Frame) -> Tensor | None:
     """Return which of the decoder's tokens count, as `collect` takes it."""
-    mask = _flat(given.get("decoder_attention_mask"), predicting_positions(given.get("labels")))
+    mask = _flat(given.get(DECODER_MASK), predicting_positions(given.get("labels")))
     if mask is not None:
         return mask
     if above.decodes:
         return above.mask
     # Without input of its own, the decoder is given the encoder's, moved likewise.
-    return source if all(given.get(name) is None for name in _OF_DECODER) else None
+    return source if all(given.get(name) is None for name in OF_DECODER) else None
 
 
 def _samples(given: Mapping[str, Any], batch_first: bool) -> int | None:
-    inputs = (given.get(name) for name in (*_TEXTS, *_NO_TEXTS))
-    for value in (*inputs, hidden_states(given.get("encoder_outputs"))):
+    inputs = (given.get(name) for name in (*TEXTS, *NO_TEXTS))
+    for value in (*inputs, hidden_states(given.get(ENCODER_OUTPUTS))):
         if isinstance(value, Tensor):
             return len(value)
     for value in given.values():
@@ -133,12 +136,12 @@ def _samples(given: Mapping[str, Any], batch_first: bool) -> int | None:
 def _lengths(given: Mapping[str, Any], mask: Tensor | None, cross: Tensor | None) -> frozenset[int]:
     """Return how many rows one sample may have in a layer that sees all tokens in a row."""
     found: set[int] = set()
-    for name in (*_TEXTS, *_OF_DECODER, _STATES):
+    for name in (*TEXTS, *OF_DECODER, ENCODER_STATES):
         value = given.get(name)
         if isinstance(value, Tensor):
             sizes = value.shape[1 : -1 if value.is_floating_point() else None]
             found.update(accumulate(sizes, mul))
-    if all(given.get(name) is None for name in _NO_TEXTS):
+    if all(given.get(name) is None for name in NO_TEXTS):
         # Masks of audio count its samples in time, of which the model makes fewer tokens.
         found |= {m.shape[1] for m in (mask, cross) if m is not None}
     return frozenset(found)
@@ -153,7 +156,7 @@ def _tower(given: Mapping[str, Any], parent: Frame | None) -> Tower:
     """
     if parent is None:
         return Tower()
-    states = given.get(_STATES)
+    states = given.get(ENCODER_STATES)
     source = parent if states is None else parent.of(states)
     if states is not None and source.tower is not None:
         return source.tower

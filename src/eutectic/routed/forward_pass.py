@@ -7,7 +7,6 @@ do not see each other and the model itself keeps no state.
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.errors import RequestError, suggest
+from eutectic.models.arguments import (
+    ENCODER_OUTPUTS,
+    OF_DECODER,
+    Signature,
+    given_cache,
+    returned_cache,
+    signature_of,
+    tokens_seen,
+)
 from eutectic.routed.forward_masks import Frame, hidden_states, open_frame
 from eutectic.routed.router import RouterKind
 
@@ -28,7 +36,6 @@ MODES = ("route", "oracle", "base", "soft", "vote")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 # A layer's tower, by number, or the layer itself where it has none; and how many samples it saw.
 Group = tuple[int | str, int]
-_CACHES = ("past_key_values", "past_key_value", "cache_params")
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +151,7 @@ def install_hooks(model: nn.Module, routing: Routing) -> None:
         # By name, so that transformers is not imported for models that do not come from it.
         kinds = {kind.__name__ for kind in type(module).__mro__}
         if module is model or "PreTrainedModel" in kinds:
-            scope = _Scope(routing, tuple(inspect.signature(module.forward).parameters))
+            scope = _Scope(routing, signature_of(module))
             module.register_forward_pre_hook(scope.enter, with_kwargs=True)
             module.register_forward_hook(scope.leave, with_kwargs=True, always_call=True)
 
@@ -157,18 +164,18 @@ def uncompiled(function: _Function) -> _Function:
 class _Scope:
     """The pair of hooks around one module; `enter` and `leave` nest like its forward passes."""
 
-    def __init__(self, routing: Routing, names: tuple[str, ...]) -> None:
+    def __init__(self, routing: Routing, signature: Signature) -> None:
         self.routing = routing
-        self.names = names
+        self.signature = signature
 
     @uncompiled  # as `leave`: what they look at differs from call to call
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = self.signature.given(args, kwargs)
         call = self.routing.call()
         if call is None:
             call = self._open(module, given)
         parent = call.frames[-1] if call.frames else None
-        frame = open_frame(given, self.names, parent, self.routing.batch_first)
+        frame = open_frame(given, self.signature.names, parent, self.routing.batch_first)
         if parent is None and frame.tower is not None and call.carried is not None:
             scores = call.carried.running
             frame.tower.running = {} if scores is None else {len(scores): scores}
@@ -186,32 +193,39 @@ class _Scope:
             call.frames[-1].closed(frame, output)
         else:
             _CALL.set(None)
-            given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            given = self.signature.given(args, kwargs)
             _close(call, frame, given, output)
 
     def _open(self, module: nn.Module, given: Mapping[str, Any]) -> Call:
         call = Call(self.routing, self.routing.settings())
-        cache = _cache(given)
+        cache = given_cache(given)
         if cache is not None:
             call.generating = True
-            length = getattr(cache, "get_seq_length", None)
-            filled = (len(cache) if length is None else int(length())) > 0
-            held = _HELD.get(cache) if filled else None
+            held = _held(cache, call.settings.mode)
             call.held = held if held is not None and held.mode == call.settings.mode else None
         call.carried = _carried(given)
         if call.settings.mode == "vote" and call.held is None:
-            call.voted = _vote(module, self.names, given, call)
+            call.voted = _vote(module, self.signature, given, call)
         _CALL.set(call)
         return call
 
 
-def _cache(given: Mapping[str, Any]) -> Any:
-    return next((given[name] for name in _CACHES if given.get(name) is not None), None)
+def _held(cache: Any, mode: Mode) -> Held | None:
+    """Return the decisions on the prompt whose tokens a cache holds, if any were taken."""
+    try:
+        return None if tokens_seen(cache) == 0 else _HELD.get(cache)
+    except TypeError:  # tuples and lists, which are made anew at every step
+        if mode in ("oracle", "base"):
+            return None
+        raise RequestError(
+            f"routed generation needs a cache object, got a {type(cache).__name__}.\n"
+            "Pass transformers.DynamicCache() as the cache, or use_cache=False."
+        ) from None
 
 
 def _carried(given: Mapping[str, Any]) -> Encoded | None:
     """Return what the encoder whose outputs this call was given leaves, one row a sample."""
-    hidden, encoded = hidden_states(given.get("encoder_outputs")), _ENCODED.get()
+    hidden, encoded = hidden_states(given.get(ENCODER_OUTPUTS)), _ENCODED.get()
     if hidden is None or encoded is None:
         return None
     copies = len(hidden) // max(1, len(encoded.first))
@@ -227,17 +241,11 @@ def _close(call: Call, frame: Frame, given: Mapping[str, Any], output: Any) -> N
     """Keep the decisions of a prompt for the decoding steps that share its cache."""
     if call.held is not None:
         return
-    own = getattr(output, "past_key_values", None)
-    cache = _cache(given) if own is None else own
+    own = returned_cache(output)
+    cache = given_cache(given) if own is None else own
     if cache is not None and call.choices:
-        try:
-            _HELD[cache] = Held(call.settings.mode, dict(call.choices))
-        except TypeError:  # caches of old transformers are tuples, made anew at every step
-            raise RequestError(
-                "routed generation needs a cache object, got a tuple.\n"
-                "Pass past_key_values=transformers.DynamicCache(), or use_cache=False."
-            ) from None
-    elif cache is None and frame.tower is not None and "decoder_input_ids" not in given:
+        _HELD[cache] = Held(call.settings.mode, dict(call.choices))
+    elif cache is None and frame.tower is not None and OF_DECODER[0] not in given:
         hidden = hidden_states(output)
         if hidden is not None:
             running = frame.tower.running.get(len(hidden))
@@ -247,7 +255,7 @@ def _close(call: Call, frame: Frame, given: Mapping[str, Any], output: Any) -> N
 
 
 def _vote(
-    module: nn.Module, names: tuple[str, ...], given: Mapping[str, Any], call: Call
+    module: nn.Module, signature: Signature, given: Mapping[str, Any], call: Call
 ) -> dict[Group, Tensor]:
     """Run once with the experts off and return one expert per sample for each group of layers.
 
@@ -259,12 +267,9 @@ def _vote(
             assert scores is not None
             voted = scores.argmax(-1)
         return {(0, len(voted)): voted}
-    inputs = {k: v for k, v in given.items() if k not in _CACHES}
-    if "use_cache" in names:
-        inputs["use_cache"] = False
     first = Settings(mode="base", ballots={})
     with applying(call.routing, first), torch.no_grad():
-        module(**inputs)
+        module(**signature.without_cache(given))
     ballots, layer = first.ballots or {}, call.settings.layer
     passed = [name for cast in ballots.values() for name, _ in cast]
     if layer is not None and layer not in passed:
