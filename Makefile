@@ -15,12 +15,13 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DOCS := $(VENV)/.installed-docs
 pinned = $(shell sed -n '/^$(1)==/p' $(CONSTRAINTS))
 
-.PHONY: help demo test test-quick check format bench-kernels docs clean
+.PHONY: help demo test test-quick test-transformers transformers-newer check format bench-kernels docs clean
 
 help:
 	@echo "make demo           merge real experts and compare the methods (one to two minutes)"
 	@echo "make test           run every test; JOBS=$(JOBS) processes"
 	@echo "make test-quick     those that are quick and run no models: under a minute"
+	@echo "make test-transformers  those marked so, with the oldest and the newest transformers"
 	@echo "make check          ruff, pyright, import-linter"
 	@echo "make format         rewrite the code as ruff wants it"
 	@echo "make bench-kernels  time the linear algebra against plain decompositions"
@@ -50,6 +51,27 @@ test: $(INSTALLED)
 
 test-quick: $(INSTALLED)
 	$(BIN)/python -m pytest --quick --numprocesses $(JOBS) --dist worksteal $(PYTEST_OPTIONS)
+
+# What differs between the versions lies in a folder that is looked into before .venv; torch and the
+# rest are .venv's. Installing takes ten seconds a version, the tests a minute.
+build/transformers-%/.installed: constraints/transformers-%.txt $(INSTALLED)
+	rm -rf $(@D)
+	$(PIP_INSTALL) --no-deps --target $(@D) --requirement $<
+	@touch $@
+
+test-transformers-%: build/transformers-%/.installed
+	PYTHONPATH=build/transformers-$* $(BIN)/python -m pytest -m transformers_versions -W default \
+		--disable-warnings tests/routed tests/statistics tests/evaluation $(PYTEST_OPTIONS)
+
+test-transformers: test-transformers-oldest test-transformers-newest transformers-newer
+
+# Asks the package index; says nothing where it cannot be reached.
+transformers-newer: $(INSTALLED)
+	@tested=$$(sed -n 's/^transformers==//p' constraints/transformers-newest.txt); \
+	there=$$($(BIN)/python -m pip --disable-pip-version-check index versions transformers \
+		2>/dev/null | sed -n 's/^transformers (\(.*\))$$/\1/p'); \
+	if [ -n "$$there" ] && [ "$$there" != "$$tested" ]; then \
+		echo "WARNING: transformers $$there is out, tested is $$tested: see constraints/"; fi
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

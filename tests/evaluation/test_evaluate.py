@@ -50,6 +50,7 @@ def _plain_logits(model, folder: Path, texts: list[str]) -> torch.Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.transformers_versions
 def test_text_classification_in_row_order(tmp_path: Path, texts: Path):
     folder = world.save(world.make("bert"), tmp_path / "m")
     task = _one(tmp_path, kind="text-classification", data=str(texts))
@@ -107,6 +108,7 @@ def test_pairs_and_regression(tmp_path: Path):
     assert score(found, ready).value == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.transformers_versions
 @pytest.mark.parametrize("kind", ["vit", "clip"])
 def test_images(tmp_path: Path, kind: str):
     folder = world.save(world.make(kind), tmp_path / "m")
@@ -171,6 +173,7 @@ def test_language_model_loss_and_perplexity(tmp_path: Path, texts: Path):
     assert found.value == pytest.approx(np.exp(total / count), rel=1e-4)
 
 
+@pytest.mark.transformers_versions
 def test_sequence_to_sequence_exact_match(tmp_path: Path):
     model = world.make("t5", seed=5)
     with torch.no_grad():
@@ -387,6 +390,7 @@ def test_published_schema_is_current():
     assert published.read_text() == text
 
 
+@pytest.mark.transformers_versions
 def test_routed_models_in_every_mode(tmp_path: Path, texts: Path):
     from eutectic.routed import build_routed
 

@@ -50,6 +50,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.transformers_versions
 def test_tokens_are_those_of_transformers(folder: Path):
     task = load_tasks(folder / "t.yaml")["a"]
     ready = prepare(task, "test", folder / "m", batch_size=1)

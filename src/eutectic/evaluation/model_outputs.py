@@ -13,6 +13,7 @@ from eutectic.errors import CheckpointError, Fault, NumericalError, RequestError
 from eutectic.evaluation.metrics import Array, Outcomes, metric_value, per_example
 from eutectic.evaluation.splits import Prepared, normal_text
 from eutectic.evaluation.task_files import Task
+from eutectic.models.arguments import signature_of
 from eutectic.models.batches import IGNORED_LABEL
 from eutectic.models.hooks import evaluating
 from eutectic.models.linear_head import Head, features, read_head
@@ -82,12 +83,12 @@ def outputs(
         raise RequestError(f"task '{prepared.task.name}' has no `head`; its models have their own.")
     compute = _computation(prepared, head)
     tell_padding(model, prepared.processor)
-    device = next(model.parameters()).device
+    device, takes = next(model.parameters()).device, signature_of(model).taken
     found: list[Tensor] = []
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     with evaluating(model), autocast:
         for batch in prepared.batches:
-            placed = {name: values.to(device) for name, values in batch.items()}
+            placed = {name: batch[name].to(device) for name in takes(batch)}
             try:
                 found.append(compute(model, placed).cpu())
             except (IndexError, RuntimeError):

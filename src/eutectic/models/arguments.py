@@ -7,7 +7,7 @@ by the name that the signature has for them.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,10 @@ ENCODER_MASK = "encoder_attention_mask"
 ENCODER_STATES = "encoder_hidden_states"
 ENCODER_OUTPUTS = "encoder_outputs"
 
+LABELS = ("labels", "label", "label_ids")
+# Not every model has a use for them. Tokenizers make the former unasked, for models that tell two
+# texts apart; labels may be meant for a head in a file of its own.
+_SPARED = ("token_type_ids", *LABELS)
 # What models that keep no cache object call their lists of tensors.
 _CACHES = (
     "cache",
@@ -47,6 +51,11 @@ class Signature:
     """The names of a forward method's parameters, in order."""
 
     names: tuple[str, ...]
+    others: bool = False  # it takes arguments of any other name, too
+
+    def taken(self, names: Iterable[str]) -> list[str]:
+        """Return the names of inputs without labels and the like that the method cannot take."""
+        return [n for n in names if n not in _SPARED or n in self.names or self.others]
 
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call by their names."""
@@ -60,7 +69,9 @@ class Signature:
 
 def signature_of(module: nn.Module) -> Signature:
     """Return the signature of a module's forward method, through what decorates it."""
-    return Signature(tuple(inspect.signature(module.forward).parameters))
+    parameters = inspect.signature(module.forward).parameters
+    others = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return Signature(tuple(parameters), others)
 
 
 def is_cache(value: Any) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import RequestError, StatisticsError
+from eutectic.models.arguments import LABELS, signature_of
 from eutectic.models.sites import Site
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
@@ -16,7 +17,7 @@ TokenMask = Callable[[Any], Tensor | None]
 Unmatched = Literal["error", "all", "skip"]
 
 IGNORED_LABEL = -100
-LABEL_KEYS = ("labels", "label", "label_ids")
+LABEL_KEYS = LABELS
 
 
 def sample_count(batch: Batch) -> int:
@@ -31,10 +32,15 @@ def sample_count(batch: Batch) -> int:
 
 
 def call(model: torch.nn.Module, batch: Batch) -> Any:
-    """Run the model on a batch: mappings as keywords, sequences as positions."""
+    """Run the model on a batch: mappings as keywords, sequences as positions.
+
+    Labels are left out where the model takes none: they are for a head of its own, or an objective.
+    """
     if isinstance(batch, Tensor):
         return model(batch)
-    return model(**batch) if isinstance(batch, Mapping) else model(*batch)
+    if isinstance(batch, Mapping):
+        return model(**{name: batch[name] for name in signature_of(model).taken(batch)})
+    return model(*batch)
 
 
 def transform(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:

@@ -37,6 +37,7 @@ from eutectic.errors import (
     RequestError,
     first_line,
 )
+from eutectic.models.arguments import signature_of
 from eutectic.models.linear_head import Head
 from eutectic.models.named_classes import check_named_classes, model_class
 from eutectic.models.task_kinds import (
@@ -146,6 +147,10 @@ def load_model(
         ) from error
     if feeds:
         tell_padding(model, processor)
+        if not images:
+            tokenizer: Any = processor
+            takes = signature_of(model).taken
+            tokenizer.model_input_names = takes(tokenizer.model_input_names)
     if folder != checkpoint:
         model = _with_adapter(model, checkpoint)
     labels = {str(k): int(v) for k, v in (getattr(config, "label2id", None) or {}).items()}
@@ -322,7 +327,9 @@ def tell_padding(model: nn.Module, tokenizer: Any) -> None:
     another tokenizer's, and then read padding: figures would depend on the size of batches.
     """
     if type(model).__name__.endswith("ForSequenceClassification"):
-        model.config.get_text_config().pad_token_id = padding_id(tokenizer)  # pyright: ignore
+        config: Any = model.config
+        own = getattr(config, "get_text_config", None)  # since transformers 4.45
+        (own() if own else config).pad_token_id = padding_id(tokenizer)
 
 
 def takes_images(model: nn.Module) -> bool:

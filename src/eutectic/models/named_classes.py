@@ -142,7 +142,10 @@ def _parent(name: str, transformers: Any) -> Any:
     module = places.get(name)
     if module is None:
         return getattr(transformers, name)
-    return getattr(importlib.import_module(f"transformers.{module}"), name)
+    try:
+        return getattr(importlib.import_module(f"transformers.{module}"), name)
+    except ModuleNotFoundError:  # what this version does not have, nothing is a subclass of
+        return type(None)
 
 
 def _is_there(name: str, transformers: Any) -> bool:
@@ -154,10 +157,12 @@ def _is_there(name: str, transformers: Any) -> bool:
 def _named(name: Any, homes: tuple[str, ...], transformers: Any) -> Any:
     """Return what transformers has under a name in modules of such names, else None.
 
-    The module's name is looked at first: nothing else is imported.
+    The module's name is looked at first: nothing else is imported. Before transformers 4.50 it is
+    the package of a model, `models.bert`, where models, tokenizers and processors are.
     """
     module = getattr(transformers, "_class_to_module", {}).get(str(name), "")
-    if not any(home in f".{module}" for home in homes):
+    of_model = re.fullmatch(r"models\.\w+", module) is not None
+    if not of_model and not any(home in f".{module}" for home in homes):
         return None
     return getattr(transformers, str(name), None)
 
