@@ -281,6 +281,14 @@ def test_side_files_that_cannot_be_copied_are_found_before_any_tensor(
     assert not list(request_["output"].parent.iterdir())
 
 
+def test_side_files_that_are_not_copied_do_not_matter(request_: dict[str, Any]) -> None:
+    folder = Path(request_["base"]).parent
+    (folder / "b/config.json").write_text("{}")
+    (folder / "a/tokenizer.json").symlink_to("nowhere")
+    eutectic.merge(**request_, side_files="b")
+    assert not (request_["output"] / "tokenizer.json").exists()
+
+
 def test_two_sweeps_into_one_folder(request_: dict[str, Any]) -> None:
     output = request_.pop("output")
     lock = LocalDisk().lock(output)

@@ -138,8 +138,10 @@ def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
                     statistics[name] = _load_statistics(spec.statistics)
         donor = experts[recipe.side_files] if recipe.side_files in experts else None
         with told("side_files", "side_files", "side_files"):
-            check_side_files(index.folder)
-            check_side_files(None if donor is None else donor.folder)
+            folder = None if donor is None else donor.folder
+            check_side_files(folder)
+            if folder is None or not (folder / "config.json").is_file():
+                check_side_files(index.folder)
         start = _initial_path(recipe, document, faults)
         initial = None
         if start is not None:

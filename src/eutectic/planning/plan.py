@@ -166,12 +166,15 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
 
 def _side_file_faults(heads: Mapping[str, Any], inputs: Inputs) -> list[Fault]:
     """Return what keeps the experts with heads from folders of their own."""
+    folders = {f"expert '{name}'": inputs.experts[name].folder for name in heads}
+    if heads and inputs.index is not None:
+        folders["base"] = inputs.index.folder  # which these folders begin with
     faults: list[Fault] = []
-    for name in heads:
+    for whose, folder in folders.items():
         try:
-            check_side_files(inputs.experts[name].folder)
+            check_side_files(folder)
         except CheckpointError as error:
-            faults.append(Fault("unusable_side_files", str(error), f"expert '{name}'"))
+            faults.append(Fault("unusable_side_files", str(error), whose))
     return faults
 
 
