@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from eutectic.checkpoint import library_names
 from eutectic.checkpoint.experts import open_expert
 from eutectic.checkpoint.index import open_index
+from eutectic.checkpoint.meeting import meet_names
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -46,6 +47,17 @@ def test_names_of_files_and_of_memory_meet(vit: tuple[Path, Path]) -> None:
             assert torch.equal(found.read(name).view(tensor.shape), tensor), name
         assert "another version of transformers" in str(found.alignment)
         found.close()
+
+
+def test_an_adapter_of_a_model_with_a_head_meets_the_bare_model(vit: tuple[Path, Path]) -> None:
+    """Nothing meets before transformers is asked, so that nothing told the prefix."""
+    saved, held = (open_index(folder) for folder in vit)
+    base = [name.removeprefix("vit.") for name in saved.entries if name.startswith("vit.")]
+    own = [name for name in held.entries if name.endswith("attention.q_proj.weight")]
+    config = {**saved.config, "architectures": ["ViTModel"]}
+    mapping, _ = meet_names(base, own, "the adapter", [config])
+    query = "encoder.layer.{}.attention.attention.query.weight"
+    assert mapping == {name: query.format(i) for i, name in enumerate(own)}
 
 
 def test_not_asked_for_heads_or_unknown_models(monkeypatch: pytest.MonkeyPatch) -> None:

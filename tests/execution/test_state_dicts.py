@@ -42,6 +42,14 @@ def test_state_dicts_and_files_agree(request_: dict[str, Any], tmp_path: Path) -
         assert in_memory[name].dtype == tensor.dtype
 
 
+def test_a_configuration_as_a_live_model_has_it() -> None:
+    base = make_base()
+    config = {"model_type": "bert", "id2label": {0: "no", 1: "yes"}, "dtype": torch.float32}
+    merged = eutectic.merge_state_dicts(base, family(base), method="average", config=config)
+    expected = eutectic.merge_state_dicts(base, family(base), method="average")
+    assert all(torch.equal(merged[name], expected[name]) for name in base)
+
+
 def test_weights_count(tmp_path: Path) -> None:
     base = make_base()
     experts = family(base)

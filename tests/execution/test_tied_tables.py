@@ -360,6 +360,23 @@ def test_an_adapter_that_peft_keeps_tied(options: dict[str, Any], tmp_path: Path
     torch.testing.assert_close(logits(loaded(out)), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_the_saved_head_of_an_adapter_keeps_the_one_name_of_its_bias(tmp_path: Path):
+    """Heads of CTC models have a bias, and no second name for it as those of masked ones."""
+    kind = transformers.PhiForCausalLM, transformers.PhiConfig(**SMALL, intermediate_size=12)
+    for name, base in (("phi", kind[0](kind[1])), ("roberta", build("roberta"))):
+        folder = tmp_path / name
+        save(base, folder / "base")
+        bias = torch.randn(base.config.vocab_size)
+        (folder / "a").mkdir()
+        adapter = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+        adapter["modules_to_save"] = ["lm_head"]
+        (folder / "a/adapter_config.json").write_text(json.dumps(adapter))
+        save_file({"base_model.model.lm_head.bias": bias}, folder / "a/adapter_model.safetensors")
+        found = load_file(merge(folder, "a") / "model.safetensors")
+        assert torch.equal(found["lm_head.bias"], bias)
+        assert found.keys() == load_file(folder / "base/model.safetensors").keys()
+
+
 def test_a_head_adapter_beside_others(tmp_path: Path):
     """One expert trains the head, one all of a tied model, one nothing of either."""
     save(build("llama"), tmp_path / "base")

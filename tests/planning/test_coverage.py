@@ -198,9 +198,6 @@ EXTRAS = {
     "a bias in the body": {"bert.encoder.layer.0.attention.self.query.bias": torch.ones(8)},
     "a tower": {f"tower.{i}.proj.weight": torch.ones(8, 8) for i in range(3)},
     "a norm that the base has elsewhere": {"other.LayerNorm.weight": torch.ones(8)},
-    "quantisation": {
-        "bert.encoder.layer.0.attention.self.query.weight_scale_inv": torch.ones(1, 1)
-    },
 }
 
 
@@ -212,6 +209,12 @@ def test_body_tensors_that_the_base_lacks_are_refused(case: str) -> None:
     rules = [{"match": name, "treatment": "head"} for name in EXTRAS[case]]
     made = planned(BASE, tuned(BASE) | EXTRAS[case], tensors=rules)
     assert {e.name for e in made.heads["e0"]} == set(EXTRAS[case])
+
+
+def test_scales_without_their_codes_are_refused() -> None:
+    lone = {"bert.encoder.layer.0.attention.self.query.weight_scale_inv": torch.ones(1, 1)}
+    with pytest.raises(CheckpointError, match="the codes beside are missing"):
+        planned(BASE, tuned(BASE) | lone)
 
 
 def test_a_tower_that_no_expert_has_is_a_note() -> None:

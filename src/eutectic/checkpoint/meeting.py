@@ -45,7 +45,7 @@ def meet(
     used = {*mapping, *alignment.copies}.union(*(view.keys for view in views.values()))
     met = {*mapping.values(), *views}
     left = [name for name in base if name not in met], [key for key in own if key not in used]
-    more, forms = _by_library(left, aligned, configs)
+    more, forms = _by_library(left, aligned, configs, label)
     if forms:
         mapping, alignment = {**mapping, **more}, _told(alignment, more)
         views = rearranged((base, own), mapping, _forms(aligned, forms), configs, label)
@@ -64,14 +64,20 @@ def meet_names(
     mapping, alignment = align(base, own, expert=label)
     met = frozenset(mapping.values())
     left = [name for name in base if name not in met], [key for key in own if key not in mapping]
-    more, _ = _by_library(left, alignment, configs)
+    more, _ = _by_library(left, alignment, configs, label)
     return {**mapping, **more}, _told(alignment, more)
 
 
 def _by_library(
-    left: tuple[Sequence[str], Sequence[str]], alignment: Alignment, configs: Sequence[Config]
+    left: tuple[Sequence[str], Sequence[str]],
+    alignment: Alignment,
+    configs: Sequence[Config],
+    label: str,
 ) -> tuple[dict[str, str], Mapping[str, str]]:
-    """Return the keys that meet a name as transformers relates them, and what it calls both."""
+    """Return the keys that meet a name as transformers relates them, and what it calls both.
+
+    Where nothing met before it, one side may still carry the prefix of a model with a head.
+    """
     bare = (
         {name: name.removeprefix(alignment.add) for name in left[0]},
         {key: key.removeprefix(alignment.strip) for key in left[1]},
@@ -81,7 +87,8 @@ def _by_library(
         return {}, {}
     theirs = _unique(bare[0], lambda name: forms.get(bare[0][name], bare[0][name]))
     ours = _unique(bare[1], lambda key: forms.get(bare[1][key], bare[1][key]))
-    return {ours[form]: name for form, name in theirs.items() if form in ours}, forms
+    met, _ = align(theirs, ours, expert=label)
+    return {ours[own]: theirs[name] for own, name in met.items()}, forms
 
 
 def _forms(alignment: Alignment, library: Mapping[str, str] | None = None) -> Forms:

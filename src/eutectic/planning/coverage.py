@@ -214,10 +214,8 @@ def _unmatched(
         what = f"{has} meet none of the base, and {lacks} none of the expert."
         choose = "Rename the expert's tensors as the base's. "
     listed = "".join(f"\n{text}" for text in patterns(missing, extra))
-    choose += (
-        "unmatched: leave (--set unmatched=leave) merges without them: the output has the base's "
-        "values there."
-    )
+    choose += "unmatched: leave (--set unmatched=leave) merges without them"
+    choose += ": the output has the base's values there." if missing else "."
     where = f"expert '{name}'" if name != "initial" else "init"
     return Fault("unmatched", f"{what}{listed}\nTried: {TRIED}.", where, line, next=f"\n{choose}")
 

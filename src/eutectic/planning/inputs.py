@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -192,6 +193,8 @@ def in_memory_inputs(
     config: Mapping[str, Any] | None = None,
 ) -> Inputs:
     """Wrap state dicts in the surface that files have."""
+    # As `config.json` would say it: `model.config.to_dict()` has numbers as keys (`id2label`).
+    config = json.loads(json.dumps(dict(config or {}), default=str))
     reader = logical_tensors(StateDictReader(base, "the base"), config)
     opened: dict[str, Expert] = {}
     for name, tensors in experts.items():
@@ -199,7 +202,7 @@ def in_memory_inputs(
         source = logical_tensors(StateDictReader(tensors, label))
         opened[name] = full_expert(source, reader.entries, label, base_config=config)
     wrapped = {name: as_statistics(given) for name, given in statistics.items()}
-    return Inputs(reader, None, opened, wrapped, stated=config or {})
+    return Inputs(reader, None, opened, wrapped, stated=config)
 
 
 def _initial_path(recipe: Recipe, document: Document, faults: list[Fault]) -> Path | None:

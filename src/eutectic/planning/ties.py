@@ -110,7 +110,7 @@ def _locate(
         if name in other:
             continue
         if expert.is_delta:
-            sources[name] = _changed_as(model, expert, held, name)
+            sources[name] = _changed_as(model, expert, group, held, name)
         elif held:
             own = _kept_as(expert, held, name)
             if own is not None:
@@ -184,12 +184,15 @@ def _ties(model: TiedModel, expert: Expert, group: Group, other: Group) -> bool:
     return False
 
 
-def _changed_as(model: TiedModel, expert: Expert, held: Sequence[str], name: str) -> str:
+def _changed_as(
+    model: TiedModel, expert: Expert, group: Group, held: Sequence[str], name: str
+) -> str:
     """Return under which name an adapter changes a tied tensor; its own where it does not.
 
     A layer computes with its own change. Who has none shares that of the table, for a merge of LoRA
     factors changes the weight itself, in peft's `merge_and_unload` too; a table that stands for
-    others is no layer, and peft keeps layers tied where it was told to.
+    others is no layer, nor is a bias with two names, and peft keeps layers tied where it was told
+    to.
     """
     if held and expert.config.get("ensure_weight_tying"):
         return held[0]
@@ -198,7 +201,7 @@ def _changed_as(model: TiedModel, expert: Expert, held: Sequence[str], name: str
     tables = [n for n in held if n in expert.factored and not is_output(n)]
     if len(tables) == 1:
         return tables[0]
-    if not model.extends or model.tied is None:
+    if group.is_bias or not model.extends or model.tied is None:
         return held[0]
     return next((n for n in held if habits.is_shared_table(n)), name)
 

@@ -25,6 +25,7 @@ class Stated:
     method: str = ""  # `quant_method`, in lower case
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])  # `quantization_config`
     dtype: torch.dtype | None = None  # of the model
+    beside: torch.dtype = torch.bfloat16  # of the numbers that are not quantised
     conv1d: bool = False  # its linear layers are `Conv1D`, kept [in, out] without quantisation
 
     @property
@@ -36,9 +37,9 @@ class Stated:
         return [weights for weights in found if isinstance(weights, Mapping)]
 
     def dtype_beside(self, scales: torch.dtype) -> torch.dtype:
-        """Return the dtype of numbers: the model's, else that of 16-bit scales, else bfloat16."""
+        """Return the dtype of numbers: the model's, that of 16-bit scales, or of what is beside."""
         half = scales in (torch.float16, torch.bfloat16)
-        return self.dtype or (scales if half else torch.bfloat16)
+        return self.dtype or (scales if half else self.beside)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ FAMILIES: tuple[Callable[[Entries, Stated, Read], Found], ...] = (
 )
 
 _KEYS = ("quantization_config", "compression_config")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SMALL_INTEGERS = (torch.int8, torch.uint8)
 _INTEGERS = tuple(
     getattr(torch, name)
@@ -80,9 +81,19 @@ def stated_by(config: Mapping[str, Any]) -> Stated:
         settings, method = mlx, "mlx"
     stated = (p.get(key) for p in parts for key in ("dtype", "torch_dtype"))
     dtypes = (getattr(torch, d.removeprefix("torch."), None) for d in stated if isinstance(d, str))
-    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     conv1d = any(str(part.get("model_type")) in conventions.CONV1D_MODELS for part in parts)
-    return Stated(method, settings, next((d for d in dtypes if d in floats), None), conv1d)
+    dtype = next((d for d in dtypes if d in _FLOATS), None)
+    return Stated(method, settings, dtype, conv1d=conv1d)
+
+
+def _dtype_of_rest(entries: Entries) -> torch.dtype:
+    """Return the dtype of most numbers that are no scales, as bfloat16 where there are none."""
+    held: Counter[torch.dtype] = Counter()
+    for entry in entries.values():
+        scales = names.is_companion(entry.name) or names.is_weight_scale(entry.name)
+        if entry.dtype in _FLOATS and not scales and not names.is_of_activations(entry.name):
+            held[entry.dtype] += entry.numel
+    return max(held, key=held.__getitem__, default=torch.bfloat16)
 
 
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,7 +111,7 @@ def recognise(entries: Entries, config: Mapping[str, Any], read: Read, where: st
     Tensors are known by what stands beside them and by their types; the configuration names the
     method where these leave it open. Nothing that looks like codes is passed on as numbers.
     """
-    stated = stated_by(config)
+    stated = replace(stated_by(config), beside=_dtype_of_rest(entries))
     method = _foreign(entries, stated)
     codes: dict[str, Codes] = {}
     unreadable: dict[str, str] = {}
