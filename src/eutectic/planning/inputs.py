@@ -194,15 +194,15 @@ def in_memory_inputs(
 ) -> Inputs:
     """Wrap state dicts in the surface that files have."""
     # As `config.json` would say it: `model.config.to_dict()` has numbers as keys (`id2label`).
-    config = json.loads(json.dumps(dict(config or {}), default=str))
-    reader = logical_tensors(StateDictReader(base, "the base"), config)
+    stated: dict[str, Any] = json.loads(json.dumps(dict(config or {}), default=str))
+    reader = logical_tensors(StateDictReader(base, "the base"), stated)
     opened: dict[str, Expert] = {}
     for name, tensors in experts.items():
         label = f"expert '{name}'"
         source = logical_tensors(StateDictReader(tensors, label))
-        opened[name] = full_expert(source, reader.entries, label, base_config=config)
+        opened[name] = full_expert(source, reader.entries, label, base_config=stated)
     wrapped = {name: as_statistics(given) for name, given in statistics.items()}
-    return Inputs(reader, None, opened, wrapped, stated=config)
+    return Inputs(reader, None, opened, wrapped, stated=stated)
 
 
 def _initial_path(recipe: Recipe, document: Document, faults: list[Fault]) -> Path | None:

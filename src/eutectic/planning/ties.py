@@ -2,8 +2,8 @@
 
 A checkpoint that holds a tied tensor under one of its names has it under all; one that holds it
 with different values has untied it, and so has an adapter that trains the output layer, or saves
-one of the modules whole: under the other names it computes with the base's. Where an expert unties what the base ties, the output holds
-both, and its configuration says so.
+one of the modules whole: under the other names it computes with the base's. Where an expert unties
+what the base ties, the output holds both, and its configuration says so.
 """
 
 from collections.abc import Mapping, Sequence

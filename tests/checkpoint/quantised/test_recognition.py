@@ -176,7 +176,7 @@ def test_what_decides_the_values_decides_the_fingerprint(tmp_path):
     for number, (config, held) in enumerate(
         [
             ({}, tensors),
-            ({"dtype": "float32"}, tensors),
+            ({"dtype": "bfloat16"}, tensors),
             (stated("fp8", weight_block_size=[128, 96]), tensors),
             ({}, tensors | {f"{WEIGHT}_scale_inv": scale + 1}),
         ]
@@ -184,6 +184,14 @@ def test_what_decides_the_values_decides_the_fingerprint(tmp_path):
         with open_reader(write(tmp_path / str(number), held, config)) as reader:
             found.add(reader.fingerprint())
     assert len(found) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_numbers_are_of_the_type_of_those_beside_where_nothing_states_it(tmp_path, dtype):
+    tensors = {WEIGHT: FP8, f"{WEIGHT}_scale_inv": torch.tensor([[0.3]])}
+    norm = {"model.norm.weight": torch.ones(4, dtype=dtype)}
+    with open_reader(write(tmp_path, {**tensors, **norm})) as reader:
+        assert torch.equal(reader.read(WEIGHT), (FP8.float() * 0.3).to(dtype).flatten())
 
 
 def test_state_dicts_too():
