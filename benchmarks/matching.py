@@ -133,6 +133,7 @@ def our_route(
         iterations=iterations,
         tolerance=TOLERANCE,
         preconditioner=preconditioner,
+        damping=0.0,
         space=space,
         full_output=True,
     )

@@ -51,7 +51,7 @@ INITS = ("zero", "average", "task_arithmetic", "iso_c", "tsv_m", "regmean", "esm
 MATS: dict[str, dict[str, Any]] = {
     **{f"operator-{o}": {"operator": o, "iterations": 12} for o in OPERATORS},
     **{
-        f"operator-{o}-{p}": {"operator": o, "iterations": 4, "preconditioner": p}
+        f"operator-{o}-{p}": {"operator": o, "iterations": 4, "preconditioner": p, "damping": 0.0}
         for o, p in product(OPERATORS, ("jacobi", "kronecker"))
     },
     **{
@@ -335,7 +335,10 @@ def _demo(world: World) -> Iterator[Case]:
     known = world.demo(statistics=True)
     for method in ("esm", "fisher", "iso_a", "regmean"):
         yield Case(f"demo/{method}", world.merge({**known, "method": method}))
-    for operator, more in {"gram": {}, "kfac": {"preconditioner": "kronecker"}}.items():
+    for operator, more in {
+        "gram": {},
+        "kfac": {"preconditioner": "kronecker", "damping": 0.0},
+    }.items():
         parameters = {"operator": operator, "iterations": 2, "init": "iso_c", **more}
         recipe = {**known, "method": "mats", "parameters": parameters}
         yield Case(f"demo/mats-{operator}", world.merge(recipe))

@@ -44,6 +44,7 @@ def rows() -> dict[str, Row]:
             shared = {"operator": operator}
             for steps in PRECONDITIONED_STEPS if operator == "kfac" else ():
                 own = {**shared, "iterations": steps, "preconditioner": "kronecker"}
+                own["damping"] = 0.0
                 found[f"{operator}_{init}_kronecker_{steps}"] = Row(
                     "mats", own, seeded=True, init=init
                 )

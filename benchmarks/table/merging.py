@@ -75,7 +75,7 @@ ROWS: dict[str, Row] = {
     **{
         f"mats_{init}_kronecker_3": Row(
             "mats",
-            {"operator": "kfac", "iterations": 3, "preconditioner": "kronecker"},
+            {"operator": "kfac", "iterations": 3, "preconditioner": "kronecker", "damping": 0.0},
             seeded=True,
             init=init,
         )

@@ -69,6 +69,7 @@ def test_convergence_to_the_exact_solution(official, case, operator, key, precon
         iterations=2000,
         tolerance=1e-7,
         preconditioner=preconditioner,
+        damping=0.0,  # as published
         full_output=True,
     )
     assert merged.record["status"] == "converged"

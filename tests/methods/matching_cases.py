@@ -43,6 +43,7 @@ def mats(deltas: Tensor, statistics: object = None, **options: object) -> Merged
 
 
 def converged(deltas: Tensor, statistics: object = None, **options: object) -> Tensor:
+    options = {"damping": 0.0, **options}
     merged = mats(deltas, statistics, iterations=3000, tolerance=1e-7, **options)
     assert merged.record["status"] == "converged"
     return merged.delta

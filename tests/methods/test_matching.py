@@ -283,6 +283,44 @@ def test_the_kronecker_preconditioner_knows_the_damping():
     close(helped.delta, plain.delta)
 
 
+@pytest.mark.parametrize("steps", [3, 10])
+@pytest.mark.parametrize("power", [1.5, 2.0])
+def test_preconditioned_kfac_does_not_explode_by_default(steps, power):
+    """Spectra that fall as those of language models do: directions that hardly any data excite."""
+    out, n, tokens = 32, 48, 400
+    turned = [torch.linalg.qr(randn(k, k, seed=50 + k))[0] for k in (n, out)]
+    statistics, deltas = [], []
+    for t in range(3):
+        x = randn(tokens, n, seed=t) * torch.arange(1, n + 1) ** -power @ turned[0].T
+        y = randn(tokens, out, seed=10 + t) * torch.arange(1, out + 1) ** -power @ turned[1].T
+        gram, outer = x.T @ x, y.T @ y
+        statistics.append(LayerStatistics(gram=gram, output_gradient_gram=outer, count=tokens))
+        thin = randn(out, 4, seed=20 + t) @ randn(4, n, seed=30 + t)
+        deltas.append(thin + 0.3 * randn(out, n, seed=40 + t))
+    stack = torch.stack(deltas)
+    mean = float(stack.flatten(1).norm(dim=1).mean())
+    options = {"operator": "kfac", "preconditioner": "kronecker", "init": "iso_c"}
+    options["iterations"] = steps
+
+    def growth(**more):
+        return float(mats(stack, statistics, **options, **more).delta.norm()) / mean
+
+    assert growth(damping=0.0) > 3
+    assert growth() < 1.5
+    assert growth() == growth(damping=0.01)
+
+
+def test_nothing_else_is_damped_by_default():
+    for options in (
+        {"operator": "kfac"},
+        {"operator": "kfac", "preconditioner": "jacobi"},
+        {"operator": "gram", "preconditioner": "kronecker"},
+        {"operator": "block"},
+        {"operator": "kfac", "preconditioner": "kronecker", "damping": 0.0},
+    ):
+        assert get_method("mats").parse(options).ridge() == 0
+
+
 @pytest.mark.parametrize("operator", MATRIX_OPERATORS)
 def test_views_are_as_good_as_copies(operator):
     deltas, base = randn(EXPERTS, IN, OUT).mT, randn(IN, OUT).mT
@@ -397,6 +435,7 @@ def test_the_kronecker_preconditioner_needs_a_quarter_of_the_applications(power,
             statistics,
             operator="kfac",
             preconditioner=preconditioner,
+            damping=0.0,
             iterations=4000,
             tolerance=1e-5,
         ).record

@@ -36,6 +36,8 @@ from eutectic.methods.solving import (
 )
 from eutectic.types import Merged
 
+KFAC_DAMPING = 0.01  # of a system whose preconditioner inverts its smallest eigenvalues too
+
 
 @dataclass(frozen=True, kw_only=True)
 class MatsParameters(Parameters):
@@ -54,7 +56,9 @@ class MatsParameters(Parameters):
             Kronecker product; the diagonal for operators that are one).
         off_diagonal: λ, by which the off-diagonal entries of A_t, H_t and B_t are multiplied.
         damping: ridge on the operator, relative to its mean diagonal. It draws the solution
-            towards the base with `space="delta"`, towards zero weights with "weight".
+            towards the base with `space="delta"`, towards zero weights with "weight". None: 0.01
+            for "kfac" with "kronecker", which else reaches directions that hardly any data excite
+            within a few steps, and may leave them many times too large; 0 otherwise, as published.
         space: solve for the delta, or for the weight as published.
         solver: conjugate gradients, or the closed form in float64 where there is one.
         rest: what a tensor without statistics takes: the experts' average, or the initial guess.
@@ -68,7 +72,7 @@ class MatsParameters(Parameters):
     tolerance: Annotated[float, Ge(0), Le(1)] = 1e-5
     preconditioner: Preconditioner = "none"
     off_diagonal: Annotated[float, Ge(0), Le(1)] = 1.0
-    damping: Annotated[float, Ge(0)] = 0.0
+    damping: Annotated[float, Ge(0)] | None = None
     space: Unknown = "delta"
     solver: Literal["cg", "direct"] = "cg"
     rest: Literal["average", "init"] = "average"
@@ -79,6 +83,13 @@ class MatsParameters(Parameters):
         if self.iterations is not None:
             return self.iterations
         return 10 if self.operator == "block" else 100
+
+    def ridge(self) -> float:
+        """Return the damping to use."""
+        if self.damping is not None:
+            return self.damping
+        steep = self.operator == "kfac" and self.preconditioner == "kronecker"
+        return KFAC_DAMPING if steep else 0.0
 
 
 def _needs(parameters: MatsParameters) -> set[str]:
@@ -182,7 +193,7 @@ def mats(deltas: Tensor, parameters: MatsParameters, context: Context) -> Merged
     offset = offset_of(parameters.space, system.right_side, context)
     record: dict[str, Any] = {"operator": operator, "space": parameters.space}
     if direct:
-        delta, details = closed_form(system, offset, parameters.damping)
+        delta, details = closed_form(system, offset, parameters.ridge())
         return Merged(delta.reshape(deltas.shape[1:]).to(deltas), {**record, **details})
 
     start, origin = initial_guess(deltas, parameters.init, parameters.init_scale, context)
@@ -190,7 +201,7 @@ def mats(deltas: Tensor, parameters: MatsParameters, context: Context) -> Merged
         iterate,
         tolerance=parameters.tolerance,
         preconditioner=parameters.preconditioner,
-        damping=parameters.damping,
+        damping=parameters.ridge(),
     )
     steps = parameters.steps()
     result = run(system, start, offset, steps=steps)
