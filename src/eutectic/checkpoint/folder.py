@@ -16,16 +16,21 @@ from eutectic.errors import CheckpointError, OutputError
 from eutectic.storage import storage_of
 from eutectic.storage.small_files import read_json, read_start
 
+# What makes inputs of texts, images and sounds: tokenizers, chat templates, processors.
+_FEEDING = (
+    *("*processor_config.json", "feature_extractor*.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*vocab*", "merges.txt"),
+    *("dict.txt", "spiece.model", "spm*.model", "sentencepiece*.model", "*.spm", "tekken.json"),
+    *("prophetnet.tokenizer", "emoji.json", "byte_maps.json", "*.tiktoken", "bpe.codes"),
+    *("word_shape.json", "word_pronunciation.json", "normalizer.json", "chat_template*"),
+)
 # What a model needs to be loaded and used, and what its licence asks to be kept: copied whatever
 # its size, and from folders that are no model's too, such as that of a lone file or of an adapter.
 _PATTERNS = (
     *("config.json", "configuration.json", "generation_config.json", MODULES_NAME),
     *("*config_sentence_transformers.json", "sentence_*_config.json", "router_config.json"),
-    *("*processor_config.json", "feature_extractor*.json", "open_clip_config.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*vocab*", "merges.txt"),
-    *("dict.txt", "spiece.model", "spm*.model", "sentencepiece*.model", "*.spm", "tekken.json"),
-    *("prophetnet.tokenizer", "emoji.json", "byte_maps.json", "*.tiktoken", "bpe.codes"),
-    *("word_shape.json", "word_pronunciation.json", "normalizer.json", "chat_template*"),
+    "open_clip_config.json",
+    *_FEEDING,
     *("LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*"),
 )
 # Never copied, whatever their name: weights in any format, archives, pickles and unfinished files.
@@ -92,6 +97,12 @@ class SideFiles:
 def side_files(folder: Path) -> tuple[str, ...]:
     """Return the names of the files of a folder to take along, sorted; see `survey`."""
     return survey(folder).taken
+
+
+def feeding_files(folder: Path) -> tuple[str, ...]:
+    """Return the side files that make a model's inputs: tokenizer, chat template, processors."""
+    names = side_files(folder)
+    return tuple(n for n in names if _matches(n, (*_FEEDING, f"{_CHAT_TEMPLATES}/*")))
 
 
 def check_side_files(folder: Path | None) -> None:

@@ -177,7 +177,7 @@ def _build(
             continue
         folder = aside.begin()
         if name == "export":
-            write_adapters(routed, folder, aside.output)
+            write_adapters(routed, folder, aside.output, merged)
         else:
             write_routed(routed, folder)
             own = {path.name for path in folder.iterdir()}
@@ -209,7 +209,7 @@ def _show(folder: Path, export: Path | None, json: bool) -> None:
         "left_out": routed.routing.left_out,
     }
     if export is not None:
-        export_lora(routed, export)
+        export_lora(routed, export, folder)
         report["export"] = str(export)
     _report(report, json)
 

@@ -12,12 +12,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from eutectic.checkpoint.folder import copy_side_files, feeding_files
 from eutectic.checkpoint.reader import StateDictReader
 from eutectic.checkpoint.writer import CheckpointWriter, OutputFile
-from eutectic.conventions import PEFT_ROOT
 from eutectic.errors import CheckpointError, OutputError, RequestError
 from eutectic.models.loading import load_stored
 from eutectic.models.sites import Site, routable_sites
+from eutectic.routed.adapter_folders import write_adapter
 from eutectic.routed.forward_pass import Routing, install_hooks
 from eutectic.routed.routed_modules import Experts, RoutedLinear, install
 from eutectic.routed.router import ROUTERS, RouterKind
@@ -201,32 +202,35 @@ def _load_base(path: Path, model: nn.Module | type[Any] | None) -> Any:
     return model
 
 
-def export_lora(routed: nn.Module, folder: str | Path) -> None:
+def export_lora(routed: nn.Module, folder: str | Path, beside: str | Path | None = None) -> None:
     """Write the merged model, one LoRA adapter per expert, and the routers.
 
     `merged/` is the base; `experts/<name>/` are adapters with A = F_t, B = B_t and scale 1, so that
     a model with adapter t equals the routed model with oracle t. `prototypes.safetensors` holds
     per layer `<path>.weight` `[T, in]` and `<path>.bias` `[T]`: scores are linear in the mean
     input of the layer's unmasked tokens (of norm 1 for the prototype router); its metadata names
-    the experts in order and the router.
+    the experts in order and the router. The adapters name `merged/` by its whole path, and load
+    with PEFT's `AutoPeftModelFor…` of their kind, or with `AutoPeftModel`.
 
     Args:
         routed: a routed transformers model.
         folder: must be empty or absent; written aside, it gets its name when it is complete.
+        beside: a model's folder whose tokenizer, chat template and processors go into all folders.
 
     Raises:
         RequestError: not a routed model, a packed in-projection (which LoRA has no form for), a
             model without `save_pretrained`, or a name of an expert that is no folder name.
         OutputError: the folder cannot be written.
     """
+    source = None if beside is None else Path(beside)
     with folder_aside(Path(folder), _identity(routed), ROUTERS_FILE) as aside:
         if not aside.finished:
-            write_adapters(routed, aside.begin(), aside.output)
+            write_adapters(routed, aside.begin(), aside.output, source)
             aside.commit()
         aside.clear()
 
 
-def write_adapters(routed: nn.Module, path: Path, output: Path) -> None:
+def write_adapters(routed: nn.Module, path: Path, output: Path, beside: Path | None = None) -> None:
     """Write the files of `export_lora` into a folder that will be called `output`."""
     handle, layers = routing_of(routed), experts_of(routed)
     own = getattr(type(routed), "save_pretrained", None)
@@ -242,8 +246,13 @@ def write_adapters(routed: nn.Module, path: Path, output: Path) -> None:
         raise RequestError(f"these names of experts cannot be folders: {bad}.")
     try:
         own(routed, path / "merged", state_dict=_base_state_dict(routed))
+        if beside is not None:
+            copy_side_files(beside, path / "merged", feeding_files(beside))
         for t, name in enumerate(handle.experts):
-            _write_adapter(routed, t, path / "experts" / name, output / "merged")
+            target = path / "experts" / name
+            write_adapter(routed, layers, t, target, output / "merged")
+            if beside is not None:
+                copy_side_files(beside, target, feeding_files(beside))
         routers = {
             f"{p}.{key}": tensor.contiguous()
             for p, experts in layers.items()
@@ -264,36 +273,6 @@ def _write_in_order(
         for key, tensor in tensors.items():
             writer.write(key, 0, tensor)
         writer.sync()
-
-
-def _write_adapter(routed: nn.Module, t: int, target: Path, base: Path) -> None:
-    layers = experts_of(routed)
-    ranks = {path: experts.up.shape[2] for path, experts in layers.items()}
-    rank = max(ranks.values())
-    smaller = {path: r for path, r in ranks.items() if r != rank}
-    modules = (routed.get_submodule(path) for path in layers)
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": str(base),
-        "r": rank,
-        "lora_alpha": rank,
-        "rank_pattern": smaller,
-        "alpha_pattern": smaller,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": any(isinstance(m, RoutedLinear) and m.transposed for m in modules),
-        "target_modules": list(layers),
-        "inference_mode": True,
-    }
-    tensors = {
-        f"{PEFT_ROOT}{path}.lora_{side}.weight": factor[t].detach().contiguous()
-        for path, experts in layers.items()
-        for side, factor in (("A", experts.down), ("B", experts.up))
-    }
-    target.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
-    (target / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def _identity(routed: nn.Module) -> dict[str, Any]:
