@@ -157,7 +157,7 @@ class DataOptions:
         "checkpoint's architecture).",
     )
     device: str = option("cpu", "Where the model runs, collecting.")
-    split: str | None = option(None, "Split of a `datasets` folder.")
+    split: str | None = option(None, "Split of a `datasets` folder, or of images.")
     trust_code: bool = option(False, "Allow data from module:function.", "--trust-code")
     text_column: str = option("text", "Column of texts.")
     text_pair_column: str = option("text_pair", "Column of second texts.")

@@ -54,6 +54,7 @@ ANSWERS: Mapping[str, str] = {
     **dict.fromkeys((*CLASSIFICATION, "regression", "feature-extraction"), "label"),
     "sequence-to-sequence": "target",
 }
+_TEXTS = ("text", "text_pair", "source", "target")
 _PAIRS_ALLOWED = ("text-classification", "regression", "feature-extraction")
 
 
@@ -87,6 +88,26 @@ def check_columns(
                 )
             if row[name] is None:
                 raise RequestError(f"{where}row {number} is empty in the column '{name}'.")
+            if field in _TEXTS:
+                check_text(row[name], name, f"{where}row {number}")
+
+
+def check_text(value: Any, column: str, where: str) -> None:
+    """Refuse (RequestError) what is no text, and would become the text of a Python value."""
+    if not isinstance(value, Mapping | list | tuple | set | bytes) and not hasattr(value, "ndim"):
+        return
+    first = value[0] if isinstance(value, list | tuple) and value else None
+    inside = f" of {type(first).__name__}" if first is not None else ""
+    turns = isinstance(first, Mapping) and {"role", "from"} & set(first)
+    advice = (
+        "Messages of chats are not read: write what the tokenizer's apply_chat_template makes of "
+        "them into a column."
+        if turns
+        else "Name a column of texts, or write one."
+    )
+    raise RequestError(
+        f"{where}: the column '{column}' holds a {type(value).__name__}{inside}, no text.\n{advice}"
+    )
 
 
 def check_pairs(rows: Sequence[Row], task: RowsOfTask, where: str = "") -> None:

@@ -16,6 +16,7 @@ from eutectic.data.columns import (
     RowsOfTask,
     check_columns,
     check_pairs,
+    check_text,
     required_inputs,
 )
 from eutectic.data.images import image_inputs, locate_images
@@ -87,6 +88,8 @@ def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
 
 
 def _texts(rows: Sequence[Row], column: str) -> list[str]:
+    for number, row in enumerate(rows, 1):
+        check_text(row[column], column, f"row {number}")
     return [str(row[column]) for row in rows]
 
 

@@ -15,6 +15,12 @@ from eutectic.storage.small_files import parse_json, read_text
 _IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 DATA_BYTES = 16 << 30  # of one file of rows, all of which are held in memory
 _SPLITS = "dataset_dict.json"
+# What folders of the splits of one data set are called; names in a row mean the same.
+_SPLIT_NAMES = (
+    ("train", "training"),
+    ("validation", "valid", "val", "dev"),
+    ("test", "testing", "eval"),
+)
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _KNOWN = (
     "*.jsonl, *.json, *.csv, *.tsv, *.parquet, a folder of images, a folder written by `datasets`"
@@ -25,7 +31,8 @@ def read_rows(source: str, *, split: str | None = None, trust_code: bool = False
     """Return the rows of a data set, column -> value, of a file or folder by ending and content.
 
     Or of `module:function`, which `trust_code` allows to run: it is called without arguments and
-    returns all rows, or all batches as tensors. `split`: of a `datasets` folder of several.
+    returns all rows, or all batches as tensors. `split`: of a `datasets` folder of several, or of a
+    folder of images that holds a folder for each (`train/`, `validation/`, `test/`).
     """
     path = Path(source)
     if split is not None:
@@ -37,7 +44,7 @@ def read_rows(source: str, *, split: str | None = None, trust_code: bool = False
     if path.is_dir():
         marks = ("dataset_info.json", "state.json", _SPLITS)
         is_dataset = any((path / mark).exists() for mark in marks)
-        return _saved_dataset(path, split) if is_dataset else _image_folder(path)
+        return _saved_dataset(path, split) if is_dataset else _images(path, split)
     readers = {
         ".jsonl": _jsonl,
         ".json": _json,
@@ -51,8 +58,9 @@ def read_rows(source: str, *, split: str | None = None, trust_code: bool = False
 
 
 def has_splits(source: str) -> bool:
-    """Tell whether a source is a `datasets` folder of several splits; nothing else has any."""
-    return (Path(source) / _SPLITS).is_file()
+    """Tell whether a source is a folder of several splits, of `datasets` or of images."""
+    path = Path(source)
+    return (path / _SPLITS).is_file() or bool(_image_splits(path))
 
 
 def check_split(sources: Sequence[str], split: str) -> None:
@@ -61,7 +69,7 @@ def check_split(sources: Sequence[str], split: str) -> None:
     if there and not any(map(has_splits, sources)):
         raise RequestError(
             f"{', '.join(there)}: data without splits, so there is no '{split}' to choose.\n"
-            "Leave the split out; only a folder of `datasets` may hold several."
+            "Leave the split out; only folders of `datasets` or of images may hold several."
         )
 
 
@@ -175,11 +183,49 @@ def _saved_dataset(path: Path, split: str | None) -> Sequence[Row]:
     if not isinstance(found, datasets.DatasetDict):
         return cast(Sequence[Row], found)
     if split is None or split not in found:
-        raise RequestError(
-            f"{path}: has the splits {', '.join(map(str, found))}; name one of them with --split.\n"
-            "In a task of `eutectic evaluate`: data: {proxy: {path: …, subset: NAME}}."
-        )
+        raise _choice_of_splits(path, [str(name) for name in found])
     return cast(Sequence[Row], found[split])
+
+
+def _choice_of_splits(path: Path, names: Sequence[str]) -> RequestError:
+    return RequestError(
+        f"{path}: has the splits {', '.join(names)}; name one of them with --split.\n"
+        "In a task of `eutectic evaluate`: data: {proxy: {path: …, subset: NAME}}."
+    )
+
+
+def _images(path: Path, split: str | None) -> list[Row]:
+    """Return the images of a folder, or those of one of its splits."""
+    names = _image_splits(path)
+    if not names:
+        return _image_folder(path)
+    if split is None and len(names) == 1:
+        return _image_folder(path / names[0])
+    alike = next((group for group in _SPLIT_NAMES if split in group), (split,))
+    found = [n for n in names if n == split] or [n for n in names if n.lower() in alike]
+    if len(found) != 1:
+        raise _choice_of_splits(path, names)
+    return _image_folder(path / found[0])
+
+
+def _image_splits(path: Path) -> list[str]:
+    """Return the names of the folders that are splits of a folder of images, if it has any.
+
+    Classes are seldom called `train` and `test`: folders are splits where all have such names, or
+    two have and all hold folders of classes. One alone must hold folders of classes.
+    """
+    if not path.is_dir():
+        return []
+    here = sorted(path.iterdir())
+    folders = [f for f in here if f.is_dir() and not f.name.startswith((".", "__"))]
+    known = {name for group in _SPLIT_NAMES for name in group}
+    named = [f.name for f in folders if f.name.lower() in known]
+    if not named or any(f.suffix.lower() in _IMAGES and f.is_file() for f in here):
+        return []
+    nested = all(any(child.is_dir() for child in f.iterdir()) for f in folders)
+    whole = len(named) == len(folders)
+    splits = (whole and len(named) > 1) or (nested and (whole or len(named) > 1))
+    return [f.name for f in folders] if splits else []
 
 
 def _image_folder(path: Path) -> list[Row]:
