@@ -318,7 +318,9 @@ SENTENCES: dict[str, Template] = {
     "changes_nothing": ("expert '{0}' changes nothing that was looked at: is it the base itself?"),
     "unrelated": _unrelated,
     "same_expert": "experts {all} are the same checkpoint, which therefore counts {count} times",
-    "same_as_base": "expert '{0}' is the base itself: it draws the merge towards the base",
+    "same_as_base": (
+        "expert '{0}' is the base itself, wherever they were compared: it draws the merge towards it"
+    ),
     "scale_far_out": (
         "scale {scale:g} is far from what is usual for {method} (by default {usual:g})"
     ),

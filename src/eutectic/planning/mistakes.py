@@ -1,10 +1,11 @@
 """Requests that are allowed and seldom meant: an expert twice, the base as one, a scale far out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
 from eutectic.checkpoint.experts import Expert
+from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.reader import TensorSource, sample_ranges
 from eutectic.errors import CheckpointError, Note
 from eutectic.planning.inputs import MergeRequest
@@ -12,6 +13,7 @@ from eutectic.recipes.schema import ScaleSearch
 
 FAR = 5.0  # times the method's default scale
 NEAR_ZERO = 0.01
+WINDOWS, WIDTH = 64, 512  # parts of a tensor that are compared with the base, and entries of one
 
 
 def mistakes(request: MergeRequest) -> list[Note]:
@@ -50,7 +52,7 @@ def _is_base(expert: Expert, base: TensorSource) -> bool:
     """Tell whether a full checkpoint holds the base's tensors with the base's values."""
     if expert.is_delta or expert.missing or expert.extra:
         return False
-    return _agree(expert, base, base.entries)
+    return _agree(expert, base, base.entries, _spread)
 
 
 def _are_same(first: Expert, second: Expert) -> bool:
@@ -59,18 +61,32 @@ def _are_same(first: Expert, second: Expert) -> bool:
         return kinds and first.fingerprint() == second.fingerprint()
     if first.entries.keys() != second.entries.keys() or first.extra.keys() != second.extra.keys():
         return False
-    if not _agree(first, second, first.entries):
+    if not _agree(first, second, first.entries, sample_ranges):
         return False
     return first.fingerprint() == second.fingerprint()
 
 
-def _agree(first: Expert, second: Expert | TensorSource, entries: Mapping[str, object]) -> bool:
-    """Compare a few values of every tensor, up to the first that differs."""
-    for name in entries:
+def _spread(count: int) -> Iterator[tuple[int, int]]:
+    """Yield flat ranges all over a tensor: rows of a table may be all that an expert changed."""
+    for start in range(0, count, max(count // WINDOWS, WIDTH)):
+        yield start, min(count, start + WIDTH)
+
+
+def _agree(
+    first: Expert,
+    second: Expert | TensorSource,
+    entries: Mapping[str, TensorEntry],
+    ranges: Callable[[int], Iterable[tuple[int, int]]],
+) -> bool:
+    """Compare parts of every tensor up to the first that differs.
+
+    From the end: last layers are tuned most often.
+    """
+    for name in reversed(list(entries)):
         one, other = first.entries[name], second.entries[name]
         if (one.shape, one.dtype) != (other.shape, other.dtype):
             return False
-        for start, stop in sample_ranges(one.numel):
+        for start, stop in ranges(one.numel):
             try:
                 if not torch.equal(first.read(name, start, stop), second.read(name, start, stop)):
                     return False
