@@ -319,7 +319,7 @@ SENTENCES: dict[str, Template] = {
     "unrelated": _unrelated,
     "same_expert": "experts {all} are the same checkpoint, which therefore counts {count} times",
     "same_as_base": (
-        "expert '{0}' is the base itself, wherever they were compared: it draws the merge towards it"
+        "expert '{0}' is the base itself, wherever compared: it draws the merge towards that"
     ),
     "scale_far_out": (
         "scale {scale:g} is far from what is usual for {method} (by default {usual:g})"
