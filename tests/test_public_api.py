@@ -50,6 +50,19 @@ def test_every_name_is_in_the_reference():
     assert "::: eutectic.errors" in text
 
 
+def test_all_that_the_reference_lists_is_importable_where_it_says():
+    from importlib import import_module
+
+    text = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
+    paths = [line[4:].strip() for line in text.splitlines() if line.startswith("::: ")]
+    for path in paths:
+        room, _, name = path.rpartition(".")
+        found = (
+            import_module(path) if path == "eutectic.errors" else getattr(import_module(room), name)
+        )
+        assert found.__doc__, path
+
+
 def test_other_names_are_refused():
     with pytest.raises(AttributeError, match="module 'eutectic' has no attribute 'merg'"):
         _ = eutectic.merg

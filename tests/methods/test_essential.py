@@ -135,6 +135,7 @@ def test_presets_are_the_published_exponents_and_explicit_values_win():
     assert relative_error(run(preset="roberta"), expected) < 1e-8
     plain = by_activations(deltas, X, task=0, eigenvalue=0, column=0, factor=1)
     assert relative_error(run(preset=None), plain) < 1e-8
+    assert relative_error(run(preset="none"), plain) < 1e-8  # as a recipe and an option write it
     mixed = by_activations(deltas, X, task=1, eigenvalue=0.15, column=0.5, factor=3)
     chosen = run(preset="vit", task_power=1, column_power=0.5, factor=3)
     assert relative_error(chosen, mixed) < 1e-8

@@ -69,6 +69,31 @@ def fingerprint_of(path: Path, base: Path | None = None) -> str:
         return reader.fingerprint()
 
 
+def scaling_vectors(path: Path) -> dict[str, Tensor]:
+    """Return what the weights of a base are multiplied with by an (IA)³ adapter, by their names.
+
+    A vector has one row or one column, so that it scales inputs or outputs of the weight as stored;
+    where outputs are scaled, those of the bias are too, as in PEFT.
+    """
+    turned = bool(read_json_object(path / ADAPTER_CONFIG).get("fan_in_fan_out"))
+    index, source = _open_ia3(path)
+    found: dict[str, Tensor] = {}
+    with closing(source):
+        others = index.entries.keys() - _ia3_vectors(index).keys()
+        if others:
+            raise CheckpointError(
+                f"{path}: an (IA)³ adapter that also holds {sorted(others)[0]} cannot be run.\n"
+                "Merge it into its base first: merge_and_unload of peft."
+            )
+        for name, shape in _ia3_vectors(index).items():
+            module = name.removeprefix(PEFT_ROOT).removesuffix(IA3_SUFFIX)
+            vector = source.read(name).view(shape)
+            if shape[0] > 1:
+                found[f"{module}.bias"] = vector.view(-1)
+            found[f"{module}.weight"] = vector.mT if turned else vector
+    return found
+
+
 def is_ia3(path: Path) -> bool:
     """Return whether `path` is an (IA)³ adapter; CheckpointError if its configuration is broken."""
     return is_adapter(path) and read_json_object(path / ADAPTER_CONFIG).get("peft_type") == "IA3"

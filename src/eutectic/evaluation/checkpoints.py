@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
 Role = Literal["base", "expert", "model"]
 RoutingMode = Literal["route", "oracle", "base"]
 EXPERTS_MEAN = "experts"
+
+
+_PROVENANCE = "eutectic.json"
+_NUMBER = re.compile(r"\d+(\.\d+)?(e-\d+)?")  # a sweep's folders are called by their weights
 
 
 @dataclass(frozen=True)
@@ -202,7 +207,8 @@ def named_checkpoints(
     routing: RoutingMode,
 ) -> Checkpoints:
     """Return base, experts and models by name."""
-    named = dict(models) if isinstance(models, Mapping) else {str(m).rstrip("/"): m for m in models}
+    given = dict(models) if isinstance(models, Mapping) else {str(m).rstrip("/"): m for m in models}
+    named = {n: path for name, folder in given.items() for n, path in _mixtures(name, folder)}
     wanted = [task.expert_name for task in tasks.values()]
     for name in experts:
         if name not in wanted:
@@ -228,6 +234,16 @@ def named_checkpoints(
     if routing != "route" and not any(checkpoint.routed for checkpoint in found):
         raise RequestError(f"routing '{routing}' is for routed models, and none of these is one.")
     return Checkpoints(root, folders, tuple(found), routing)
+
+
+def _mixtures(name: str, folder: str | Path) -> list[tuple[str, str | Path]]:
+    """Return the merges of a sweep's folder, each by its weight; any other folder as it is."""
+    path = Path(folder)
+    if not path.is_dir() or (path / _PROVENANCE).is_file():
+        return [(name, folder)]
+    found = [f for f in path.iterdir() if _NUMBER.fullmatch(f.name) and (f / _PROVENANCE).is_file()]
+    found.sort(key=lambda f: float(f.name))
+    return [(f"{name}/{f.name}", f) for f in found] or [(name, folder)]
 
 
 def _folder(path: str | Path, *, full: bool = False) -> Path:

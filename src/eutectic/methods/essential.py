@@ -40,6 +40,7 @@ class _Exponents:
 _PRESETS = {
     "vit": _Exponents(2, 0.15, 2, 2, 2),
     "roberta": _Exponents(0, 0.15, 0, 2, 1),
+    "none": _Exponents(),
     None: _Exponents(),
 }
 
@@ -52,8 +53,8 @@ class EssentialParameters(Parameters):
 
     Attributes:
         preset: "vit" (2, 0.15, 2, 2, factor 2: every scaling of the paper, the default) or
-            "roberta" (0, 0.15, 0, 2, factor 1), the two published variants; None starts from no
-            scaling at all (0, 0, 0, 0, factor 1).
+            "roberta" (0, 0.15, 0, 2, factor 1), the two published variants; "none", or None,
+            starts from no scaling at all (0, 0, 0, 0, factor 1).
         task_power: exponent of ‖Δ_t‖ relative to the experts' mean.
         eigenvalue_power: exponent of λ_i relative to the mean of the kept ones.
         column_power: exponent of the norms of the coordinates' columns relative to their mean.
@@ -66,7 +67,7 @@ class EssentialParameters(Parameters):
             stored numbers. Zero promotes everything.
     """
 
-    preset: Literal["vit", "roberta"] | None = "vit"
+    preset: Literal["vit", "roberta", "none"] | None = "vit"
     task_power: Power | None = None
     eigenvalue_power: Power | None = None
     column_power: Power | None = None

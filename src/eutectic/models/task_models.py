@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from eutectic.checkpoint.experts import Expert, is_adapter, open_expert
+from eutectic.checkpoint.experts import Expert, is_adapter, is_ia3, open_expert, scaling_vectors
 from eutectic.checkpoint.index import CheckpointIndex
 from eutectic.checkpoint.opening import logical_index, open_reader
 from eutectic.conventions import CLASSIFIERS
@@ -68,7 +68,12 @@ def load_model(
         folder, expert = own, None
     state = checkpoint_tensors(folder, base)
     configured = body = base_folder(folder, base)
-    if expert is not None and task.head is None and Path(expert) != folder:
+    if (
+        expert is not None
+        and task.head is None
+        and Path(expert) != folder
+        and not is_ia3(Path(expert))
+    ):
         index = logical_index(body)
         with _opened(Path(expert), index, base) as lender:
             head = _head(lender, index, task)
@@ -88,6 +93,8 @@ def checkpoint_tensors(folder: str | Path, base: str | Path | None = None) -> di
         state = {n: reader.read(n).view(e.shape) for n, e in reader.entries.items()}
     if not is_adapter(Path(folder)):
         return state
+    if is_ia3(Path(folder)):
+        return state | _scaled(state, Path(folder))
     with closing(open_expert(Path(folder), index)) as expert:
         before = dict(state)
         changed = {name: expert.extra[name] for name in expert.tied}
@@ -104,6 +111,18 @@ def checkpoint_tensors(folder: str | Path, base: str | Path | None = None) -> di
             if name not in changed:
                 state[name] = expert.read_extra(name).view(entry.shape)
     return state
+
+
+def _scaled(state: Mapping[str, Tensor], adapter: Path) -> dict[str, Tensor]:
+    """Return the tensors that an (IA)³ adapter multiplies, multiplied."""
+    vectors = scaling_vectors(adapter)
+    unknown = [n for n in vectors if n not in state and not n.endswith(".bias")]
+    if unknown:
+        raise CheckpointError(
+            f"{adapter}: its base holds no {unknown[0]}.\n"
+            "Name the base that the adapter was trained on, with the same class."
+        )
+    return {name: state[name] * vectors[name] for name in vectors if name in state}
 
 
 def head_tensors(
@@ -125,6 +144,8 @@ def borrows_head(
 
     False where the body has a head of the same shape itself. Headers are read, no tensor.
     """
+    if is_ia3(Path(expert)):  # vectors, and no head
+        return False
     index = logical_index(base_folder(Path(folder), base))
     with _opened(Path(expert), index, base) as lender:
         return bool(lender.extra.keys() - lender.tied or _head_names(lender, index, task))
