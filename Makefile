@@ -52,6 +52,8 @@ test: $(INSTALLED)
 test-quick: $(INSTALLED)
 	$(BIN)/python -m pytest --quick --numprocesses $(JOBS) --dist worksteal $(PYTEST_OPTIONS)
 
+.SECONDARY:  # such folders are kept
+
 # What differs between the versions lies in a folder that is looked into before .venv; torch and the
 # rest are .venv's. Installing takes ten seconds a version, the tests a minute.
 build/transformers-%/.installed: constraints/transformers-%.txt $(INSTALLED)

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from eutectic.checkpoint.experts import is_ia3
 from eutectic.conventions_patterns import fits
-from eutectic.errors import Note, NumericalError
+from eutectic.errors import Note, NumericalError, RequestError
 from eutectic.evaluation.metrics import LOWER_IS_BETTER
 from eutectic.evaluation.model_outputs import score
 from eutectic.execution.journal import Ledger
@@ -31,6 +32,12 @@ Measure = Callable[[TuningTask, Any, Any], tuple[float, float]]
 
 def prepare_objective(search: ScaleSearch, plan: Plan, inputs: Inputs) -> Choose:
     """Return the search over data; tasks are opened and checked now."""
+    paths = inputs.paths
+    if paths is not None and paths.experts and all(map(is_ia3, paths.experts.values())):
+        raise RequestError(
+            "merges of (IA)³ vectors are scaled without a model: a search over data has none to "
+            "run.\nMerge at some scales (--scale) and measure them with `eutectic evaluate`."
+        )
     tasks = open_tasks(search, plan, inputs)
     idle = [name for name in inputs.experts if name not in {t.expert for t in tasks}]
     labelled = search.search == "validation"
