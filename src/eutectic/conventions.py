@@ -7,6 +7,7 @@ stand beside each other, with the reason. Nothing here knows a shape, a file or 
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 # --- Vocabularies, whose rows are tokens ---
 
@@ -30,6 +31,7 @@ def is_output_vocabulary(name: str) -> bool:
     return _OUTPUT_VOCABULARY.search(name) is not None
 
 
+@lru_cache(maxsize=1 << 17)  # asked of the base's names for every expert
 def is_token_embedding(name: str) -> bool:
     """Tell whether a matrix is the model's input table of tokens, one row per token.
 

@@ -6,6 +6,7 @@ range in the data; the ranges follow one another without gap or overlap and end 
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
 CODE_OF: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
     """Where one tensor lies."""
 
@@ -157,7 +158,8 @@ def _tensor(path: Path, file: str, name: str, item: Any, data_start: int) -> Ten
     expected = math.prod(shape) * dtype.itemsize
     if nbytes != expected:
         raise broken(f"{code} of shape {shape} takes {expected:,} bytes, it claims {nbytes:,}")
-    return TensorEntry(name, dtype, tuple(shape), file, data_start + offsets[0], nbytes)
+    # Twenty experts have the same names.
+    return TensorEntry(sys.intern(name), dtype, tuple(shape), file, data_start + offsets[0], nbytes)
 
 
 def _is_size_list(value: Any) -> bool:

@@ -184,6 +184,8 @@ def _frozen_copies(keys: list[str]) -> tuple[str, ...]:
 
 def _literal(base: frozenset[str], keys: list[str]) -> list[Alignment]:
     """Return the prefixes that let most keys meet as they are written."""
+    if len(keys) >= len(base) and all(key in base for key in keys):
+        return [Alignment()]  # no prefix lets more of them meet
     present = frozenset(keys)
     met = Counter(("strip", p) for key in keys for p in _prefixes(key) if key[len(p) :] in base)
     met.update(("add", p) for key in base for p in _prefixes(key) if key[len(p) :] in present)

@@ -22,6 +22,7 @@ from eutectic.errors import CheckpointError, EutecticError, Fault, Note, RecipeE
 from eutectic.methods import Method
 from eutectic.methods.registry import all_methods
 from eutectic.methods.solving import ZERO
+from eutectic.planning.collector import collector_paused
 from eutectic.planning.tensor_plan import Source
 from eutectic.planning.ties import Ties
 from eutectic.recipes.document import Source as Document
@@ -89,6 +90,7 @@ class MergeRequest:
     statistics_names: Mapping[str, Mapping[str, str]]
 
 
+@collector_paused()
 def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
     """Open everything that a recipe names; read headers only."""
     document = document or Document()

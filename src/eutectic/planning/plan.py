@@ -25,6 +25,7 @@ from eutectic.checkpoint.writer import OutputFile
 from eutectic.conventions_heads import is_buffer
 from eutectic.errors import CheckpointError, Fault, MethodError, Note, RecipeError, RequestError
 from eutectic.methods import Method, get_method
+from eutectic.planning.collector import collector_paused
 from eutectic.planning.coverage import coverage_faults, unmatched
 from eutectic.planning.fallbacks import fallback_faults, fallen_share, merged_mostly_by
 from eutectic.planning.inputs import Inputs, MergeRequest
@@ -110,6 +111,7 @@ class OutputLayout:
         return self.format.open(folder, self.files, resume=resume)
 
 
+@collector_paused()
 def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> Plan:
     """Decide what becomes of every tensor, from headers alone."""
     source = source or Source()

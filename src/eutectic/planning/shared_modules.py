@@ -3,7 +3,8 @@
 Detectors share prediction heads between layers, and files hold one of them or all.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,16 +33,47 @@ def same_values(left: Stored, right: Stored, length: int) -> bool:
     Tables that were trained apart differ almost everywhere, so that samples tell most of them;
     copies are read to the end, because the rows of rare tokens may be all that differs.
     """
-    starts = (0, max(0, length // 2 - _WINDOW), max(0, length - _WINDOW))
-    ranges = [(start, min(length, start + _WINDOW)) for start in starts]
-    ranges += [(start, min(length, start + _PIECE)) for start in range(0, length, _PIECE)]
-    for start, stop in ranges:
+    for start, stop in (*_samples(length), *_pieces(length)):
         a, b = left.read(left.name, start, stop), right.read(right.name, start, stop)
         wide = a.dtype != b.dtype
         a, b = (a.double(), b.double()) if wide else (a.view(torch.uint8), b.view(torch.uint8))
         if not torch.equal(a, b):
             return False
     return True
+
+
+def content_keys(read: Read, entries: Iterable[TensorEntry]) -> dict[str, Hashable]:
+    """Return a key of every tensor's content: those of equal tensors are equal, and of no others.
+
+    Linear: samples tell most tensors, those that share them are read to the end, once each.
+    """
+    kinds: dict[Hashable, list[TensorEntry]] = {}
+    for entry in entries:
+        kinds.setdefault((entry.shape, entry.dtype), []).append(entry)
+    for ranges in (_samples, _pieces):
+        finer: dict[Hashable, list[TensorEntry]] = {}
+        for key, own in kinds.items():
+            for entry in own:
+                told = _digest(read, entry, ranges(entry.numel)) if len(own) > 1 else b""
+                finer.setdefault((key, told), []).append(entry)
+        kinds = finer
+    return {entry.name: key for key, own in kinds.items() for entry in own}
+
+
+def _digest(read: Read, entry: TensorEntry, ranges: Iterable[tuple[int, int]]) -> bytes:
+    digest = hashlib.sha256()
+    for start, stop in ranges:
+        digest.update(read(entry.name, start, stop).view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def _samples(length: int) -> list[tuple[int, int]]:
+    starts = (0, max(0, length // 2 - _WINDOW), max(0, length - _WINDOW))
+    return [(start, min(length, start + _WINDOW)) for start in starts]
+
+
+def _pieces(length: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(length, start + _PIECE)) for start in range(0, length, _PIECE))
 
 
 def shared_in(

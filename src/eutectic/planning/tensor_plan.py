@@ -36,7 +36,7 @@ class RowMap:
                 yield slice(first - start, last - start), first + shift, last + shift
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Source:
     """Where one checkpoint keeps its values of a tensor of the output."""
 

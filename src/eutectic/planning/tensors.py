@@ -98,7 +98,7 @@ def source_in(owner: str, expert: Expert, name: str, partner: str) -> Source:
 
 def _expert_source(owner: str, name: str, request: MergeRequest) -> Source:
     own = request.statistics_names.get(owner, {})
-    parts = {part: own[name + part] for part in ("", *PARTS) if name + part in own}
+    parts = {part: own[name + part] for part in ("", *PARTS) if name + part in own} if own else {}
     kept = request.ties.source(owner, request.inputs.experts[owner], name)
     return Source(owner, kept, weight=request.recipe.experts[owner].weight, statistics=parts)
 
@@ -210,7 +210,8 @@ def with_method(planned: TensorPlan, request: MergeRequest) -> TensorPlan:
     experts, initial, start = planned.experts, None, request.inputs.initial
     if own is method:
         particular = request.own_parameters
-        experts = tuple(replace(s, parameters=particular.get(s.owner)) for s in experts)
+        if particular:
+            experts = tuple(replace(s, parameters=particular.get(s.owner)) for s in experts)
         if start is not None:
             initial = Source("initial", request.ties.source("initial", start, planned.name))
     return replace(

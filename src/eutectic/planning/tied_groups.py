@@ -4,8 +4,9 @@ Copies are recognised by their names and their values; names that the base's fil
 habits of transformers and by what the experts hold.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from eutectic import conventions_ties as habits
@@ -13,7 +14,7 @@ from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.reader import TensorSource
 from eutectic.conventions import is_output_vocabulary, may_be_vocabulary
-from eutectic.planning.shared_modules import Stored, repeated, same_values
+from eutectic.planning.shared_modules import Stored, content_keys, repeated, same_values
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Group:
         return bool(self.tables) or any(map(is_output, self.held))
 
 
+@lru_cache(maxsize=1 << 16)
 def is_output(name: str) -> bool:
     """Tell whether a tensor may be an output layer over the vocabulary, going by its name."""
     return is_output_vocabulary(name) or habits.is_output_table(name)
@@ -74,6 +76,11 @@ def groups_of(model: TiedModel) -> list[Group]:
     """Return the tied tensors of a base, with the names that it has by habit beside its file's."""
     names = model.base.entries
     groups: list[Group] = []
+    written = {e.shape for n, e in names.items() if len(e.shape) == 2 and is_output(n)}
+    biases: dict[int, list[str]] = {}
+    for name, entry in names.items():
+        if len(entry.shape) == 1:
+            biases.setdefault(entry.shape[0], []).append(name)
     for held in equal_tensors(model.base):
         group = Group(names[held[0]], held)
         if group.is_bias:
@@ -81,7 +88,8 @@ def groups_of(model: TiedModel) -> list[Group]:
         else:
             siblings = (n for t in group.tables for n in habits.input_names(t, names))
             group.others = [n for n in dict.fromkeys(siblings) if n not in names]
-            group.others += _output_of(group, model)
+            if group.entry.shape not in written:
+                group.others += _output_of(group, model, biases.get(group.entry.shape[0], ()))
         groups.append(group)
     return groups
 
@@ -94,17 +102,18 @@ def equal_tensors(base: TensorSource) -> list[list[str]]:
     entries = base.entries
     matrices = [e for e in entries.values() if len(e.shape) == 2]
     tables = [e for e in matrices if may_be_vocabulary(e.name)]
-    outputs = [e for e in matrices if is_output(e.name) and e not in tables]
+    outputs = [e for e in matrices if is_output(e.name) and not may_be_vocabulary(e.name)]
     groups: list[list[str]] = []
+    equal_to: dict[Hashable, list[str]] = {}  # content -> the group of tables that have it
+    keys = content_keys(base.read, (*tables, *outputs))
     for entry in (*tables, *outputs):
-        for group in groups:
-            first = entries[group[0]]
-            alike = (first.shape, first.dtype) == (entry.shape, entry.dtype)
-            if alike and may_be_vocabulary(first.name) and _equal_in(base, first, entry.name):
-                group.append(entry.name)
-                break
-        else:
-            groups.append([entry.name])
+        group = equal_to.get(keys[entry.name])
+        if group is not None:
+            group.append(entry.name)
+            continue
+        groups.append([entry.name])
+        if may_be_vocabulary(entry.name):
+            equal_to[keys[entry.name]] = groups[-1]
     for name, entry in entries.items():
         own = [n for n in habits.bias_names(name) if n in entries]
         if len(entry.shape) != 1 or own[:1] != [name]:
@@ -123,13 +132,42 @@ def join(model: TiedModel, groups: list[Group], expert: Expert) -> frozenset[str
     These are copies of what it holds under the base's names, or the base's tied tensors.
     """
     explained: set[str] = set()
+    contents = _contents(groups, expert)
+    tied: dict[
+        Hashable, list[tuple[Group, str]]
+    ] = {}  # content -> groups, names
+    for group in groups:
+        for name in group.names:
+            if name in contents:
+                tied.setdefault(contents[name], []).append((group, name))
+    tables = {contents.get(n) for n in expert.entries if may_be_vocabulary(n)}
     for name, entry in expert.extra.items():
-        group = _group_of(model, groups, expert, entry, name)
+        content = contents.get(name) if _is_table(name, entry) else None
+        equal = (g for g, own in tied.get(content, ()) if own != name)
+        group = next((g for g in equal if g.entry.shape == entry.shape), None)
+        if group is None:
+            group = _group_of(model, groups, expert, entry, name)
         if group is not None and name not in group.names:
             group.others.append(name)
-        if group is not None or _is_copy(expert, name, entry):
+            tied.setdefault(content, []).append((group, name))
+        if group is not None or (content is not None and content in tables):
             explained.add(name)
     return frozenset(explained | repeated(expert, expert.extra.keys()))
+
+
+def _is_table(name: str, entry: TensorEntry) -> bool:
+    return len(entry.shape) == 2 and (is_output(name) or may_be_vocabulary(name))
+
+
+def _contents(groups: list[Group], expert: Expert) -> dict[str, Hashable]:
+    """Return the content of an expert's tables by name, where it has some that the base lacks."""
+    extra = [n for n, e in expert.extra.items() if _is_table(n, e)]
+    if not extra:
+        return {}
+    names = [*(n for g in groups for n in g.names), *filter(may_be_vocabulary, expert.entries)]
+    held = {n: expert.stored[n] for n in (*extra, *names) if _holds(expert, n)}
+    keys = content_keys(expert.source.read, held.values())
+    return {name: keys[entry.name] for name, entry in held.items()}
 
 
 def has(expert: Expert, name: str, like: TensorEntry) -> bool:
@@ -151,14 +189,11 @@ def same_in(expert: Expert, first: str, second: str) -> bool:
     return same_values(Stored(read, one.name), Stored(read, two.name), one.numel)
 
 
-def _output_of(group: Group, model: TiedModel) -> list[str]:
+def _output_of(group: Group, model: TiedModel, biases: Iterable[str]) -> list[str]:
     """Return the name of the output layer that a base's file leaves out, since its table is it."""
-    names = model.base.entries
-    writes = any(is_output(n) and e.shape == group.entry.shape for n, e in names.items())
-    if not (group.tables and model.extends and model.tied) or writes:
+    if not (group.tables and model.extends and model.tied):
         return []
-    biases = [n for n, e in names.items() if e.shape == group.entry.shape[:1]]
-    return [habits.output_name(group.tables[0], biases, names, model.config)]
+    return [habits.output_name(group.tables[0], biases, model.base.entries, model.config)]
 
 
 def _group_of(
@@ -171,9 +206,6 @@ def _group_of(
     known = habits.is_token_table(name) or is_output(name)
     if len(entry.shape) != 2 or not (known or may_be_vocabulary(name)):
         return None
-    for group in alike:
-        if any(own != name and same_in(expert, name, own) for own in group.names):
-            return group
     named = [g for g in alike if name in g.names]
     if not named and known and model.extends:
         named = [g for g in alike if _may_be(model, g, name, expert)]
@@ -190,23 +222,6 @@ def _may_be(model: TiedModel, group: Group, name: str, expert: Expert) -> bool:
     # where nobody says that the base has such an end.
     other_end = group.tables and not writes if is_output(name) else writes and not group.tables
     return bool(other_end) and (lacking or bool(model.tied))
-
-
-def _is_copy(expert: Expert, name: str, entry: TensorEntry) -> bool:
-    """Tell whether a tensor that the base lacks repeats a vocabulary table of the same expert.
-
-    Such as the output layer in `torch.save(model.state_dict())` of a tied model whose vocabulary
-    was enlarged.
-    """
-    if len(entry.shape) != 2 or not (is_output(name) or may_be_vocabulary(name)):
-        return False
-    return any(may_be_vocabulary(n) and same_in(expert, name, n) for n in _alike(expert, entry))
-
-
-def _alike(expert: Expert, entry: TensorEntry) -> Iterator[str]:
-    for name, own in expert.entries.items():
-        if (own.shape, own.dtype) == (entry.shape, entry.dtype):
-            yield name
 
 
 def _holds(expert: Expert, name: str) -> bool:

@@ -258,12 +258,12 @@ def _stated(
 
 def _differing(groups: Sequence[Group]) -> list[tuple[str, str]]:
     """Return tables and output layers of a base that might be one, and differ."""
+    outputs: dict[tuple[int, ...], str] = {}  # shape -> the first output layer
+    for group in groups:
+        if all(map(is_output, group.held)):
+            outputs.setdefault(group.entry.shape, group.held[0])
     return [
-        (one.held[0], two.held[0])
-        for one in groups
-        for two in groups
-        if one.tables
-        and not any(map(is_output, one.held))
-        and all(map(is_output, two.held))
-        and one.entry.shape == two.entry.shape
+        (group.held[0], outputs[group.entry.shape])
+        for group in groups
+        if group.tables and group.entry.shape in outputs and not any(map(is_output, group.held))
     ]

@@ -105,6 +105,9 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+_PLAIN = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+
+
 def recognise(entries: Entries, config: Mapping[str, Any], read: Read, where: str) -> Recognised:
     """Find the codes among a checkpoint's tensors; CheckpointError where some cannot be read.
 
@@ -112,11 +115,13 @@ def recognise(entries: Entries, config: Mapping[str, Any], read: Read, where: st
     method where these leave it open. Nothing that looks like codes is passed on as numbers.
     """
     stated = replace(stated_by(config), beside=_dtype_of_rest(entries))
-    method = _foreign(entries, stated)
+    # Codes are integers or of 8 bits; of a plain checkpoint not even the names are looked at.
+    plain = not stated.settings and all(e.dtype in _PLAIN for e in entries.values())
+    method = None if plain else _foreign(entries, stated)
     codes: dict[str, Codes] = {}
     unreadable: dict[str, str] = {}
     if method is None:
-        for family in FAMILIES:
+        for family in () if plain else FAMILIES:
             for found in family(entries, stated, read):
                 if isinstance(found, tuple):
                     unreadable[found[0]] = str(found[1])
