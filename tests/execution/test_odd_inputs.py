@@ -193,7 +193,7 @@ def test_names_of_other_parents_are_taken(family: Path, name: str):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("-p", "density=2020-13-45"), "is not a YAML value"),
+        (("-p", "density=2020-13-45"), "density: input should be a valid number"),
         (("--set", "seed=!!int x"), "is not a YAML value"),
         (("--set", "parameters=[1]"), "parameters"),
     ],

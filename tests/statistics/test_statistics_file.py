@@ -150,6 +150,7 @@ def test_other_and_damaged_files(path: Path) -> None:
     safetensors.torch.save_file({"a": torch.ones(2)}, path)
     with pytest.raises(StatisticsError, match="not a statistics file"):
         load_statistics(path)
+    path.unlink()
     collected(path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-10])
@@ -179,7 +180,8 @@ def test_a_failed_write_leaves_the_old_file(path: Path, monkeypatch: pytest.Monk
 def test_an_output_that_cannot_be_written_fails_before_the_work(tmp_path: Path) -> None:
     calls: list[int] = []
     model = nn.Linear(2, 2)
-    for target in (tmp_path / "missing" / "x.safetensors", tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    for target in (tmp_path / "file" / "x.safetensors", tmp_path):
         with pytest.raises(OutputError):
             collect(model, [torch.ones(1, 2)], target, progress=lambda *_: calls.append(1))
     assert calls == []

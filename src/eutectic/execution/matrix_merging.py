@@ -222,5 +222,5 @@ def _run(planned: TensorPlan, deltas: Tensor | LowRankStack, context: Context) -
         raise NumericalError(
             f"{context.tensor}: {planned.method} cannot decompose this matrix ({error}).\n"
             "If it holds NaN or Inf, repair the checkpoint, or give the tensor a rule with "
-            "treatment copy or vector."
+            "treatment vector."
         ) from error

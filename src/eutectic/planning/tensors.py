@@ -122,8 +122,10 @@ def _meet_experts(
             return Fault(
                 "table_size",
                 f"the base has {list(entry.shape)}, but {listed}. Tables of different size cannot "
-                "be merged row by row; add a rule: treatment copy or head.",
+                "be merged row by row.",
                 entry.name,
+                next="Resize them to one vocabulary, or keep each expert's own: add a rule: "
+                "treatment head.",
             )
         if not is_output_layer(entry.name):
             return Fault("other_shape", f"another shape: {listed}.", entry.name)
@@ -167,7 +169,7 @@ def _dtype_fault(entry: TensorEntry, having: Mapping[str, TensorEntry]) -> Fault
                 f"{owner} holds {dtype}, which cannot be merged.",
                 entry.name,
                 allowed="float16, bfloat16, float32, float64",
-                next="Dequantise it first, or add a rule: treatment copy.",
+                next="Save it in one of these, or keep each expert's by a rule: treatment head.",
             )
     return None
 

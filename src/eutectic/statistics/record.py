@@ -24,7 +24,7 @@ class LayerRecord(_Part):
     sample_count: _Count
     inputs: str  # the parameter whose inputs are the same
     same_as: str
-    shape: Annotated[_Sizes, Field(min_length=1)]
+    shape: _Sizes  # empty for a scalar
     parameter: _Sizes
 
 

@@ -251,8 +251,8 @@ def _check_tensor(path: Path, name: str, shape: tuple[int, ...], layers: Mapping
     elif stored.startswith("block_fisher"):
         sound = shape[-1:] == (torch.Size(parameter).numel(),)
     else:
-        width = size[0] if stored.startswith("output_gradient") else size[-1]
-        sound = len(shape) in (1, 2) and shape[-1] == width
+        width = size[:1] if stored.startswith("output_gradient") else size[-1:]
+        sound = len(shape) in (1, 2) and [*shape[-1:]] == [*width]
     if not sound:
         raise StatisticsError(
             f"{path}: tensor '{name}' {[*shape]} does not fit a layer of shape {size}."
