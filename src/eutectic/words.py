@@ -56,6 +56,17 @@ def _is_control(character: str) -> bool:
     return character not in _JOINERS and unicodedata.category(character) in _CONTROLS
 
 
+def public_path(path: object) -> str:
+    """Return a path for files that are published: of an absolute one its last part.
+
+    >>> public_path("/home/me/models/a"), public_path("models/a")
+    ('a', 'models/a')
+    """
+    text = plain(str(path), kept="").replace("\\", "/")
+    private = text.startswith(("/", "~", "..")) or text[1:2] == ":"
+    return text.rstrip("/").rpartition("/")[2] or text if private else text
+
+
 def percent(share: float) -> str:
     """Return a part of one as text, never 0 % of something or 100 % of what is not all."""
     value = 100 * share

@@ -220,7 +220,7 @@ def full_expert(
         met.alignment,
         entries,
         extra,
-        stored={**extra, **entries},
+        stored={**extra, **entries} if extra else entries,
         missing=tuple(name for name in base if name not in keys),
         config=config or {},
         folder=folder,

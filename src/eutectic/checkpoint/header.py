@@ -50,7 +50,7 @@ class TensorEntry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     file: str  # relative to the checkpoint's folder; "" in memory
-    offset: int  # absolute, in bytes; −1 in torch pickles and in memory
+    offset: int  # absolute, in bytes; −1 in memory, and where its numbers do not lie in a row
     nbytes: int  # of a tensor that an adapter changes: bytes of the factors
 
     @property
@@ -120,7 +120,8 @@ def _parse(path: Path, file: str, raw: bytes, file_size: int) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _broken(path, f"corrupt: '{METADATA_KEY}' must map names to strings")
     position = 8 + len(raw)
-    tensors = [_tensor(path, file, name, item, position) for name, item in table.items()]
+    shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # most tensors share theirs
+    tensors = [_tensor(path, file, name, item, position, shapes) for name, item in table.items()]
     tensors.sort(key=lambda t: (t.offset, t.nbytes))
     previous = "the header"
     for tensor in tensors:
@@ -137,7 +138,14 @@ def _parse(path: Path, file: str, raw: bytes, file_size: int) -> Header:
     return Header(tuple(tensors), metadata)
 
 
-def _tensor(path: Path, file: str, name: str, item: Any, data_start: int) -> TensorEntry:
+def _tensor(
+    path: Path,
+    file: str,
+    name: str,
+    item: Any,
+    data_start: int,
+    shapes: dict[tuple[int, ...], tuple[int, ...]],
+) -> TensorEntry:
     def broken(what: str) -> CheckpointError:
         return _broken(path, f"inconsistent header: tensor '{name}': {what}")
 
@@ -159,7 +167,9 @@ def _tensor(path: Path, file: str, name: str, item: Any, data_start: int) -> Ten
     if nbytes != expected:
         raise broken(f"{code} of shape {shape} takes {expected:,} bytes, it claims {nbytes:,}")
     # Twenty experts have the same names.
-    return TensorEntry(sys.intern(name), dtype, tuple(shape), file, data_start + offsets[0], nbytes)
+    own = tuple(shape)
+    size, offset = shapes.setdefault(own, own), data_start + offsets[0]
+    return TensorEntry(sys.intern(name), dtype, size, file, offset, nbytes)
 
 
 def _is_size_list(value: Any) -> bool:

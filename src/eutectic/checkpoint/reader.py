@@ -7,8 +7,10 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -78,9 +80,10 @@ def same_content(first: Tensor, second: Tensor) -> bool:
     return torch.allclose(x, y, rtol=_SAMPLE_TOLERANCE, atol=slack, equal_nan=True)
 
 
-# Per folder: checkpoints of hundreds of shards, times many experts, would exhaust the usual limit
-# of 1024 open files.
+# Checkpoints of hundreds of shards, times many experts, would exhaust the usual limit of 1024 open
+# files: so many per folder, and together no more than half of what the system allows.
 _MAX_OPEN_FILES = 16
+_USUAL_LIMIT = 512  # where the system does not say, such as on Windows
 _MOST_WHOLE = 4  # tensors of torch pickles that are held whole between reads of their parts
 
 
@@ -212,7 +215,10 @@ class CheckpointReader:
 class _OpenFiles:
     """Files opened on demand; the least recently used idle one is closed when many are open."""
 
+    _all: ClassVar[WeakSet[_OpenFiles]] = WeakSet()
+
     def __init__(self, folder: Path) -> None:
+        self._all.add(self)
         self._folder = folder
         self._lock = threading.Lock()
         self._idle: OrderedDict[str, OpenedFile] = OrderedDict()
@@ -233,13 +239,14 @@ class _OpenFiles:
         try:
             file.read_into(buffer, offset)
         finally:
+            most = min(_MAX_OPEN_FILES, _allowed_files() // 2 // max(1, len(self._all)))
             with self._lock:
                 file, users = self._busy.pop(name)
                 if users > 1:
                     self._busy[name] = (file, users - 1)
                 else:
                     self._idle[name] = file
-                    while self._idle and len(self._idle) + len(self._busy) > _MAX_OPEN_FILES:
+                    while self._idle and len(self._idle) + len(self._busy) > most:
                         self._idle.popitem(last=False)[1].close()
 
     def close(self) -> None:
@@ -254,6 +261,17 @@ class _OpenFiles:
             file.close()
             raise OSError(errno.ESTALE, "the file was replaced or changed while being read")
         return file
+
+
+@cache
+def _allowed_files() -> int:
+    """Return how many files a process may hold open."""
+    try:
+        import resource
+    except ImportError:
+        return _USUAL_LIMIT
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return allowed if 0 < allowed < 1 << 20 else 1 << 20
 
 
 class StateDictReader:

@@ -27,6 +27,7 @@ from eutectic.evaluation.results import (
     TaskRecord,
 )
 from eutectic.evaluation.task_files import Task
+from eutectic.words import public_path
 
 CONFIDENCE = (2.5, 97.5)
 _BLOCK_ELEMENTS = 1 << 21
@@ -171,7 +172,7 @@ def results_of(pairs: Pairs, outcomes: Mapping[tuple[str, str], Outcomes]) -> Re
             CheckpointRecord(
                 name=c.name,
                 role=c.role,
-                path=str(c.folder),
+                path=public_path(c.folder),
                 fingerprint=fingerprint(c.folder, checkpoints.base),
                 routing=checkpoints.routing if c.routed else None,
             )

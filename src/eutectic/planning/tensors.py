@@ -96,9 +96,14 @@ def source_in(owner: str, expert: Expert, name: str, partner: str) -> Source:
     return Source(owner, (name if own else partner) if held else None)
 
 
+_NONE: Mapping[str, str] = {}  # one for all: there are as many sources as tensors times experts
+
+
 def _expert_source(owner: str, name: str, request: MergeRequest) -> Source:
     own = request.statistics_names.get(owner, {})
-    parts = {part: own[name + part] for part in ("", *PARTS) if name + part in own} if own else {}
+    parts = (
+        {part: own[name + part] for part in ("", *PARTS) if name + part in own} if own else _NONE
+    )
     kept = request.ties.source(owner, request.inputs.experts[owner], name)
     return Source(owner, kept, weight=request.recipe.experts[owner].weight, statistics=parts)
 

@@ -133,9 +133,7 @@ def join(model: TiedModel, groups: list[Group], expert: Expert) -> frozenset[str
     """
     explained: set[str] = set()
     contents = _contents(groups, expert)
-    tied: dict[
-        Hashable, list[tuple[Group, str]]
-    ] = {}  # content -> groups, names
+    tied: dict[Hashable, list[tuple[Group, str]]] = {}  # content -> groups, names
     for group in groups:
         for name in group.names:
             if name in contents:

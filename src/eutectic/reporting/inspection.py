@@ -27,6 +27,7 @@ from eutectic.reporting.plots import check_plots, draw
 from eutectic.reporting.schema import Inspection, Layer
 from eutectic.reporting.summary import growth, summarise
 from eutectic.storage.small_files import INDEX_BYTES, read_bytes
+from eutectic.words import public_path
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -130,9 +131,9 @@ def inspect(
         notes = _notes(plan, inputs, measured, split)
     found = Inspection(
         eutectic=version("eutectic"),
-        base=checked.base,
-        experts={name: spec.path for name, spec in checked.experts.items()},
-        merged=paths,
+        base=public_path(checked.base),
+        experts={name: public_path(spec.path) for name, spec in checked.experts.items()},
+        merged={name: public_path(path) for name, path in paths.items()},
         error=asked.error,
         pattern=asked.layers,
         notes=notes,
