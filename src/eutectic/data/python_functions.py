@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from eutectic.errors import RequestError
+from eutectic.storage.small_files import check_regular
 
 
 @contextmanager
@@ -85,6 +86,7 @@ class _Beside:
 def _file_as_module(file: str) -> ModuleType:
     """Return a file as a module, under a name that no other module has."""
     name = f"_eutectic_{hashlib.sha256(file.encode()).hexdigest()[:16]}"
+    check_regular(Path(file))
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError(f"no module in {file}")

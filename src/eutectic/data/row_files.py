@@ -10,7 +10,7 @@ from typing import Any, cast
 from eutectic.data.columns import Row
 from eutectic.data.python_functions import imported
 from eutectic.errors import MissingExtraError, RequestError, StatisticsError
-from eutectic.storage.small_files import parse_json, read_text
+from eutectic.storage.small_files import check_regular, parse_json, read_text
 
 _IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 DATA_BYTES = 16 << 30  # of one file of rows, all of which are held in memory
@@ -166,6 +166,7 @@ def _parquet(path: Path) -> Sequence[Row]:
     except ImportError as error:
         raise MissingExtraError("pyarrow", "eval", f"reading {path.name}") from error
     try:
+        check_regular(path)
         return parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise StatisticsError(f"{path}: not a readable parquet file ({error}).") from error

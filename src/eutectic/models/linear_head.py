@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from eutectic.errors import CheckpointError, RequestError
 from eutectic.models.batches import token_means
+from eutectic.storage.small_files import check_regular
 
 Pooling = Literal["mean", "cls", "pooler"]
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
@@ -60,6 +61,7 @@ def read_head(path: Path, pooling: Pooling = "mean", normalize: bool = False) ->
     if pooling not in POOLINGS:
         raise RequestError(f"unknown pooling '{pooling}'; known are {', '.join(POOLINGS)}.")
     try:
+        check_regular(path)
         tensors = load_file(path)
         weight = tensors["weight"].float()
         bias = tensors["bias"].float() if "bias" in tensors else torch.zeros(len(weight))

@@ -24,7 +24,7 @@ from eutectic.routed.routed_modules import Experts, RoutedLinear, install
 from eutectic.routed.router import ROUTERS, RouterKind
 from eutectic.routed.routing_modes import routing_of
 from eutectic.storage import folder_aside
-from eutectic.storage.small_files import read_bytes
+from eutectic.storage.small_files import check_regular, read_bytes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -129,6 +129,7 @@ def load_routed(folder: str | Path, model: nn.Module | type[Any] | None = None) 
     description = _read_description(path)
     loaded = _load_base(path, model)
     try:
+        check_regular(path / FACTORS)
         tensors = load_file(path / FACTORS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path / FACTORS}: cannot be read: {error}.") from None
@@ -188,6 +189,7 @@ def _load_base(path: Path, model: nn.Module | type[Any] | None) -> Any:
     if not isinstance(model, nn.Module):
         return load_stored(path, model)
     try:
+        check_regular(path / PLAIN_WEIGHTS)
         given = load_file(path / PLAIN_WEIGHTS)
         missing, unknown = model.load_state_dict(given, strict=False)
         state = model.state_dict()

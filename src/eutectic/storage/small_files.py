@@ -40,7 +40,7 @@ def open_regular(path: Path) -> int:
     OSError for anything else, which is never opened: that would wait for a pipe's writer, or set a
     device in motion.
     """
-    _check_regular(path.stat().st_mode, path)
+    check_regular(path)
     descriptor = os.open(path, os.O_RDONLY | _BYTES | _CLOSED_ON_EXEC | _NO_WAITING)
     try:
         _check_regular(os.fstat(descriptor).st_mode, path)
@@ -48,6 +48,11 @@ def open_regular(path: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def check_regular(path: Path) -> None:
+    """Raise OSError unless a path leads to a regular file; for files that a library opens."""
+    _check_regular(path.stat().st_mode, path)
 
 
 def _check_regular(mode: int, path: Path) -> None:
