@@ -30,11 +30,16 @@ from eutectic.types import Statistics
 
 
 def document(
-    plan: Plan, inputs: Inputs, finished: Mapping[tuple[str, str], Finished], identity: str
+    plan: Plan,
+    inputs: Inputs,
+    finished: Mapping[tuple[str, str], Finished],
+    identity: str,
+    known: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the provenance of a merge: what was asked, what each tensor took, hashes, versions.
 
     `identity` is the request's (see `request_identity`): by it a sweep knows its own merges again.
+    `known` is what `input_identities` found; it is compared again before the model gets its name.
     Nothing depends on when or how it ran, so that a resumed run gives the same bytes.
     """
     names = plan.request.names
@@ -55,11 +60,13 @@ def document(
             "base": {
                 "name": names["base"],
                 **({"hub": True} if plan.request.hub_base else {}),
-                "fingerprint": inputs.base.fingerprint(),
+                "fingerprint": known["the base"][0],
                 "licence": licence_of(inputs.index.folder if inputs.index else None),
             },
             **{
-                name: _parent(names[name], expert, inputs.statistics.get(name))
+                name: _parent(
+                    names[name], expert, known[f"expert '{name}'"][0], inputs.statistics.get(name)
+                )
                 for name, expert in inputs.experts.items()
             },
         },
@@ -75,7 +82,7 @@ def document(
         },
     }
     if inputs.initial is not None:
-        provenance["initial"] = _parent(names["initial"], inputs.initial)
+        provenance["initial"] = _parent(names["initial"], inputs.initial, known["init"][0])
     return provenance
 
 
@@ -84,12 +91,14 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return read_json(folder / PROVENANCE, OutputError, limit=JOURNAL_BYTES)
 
 
-def _parent(name: str, expert: Expert, statistics: Statistics | None = None) -> dict[str, Any]:
+def _parent(
+    name: str, expert: Expert, fingerprint: str, statistics: Statistics | None = None
+) -> dict[str, Any]:
     """Describe an expert, and which data its statistics are of, if the recipe names any."""
     known = statistics is not None and statistics.provenance
     data = {"statistics": known["data"]} if known else {}
     licence = licence_of(expert.folder)
-    return {"name": name, "fingerprint": expert.fingerprint(), "licence": licence, **data}
+    return {"name": name, "fingerprint": fingerprint, "licence": licence, **data}
 
 
 def write_folder(

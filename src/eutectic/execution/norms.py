@@ -1,7 +1,7 @@
 """How large a merged change is against the experts' own: a guard against merges that explode.
 
 Measured in passing. Matrices that a method merges as such are measured whole; what is merged in
-chunks is measured on the first entries of each, which stand for the chunk.
+chunks is measured on the first entries of a few, which stand for all.
 """
 
 import math
@@ -18,12 +18,13 @@ from eutectic.execution.tensor_values import read_base
 from eutectic.linalg.lowrank import LowRankStack
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
-from eutectic.planning.tensor_plan import TensorPlan
+from eutectic.planning.tensor_plan import CHUNK, TensorPlan
 
 # matrix of a tensor ("" for the whole) -> ‖Δ‖² before α, ‖W₀‖², and ‖Δ_t‖² of its experts in order
 Squares = dict[str, list[float]]
 
 SAMPLE = 1 << 13  # entries of a chunk that are measured
+CHUNKS = 4  # of a tensor that are measured, about
 BOUND = 3.0  # times the experts' mean
 KIN = 10.0  # times the median of the other experts
 SHOWN = 4
@@ -42,9 +43,10 @@ def add_chunk(
     `in_weights`: stack and result hold weights instead of deltas.
     """
     start, stack, base = chunk
-    count = merged.numel()
-    taken = min(count, SAMPLE)
-    if taken == 0:
+    every = max(1, planned.elements // (CHUNK * CHUNKS))
+    count = every * merged.numel()
+    taken = min(merged.numel(), SAMPLE)
+    if taken == 0 or (start // CHUNK) % every:
         return
     own = read_base(planned, inputs, start, start + taken) if base is None else base[:taken]
     deltas, merged = stack[:, :taken], merged[:taken]

@@ -73,7 +73,7 @@ def write_to_folder(
             plan, choice = run_schedule(plan, _desk(work, inputs, journal, limits), choose)
             search = None if choice is None else choice.record
             plan = _with_norms(plan, measured(plan, squares_in(journal)))
-            _write(plan, work / MODEL, inputs, journal, identity, search)
+            _write(plan, work / MODEL, inputs, journal, (identity, before), search)
             _check_unchanged(before, input_identities(plan, inputs))
             _commit(work / MODEL, output)
             records, resumed = records_of(journal), journal.resumed
@@ -150,11 +150,11 @@ def _write(
     model: Path,
     inputs: Inputs,
     journal: Journal,
-    identity: str,
+    identities: tuple[str, _Identities],
     search: Mapping[str, Any] | None,
 ) -> None:
     layout = output_layout(plan, inputs)
-    provenance = document(plan, inputs, journal.finished, identity)
+    provenance = document(plan, inputs, journal.finished, *identities)
     if search is not None:
         provenance["search"] = search
     try:
