@@ -33,16 +33,6 @@ from helpers.processes import run_cli
 FAILED, WRONG_REQUEST = 1, 2
 
 
-@pytest.fixture
-def inputs(tmp_path: Path) -> Path:
-    """A folder with a sound base and two sound experts."""
-    base = make_base()
-    save(tmp_path / "base", base)
-    for i, name in enumerate("ab"):
-        save(tmp_path / name, make_expert(base, i))
-    return tmp_path
-
-
 def merge(folder: Path, *words: object, method: str = "average") -> Answer:
     """Merge experts a and b through the command line, and check that a failure leaves nothing."""
     output = folder / "merged"

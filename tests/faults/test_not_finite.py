@@ -8,16 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.cli import Answer, invoke
-from helpers.folders import Tensors, looks_finished, make_base, make_expert, save
-
-
-@pytest.fixture
-def inputs(tmp_path: Path) -> Path:
-    base = make_base()
-    save(tmp_path / "base", base)
-    for i, name in enumerate("ab"):
-        save(tmp_path / name, make_expert(base, i))
-    return tmp_path
+from helpers.folders import Tensors, looks_finished, save
 
 
 def edit(folder: Path, change: Callable[[Tensors], object]) -> None:

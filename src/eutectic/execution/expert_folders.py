@@ -26,9 +26,8 @@ from eutectic.checkpoint.output_format import (
 )
 from eutectic.checkpoint.writer import OutputFile, write_atomically
 from eutectic.conventions import CLASSIFIERS, is_token_embedding
-from eutectic.execution.merging import not_finite
+from eutectic.execution.merging import narrow_finite
 from eutectic.execution.tensor_values import flat_ranges
-from eutectic.methods.linear import finite
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import OutputLayout, Plan
 from eutectic.storage import storage_of
@@ -241,9 +240,10 @@ def _fill_heads(
     for head, row in heads.items():
         for start, stop in flat_ranges(head.numel):
             values = _head_values(to.inputs, to.expert, head, start, stop)
-            stored = values.to(row.dtype)
-            if to.nonfinite == "error" and stored.dtype.is_floating_point and not finite(stored):
-                raise not_finite(head.name, values, row.dtype, f"'{to.folder.name}'")
+            if to.nonfinite == "allow":
+                stored = values.to(row.dtype)
+            else:
+                stored = narrow_finite(head.name, values, row.dtype, f"'{to.folder.name}'")
             opened.write(row.name, start, stored)
 
 

@@ -274,14 +274,21 @@ def holds_weight(planned: TensorPlan) -> bool:
 
 def narrow(values: Tensor, planned: TensorPlan) -> Tensor:
     """Return values in the output's dtype; NaN and Inf are refused, whatever they come from."""
-    result = values.to(planned.dtype)
-    if planned.nonfinite == "error" and result.dtype.is_floating_point and not finite(result):
-        where = "the base" if planned.method == COPY else ""
-        raise not_finite(planned.name, values, planned.dtype, where)
+    if planned.nonfinite == "allow":
+        return values.to(planned.dtype)
+    where = "the base" if planned.method == COPY else ""
+    return narrow_finite(planned.name, values, planned.dtype, where)
+
+
+def narrow_finite(name: str, values: Tensor, dtype: torch.dtype, where: str = "") -> Tensor:
+    """Return values in a dtype; NaN and Inf are refused as those of `where`, or of the merge."""
+    result = values.to(dtype)
+    if dtype.is_floating_point and not finite(result):
+        raise _not_finite(name, values, dtype, where)
     return result
 
 
-def not_finite(name: str, values: Tensor, dtype: torch.dtype, where: str = "") -> NumericalError:
+def _not_finite(name: str, values: Tensor, dtype: torch.dtype, where: str) -> NumericalError:
     """Return the error that a tensor of the output would hold NaN or Inf; `where` holds it."""
     short = str(dtype).removeprefix("torch.")
     if finite(values):
