@@ -4,6 +4,7 @@ Beside `conventions.py`, by the same rule: each function answers one question ab
 """
 
 import re
+from collections.abc import Iterable
 
 # --- Output layers ---
 
@@ -49,6 +50,23 @@ def is_output_layer(name: str) -> bool:
     (True, False)
     """
     return output_part(name) is not None
+
+
+# Layers around a language model's logits: transforms and biases stay where the matrix is tied.
+_VOCABULARY_HEAD = re.compile(
+    r"(^|\.)(lm_head|embed_out|output_projection|final_logits_bias|pred_layer|predictions"
+    r"|vocab_(transform|layer_norm|projector))(?=\.|$)"
+)
+
+
+def vocabulary_heads(names: Iterable[str]) -> frozenset[str]:
+    """Return the tensors of the output layers that give a logit per token, their transforms too.
+
+    >>> sorted(vocabulary_heads(["lm_head.bias", "cls.predictions.bias", "bert.pooler.dense.bias"]))
+    ['cls.predictions.bias', 'lm_head.bias']
+    """
+    parts = {name: part for name in names if (part := output_part(name)) is not None}
+    return frozenset(name for name, part in parts.items() if _VOCABULARY_HEAD.search(part))
 
 
 # --- Buffers: computed from the configuration, or counters, and written by some versions only ---

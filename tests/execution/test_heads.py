@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import eutectic
 from helpers.folders import Tensors, load, make_base, make_expert, save, save_sharded
@@ -163,6 +164,89 @@ def test_classifiers_over_a_bare_encoder_load_in_transformers(
         assert torch.equal(model.classifier.bias, own.classifier.bias)
         merged = body.state_dict()
         assert all(torch.equal(w, merged[k]) for k, w in model.bert.state_dict().items())
+
+
+HEADED = [  # base, fine-tuned as; tensors of the base that the second has no place for
+    ("BertForMaskedLM", "BertForSequenceClassification", "cls.predictions"),
+    ("BertForPreTraining", "BertForTokenClassification", "cls.seq_relationship"),
+    ("RobertaForMaskedLM", "RobertaForSequenceClassification", "lm_head"),
+    ("GPT2LMHeadModel", "GPT2ForSequenceClassification", ""),  # tied: in no file
+    ("LlamaForCausalLM", "LlamaForSequenceClassification", "lm_head"),
+    ("ViTForImageClassification", "ViTForImageClassification", ""),
+]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(("before", "after", "foreign"), HEADED)
+def test_heads_of_the_base_that_an_experts_class_lacks_are_not_in_its_folder(
+    before: str, after: str, foreign: str, sharded: bool, tmp_path: Path
+) -> None:
+    """transformers finds all that the expert's class has in its folder, and nothing besides."""
+    library: Any = pytest.importorskip("transformers")
+    from helpers.configs import tiny_model
+    from helpers.models import perturb
+
+    options: dict[str, Any] = {"max_shard_size": "8KB"} if sharded else {}
+    torch.manual_seed(0)
+    base = tiny_model(before)
+    base.save_pretrained(tmp_path / "base", **options)
+    paths: dict[str, Path] = {}
+    for i, labels in enumerate((3, 5)):
+        expert = tiny_model(after, num_labels=labels)
+        body = {k: w for k, w in base.base_model.state_dict().items()}
+        expert.base_model.load_state_dict(body, strict=False)
+        perturb(expert, 7 + i)
+        paths[f"e{labels}"] = tmp_path / f"e{labels}"
+        expert.save_pretrained(paths[f"e{labels}"], **options)
+    output = tmp_path / "merged"
+    eutectic.merge(
+        base=tmp_path / "base", experts=paths, method="average", output=output, missing="base"
+    )
+    whole, info = getattr(library, before).from_pretrained(output, output_loading_info=True)
+    assert not {k: v for k, v in info.items() if v}
+    if foreign:
+        assert any(name.startswith(foreign) for name in whole.state_dict())
+    for name, path in paths.items():
+        folder = output / "experts" / name
+        model, info = getattr(library, after).from_pretrained(folder, output_loading_info=True)
+        assert not {k: v for k, v in info.items() if v}
+        own = getattr(library, after).from_pretrained(path)
+        merged = whole.base_model.state_dict()
+        for key, tensor in model.base_model.state_dict().items():
+            if key in merged:
+                assert torch.equal(tensor, merged[key]), key
+        heads = set(model.state_dict()) - {
+            f"{model.base_model_prefix}.{key}" for key in model.base_model.state_dict()
+        }
+        assert heads
+        for key in heads:
+            assert torch.equal(model.state_dict()[key], own.state_dict()[key]), key
+
+
+def test_an_adapters_classifier_stands_in_place_of_the_vocabularys(tmp_path: Path) -> None:
+    base = {**make_base(), "lm_head.weight": torch.ones(32, 16), "lm_head.bias": torch.ones(32)}
+    save(tmp_path / "base", base)
+    paths: dict[str, Path] = {}
+    for name, head in (("a", "score"), ("b", "lm_head")):
+        paths[name] = tmp_path / name
+        rows = 3 if head == "score" else 32
+        paths[name].mkdir()
+        tensors = {
+            f"base_model.model.{head}.weight": torch.full((rows, 16), 2.0),
+            "base_model.model.layers.0.proj.lora_A.weight": torch.ones(2, 16),
+            "base_model.model.layers.0.proj.lora_B.weight": torch.ones(32, 2),
+        }
+        save_file(tensors, paths[name] / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["proj"]}
+        (paths[name] / "adapter_config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    rules = [{"match": "lm_head.*", "treatment": "head"}]
+    eutectic.merge(
+        base=tmp_path / "base", experts=paths, method="average", output=out, tensors=rules
+    )
+    assert set(load(out)) == set(base)
+    assert set(load(out / "experts/a")) == {*make_base(), "score.weight"}
+    assert set(load(out / "experts/b")) == set(base)
 
 
 def test_a_base_with_a_prefix_and_a_bare_expert(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ class _Target:
 
     folder: Path
     expert: Expert
+    left_out: frozenset[str]  # of the model: the expert has heads in their place, or lacks them
     inputs: Inputs
     model: Path  # the folder of the merged model
     format: OutputFormat
@@ -57,7 +58,8 @@ def write_expert_folders(plan: Plan, inputs: Inputs, model: Path, layout: Output
 
     Files are linked, not copied, where the storage allows it. One that holds a head, or whose keys
     the expert spells with another prefix, is written once per variant. What transformers reads has
-    its heads in a shard of their own; what other loaders read stays one file.
+    its heads in a shard of their own; what other loaders read stays one file. Output layers of the
+    base that an expert lacks are in its folder neither: its class has no place for them.
     """
     index = inputs.index
     assert index is not None
@@ -65,7 +67,9 @@ def write_expert_folders(plan: Plan, inputs: Inputs, model: Path, layout: Output
     for name, heads in plan.heads.items():
         expert, folder = inputs.experts[name], model / "experts" / name
         dtype, nonfinite = plan.output.dtype, plan.output.nonfinite
-        to = _Target(folder, expert, inputs, model, layout.format, dtype, nonfinite, variants)
+        left_out = plan.foreign_heads[name].union(head.name for head in heads)
+        rules = (layout.format, dtype, nonfinite, variants)
+        to = _Target(folder, expert, left_out, inputs, model, *rules)
         homes = {head: _home(head, expert, index) for head in heads}
         parts = {index.module_of(file.name): [] for file in layout.files}
         for file in layout.files:
@@ -73,7 +77,7 @@ def write_expert_folders(plan: Plan, inputs: Inputs, model: Path, layout: Output
         for module in dict.fromkeys([*parts, *homes.values()]):
             own = [head for head in heads if homes[head] == module]
             files = parts.get(module, [])
-            if not own:
+            if left_out.isdisjoint(key for file in files for key, _, _ in file.entries) and not own:
                 _link(to, module, files)
             elif _in_shards(module, index):
                 _write_shards(to, module, files, own)
@@ -108,7 +112,7 @@ def _in_shards(module: ModuleFolder, index: CheckpointIndex) -> bool:
 def _link(to: _Target, module: ModuleFolder, files: Sequence[OutputFile]) -> None:
     """Put the files of a module without heads into an expert's folder."""
     spelling = _spelling(to.expert, module)
-    spelt = [_spelt(file, file.name, spelling) for file in files]
+    spelt = [_spelt(file, file.name, spelling, to.left_out) for file in files]
     for file, shard in zip(files, spelt, strict=True):
         _put(to, file, shard)
     to.format.finish(to.folder, spelt)
@@ -123,22 +127,22 @@ def _write_shards(
     ends = to.format.lay_out(rows, {})
     count = len(files) + len(ends)
     names = [module.file(shard_name(position, count)) for position in range(1, count + 1)]
-    own = frozenset(head.name for head in heads)
     shards: list[OutputFile] = []
     for file, name in zip(files, names, strict=False):
-        shard = _spelt(file, name, spelling, own)
+        shard = _spelt(file, name, spelling, to.left_out)
         if shard.entries:
             shards.append(shard)
-            _put(to, file, shard, own)
+            _put(to, file, shard)
     last = [
         OutputFile(name, file.entries, {"format": "pt"}, module.prefix)
         for name, file in zip(names[len(files) :], ends, strict=True)
     ]
     for file in last:
         storage_of(to.folder).remove(to.folder / file.name)
-    with to.format.open(to.folder, last, resume=True) as opened:
-        _fill_heads(to, dict(zip(heads, rows, strict=True)), opened)
-        opened.sync()
+    if last:
+        with to.format.open(to.folder, last, resume=True) as opened:
+            _fill_heads(to, dict(zip(heads, rows, strict=True)), opened)
+            opened.sync()
     index = module.file(SHARD_INDEX_NAME)
     write_atomically(to.folder / index, weight_index_bytes([*shards, *last]))
 
@@ -149,9 +153,8 @@ def _write_one(
     """Write a module with its heads as one file."""
     spelling = _spelling(to.expert, module)
     rows = _head_rows(to, heads, spelling)
-    own = frozenset(head.name for head in heads)
     name = files[0].name if len(files) == 1 else module.file(SINGLE_NAME)
-    body = [_spelt(file, name, spelling, own) for file in files]
+    body = [_spelt(file, name, spelling, to.left_out) for file in files]
     entries = [entry for part in body for entry in part.entries]
     entries += [(row.name, row.dtype, row.shape) for row in rows]
     said = {key: text for part in body for key, text in part.metadata.items()}
@@ -159,22 +162,18 @@ def _write_one(
     storage_of(to.folder).remove(to.folder / name)
     with to.format.open(to.folder, [whole], resume=True) as opened:
         for file, part in zip(files, body, strict=True):
-            _copy_tensors(to, file, part, own, opened)
+            _copy_tensors(to, file, part, opened)
         _fill_heads(to, dict(zip(heads, rows, strict=True)), opened)
         opened.sync()
 
 
-def _spelt(
-    file: OutputFile, name: str, spelling: Spelling, own: frozenset[str] = frozenset()
-) -> OutputFile:
+def _spelt(file: OutputFile, name: str, spelling: Spelling, left_out: frozenset[str]) -> OutputFile:
     """Return a file of the model as an expert's folder has it: under its names, without heads."""
-    entries = tuple((spelling(k), d, s) for k, d, s in file.entries if k not in own)
+    entries = tuple((spelling(k), d, s) for k, d, s in file.entries if k not in left_out)
     return replace(file, name=name, entries=entries)
 
 
-def _put(
-    to: _Target, file: OutputFile, shard: OutputFile, own: frozenset[str] = frozenset()
-) -> None:
+def _put(to: _Target, file: OutputFile, shard: OutputFile) -> None:
     """Link a file of the model into the folder; write it, once per variant, where it differs."""
     source = to.model / file.name
     target = to.folder / shard.name
@@ -183,7 +182,7 @@ def _put(
         if (file.name, keys) not in to.variants:
             storage_of(to.folder).remove(target)
             with to.format.open(to.folder, [shard], resume=True) as opened:
-                _copy_tensors(to, file, shard, own, opened)
+                _copy_tensors(to, file, shard, opened)
                 opened.sync()
             to.variants[file.name, keys] = target
         source = to.variants[file.name, keys]
@@ -191,11 +190,9 @@ def _put(
         storage_of(to.folder).copy(source, target, share=True)
 
 
-def _copy_tensors(
-    to: _Target, file: OutputFile, shard: OutputFile, own: frozenset[str], opened: TensorFiles
-) -> None:
+def _copy_tensors(to: _Target, file: OutputFile, shard: OutputFile, opened: TensorFiles) -> None:
     with to.format.open(to.model, [file], resume=True) as source:
-        kept = [(k, s) for k, _, s in file.entries if k not in own]
+        kept = [(k, s) for k, _, s in file.entries if k not in to.left_out]
         for (key, shape), (spelled, _, _) in zip(kept, shard.entries, strict=True):
             for start, stop in flat_ranges(math.prod(shape)):
                 opened.write(spelled, start, source.read_back(key, start, stop))

@@ -22,7 +22,8 @@ from eutectic.checkpoint.output_format import (
     TensorFiles,
 )
 from eutectic.checkpoint.writer import OutputFile
-from eutectic.conventions_heads import is_buffer
+from eutectic.conventions import CLASSIFIERS
+from eutectic.conventions_heads import is_buffer, is_output_layer, vocabulary_heads
 from eutectic.errors import CheckpointError, Fault, MethodError, Note, RecipeError, RequestError
 from eutectic.methods import Method, get_method
 from eutectic.planning.collector import collector_paused
@@ -77,6 +78,8 @@ class Plan:
     search: ScaleSearch | None  # how α is to be chosen; None where it is a number
     tensors: tuple[TensorPlan, ...]  # one entry per tensor of the output, in file order
     heads: Mapping[str, tuple[TensorEntry, ...]]  # expert -> tensors kept for it alone
+    # expert -> output layers of the base that it lacks, and that its own folder leaves out
+    foreign_heads: Mapping[str, frozenset[str]]
     left_out: tuple[str, ...]  # tensors of the base that the output does not hold (`heads: drop`)
     output: OutputOptions  # what is decided of the output as a whole
     request: StatedRequest  # what was asked for, for the card and the journal
@@ -149,6 +152,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         search=recipe.scale if isinstance(recipe.scale, ScaleSearch) else None,
         tensors=tuple(tensors),
         heads=heads,
+        foreign_heads=_foreign_heads(heads, inputs, request.ties),
         left_out=left_out,
         output=OutputOptions(
             dtype,
@@ -328,6 +332,26 @@ def _refuse_partial(tensors: Sequence[TensorPlan], request: MergeRequest) -> Non
 def _untied(inputs: Inputs, ties: Ties) -> list[TensorEntry]:
     """Return the tensors of the output that the base's file leaves out, as the base has them."""
     return [replace(inputs.base.entries[own], name=name) for name, own in ties.added.items()]
+
+
+def _foreign_heads(
+    heads: Mapping[str, tuple[TensorEntry, ...]], inputs: Inputs, ties: Ties
+) -> dict[str, frozenset[str]]:
+    """Return, per expert with heads, the base's output layers that its class has no place for.
+
+    They are those that it has under no name. An adapter lacks nothing of its base; one that brings
+    a classifier has it in place of a language model's output layer.
+    """
+    foreign: dict[str, frozenset[str]] = {}
+    for name, own in heads.items():
+        expert = inputs.experts[name]
+        if expert.is_delta:
+            classifier = any(e.name.endswith(CLASSIFIERS) for e in own)
+            foreign[name] = vocabulary_heads(inputs.base.entries) if classifier else frozenset()
+        else:
+            absent = (n for n in expert.missing if ties.source(name, expert, n) is None)
+            foreign[name] = frozenset(n for n in absent if is_output_layer(n))
+    return foreign
 
 
 def _heads(
