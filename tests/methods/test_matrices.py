@@ -90,7 +90,7 @@ def test_a_factor_serves_as_a_gram():
 def test_the_table_of_methods():
     table = methods()
     assert table == eutectic.methods()
-    assert set(table["ties"]["parameters"]) == {"density", "scope", "aggregate"}
+    assert set(table["dare_ties"]["parameters"]) == {"density", "rescale", "aggregate", "consensus"}
     assert table["ties"]["parameters"]["density"]["default"] == 0.2
     assert table["esm"]["needs"] == ["gram"]
     assert table["slerp"]["experts"] == (2, 2)

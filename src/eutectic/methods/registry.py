@@ -172,6 +172,7 @@ class Rules:
             sentence saying which numerical route will be taken, for the plan.
         prepare: a reduction over all chunks before the merge; called with a function that starts
             a fresh iteration over `[T, n]` chunks. Its result becomes `context.state`.
+        prepares: whether, with these parameters, `prepare` reads any chunk.
         model_scope: whether, with these parameters, `prepare` runs over the whole model at once.
         finish: from the Frobenius norms of the merged matrices of like layers and the parameters
             to a factor for each, for rules that compare layers. The engine knows which are alike.
@@ -181,6 +182,7 @@ class Rules:
     check: Callable[[Any, Sequence[float]], str | None] | None = None
     explain: Callable[[tuple[int, ...], Any, Precision], str] | None = None
     prepare: Callable[[Chunks, Any, Context], Any] | None = None
+    prepares: Callable[[Any], bool] = always(True)
     model_scope: Callable[[Any], bool] = always(False)
     finish: Callable[[Sequence[float], Any], Sequence[float]] | None = None
 

@@ -1,7 +1,8 @@
 """DARE: drop at random and rescale, then a consensus."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -10,7 +11,15 @@ from torch import Tensor
 
 from eutectic.methods.linear import weighted_sum
 from eutectic.methods.registry import Chunks, Context, Parameters, Rules, Takes, register
-from eutectic.methods.ties import Aggregate, disjoint_merge, signed_votes
+from eutectic.methods.ties import (
+    Aggregate,
+    Consensus,
+    disjoint_merge,
+    l1_factors,
+    signed_votes,
+    times,
+    weighted_consensus,
+)
 
 PAPER = "Language models are super Mario, arXiv 2311.03099"
 
@@ -21,11 +30,12 @@ class DareParameters(Parameters):
 
     Attributes:
         density: probability of keeping an entry.
-        rescale: divide the kept entries by density, which keeps the expectation.
+        rescale: divide the kept entries by density, which keeps the expectation; "l1" gives each
+            tensor the sum of magnitudes that it had before, as mergekit does.
     """
 
     density: Annotated[float, Gt(0), Le(1)] = 0.5
-    rescale: bool = True
+    rescale: bool | Literal["l1"] = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +46,25 @@ class DareTiesParameters(DareParameters):
         density: as in `dare_linear`.
         rescale: as in `dare_linear`.
         aggregate: mean or sum of the entries that agree with the elected sign.
+        consensus: which entries agree, as in `ties`.
     """
 
     aggregate: Aggregate = "mean"
+    consensus: Consensus = "paper"
+
+
+@dataclass(frozen=True)
+class DareState:
+    """The majority sign (−1, 0 or 1), and what each expert's kept entries are multiplied by."""
+
+    majority: float = 0.0
+    factors: tuple[float, ...] = ()
 
 
 def drop(deltas: Tensor, parameters: DareParameters, context: Context, offset: int) -> Tensor:
     """Return Δ_t ⊙ m_t / density, each entry of m_t kept with probability `density`.
+
+    Without the division unless `rescale` is true.
 
     The stream of random numbers depends on (seed, tensor, expert) only, and each entry uses the
     number at its own flat index: order, threads, chunks and resume cannot change it.
@@ -57,8 +79,29 @@ def drop(deltas: Tensor, parameters: DareParameters, context: Context, offset: i
         draws = np.random.Generator(stream).random(delta.numel())
         mask = torch.as_tensor(draws < density).view(delta.shape).to(delta.device)
         kept = torch.where(mask, delta, 0)
-        rows.append(kept.div_(density) if parameters.rescale else kept)
+        rows.append(kept.div_(density) if parameters.rescale is True else kept)
     return torch.stack(rows)
+
+
+def _factors(chunks: Chunks, parameters: DareParameters, context: Context) -> tuple[float, ...]:
+    """Return what gives each expert's kept entries its sum of magnitudes, if that is asked for."""
+    if parameters.rescale != "l1":
+        return ()
+    return l1_factors(
+        (chunk, drop(chunk, parameters, context, offset)) for offset, chunk in _placed(chunks)
+    )
+
+
+def _placed(chunks: Chunks) -> Iterator[tuple[int, Tensor]]:
+    """Yield each chunk with the flat index of its first entry."""
+    offset = 0
+    for chunk in chunks():
+        yield offset, chunk
+        offset += chunk[0].numel()
+
+
+def _prepare_linear(chunks: Chunks, parameters: DareParameters, context: Context) -> DareState:
+    return DareState(factors=_factors(chunks, parameters, context))
 
 
 @register(
@@ -68,22 +111,28 @@ def drop(deltas: Tensor, parameters: DareParameters, context: Context, offset: i
     parameters=DareParameters,
     laws={"permutation", "homogeneous", "zero", "absent"},
     takes=Takes(elementwise=True, per_expert={"density"}),
+    rules=Rules(prepare=_prepare_linear, prepares=lambda p: p.rescale == "l1"),
 )
 def dare_linear(deltas: Tensor, parameters: DareParameters, context: Context) -> Tensor:
     """Return Σ w_t (m_t ⊙ Δ_t) / density.
 
-    Shapes: `[T, *shape]` -> `[*shape]`. Cost: one pass and one random number per entry and expert.
+    Shapes: `[T, *shape]` -> `[*shape]`. Cost: one pass and one random number per entry and expert;
+    a pass more with `rescale: l1`, which divides by Σ|m_tΔ_t| / Σ|Δ_t| instead of density.
     At density 1 it is task arithmetic; zero deltas give zero.
     """
-    return weighted_sum(drop(deltas, parameters, context, context.offset), context)
+    state: DareState = context.state or DareState()
+    kept = drop(deltas, parameters, context, context.offset)
+    return weighted_sum(times(kept, state.factors), context)
 
 
-def _prepare(chunks: Chunks, parameters: DareTiesParameters, context: Context) -> float:
-    total, offset = 0.0, 0
-    for chunk in chunks():
-        total += signed_votes(drop(chunk, parameters, context, offset), context)
-        offset += chunk[0].numel()
-    return float((total > 0) - (total < 0))
+def _prepare(chunks: Chunks, parameters: DareTiesParameters, context: Context) -> DareState:
+    factors = _factors(chunks, parameters, context)
+    if parameters.consensus == "weighted":
+        return DareState(factors=factors)
+    total = 0.0
+    for offset, chunk in _placed(chunks):
+        total += signed_votes(times(drop(chunk, parameters, context, offset), factors), context)
+    return DareState(float((total > 0) - (total < 0)), factors)
 
 
 @register(
@@ -100,5 +149,8 @@ def dare_ties(deltas: Tensor, parameters: DareTiesParameters, context: Context) 
 
     Shapes: `[T, *shape]` -> `[*shape]`. Cost: two passes. Zero deltas give zero.
     """
-    kept = drop(deltas, parameters, context, context.offset)
-    return disjoint_merge(kept, context, context.state, parameters.aggregate)
+    state: DareState = context.state or DareState()
+    kept = times(drop(deltas, parameters, context, context.offset), state.factors)
+    if parameters.consensus == "weighted":
+        return weighted_consensus(kept, context, parameters.aggregate)
+    return disjoint_merge(kept, context, state.majority, parameters.aggregate)

@@ -46,7 +46,8 @@ def tensor_cost(planned: TensorPlan, inputs: Inputs) -> Cost:
     experts = [inputs.experts[s.owner].entries.get(s.tensor or "") for s in planned.experts]
     expert_bytes = sum(e.nbytes for e in experts if e is not None)
     count, width = len(planned.experts), planned.compute.itemsize
-    passes = 4 if method.prepare is not None else 1
+    prepares = method.prepare is not None and method.prepares(planned.parameters)
+    passes = 4 if prepares else 1
     if method.elementwise:
         held = chunk
         passes = passes if planned.elements > CHUNK else 1

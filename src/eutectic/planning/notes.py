@@ -248,8 +248,9 @@ def _ignored(tensors: Sequence[TensorPlan], recipe: Recipe, inputs: Inputs) -> l
         follows = any(reason.kind in ("tied", "tied_by_base") for reason in planned.reason)
         if follows and _rules(recipe, planned.name) != _rules(recipe, partner):
             notes.append(Note("rules_of_tied", (planned.name, partner)))
-    for_all = {m.name for m in all_methods().values() if m.elementwise and m.prepare is not None}
-    whole = [t for t in tensors if t.layout.split and t.method in for_all]
+    for_all = {m.name: m for m in all_methods().values() if m.elementwise and m.prepare is not None}
+    split = [t for t in tensors if t.layout.split and t.method in for_all]
+    whole = [t for t in split if for_all[t.method].prepares(t.parameters)]
     if whole:
         names = tuple(t.name for t in whole)
         notes.append(Note("split_ignored", names, {"method": whole[0].method}))
