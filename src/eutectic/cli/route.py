@@ -145,6 +145,7 @@ def _build(
     from eutectic.routed import build_routed, routed_costs
     from eutectic.routed.build import expert_statistics as check_statistics
     from eutectic.routed.build import open_experts
+    from eutectic.routed.head_files import find_heads
     from eutectic.routed.routed_folder import write_adapters, write_routed
     from eutectic.routed.routed_layers import routed_layers
 
@@ -162,14 +163,12 @@ def _build(
     check_statistics(of_experts, list(named), chosen, "statistics")
     with open_experts(model, named, build.base):
         pass
+    heads = find_heads(merged, named)
     of_router = _router_statistics(statistics, reading, merged, named, build.layers)
-    routed: Any = build_routed(model, named, of_experts, of_router, **vars(build))
+    routed: Any = build_routed(model, named, of_experts, of_router, **vars(build), heads=heads)
     report: dict[str, Any] = {
         **({"costs": costs} if json else {}),
-        "experts": list(routed.routing.experts),
-        "router": routed.routing.router,
-        "short": routed.routing.short,
-        "left_out": routed.routing.left_out,
+        **_described(routed),
     }
     for name, aside in asides.items():
         report[name] = str(aside.output)
@@ -195,18 +194,27 @@ def _put_in_place(asides: Mapping[str, FolderAside]) -> None:
         aside.clear()
 
 
+def _described(routed: Any) -> dict[str, Any]:
+    """Return what a report says of any routed model."""
+    heads = routed.expert_heads.stored
+    return {
+        "experts": list(routed.routing.experts),
+        "heads": {name: head.config.architectures[0] for name, head in heads.items()},
+        "router": routed.routing.router,
+        "short": routed.routing.short,
+        "left_out": routed.routing.left_out,
+    }
+
+
 def _show(folder: Path, export: Path | None, json: bool) -> None:
     from eutectic.routed import export_lora, load_routed
     from eutectic.routed.routed_folder import experts_of
 
     routed = load_routed(folder)
     report: dict[str, Any] = {
-        "experts": list(routed.routing.experts),
-        "router": routed.routing.router,
+        **_described(routed),
         "accumulate": routed.routing.accumulate,
         "layers": {path: experts.up.shape[2] for path, experts in experts_of(routed).items()},
-        "short": routed.routing.short,
-        "left_out": routed.routing.left_out,
     }
     if export is not None:
         export_lora(routed, export, folder)
@@ -303,6 +311,9 @@ def _report(report: Mapping[str, Any], json: bool) -> None:
     if "experts" in report:
         table.add_row("experts", escape(", ".join(report["experts"])))
         table.add_row("router", report["router"])
+    if report.get("heads"):
+        kinds = dict.fromkeys(report["heads"].values())
+        table.add_row("heads", escape(f"of {', '.join(report['heads'])} ({', '.join(kinds)})"))
     for path, rank in report.get("layers", {}).items():
         table.add_row(path, f"rank {rank}")
     for name in report.get("left_out", []):

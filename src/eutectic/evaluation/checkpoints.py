@@ -19,7 +19,7 @@ from eutectic.data.python_functions import source_file
 from eutectic.errors import RequestError, suggest
 from eutectic.evaluation.task_files import Task
 from eutectic.models.loading import base_folder
-from eutectic.models.task_kinds import ARCHITECTURES, CLASSIFICATION
+from eutectic.models.task_kinds import ARCHITECTURES, CLASSIFICATION, WITH_HEAD
 from eutectic.models.task_models import EXPERTS, GENERATION, borrows_head, load_model
 from eutectic.storage.small_files import open_regular
 
@@ -30,6 +30,7 @@ _PROCESSOR_FILES = (
     *("preprocessor_config.json", "processor_config.json"),
 )
 ROUTED = "routed.json"
+_ROUTED_HEADS = "heads"  # the folder of a routed model that holds the experts' heads
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
 Role = Literal["base", "expert", "model"]
 RoutingMode = Literal["route", "oracle", "base"]
@@ -54,13 +55,14 @@ class Checkpoint:
         return (self.folder / ROUTED).is_file()
 
     def of_expert(self, task: Task) -> Path:
-        """Return where a merged model keeps the task's expert; it need not be there."""
-        return self.folder / EXPERTS / task.expert_name
+        """Return where a merged or routed model keeps the task's expert; it need not be there."""
+        return self.folder / (_ROUTED_HEADS if self.routed else EXPERTS) / task.expert_name
 
     def runs_from(self, task: Task) -> Path:
         """Return the folder that the task's model is loaded from."""
         own = self.of_expert(task)
-        return own if task.head is None and own.is_dir() else self.folder
+        kept = task.head is None and own.is_dir() and not self.routed
+        return own if kept else self.folder
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,11 @@ class Checkpoints:
             folders = (own, expert, checkpoint.folder)
         elif own.is_dir():
             folders = (own, expert)
-        elif lender is None or checkpoint.routed:
+        elif checkpoint.routed:
+            fits = str(_config(checkpoint.folder).get("architectures")).rstrip("']")
+            lent = lender is not None and not fits.endswith(ARCHITECTURES[task.kind])
+            folders = (lender, checkpoint.folder) if lent else (checkpoint.folder, expert)
+        elif lender is None:
             folders = (checkpoint.folder, expert)
         elif borrows_head(checkpoint.folder, lender, task, self.base):
             folders = (lender, checkpoint.folder)
@@ -175,16 +181,29 @@ class Checkpoints:
             head = self.head_of(checkpoint, task)
             return load_model(checkpoint.folder, task, base=self.base, expert=head)
         from eutectic.routed import load_routed
+        from eutectic.routed.head_files import expert_head
+        from eutectic.routed.heads import heads_of, with_head
 
         model = load_routed(checkpoint.folder).float()
-        name = type(model).__name__
+        if task.head is None and task.expert_name in heads_of(model):
+            return heads_of(model)[task.expert_name]
+        name, lender = type(model).__name__, self.head_of(checkpoint, task)
         endings = ("Model",) if task.head is not None else ARCHITECTURES[task.kind]
-        if not name.endswith(endings) or (task.head is not None and "LMHead" in name):
-            raise RequestError(
-                f"{checkpoint.folder}: a routed {name} cannot run task '{task.name}' "
-                f"({task.kind}); it takes {' or '.join('*' + e for e in endings)}."
-            )
-        return model
+        if name.endswith(endings) and not (task.head is not None and "LMHead" in name):
+            return model
+        if task.kind in WITH_HEAD and lender is not None and not is_adapter(lender):
+            head = expert_head(lender, checkpoint.folder)
+            if head is not None:
+                return with_head(model, head, f"expert '{task.expert_name}'")[0].float()
+        advice = (
+            f"Name an expert that has this head with --expert {task.expert_name}=PATH, or build "
+            "the routed model from a merged folder that keeps experts' heads."
+        )
+        raise RequestError(
+            f"{checkpoint.folder}: a routed {name} cannot run task '{task.name}' "
+            f"({task.kind}); it takes {' or '.join('*' + e for e in endings)}."
+            + (f"\n{advice}" if task.kind in WITH_HEAD and task.head is None else "")
+        )
 
     @contextmanager
     def routed_as_asked(self, model: Any, checkpoint: Checkpoint, task: Task) -> Iterator[None]:
@@ -275,6 +294,7 @@ def fingerprint(folder: Path, base: Path | None) -> str:
     if not (folder / ROUTED).is_file():
         return found
     extra = [file_hash(folder / name) for name in (ROUTED, "routed.safetensors")]
+    extra += [file_hash(f) for f in sorted(folder.glob(f"{_ROUTED_HEADS}/*/*")) if f.is_file()]
     return digest_of([found, *extra])
 
 

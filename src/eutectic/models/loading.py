@@ -278,22 +278,50 @@ def load_config(folder: Path) -> Any:
 def load_stored(folder: Path, chosen: Any = None) -> Any:
     """Return a transformers model as stored: its dtype, and the class that config.json names.
 
-    `chosen`, anything with `from_pretrained`, is taken in place of the latter.
+    `chosen`, anything with `from_pretrained`, is taken in place of the latter. No parameter is one
+    that no file holds: poolers and heads without their tensors are left out.
     """
     if chosen is not None:
-        return pretrained(chosen, folder, dtype="auto")[0]
+        return _of_files(*pretrained(chosen, folder, dtype="auto"), folder)
     transformers = transformers_for(f"loading {folder}")
     check_named_classes(folder, transformers)
     names = read_json_object(folder / "config.json").get("architectures")
     first = names[0] if isinstance(names, list) and names else None
     try:
-        return pretrained(model_class(first, folder, transformers), folder, dtype="auto")[0]
+        chosen = model_class(first, folder, transformers)
+        return _of_files(*pretrained(chosen, folder, dtype="auto"), folder)
     except (EutecticError, ImportError):
         raise
     except Exception as error:
         raise CheckpointError(
             f"{folder}: transformers cannot load it: {first_line(error)}"
         ) from error
+
+
+def _of_files(model: Any, report: Mapping[str, Any], folder: Path) -> Any:
+    """Return a loaded model without what transformers invented for it: poolers, and a head."""
+    missing = {str(name) for name in report.get("missing_keys", ())}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    body = getattr(model, prefix[:-1] or "_", None)
+    if isinstance(body, nn.Module) and any(not name.startswith(prefix) for name in missing):
+        # A head that is nowhere; the model is the bare one.
+        model, body.config.architectures = body, [type(body).__name__]  # pyright: ignore
+        missing = {n.removeprefix(prefix) for n in missing if n.startswith(prefix)}
+    for path, module in list(model.named_modules()) if missing else ():
+        names = {f"{path}.{n}" for n, _ in module.named_parameters()}
+        parent, _, name = path.rpartition(".")
+        if name == "pooler" and names and names <= missing:
+            setattr(model.get_submodule(parent), name, None)
+            missing -= names
+    if missing:
+        first, *others = sorted(missing)
+        more = f" and {len(others)} more" if others else ""
+        raise CheckpointError(
+            f"{folder}: no file holds {first}{more}, which a {type(model).__name__} needs; it "
+            "would have random values there.\nAdd the tensors, or name in its config.json "
+            "(`architectures`) the class that it was saved from."
+        )
+    return model
 
 
 def load_processor(own: Path, folder: Path, *, images: bool) -> Any:

@@ -1,6 +1,8 @@
 """Routed models: a merged base, thin experts beside it, and a decision per sample."""
 
 from eutectic.routed.build import build_routed
+from eutectic.routed.head_files import find_heads
+from eutectic.routed.heads import Prediction, predict
 from eutectic.routed.routed_folder import export_lora, load_routed
 from eutectic.routed.routed_layers import RoutedCosts, routed_costs
 from eutectic.routed.routed_modules import RoutedAttention, RoutedLinear
@@ -9,13 +11,16 @@ from eutectic.routed.routing_modes import routing, routing_accuracy, routing_acc
 
 __all__ = [
     "DiscriminantRouter",
+    "Prediction",
     "PrototypeRouter",
     "RoutedAttention",
     "RoutedCosts",
     "RoutedLinear",
     "build_routed",
     "export_lora",
+    "find_heads",
     "load_routed",
+    "predict",
     "routed_costs",
     "routing",
     "routing_accuracy",

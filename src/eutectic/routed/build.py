@@ -25,6 +25,7 @@ from eutectic.models.names import names_in, saved_names
 from eutectic.models.sites import Site, feeds_batch_first
 from eutectic.options import options_from
 from eutectic.routed.forward_pass import Routing
+from eutectic.routed.heads import StoredHead
 from eutectic.routed.routed_folder import finish
 from eutectic.routed.routed_layers import in_parts, routed_layers
 from eutectic.routed.routed_modules import install
@@ -52,6 +53,7 @@ class RoutedSettings:
     base: str | Path | None = None
     shrinkage: float | None = None
     statistics_of: Literal["expert", "any"] = "expert"
+    heads: Mapping[str, StoredHead] | None = None
 
 
 class RoutedOptions(TypedDict, total=False):
@@ -61,6 +63,7 @@ class RoutedOptions(TypedDict, total=False):
     base: str | Path | None
     shrinkage: float | None
     statistics_of: Literal["expert", "any"]
+    heads: Mapping[str, StoredHead] | None
 
 
 def build_routed(
@@ -106,6 +109,9 @@ def build_routed(
             - `shrinkage`: of the discriminant's covariance, in (0, 1]; default: estimated.
             - `statistics_of`: `expert`: statistics must have been collected on the expert itself,
               and the router's on this model; `any`: they may come from any checkpoint.
+            - `heads`: expert -> its head, of `eutectic.routed.find_heads`. The routed copy keeps
+              them: `routed.expert_heads[name]` is it with this head on, `eutectic.routed.predict`
+              takes the chosen expert's for every sample.
 
     Returns:
         The routed copy. `routed.routing.short` tells, layer by layer, the experts whose tokens or
@@ -130,6 +136,10 @@ def build_routed(
         )
     chosen, left_out = routed_layers(model, layers, statistics)
     names = tuple(experts)
+    if unknown := [name for name in asked.heads or {} if name not in names]:
+        raise RequestError(
+            f"heads are given for {unknown}, which are no experts: {', '.join(names)}."
+        )
     called = expert_statistics(statistics, names, chosen, "statistics")
     routes, routes_called = statistics, called
     if router_statistics is not None:
@@ -167,7 +177,7 @@ def build_routed(
                 routing.short[layer.name] = short
             scorer = _router(router, of_router(layer), layer, shrinkage, names)
             install(routed, layer, up, down, scorer.to(layer.weight.device), routing)
-    return finish(routed, routing)
+    return finish(routed, routing, asked.heads)
 
 
 def _thin_experts(

@@ -146,11 +146,14 @@ def applying(routing: Routing, settings: Settings) -> Iterator[None]:
 
 
 def install_hooks(model: nn.Module, routing: Routing) -> None:
-    """Let the model, and every transformers model inside it, announce its masks."""
+    """Let the model, and every transformers model inside it, announce its masks, once each."""
     for module in model.modules():
         # By name, so that transformers is not imported for models that do not come from it.
         kinds = {kind.__name__ for kind in type(module).__mro__}
-        if module is model or "PreTrainedModel" in kinds:
+        hooks = vars(module)["_forward_pre_hooks"].values()
+        owners = [getattr(hook, "__self__", None) for hook in hooks]
+        known = any(isinstance(o, _Scope) and o.routing is routing for o in owners)
+        if not known and (module is model or "PreTrainedModel" in kinds):
             scope = _Scope(routing, signature_of(module))
             module.register_forward_pre_hook(scope.enter, with_kwargs=True)
             module.register_forward_hook(scope.leave, with_kwargs=True, always_call=True)

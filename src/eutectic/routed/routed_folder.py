@@ -1,7 +1,7 @@
 """Routed models on disk: saved beside the merged model, loaded, exported as LoRA adapters."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from types import MethodType
@@ -20,6 +20,8 @@ from eutectic.models.loading import load_stored
 from eutectic.models.sites import Site, routable_sites
 from eutectic.routed.adapter_folders import write_adapter
 from eutectic.routed.forward_pass import Routing, install_hooks
+from eutectic.routed.head_files import read_heads, write_heads
+from eutectic.routed.heads import RoutedHeads, StoredHead, heads_of
 from eutectic.routed.routed_modules import Experts, RoutedLinear, install
 from eutectic.routed.router import ROUTERS, RouterKind
 from eutectic.routed.routing_modes import routing_of
@@ -56,10 +58,11 @@ class Description(BaseModel):
     short: dict[str, dict[str, int]]
     left_out: list[str] = []  # absent in files of earlier versions
     layers: list[RoutedLayer]
+    heads: tuple[str, ...] = ()  # experts that have one in `heads/`
 
 
-def finish(model: Model, routing: Routing) -> Model:
-    """Attach the handle, the hooks and `save_pretrained` to a model with routed layers."""
+def finish(model: Model, routing: Routing, heads: Mapping[str, StoredHead] | None = None) -> Model:
+    """Attach the handle, the hooks, `save_pretrained` and heads to a model with routed layers."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             # It would drop the padding between its layers, so that no mask fits what they see.
@@ -67,6 +70,7 @@ def finish(model: Model, routing: Routing) -> Model:
     install_hooks(model, routing)
     model.routing = routing  # type: ignore[assignment]
     model.save_pretrained = MethodType(save_routed, model)  # type: ignore[assignment]
+    model.expert_heads = RoutedHeads(model, heads or {})  # type: ignore[assignment]
     return model
 
 
@@ -89,8 +93,8 @@ def write_routed(routed: nn.Module, path: Path, **options: Any) -> None:
     handle = routing_of(routed)
     weights, held = _base_state_dict(routed), experts_of(routed)
     layers = [RoutedLayer(name=experts.name, path=path) for path, experts in held.items()]
-    kind = type(routed).__name__
-    description = Description(architecture=kind, layers=layers, **vars(handle))
+    kind, heads = type(routed).__name__, _stored_heads(routed)
+    description = Description(architecture=kind, layers=layers, heads=tuple(heads), **vars(handle))
     tensors = {
         f"{path}.{key}": tensor.contiguous()
         for path, experts in held.items()
@@ -105,6 +109,7 @@ def write_routed(routed: nn.Module, path: Path, **options: Any) -> None:
         else:
             save_file({n: t.contiguous().clone() for n, t in weights.items()}, path / PLAIN_WEIGHTS)
         save_file(tensors, path / FACTORS)
+        write_heads(path, heads)
         # Last: a folder without it is no finished routed model.
         text = json.dumps(description.model_dump(), indent=1)
         (path / DESCRIPTION).write_text(text, encoding="utf-8")
@@ -146,7 +151,7 @@ def load_routed(folder: str | Path, model: nn.Module | type[Any] | None = None) 
         up, down, weight, bias = _tensors(path, tensors, layer, len(routing.experts))
         router = ROUTERS[description.router](weight, bias)
         install(loaded, layer, up.to(device), down.to(device), router.to(device), routing)
-    return finish(loaded, routing)
+    return finish(loaded, routing, read_heads(path, description.heads))
 
 
 def _tensors(path: Path, held: Mapping[str, Tensor], layer: Site, experts: int) -> list[Tensor]:
@@ -243,9 +248,7 @@ def write_adapters(routed: nn.Module, path: Path, output: Path, beside: Path | N
             if packed
             else f"{type(routed).__name__} has no save_pretrained, so PEFT could not load it."
         )
-    bad = [name for name in handle.experts if name in (".", "..") or set(name) & set("/\\\0")]
-    if bad:
-        raise RequestError(f"these names of experts cannot be folders: {bad}.")
+    _check_folders(handle.experts)
     try:
         own(routed, path / "merged", state_dict=_base_state_dict(routed))
         if beside is not None:
@@ -279,7 +282,22 @@ def _write_in_order(
 
 def _identity(routed: nn.Module) -> dict[str, Any]:
     content = StateDictReader(routed.state_dict()).fingerprint()
-    return {"content": content, "routing": repr(routing_of(routed))}
+    heads = getattr(heads_of(routed), "fingerprints", dict[str, str])()
+    return {"content": content, "routing": repr(routing_of(routed)), "heads": heads}
+
+
+def _stored_heads(routed: nn.Module) -> Mapping[str, StoredHead]:
+    """Return the heads that are written; their names are folders."""
+    stored: Mapping[str, StoredHead] = getattr(heads_of(routed), "stored", {})
+    _check_folders(stored)
+    return stored
+
+
+def _check_folders(names: Iterable[str]) -> None:
+    """Refuse names of experts that cannot be folders."""
+    bad = [name for name in names if name in (".", "..") or set(name) & set("/\\\0")]
+    if bad:
+        raise RequestError(f"these names of experts cannot be folders: {bad}.")
 
 
 def _base_state_dict(routed: nn.Module) -> dict[str, Tensor]:
