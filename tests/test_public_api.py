@@ -12,6 +12,7 @@ import eutectic
 
 NAMES = [
     "CalibrationReport",
+    "CheckReport",
     "EutecticError",
     "LayerStatistics",
     "MergeReport",
@@ -19,6 +20,7 @@ NAMES = [
     "Treatment",
     "build_routed",
     "calibrate",
+    "check",
     "collect",
     "evaluate",
     "inspect",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eutectic.calibration import CalibrationReport, calibrate
+    from eutectic.checking import CheckReport, check
     from eutectic.errors import EutecticError
     from eutectic.evaluation import evaluate
     from eutectic.execution import MergeReport, merge_state_dicts
@@ -31,6 +32,7 @@ __version__ = version("eutectic")
 
 _ROOMS = {
     "calibration": ("CalibrationReport", "calibrate"),
+    "checking": ("CheckReport", "check"),
     "errors": ("EutecticError",),
     "evaluation": ("evaluate",),
     "execution": ("MergeReport", "merge_state_dicts"),
@@ -44,6 +46,7 @@ _ROOMS = {
 
 __all__ = [
     "CalibrationReport",
+    "CheckReport",
     "EutecticError",
     "LayerStatistics",
     "MergeReport",
@@ -51,6 +54,7 @@ __all__ = [
     "Treatment",
     "build_routed",
     "calibrate",
+    "check",
     "collect",
     "evaluate",
     "inspect",

@@ -124,6 +124,17 @@ def is_layer_stack(path: str) -> bool:
     return re.search(r"(^|\.)(layers?|blocks?|resblocks|h|stages?|experts)$", path) is not None
 
 
+def places_in_stacks(name: str) -> list[tuple[str, int]]:
+    """Return the stacks of layers that a tensor lies in, and its place in each, from outside in.
+
+    >>> places_in_stacks("model.layers.3.mlp.experts.7.w1.weight")
+    [('model.layers', 3), ('model.layers.3.mlp.experts', 7)]
+    """
+    parts = name.split(".")
+    places = ((".".join(parts[:i]), parts[i]) for i in range(1, len(parts)))
+    return [(s, int(p)) for s, p in places if p.isdecimal() and len(p) < 9 and is_layer_stack(s)]
+
+
 def bias_names(name: str) -> tuple[str, ...]:
     """Return both names of the bias of a masked language model's head, or nothing.
 
@@ -185,7 +196,8 @@ def has_output_layer(config: Mapping[str, Any]) -> bool:
     >>> has_output_layer({"architectures": ["BertModel"]})
     False
     """
-    classes = config.get("architectures") or []
+    stated: Any = config.get("architectures")
+    classes = cast("list[Any]", stated) if isinstance(stated, list) else []
     return not classes or not all(_HEADLESS.search(str(name)) for name in classes)
 
 
@@ -197,7 +209,7 @@ def is_tied(config: Mapping[str, Any]) -> bool | None:
     >>> is_tied({"model_type": "gpt2"}), is_tied({"model_type": "llama"}), is_tied({})
     (True, False, None)
     """
-    parts = [config, *_language_parts(config)]
+    parts = [config, *language_parts(config)]
     stated = next((p[TIE] for p in parts if isinstance(p.get(TIE), bool)), None)
     if stated is not None:
         return stated
@@ -212,10 +224,10 @@ def with_tie(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     {'model_type': 'llama', 'tie_word_embeddings': False}
     """
     written = {**config, TIE: tied}
-    for part in _language_parts(config):
+    for part in language_parts(config):
         name = next(key for key in _PARTS if config.get(key) is part)
         written[name] = {**part, TIE: tied}
-    scaled = config.get("model_type") in _SCALED_APART and is_tied(config)
+    scaled = str(config.get("model_type")) in _SCALED_APART and is_tied(config)
     if scaled and not tied:
         written.setdefault(_SCALE, True)
     return written
@@ -236,6 +248,7 @@ def ties_by_file(model_type: str) -> bool:
     return model_type in _BY_FILE
 
 
-def _language_parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def language_parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the parts of a composed configuration that are of its language model."""
     held = (config.get(key) for key in _PARTS)
     return [cast("Mapping[str, Any]", part) for part in held if isinstance(part, Mapping)]

@@ -71,11 +71,17 @@ def unfinished(folder: Path, names: Sequence[str]) -> Oddity | None:
 def _unfinished(folder: Path, names: Sequence[str]) -> Oddity | None:
     if (found := unfinished(folder, names)) is not None:
         return found
+    lacking = unfinished_among(folder, names)
+    return _download(folder, lacking) if lacking else None
+
+
+def unfinished_among(folder: Path, names: Sequence[str]) -> list[str]:
+    """Return the names of files that a download has not finished."""
     lacking = [n for n in names if n.endswith(_UNFINISHED)]
     lacking += [p.name for p in (folder / ".cache/huggingface/download").glob("*.incomplete")]
     if folder.parent.name == "snapshots":
         lacking += [p.name for p in (folder.parents[1] / "blobs").glob("*.incomplete")]
-    return _download(folder, lacking) if lacking else None
+    return lacking
 
 
 def _download(folder: Path, names: Sequence[str]) -> Oddity:

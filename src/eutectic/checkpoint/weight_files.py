@@ -64,7 +64,7 @@ def names_in(folder: Path) -> list[str]:
 
 def holds_weights(names: Sequence[str]) -> bool:
     """Tell whether a folder with these names has a file that may be a full checkpoint."""
-    return any(_may_be_weights(n, (*WEIGHT_SUFFIXES, INDEX_SUFFIX)) for n in names)
+    return any(is_full_weights(n, (*WEIGHT_SUFFIXES, INDEX_SUFFIX)) for n in names)
 
 
 def holds_adapter(names: Sequence[str]) -> bool:
@@ -107,7 +107,8 @@ def check_whole(path: Path) -> None:
         )
 
 
-def _may_be_weights(name: str, endings: tuple[str, ...]) -> bool:
+def is_full_weights(name: str, endings: tuple[str, ...] = WEIGHT_SUFFIXES) -> bool:
+    """Tell whether a file may hold all weights, or a shard or index of them, by its name."""
     return name.endswith(endings) and not name.startswith(_NOT_WEIGHTS) and not is_piece(name)
 
 
@@ -124,8 +125,8 @@ def _choose(
         )
     if known:
         return known[0]
-    indices = [n for n in names if _may_be_weights(n, tuple(s + INDEX_SUFFIX for s in suffixes))]
-    files = [n for n in names if _may_be_weights(n, suffixes)]
+    indices = [n for n in names if is_full_weights(n, tuple(s + INDEX_SUFFIX for s in suffixes))]
+    files = [n for n in names if is_full_weights(n, suffixes)]
     for found in (indices, files):
         if found is files and (shards := _shards(folder, found)) is not None:
             return shards

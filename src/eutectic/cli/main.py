@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from eutectic.cli.calibrate import calibrate
+from eutectic.cli.check import check
 from eutectic.cli.collect import collect
 from eutectic.cli.console import escape_what_cannot_be_printed, settings
 from eutectic.cli.demo import demo
@@ -26,7 +27,19 @@ app = typer.Typer(
     "Exit codes: 0 done, 1 the work failed, 2 the request is wrong. "
     "`eutectic --debug VERB …` shows tracebacks.",
 )
-for command in (merge, tune, plan, inspect, collect, calibrate, route, evaluate, methods, demo):
+for command in (
+    merge,
+    tune,
+    plan,
+    check,
+    inspect,
+    collect,
+    calibrate,
+    route,
+    evaluate,
+    methods,
+    demo,
+):
     app.command()(command)
 
 

@@ -1,0 +1,100 @@
+"""`eutectic check`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+from rich.markup import escape
+from rich.table import Column, Table
+
+from eutectic.cli.console import out, plain_table, print_json, progress_bar, verb
+from eutectic.cli.options import Json, argument, option
+from eutectic.errors import EutecticError
+
+if TYPE_CHECKING:
+    from eutectic.checking import Checked, CheckReport
+
+
+@verb
+def check(
+    *,
+    folders: list[str] = argument(
+        ..., "Checkpoints and adapters: folders, weight files or hub ids.", metavar="FOLDER…"
+    ),
+    base: str | None = option(
+        None,
+        "The model that they are fine-tunes of (default: the first full checkpoint of several, "
+        "as a guess).",
+    ),
+    values: bool = option(False, "Read every tensor: NaN, Inf, zeros.", "--values"),
+    json: Json = False,
+) -> None:
+    """Say what is wrong or unusual in checkpoints and adapters, before anyone merges them.
+
+    Reads headers, indices, configurations, tokenizers and adapters. The exit code is 1 where
+    anything is wrong, and 0 where things are unusual at most.
+
+    Examples:
+
+      eutectic check ./base ./sst2 ./mnli
+
+      eutectic check ./adapter --base org/model --values
+    """
+    from eutectic.checking import check as run
+
+    with progress_bar("reading") as bar:
+        found = run(*folders, base=base, values=values, progress=bar)
+    if json:
+        print_json({"sound": found.sound, "checked": [one.as_json() for one in found]})
+    else:
+        _show(found)
+    if not found.sound:
+        raise typer.Exit(EutecticError.exit_code)
+
+
+def _show(found: CheckReport) -> None:
+    numbers = ("tensors", "numbers", "wrong", "unusual")
+    fixed = (Column("kind", no_wrap=True), Column("type", no_wrap=True))
+    table = plain_table(Column("checkpoint", overflow="fold"), *fixed, numbers=numbers)
+    for one in found:
+        counts = (f"{one.tensors:,}", _short(one.numbers), _count(one.wrong), _count(one.unusual))
+        kind = f"{one.kind}, {one.model}" if one.model else one.kind
+        table.add_row(escape(one.path), escape(kind), _dtype(one), *counts)
+    out.print(table, highlight=False)
+    for one in found:
+        if one.wrong or one.unusual or one.remarks:
+            out.print()
+            out.print(f"[bold]{escape(one.path)}[/]", highlight=False, soft_wrap=True)
+            out.print(_findings(one), highlight=False)
+
+
+def _findings(one: Checked) -> Table:
+    table = Table(Column(no_wrap=True), Column(overflow="fold"), box=None, show_header=False)
+    for label, style, texts in (
+        ("wrong", "bold red", one.wrong),
+        ("unusual", "bold yellow", one.unusual),
+        ("note", "dim", one.remarks),
+    ):
+        for text in texts:
+            table.add_row(f"[{style}]{label}[/]", escape(text))
+    return table
+
+
+def _dtype(one: Checked) -> str:
+    floats = [dtype for dtype in one.dtypes if "float" in dtype] or [*one.dtypes]
+    return "–" if not floats else floats[0] + (" …" if len(floats) > 1 else "")
+
+
+def _count(texts: list[str]) -> str:
+    return str(len(texts)) if texts else "–"
+
+
+def _short(count: int) -> str:
+    """Return a count to three digits: 6.74 B."""
+    value = float(count)
+    for unit in ("", " k", " M", " B"):
+        if value < 999.5:
+            return f"{value:.0f}" if not unit else f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g} T"
