@@ -13,6 +13,7 @@ import eutectic
 NAMES = [
     "CalibrationReport",
     "CheckReport",
+    "Comparison",
     "EutecticError",
     "LayerStatistics",
     "MergeReport",
@@ -22,6 +23,7 @@ NAMES = [
     "calibrate",
     "check",
     "collect",
+    "compare",
     "evaluate",
     "inspect",
     "load_routed",

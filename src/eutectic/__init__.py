@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from eutectic.calibration import CalibrationReport, calibrate
     from eutectic.checking import CheckReport, check
+    from eutectic.comparison import Comparison, compare
     from eutectic.errors import EutecticError
     from eutectic.evaluation import evaluate
     from eutectic.execution import MergeReport, merge_state_dicts
@@ -33,6 +34,7 @@ __version__ = version("eutectic")
 _ROOMS = {
     "calibration": ("CalibrationReport", "calibrate"),
     "checking": ("CheckReport", "check"),
+    "comparison": ("Comparison", "compare"),
     "errors": ("EutecticError",),
     "evaluation": ("evaluate",),
     "execution": ("MergeReport", "merge_state_dicts"),
@@ -47,6 +49,7 @@ _ROOMS = {
 __all__ = [
     "CalibrationReport",
     "CheckReport",
+    "Comparison",
     "EutecticError",
     "LayerStatistics",
     "MergeReport",
@@ -56,6 +59,7 @@ __all__ = [
     "calibrate",
     "check",
     "collect",
+    "compare",
     "evaluate",
     "inspect",
     "load_routed",

@@ -348,8 +348,11 @@ SENTENCES: dict[str, Template] = {
     ),
     # How a scale was chosen.
     "closed_form_scale": (
-        "scale {scale:g} in closed form from the Grams of {layers} of {matrices} matrices: "
-        "{lost_percent:.0f} % of the experts' output shifts is lost"
+        "scale {scale:g} in closed form from the Grams of {layers} of {matrices} matrices. There "
+        "the squared distance of every layer's outputs from the experts' is {lost_percent:.0f} % "
+        "of what it is without merging (100 %: the base). That compares values of α and says "
+        "little of how well the model does: one that keeps most of the experts' accuracy may "
+        "have 80 % and more. Where there are inputs, even unlabelled, search: divergence is safer"
     ),
     "searched_scale": _searched,
     "earlier_scale": "scale {scale:g}, chosen by the search of the run that was killed",
@@ -414,6 +417,16 @@ SENTENCES: dict[str, Template] = {
     "other_ids": "{count} tokens have other ids than in {base}: {0}",
     # What a reader of measurements should know.
     "no_gain": _no_gain,
+    "tasks_without_expert": (
+        "tasks of no expert of the recipe, so that rows are ranked by the mean of the metric: {few}"
+    ),
+    "chosen_on_shown_rows": (
+        "α was chosen on the {split} rows that are shown, which favours: {few}. Show another split"
+    ),
+    "best_of_many": (
+        "the best of {count} is best by luck in part: for a figure to report, measure it on rows "
+        "that had no say"
+    ),
     "inspected": "{matrices} matrices; {others} other tensors play no part",
     "unchanged": "expert '{0}' leaves {unchanged} of {matrices} matrices unchanged",
     "no_activation_interference": "no activation interference on the data of {all}",

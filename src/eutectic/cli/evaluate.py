@@ -68,10 +68,7 @@ def evaluate(
     """
     from eutectic.evaluation.run import evaluate as run
 
-    proxy: dict[str, list[str]] = {}
-    for name, data in (pair(word, "--proxy") for word in measures.proxy or []):
-        proxy.setdefault(name, []).append(data)
-    measured: dict[str, Any] = {**vars(measures), "proxy": proxy}
+    measured: dict[str, Any] = {**vars(measures), "proxy": grouped_proxy(measures.proxy)}
     with progress_bar("evaluating") as report:
         results = run(
             tasks,
@@ -87,6 +84,14 @@ def evaluate(
         return
     show(results)
     tell_done("written", output)
+
+
+def grouped_proxy(words: list[str] | None) -> dict[str, list[str]]:
+    """Return task -> its further proxy data."""
+    proxy: dict[str, list[str]] = {}
+    for name, data in (pair(word, "--proxy") for word in words or []):
+        proxy.setdefault(name, []).append(data)
+    return proxy
 
 
 def _named(word: str) -> tuple[str, str]:

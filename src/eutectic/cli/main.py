@@ -7,6 +7,7 @@ import typer
 from eutectic.cli.calibrate import calibrate
 from eutectic.cli.check import check
 from eutectic.cli.collect import collect
+from eutectic.cli.compare import compare
 from eutectic.cli.console import escape_what_cannot_be_printed, settings
 from eutectic.cli.demo import demo
 from eutectic.cli.evaluate import evaluate
@@ -30,6 +31,7 @@ app = typer.Typer(
 for command in (
     merge,
     tune,
+    compare,
     plan,
     check,
     inspect,

@@ -257,8 +257,22 @@ class SearchedRecipeOptions(RecipeOptions):
     shard_size: None = field(default=None, init=False)
 
 
-def request(asked: RecipeOptions) -> tuple[Path | None, dict[str, Any]]:
-    """Return the recipe file, if one is named, and the options that come on top of it."""
+@dataclass(frozen=True, kw_only=True)
+class SharedRecipeOptions(SearchedRecipeOptions):
+    """The same for several methods, which are named apart with their parameters."""
+
+    method: None = field(default=None, init=False)
+    param: None = field(default=None, init=False)
+    fallback: None = field(default=None, init=False)
+
+
+def request(
+    asked: RecipeOptions, needed: Sequence[str] = ("base", "method")
+) -> tuple[Path | None, dict[str, Any]]:
+    """Return the recipe file, if one is named, and the options that come on top of it.
+
+    Without a recipe, the options that are `needed` must be among them.
+    """
     words = asked.what or []
     if not words:
         raise RequestError(
@@ -294,7 +308,7 @@ def request(asked: RecipeOptions) -> tuple[Path | None, dict[str, Any]]:
     if experts:
         options["experts"] = experts
     if recipe is None:
-        missing = [f"--{key}" for key in ("base", "method") if key not in options]
+        missing = [f"--{key}" for key in needed if key not in options]
         if missing:
             raise RequestError(
                 f"without a recipe, {' and '.join(missing)} must be given.\n"

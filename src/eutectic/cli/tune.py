@@ -43,7 +43,7 @@ class SearchOptions:
     def stated(self) -> dict[str, Any]:
         """Return the keys that were given, as a recipe would have them."""
         keys = {key.rstrip("_"): value for key, value in vars(self).items() if value is not None}
-        for key, plain in (("tasks", str), ("range", _range)):
+        for key, plain in (("tasks", str), ("range", parse_range)):
             if key in keys:
                 keys[key] = plain(keys[key])
         return keys
@@ -130,7 +130,8 @@ def _shown(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def _range(text: str) -> list[float]:
+def parse_range(text: str) -> list[float]:
+    """Return both ends of `LOW:HIGH`."""
     try:
         low, high = (float(part) for part in text.split(":"))
     except ValueError:

@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 
 from eutectic.errors import Note
-from eutectic.evaluation.checkpoints import EXPERTS_MEAN, fingerprint, head_hashes, versions
+from eutectic.evaluation.checkpoints import (
+    EXPERTS_MEAN,
+    Checkpoint,
+    Checkpoints,
+    fingerprint,
+    head_hashes,
+    versions,
+)
 from eutectic.evaluation.metrics import (
     LOWER_IS_BETTER,
     Array,
@@ -121,6 +128,11 @@ def _with_error(figures: Sequence[Draws]) -> dict[str, Any]:
     return _described(figures) | {"standard_error": figures[0].error()}
 
 
+def _as_difference(figures: Sequence[Draws]) -> dict[str, Any]:
+    errors = {"normalized_standard_error": figures[1].error()}
+    return _with_error(figures) | errors
+
+
 def _undefined(like: Draws) -> Draws:
     return Draws(float("nan"), np.full(len(like.replicates), np.nan))
 
@@ -136,8 +148,22 @@ def _quotient(left: Draws, right: Draws) -> Draws:
     return Draws(value, np.divide(left.replicates, right.replicates, out=unknown, where=known))
 
 
-def results_of(pairs: Pairs, outcomes: Mapping[tuple[str, str], Outcomes]) -> Results:
-    """Return the results of an evaluation."""
+def _checkpoint_record(checkpoint: Checkpoint, among: Checkpoints) -> CheckpointRecord:
+    return CheckpointRecord(
+        name=checkpoint.name,
+        role=checkpoint.role,
+        path=public_path(checkpoint.folder),
+        fingerprint=fingerprint(checkpoint.folder, among.base),
+        routing=among.routing if checkpoint.routed else None,
+    )
+
+
+def results_of(
+    pairs: Pairs,
+    outcomes: Mapping[tuple[str, str], Outcomes],
+    known: Mapping[str, CheckpointRecord] | None = None,
+) -> Results:
+    """Return the results of an evaluation; `known` are checkpoints that are no longer there."""
     settings, tasks, checkpoints = pairs.settings, pairs.tasks, pairs.checkpoints
     draws = {
         (c.name, t.name): draw(t, outcomes[c.name, t.name], settings.seed, settings.resamples)
@@ -169,14 +195,7 @@ def results_of(pairs: Pairs, outcomes: Mapping[tuple[str, str], Outcomes]) -> Re
         **{n: getattr(settings, n) for n in ("split", "limit", "dtype", "seed", "resamples")},
         versions=versions(with_harness=any(t.kind == "lm-eval" for t in tasks.values())),
         checkpoints=tuple(
-            CheckpointRecord(
-                name=c.name,
-                role=c.role,
-                path=public_path(c.folder),
-                fingerprint=fingerprint(c.folder, checkpoints.base),
-                routing=checkpoints.routing if c.routed else None,
-            )
-            for c in checkpoints.all
+            (known or {}).get(c.name) or _checkpoint_record(c, checkpoints) for c in checkpoints.all
         ),
         tasks=tuple(
             TaskRecord(
@@ -203,7 +222,7 @@ def results_of(pairs: Pairs, outcomes: Mapping[tuple[str, str], Outcomes]) -> Re
             Difference(
                 checkpoint=row,
                 other=other,
-                **_described([*map(_difference, together[row][:2], together[other][:2])]),
+                **_as_difference([*map(_difference, together[row][:2], together[other][:2])]),
             )
             for row, other in permutations(compared, 2)
         ),

@@ -98,9 +98,26 @@ class Pairs:
                 if checkpoint.role != "expert" or task.expert_name == checkpoint.name:
                     yield checkpoint, task
 
-    def outcomes(self, journal: Journal) -> dict[tuple[str, str], Outcomes]:
-        """Return (checkpoint, task) names -> outcomes, from the journal where they are finished."""
-        return {(c.name, t.name): self._pair(c, t, journal) for c, t in self}
+    def outcomes(
+        self, journal: Journal, keys: Mapping[str, str] | None = None
+    ) -> dict[tuple[str, str], Outcomes]:
+        """Return (checkpoint, task) names -> outcomes, from the journal where they are finished.
+
+        `keys`: task -> identity of its pair, for a single checkpoint that is known otherwise.
+        """
+        found = {(c.name, t.name): self._pair(c, t, journal, keys) for c, t in self}
+        self._loaded = (None, None)
+        return found
+
+    def of(self, *checkpoints: Checkpoint, progress: Progress | None = None) -> Pairs:
+        """Return the pairs of other checkpoints; rows that were read are not read again."""
+        others = replace(self.checkpoints, all=checkpoints)
+        return replace(self, checkpoints=others, progress=progress, _done=0, _loaded=(None, None))
+
+    def identity(self, checkpoint: Checkpoint, task: Task) -> str:
+        """Return a hash of all that decides a pair's outcomes, for a task that was run."""
+        asked = [self.settings.split, self.settings.limit, self.settings.dtype]
+        return self.checkpoints.pair_identity(checkpoint, task, self.hashes[task.name], asked)
 
     def _count(self, task: Task) -> int:
         split, limit = self.settings.split, self.settings.limit
@@ -112,7 +129,13 @@ class Pairs:
         rows = self.rows[task.name].get(split, 0)
         return rows if limit is None else min(limit, rows)
 
-    def _pair(self, checkpoint: Checkpoint, task: Task, journal: Journal) -> Outcomes:
+    def _pair(
+        self,
+        checkpoint: Checkpoint,
+        task: Task,
+        journal: Journal,
+        keys: Mapping[str, str] | None = None,
+    ) -> Outcomes:
         self._tell(0, checkpoint, task)
         limit, trust_code = self.settings.limit, self.settings.trust_code
         if task.name not in self.hashes and task.kind == "lm-eval":
@@ -120,8 +143,7 @@ class Pairs:
             self.hashes[task.name] = rows.data_hash
         elif task.name not in self.hashes:
             self.hashes[task.name] = data_hash(task, self._split_rows(task))
-        asked = [self.settings.split, limit, self.settings.dtype]
-        pair = self.checkpoints.pair_identity(checkpoint, task, self.hashes[task.name], asked)
+        pair = self.identity(checkpoint, task) if keys is None else keys[task.name]
         if (found := journal.found.get(pair)) is None:
             compute = {"function": self._by_function, "lm-eval": self._by_harness}
             found = compute.get(task.kind, self._by_model)(checkpoint, task)

@@ -79,8 +79,10 @@ class Difference(_Record):
     other: str
     value: float | None
     interval: Interval
+    standard_error: float | None = Field(None, description="Of the value, by the bootstrap.")
     normalized: float | None = Field(description="Of the normalised values.")
     normalized_interval: Interval
+    normalized_standard_error: float | None = Field(None, description="Of the normalised values.")
 
 
 class Results(_Record):

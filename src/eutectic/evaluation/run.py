@@ -83,9 +83,9 @@ def evaluate(
     if output is not None:
         check_replaced(Path(output), {"schema_version", "results"}, "results")
     known = dict(tasks) if isinstance(tasks, Mapping) else load_tasks(tasks)
-    _check_trust(known, settings.trust_code)
+    check_trust(known, settings.trust_code)
     checkpoints = named_checkpoints(known, base, experts or {}, models, settings.routing)
-    counted = _checked_splits(known, proxy or {}, settings.trust_code)
+    counted = checked_splits(known, proxy or {}, settings.trust_code)
     pairs = Pairs(checkpoints, known, counted, settings, progress)
     with open_journal(None if output is None else Path(output)) as journal:
         outcomes = pairs.outcomes(journal)
@@ -95,14 +95,14 @@ def evaluate(
     return results
 
 
-def _check_trust(tasks: Mapping[str, Task], trust_code: bool) -> None:
+def check_trust(tasks: Mapping[str, Task], trust_code: bool) -> None:
     """Refuse tasks that run code of the user's, unless it is allowed, before anything is read."""
     for name, task in tasks.items():
         if task.function is not None and not trust_code:
             raise untrusted(task.function, f"task '{name}': ")
 
 
-def _checked_splits(
+def checked_splits(
     tasks: Mapping[str, Task], proxy: Mapping[str, Folder | Sequence[Folder]], trust_code: bool
 ) -> dict[str, dict[str, int]]:
     """Return task -> split -> number of rows; no two splits share a row."""

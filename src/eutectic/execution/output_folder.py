@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from eutectic.checkpoint.output_format import TensorSink
 from eutectic.checkpoint.writer import CheckpointWriter, OutputFile
@@ -14,6 +14,7 @@ from eutectic.execution.journal import (
     JOURNAL,
     MODEL,
     Journal,
+    Ledger,
     input_identities,
     records_of,
     request_identity,
@@ -21,7 +22,15 @@ from eutectic.execution.journal import (
 )
 from eutectic.execution.model_folder import PROVENANCE, document, read_provenance, write_folder
 from eutectic.execution.norms import measured, norm_notes
-from eutectic.execution.schedule import CHOSEN, Choose, Desk, Unscaled, merged_deltas, run_schedule
+from eutectic.execution.schedule import (
+    CHOSEN,
+    Choose,
+    Desk,
+    Unscaled,
+    merged_deltas,
+    run_schedule,
+    write_scaled,
+)
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan, output_layout, with_scale
 from eutectic.storage import storage_of
@@ -149,7 +158,7 @@ def _write(
     plan: Plan,
     model: Path,
     inputs: Inputs,
-    journal: Journal,
+    journal: Ledger,
     identities: tuple[str, _Identities],
     search: Mapping[str, Any] | None,
 ) -> None:
@@ -188,10 +197,46 @@ def unscaled_folder(
 
     The folder stays. The same recipe finds its deltas there again, whatever it says of the scale.
     """
-    tensors = tuple(replace(t, scale=1.0) if t.tunable else t for t in plan.tensors)
-    request = replace(plan.request, complete={**plan.request.complete, "scale": None})
-    identity = request_identity(replace(plan, tensors=tensors, request=request), inputs)
-    with Journal(folder, identity, restart=restart) as journal:
+    with Journal(folder, unscaled_identity(plan, inputs), restart=restart) as journal:
         desk = _desk(folder, inputs, journal, limits)
         with merged_deltas(plan, desk, plan.merged) as unscaled:
             yield unscaled
+
+
+def unscaled_identity(plan: Plan, inputs: Inputs) -> str:
+    """Return a hash of all that decides the deltas of a plan, whatever it says of the scale."""
+    tensors = tuple(replace(t, scale=1.0) if t.tunable else t for t in plan.tensors)
+    request = replace(plan.request, complete={**plan.request.complete, "scale": None})
+    return request_identity(replace(plan, tensors=tensors, request=request), inputs)
+
+
+class _Hashed(Ledger):
+    """What is finished of a model that is written in one go: hashed, but kept in memory only."""
+
+    durable = True
+
+
+def write_model(plan: Plan, unscaled: Unscaled, folder: Path) -> Plan:
+    """Write the model of a plan whose α is a number into a new folder, from merged deltas.
+
+    The folder has the bytes of a merge by the same recipe. Returns the plan with how large its
+    change is, and what that says. A folder that a kill left unfinished must be removed first.
+    """
+    inputs, ledger = unscaled.inputs, _Hashed()
+    before = input_identities(plan, inputs)
+    identity = request_identity(plan, inputs, before)
+
+    @contextmanager
+    def open_output(plan: Plan) -> Iterator[TensorSink]:
+        with output_layout(plan, inputs).open(folder, resume=False) as files:
+            yield files
+            files.sync()
+
+    def refuse(_: OutputFile) -> NoReturn:
+        raise AssertionError("its deltas are merged")
+
+    write_scaled(plan, unscaled, Desk(inputs, ledger, unscaled.limits, refuse, open_output))
+    plan = _with_norms(plan, measured(plan, squares_in(ledger)))
+    _write(plan, folder, inputs, ledger, (identity, before), None)
+    _check_unchanged(before, input_identities(plan, inputs))
+    return plan

@@ -131,6 +131,25 @@ def run_schedule(
     return plan, choice
 
 
+def write_scaled(plan: Plan, unscaled: Unscaled, desk: Desk) -> None:
+    """Write every tensor of a plan whose α is a number, from deltas that are merged already.
+
+    The bytes are those of `run_schedule`. `desk.ledger` takes up what is known of the deltas.
+    """
+    refuse_search(plan)
+    waiting = {t.name for t in unscaled.plan.merged}
+    for key, found in unscaled.journal.finished.items():
+        if key[0] == "delta":
+            desk.ledger.finished[key] = found
+    tell = _meter(plan.tensors, desk)
+    with desk.open_output(plan) as output:
+        place = Workplace(desk.inputs, output, unscaled.deltas, desk.ledger.durable)
+        at_once = [t for t in plan.tensors if t.name not in waiting]
+        _carry_out("merge", at_once, plan, desk, place, tell)
+        scaled = [t for t in plan.tensors if t.name in waiting]
+        _carry_out("scale", scaled, plan, desk, place, tell, unscaled.factors)
+
+
 @contextmanager
 def merged_deltas(
     plan: Plan, desk: Desk, tensors: Sequence[TensorPlan], tell: Tell | None = None

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eutectic.errors import Note, RequestError
 from eutectic.execution import run
@@ -20,13 +20,17 @@ from eutectic.recipes.load import Source, check_recipe
 from eutectic.recipes.schema import NOT_TAKEN, Recipe, ScaleSearch
 from eutectic.tuning.output_error import prepare_closed_form
 
+if TYPE_CHECKING:
+    from eutectic.tuning.objectives import Opened
+
 _RUN = ("threads", "memory", "restart", "progress")
 
 
-def choose_scale(plan: Plan, inputs: Inputs) -> Choose:
+def choose_scale(plan: Plan, inputs: Inputs, opened: "Opened | None" = None) -> Choose:
     """Return how α is chosen for a plan whose recipe asks for a search.
 
     What is missing is found before any work: tensors whose α is open, tasks, data, statistics.
+    `opened` keeps what merges of the same experts have in common.
     """
     search = plan.search
     if search is None:
@@ -40,7 +44,7 @@ def choose_scale(plan: Plan, inputs: Inputs) -> Choose:
         return prepare_closed_form(plan, inputs)
     from eutectic.tuning.objectives import prepare_objective
 
-    return prepare_objective(search, plan, inputs)
+    return prepare_objective(search, plan, inputs, opened)
 
 
 def merge(

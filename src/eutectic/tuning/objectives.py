@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,22 +24,40 @@ from eutectic.recipes.schema import ScaleSearch
 from eutectic.tuning.divergence import feature_distance, kl_divergence
 from eutectic.tuning.inplace import Lazily, round_tensors, set_scale, share_bodies
 from eutectic.tuning.search import Measured, plain_parts, search_scale
-from eutectic.tuning.search_tasks import TuningTask, open_tasks
+from eutectic.tuning.search_tasks import TuningTask, lent_heads, open_tasks
 from eutectic.types import Treatment
 
 STAGE = "scale"  # of measurements in the journal
 Measure = Callable[[TuningTask, Any, Any], tuple[float, float]]
 
 
-def prepare_objective(search: ScaleSearch, plan: Plan, inputs: Inputs) -> Choose:
-    """Return the search over data; tasks are opened and checked now."""
+@dataclass(frozen=True)
+class Opened:
+    """Tasks of searches that were opened, and outputs of experts, for other merges of the same.
+
+    For merges of one base and the same experts; see `prepare_objective`.
+    """
+
+    tasks: dict[str, list[TuningTask]] = field(default_factory=dict[str, list[TuningTask]])
+    references: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+
+
+def prepare_objective(
+    search: ScaleSearch, plan: Plan, inputs: Inputs, opened: Opened | None = None
+) -> Choose:
+    """Return the search over data; tasks are opened and checked now.
+
+    `opened` keeps tasks and the experts' outputs: searches for several methods, which have base
+    and experts in common, read them once.
+    """
     paths = inputs.paths
     if paths is not None and paths.experts and all(map(is_ia3, paths.experts.values())):
         raise RequestError(
             "merges of (IA)³ vectors are scaled without a model: a search over data has none to "
             "run.\nMerge at some scales (--scale) and measure them with `eutectic evaluate`."
         )
-    tasks = open_tasks(search, plan, inputs)
+    opened = opened or Opened()
+    tasks, key = tasks_of(search, plan, inputs, opened)
     idle = [name for name in inputs.experts if name not in {t.expert for t in tasks}]
     labelled = search.search == "validation"
 
@@ -52,7 +71,9 @@ def prepare_objective(search: ScaleSearch, plan: Plan, inputs: Inputs) -> Choose
 
         @functools.cache
         def load() -> Callable[[float], Measured]:
-            references = _references(tasks, inputs, labelled)
+            if key not in opened.references:
+                opened.references[key] = _references(tasks, inputs, labelled)
+            references = opened.references[key]
             if labelled:
                 memory.add("experts", Measured(1.0, references))
             return _objective(tasks, references, _metric if labelled else _divergence, unscaled)
@@ -98,6 +119,24 @@ def prepare_objective(search: ScaleSearch, plan: Plan, inputs: Inputs) -> Choose
         return Choice(curve.scale, note, record)
 
     return choose
+
+
+def tasks_of(
+    search: ScaleSearch, plan: Plan, inputs: Inputs, opened: Opened
+) -> tuple[list[TuningTask], str]:
+    """Return the tasks of a search, and a key of them within `opened`."""
+    key = json.dumps([search.search, search.compare, search.tasks, lent_heads(plan)])
+    if key not in opened.tasks:
+        opened.tasks[key] = open_tasks(search, plan, inputs)
+    return opened.tasks[key], key
+
+
+def search_identity(search: ScaleSearch, plan: Plan, inputs: Inputs, opened: Opened) -> str:
+    """Return a hash of all that decides the α of a search, besides the deltas."""
+    described: list[Any] = [search.model_dump(mode="json", exclude={"tasks"})]
+    if search.search != "gram":
+        described += [task.identity() for task in tasks_of(search, plan, inputs, opened)[0]]
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 def _references(tasks: list[TuningTask], inputs: Inputs, labelled: bool) -> dict[str, Any]:

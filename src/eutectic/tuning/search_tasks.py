@@ -94,7 +94,7 @@ def open_tasks(search: ScaleSearch, plan: Plan, inputs: Inputs) -> list[TuningTa
             f"{search.tasks} cannot be used to choose the scale:\n" + "\n".join(faults)
         )
     features = search.compare == "features"
-    lent = _lent_heads(plan)
+    lent = lent_heads(plan)
     tasks: list[TuningTask] = []
     keys = {name: check_disjoint(task) for name, task in found.items()}
     for task in found.values():
@@ -113,7 +113,7 @@ def open_tasks(search: ScaleSearch, plan: Plan, inputs: Inputs) -> list[TuningTa
     return tasks
 
 
-def _lent_heads(plan: Plan) -> list[str]:
+def lent_heads(plan: Plan) -> list[str]:
     """Return tensors of the base that are the expert's own in the model that is measured.
 
     So the written model is run: with `heads: per_expert` from the expert's folder inside, with
