@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from fnmatch import translate
 from functools import lru_cache
+from glob import escape
 
 
 def fits(name: str, pattern: str) -> bool:
@@ -15,3 +16,12 @@ def fits(name: str, pattern: str) -> bool:
 @lru_cache(maxsize=8192)
 def _compiled(pattern: str) -> Callable[[str], object]:
     return re.compile(translate(pattern)).match
+
+
+def containing(text: str) -> str:
+    """Return the shell pattern of all names that contain a text.
+
+    >>> containing("mlp"), fits("layers.0.mlp.up", containing("mlp"))
+    ('*mlp*', True)
+    """
+    return f"*{escape(text)}*"

@@ -240,6 +240,7 @@ SENTENCES: dict[str, Template] = {
     ),
     "unchanged_by_adapters": "no adapter changes it",
     "in_no_expert": "no expert has it",
+    "base_alone": "nothing but the base is merged here",
     # Why its method is not the recipe's, or not as usual.
     "averaged_as_tied": "averaged, tied to another tensor of the file",
     "no_statistics": "no statistics of {all}",
@@ -247,6 +248,10 @@ SENTENCES: dict[str, Template] = {
     "split_by_inputs": "query, key and value saw different inputs",
     # What a user should know of a plan.
     "mixed_classes": _mixed_classes,
+    "recipe_key_ignored": "the recipe's '{0}' changes nothing, as in mergekit: passed over",
+    "parameters_ignored": (
+        "the recipe gives {all}, which change nothing under {method}, as in mergekit: passed over"
+    ),
     "shards_without_index": (
         "no index lists the shards of {all}; all {count} are there by their names, and were read"
     ),

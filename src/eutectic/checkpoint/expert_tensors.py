@@ -182,6 +182,13 @@ class Expert:
         return rows[start - first * columns : stop - first * columns]
 
 
+def as_expert(source: TensorSource, label: str, config: Mapping[str, Any]) -> Expert:
+    """Return a checkpoint as an expert under its own names."""
+    return Expert(
+        label, source, Alignment(), source.entries, {}, stored=source.entries, config=config
+    )
+
+
 def full_expert(
     source: TensorSource,
     base: Mapping[str, TensorEntry],

@@ -59,7 +59,8 @@ def card(provenance: Mapping[str, Any]) -> str:
 
 def _merged_by(provenance: Mapping[str, Any]) -> str:
     """Say which method merged most of the numbers, and which was asked for if it is another."""
-    method, taken = provenance["recipe"]["method"], provenance["merged_by"]
+    method = provenance.get("method") or provenance["recipe"]["method"]
+    taken = provenance["merged_by"]
     mostly, fallen = provenance["mostly_by"], provenance["fallback"]
     if mostly != method and fallen:
         share = percent(1 - fallen["share"])

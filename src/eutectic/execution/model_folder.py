@@ -24,6 +24,7 @@ from eutectic.execution.model_card import PROVENANCE, card, licence_of
 from eutectic.execution.tasks import Finished
 from eutectic.planning.cost import merged_by, treatments
 from eutectic.planning.inputs import Inputs
+from eutectic.planning.layer_config import with_edits
 from eutectic.planning.plan import OutputLayout, Plan
 from eutectic.storage.small_files import JOURNAL_BYTES, read_json
 from eutectic.types import Statistics
@@ -48,6 +49,8 @@ def document(
         "torch": version("torch"),
         "request": identity,
         "recipe": plan.stated_recipe,
+        # A recipe in words of its own says it by another key.
+        **({} if "method" in plan.stated_recipe else {"method": plan.method.name}),
         "scale": plan.scale,
         "treatments": treatments(plan),
         "merged_by": merged_by(plan),
@@ -129,6 +132,7 @@ def write_folder(
             _state_dtype(model / place / "config.json", dtype)
         for folder in (model, *model.glob("experts/*")):
             _state_ties(folder / place / "config.json", plan.output.tied)
+        _state_layers(model / place / "config.json", plan)
     write_atomically(model / "README.md", card(provenance).encode())
     text = json.dumps({**provenance, "records": dict(records)}, indent=1, ensure_ascii=False)
     write_atomically(model / PROVENANCE, (text + "\n").encode())
@@ -195,4 +199,12 @@ def _state_ties(config: Path, tied: bool | None) -> None:
     stated = is_tied(values)
     if stated is not tied and not (tied and stated is None):
         written = json.dumps(with_tie(values, tied), indent=2, ensure_ascii=False)
+        write_atomically(config, (written + "\n").encode())
+
+
+def _state_layers(config: Path, plan: Plan) -> None:
+    """Let a configuration say of the layers what the weights are."""
+    if plan.output.layers and config.exists():
+        changed = with_edits(read_json_object(config), plan.output.layers)
+        written = json.dumps(changed, indent=2, ensure_ascii=False)
         write_atomically(config, (written + "\n").encode())

@@ -20,6 +20,8 @@ from eutectic.planning.cost import check_memory, merged_by, treatments
 from eutectic.planning.inputs import in_memory_inputs, open_inputs
 from eutectic.planning.plan import make_plan
 from eutectic.recipes.load import Source, check_recipe, load_recipe
+from eutectic.recipes.mergekit import check_mergekit
+from eutectic.recipes.mergekit_document import is_mergekit
 from eutectic.recipes.schema import Recipe
 from eutectic.storage import storage_of
 from eutectic.types import LayerStatistics
@@ -31,12 +33,14 @@ def recipe_from(
     """Return the checked recipe of a file, a mapping, or options, which win over both."""
     source = Source()
     if isinstance(recipe, (str, Path)):
-        checked, source = load_recipe(recipe)
-        if not options:
+        checked, source = load_recipe(recipe, options)
+        if not options or checked.script is not None:
             return checked, source
         # Paths of the file are resolved by now; lines no longer describe the whole.
         recipe = checked.model_dump(mode="json", exclude_unset=True)
     stated = dict(recipe or {})
+    if is_mergekit(stated):
+        return check_mergekit(stated, source, options=options), source
     return check_recipe({**stated, **_sorted_options(options, stated)}), source
 
 

@@ -43,7 +43,7 @@ def tensor_cost(planned: TensorPlan, inputs: Inputs) -> Cost:
         seconds = (base_bytes + write_bytes) / bytes_per_second
         return Cost(base_bytes, write_bytes, peak, seconds)
     method = get_method(planned.method)
-    experts = [inputs.experts[s.owner].entries.get(s.tensor or "") for s in planned.experts]
+    experts = [inputs.owner(s).entries.get(s.tensor or "") for s in planned.experts]
     expert_bytes = sum(e.nbytes for e in experts if e is not None)
     count, width = len(planned.experts), planned.compute.itemsize
     prepares = method.prepare is not None and method.prepares(planned.parameters)

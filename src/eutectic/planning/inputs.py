@@ -5,28 +5,32 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from eutectic.checkpoint.expert_tensors import Expert, full_expert
+from eutectic.checkpoint.adapted import open_adapted
+from eutectic.checkpoint.expert_tensors import Expert, as_expert, full_expert
 from eutectic.checkpoint.experts import common_base, is_adapter, is_ia3, open_expert
 from eutectic.checkpoint.folder import check_side_files
 from eutectic.checkpoint.index import CheckpointIndex, open_index
 from eutectic.checkpoint.locating import locate
-from eutectic.checkpoint.opening import logical_tensors, open_reader
+from eutectic.checkpoint.opening import logical_tensors
 from eutectic.checkpoint.reader import CheckpointSource, StateDictReader, TensorSource
+from eutectic.conventions_stacks import belongs_to
 from eutectic.errors import CheckpointError, EutecticError, Fault, Note, RecipeError, suggest
 from eutectic.methods import Method
 from eutectic.methods.registry import all_methods
 from eutectic.methods.solving import ZERO
 from eutectic.planning.collector import collector_paused
+from eutectic.planning.outline import Row, Rows, depth_in, restack, rows_of
 from eutectic.planning.tensor_plan import Source
 from eutectic.planning.ties import Ties
 from eutectic.recipes.document import Source as Document
 from eutectic.recipes.schema import Recipe
+from eutectic.recipes.script import Place, Script
 from eutectic.types import LayerStatistics, Statistics, as_statistics
 
 
@@ -38,6 +42,11 @@ class InputPaths:
     experts: Mapping[str, Path]  # name -> folder or file, in the recipe's order
     statistics: Mapping[str, str]  # name -> statistics file, for experts that have one
     initial: Path | None = None  # a merged checkpoint that an iterative method starts from
+    # "base" or an expert's name -> the adapter that is merged into it first
+    adapters: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    # models that only lend layers to the base of an output of several models' layers
+    bases: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    rows: Rows = field(default_factory=dict[str, Row])  # of such an output; empty for others
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,9 @@ class Inputs:
     paths: InputPaths | None = None  # where all of it lies; None in memory
     notes: tuple[Note, ...] = ()  # of where they were found
     device: str = "cpu"  # where methods are given what is read from here
+    rows: Rows = field(default_factory=dict[str, Row])  # where layers of several models come from
+    # model -> its own configuration, of models that only lend layers to the base
+    configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, "Mapping[str, Any]"])
     _stack: ExitStack = field(default_factory=ExitStack, repr=False)
 
     @property
@@ -61,7 +73,9 @@ class Inputs:
         return self.stated if self.index is None else self.index.config
 
     def owner(self, source: Source) -> Expert:
-        """Return the expert, or the initial checkpoint, that a source belongs to."""
+        """Return the expert, the base or the initial checkpoint that a source belongs to."""
+        if source.owner == "base":
+            return as_expert(self.base, "the base", self.config)
         if source.owner != "initial":
             return self.experts[source.owner]
         assert self.initial is not None
@@ -88,6 +102,32 @@ class MergeRequest:
     ties: Ties  # which tensors are one under several names, and where each checkpoint keeps it
     # expert -> base name (with the part of a packed tensor) -> name in its statistics
     statistics_names: Mapping[str, Mapping[str, str]]
+    depths: Mapping[str, int] = field(default_factory=dict[str, int])  # stack -> layers in the base
+
+    @property
+    def script(self) -> Script | None:
+        """What the recipe says of single tensors; None where it says the same of all."""
+        return self.recipe.script
+
+    def taking(self, name: str) -> Mapping[str, Expert]:
+        """Return the experts that a tensor of the output is merged from, if they have it."""
+        experts = self.inputs.experts
+        if self.script is None:
+            return experts
+        own = self.place(name).own
+        return {owner: expert for owner, expert in experts.items() if owner in own}
+
+    def place(self, name: str) -> Place:
+        """Return where a tensor of the output stands, and which experts it is merged from."""
+        script, rows = self.script, self.inputs.rows
+        if name in rows:
+            return rows[name].place
+        if script is None:
+            return Place(name, dict.fromkeys(self.inputs.experts, name))
+        part = next((part for part in script.takes if belongs_to(name, part)), None)
+        takers = () if part is None else script.takes[part]
+        depth = depth_in(name, self.depths)
+        return Place(name, dict.fromkeys(takers, name), depth, part or "")
 
 
 @collector_paused()
@@ -97,6 +137,7 @@ def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
     paths: dict[str, Path] = {}
     experts: dict[str, Expert] = {}
     statistics: dict[str, Statistics] = {}
+    adapters: dict[str, Path] = {}
     faults: list[Fault] = []
     notes: list[Note] = []
 
@@ -114,12 +155,22 @@ def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
                 is_ia3(found.path)  # a broken configuration is a fault of this expert alone
                 paths[name] = found.path
                 notes += found.notes(f"expert '{name}'")
+                if spec.adapter is not None:
+                    adapters[name] = locate(spec.adapter).path
         place, readers = Path(), list[CheckpointSource]()
         with told("base", "base", "base"):
             found = locate(recipe.base, full=True)
             place = found.path
             notes += found.notes("base")
-            readers.append(stack.enter_context(open_reader(place)))
+            if recipe.base_adapter is not None:
+                adapters["base"] = locate(recipe.base_adapter).path
+            opened = open_adapted(place, adapters.get("base"))
+            stack.callback(opened.close)
+            readers.append(opened)
+        bases: dict[str, Path] = {}
+        for name, path in (recipe.script.bases if recipe.script else {}).items():
+            with told("base", f"base '{name}'", "base_model"):
+                bases[name] = locate(path, full=True).path
         if not readers:
             for name, path in paths.items():  # their faults are not hidden by the base's
                 with told("expert", f"expert '{name}'", "experts", name):
@@ -128,13 +179,14 @@ def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
         all_found = len(paths) == len(recipe.experts)
         base, index = readers[0], readers[0].index
         with told("expert", "", "experts"):
-            base, index = common_base(readers[0], paths if all_found else {})
+            plain = {} if recipe.script or adapters or not all_found else paths
+            base, index = common_base(readers[0], plain)
         if faults and all_found:
             raise RecipeError(faults, document.name)
         for name, spec in recipe.experts.items():
             if name in paths:
                 with told("expert", f"expert '{name}'", "experts", name):
-                    experts[name] = open_expert(paths[name], index)
+                    experts[name] = _opened(paths[name], adapters.get(name), index)
                     stack.callback(experts[name].close)
             if spec.statistics is not None:
                 with told("statistics", f"statistics of '{name}'", "experts", name):
@@ -154,7 +206,16 @@ def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
         if faults:
             raise RecipeError(faults, document.name)
         files = {n: s.statistics for n, s in recipe.experts.items() if s.statistics is not None}
-        where = InputPaths(place, paths, files, start)
+        where = InputPaths(place, paths, files, start, adapters, bases)
+        configs: dict[str, Mapping[str, Any]] = {}
+        if recipe.script is not None and recipe.script.bands:
+            models = _models(base, index, experts, bases, stack)
+            rows = rows_of(recipe.script, models)
+            if isinstance(rows, list):
+                raise RecipeError(rows, document.name)
+            base, experts = _restacked(rows, models, experts)
+            configs = {name: model.config for name, model in models.items()}
+            where = replace(where, rows=rows)
         return Inputs(
             base,
             index,
@@ -163,6 +224,8 @@ def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
             initial,
             paths=where,
             notes=tuple(notes),
+            rows=where.rows,
+            configs=configs,
             _stack=stack.pop_all(),
         )
 
@@ -170,16 +233,62 @@ def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
 def reopen(paths: InputPaths) -> Inputs:
     """Open inputs that were opened before, in this process or another."""
     with ExitStack() as stack:
-        opened = stack.enter_context(open_reader(paths.base))
-        base, index = common_base(opened, paths.experts)
-        experts = {name: open_expert(path, index) for name, path in paths.experts.items()}
+        opened = open_adapted(paths.base, paths.adapters.get("base"))
+        stack.callback(opened.close)
+        plain = {} if paths.rows or paths.adapters else paths.experts
+        base, index = common_base(opened, plain)
+        experts = {
+            name: _opened(path, paths.adapters.get(name), index)
+            for name, path in paths.experts.items()
+        }
         initial = None if paths.initial is None else open_expert(paths.initial, index)
         for expert in (*experts.values(), *([] if initial is None else [initial])):
             stack.callback(expert.close)
+        if paths.rows:
+            models = _models(base, index, experts, paths.bases, stack)
+            base, experts = _restacked(paths.rows, models, experts)
         statistics = {n: _load_statistics(path) for n, path in paths.statistics.items()}
         return Inputs(
-            base, index, experts, statistics, initial, paths=paths, _stack=stack.pop_all()
+            base,
+            index,
+            experts,
+            statistics,
+            initial,
+            paths=paths,
+            rows=paths.rows,
+            _stack=stack.pop_all(),
         )
+
+
+def _opened(path: Path, adapter: Path | None, index: CheckpointIndex) -> Expert:
+    """Return an expert under the base's names, with an adapter merged into it if there is one."""
+    if adapter is None:
+        return open_expert(path, index)
+    reader = open_adapted(path, adapter)
+    own = reader.index
+    return full_expert(reader, index.entries, str(path), own.config, own.folder, index.config)
+
+
+def _models(
+    base: TensorSource,
+    index: CheckpointIndex,
+    experts: Mapping[str, Expert],
+    bases: Mapping[str, Path],
+    stack: ExitStack,
+) -> dict[str, Expert]:
+    """Return every model that layers may come from, by name."""
+    models = {"base": as_expert(base, "the base", index.config), **experts}
+    for name, path in bases.items():
+        models[name] = open_expert(path, index)
+        stack.callback(models[name].close)
+    return models
+
+
+def _restacked(
+    rows: Rows, models: Mapping[str, Expert], experts: Mapping[str, Expert]
+) -> tuple[TensorSource, dict[str, Expert]]:
+    base, own = restack(rows, models)
+    return base, {name: own[name] for name in experts if name in own}
 
 
 def _load_statistics(path: str) -> Statistics:

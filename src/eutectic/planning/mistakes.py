@@ -21,7 +21,10 @@ def mistakes(request: MergeRequest) -> list[Note]:
     notes = _far_out(request)
     experts, base = request.inputs.experts, request.inputs.base
     groups: list[list[str]] = []
+    listed = _lists_base(request)
     for name, expert in experts.items():
+        if name in listed:
+            continue
         if _is_base(expert, base):
             notes.append(Note("same_as_base", (name,), level="warning"))
             continue
@@ -35,6 +38,16 @@ def mistakes(request: MergeRequest) -> list[Note]:
         if len(group) > 1:
             notes.append(Note("same_expert", tuple(group), {"count": len(group)}, "warning"))
     return notes
+
+
+def _lists_base(request: MergeRequest) -> set[str]:
+    """Return the experts that are the base by intention: recipes of other kinds list it."""
+    if request.script is None:
+        return set()
+    if request.inputs.rows:  # made of layers of several models
+        return {*request.inputs.experts}
+    experts, base = request.recipe.experts, request.recipe.base
+    return {name for name, spec in experts.items() if spec.path == base}
 
 
 def _far_out(request: MergeRequest) -> list[Note]:

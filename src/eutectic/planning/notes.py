@@ -108,6 +108,7 @@ def notes_on(
     recipe, inputs = request.recipe, request.inputs
     method, parameters = request.method, request.parameters
     notes = [*label_warnings(tensors, recipe, inputs), *inputs.notes]
+    notes += recipe.script.notes if recipe.script is not None else ()
     for name, expert in inputs.experts.items():
         if expert.alignment.strip and expert.alignment.add:
             if expert.alignment.strip != expert.alignment.add:

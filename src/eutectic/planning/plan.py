@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -24,23 +24,28 @@ from eutectic.checkpoint.output_format import (
 from eutectic.checkpoint.writer import OutputFile
 from eutectic.conventions import CLASSIFIERS
 from eutectic.conventions_heads import is_buffer, is_output_layer, vocabulary_heads
+from eutectic.conventions_stacks import stack_depths
 from eutectic.errors import CheckpointError, Fault, MethodError, Note, RecipeError, RequestError
 from eutectic.methods import Method, get_method
 from eutectic.planning.collector import collector_paused
 from eutectic.planning.coverage import coverage_faults, unmatched
+from eutectic.planning.directions import directed, first_direction
 from eutectic.planning.fallbacks import fallback_faults, fallen_share, merged_mostly_by
 from eutectic.planning.inputs import Inputs, MergeRequest
+from eutectic.planning.layer_config import Edit, layer_edits
 from eutectic.planning.notes import notes_on
 from eutectic.planning.shapes import another_base, empty_heads, shape_faults
 from eutectic.planning.shares import Shares, shares_of
 from eutectic.planning.statistics_match import statistics_faults, statistics_names
 from eutectic.planning.tensor_plan import TensorPlan
-from eutectic.planning.tensors import plan_tensor, with_method
+from eutectic.planning.tensors import plan_tensor
 from eutectic.planning.ties import Ties, find_ties
 from eutectic.recipes.load import Source
 from eutectic.recipes.schema import Recipe, ScaleSearch
 from eutectic.types import Treatment
 from eutectic.words import few, plain
+
+USUAL_SHARD = 5_000_000_000  # bytes in a file, where the base's own files are no pattern
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class OutputOptions:
     shard_bytes: int | None = None  # most bytes in one file; None where files are the base's
     tied: bool | None = None  # what its configuration says of tied tables; None: as it stands
     nonfinite: Literal["error", "allow"] = "error"  # NaN or Inf in it
+    layers: tuple[Edit, ...] = ()  # what its configuration says of layers of several models
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,8 @@ class Plan:
     @property
     def stated_recipe(self) -> dict[str, Any]:
         """The recipe as a user would write it, with the scale that was used."""
+        if "stated" in self.request.published:  # in words of its own, which say the scale
+            return dict(self.request.published["stated"])
         return {**self.request.published, "scale": self.scale}
 
     @property
@@ -128,7 +136,9 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
     faults += request.ties.faults
     faults += _told([fault for fault in planned if isinstance(fault, Fault)], request)
     _refuse(faults, source)
-    tensors = [with_method(t, request) for t in planned if not isinstance(t, Fault)]
+    chosen = [directed(t, request) for t in planned if not isinstance(t, Fault)]
+    _refuse(list(dict.fromkeys(f for t in chosen if isinstance(t, list) for f in t)), source)
+    tensors = [t for t in chosen if not isinstance(t, list)]
     substitutes = fallback_faults(tensors, request) if recipe.fallback == "error" else []
     _refuse([*substitutes, *_unfit(tensors)], source)
     heads = _heads(recipe, inputs, tensors, request.ties)
@@ -161,6 +171,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
             recipe.shard_size,
             request.ties.tied,
             recipe.nonfinite,
+            layer_edits(inputs) if inputs.rows else (),
         ),
         request=_stated_request(recipe),
         shares=shares,
@@ -202,11 +213,12 @@ def output_layout(plan: Plan, inputs: Inputs) -> OutputLayout:
         raise RequestError("a merge into files needs a base in files.")
     tensors: list[OutputTensor] = []
     for planned in plan.tensors:
-        own = None if planned.base is None else index.entries.get(planned.base.tensor or "")
+        kept = planned.like or (planned.base.tensor if planned.base is not None else None)
+        own = index.entries.get(kept or "")
         file = None if own is None else own.file
         tensors.append(OutputTensor(planned.name, planned.dtype, planned.shape, file))
     recipe = json.dumps(plan.stated_recipe, sort_keys=True)
-    bound = plan.output.shard_bytes
+    bound = plan.output.shard_bytes or (USUAL_SHARD if inputs.rows else None)
     form = LaidOutLikeBase(index) if bound is None else InShards(bound, index)
     files = form.lay_out(tensors, {"eutectic": version("eutectic"), "recipe": recipe})
     return OutputLayout(form, tuple(files))
@@ -228,7 +240,22 @@ def _stated_request(recipe: Recipe) -> StatedRequest:
         names[name] = own["path"]
     files = {n: s.statistics for n, s in recipe.experts.items() if s.statistics is not None}
     complete, hub_base = recipe.model_dump(mode="json"), _is_hub_id(recipe.base)
+    if recipe.script is not None:
+        complete = {**complete, "stated": recipe.script.stated}
+        values = {"stated": _published(recipe.script.stated)}
     return StatedRequest(complete, values, names, files, hub_base)
+
+
+def _published(stated: Any) -> Any:
+    """Return what was written without the folders of local paths."""
+    if isinstance(stated, Mapping):
+        items = cast("Mapping[str, Any]", stated).items()
+        return {key: _published(value) for key, value in items}
+    if isinstance(stated, (list, tuple)):
+        return [_published(value) for value in cast("Sequence[Any]", stated)]
+    if isinstance(stated, str) and "/" in stated and "\n" not in stated:
+        return "+".join(_shown(part) for part in stated.split("+"))
+    return stated
 
 
 def _shown(path: str) -> str:
@@ -254,17 +281,25 @@ def _request(recipe: Recipe, inputs: Inputs, source: Source) -> MergeRequest:
     owners = dict(inputs.experts)
     if inputs.initial is not None:
         owners["initial"] = inputs.initial
-    return MergeRequest(
+    plain = recipe.script is None
+    request = MergeRequest(
         recipe=recipe,
         inputs=inputs,
         document=source,
         method=method,
-        parameters=method.parse(dict(recipe.parameters)),
+        parameters=method.parse(dict(recipe.parameters)) if plain else None,
         scale=scale,
         own_parameters=own,
         ties=find_ties(inputs.base, inputs.config, owners),
         statistics_names={n: statistics_names(s, inputs) for n, s in inputs.statistics.items()},
+        depths={} if plain else stack_depths(inputs.base.entries),
     )
+    first = None if plain else first_direction(request)
+    if first is None:
+        return request
+    found = get_method(first.method)
+    scale = first.scale if first.scale is not None else found.default_scale(len(inputs.experts))
+    return replace(request, method=found, parameters=first.parameters, scale=scale)
 
 
 def _told(faults: Sequence[Fault], request: MergeRequest) -> list[Fault]:

@@ -56,6 +56,7 @@ class Layout:
     transpose: bool = False  # the file holds [in, out]
     split: tuple[int, ...] = ()  # heights of fused matrices, or empty
     stacked: bool = False  # a stack [E, out, in], merged matrix by matrix
+    whole: bool = False  # the method sees the tensor in its own shape, whatever it is
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class TensorPlan:
     reason: tuple[Note, ...]  # why it is this treatment and method
     layout: Layout = Layout()  # how its matrices lie in the file
     base: Source | None = None  # None where the base has none, which counts as zero
+    like: str = ""  # the base's tensor in whose file it lies, where `base` does not say it
     experts: tuple[Source, ...] = ()  # the experts that take part, in order
     initial: Source | None = None  # where a merged checkpoint that the method starts from keeps it
     method: str = COPY  # the method that merges it, or "copy"
@@ -110,6 +112,8 @@ class TensorPlan:
 
         Tables and convolutions are no linear maps: what merges them sees entries in a row.
         """
+        if self.layout.whole:
+            return self.shape
         if self.treatment in (Treatment.EMBEDDING, Treatment.CONV):
             return (self.elements,)
         if self.layout.stacked:

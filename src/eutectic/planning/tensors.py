@@ -24,15 +24,15 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def plan_tensor(entry: TensorEntry, request: MergeRequest) -> TensorPlan | Fault:
     """Decide one tensor, or return its fault; the method follows in `with_method`."""
-    recipe, inputs = request.recipe, request.inputs
-    ties = request.ties
+    recipe, ties = request.recipe, request.ties
     partner = ties.partner.get(entry.name, entry.name)
     decision = _decide(entry, partner, request)
     if isinstance(decision, Fault):
         return decision
     having: dict[str, TensorEntry] = {}
     lacking: list[str] = []
-    for name, expert in inputs.experts.items():
+    taking = request.taking(entry.name)
+    for name, expert in taking.items():
         own = ties.source(name, expert, entry.name)
         found = None if own is None else expert.entries.get(own) or expert.extra.get(own)
         if found is not None:
@@ -46,7 +46,7 @@ def plan_tensor(entry: TensorEntry, request: MergeRequest) -> TensorPlan | Fault
     if not fixed and (fault := _dtype_fault(entry, having)):
         return fault
     left_out = lacking if recipe.missing == "available" else []
-    owners = [name for name in inputs.experts if name not in left_out]
+    owners = [name for name in taking if name not in left_out]
     dtypes = [entry.dtype, *(e.dtype for e in having.values())]
     wide = torch.float64 in dtypes or recipe.dtype == "float64"
     floating = entry.dtype.is_floating_point
@@ -142,7 +142,7 @@ def _meet_experts(
     if fixed:
         return decision
     if not having:
-        absent = len(lacking) == len(request.inputs.experts)
+        absent = len(lacking) == len(request.taking(entry.name))
         reason = Note("in_no_expert") if absent else Note("unchanged_by_adapters")
         return decision.because(reason, treatment=Treatment.COPY)
     if lacking and request.recipe.missing == "error":

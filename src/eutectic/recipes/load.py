@@ -7,8 +7,6 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from eutectic.checkpoint.hub import hub_id
-from eutectic.checkpoint.weight_files import WEIGHT_SUFFIXES
 from eutectic.errors import Fault, MethodError, RecipeError, suggest
 from eutectic.methods import Method, all_methods, get_method
 from eutectic.methods.solving import ZERO
@@ -22,15 +20,24 @@ from eutectic.recipes.document import (
     read_document,
     schema_fault,
 )
+from eutectic.recipes.mergekit import check_mergekit
+from eutectic.recipes.mergekit_document import is_mergekit
+from eutectic.recipes.paths import is_local, resolve
 from eutectic.recipes.schema import SCALE_TAGS, ExpertSpec, Recipe, ScaleSearch, TensorRule
 
 
-def load_recipe(path: str | Path) -> tuple[Recipe, Source]:
+def load_recipe(
+    path: str | Path, options: Mapping[str, Any] | None = None
+) -> tuple[Recipe, Source]:
     """Read and check a YAML recipe. Relative paths in it start at the recipe's folder.
 
-    RecipeError lists every fault of the schema, the method's parameters and the paths.
+    A mergekit configuration is known by its keys; `options` are keys of ours that a command adds
+    to one, and are left alone otherwise. RecipeError lists every fault of the schema, the method's
+    parameters and the paths.
     """
     values, source, duplicates = read_document(path, "a recipe", "base, experts and method")
+    if is_mergekit(values):
+        return check_mergekit(values, source, duplicates, options), source
     return check_recipe(values, source, duplicates), source
 
 
@@ -40,6 +47,8 @@ def check_recipe(
     """Return a checked recipe with resolved local paths."""
     source = source or Source()
     values = _mapping(_paths_as_text(values))
+    if is_mergekit(values):
+        return check_mergekit(values, source, faults)
     faults = list(faults)
     recipe = None
     try:
@@ -116,37 +125,19 @@ def _parameter_faults(
 
 def _path_faults(values: Mapping[str, Any], source: Source) -> list[Fault]:
     """Find paths that lead nowhere, even in a recipe that fails the schema elsewhere."""
-    paths: dict[Location, Any] = {("base",): values.get("base")}
+    paths: dict[Location, Any] = {(key,): values.get(key) for key in ("base", "base_adapter")}
     for name, spec in _mapping(values.get("experts")).items():
         paths["experts", name] = spec  # a path alone
-        for key in ("path", "statistics"):
+        for key in ("path", "adapter", "statistics"):
             paths["experts", name, key] = _mapping(spec).get(key)
     tasks = ("scale", "tasks")
     paths[tasks] = _mapping(values.get("scale")).get("tasks")
     return [
         no_file(where, path, source)
         for where, path in paths.items()
-        if isinstance(path, str) and (_is_local(path, source, where[-1]) or where == tasks)
+        if isinstance(path, str) and (is_local(path, source, where[-1]) or where == tasks)
         if not exists(inside(path, source))
     ]
-
-
-def _is_local(path: str, source: Source, key: object = "path") -> bool:
-    """Tell a path from what may name a model of the hub, which no file of statistics is."""
-    found = hub_id(path)
-    if found is None or Path(path).suffix in WEIGHT_SUFFIXES:
-        looks_like_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
-        return looks_like_path or Path(path).suffix in WEIGHT_SUFFIXES
-    if found.folder is None:
-        return False
-    # `models/sst2/final` beside a folder `models` is a mistyped path, not a model of the hub.
-    beside = found.revision is None and exists(inside(path.partition("/")[0], source))
-    return beside or key == "statistics"
-
-
-def _resolve(path: str, source: Source, key: object = "path") -> str:
-    place = inside(path, source)
-    return str(place) if _is_local(path, source, key) or exists(place) else path
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
@@ -157,13 +148,16 @@ def _mapping(value: object) -> Mapping[str, Any]:
 def _resolve_paths(recipe: Recipe, source: Source) -> Recipe:
     experts: dict[str, ExpertSpec] = {}
     for name, spec in recipe.experts.items():
-        statistics = spec.statistics and _resolve(spec.statistics, source, "statistics")
-        found = {"path": _resolve(spec.path, source), "statistics": statistics}
+        statistics = spec.statistics and resolve(spec.statistics, source, "statistics")
+        adapter = spec.adapter and resolve(spec.adapter, source)
+        found = {"path": resolve(spec.path, source), "adapter": adapter, "statistics": statistics}
         experts[name] = spec.model_copy(update=found)
-    update: dict[str, Any] = {"base": _resolve(recipe.base, source), "experts": experts}
+    update: dict[str, Any] = {"base": resolve(recipe.base, source), "experts": experts}
+    if recipe.base_adapter is not None:
+        update["base_adapter"] = resolve(recipe.base_adapter, source)
     init = recipe.parameters.get("init")
     if isinstance(init, str) and init != ZERO and init not in all_methods():
-        update["parameters"] = {**recipe.parameters, "init": _resolve(init, source)}
+        update["parameters"] = {**recipe.parameters, "init": resolve(init, source)}
     if isinstance(recipe.scale, ScaleSearch) and recipe.scale.tasks is not None:
         tasks = str(inside(recipe.scale.tasks, source))
         update["scale"] = recipe.scale.model_copy(update={"tasks": tasks})

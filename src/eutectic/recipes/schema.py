@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from eutectic.errors import RequestError
+from eutectic.recipes.script import Script
 from eutectic.recipes.units import parse_bytes
 from eutectic.types import Treatment
 
@@ -29,6 +38,7 @@ class ExpertSpec(BaseModel, extra="forbid", frozen=True):
     """One expert: a checkpoint or an adapter fine-tuned from the base."""
 
     path: str  # folder, file or hub id
+    adapter: str | None = None  # a LoRA adapter that is merged into that checkpoint first
     weight: Finite = 1.0  # w_t in the method's formula
     statistics: str | None = None  # its statistics file, for methods that use data
     parameters: dict[str, Any] = Field(default_factory=dict)  # where they differ from the recipe's
@@ -106,6 +116,7 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
     """What to merge, and how; docs/guides/recipes.md says what each key does."""
 
     base: str  # folder, file or hub id of the model that all experts started from
+    base_adapter: str | None = None  # a LoRA adapter that is merged into it first
     experts: Annotated[dict[Name, ExpertSpec], Field(min_length=1)]  # or name -> path
     method: str  # a name from `eutectic methods`
     parameters: dict[str, Any] = Field(default_factory=dict)  # the method's own
@@ -127,6 +138,20 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
     fallback: Literal["error", "allow"] = "error"
     # Most bytes of tensors in one file, such as "5GB"; None lays the output out like the base.
     shard_size: Annotated[int, Field(ge=1, strict=True)] | None = None
+
+    # What is said of single tensors; no key of its own, since several keys make it.
+    _script: Script | None = PrivateAttr(default=None)
+
+    @property
+    def script(self) -> Script | None:
+        """What the recipe says of single tensors; None where it says the same of all."""
+        return self._script
+
+    def with_script(self, script: Script) -> Recipe:
+        """Return the recipe with what it says of single tensors."""
+        recipe = self.model_copy()
+        recipe._script = script  # pyright: ignore[reportAttributeAccessIssue] - a private attribute
+        return recipe
 
     @field_validator("experts", mode="before")
     @classmethod

@@ -1,0 +1,88 @@
+"""Values that a recipe gives to many tensors at once: over depth, and by the tensors' names.
+
+A setting is a scalar, a list of scalars spread over the layers, or cases of which the first that
+fits a tensor's name decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from eutectic.conventions_patterns import fits
+
+Scalar = float | int | bool | str
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Values at equal distances from the first layer to the last."""
+
+    values: tuple[Scalar, ...]
+
+    def at(self, depth: float) -> Scalar:
+        """Return the value at a depth from 0 to 1.
+
+        Numbers are interpolated between the two nearest; words and truth values are not, the one
+        at or before the depth is taken.
+        """
+        place = depth * (len(self.values) - 1)
+        first = int(place)
+        low, high = self.values[first], self.values[min(len(self.values) - 1, first + 1)]
+        if isinstance(low, (bool, str)) or isinstance(high, (bool, str)):
+            return low
+        share = place - first
+        return (1 - share) * low + share * high
+
+
+@dataclass(frozen=True)
+class Case:
+    """A setting for the tensors whose names a shell pattern fits; None fits all."""
+
+    match: str | None
+    value: Setting
+
+
+Setting = Scalar | Gradient | tuple[Case, ...]
+Settings = Mapping[str, Setting]
+
+
+def value_of(setting: Setting, name: str, depth: float) -> Scalar | None:
+    """Return the value that a setting gives to a tensor; None where no case fits its name.
+
+    The first case that fits decides, be it that it says nothing of this tensor in its turn.
+    """
+    if isinstance(setting, Gradient):
+        return setting.at(depth)
+    if isinstance(setting, tuple):
+        found = next((c for c in setting if c.match is None or fits(name, c.match)), None)
+        return None if found is None else value_of(found.value, name, depth)
+    return setting
+
+
+def first_value(
+    places: Sequence[Settings], parameter: str, name: str, depth: float
+) -> Scalar | None:
+    """Return the value of a parameter by the first of several places that gives one."""
+    for settings in places:
+        if parameter in settings:
+            value = value_of(settings[parameter], name, depth)
+            if value is not None:
+                return value
+    return None
+
+
+def scalars(setting: Setting) -> Iterator[Scalar]:
+    """Yield every scalar of a setting."""
+    if isinstance(setting, Gradient):
+        yield from setting.values
+    elif isinstance(setting, tuple):
+        for case in setting:
+            yield from scalars(case.value)
+    else:
+        yield setting
+
+
+def is_constant(setting: Setting) -> bool:
+    """Tell whether a setting gives every tensor the same value."""
+    return not isinstance(setting, (Gradient, tuple))
