@@ -11,6 +11,8 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from eutectic.conventions import PART_NAMES
+
 # --- Wrappers: components that torch and PEFT put between a module and its parameters ---
 
 _WRAPPERS = (
@@ -22,13 +24,16 @@ _WRAPPERS = (
     "module",  # DistributedDataParallel, DeepSpeed
     "base_layer",  # PEFT's layers
     "original_module",  # PEFT's modules_to_save: the frozen one
+    "token_adapter",  # PEFT's trainable tokens
 )
-_WRAPPER = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(_WRAPPERS)}|modules_to_save(?:\.default)?)\.")
-_ADAPTER_MODULE = re.compile(r"(?:^|(?<=\.))modules_to_save\.([^.]+)\.(?=.)")
+# PEFT's copies of modules that are trained whole; those of norms have a kind of their own.
+_COPIES = "modules_to_save|ln_tuning_layers"
+_WRAPPER = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(_WRAPPERS)}|(?:{_COPIES})(?:\.default)?)\.")
+_ADAPTER_MODULE = re.compile(rf"(?:^|(?<=\.))(?:{_COPIES})\.([^.]+)\.(?=.)")
 _FROZEN = re.compile(r"(^|\.)original_module\.")
-_TRAINED = re.compile(r"(^|\.)modules_to_save\.")
+_TRAINED = re.compile(rf"(^|\.)(?:{_COPIES})\.")
 # The adapter's name inside the key of its parameter, which PEFT leaves out when it saves.
-_ADAPTER_NAME = re.compile(r"\.(lora_(?:embedding_)?[AB]|ia3_l)\.(?!weight$)([^.]+)(?=\.weight$|$)")
+_ADAPTER_NAME = re.compile(rf"\.({PART_NAMES})\.(?!(?:weight|bias)$)([^.]+)(?=\.weight$|\.bias$|$)")
 
 # --- Leading components of language and vision-language models ---
 

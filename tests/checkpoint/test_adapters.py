@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from eutectic.checkpoint.adapters import open_lora
+from eutectic.checkpoint.adapters import open_adapter
 from eutectic.checkpoint.expert_tensors import Expert
 from eutectic.checkpoint.index import open_index
 from eutectic.checkpoint.reader import StateDictReader
@@ -44,7 +44,7 @@ def write(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
 
 
 def read(folder: Path, base: dict[str, Tensor] | None = None) -> Expert:
-    return open_lora(folder, StateDictReader(BASE if base is None else base).entries)
+    return open_adapter(folder, StateDictReader(BASE if base is None else base).entries)
 
 
 def whole_delta(adapter: Expert, name: str, base: Tensor) -> Tensor:
@@ -178,17 +178,23 @@ Q = factors("enc.q", 4, 6)
 REFUSED: dict[str, tuple[dict[str, Tensor], dict[str, Any], str]] = {
     "IA3": (Q, {"peft_type": "IA3"}, "with other .IA.³ adapters only"),
     "no kind": (Q, {"peft_type": None}, "names no kind"),
-    "DoRA": (Q, {"use_dora": True}, "use_dora"),
+    "DoRA without a magnitude": (Q, {"use_dora": True}, "no magnitude .DoRA."),
     "DoRA, by its tensors": (
-        {**Q, "base_model.model.enc.q.lora_magnitude_vector.weight": torch.ones(4)},
+        {**Q, "base_model.model.enc.q.lora_magnitude_vector": torch.ones(4)},
         {},
-        "DoRA",
+        "a magnitude .DoRA., and use_dora",
     ),
-    "target_parameters": (Q, {"target_parameters": ["x"]}, "target_parameters"),
     "layer_replication": (Q, {"layer_replication": [[0, 2]]}, "layer_replication"),
-    "token rows": (Q, {"trainable_token_indices": [1]}, "trainable_token_indices"),
-    "lora_bias": (Q, {"lora_bias": True}, "lora_bias"),
-    "pissa": (Q, {"init_lora_weights": "pissa_niter_16"}, "changes the base weights"),
+    "no token rows": (Q, {"trainable_token_indices": [1]}, "holds no rows of trained tokens"),
+    "token rows, not listed": (
+        {**Q, "base_model.model.enc.v.token_adapter.trainable_tokens_delta": torch.ones(1, 5)},
+        {},
+        "holds rows of trained tokens",
+    ),
+    "no lora_bias": (Q, {"lora_bias": True}, "holds no biases of the factor B"),
+    "pissa by chance": (Q, {"init_lora_weights": "pissa_niter_16"}, "cannot be computed again"),
+    "corda": (Q, {"init_lora_weights": "corda"}, "cannot be computed again"),
+    "loftq": (Q, {"init_lora_weights": "loftq"}, "cannot be computed again"),
     "half a pair": (dict(list(Q.items())[:1]), {}, "has the factor A but lacks B"),
     "other half": (dict(list(Q.items())[1:]), {}, "has the factor B but lacks A"),
     "rank in config": (Q, {"r": 4}, r"rank 2 \(A\) and 2 \(B\), but .* rank 4"),
@@ -322,7 +328,7 @@ def test_same_weights_as_merge_and_unload(tmp_path: Path, case: str) -> None:
     save_file({k: v.clone() for k, v in base.items()}, tmp_path / "model.safetensors")
 
     index = open_index(tmp_path / "model.safetensors")
-    adapter = open_lora(tmp_path / "adapter", index.entries)
+    adapter = open_adapter(tmp_path / "adapter", index.entries)
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert sum(bool(e.nbytes) for e in adapter.entries.values()) == len(adapter.entries)
     assert len(stored) >= len(adapter.entries) > 0
@@ -343,19 +349,3 @@ def test_same_weights_as_merge_and_unload(tmp_path: Path, case: str) -> None:
         if pair is not None:
             product = (pair[0] @ pair[1]).reshape(-1)[half:]
             torch.testing.assert_close(product, wanted, rtol=1e-4, atol=1e-6, msg=name)
-
-
-def test_dora_and_ia3_of_peft_are_refused(tmp_path: Path) -> None:
-    from peft import IA3Config, LoraConfig, get_peft_model
-
-    base = bert().state_dict()
-    entries = StateDictReader(base).entries
-    dora = LoraConfig(target_modules=["query"], use_dora=True)
-    ia3 = IA3Config(target_modules=["query"], feedforward_modules=[])
-    for config, reason in ((dora, "use_dora"), (ia3, "with other .IA.³ adapters only")):
-        folder = tmp_path / str(config.peft_type)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of peft, about names that transformers deprecates
-            get_peft_model(bert(), config).save_pretrained(str(folder))  # type: ignore[arg-type]
-        with pytest.raises(CheckpointError, match=reason):
-            open_lora(folder, entries)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eutectic.checkpoint.adapters import open_lora
+from eutectic.checkpoint.adapters import open_adapter
 from eutectic.checkpoint.expert_tensors import Expert, full_expert
 from eutectic.checkpoint.experts import common_base, open_expert
 from eutectic.checkpoint.index import open_index
@@ -198,7 +198,7 @@ def test_adapter_of_a_vision_language_model(
     a, b = torch.randn(1, 4), torch.randn(6, 1)
     tensors = {f"{at}.lora_A{named}.weight": a, f"{at}.lora_B{named}.weight": b}
     base = {f"{language}{LAYER}": torch.zeros(6, 4), "visual.x.weight": torch.zeros(2)}
-    found = open_lora(write(tmp_path / "a", tensors), StateDictReader(base).entries)
+    found = open_adapter(write(tmp_path / "a", tensors), StateDictReader(base).entries)
     delta = found.delta(f"{language}{LAYER}", base=torch.zeros(24), dtype=torch.float32)
     assert torch.equal(delta.view(6, 4), (2 * b) @ a)
 
@@ -213,7 +213,7 @@ def test_adapter_saved_from_a_wrapped_model(tmp_path: Path) -> None:
         f"{head}.modules_to_save.mine.weight": torch.ones(2, 2),
     }
     base = {"enc.q.weight": torch.zeros(6, 4), "n": torch.zeros(2)}
-    found = open_lora(write(tmp_path / "a", tensors), StateDictReader(base).entries)
+    found = open_adapter(write(tmp_path / "a", tensors), StateDictReader(base).entries)
     assert list(found.entries) == ["enc.q.weight"]
     assert list(found.extra) == ["score.weight"]
     assert found.read_extra("score.weight").tolist() == [1.0] * 4
@@ -222,7 +222,7 @@ def test_adapter_saved_from_a_wrapped_model(tmp_path: Path) -> None:
 def test_two_adapters_in_one_file(tmp_path: Path) -> None:
     tensors = {f"base_model.model.q.lora_A.{name}.weight": torch.ones(1, 4) for name in "ab"}
     with pytest.raises(CheckpointError, match="holds the adapters a, b"):
-        open_lora(
+        open_adapter(
             write(tmp_path / "x", tensors), StateDictReader({"q.weight": torch.zeros(6, 4)}).entries
         )
 
@@ -233,7 +233,7 @@ def test_base_with_base_layer(tmp_path: Path) -> None:
         "base_model.model.q.lora_B.weight": torch.ones(6, 1),
     }
     base = {"base_model.model.q.base_layer.weight": torch.zeros(6, 4)}
-    found = open_lora(write(tmp_path / "a", tensors), StateDictReader(base).entries)
+    found = open_adapter(write(tmp_path / "a", tensors), StateDictReader(base).entries)
     assert list(found.entries) == list(base)
 
 
@@ -283,4 +283,4 @@ def test_adapter_of_single_matrices_on_a_packed_base(tmp_path: Path) -> None:
     tensors = {f"{at}.lora_A.weight": torch.ones(1, 4), f"{at}.lora_B.weight": torch.ones(6, 1)}
     base = {"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(2, 12, 4)}
     with pytest.raises(CheckpointError, match="packed otherwise: merge the adapter with peft"):
-        open_lora(write(tmp_path / "a", tensors), StateDictReader(base).entries)
+        open_adapter(write(tmp_path / "a", tensors), StateDictReader(base).entries)

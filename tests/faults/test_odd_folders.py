@@ -297,9 +297,9 @@ AS_EXPERT: dict[str, tuple[Build, tuple[str, ...]]] = {
     "xlora": (kind("XLORA"), ("no merged weight",)),
     **{
         name.lower(): (kind(name), (f"'{name}'", "AutoPeftModelForCausalLM", "merge_and_unload"))
-        for name in ("ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA", "SOMETHING_NEW")
+        for name in ("FROD", "GLORA", "OSF", "RANDLORA", "WAVEFT", "SOMETHING_NEW")
     },
-    "classifier": (kind("VERA", "SEQ_CLS"), ("AutoPeftModelForSequenceClassification",)),
+    "classifier": (kind("GLORA", "SEQ_CLS"), ("AutoPeftModelForSequenceClassification",)),
     "kind-unknown": (kind(None), ("names no kind", "save_pretrained")),  # type: ignore[arg-type]
     "adapter-hub": (
         adapter({"config": {"architecture": "lora"}, "model_class": "BertModel"}),

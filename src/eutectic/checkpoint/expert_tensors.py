@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.arranged import Arranged
+from eutectic.checkpoint.changes import BaseWeights, Change
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.meeting import meet
 from eutectic.checkpoint.names import Alignment
@@ -46,12 +47,14 @@ class Expert:
     extra: Mapping[str, TensorEntry]  # tensors that the base lacks
     stored: Mapping[str, TensorEntry]  # tensors that `source` holds in full, `extra` included
     factored: Mapping[str, Factors] = field(default_factory=dict[str, Factors])
+    changes: Mapping[str, Change] = field(default_factory=dict[str, Change])  # of other forms
     # tensors of `extra` that it changes -> what they are tied to in the base, whose file lacks them
     tied: Mapping[str, str] = field(default_factory=dict[str, str])
     missing: tuple[str, ...] = ()  # tensors of the base; of an adapter none, they are unchanged
     is_delta: bool = False  # it stores differences from the base
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])  # its own, or an adapter's
     folder: Path | None = None  # None in memory
+    base_weights: BaseWeights | None = None  # which some changes are computed from
 
     def delta(
         self,
@@ -68,6 +71,9 @@ class Expert:
         adapter does not act. Of a product, only the rows that the range touches are formed:
         O(r·(stop − start)) operations.
         """
+        if name in self.changes:
+            last = start + base.numel() if stop is None else stop
+            return self.changes[name].delta(start, last, base, dtype)
         if self.is_delta and name not in self.stored and name not in self.factored:
             return torch.zeros_like(base, dtype=dtype)
         product = None
@@ -112,7 +118,7 @@ class Expert:
 
     def read_extra(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return elements of a tensor in `extra`, 1-D in the file's dtype."""
-        if name not in self.extra or name in self.factored:
+        if name not in self.extra or self.acts_on(name):
             raise CheckpointError(f"{self.label}: has no extra tensor '{name}'.")
         return self.source.read(self.extra[name].name, start, stop)
 
@@ -128,6 +134,15 @@ class Expert:
         if name not in self.factored or name in self.stored:
             return None
         return self._factors(name, dtype)
+
+    def acts_on(self, name: str) -> bool:
+        """Tell whether an adapter changes a tensor, rather than replacing it or nothing."""
+        return name in self.factored or name in self.changes
+
+    def held_bytes(self, name: str | None) -> int:
+        """Return the bytes that reading the change of a tensor holds beside what it returns."""
+        change = self.changes.get(name or "")
+        return 0 if change is None else change.held_bytes
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """Return the two factors as the file holds them, A and B, without the scaling."""
@@ -152,6 +167,8 @@ class Expert:
     def close(self) -> None:
         """Release files."""
         self.source.close()
+        if self.base_weights is not None:
+            self.base_weights.close()
 
     @property
     def trained_on(self) -> str | None:

@@ -1,4 +1,4 @@
-"""Opening experts: full checkpoints, LoRA adapters and (IA)³ adapters, under the base's names.
+"""Opening experts: full checkpoints, adapters and (IA)³ adapters, under the base's names.
 
 An (IA)³ vector multiplies the outputs of a layer (`[out, 1]`), or the inputs of a feed-forward one
 (`[1, in]`); one of ones changes nothing, so Δ_t = l_t − 1: vectors are the tensors of such an
@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from eutectic.checkpoint.adapters import WEIGHT_NAMES, adapter_weights, open_lora, plain_keys
+from eutectic.checkpoint.adapter_keys import WEIGHT_NAMES, adapter_weights, plain_keys
+from eutectic.checkpoint.adapters import open_adapter
 from eutectic.checkpoint.arranged import Arranged, whole
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG, Expert, full_expert
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index, read_json_object
 from eutectic.checkpoint.names import align
-from eutectic.checkpoint.opening import open_reader
+from eutectic.checkpoint.opening import open_reader, path_of
 from eutectic.checkpoint.reader import CheckpointSource, StateDictReader, TensorSource
 from eutectic.conventions import IA3_SUFFIX, PEFT_ROOT
 from eutectic.errors import CheckpointError
@@ -46,7 +47,7 @@ def open_expert(path: Path, base: CheckpointIndex) -> Expert:
     path = Path(path)
     vectors = is_ia3(path) and bool(_ia3_vectors(base))
     if is_adapter(path) and not vectors:
-        return open_lora(path, base.entries, base.config)
+        return open_adapter(path, base.entries, base.config, lambda: open_reader(path_of(base)))
     if vectors:
         index, source = _open_ia3(path)
         return full_expert(source, base.entries, str(path), index.config, path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eutectic.checkpoint.odd_files import Oddity, command, python
+from eutectic.checkpoint.peft_kinds.kinds import KINDS
 
 # --- By a file's keys ---
 
@@ -74,9 +75,9 @@ def mlx_adapter(folder: Path) -> Oddity:
 
 
 def other_adapter(folder: Path, config: Mapping[str, Any]) -> Oddity | None:
-    """Return what an adapter is, by its configuration, that is no LoRA; None for a LoRA."""
+    """Return what an adapter is, by its configuration, that cannot be merged; None for others."""
     kind = config.get("peft_type")
-    if kind == "LORA":
+    if kind == "LORA" or kind in KINDS:
         return None
     if kind is None:
         if config.keys() & {"lora_parameters", "fine_tune_type", "lora_layers"}:
@@ -92,7 +93,8 @@ def other_adapter(folder: Path, config: Mapping[str, Any]) -> Oddity | None:
             f"an adapter of the kind '{kind}' cannot be merged: {why}",
             "Keep it beside the model and load it with peft; only fine-tuned weights merge.",
         )
-    what = f"an adapter of the kind {kind!r} cannot be merged as it is; only 'LORA' can"
+    kinds = ", ".join(sorted({"LORA", *KINDS}))
+    what = f"an adapter of the kind {kind!r} cannot be merged as it is; {kinds} can"
     if kind == "IA3":
         what = "an (IA)³ adapter merges with other (IA)³ adapters only, as vectors"
     return Oddity(

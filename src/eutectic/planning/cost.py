@@ -61,6 +61,7 @@ def tensor_cost(planned: TensorPlan, inputs: Inputs) -> Cost:
     peak = int(stack * (1 + method.workspace(count)) + held * (4 * width + planned.dtype.itemsize))
     collected, scratch = _statistics_bytes(planned, inputs)
     peak += collected + scratch
+    peak += sum(inputs.owner(s).held_bytes(s.tensor) for s in planned.experts)
     read = (base_bytes + expert_bytes) * passes + collected
     moved = (read + write_bytes) / bytes_per_second
     return Cost(read, write_bytes, peak, moved + work)

@@ -223,7 +223,7 @@ def _may_be(model: TiedModel, group: Group, name: str, expert: Expert) -> bool:
 
 
 def _holds(expert: Expert, name: str) -> bool:
-    return name in expert.stored and name not in expert.factored
+    return name in expert.stored and not expert.acts_on(name)
 
 
 def _equal_in(base: TensorSource, first: TensorEntry, second: str) -> bool:

@@ -198,7 +198,7 @@ def _changed_as(
         return held[0]
     if name in held or not held:
         return name
-    tables = [n for n in held if n in expert.factored and not is_output(n)]
+    tables = [n for n in held if expert.acts_on(n) and not is_output(n)]
     if len(tables) == 1:
         return tables[0]
     if group.is_bias or not model.extends or model.tied is None:
@@ -218,6 +218,8 @@ def _acts(model: TiedModel, expert: Expert, group: Group, name: str) -> bool:
     """Tell whether an adapter changes a tensor at all, or only brings a copy of the base's."""
     if name in expert.factored and all(bool(f.any()) for f in expert.pair(name)):
         return True
+    if name in expert.changes:
+        return not expert.changes[name].zero
     if name not in expert.stored:
         return False
     own = Stored(expert.source.read, expert.stored[name].name)
