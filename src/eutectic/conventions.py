@@ -6,7 +6,7 @@ stand beside each other, with the reason. Nothing here knows a shape, a file or 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 
 # --- Vocabularies, whose rows are tokens ---
@@ -145,6 +145,25 @@ _KEYS_AND_VALUES = re.compile(
 def reads_image(path: str) -> bool:
     """Tell whether a module sees the patches of an image, of which none is padding."""
     return _IMAGE.search(path) is not None
+
+
+_PICTURES_TOWER, _TEXTS_TOWER = "vision_model.", "text_model."  # of models with two towers
+
+
+def image_tower_names(names: Iterable[str], whole: Collection[str]) -> dict[str, str]:
+    """Return what a tower of pictures' tensors are called in a model with a text tower beside it.
+
+    >>> image_tower_names(["encoder.a", "head"], ["vision_model.encoder.a", "text_model.encoder.a"])
+    {'encoder.a': 'vision_model.encoder.a'}
+    """
+    found: dict[str, str] = {}
+    for name in names:
+        inner = name.removeprefix(_PICTURES_TOWER)
+        if f"{_PICTURES_TOWER}{inner}" in whole:
+            found[name] = f"{_PICTURES_TOWER}{inner}"
+        elif name in whole and not name.startswith(_TEXTS_TOWER):
+            found[name] = name  # a projection
+    return found
 
 
 def reads_encoder(path: str) -> bool:

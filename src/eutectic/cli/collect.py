@@ -18,10 +18,12 @@ from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
+    from eutectic.models.linear_head import Head
+    from eutectic.models.loading import LoadedModel
     from eutectic.statistics import StatisticsFile
 
 # What only some collections look at.
-_WITH_GRADIENTS = ("head", "labels", "seed", "label_column")
+_WITH_GRADIENTS = ("head", "labels", "seed", "label_column", "prompt")
 _WITH_HEAD = ("pooling", "normalize")
 _ADDING = {"output", "add", "json"}
 
@@ -57,6 +59,9 @@ class GradientOptions:
     )
     pooling: str = option("mean", "Features that --head takes: mean, cls or pooler.")
     normalize: bool = option(False, "Scale those features to length 1 first.", "--normalize")
+    prompt: list[str] | None = option(
+        None, "Of zero-shot tasks: a text with {} for the class name; repeatable.", metavar="TEXT"
+    )
 
     @property
     def any(self) -> bool:
@@ -174,6 +179,7 @@ def _collected(
     from eutectic.data.row_files import check_split
     from eutectic.models.linear_head import read_head
     from eutectic.models.loading import load_model
+    from eutectic.models.task_kinds import ZERO_SHOT
     from eutectic.statistics import collect as run
 
     data, head, task = expert.data, gradients.head, reading.task
@@ -185,7 +191,9 @@ def _collected(
     own = None if head is None else read_head(head, gradients.pooling, gradients.normalize)  # pyright: ignore[reportArgumentType]
     wanted = "feature-extraction" if own is not None else task
     loaded = load_model(expert.checkpoint, expert.base, wanted, reading.device)
-    if gradients.any:
+    if gradients.any and loaded.task == ZERO_SHOT:
+        loaded, own = _with_texts(expert.checkpoint, loaded, data, gradients, reading)
+    elif gradients.any:
         loaded.check_head(own)
     batches = reading.batches(
         data,
@@ -195,7 +203,7 @@ def _collected(
         classes=None if own is None else len(own.bias),
     )
     options: dict[str, Any] = {**vars(sums), **vars(gradients)}
-    memory, _, _ = map(options.pop, ("memory", *_WITH_HEAD))
+    memory, *_ = map(options.pop, ("memory", "prompt", *_WITH_HEAD))
     options["memory_bytes"] = None if memory is None else parse_bytes(memory)
     options.update(dtype=getattr(torch, sums.dtype), head=own, fingerprint=loaded.fingerprint)
     with progress_bar("collecting") as tell:
@@ -207,6 +215,33 @@ def _collected(
             **options,
         )
     return result, loaded.randomly_initialised
+
+
+def _with_texts(
+    checkpoint: Path,
+    loaded: LoadedModel,
+    data: str,
+    gradients: GradientOptions,
+    reading: DataOptions,
+) -> tuple[LoadedModel, Head]:
+    """Return a model with the classes of its data, and their texts as a head on its pictures."""
+    from dataclasses import replace
+
+    from eutectic.data.columns import names_of_classes
+    from eutectic.data.row_files import read_rows
+    from eutectic.models.loading import load_processor
+    from eutectic.models.zero_shot import PROMPTS, head_in_texts
+
+    rows = read_rows(data, split=reading.split, trust_code=reading.trust_code)
+    names = names_of_classes(rows, reading.label_column)
+    if names is None:
+        raise RequestError(
+            f"{data}: its column '{reading.label_column}' holds no class names that a text could "
+            "hold.\nWrite the names, or keep a folder of pictures per class."
+        )
+    tokenizer = load_processor(checkpoint, checkpoint, images=False)
+    head = head_in_texts(loaded.model, tokenizer, names, gradients.prompt or PROMPTS)
+    return replace(loaded, label_ids={name: i for i, name in enumerate(names)}), head
 
 
 def _report(

@@ -153,8 +153,8 @@ class DataOptions:
     task: str | None = option(
         None,
         "What the model does: text-classification, feature-extraction, "
-        "image-classification, language-model, sequence-to-sequence, … (default: by the "
-        "checkpoint's architecture).",
+        "image-classification, zero-shot-image-classification, language-model, "
+        "sequence-to-sequence, … (default: by the checkpoint's architecture).",
     )
     device: str = option("cpu", "Where the model runs, collecting.")
     split: str | None = option(None, "Split of a `datasets` folder, or of images.")

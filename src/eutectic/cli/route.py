@@ -1,6 +1,6 @@
 """`eutectic route`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +21,11 @@ from eutectic.cli.options import (
     pairs,
     refuse,
 )
+from eutectic.conventions import is_packed
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes
 from eutectic.storage import FolderAside, folder_aside
+from eutectic.words import few
 
 _SHOWING = {"merged", "export", "json"}
 
@@ -294,6 +296,12 @@ def _open(items: list[str] | None, option: str) -> dict[str, Any]:
     return {name: load_statistics(path) for name, path in pairs(items or [], option).items()}
 
 
+def _why_left_out(name: str, names: Sequence[str]) -> str:
+    parent = name.rpartition("out_proj.")[0]
+    packed = is_packed(name) or any(is_packed(n) and n.startswith(parent) for n in names if parent)
+    return "queries and keys differ" if packed else "a tower of which no statistics saw anything"
+
+
 def _report(report: Mapping[str, Any], json: bool) -> None:
     """Print costs, experts and files as far as the report has them."""
     if json:
@@ -316,8 +324,12 @@ def _report(report: Mapping[str, Any], json: bool) -> None:
         table.add_row("heads", escape(f"of {', '.join(report['heads'])} ({', '.join(kinds)})"))
     for path, rank in report.get("layers", {}).items():
         table.add_row(path, f"rank {rank}")
-    for name in report.get("left_out", []):
-        table.add_row("left out", f"{name}: its queries and keys differ")
+    alike: dict[str, list[str]] = {}
+    left_out: list[str] = report.get("left_out", [])
+    for name in left_out:
+        alike.setdefault(_why_left_out(name, left_out), []).append(name)
+    for reason, names in alike.items():
+        table.add_row("left out", escape(f"{few(names)}: {reason}"))
     if report.get("short"):
         table.add_row(
             "note",

@@ -1,14 +1,14 @@
 """The columns that rows of each kind of task have, and their labels as indices or numbers."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
 from eutectic.errors import RequestError, StatisticsError
-from eutectic.models.task_kinds import CLASSIFICATION, TaskKind
+from eutectic.models.task_kinds import LABELLED, PICTURES, TaskKind
 
 Row = Mapping[str, Any]
 
@@ -46,12 +46,12 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     "pair-classification": ("text", "text_pair"),
     "regression": ("text", "text_pair"),
     "feature-extraction": ("text", "text_pair"),
-    "image-classification": ("image",),
+    **dict.fromkeys(PICTURES, ("image",)),
     "sequence-to-sequence": ("source",),
     "language-model": ("text",),
 }
 ANSWERS: Mapping[str, str] = {
-    **dict.fromkeys((*CLASSIFICATION, "regression", "feature-extraction"), "label"),
+    **dict.fromkeys((*LABELLED, "regression", "feature-extraction"), "label"),
     "sequence-to-sequence": "target",
 }
 _TEXTS = ("text", "text_pair", "source", "target")
@@ -150,6 +150,13 @@ class ClassLabels:
             raise StatisticsError(
                 f"row {number}: the model knows no label '{value}'.\nIts labels: {known}."
             ) from None
+
+
+def names_of_classes(rows: Iterable[Row], column: str) -> tuple[str, ...] | None:
+    """Return the sorted labels of rows where all are names; None where they only count."""
+    held = {row.get(column) for row in rows} - {None}
+    names = {label for label in held if isinstance(label, str) and not label.isdecimal()}
+    return tuple(sorted(names)) if held and names == held else None
 
 
 def named_by_numbers(names: Mapping[str, int]) -> bool:

@@ -23,7 +23,7 @@ from eutectic.data.images import image_inputs, locate_images
 from eutectic.data.row_files import read_rows
 from eutectic.models.batches import IGNORED_LABEL, Batch
 from eutectic.models.loading import LoadedModel, image_mode, longest_input, padding_id, takes_images
-from eutectic.models.task_kinds import GENERATIVE, TaskKind
+from eutectic.models.task_kinds import GENERATIVE, PICTURES, TaskKind
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def open_batches(
     if options.max_examples is not None and len(rows) > options.max_examples:
         rows = list(islice(rows, options.max_examples))
     config: Any = loaded.model.config
-    images = takes_images(loaded.model)
+    images = takes_images(loaded.model) or loaded.task in PICTURES
     if images:
         rows = locate_images(rows, options.columns.image, source)
     sets = ("regression", "multi_label_classification")  # labels are numbers, or sets of classes

@@ -19,8 +19,9 @@ from eutectic.data.python_functions import source_file
 from eutectic.errors import RequestError, suggest
 from eutectic.evaluation.task_files import Task
 from eutectic.models.loading import base_folder
-from eutectic.models.task_kinds import ARCHITECTURES, CLASSIFICATION, WITH_HEAD
-from eutectic.models.task_models import EXPERTS, GENERATION, borrows_head, load_model
+from eutectic.models.task_kinds import ARCHITECTURES, CLASSIFICATION, PICTURES, WITH_HEAD, ZERO_SHOT
+from eutectic.models.task_models import EXPERTS, GENERATION, borrows_head, completing, load_model
+from eutectic.models.zero_shot import embed_pictures
 from eutectic.storage.small_files import open_regular
 
 _PROCESSOR_FILES = (
@@ -90,7 +91,7 @@ class Checkpoints:
         for folder in folders:
             brings = (folder / "tokenizer_config.json").exists()
             adapted = brings and self.base is not None and is_adapter(folder)
-            adapted = adapted and task.kind != "image-classification"
+            adapted = adapted and task.kind not in PICTURES
             configured = adapted or (folder / "config.json").exists()
             if configured and processor_hash(folder):
                 return folder
@@ -138,7 +139,10 @@ class Checkpoints:
 
     def _sources(self, checkpoint: Checkpoint, task: Task) -> list[Path]:
         """Return the folders that the task's model and its head are loaded from."""
-        folders = (checkpoint.runs_from(task), self.head_of(checkpoint, task))
+        own = checkpoint.runs_from(task)
+        whole = completing(own, task, self.base) if task.kind == ZERO_SHOT else None
+        lender = None if task.kind == ZERO_SHOT else self.head_of(checkpoint, task)
+        folders = (own, whole, lender)
         return [folder for folder in folders if folder is not None]
 
     def reading(self, checkpoint: Checkpoint, task: Task) -> dict[str, Any]:
@@ -148,11 +152,13 @@ class Checkpoints:
             folders.append(self.base)
         generation = [f / GENERATION for f in (*folders, checkpoint.folder)]
         is_function = task.kind == "function"
+        tokenizers = [processor_hash(Path(f)) for f in (task.text_model, self.base) if f]
         encoder = checkpoint.folder if is_function else self.processor(checkpoint, task)
         return {
             "configs": [_config(f) for f in folders],
             "labels": sorted(self.label_ids(checkpoint, task).items()),
             "processor": processor_hash(encoder),
+            **({"tokenizers": tokenizers} if task.kind == ZERO_SHOT else {}),
             "generation": [file_hash(f) if f.is_file() else None for f in generation],
         }
 
@@ -185,6 +191,8 @@ class Checkpoints:
         from eutectic.routed.heads import heads_of, with_head
 
         model = load_routed(checkpoint.folder).float()
+        if task.kind == ZERO_SHOT:
+            return self._with_texts(model, checkpoint, task)
         if task.head is None and task.expert_name in heads_of(model):
             return heads_of(model)[task.expert_name]
         name, lender = type(model).__name__, self.head_of(checkpoint, task)
@@ -204,6 +212,17 @@ class Checkpoints:
             f"({task.kind}); it takes {' or '.join('*' + e for e in endings)}."
             + (f"\n{advice}" if task.kind in WITH_HEAD and task.head is None else "")
         )
+
+    def _with_texts(self, model: Any, checkpoint: Checkpoint, task: Task) -> Any:
+        """Return a routed model that embeds pictures and texts, of whichever towers it has."""
+        from eutectic.routed.head_files import whole_around
+        from eutectic.routed.heads import with_head
+
+        whole = completing(checkpoint.folder, task, self.base)
+        if whole is not None:
+            head = whole_around(whole, checkpoint.folder)
+            model = with_head(model, head, str(whole))[0].float()
+        return embed_pictures(model)
 
     @contextmanager
     def routed_as_asked(self, model: Any, checkpoint: Checkpoint, task: Task) -> Iterator[None]:

@@ -13,6 +13,7 @@ METRICS_OF_KIND: Mapping[str, tuple[str, ...]] = {
     "text-classification": ("accuracy", "macro_f1", "matthews"),
     "pair-classification": ("accuracy", "macro_f1", "matthews"),
     "image-classification": ("accuracy", "macro_f1", "matthews"),
+    "zero-shot-image-classification": ("accuracy", "macro_f1", "matthews"),
     "regression": ("pearson", "spearman"),
     "sequence-to-sequence": ("exact_match",),
     "language-model": ("loss", "perplexity"),

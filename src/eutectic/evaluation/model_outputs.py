@@ -18,6 +18,8 @@ from eutectic.models.batches import IGNORED_LABEL
 from eutectic.models.hooks import evaluating
 from eutectic.models.linear_head import Head, features, read_head
 from eutectic.models.loading import padding_id, positions_of, tell_padding
+from eutectic.models.task_kinds import ZERO_SHOT
+from eutectic.models.zero_shot import class_embeddings, class_logits
 
 Precision = Literal["float32", "bfloat16"]
 Tell = Callable[[int], None]
@@ -60,7 +62,8 @@ def outputs(
 
     - with a linear head in the task: weight·feature + bias `[n, outputs]`, or the pooled features
       `[n, hidden]` when `head` is None;
-    - classification and regression: logits `[n, outputs]`;
+    - classification and regression: logits `[n, outputs]`; zero-shot with the classes' texts
+      through the model's own text tower as its head;
     - language models: `[n, 2]` float64, the summed negative log-likelihood of the tokens after the
       first, and their number;
     - sequence to sequence: token ids `[n, length]` of greedy decoding, −100 after their end.
@@ -81,12 +84,12 @@ def outputs(
     """
     if head is not None and prepared.task.head is None:
         raise RequestError(f"task '{prepared.task.name}' has no `head`; its models have their own.")
-    compute = _computation(prepared, head)
     tell_padding(model, prepared.processor)
     device, takes = next(model.parameters()).device, signature_of(model).taken
     found: list[Tensor] = []
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     with evaluating(model), autocast:
+        compute = _computation(model, prepared, head)
         for batch in prepared.batches:
             placed = {name: batch[name].to(device) for name in takes(batch)}
             try:
@@ -161,9 +164,14 @@ def _check_length(model: Any, batch: dict[str, Tensor], task: Task) -> None:
 
 
 def _computation(
-    prepared: Prepared, head: Head | None
+    model: nn.Module, prepared: Prepared, head: Head | None
 ) -> Callable[[nn.Module, dict[str, Tensor]], Tensor]:
     task = prepared.task
+    if task.kind == ZERO_SHOT and task.head is not None:  # a search compares features
+        return lambda model, batch: model(**batch).pooler_output.float()
+    if task.kind == ZERO_SHOT:
+        classes = class_embeddings(model, prepared.texts, len(prepared.classes))
+        return lambda model, batch: class_logits(model, model(**batch).pooler_output, classes)
     if task.kind == "language-model":
         return _likelihood
     if task.kind == "sequence-to-sequence":

@@ -20,6 +20,7 @@ from eutectic.data.columns import (
     check_pairs,
     class_index,
     finite_number,
+    names_of_classes,
     required_inputs,
 )
 from eutectic.data.encoded_rows import longest_target, token_ids
@@ -44,6 +45,7 @@ from eutectic.models.loading import (
     longest_input,
     positions_of,
 )
+from eutectic.models.task_kinds import PICTURES, ZERO_SHOT
 
 BATCH_SIZE = 64
 
@@ -61,7 +63,7 @@ def split_rows(task: Task, split: Split, limit: int | None = None) -> list[Row]:
     rows = _part_rows(task, split, part)
     if not rows:
         raise RequestError(f"task '{task.name}': the split '{split}' ({part.path}) has no rows.")
-    if limit is not None and task.kind == "image-classification" and Path(part.path).is_dir():
+    if limit is not None and task.kind in PICTURES and Path(part.path).is_dir():
         rows = _in_turn(rows, task.columns.label)
     return rows if limit is None else rows[:limit]
 
@@ -127,7 +129,7 @@ def _read(
 ) -> list[Row]:
     """Return the rows of a file or folder, all with the columns that the task needs."""
     rows = read_rows(path, split=subset, trust_code=trust_code)
-    if task.kind == "image-classification":
+    if task.kind in PICTURES:
         rows = locate_images(rows, task.columns.image, path)
     wanted = required_inputs(task)
     splits = {split for split, part in task.data.items() if part.path == path} or {"proxy"}
@@ -160,6 +162,8 @@ class Prepared:
         data_hash: identity of the rows and their answers.
         processor: the tokenizer or image processor.
         generate_tokens: at most; one more than the longest target, or what the model can take.
+        classes: of zero-shot tasks, the names of the classes in the order of the references.
+        texts: of zero-shot tasks, tokens of the texts of all classes, those of one together.
     """
 
     task: Task
@@ -170,6 +174,8 @@ class Prepared:
     data_hash: str
     processor: Any = field(repr=False)
     generate_tokens: int = 0
+    classes: tuple[str, ...] = ()
+    texts: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -214,9 +220,11 @@ def prepare(
             "(columns: {target: NAME}) or add it."
         )
         check_columns(rows, task.columns, ["target"], where=where, advice=lambda _: advice)
-    references = references_of(task, rows, label_ids or config.label2id or {}) if answers else ()
+    classes, texts = _class_texts(task, Path(folder), base) if task.kind == ZERO_SHOT else ((), {})
+    named = {name: i for i, name in enumerate(classes)} or label_ids
+    references = references_of(task, rows, named or config.label2id or {}) if answers else ()
     generate, order = 0, list(range(len(rows)))
-    if task.kind == "image-classification":
+    if task.kind in PICTURES:
         values = [row[task.columns.image] for row in rows]
         where = f"task '{task.name}': "
         batches = PixelBatches(values, processor, batch_size, image_mode(config), where)
@@ -231,7 +239,51 @@ def prepare(
         longest = longest_target(task, rows, processor) + 1
         generate = min(longest, positions_of(config) or sys.maxsize)
     places, identity = torch.tensor(order), data_hash(task, rows)
-    return Prepared(task, split, batches, places, references, identity, processor, generate)
+    read = (places, references, identity, processor, generate)
+    return Prepared(task, split, batches, *read, classes, texts)
+
+
+def class_names(task: Task) -> tuple[str, ...]:
+    """Return the names of a task's classes: those that it says, or the sorted labels of its data.
+
+    Of all its splits, so that every split has the same. RequestError where labels only count.
+    """
+    if task.labels is not None:
+        return task.labels
+    rows = (row for split in task.data for row in split_rows(task, split))
+    names = names_of_classes(rows, task.columns.label)
+    if names is None:
+        raise RequestError(
+            f"task '{task.name}': its column '{task.columns.label}' holds no class names that a "
+            "text could hold.\nName the classes in their order: labels: [cat, dog, …]."
+        )
+    return names
+
+
+def _class_texts(
+    task: Task, folder: Path, base: Path | None
+) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """Return a zero-shot task's classes, and their texts by the first tokenizer that there is."""
+    from eutectic.models.zero_shot import PROMPTS, class_texts, tokenized
+
+    names = class_names(task)
+    given = [folder, *(Path(f) for f in (task.text_model, base) if f is not None)]
+    place = next((f for f in given if (f / "tokenizer_config.json").is_file()), None)
+    if place is None:
+        raise CheckpointError(
+            f"{folder}: task '{task.name}' needs a tokenizer for the texts of its classes.\n"
+            "Copy the base's tokenizer files there, or name the whole model with text_model."
+        )
+    try:
+        tokenizer = load_processor(place, place, images=False)
+        config = load_config(place)
+    except (EutecticError, ImportError):
+        raise
+    except Exception as error:  # transformers raises anything at values that it does not expect
+        raise CheckpointError(f"{place}: no tokenizer: {first_line(error)}") from None
+    texts = class_texts(names, task.prompts or PROMPTS)
+    longest = positions_of(getattr(config, "text_config", config))
+    return names, tokenized(texts, tokenizer, longest)
 
 
 def references_of(
@@ -273,7 +325,7 @@ def normal_text(text: str) -> str:
 
 def open_processor(task: Task, folder: Path, base: Path | None = None) -> tuple[Any, Any]:
     """Return the tokenizer or image processor of a folder, and the configuration with it."""
-    images = task.kind == "image-classification"
+    images = task.kind in PICTURES
     try:
         configured = folder if base is None or (folder / "config.json").exists() else base
         config = load_config(configured)

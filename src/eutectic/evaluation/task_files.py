@@ -13,7 +13,8 @@ from eutectic.data.columns import Columns
 from eutectic.errors import Fault, TaskError, suggest
 from eutectic.evaluation.metrics import METRICS_OF_KIND
 from eutectic.models.linear_head import Pooling
-from eutectic.models.task_kinds import CLASSIFICATION, WITH_HEAD, TaskKind, spelled
+from eutectic.models.task_kinds import LABELLED, PICTURES, WITH_HEAD, ZERO_SHOT, TaskKind, spelled
+from eutectic.models.zero_shot import MOST_PROMPTS
 from eutectic.recipes.document import (
     Location,
     Source,
@@ -29,7 +30,7 @@ from eutectic.recipes.schema import Name
 Split = Literal["proxy", "validation", "test"]
 MOST_LABELS = 50_000  # twice as many as the largest sets of pictures have
 SPLITS: tuple[Split, ...] = ("proxy", "validation", "test")
-NOT_TOKENIZED = ("image-classification", "function", "lm-eval")  # here, that is
+NOT_TOKENIZED = (*PICTURES, "function", "lm-eval")  # here, that is
 
 
 class _Strict(BaseModel):
@@ -75,6 +76,10 @@ class TaskSpec(_Strict):
     normalize: bool = False  # scale features to length 1 before the head
     # Shell patterns of the expert's head, besides what the base lacks or has in another shape.
     head_tensors: tuple[str, ...] = ()
+    # Of zero-shot tasks: texts with {} for a class name; None: "a photo of a {}.".
+    prompts: Annotated[tuple[str, ...], Field(min_length=1, max_length=MOST_PROMPTS)] | None = None
+    # The whole model that completes towers of pictures alone; None: the base.
+    text_model: str | None = None
     function: str | None = None  # `module:function` or `file.py:function`, of the kind `function`
     options: dict[str, Any] = Field(default_factory=dict)  # keyword arguments of the function
     harness: HarnessOptions | None = None  # for `lm-eval`, which brings its rows and metrics
@@ -103,6 +108,14 @@ class TaskSpec(_Strict):
         if twice:
             raise ValueError(f"each class is named once; twice there: {', '.join(twice)}")
         return names
+
+    @field_validator("prompts")
+    @classmethod
+    def _prompt_places(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for text in value or ():
+            if text.count("{}") != 1:
+                raise ValueError(f"a prompt has one {{}} for the class name, got '{text}'")
+        return value
 
     @field_validator("data", mode="before")
     @classmethod
@@ -136,8 +149,10 @@ class TaskSpec(_Strict):
             raise ValueError("'data' is missing")
         if self.head is None and (self.base_head or self.normalize or self.pooling != "mean"):
             raise ValueError("base_head, pooling and normalize need `head`")
-        if self.labels is not None and self.kind not in CLASSIFICATION:
+        if self.labels is not None and self.kind not in LABELLED:
             raise ValueError(f"`labels` name classes, which the kind '{self.kind}' has not")
+        if (self.prompts or self.text_model) and self.kind != ZERO_SHOT:
+            raise ValueError(f"`prompts` and `text_model` are for the kind '{ZERO_SHOT}'")
         if self.max_length is not None and self.kind in NOT_TOKENIZED:
             raise ValueError(f"`max_length` is not for the kind '{self.kind}'")
         if self.kind == "language-model" and self.max_length == 1:
@@ -230,7 +245,7 @@ def _resolved(name: str, spec: TaskSpec, source: Source) -> tuple[dict[str, Any]
     places: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
         (values["data"][split], "path", ("data", split)) for split in spec.data
     ]
-    places += [(values, key, (key,)) for key in ("head", "base_head")]
+    places += [(values, key, (key,)) for key in ("head", "base_head", "text_model")]
     places.append((harness, "include_path", ("harness", "include_path")))
     if spec.function is not None and ".py:" in spec.function:
         places.append((values, "function", ("function",)))

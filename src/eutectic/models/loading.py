@@ -43,6 +43,8 @@ from eutectic.models.named_classes import check_named_classes, model_class
 from eutectic.models.task_kinds import (
     COLLECTED,
     MODEL_CLASSES,
+    PICTURES,
+    ZERO_SHOT,
     TaskKind,
     kind_of_architectures,
     task_kind,
@@ -137,7 +139,11 @@ def load_model(
         model_class = model_class or getattr(transformers, MODEL_CLASSES[kind])
         model, report = pretrained(model_class, folder)
         model = model.to(torch.float32)
-        images = takes_images(model) or kind == "image-classification"
+        if kind == ZERO_SHOT:
+            from eutectic.models.zero_shot import embed_pictures
+
+            model = embed_pictures(model)
+        images = takes_images(model) or kind in PICTURES
         processor = load_processor(checkpoint, folder, images=images) if feeds else None
     except (EutecticError, ImportError):
         raise

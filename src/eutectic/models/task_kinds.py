@@ -13,6 +13,7 @@ TaskKind = Literal[
     "pair-classification",
     "regression",
     "image-classification",
+    "zero-shot-image-classification",
     "feature-extraction",
     "sequence-to-sequence",
     "language-model",
@@ -24,6 +25,8 @@ TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
 # Earlier versions of `collect` and of statistics files -> the spelling in force.
 ALIASES: Mapping[str, str] = {"causal-lm": "language-model", "seq2seq": "sequence-to-sequence"}
 
+ZERO_SHOT: TaskKind = "zero-shot-image-classification"
+_TWO_TOWERS = ("CLIPModel", "SiglipModel", "Siglip2Model", "AlignModel", "AltCLIPModel")
 _SEQUENCES = ("AutoModelForSequenceClassification", ("ForSequenceClassification",))
 _CAUSAL = ("AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel"))
 # The transformers class that runs each kind, and endings of the names of architectures that have
@@ -33,6 +36,7 @@ _MODELS: Mapping[TaskKind, tuple[str, tuple[str, ...]]] = {
     "pair-classification": _SEQUENCES,
     "regression": _SEQUENCES,
     "image-classification": ("AutoModelForImageClassification", ("ForImageClassification",)),
+    ZERO_SHOT: ("AutoModelForZeroShotImageClassification", _TWO_TOWERS),
     "feature-extraction": ("AutoModel", ("Model",)),
     "sequence-to-sequence": ("AutoModelForSeq2SeqLM", ("ForConditionalGeneration",)),
     "language-model": _CAUSAL,
@@ -47,11 +51,20 @@ CLASSIFICATION: tuple[TaskKind, ...] = (
     "pair-classification",
     "image-classification",
 )
+# Kinds whose inputs are pictures.
+PICTURES: tuple[TaskKind, ...] = ("image-classification", ZERO_SHOT)
+# Kinds whose data may name classes.
+LABELLED: tuple[TaskKind, ...] = (*CLASSIFICATION, ZERO_SHOT)
 # Kinds whose models have one output per label and a head that may lie in a file of its own.
 WITH_HEAD: tuple[TaskKind, ...] = (*CLASSIFICATION, "regression")
 GENERATIVE: tuple[TaskKind, ...] = ("sequence-to-sequence", "language-model")
 # Kinds that `collect` and `route` run over proxy data.
-COLLECTED: tuple[TaskKind, ...] = (*WITH_HEAD, "feature-extraction", *GENERATIVE)
+COLLECTED: tuple[TaskKind, ...] = (
+    *WITH_HEAD,
+    ZERO_SHOT,
+    "feature-extraction",
+    *GENERATIVE,
+)
 
 
 def spelled(name: str) -> str:
@@ -85,6 +98,7 @@ def kind_of_architectures(architectures: Sequence[str]) -> TaskKind | None:
     """
     for name in architectures:
         for kind, endings in ARCHITECTURES.items():
-            if kind != "feature-extraction" and name.endswith(endings):
+            # A model with two towers may be asked for either.
+            if kind not in ("feature-extraction", ZERO_SHOT) and name.endswith(endings):
                 return kind
     return "feature-extraction" if any(name.endswith("Model") for name in architectures) else None

@@ -16,7 +16,8 @@ from eutectic.conventions_patterns import fits
 from eutectic.errors import CheckpointError, EutecticError, first_line
 from eutectic.models.linear_head import Pooling
 from eutectic.models.loading import base_folder, load_config, pretrained, transformers_for
-from eutectic.models.task_kinds import MODEL_CLASSES, TaskKind
+from eutectic.models.task_kinds import MODEL_CLASSES, ZERO_SHOT, TaskKind
+from eutectic.models.zero_shot import completed, embed_pictures, is_whole
 
 GENERATION = "generation_config.json"
 _SEARCH = (
@@ -40,6 +41,7 @@ class ModelTask(Protocol):
     pooling: Pooling  # of the features that `head` takes
     head_tensors: tuple[str, ...]  # patterns of the expert's head besides the usual ones
     labels: tuple[str, ...] | None  # names of the classes, where the configuration has none
+    text_model: str | None  # the whole model that completes a tower of pictures; None: the base
 
     @property
     def expert_name(self) -> str:
@@ -61,7 +63,11 @@ def load_model(
     a merged folder with `experts/<expert>/` takes that folder; a folder that lacks head tensors of
     the expert (the base, a body alone) borrows them: its body, the expert's head. An adapter,
     `folder` or `expert`, needs its `base`; without `expert`, `folder` has a head of its own.
+    Zero-shot tasks take a model with two towers, which embeds pictures or texts when it is called;
+    a tower of pictures alone is completed by the task's `text_model`, or by the base.
     """
+    if task.kind == ZERO_SHOT:
+        return _two_towers(Path(folder), task, base).to(device)
     folder = whole = Path(folder)
     own = folder / EXPERTS / task.expert_name
     if task.head is None and own.is_dir():
@@ -84,6 +90,29 @@ def load_model(
     model = _build(configured, task, state)
     _set_generation(model, task.kind, (folder, whole, configured))
     return model.to(device)
+
+
+def completing(folder: Path, task: ModelTask, base: str | Path | None) -> Path | None:
+    """Return the folder of the model that completes a tower of pictures; None where it is whole."""
+    if is_whole(base_folder(folder, base)):
+        return None
+    for given in (task.text_model, base):
+        if given is not None and is_whole(Path(given)):
+            return Path(given)
+    raise CheckpointError(
+        f"{folder}: task '{task.name}' ({task.kind}) needs a text tower, which it lacks.\n"
+        "Name the whole model that it was taken from: as --base, or with text_model in the task."
+    )
+
+
+def _two_towers(folder: Path, task: ModelTask, base: str | Path | None) -> Any:
+    state, whole = checkpoint_tensors(folder, base), completing(folder, task, base)
+    if whole is not None:
+        try:
+            state = completed(state, checkpoint_tensors(whole))
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}, completed by {whole}: {error}") from None
+    return embed_pictures(_build(whole or base_folder(folder, base), task, state))
 
 
 def checkpoint_tensors(folder: str | Path, base: str | Path | None = None) -> dict[str, Tensor]:
@@ -154,10 +183,11 @@ def borrows_head(
 def _build(folder: Path, task: ModelTask, state: Mapping[str, Tensor]) -> Any:
     """Return the model of a folder's configuration with the tensors of a state, by file keys."""
     transformers = transformers_for("Evaluating models")
-    auto = "AutoModel" if task.head is not None else MODEL_CLASSES[task.kind]
+    bare = task.head is not None and task.kind != ZERO_SHOT
+    auto = "AutoModel" if bare else MODEL_CLASSES[task.kind]
     try:
         config = load_config(folder)
-        if auto.endswith("Classification"):
+        if auto.endswith("Classification") and task.kind != ZERO_SHOT:
             _fit_labels(config, task, state)
         with torch.device("meta"):
             empty = getattr(transformers, auto).from_config(config, trust_remote_code=False)

@@ -16,6 +16,7 @@ from eutectic.checkpoint.experts import is_adapter, open_expert
 from eutectic.checkpoint.folder import copy_side_files, feeding_files
 from eutectic.checkpoint.locating import resolve
 from eutectic.checkpoint.opening import open_reader
+from eutectic.conventions import image_tower_names
 from eutectic.errors import CheckpointError
 from eutectic.models.loading import load_config
 from eutectic.models.task_models import EXPERTS
@@ -64,6 +65,17 @@ def expert_head(folder: Path, merged: Path, *, same: bool = False) -> StoredHead
     if not tensors or not getattr(config, "architectures", None):
         return None
     return StoredHead(config, tensors, folder if _feeds_otherwise(folder, merged) else None)
+
+
+def whole_around(folder: Path, tower: Path) -> StoredHead:
+    """Return the parts of a model with two towers that stand around a tower of pictures."""
+    with open_reader(folder) as whole, open_reader(tower) as part:
+        held = {*image_tower_names(part.entries, whole.entries).values()}
+        tensors = {
+            n: whole.read(n).view(e.shape) for n, e in whole.entries.items() if n not in held
+        }
+    config = load_config(folder)
+    return StoredHead(config, tensors)
 
 
 def _feeds_otherwise(folder: Path, merged: Path) -> bool:

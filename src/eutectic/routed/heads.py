@@ -16,6 +16,7 @@ from eutectic.models.arguments import NO_TEXTS, TEXTS
 from eutectic.models.loading import pretrained, transformers_for
 from eutectic.models.named_classes import model_class
 from eutectic.routed.forward_pass import Decisions, Routing, Settings, applying, install_hooks
+from eutectic.routed.routed_modules import Experts
 from eutectic.routed.routing_modes import routing_of
 
 
@@ -136,6 +137,10 @@ def _bodies(whole: Any, routed: Any, where: str) -> tuple[str, Any, Any]:
                 return f"{prefix}.", part, host
     if isinstance(body, nn.Module) and type(whole) is type(body):
         return "", whole, body
+    for name, tower in whole.named_children():  # one of two
+        for host in (routed, *routed.children()):
+            if type(tower) is type(host) and any(isinstance(m, Experts) for m in host.modules()):
+                return f"{name}.", tower, host
     raise RequestError(
         f"{where}: a head of {type(whole).__name__} does not fit a routed {type(routed).__name__}."
     )

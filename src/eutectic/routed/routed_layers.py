@@ -62,8 +62,9 @@ def routed_layers(
 
     Packed attention keeps three inputs for one in-projection where queries and keys differ, and
     routing decides on one: it is left out with its output projection. Statistics tell where that
-    is so; without any, only the cross-attention of torch's own decoder layers is known. Of layers
-    that are named by `patterns`, none is left out.
+    is so; without any, only the cross-attention of torch's own decoder layers is known. Of a model
+    of pictures and texts, as CLIP, a tower is left out of which no expert's statistics saw
+    anything. Of layers that are named by `patterns`, none is left out.
     """
     chosen = choose_layers(model, patterns)
     if patterns is not None:
@@ -79,8 +80,31 @@ def routed_layers(
     packed = [layer for layer in chosen if layer.kind == "in_projection"]
     crossed = [layer.path for layer in packed if is_crossed(layer)]
     crossed += [f"{path}.out_proj" for path in crossed]
-    left_out = [layer.name for layer in chosen if layer.path in crossed]
-    return [layer for layer in chosen if layer.path not in crossed], left_out
+    unseen = _unseen_tower(chosen, statistics or {})
+    left_out = [s.name for s in chosen if s.path in crossed or s.role == unseen]
+    return [s for s in chosen if s.path not in crossed and s.role != unseen], left_out
+
+
+def _unseen_tower(layers: Sequence[Site], statistics: Mapping[str, Iterable[str]]) -> str | None:
+    """Return the role of the tower that no statistics saw, of a model that has two."""
+    if not {"image", "text"} <= {layer.role for layer in layers} or not statistics:
+        return None
+
+    def is_seen(role: str) -> bool:
+        names = [layer.name for layer in layers if layer.role == role]
+        seen = (_seen(given) for given in statistics.values())
+        return any(n == key or n.endswith(f".{key}") or key.endswith(f".{n}")
+                   for keys in seen for key in keys for n in names)  # fmt: skip
+
+    unseen = [role for role in ("image", "text") if not is_seen(role)]
+    return unseen[0] if len(unseen) == 1 else None
+
+
+def _seen(statistics: Iterable[str]) -> list[str]:
+    """Return the layers that saw a token; all where there are names alone."""
+    if not isinstance(statistics, Mapping):
+        return list(statistics)
+    return [name for name, entry in statistics.items() if getattr(entry, "count", 1)]
 
 
 def in_parts(name: str, keys: Iterable[str]) -> bool:

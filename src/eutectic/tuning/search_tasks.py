@@ -18,8 +18,9 @@ from eutectic.evaluation.splits import Prepared, check_disjoint, prepare
 from eutectic.evaluation.task_files import Task, load_tasks
 from eutectic.models.batches import IGNORED_LABEL
 from eutectic.models.linear_head import Head
-from eutectic.models.task_kinds import GENERATIVE
+from eutectic.models.task_kinds import GENERATIVE, ZERO_SHOT
 from eutectic.models.task_models import load_model
+from eutectic.models.zero_shot import is_whole
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.recipes.schema import ScaleSearch
@@ -135,6 +136,11 @@ def _fault(task: Task, split: str, search: ScaleSearch, inputs: Inputs) -> str |
         )
     if split not in task.data:
         return f"  - task '{task.name}' has no split '{split}'; it has {', '.join(task.data)}."
+    if task.kind == ZERO_SHOT and not is_whole(_base(inputs)):
+        return (
+            f"  - task '{task.name}' ({task.kind}) needs a base with both towers, and the base "
+            "has that of pictures alone."
+        )
     if search.compare == "features" and task.kind in GENERATIVE:
         return f"  - task '{task.name}' ({task.kind}) has no features; leave out compare."
     return None
