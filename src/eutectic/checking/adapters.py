@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from eutectic.checking.report import Finding
-from eutectic.checkpoint.adapters import adapter_weights, check_adapter, plain_keys
+from eutectic.checkpoint.adapter_keys import adapter_weights, plain_keys
+from eutectic.checkpoint.adapters import check_adapter
 from eutectic.checkpoint.experts import is_ia3
 from eutectic.checkpoint.index import CheckpointIndex, open_adapter_index, read_json_object
 from eutectic.checkpoint.odd_adapters import other_adapter

@@ -87,7 +87,8 @@ def _differences(expert: Expert, base: Base) -> Iterator[Finding]:
     if heads:
         yield Note("other_heads", tuple(heads), {"base": base.path})
     if expert.is_delta:
-        changed = len(expert.factored) + len(expert.stored.keys() - expert.extra.keys())
+        acting = expert.factored.keys() | expert.changes.keys()
+        changed = len(acting | (expert.stored.keys() - expert.extra.keys()))
         yield Note("adapter_fits", (base.path,), {"count": changed})
     lacking = [n for n in expert.missing if not _is_loose(n, len(entries[n].shape))]
     if lacking:

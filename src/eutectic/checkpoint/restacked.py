@@ -78,6 +78,7 @@ def restacked(expert: Expert, names: Mapping[str, str]) -> Expert:
         extra={},
         stored={new: expert.stored[own] for new, own in held.items() if own in expert.stored},
         factored={new: expert.factored[own] for new, own in held.items() if own in expert.factored},
+        changes={new: expert.changes[own] for new, own in held.items() if own in expert.changes},
         tied={},
         missing=tuple(new for new in names if new not in held),
     )
