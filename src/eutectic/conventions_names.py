@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from eutectic.conventions import PART_NAMES
+from eutectic.conventions_adapters import PART_NAMES
 
 # --- Wrappers: components that torch and PEFT put between a module and its parameters ---
 

@@ -11,7 +11,8 @@ from eutectic.checkpoint.names import check_inside
 from eutectic.checkpoint.odd_adapters import other_adapter
 from eutectic.checkpoint.odd_folders import without_weights
 from eutectic.checkpoint.weight_files import names_in
-from eutectic.conventions import PEFT_ROOT, adapter_part, with_depth, without_depth
+from eutectic.conventions import PEFT_ROOT
+from eutectic.conventions_adapters import adapter_part, with_depth, without_depth
 from eutectic.conventions_names import (
     adapter_name,
     is_frozen_copy,
