@@ -11,6 +11,7 @@ from eutectic.cli.compare import compare
 from eutectic.cli.console import escape_what_cannot_be_printed, settings
 from eutectic.cli.demo import demo
 from eutectic.cli.evaluate import evaluate
+from eutectic.cli.init import init
 from eutectic.cli.inspect import inspect
 from eutectic.cli.merge import merge
 from eutectic.cli.methods import methods
@@ -29,6 +30,7 @@ app = typer.Typer(
     "`eutectic --debug VERB …` shows tracebacks.",
 )
 for command in (
+    init,
     merge,
     tune,
     compare,

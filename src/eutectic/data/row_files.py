@@ -12,7 +12,7 @@ from eutectic.data.python_functions import imported
 from eutectic.errors import MissingExtraError, RequestError, StatisticsError
 from eutectic.storage.small_files import check_regular, parse_json, read_text
 
-_IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 DATA_BYTES = 16 << 30  # of one file of rows, all of which are held in memory
 _SPLITS = "dataset_dict.json"
 # What folders of the splits of one data set are called; names in a row mean the same.
@@ -60,7 +60,7 @@ def read_rows(source: str, *, split: str | None = None, trust_code: bool = False
 def has_splits(source: str) -> bool:
     """Tell whether a source is a folder of several splits, of `datasets` or of images."""
     path = Path(source)
-    return (path / _SPLITS).is_file() or bool(_image_splits(path))
+    return (path / _SPLITS).is_file() or bool(image_splits(path))
 
 
 def check_split(sources: Sequence[str], split: str) -> None:
@@ -197,7 +197,7 @@ def _choice_of_splits(path: Path, names: Sequence[str]) -> RequestError:
 
 def _images(path: Path, split: str | None) -> list[Row]:
     """Return the images of a folder, or those of one of its splits."""
-    names = _image_splits(path)
+    names = image_splits(path)
     if not names:
         return _image_folder(path)
     if split is None and len(names) == 1:
@@ -209,7 +209,7 @@ def _images(path: Path, split: str | None) -> list[Row]:
     return _image_folder(path / found[0])
 
 
-def _image_splits(path: Path) -> list[str]:
+def image_splits(path: Path) -> list[str]:
     """Return the names of the folders that are splits of a folder of images, if it has any.
 
     Classes are seldom called `train` and `test`: folders are splits where all have such names, or
@@ -221,7 +221,7 @@ def _image_splits(path: Path) -> list[str]:
     folders = [f for f in here if f.is_dir() and not f.name.startswith((".", "__"))]
     known = {name for group in _SPLIT_NAMES for name in group}
     named = [f.name for f in folders if f.name.lower() in known]
-    if not named or any(f.suffix.lower() in _IMAGES and f.is_file() for f in here):
+    if not named or any(f.suffix.lower() in IMAGES and f.is_file() for f in here):
         return []
     nested = all(any(child.is_dir() for child in f.iterdir()) for f in folders)
     whole = len(named) == len(folders)
@@ -231,7 +231,7 @@ def _image_splits(path: Path) -> list[str]:
 
 def _image_folder(path: Path) -> list[Row]:
     """Return one row per image, in the order of names; the label is the folder it lies in."""
-    images = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in _IMAGES and f.is_file()]
+    images = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in IMAGES and f.is_file()]
     rows: list[Row] = [
         {"image": file} if file.parent == path else {"image": file, "label": file.parent.name}
         for file in images

@@ -1,0 +1,161 @@
+"""Files of rows: whose they are, which splits they hold, how their columns are called."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from eutectic.data.row_files import IMAGES, image_splits
+from eutectic.models.task_kinds import TaskKind
+from eutectic.storage.small_files import open_regular
+
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+_HEAD_BYTES = 1 << 20  # of a file, of which the names of columns are read
+_SPLITS: Mapping[str, tuple[str, ...]] = {
+    "proxy": ("proxy", "calibration", "calib", "unlabelled", "unlabeled", "train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_CALLED: Mapping[str, tuple[str, ...]] = {
+    "text": ("text", "sentence", "sentence1", "premise", "question1", "review", "content")
+    + ("question", "document", "comment", "body", "title"),
+    "text_pair": ("text_pair", "sentence2", "hypothesis", "question2", "answer", "context"),
+    "label": ("label", "labels", "class", "category", "score", "target", "answer"),
+    "source": ("source", "src", "input", "inputs", "question", "document", "article", "prompt"),
+    "target": ("target", "tgt", "output", "outputs", "answer", "summary", "completion"),
+    "image": ("image", "img", "file_name", "path", "file"),
+}
+_FIELDS: Mapping[TaskKind, tuple[str, ...]] = {
+    "text-classification": ("text", "text_pair", "label"),
+    "pair-classification": ("text", "text_pair", "label"),
+    "regression": ("text", "text_pair", "label"),
+    "image-classification": ("image", "label"),
+    "sequence-to-sequence": ("source", "target"),
+    "language-model": ("text",),
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A file or folder of rows."""
+
+    path: Path
+    split: str | None  # that its name tells; None: all of them
+    inside: tuple[str, ...] = ()  # splits in a folder of `datasets` or of images
+    columns: tuple[str, ...] = ()  # of files
+
+
+def is_data(path: Path) -> bool:
+    """Tell whether a path is a file of rows, a folder written by `datasets`, or one of images."""
+    if path.is_dir():
+        marks = ("dataset_dict.json", "dataset_info.json")
+        return any((path / mark).is_file() for mark in marks) or _holds_images(path)
+    return path.suffix.lower() in ENDINGS
+
+
+def _holds_images(folder: Path) -> bool:
+    """Tell whether the first entries of a folder's first folders, or of those below, are images."""
+    for _ in range(2):
+        inner = next((p for p in _listed(folder) if p.is_dir()), None)
+        if inner is None:
+            return False
+        if any(p.suffix.lower() in IMAGES for p in _listed(inner)[:5]):
+            return True
+        folder = inner
+    return False
+
+
+def look(path: Path) -> Rows:
+    """Return what a name and the first bytes of a file of rows tell."""
+    found = {word: split for split, words in _SPLITS.items() for word in words}
+    words = [w for w in re.split(r"[^a-z]+", path.stem.lower()) if w in found]
+    split = found[words[-1]] if words else None
+    if path.is_dir():
+        names: list[str] = []
+        with suppress(OSError, ValueError):
+            told = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))
+            names = [str(name) for name in told.get("splits", [])]
+        names = names or image_splits(path)
+        return Rows(path, split, inside=tuple(names))
+    return Rows(path, split, columns=tuple(_columns(path)))
+
+
+def _columns(path: Path) -> list[str]:
+    """Return the names of a file's columns; none where its first bytes do not tell."""
+    ending = path.suffix.lower()
+    with suppress(OSError, ValueError, csv.Error, StopIteration, ImportError):
+        if ending == ".parquet":
+            import pyarrow.parquet as parquet
+
+            return [str(name) for name in parquet.read_schema(path).names]
+        with open(open_regular(path), "rb") as file:  # noqa: PTH123 - a descriptor
+            head = file.read(_HEAD_BYTES).decode("utf-8-sig", errors="ignore")
+        if ending in (".csv", ".tsv"):
+            rows = csv.reader(head.splitlines(), delimiter="," if ending == ".csv" else "\t")
+            return next(rows)
+        text = head.lstrip().removeprefix("[").lstrip()
+        row, _ = json.JSONDecoder().raw_decode(text)
+        return [str(name) for name in row] if isinstance(row, dict) else []
+    return []
+
+
+def belongs_to(rows: Rows, names: Sequence[str]) -> str | None:
+    """Return the expert whose name a path holds, the longest where several do."""
+    text = "/".join(rows.path.parts[-3:]).lower()
+    within = [
+        name
+        for name in names
+        if re.search(rf"(?<![a-z0-9]){re.escape(name.lower())}(?![a-z0-9])", text)
+    ]
+    return max(within, key=len) if within else None
+
+
+def beside(names: Sequence[str], folders: Sequence[Path]) -> list[Path]:
+    """Return files of rows that are called like an expert, in or one level below some folders."""
+    found: list[Path] = []
+    for folder in dict.fromkeys(folders):
+        inner = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
+        deeper = [q for p in inner if p.is_dir() and not _is_known(p) for q in _listed(p)]
+        # A .json may be anything; such a file of rows has to be named.
+        rows = [p for p in (*inner, *deeper) if p.suffix.lower() != ".json" and is_data(p)]
+        found += [p for p in rows if belongs_to(look(p), names)]
+    return list(dict.fromkeys(found))
+
+
+def _is_known(folder: Path) -> bool:
+    """Tell whether a folder is rows or a model as a whole, and not looked into."""
+    return is_data(folder) or any(p.name.endswith("config.json") for p in _listed(folder))
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    except OSError:
+        return []
+
+
+def columns_for(kind: TaskKind, present: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Return field -> column where it is not called like the field, and fields without a column.
+
+    A second text is optional, but for pairs. Each column is taken once.
+    """
+    renamed: dict[str, str] = {}
+    lacking: list[str] = []
+    taken: set[str] = set()
+    for field in _FIELDS.get(kind, ()):
+        exact = [c for c in present if c == field]
+        near = [c for name in _CALLED[field] for c in present if c.lower() == name]
+        found = next((c for c in (*exact, *near) if c not in taken), None)
+        if found is None:
+            if field != "text_pair" or kind == "pair-classification":
+                lacking.append(field)
+            continue
+        taken.add(found)
+        if found != field:
+            renamed[field] = found
+    return renamed, lacking
