@@ -132,6 +132,19 @@ def layer_group(name: str) -> str:
     return _LAYER_NUMBER.sub("*", name)
 
 
+_TO_LAYER_NUMBER = re.compile(r"(.*?(?<![^.])\d+)\..*")
+
+
+def block_of(name: str) -> str:
+    """Return the repeated part of a network that a tensor is in; the tensor itself where in none.
+
+    >>> block_of("vit.encoder.layer.3.output.dense.weight"), block_of("head.weight")
+    ('vit.encoder.layer.3', 'head.weight')
+    """
+    found = _TO_LAYER_NUMBER.fullmatch(name)
+    return name if found is None else found[1]
+
+
 # --- Modules: what reaches them ---
 
 _IMAGE = re.compile(r"(^|[._])(vision|visual|image|multi_modal)")

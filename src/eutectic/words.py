@@ -218,7 +218,19 @@ def _dequantised(owners: Sequence[str], numbers: Mapping[str, Any]) -> str:
     return f"dequantised: {', '.join(kinds)} of {', '.join(owners)}"
 
 
+def _near_chance(tasks: Sequence[str], numbers: Mapping[str, Any]) -> str:
+    shares = numbers["shares"]
+    listed = ", ".join(f"{task} ({shares[task]:.0%})" for task in tasks[:8])
+    how = "of its own data" if numbers["measured"] else "by its statistics"
+    return (
+        f"the router sends few samples to their own expert, {how}: {listed}; by chance "
+        f"{numbers['chance']:.0%}. Route by statistics of the merged model (--router-data), with "
+        "more samples, or let the caller name the expert (oracle)"
+    )
+
+
 SENTENCES: dict[str, Template] = {
+    "router_near_chance": _near_chance,
     # Why a tensor takes its treatment.
     "matrix": "matrix",
     "stack": "stack of matrices",

@@ -225,6 +225,8 @@ def test_the_routers_statistics_are_collected_on_the_merged_model(folder: Path, 
     )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["router"] == "discriminant"
+    quality = json.loads(result.stdout)["router_quality"]
+    assert quality["measured"] and quality["samples"] == dict.fromkeys(EXPERTS, 24)
     routed = load_routed(tmp_path / "routed")
     right = 0
     for t, name in enumerate(EXPERTS):
@@ -235,6 +237,8 @@ def test_the_routers_statistics_are_collected_on_the_merged_model(folder: Path, 
         last = list(decisions)[-1]
         right += int((torch.as_tensor(decisions[last]) == t).sum())
     assert right >= 0.9 * 24 * len(EXPERTS)
+    mean = sum(quality["decisions"].values()) / len(EXPERTS)
+    assert right / 24 / len(EXPERTS) == pytest.approx(mean)
 
     swapped = list(asked)
     for i, word in enumerate(swapped):

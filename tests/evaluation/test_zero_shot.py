@@ -179,6 +179,7 @@ def test_clip_is_routed_by_its_pictures(world: Path, tmp_path: Path):
         words += ["-s", f"{name}={stats}", "--router-data", f"{name}={data}"]
     answer = invoke(*words, *kind, "--rank", 16, "-o", tmp_path / "routed")
     assert answer.code == 0, answer.err
+    assert "Samples sent to their own expert, on its own data" in answer.out
     assert "a tower of which no statistics saw anything" in answer.out
     routed = load_routed(tmp_path / "routed")
     assert len(routed.routing.left_out) == 10

@@ -1,16 +1,26 @@
 """`eutectic route`."""
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
-from eutectic.cli.console import out, print_json, progress_bar, tell_done, verb
+from eutectic.cli.console import (
+    out,
+    plain_table,
+    print_json,
+    progress_bar,
+    tell_done,
+    tell_notes,
+    verb,
+)
 from eutectic.cli.options import (
     Json,
     RouterDataOptions,
@@ -27,6 +37,10 @@ from eutectic.recipes.units import format_bytes
 from eutectic.storage import FolderAside, folder_aside
 from eutectic.words import few
 
+if TYPE_CHECKING:
+    from eutectic.routed.router_quality import RouterQuality
+
+_TASKS_ACROSS = 6
 _SHOWING = {"merged", "export", "json"}
 
 
@@ -162,15 +176,17 @@ def _build(
     if not json:
         _report({"costs": costs}, json)
     # Everything that can be refused is, before data are run through the model.
-    check_statistics(of_experts, list(named), chosen, "statistics")
+    check_statistics(of_experts, list(named), [layer.name for layer in chosen], "statistics")
     with open_experts(model, named, build.base):
         pass
     heads = find_heads(merged, named)
-    of_router = _router_statistics(statistics, reading, merged, named, build.layers)
+    of_router, data = _router_statistics(statistics, reading, merged, named, build.layers)
     routed: Any = build_routed(model, named, of_experts, of_router, **vars(build), heads=heads)
+    quality = _quality(routed, of_router or of_experts, data, reading)
     report: dict[str, Any] = {
         **({"costs": costs} if json else {}),
         **_described(routed),
+        "router_quality": None if quality is None else quality.record(),
     }
     for name, aside in asides.items():
         report[name] = str(aside.output)
@@ -184,7 +200,38 @@ def _build(
             own = {path.name for path in folder.iterdir()}
             copy_side_files(merged, folder, [name for name in beside if name not in own])
     _put_in_place(asides)
-    _report(report, json)
+    _report(report, json, quality)
+
+
+def _quality(
+    routed: Any,
+    statistics: Mapping[str, Any],
+    data: Mapping[str, Iterable[Any]] | None,
+    reading: RouterDataOptions,
+) -> RouterQuality | None:
+    """Return how well the router tells the tasks apart: on its data, else by its statistics."""
+    from eutectic.models.task_kinds import ZERO_SHOT, spelled
+    from eutectic.models.zero_shot import embed_pictures
+    from eutectic.routed.router_quality import estimated_quality, router_quality
+
+    if data is None:
+        return estimated_quality(routed, statistics)
+    if spelled(reading.task or "") == ZERO_SHOT:
+        embed_pictures(routed)
+    with progress_bar("measuring the router") as tell:
+
+        def told(name: str, batches: Iterable[Any], done: int) -> Iterator[Any]:
+            for number, batch in enumerate(batches):
+                tell(done, len(data), f"{name}, batch {number + 1}")
+                yield batch
+
+        routed.to(reading.device)
+        try:
+            named = {n: told(n, own, done) for done, (n, own) in enumerate(data.items())}
+            return router_quality(routed, named)
+        finally:
+            routed.to("cpu")
+            vars(routed).pop("forward", None)
 
 
 def _put_in_place(asides: Mapping[str, FolderAside]) -> None:
@@ -249,14 +296,14 @@ def _router_statistics(
     merged: Path,
     experts: Mapping[str, str],
     layers: list[str] | None,
-) -> dict[str, Any] | None:
-    """Return expert -> statistics of the merged model on its task's data, if any are named."""
+) -> tuple[dict[str, Any] | None, dict[str, Iterable[Any]] | None]:
+    """Return expert -> statistics of the merged model on its task's data, and these, if named."""
     if given.router_statistics and given.router_data:
         raise RequestError("give --router-statistics or --router-data, not both.")
     if given.router_statistics:
-        return _open(given.router_statistics, "--router-statistics")
+        return _open(given.router_statistics, "--router-statistics"), None
     if not given.router_data:
-        return None
+        return None, None
     from eutectic.data.row_files import check_split, has_splits
     from eutectic.models.loading import load_model
     from eutectic.routed.routed_layers import choose_layers
@@ -287,7 +334,7 @@ def _router_statistics(
                 fingerprint=loaded.fingerprint,
                 progress=lambda done, total: tell(done, total or done + 1, f"batch {done}"),
             )
-    return found
+    return found, opened
 
 
 def _open(items: list[str] | None, option: str) -> dict[str, Any]:
@@ -302,9 +349,11 @@ def _why_left_out(name: str, names: Sequence[str]) -> str:
     return "queries and keys differ" if packed else "a tower of which no statistics saw anything"
 
 
-def _report(report: Mapping[str, Any], json: bool) -> None:
+def _report(report: Mapping[str, Any], json: bool, quality: RouterQuality | None = None) -> None:
     """Print costs, experts and files as far as the report has them."""
+    note = None if quality is None else quality.note()
     if json:
+        tell_notes([note] if note else [], warnings_only=True)
         print_json(report)
         return
     table = Table.grid(padding=(0, 2))
@@ -337,5 +386,28 @@ def _report(report: Mapping[str, Any], json: bool) -> None:
             "rank: too few tokens, or nothing left to add",
         )
     out.print(table)
+    if quality is not None:
+        show_quality(quality)
+        tell_notes([note] if note else [])
     tell_done("written", report.get("output"))
     tell_done("written", report.get("export"))
+
+
+def show_quality(quality: RouterQuality) -> None:
+    """Print shares of samples that are sent to their own expert: blocks and tasks, six across."""
+    how = "on its own data" if quality.measured else "estimated from its statistics, layers alone"
+    out.print()
+    out.print(
+        f"Samples sent to their own expert, {how} (by chance {quality.chance:.0%})", style="dim"
+    )
+    names, blocks = list(quality.samples), quality.blocks()
+    last = "decision" if quality.measured else "mean"
+    for start in range(0, len(names), _TASKS_ACROSS):
+        chosen = names[start : start + _TASKS_ACROSS]
+        table = plain_table(Column("", overflow="fold", max_width=36), numbers=map(escape, chosen))
+        for block, shares in blocks.items():
+            table.add_row(escape(block), *(f"{shares[name]:.1%}" for name in chosen))
+        cells = (f"{quality.decisions[name]:.1%}" for name in chosen)
+        table.add_row(last, *cells, style="bold")
+        table.add_row("samples", *(f"{quality.samples[name]:,}" for name in chosen), style="dim")
+        out.print(table)

@@ -140,11 +140,12 @@ def build_routed(
         raise RequestError(
             f"heads are given for {unknown}, which are no experts: {', '.join(names)}."
         )
-    called = expert_statistics(statistics, names, chosen, "statistics")
+    paths = [layer.name for layer in chosen]
+    called = expert_statistics(statistics, names, paths, "statistics")
     routes, routes_called = statistics, called
     if router_statistics is not None:
         routes = router_statistics
-        routes_called = expert_statistics(routes, names, chosen, "router statistics")
+        routes_called = expert_statistics(routes, names, paths, "router statistics")
 
     def of_router(layer: Site) -> list[LayerStatistics]:
         return [routes[n][c[layer.name]] for n, c in zip(names, routes_called, strict=True)]
@@ -302,7 +303,7 @@ def open_experts(
 def expert_statistics(
     given: Mapping[str, Mapping[str, LayerStatistics]],
     experts: Sequence[str],
-    layers: Sequence[Site],
+    names: Sequence[str],
     what: str,
 ) -> list[dict[str, str]]:
     """Return per expert how the layers are called in its statistics, which hold them all."""
@@ -317,7 +318,6 @@ def expert_statistics(
             file = f"{lacking[0]}.stats.safetensors"
             advice = f"Collect them: eutectic collect {folder} --data proxy.jsonl -o {file}"
         raise RequestError("\n".join([*lines, advice]))
-    names = [layer.name for layer in layers]
     found: list[dict[str, str]] = []
     for expert in experts:
         keys = list(given[expert])

@@ -17,7 +17,7 @@ from eutectic.models.loading import pretrained, transformers_for
 from eutectic.models.named_classes import model_class
 from eutectic.routed.forward_pass import Decisions, Routing, Settings, applying, install_hooks
 from eutectic.routed.routed_modules import Experts
-from eutectic.routed.routing_modes import routing_of
+from eutectic.routed.routing_modes import elect, routing_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,8 +258,4 @@ def _chosen(
     cast = [choice for choice in votes.values() if len(choice) == samples]
     if not cast:
         raise RequestError("no routed layer saw these inputs, so no expert is chosen; name one.")
-    elected = cast[-1]
-    if not routing.accumulate:
-        counted = nn.functional.one_hot(torch.stack(cast), len(routing.experts)).sum(0)
-        elected = counted.argmax(-1)
-    return [routing.experts[int(t)] for t in elected]
+    return [routing.experts[int(t)] for t in elect(cast, routing)]

@@ -80,6 +80,17 @@ def routing_of(routed: nn.Module) -> Routing:
     return handle
 
 
+def elect(votes: Sequence[Tensor], handle: Routing) -> Tensor:
+    """Return one expert per sample: the last layer's where evidence adds up, else the majority's.
+
+    Of layers that saw as many samples as the last.
+    """
+    cast = [choice for choice in votes if len(choice) == len(votes[-1])]
+    if handle.accumulate:
+        return cast[-1]
+    return nn.functional.one_hot(torch.stack(cast), len(handle.experts)).sum(0).argmax(-1)
+
+
 def routing_accuracy(
     decisions: dict[str, Tensor], labels: Sequence[int] | Tensor
 ) -> dict[str, float]:
