@@ -16,6 +16,8 @@ A message is two or three lines: what happened and where; what was got and what 
 what to do next. `Fault` and `Note` are the records that messages are made from.
 """
 
+import errno
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -153,6 +155,36 @@ def _folded(faults: Sequence[Fault]) -> Fault:
     same = len({fault.got for fault in faults}) == 1
     places = [f.where if same else f"{f.where} {f.got}" for f in faults]
     return replace(faults[0], where=few(places), got=faults[0].got if same else "")
+
+
+def why_failed(error: Exception) -> str:
+    """Return why the system refused to read or write a file, in words that say what helps.
+
+    safetensors tells the system's number in the text of an error of its own.
+    """
+    said = getattr(error, "strerror", None) or str(error)
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    code = getattr(error, "errno", None) or (int(told[1]) if told else None)
+    if code == errno.ENOSPC:
+        return f"the disk is full: {said}"
+    if code == getattr(errno, "EDQUOT", -1):
+        return f"the disk quota is used up: {said}"
+    if code == errno.EFBIG:
+        return f"{said}: {_largest_file()}; it is not that the disk is full"
+    return said
+
+
+def _largest_file() -> str:
+    """Return in words what bounds the size of a file here."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    except (ImportError, OSError):
+        limit = -1
+    if limit < 0 or limit >= 1 << 60:
+        return "the file system does not take files so large"
+    return f"this process may write files of {limit:,} bytes at most (ulimit -f)"
 
 
 class TaskError(RecipeError):

@@ -140,6 +140,17 @@ def test_a_checkpoint_that_changes_is_named(world: Path, tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tokenizer_that_changes_is_named(world: Path, tmp_path: Path) -> None:
+    models = shutil.copytree(world, tmp_path / "world")
+
+    def touch(done: float, total: float, current: str) -> None:
+        os.utime(models / "merged/config.json")
+
+    with pytest.raises(CheckpointError, match="tokenizer of the merged model: changed while"):
+        run(models, tmp_path / "out", progress=touch)
+    assert not (tmp_path / "out").exists()
+
+
 def test_much_ridge_returns_the_anchor(world: Path, tmp_path: Path) -> None:
     run(world, tmp_path / "merged", ridge=1e12)
     run(world, tmp_path / "base", ridge=1e12, anchor_scale=0, base=world / "base")

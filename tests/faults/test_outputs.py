@@ -19,7 +19,7 @@ import torch
 
 import eutectic
 from eutectic.errors import CheckpointError, EutecticError, RequestError, ResumeError
-from eutectic.execution import output_folder
+from eutectic.execution import model_folder, output_folder
 from eutectic.execution.journal import DELTAS, JOURNAL, Journal
 from eutectic.execution.run import sweep
 from eutectic.storage.local_disk import LocalDisk
@@ -130,6 +130,80 @@ def test_what_comes_into_the_work_folder_meanwhile_is_left_and_told(
     assert [p.name for p in work_of(request_).iterdir()] == ["notes.txt"]
 
 
+def _killed_while(point: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a merge end like a killed process: between tensors, or between side files."""
+    if point == "tensors":
+        add = Journal.add
+
+        def stop(self: Journal, stage: str, tensor: str, finished: Any) -> None:
+            add(self, stage, tensor, finished)
+            if stage == "merge":
+                raise Killed
+
+        monkeypatch.setattr(Journal, "add", stop)
+    else:
+        monkeypatch.setattr(model_folder, "card", lambda _: (_ for _ in ()).throw(Killed))
+
+
+@pytest.mark.parametrize("point", ["tensors", "side files"])
+@pytest.mark.parametrize("name", ["notes.txt", "README.md", "experts/a/mine.json", "own/x.bin"])
+def test_a_file_of_somebody_else_in_the_unfinished_model(
+    request_: dict[str, Any], point: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm = {**request_, "output": request_["output"].with_name("calm")}
+    eutectic.merge(**calm)
+    with monkeypatch.context() as patched:
+        _killed_while(point, patched)
+        with pytest.raises(Killed):
+            eutectic.merge(**request_)
+    mine = work_of(request_) / "model" / name
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    mine.write_text("mine")
+    for restart in (False, True):
+        with pytest.raises(ResumeError, match=f"holds {name}, which no merge wrote"):
+            eutectic.merge(**request_, restart=restart)
+        assert mine.read_text() == "mine"
+        assert not request_["output"].exists()
+    mine.unlink()
+    report = eutectic.merge(**request_)
+    assert report.resumed or point == "tensors"
+    made = digests(request_["output"])
+    assert made == digests(calm["output"])
+    assert {p.name for p in request_["output"].parent.iterdir()} == {"calm", "m"}
+
+
+def test_a_file_put_into_the_model_while_it_is_written_is_not_published(
+    request_: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = output_folder.run_schedule
+    mine = work_of(request_) / "model/notes.txt"
+
+    def meanwhile(*given: Any) -> Any:
+        done = schedule(*given)
+        mine.write_text("mine")
+        return done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(output_folder, "run_schedule", meanwhile)
+        with pytest.raises(ResumeError, match="holds notes.txt, which no merge wrote"):
+            eutectic.merge(**request_)
+    assert mine.read_text() == "mine"
+    mine.rename(request_["output"].with_name("notes.txt"))
+    assert eutectic.merge(**request_).resumed
+    assert not (request_["output"] / "notes.txt").exists()
+
+
+def test_restart_after_a_kill_among_the_side_files_leaves_nothing_behind(
+    request_: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        _killed_while("side files", patched)
+        with pytest.raises(Killed):
+            eutectic.merge(**request_)
+    assert not eutectic.merge(**{**request_, "method": "ties"}, restart=True).resumed
+    assert [p.name for p in request_["output"].parent.iterdir()] == ["m"]
+
+
 def _rewritten(path: Path) -> None:
     content = path.read_bytes()
     path.write_bytes(content[:-4] + bytes(4))
@@ -178,6 +252,33 @@ def test_an_input_that_changes_is_noticed_before_the_model_gets_its_name(
     assert not request_["output"].exists()
     file.write_bytes(content)
     assert not eutectic.merge(**request_, restart=True).resumed
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "vocab.txt"])
+@pytest.mark.parametrize(("folder", "called"), [("base", "the base"), ("b", "expert 'b'")])
+def test_a_side_file_that_changes_is_noticed_before_the_model_gets_its_name(
+    request_: dict[str, Any],
+    name: str,
+    folder: str,
+    called: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    schedule = output_folder.run_schedule
+    file = Path(request_["base"]).parent / folder / name
+    if name != "config.json":
+        file.write_text('{"a": 1}')
+
+    def changing(*given: Any) -> Any:
+        done = schedule(*given)
+        file.write_text('{"model_type": "another"}')
+        return done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(output_folder, "run_schedule", changing)
+        with pytest.raises(CheckpointError, match=f"{called}: changed while"):
+            eutectic.merge(**request_, side_files=folder)
+    assert not request_["output"].exists()
+    assert not eutectic.merge(**request_, side_files=folder, restart=True).resumed
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="asks /proc what is open")

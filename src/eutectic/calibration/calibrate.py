@@ -38,7 +38,13 @@ from eutectic.calibration.streams import Stream, twin
 from eutectic.calibration.unfinished_calibration import MODEL, Unfinished, open_unfinished
 from eutectic.checkpoint.locating import locate
 from eutectic.data.fingerprints import example_hashes
-from eutectic.errors import CheckpointError, OutputError, RequestError, suggest
+from eutectic.errors import (
+    CheckpointError,
+    OutputError,
+    RequestError,
+    suggest,
+    why_failed,
+)
 from eutectic.models.batches import Batch, call, examples, sample_count
 from eutectic.models.hooks import evaluating
 from eutectic.models.loading import load_model
@@ -471,7 +477,7 @@ def _finish(run: _Run, output: Path, record: Mapping[str, Any], known: Mapping[s
         storage_of(output).commit(unfinished.model, output)
     except OSError as error:
         where = error.filename or unfinished.model
-        raise OutputError(f"{where}: cannot be written ({error.strerror or error}).") from error
+        raise OutputError(f"{where}: cannot be written ({why_failed(error)}).") from error
     unfinished.remove()
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from eutectic.checkpoint.expert_tensors import Expert
 from eutectic.checkpoint.experts import open_expert
+from eutectic.checkpoint.folder import deciding_files
 from eutectic.checkpoint.names import align
 from eutectic.checkpoint.opening import open_reader
-from eutectic.checkpoint.reader import CheckpointReader
+from eutectic.checkpoint.reader import CheckpointReader, file_identity
 from eutectic.conventions_heads import is_output_layer
 from eutectic.errors import CheckpointError, RequestError
 from eutectic.models.loading import pretrained
@@ -70,7 +71,12 @@ class OpenedModels:
 
     def identity(self) -> dict[str, Any]:
         """Return what tells these checkpoints from others, and from their own later states."""
-        known = {"the merged model": [self.merged.fingerprint(), self.merged.identity()]}
+        folder = self.merged.index.folder
+        beside = file_identity(folder, [*deciding_files(folder)])
+        known: dict[str, Any] = {
+            "the merged model": [self.merged.fingerprint(), self.merged.identity()],
+            "configuration or tokenizer of the merged model": beside,
+        }
         if self.base is not None:
             known["the base"] = [self.base.fingerprint(), self.base.identity()]
         for name, expert in self.experts.items():

@@ -8,7 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from eutectic.errors import OutputError, RequestError, ResumeError, StatisticsError
+from eutectic.errors import (
+    OutputError,
+    RequestError,
+    ResumeError,
+    StatisticsError,
+    why_failed,
+)
 from eutectic.statistics.statistics_file import TensorFile, write_tensors
 from eutectic.storage import Lock, storage_of
 
@@ -95,7 +101,7 @@ def open_unfinished(folder: Path, identity: str, *, restart: bool) -> Unfinished
     except BlockingIOError:
         raise RequestError(f"another process is calibrating into {folder}.") from None
     except OSError as error:
-        raise OutputError(f"cannot write {folder}: {error.strerror or error}.") from None
+        raise OutputError(f"cannot write {folder}: {why_failed(error)}.") from None
 
 
 def _read(unfinished: Unfinished) -> None:

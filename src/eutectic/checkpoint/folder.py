@@ -12,7 +12,7 @@ from eutectic.checkpoint.module_folders import MODULES_NAME, ROUTER_CONFIGS, mod
 from eutectic.checkpoint.names import check_inside
 from eutectic.checkpoint.odd_files import pointer, pointers_among
 from eutectic.checkpoint.writer import write_atomically
-from eutectic.errors import CheckpointError, OutputError
+from eutectic.errors import CheckpointError, OutputError, why_failed
 from eutectic.storage import storage_of
 from eutectic.storage.small_files import read_json, read_start
 
@@ -99,6 +99,11 @@ def side_files(folder: Path) -> tuple[str, ...]:
     return survey(folder).taken
 
 
+def deciding_files(folder: Path) -> tuple[str, ...]:
+    """Return the side files that decide how a model is read and fed: configuration, tokenizer."""
+    return tuple(n for n in side_files(folder) if _matches(n.rpartition("/")[2], _PATTERNS))
+
+
 def feeding_files(folder: Path) -> tuple[str, ...]:
     """Return the side files that make a model's inputs: tokenizer, chat template, processors."""
     names = side_files(folder)
@@ -120,7 +125,7 @@ def check_side_files(folder: Path | None) -> None:
         try:
             read_start(path, 1)
         except OSError as error:
-            why = error.strerror or error
+            why = why_failed(error)
             raise CheckpointError(f"{folder / name}: cannot be read ({why}).") from error
     for place in {"", *(module.folder for module in module_folders(folder))}:
         name = f"{place}/config.json" if place else "config.json"
@@ -241,7 +246,7 @@ def copy_side_files(
                 storage_of(destination).copy(source, destination / target)
         except OSError as error:
             raise OutputError(
-                f"{destination / target}: cannot be written ({error.strerror})."
+                f"{destination / target}: cannot be written ({why_failed(error)})."
             ) from error
     return chosen
 

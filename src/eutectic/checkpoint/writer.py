@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eutectic.checkpoint.header import TensorEntry, build_header
 from eutectic.checkpoint.names import check_plain_name
-from eutectic.errors import OutputError, RequestError, ResumeError
+from eutectic.errors import OutputError, RequestError, ResumeError, why_failed
 from eutectic.storage import StagedFile, storage_of
 from eutectic.storage.small_files import parse_json
 
@@ -173,15 +173,20 @@ class CheckpointWriter:
         return True
 
     def _failure(self, error: OSError, needed: int) -> OutputError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno == errno.EFBIG:
+            return OutputError(
+                f"{self.folder}: {why_failed(error)}.\nLift the limit, or let shard_size make "
+                "smaller files, then run the same command again."
+            )
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
             free = self._storage.free_bytes(self.folder) or 0
             return OutputError(
-                f"{self.folder}: the disk is full ({error.strerror}).\n"
+                f"{self.folder}: {why_failed(error)}.\n"
                 f"Needed: {needed:,} bytes; free: {free:,} bytes.\n"
                 "Make room or choose another output folder, then run the same command again."
             )
         where = error.filename or self.folder
-        return OutputError(f"{where}: cannot be written ({error.strerror or error}).")
+        return OutputError(f"{where}: cannot be written ({why_failed(error)}).")
 
 
 class MemoryWriter:
@@ -208,7 +213,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         with storage_of(path).replacing(path) as file:
             file.write(data)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from error
+        raise OutputError(f"{path}: cannot be written ({why_failed(error)}).") from error
 
 
 def check_replaced(path: Path, keys: Set[str], what: str) -> None:

@@ -27,7 +27,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from eutectic.cli.options import call_with_records, parameters_of
-from eutectic.errors import EutecticError, Note
+from eutectic.errors import EutecticError, Note, why_failed
 from eutectic.words import is_plain, plain
 
 
@@ -64,7 +64,7 @@ def verb(command: _Command) -> _Command:
             else:
                 code = EutecticError.exit_code
                 where = "" if error.filename is None else f"{error.filename}: "
-                text = f"{where}{error.strerror or error}."
+                text = f"{where}{why_failed(error)}."
             err.print("[bold red]error:[/] ", end="")
             err.print(text, markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(code) from None

@@ -23,6 +23,7 @@ from eutectic.errors import (
     ResumeError,
     TaskError,
     suggest,
+    why_failed,
 )
 from eutectic.evaluation.checkpoints import Checkpoint, Checkpoints, RoutingMode, processor_hash
 from eutectic.evaluation.lm_eval_harness import HarnessRows, read_harness, run_harness
@@ -300,7 +301,7 @@ class Journal:
         try:
             self.file.append(json.dumps(item).encode() + b"\n")
         except OSError as error:
-            raise OutputError(f"the journal cannot be written ({error.strerror}).") from None
+            raise OutputError(f"the journal cannot be written ({why_failed(error)}).") from None
 
 
 @contextmanager
@@ -319,7 +320,7 @@ def open_journal(output: Path | None) -> Iterator[Journal]:
         except BlockingIOError:
             raise RequestError(f"another process is evaluating into {output}.") from None
         except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({error.strerror or error}).") from None
+            raise OutputError(f"{path}: cannot be written ({why_failed(error)}).") from None
         yield journal
 
 

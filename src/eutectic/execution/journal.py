@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -13,19 +13,23 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from eutectic.errors import OutputError, RequestError, ResumeError
+from eutectic.checkpoint.folder import deciding_files
+from eutectic.checkpoint.reader import file_identity
+from eutectic.errors import OutputError, RequestError, ResumeError, why_failed
 from eutectic.execution.norms import Squares
 from eutectic.execution.tasks import Finished
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.storage import AppendedFile, storage_of
 from eutectic.storage.small_files import parse_json
+from eutectic.words import few
 
 # All that a run keeps in its work folder.
 JOURNAL = "journal.jsonl"
 MODEL = "model"  # the output, until it is complete
 DELTAS = "deltas.safetensors"
 _FORMAT = 2
+_FILE = "file"  # the stage of lines that name a file of the model, before it is made
 _HEADER = b'{"eutectic_journal": '
 
 
@@ -90,11 +94,26 @@ def input_identities(plan: Plan, inputs: Inputs) -> dict[str, Any]:
     found: dict[str, Any] = {"the base": [inputs.base.fingerprint(), inputs.base.identity()]}
     for name, expert in inputs.experts.items():
         found[f"expert '{name}'"] = [expert.fingerprint(), expert.identity()]
+    for name, folder in _copied_from(plan, inputs).items():
+        beside = file_identity(folder, [*deciding_files(folder)])
+        found[f"configuration or tokenizer of {name}"] = beside
     if inputs.initial is not None:
         found["init"] = [inputs.initial.fingerprint(), inputs.initial.identity()]
     for name, path in plan.request.statistics_files.items():
         found[f"the statistics of '{name}'"] = storage_of(Path(path)).identity(Path(path))
     return found
+
+
+def _copied_from(plan: Plan, inputs: Inputs) -> dict[str, Path]:
+    """Return the folders whose side files the output gets, when all tensors are written."""
+    donor = inputs.experts.get(plan.output.side_files)
+    folders = {f"expert '{name}'": inputs.experts[name].folder for name in plan.heads}
+    if donor is not None:
+        folders[f"expert '{plan.output.side_files}'"] = donor.folder
+    alone = donor is not None and donor.folder and (donor.folder / "config.json").is_file()
+    if inputs.index is not None and (plan.heads or not alone):
+        folders["the base"] = inputs.index.folder
+    return {name: folder for name, folder in folders.items() if folder is not None}
 
 
 class _Line(BaseModel):
@@ -120,6 +139,7 @@ class Journal(Ledger):
         super().__init__()
         self.path = folder / JOURNAL
         self._lock = threading.Lock()
+        self._lists_files = True  # unless an earlier version wrote it, or lines of it are lost
         self._storage = storage_of(folder)
         self._file: AppendedFile | None = None
         try:
@@ -135,7 +155,9 @@ class Journal(Ledger):
             try:
                 self._check_owner()
                 if restart:  # while the lock is held: nobody's running merge is deleted
-                    self._discard()
+                    left = self._discard()
+                    if left and self.path.exists():
+                        raise self._not_ours([n.removeprefix(f"{MODEL}/") for n in left])
                 self._file = self._storage.append(self.path)
                 self.resumed = self._read(identity)
             except BaseException:
@@ -144,7 +166,7 @@ class Journal(Ledger):
         except BlockingIOError:
             raise RequestError(f"another process is merging into {folder}.") from None
         except OSError as error:
-            raise OutputError(f"cannot write {folder}: {error.strerror or error}.") from None
+            raise OutputError(f"cannot write {folder}: {why_failed(error)}.") from None
 
     def _check_owner(self) -> None:
         """Refuse a folder that no merge has made.
@@ -159,8 +181,52 @@ class Journal(Ledger):
 
     def _discard(self) -> Sequence[str]:
         """Remove the folder with all that a run keeps there; return what else it holds."""
+        folder = self.path.parent
+        begun = self.path.exists() and self._storage.list(folder / MODEL)
+        if begun and (known := self._listed()):
+            self._storage.discard(folder / MODEL, sorted(known))
+            if left := self._storage.files_below(folder / MODEL):
+                return [f"{MODEL}/{name}" for name in left]
         # The journal goes last: without it, the rest would pass for somebody else's.
-        return self._storage.discard(self.path.parent, (MODEL, DELTAS, JOURNAL))
+        return self._storage.discard(folder, (MODEL, DELTAS, JOURNAL))
+
+    def _listed(self) -> frozenset[str]:
+        """Return the files of the model that the journal names."""
+        found: set[str] = set()
+        for line in self.path.read_bytes().splitlines():
+            with suppress(ValueError):
+                item = _Line.model_validate(parse_json(line))
+                found.update([item.tensor] if item.stage == _FILE else [])
+        return frozenset(found)
+
+    def will_write(self, file: Path) -> None:
+        """Note that a file of the model is about to be made; refuse one that no run has made."""
+        model = self.path.parent / MODEL
+        if not file.is_relative_to(model):
+            return
+        name = file.relative_to(model).as_posix()
+        if (_FILE, name) not in self.finished:
+            if self._lists_files and self._storage.identity(file) is not None:
+                raise self._not_ours([name])
+            self.add(_FILE, name, Finished("", {}, {}))
+
+    def own(self, names: Iterable[str]) -> None:
+        """Note files of the model that are known by what they hold, there or not."""
+        for name in names:
+            if (_FILE, name) not in self.finished:
+                self.add(_FILE, name, Finished("", {}, {}))
+
+    def check_files(self) -> None:
+        """Refuse files in the model's folder that no run has made: they would be published."""
+        held = self._storage.files_below(self.path.parent / MODEL) if self._lists_files else ()
+        if strangers := [name for name in held if (_FILE, name) not in self.finished]:
+            raise self._not_ours(strangers)
+
+    def _not_ours(self, names: Sequence[str]) -> ResumeError:
+        return ResumeError(
+            f"{self.path.parent / MODEL} holds {few(names)}, which no merge wrote.\n"
+            "Move it away, then run the same command again; nothing is lost."
+        )
 
     def _read(self, identity: str) -> bool:
         assert self._file is not None
@@ -178,12 +244,18 @@ class Journal(Ledger):
         if not lines:
             self._write(header)
             return False
+        lost = 0
         for line in lines[1:]:
             # A line that the disk lost, such as one of zeros after a power cut, costs its tensor.
-            with suppress(ValueError):
+            try:
                 item = _Line.model_validate(parse_json(line))
-                done = Finished(item.sha256, item.record, item.norms, item.squares)
-                self.finished[item.stage, item.tensor] = done
+            except ValueError:
+                lost += 1
+                continue
+            done = Finished(item.sha256, item.record, item.norms, item.squares)
+            self.finished[item.stage, item.tensor] = done
+        listed = any(stage == _FILE for stage, _ in self.finished) or len(lines) == 1
+        self._lists_files = listed and not lost
         return True
 
     def add(self, stage: str, tensor: str, finished: Finished) -> None:
@@ -197,7 +269,7 @@ class Journal(Ledger):
             with self._lock:
                 self._file.append(line)
         except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {error.strerror}.") from None
+            raise OutputError(f"cannot write {self.path}: {why_failed(error)}.") from None
 
     def remove_folder(self) -> str | None:
         """Remove the run's folder while the lock is held; the run is finished.
@@ -212,7 +284,7 @@ class Journal(Ledger):
             except OSError:
                 left = self._discard()  # what failed once need not fail again
         except OSError as error:
-            return error.strerror or str(error)
+            return why_failed(error)
         return f"it holds '{left[0]}', which no merge wrote" if left else None
 
     def close(self) -> None:

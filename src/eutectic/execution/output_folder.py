@@ -8,7 +8,13 @@ from typing import Any, NoReturn
 
 from eutectic.checkpoint.output_format import TensorSink
 from eutectic.checkpoint.writer import CheckpointWriter, OutputFile
-from eutectic.errors import CheckpointError, Note, OutputError, RequestError
+from eutectic.errors import (
+    CheckpointError,
+    Note,
+    OutputError,
+    RequestError,
+    why_failed,
+)
 from eutectic.execution.executors import Limits
 from eutectic.execution.journal import (
     JOURNAL,
@@ -33,7 +39,7 @@ from eutectic.execution.schedule import (
 )
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan, output_layout, with_scale
-from eutectic.storage import storage_of
+from eutectic.storage import announced_to, storage_of
 
 _Identities = Mapping[str, Any]  # name of an input -> what it is known by
 
@@ -144,6 +150,8 @@ def _desk(work: Path, inputs: Inputs, journal: Journal, limits: Limits) -> Desk:
     @contextmanager
     def open_output(plan: Plan) -> Iterator[TensorSink]:
         layout, model = output_layout(plan, inputs), work / MODEL
+        journal.own(file.name for file in layout.files)
+        journal.check_files()
         with layout.open(model, resume=model.exists()) as files:
             yield files
             files.sync()
@@ -167,10 +175,12 @@ def _write(
     if search is not None:
         provenance["search"] = search
     try:
-        write_folder(plan, inputs, model, layout, provenance, records_of(journal))
+        with announced_to(journal.will_write):
+            write_folder(plan, inputs, model, layout, provenance, records_of(journal))
+        journal.check_files()
     except OSError as error:
         where = error.filename or model
-        raise OutputError(f"{where}: cannot be written ({error.strerror}).") from error
+        raise OutputError(f"{where}: cannot be written ({why_failed(error)}).") from error
 
 
 def _commit(model: Path, output: Path) -> None:
@@ -179,7 +189,7 @@ def _commit(model: Path, output: Path) -> None:
     except OSError as error:
         raise OutputError(
             f"{error.filename or model}: the merged model cannot be moved to {output} "
-            f"({error.strerror or error})."
+            f"({why_failed(error)})."
         ) from error
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from eutectic.checkpoint.writer import MemoryWriter
-from eutectic.errors import Note, OutputError, RequestError
+from eutectic.errors import Note, OutputError, RequestError, why_failed
 from eutectic.execution.executors import Progress, limits_of, peak_bytes
 from eutectic.execution.journal import Ledger, request_identity
 from eutectic.execution.model_folder import PROVENANCE, read_provenance
@@ -260,7 +260,7 @@ def _only_sweep(output: Path) -> Iterator[None]:
         raise RequestError(f"another process is sweeping into {output}.") from None
     except OSError as error:
         where = error.filename or output
-        raise OutputError(f"{where}: cannot be written ({error.strerror or error}).") from None
+        raise OutputError(f"{where}: cannot be written ({why_failed(error)}).") from None
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eutectic.checkpoint.folder import copy_side_files, feeding_files
 from eutectic.checkpoint.reader import StateDictReader
 from eutectic.checkpoint.writer import CheckpointWriter, OutputFile
-from eutectic.errors import CheckpointError, OutputError, RequestError
+from eutectic.errors import CheckpointError, OutputError, RequestError, why_failed
 from eutectic.models.loading import load_stored
 from eutectic.models.sites import Site, routable_sites
 from eutectic.routed.adapter_folders import write_adapter
@@ -113,8 +113,10 @@ def write_routed(routed: nn.Module, path: Path, **options: Any) -> None:
         # Last: a folder without it is no finished routed model.
         text = json.dumps(description.model_dump(), indent=1)
         (path / DESCRIPTION).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: the routed model cannot be written: {error}.") from error
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{path}: the routed model cannot be written: {why_failed(error)}."
+        ) from error
 
 
 def load_routed(folder: str | Path, model: nn.Module | type[Any] | None = None) -> Any:

@@ -28,7 +28,14 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.header import build_header, read_header
-from eutectic.errors import CheckpointError, OutputError, RequestError, StatisticsError, suggest
+from eutectic.errors import (
+    CheckpointError,
+    OutputError,
+    RequestError,
+    StatisticsError,
+    suggest,
+    why_failed,
+)
 from eutectic.statistics.record import check_record
 from eutectic.storage import Lock, storage_of
 from eutectic.storage.small_files import parse_json
@@ -201,7 +208,7 @@ def lock_output(path: Path) -> Lock:
         raise RequestError(f"another process is collecting into {path}.") from None
     except OSError as error:
         where = error.filename or path
-        raise OutputError(f"{where}: cannot be written ({error.strerror or error}).") from None
+        raise OutputError(f"{where}: cannot be written ({why_failed(error)}).") from None
 
 
 def expand(factor: Tensor, diagonal: Tensor | None) -> Tensor:
@@ -292,9 +299,7 @@ class TensorFile(Mapping[str, Tensor]):
             with closing(storage_of(self.path).open(self.path)) as file:
                 file.read_into(memoryview(buffer), tensor.offset)
         except OSError as error:
-            raise StatisticsError(
-                f"{self.path}: cannot be read ({error.strerror or error})."
-            ) from error
+            raise StatisticsError(f"{self.path}: cannot be read ({why_failed(error)}).") from error
         if not buffer:
             return torch.zeros(tensor.shape, dtype=tensor.dtype)
         return torch.frombuffer(buffer, dtype=tensor.dtype).reshape(tensor.shape)
@@ -343,6 +348,6 @@ def write_tensors(
                 file.write(value.reshape(-1).view(torch.uint8).numpy().data)
     except OSError as error:
         raise OutputError(
-            f"{path}: cannot be written ({error.strerror or error}).\n"
+            f"{path}: cannot be written ({why_failed(error)}).\n"
             "Make room, or choose another place, then run the same command again."
         ) from error

@@ -11,7 +11,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from eutectic.errors import OutputError, ResumeError, StatisticsError, first_line
+from eutectic.errors import (
+    OutputError,
+    ResumeError,
+    StatisticsError,
+    first_line,
+    why_failed,
+)
 from eutectic.statistics.statistics_file import TensorFile, lock_output, write_tensors
 from eutectic.storage import Lock, storage_of
 
@@ -162,7 +168,7 @@ def _opened(partial: Partial) -> Partial:
         folder.mkdir(parents=True, exist_ok=True)
         names = storage_of(folder).list(folder)
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be created ({error.strerror}).") from error
+        raise OutputError(f"{folder}: cannot be created ({why_failed(error)}).") from error
     strangers = [name for name in names if not _is_own(name)]
     if strangers:
         raise ResumeError(

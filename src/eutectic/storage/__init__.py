@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from eutectic.storage.announcing import announced_to
 from eutectic.storage.folder_aside import FolderAside
 from eutectic.storage.interface import AppendedFile, Lock, OpenedFile, StagedFile, Storage
 from eutectic.storage.local_disk import LocalDisk
@@ -15,6 +16,7 @@ __all__ = [
     "OpenedFile",
     "StagedFile",
     "Storage",
+    "announced_to",
     "folder_aside",
     "storage_of",
 ]

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from eutectic.errors import OutputError, RequestError, ResumeError
+from eutectic.errors import OutputError, RequestError, ResumeError, why_failed
 from eutectic.storage.interface import Storage
 
 _MARK = "unfinished.json"
@@ -121,12 +121,12 @@ class FolderAside:
         except OSError as error:
             raise OutputError(
                 f"{self.output} is complete, but {self._work} cannot be removed "
-                f"({error.strerror or error})."
+                f"({why_failed(error)})."
             ) from error
 
     def _failure(self, error: OSError) -> OutputError:
         where = error.filename or self._work
-        return OutputError(f"{where}: cannot be written ({error.strerror or error}).")
+        return OutputError(f"{where}: cannot be written ({why_failed(error)}).")
 
     def __enter__(self) -> FolderAside:
         return self

@@ -118,6 +118,10 @@ class Storage(Protocol):
     def remove(self, location: Path) -> None:
         """Remove a file or a whole folder, if it is there."""
 
+    def files_below(self, folder: Path) -> Sequence[str]:
+        """Return the sorted names of all files in a folder and its folders, relative to it."""
+        ...
+
     def discard(self, folder: Path, names: Sequence[str]) -> Sequence[str]:
         """Remove these of a folder, in this order, and the folder itself where nothing is left.
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from eutectic.storage.announcing import announce
 from eutectic.storage.interface import Lock, Storage
 from eutectic.storage.small_files import open_regular
 
@@ -45,6 +46,7 @@ class LocalDisk(Storage):
         return usage.free if usage.total else None
 
     def stage(self, file: Path, size: int, *, fresh: bool) -> PositionedFile:
+        announce(file)
         file.parent.mkdir(parents=True, exist_ok=True)
         # A link planted under the name would send the writes elsewhere.
         own = os.O_EXCL if fresh else _NO_LINK
@@ -67,6 +69,7 @@ class LocalDisk(Storage):
     @contextmanager
     def replacing(self, file: Path) -> Iterator[BinaryIO]:
         """Write under another name beside `file`, and rename when it is on the disk."""
+        announce(file)
         # The process is part of the name: two that write the same file do not mix their bytes.
         aside = file.with_name(f".{file.name}.{os.getpid()}{_UNFINISHED}")
         try:
@@ -86,6 +89,7 @@ class LocalDisk(Storage):
 
     def copy(self, source: Path, target: Path, *, share: bool = False) -> None:
         """Copy a file, links followed; with `share`, make a hard link where that is possible."""
+        announce(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         if share:
             target.unlink(missing_ok=True)
@@ -95,10 +99,15 @@ class LocalDisk(Storage):
         shutil.copyfile(source, target)
 
     def remove(self, location: Path) -> None:
+        announce(location)
         if location.is_dir() and not location.is_symlink():
             shutil.rmtree(location)
         else:
             location.unlink(missing_ok=True)
+
+    def files_below(self, folder: Path) -> Sequence[str]:
+        found = (path.relative_to(folder) for path in folder.rglob("*") if not _is_folder(path))
+        return sorted(path.as_posix() for path in found if not _is_leftover(path.name))
 
     def discard(self, folder: Path, names: Sequence[str]) -> Sequence[str]:
         for name in names:
@@ -279,6 +288,10 @@ def _is_abandoned(process: str) -> bool:
     except (OSError, OverflowError):
         return False
     return False
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _is_leftover(name: str) -> bool:
