@@ -229,6 +229,50 @@ def _near_chance(tasks: Sequence[str], numbers: Mapping[str, Any]) -> str:
     )
 
 
+def tokens(names: Sequence[str], limit: int = 4) -> str:
+    """Return tokens for a message: quoted, the first of them, and how many more there are."""
+    return few([shown(name, 40) for name in names[:limit]] + ["…"] * (len(names) - limit), limit)
+
+
+def _vocabulary(_: Sequence[str], numbers: Mapping[str, Any]) -> str:
+    before, rows = numbers["before"], numbers["rows"]
+    size = f"{rows:,} rows" if rows == before else f"{rows:,} rows, the base's have {before:,}"
+    return (
+        f"vocabulary {numbers['policy']}: {numbers['tokens']:,} tokens in tables of {size}; rows "
+        "are matched by their tokens"
+    )
+
+
+def _tokens_added(names: Sequence[str], numbers: Mapping[str, Any]) -> str:
+    owners = ", ".join(f"{count:,} from '{n}'" for n, count in numbers["owners"].items())
+    return (
+        f"{_many(names, 'token')} added to the base's ({owners}): {tokens(names)}; a row that the "
+        "base lacks counts there as the mean over the experts that have it"
+    )
+
+
+def _tokens_lacking(names: Sequence[str], numbers: Mapping[str, Any]) -> str:
+    if numbers["model"] == "base":
+        return f"the base has no row for {_many(names, 'token')} of the output: {tokens(names)}"
+    return (
+        f"expert '{numbers['model']}' has no row for {_many(names, 'token')} of the output: "
+        f"{tokens(names)}; unchanged there"
+    )
+
+
+def _many(names: Sequence[str], what: str) -> str:
+    return f"{len(names):,} {what}{'s' if len(names) != 1 else ''}"
+
+
+def _other_tokens(subject: Sequence[str], numbers: Mapping[str, Any]) -> str:
+    count, base, own = numbers["count"], shown(numbers["base"], 40), shown(numbers["own"], 40)
+    return (
+        f"{count:,} row{'s' if count != 1 else ''} of the tables stand for other tokens in "
+        f"'{subject[0]}' than in the base, such as row {numbers['row']:,}: {own} there, {base} in "
+        "the base. Rows are merged by their number; vocabulary: union matches them by their tokens"
+    )
+
+
 SENTENCES: dict[str, Template] = {
     "router_near_chance": _near_chance,
     # Why a tensor takes its treatment.
@@ -259,6 +303,20 @@ SENTENCES: dict[str, Template] = {
     "no_statistics_of_stacks": "no statistics of the matrices of a stack",
     "split_by_inputs": "query, key and value saw different inputs",
     # What a user should know of a plan.
+    "vocabulary": _vocabulary,
+    "tokens_added": _tokens_added,
+    "tokens_removed": lambda names, _: (
+        f"{_many(names, 'token')} of the base left out, which some expert lacks: {tokens(names)}"
+    ),
+    "tokens_lacking": _tokens_lacking,
+    "tokens_without_row": lambda names, _: (
+        f"{_many(names, 'token')} of the tokenizer have a row in no model: {tokens(names)}; their "
+        "rows are zero"
+    ),
+    "tokenizer_assumed": "no tokenizer lies beside {all}: taken is that of the base",
+    "other_tokens": _other_tokens,
+    "template": "chat template: that of {all}, which most of the models have",
+    "no_template": "no model has a chat template, so that there is none to choose",
     "mixed_classes": _mixed_classes,
     "recipe_key_ignored": "the recipe's '{0}' changes nothing, as in mergekit: passed over",
     "parameters_ignored": (

@@ -241,6 +241,14 @@ class RecipeOptions:
         "Most bytes of tensors in one file, such as 5GB (default: files like the base's).",
         metavar="SIZE",
     )
+    vocabulary: str | None = option(
+        None,
+        "Which tokens the output has where the models' differ (default: rows by their number).",
+        metavar="union | base | intersection | NAME | error",
+    )
+    chat_template: str | None = option(
+        None, "Of the output: auto, a known name (chatml, …) or Jinja.", metavar="TEMPLATE"
+    )
     set_: list[str] | None = option(
         None,
         "Any other key of a recipe: dtype, heads, missing, unmatched, seed, precision …",
@@ -298,9 +306,8 @@ def request(
                 f"--scale '{asked.scale}' must be a number or auto. "
                 "Searches with data: eutectic tune."
             ) from None
-    stated = {
-        key: getattr(asked, key) for key in ("base", "method", "scale", "fallback", "shard_size")
-    }
+    keys = ("base", "method", "scale", "fallback", "shard_size", "vocabulary", "chat_template")
+    stated = {key: getattr(asked, key) for key in keys}
     options.update({key: value for key, value in stated.items() if value is not None})
     if asked.param:
         options["parameters"] = _values(asked.param, "--param")

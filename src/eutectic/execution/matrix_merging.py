@@ -125,7 +125,8 @@ def merge_matrices(
             deltas = as_map(stack, planned).to(inputs.device)
         initial = None
         if planned.initial is not None:
-            flat = read_delta(inputs.owner(planned.initial), planned.initial, start, base)
+            expert = inputs.owner(planned.initial)
+            flat = read_delta(expert, planned.initial, start, base, inputs)
             initial = as_map(flat, planned).to(inputs.device)
         suffix = f"[{block}]" if blocks > 1 else ""
         own = dataclasses.replace(

@@ -21,6 +21,7 @@ from eutectic.conventions_ties import is_tied, with_tie
 from eutectic.errors import OutputError
 from eutectic.execution.expert_folders import write_expert_folders
 from eutectic.execution.model_card import PROVENANCE, card, licence_of
+from eutectic.execution.model_vocabulary import write_vocabulary
 from eutectic.execution.tasks import Finished
 from eutectic.planning.cost import merged_by, treatments
 from eutectic.planning.inputs import Inputs
@@ -120,6 +121,7 @@ def write_folder(
     if layout.files[0].name == WEIGHT_NAMES[0]:  # (IA)³ vectors: the output is an adapter again
         copy_side_files(_donor(plan, inputs, index), model, [ADAPTER_CONFIG])
     write_expert_folders(plan, inputs, model, layout)
+    write_vocabulary(plan, model, next((m.folder for m in index.modules if m.transformer), ""))
     asked = plan.output.dtype
     stated = _stated_dtype(inputs.config) if asked is None else _name_of(asked)
     dtype = stated or _prevailing_dtype(layout.files)

@@ -12,24 +12,46 @@ from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensor_plan import CHUNK, Source, TensorPlan
 
 
-def read_stored(source: Source, inputs: Inputs, start: int, stop: int) -> Tensor:
-    """Read a flat range of the base in the file's dtype; zeros in rows that it lacks."""
+def read_stored(
+    source: Source, inputs: Inputs, start: int, stop: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Read a flat range of the base in the file's dtype, or in `dtype`.
+
+    Rows that it lacks are what its map fills them with, or zeros.
+    """
     assert source.tensor is not None
     name, reader = source.tensor, inputs.base
+    kept = dtype or reader.entries[name].dtype
     if source.rows is None:
-        return reader.read(name, start, stop)
-    absent = torch.zeros(stop - start, dtype=reader.entries[name].dtype)
-    return _placed(source, start, stop, lambda a, b, _: reader.read(name, a, b), absent)
+        return reader.read(name, start, stop).to(kept)
+    values = torch.zeros(stop - start, dtype=kept)
+    _fill(values, source, inputs, start)
+    return _placed(source, start, stop, lambda a, b, _: reader.read(name, a, b), values)
+
+
+def _fill(values: Tensor, source: Source, inputs: Inputs, start: int) -> None:
+    """Write the mean of donors' rows over what a source lacks of a flat range."""
+    if source.rows is None:
+        return
+    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    for place, offset, rows in source.rows.gaps(start, start + values.numel()):
+        count = place.stop - place.start
+        total = torch.zeros(count, dtype=wide)
+        for donor in rows.donors:
+            first = donor.row * source.rows.width + offset
+            reader = inputs.base if donor.owner == "base" else inputs.experts[donor.owner]
+            total += reader.read(donor.tensor, first, first + count).to(wide)
+        values[place] = total.div_(max(len(rows.donors), 1)).to(values.dtype)
 
 
 def read_base(planned: TensorPlan, inputs: Inputs, start: int, stop: int) -> Tensor:
     """Read a flat range of the base in the dtype of the arithmetic; zeros where it has none."""
     if planned.base is None or planned.base.tensor is None:
         return torch.zeros(stop - start, dtype=planned.compute)
-    return read_stored(planned.base, inputs, start, stop).to(planned.compute)
+    return read_stored(planned.base, inputs, start, stop, planned.compute)
 
 
-def read_delta(expert: Expert, source: Source, start: int, base: Tensor) -> Tensor:
+def read_delta(expert: Expert, source: Source, start: int, base: Tensor, inputs: Inputs) -> Tensor:
     """Read a flat range of Δ_t from `start` on; `base` is that range of W₀, and sets the dtype.
 
     Zero where the expert counts as unchanged: a tensor that it lacks, rows that it lacks.
@@ -43,13 +65,16 @@ def read_delta(expert: Expert, source: Source, start: int, base: Tensor) -> Tens
     def read(first: int, last: int, place: slice) -> Tensor:
         return expert.delta(name, first, last, base=base[place], dtype=base.dtype)
 
-    return _placed(source, start, stop, read, torch.zeros_like(base))
+    absent = base.clone()
+    _fill(absent, source, inputs, start)
+    return _placed(source, start, stop, read, absent.sub_(base))
 
 
 def read_weight(
-    expert: Expert, source: Source, span: tuple[int, int], base: Tensor | None, dtype: torch.dtype
+    inputs: Inputs, source: Source, span: tuple[int, int], base: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Read a flat range of W_t in `dtype`; `base` may be left out where the expert has it all."""
+    expert = inputs.owner(source)
     if source.tensor is None:
         assert base is not None
         return base
@@ -61,7 +86,9 @@ def read_weight(
     def read(first: int, last: int, place: slice) -> Tensor:
         return expert.weight(name, first, last, base=base[place], dtype=dtype)
 
-    return _placed(source, *span, read, base.clone())
+    values = base.clone()
+    _fill(values, source, inputs, span[0])
+    return _placed(source, *span, read, values)
 
 
 def read_own(expert: Expert, source: Source, start: int, base: Tensor) -> Tensor:
@@ -104,12 +131,11 @@ def read_stack(
     start, stop = span
     stack = torch.empty(len(planned.experts), stop - start, dtype=planned.compute)
     for row, source in enumerate(planned.experts):
-        expert = inputs.owner(source)
         if weights:
-            stack[row] = read_weight(expert, source, span, base, planned.compute)
+            stack[row] = read_weight(inputs, source, span, base, planned.compute)
         else:
             assert base is not None
-            stack[row] = read_delta(expert, source, start, base)
+            stack[row] = read_delta(inputs.owner(source), source, start, base, inputs)
     if planned.nonfinite == "error":
         check_finite(stack, planned, base)
     return stack

@@ -40,9 +40,16 @@ from eutectic.planning.statistics_match import statistics_faults, statistics_nam
 from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.planning.tensors import plan_tensor
 from eutectic.planning.ties import Ties, find_ties
+from eutectic.planning.vocabulary import (
+    as_one_size,
+    find_vocabulary,
+    head_faults,
+    with_vocabulary,
+)
 from eutectic.recipes.load import Source
 from eutectic.recipes.schema import Recipe, ScaleSearch
 from eutectic.types import Treatment
+from eutectic.vocabulary.agreement import Vocabulary
 from eutectic.words import few, plain
 
 USUAL_SHARD = 5_000_000_000  # bytes in a file, where the base's own files are no pattern
@@ -72,6 +79,10 @@ class OutputOptions:
     tied: bool | None = None  # what its configuration says of tied tables; None: as it stands
     nonfinite: Literal["error", "allow"] = "error"  # NaN or Inf in it
     layers: tuple[Edit, ...] = ()  # what its configuration says of layers of several models
+    vocabulary: Vocabulary | None = None  # whose tokenizer it gets; None: that of `side_files`
+    # model -> folder of its tokenizer
+    tokenizers: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    chat_template: str | None = None  # Jinja; None leaves the tokenizer's
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,11 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
     source = source or Source()
     faults: list[Fault] = []
     _check_shards(recipe, inputs, source, faults)
+    found = find_vocabulary(recipe, inputs, source)
+    _refuse(found.faults, source)
+    opened, vocabulary = inputs, found.planned
+    if vocabulary is not None:
+        inputs = as_one_size(opened, vocabulary)
     request = _request(recipe, inputs, source)
     if recipe.statistics_of == "expert":
         faults += statistics_faults(inputs, request.statistics_names)
@@ -139,9 +155,15 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
     chosen = [directed(t, request) for t in planned if not isinstance(t, Fault)]
     _refuse(list(dict.fromkeys(f for t in chosen if isinstance(t, list) for f in t)), source)
     tensors = [t for t in chosen if not isinstance(t, list)]
+    if vocabulary is not None:
+        placed = [with_vocabulary(t, vocabulary, opened) for t in tensors]
+        _refuse([fault for fault in placed if isinstance(fault, Fault)], source)
+        tensors = [t for t in placed if not isinstance(t, Fault)]
     substitutes = fallback_faults(tensors, request) if recipe.fallback == "error" else []
     _refuse([*substitutes, *_unfit(tensors)], source)
-    heads = _heads(recipe, inputs, tensors, request.ties)
+    heads = _heads(recipe, opened, tensors, request.ties)
+    if vocabulary is not None:
+        _refuse(head_faults(heads, vocabulary), source)
     _refuse(_side_file_faults(heads, inputs), source)
     left_out = ()
     if recipe.heads == "drop":
@@ -172,12 +194,15 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
             request.ties.tied,
             recipe.nonfinite,
             layer_edits(inputs) if inputs.rows else (),
+            None if vocabulary is None else vocabulary.agreed,
+            {} if vocabulary is None else vocabulary.folders,
+            found.chat_template,
         ),
         request=_stated_request(recipe),
         shares=shares,
         mostly_by=merged_mostly_by(tensors, request),
         fallback=fallen_share(tensors, request),
-        notes=tuple(notes_on(tensors, heads, left_out, shares, request)),
+        notes=(*found.notes, *notes_on(tensors, heads, left_out, shares, request)),
     )
 
 

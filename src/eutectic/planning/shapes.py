@@ -16,6 +16,7 @@ from eutectic.conventions_heads import (
     is_query,
 )
 from eutectic.conventions_tensors import is_expert_stack
+from eutectic.conventions_vocabulary import may_have_rows_of_tokens
 from eutectic.errors import Fault
 from eutectic.planning.inputs import MergeRequest
 
@@ -38,7 +39,13 @@ def another_base(request: MergeRequest) -> dict[str, Fault]:
     base = request.inputs.base.entries
     for name, expert in request.inputs.experts.items():
         differ = _differing(expert, base)
-        full = [k for k in differ if expert.entries[k].numel and base[k].numel]
+        full = [
+            k
+            for k in differ
+            if expert.entries[k].numel and base[k].numel
+            # Tables of other vocabularies tell nothing of the body.
+            if not (may_have_rows_of_tokens(k) and expert.entries[k].shape[1:] == base[k].shape[1:])
+        ]
         shared = sum(k in base for k in expert.entries)
         if 2 * len(full) > shared:
             first = full[0]

@@ -1,8 +1,10 @@
 """What will be done to one tensor of the output: all that decides its bytes, and nothing else."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -15,6 +17,24 @@ COPY = "copy"  # in place of a method: the base's values as they are
 
 
 @dataclass(frozen=True)
+class Donor:
+    """Rows of a tensor of some checkpoint that stand in for rows which another lacks."""
+
+    owner: str  # "base" or an expert's name
+    tensor: str
+    row: int  # the first
+
+
+@dataclass(frozen=True)
+class FilledRows:
+    """Rows of the output that a source lacks, and that are the mean of some donors' rows there."""
+
+    first: int  # in the output
+    count: int
+    donors: tuple[Donor, ...]  # none: zeros
+
+
+@dataclass(frozen=True)
 class RowMap:
     """Which rows of a stored tensor stand where in the output, such as those of a vocabulary."""
 
@@ -22,18 +42,34 @@ class RowMap:
     # (first row in the output, first row in the source, number of rows), ascending in the output
     # and disjoint there. Rows of the output that no run covers are not in the source
     runs: tuple[tuple[int, int, int], ...]
+    filled: tuple[FilledRows, ...] = ()  # ascending and disjoint too; what stands in such rows
 
     def ranges(self, start: int, stop: int) -> Iterator[tuple[slice, int, int]]:
         """Yield (place in the range, start, stop in the source) of the covered parts of a range.
 
         `start` and `stop` are flat positions in the output; the place counts from `start`.
         """
-        for out, own, rows in self.runs:
-            first = max(start, out * self.width)
-            last = min(stop, (out + rows) * self.width)
+        width = max(self.width, 1)
+        position = bisect_right(self.runs, start // width, key=lambda run: run[0])
+        for out, own, rows in islice(self.runs, max(position - 1, 0), None):
+            if out * width >= stop:
+                return
+            first, last = max(start, out * width), min(stop, (out + rows) * width)
             if first < last:
-                shift = (own - out) * self.width
+                shift = (own - out) * width
                 yield slice(first - start, last - start), first + shift, last + shift
+
+    def gaps(self, start: int, stop: int) -> Iterator[tuple[slice, int, FilledRows]]:
+        """Yield (place in the range, offset in the rows, rows) of the filled parts of a range."""
+        width = max(self.width, 1)
+        position = bisect_right(self.filled, start // width, key=lambda rows: rows.first)
+        for rows in islice(self.filled, max(position - 1, 0), None):
+            if rows.first * width >= stop:
+                return
+            first = max(start, rows.first * width)
+            last = min(stop, (rows.first + rows.count) * width)
+            if first < last:
+                yield slice(first - start, last - start), first - rows.first * width, rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,8 +129,8 @@ def _meet_experts(
                 f"the base has {list(entry.shape)}, but {listed}. Tables of different size cannot "
                 "be merged row by row.",
                 entry.name,
-                next="Resize them to one vocabulary, or keep each expert's own: add a rule: "
-                "treatment head.",
+                next="Match rows by their tokens (vocabulary: union, base, intersection or an "
+                "expert's name), or keep each expert's own: add a rule: treatment head.",
             )
         if not is_output_layer(entry.name):
             return Fault("other_shape", f"another shape: {listed}.", entry.name)

@@ -19,6 +19,7 @@ from eutectic.errors import RequestError
 from eutectic.recipes.script import Script
 from eutectic.recipes.units import parse_bytes
 from eutectic.types import Treatment
+from eutectic.vocabulary.policy import VocabularyPolicy
 
 MOST_RULES = 1_000
 # Also the name of a folder, which file systems bound.
@@ -133,6 +134,10 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
     unmatched: Literal["error", "leave"] = "error"
     nonfinite: Literal["error", "allow"] = "error"  # NaN or Inf, read or to be written
     side_files: str = "base"  # or the expert whose configuration and tokenizer files are copied
+    # Which tokens the output has where vocabularies differ; None matches rows by their number.
+    vocabulary: VocabularyPolicy | None = None
+    # Of the output's tokenizer: `auto`, the name of a known one, or Jinja; None leaves it.
+    chat_template: Annotated[str, Field(min_length=1, max_length=200_000)] | None = None
     statistics_of: Literal["expert", "any"] = "expert"  # the checkpoint they were collected on
     # A method whose statistics are missing as a whole, of all experts or of one: its fall-back.
     fallback: Literal["error", "allow"] = "error"

@@ -81,15 +81,17 @@ def stream_matrices(
     blocks, size = planned.blocks
     records = _records(planned, inputs)
     factors = {} if planned.layout.stacked else _factors(planned, inputs)
+    names = planned.name, planned.seed_name
     for block in range(blocks):
         start = block * size
         base = read_base(planned, inputs, start, start + size)
         weight = as_map(base, planned)
         deltas = {
-            s.owner: _map_of(inputs.owner(s), s, planned, start, base) for s in planned.experts
+            s.owner: _map_of((inputs.owner(s), s), planned, inputs, start, base)
+            for s in planned.experts
         }
         models = {
-            n: _map_of(m, source_in(n, m, planned.name, planned.seed_name), planned, start, base)
+            n: _map_of((m, source_in(n, m, *names)), planned, inputs, start, base)
             for n, m in merged.items()
         }
         suffix = f"[{block}]" if blocks > 1 else ""
@@ -104,9 +106,12 @@ def stream_matrices(
             )
 
 
-def _map_of(model: Expert, source: Source, planned: TensorPlan, start: int, base: Tensor) -> Tensor:
+def _map_of(
+    kept: tuple[Expert, Source], planned: TensorPlan, inputs: Inputs, start: int, base: Tensor
+) -> Tensor:
     """Read one block of a model as the map Δ [out, in]; `base` is that block, flat."""
-    flat = read_delta(model, source, start, base)
+    model, source = kept
+    flat = read_delta(model, source, start, base, inputs)
     if not finite(flat):
         raise NumericalError(
             f"{planned.name}: NaN or Inf in '{source.owner}' or in the base.\n"

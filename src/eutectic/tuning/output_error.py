@@ -187,7 +187,7 @@ def _measured_layers(unscaled: Unscaled) -> Iterable[OutputTerms]:
         weights = [max(source.weight, 0.0) for source in planned.experts]
 
         def read(source: Source, planned: TensorPlan = planned, base: Tensor = base) -> Tensor:
-            return as_map(read_delta(inputs.owner(source), source, 0, base), planned)
+            return as_map(read_delta(inputs.owner(source), source, 0, base, inputs), planned)
 
         merged = as_map(unscaled.delta(planned).flatten(), planned)
         yield output_terms(map(read, planned.experts), merged, statistics, weights)

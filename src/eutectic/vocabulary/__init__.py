@@ -1,0 +1,1 @@
+"""Tokens and their rows: tokenizer files, policies for vocabularies, what is written."""

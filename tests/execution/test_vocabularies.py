@@ -1,0 +1,180 @@
+"""Tables of different vocabularies, against rows that are computed one by one."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.helpers.vocabularies import (
+    BIAS,
+    EMBED,
+    HEAD,
+    naive_rows,
+    rows_by_token,
+    write_model,
+)
+
+import eutectic
+from eutectic.errors import RecipeError
+
+WORDS = ["<s>", "</s>", "the", "fox", "Ġjumps", "▁dog", "é", "语"]
+SHUFFLED = ["<s>", "</s>", *random.Random(1).sample(WORDS[2:], len(WORDS) - 2)]
+
+
+@pytest.fixture
+def models(tmp_path):
+    """A padded base, experts with other added tokens, a trimmed and a re-ordered one."""
+    made = {
+        "base": write_model(tmp_path / "base", WORDS, rows=10),
+        "a": write_model(tmp_path / "a", WORDS, ["<a>", "<both>"], rows=12, seed=1),
+        "b": write_model(tmp_path / "b", WORDS, ["<both>", "<b>"], rows=16, seed=2),
+        "trimmed": write_model(tmp_path / "trimmed", WORDS[:6], seed=3),
+        "moved": write_model(tmp_path / "moved", SHUFFLED, ["<b>"], seed=4),
+    }
+    return tmp_path, {n: (t, rows_by_token(tmp_path / n)) for n, t in made.items()}
+
+
+def merge(folder: Path, chosen, **options):
+    """Merge experts of a folder; return the tensors, the tokens and the report."""
+    output = folder / f"out{len(list(folder.glob('out*')))}"
+    report = eutectic.merge(
+        base=str(folder / "base"),
+        output=output,
+        **{
+            "experts": {n: str(folder / n) for n in chosen},
+            "method": "task_arithmetic",
+            "scale": 1.0,
+            **options,
+        },
+    )
+    tensors = load_file(output / "model.safetensors")
+    return tensors, rows_by_token(output), report
+
+
+def check_rows(merged, rows, models, weights):
+    """Compare every row that stands for a token, in all tensors that have some."""
+    order = sorted(rows, key=rows.__getitem__)
+    for name in (EMBED, HEAD, BIAS):
+        expected = naive_rows(name, order, models, weights)
+        held = torch.stack([merged[name][rows[token]] for token in order]).double()
+        torch.testing.assert_close(held, expected, rtol=1e-5, atol=1e-6)
+
+
+EXPERTS = ("a", "b", "trimmed", "moved")
+
+
+@pytest.mark.parametrize(
+    ("policy", "tokens", "size"),
+    [
+        ("union", [*WORDS, "<a>", "<both>", "<b>"], 11),
+        ("base", WORDS, 10),
+        ("b", [*WORDS, "<both>", "<b>"], 16),
+        ("moved", [*SHUFFLED, "<b>"], 9),
+        ("intersection", WORDS[:6], 6),
+    ],
+)
+def test_rows_are_matched_by_token(models, policy, tokens, size):
+    folder, known = models
+    merged, rows, report = merge(folder, EXPERTS, vocabulary=policy, scale=1.0)
+    assert sorted(rows, key=rows.__getitem__) == tokens
+    assert {len(merged[name]) for name in (EMBED, HEAD, BIAS)} == {size}
+    check_rows(merged, rows, known, dict.fromkeys(EXPERTS, 1.0))
+    config = json.loads((report.output / "config.json").read_text())
+    assert config["vocab_size"] == size
+    assert any(note.kind == "vocabulary" for note in report.note_records)
+
+
+def test_weights_count_in_rows_that_the_base_lacks(models):
+    folder, known = models
+    weights = {"a": 0.7, "b": 0.2}
+    experts = {n: {"path": str(folder / n), "weight": w} for n, w in weights.items()}
+    merged, rows, _ = merge(folder, (), experts=experts, vocabulary="union")
+    check_rows(merged, rows, {n: known[n] for n in ("base", "a", "b")}, weights)
+    # base (A + B)/2 + 0.7 (A − B)/2 + 0.2 (B − A)/2
+    a, b = known["a"][0][EMBED][9], known["b"][0][EMBED][8]
+    torch.testing.assert_close(merged[EMBED][rows["<both>"]], 0.75 * a + 0.25 * b)
+    # Only one expert has them, so nothing is to be merged: its row, whatever its weight.
+    assert torch.equal(merged[EMBED][rows["<a>"]], known["a"][0][EMBED][8])
+    assert torch.equal(merged[BIAS][rows["<b>"]], known["b"][0][BIAS][9])
+
+
+def test_one_vocabulary_gives_the_bytes_of_a_plain_merge(tmp_path):
+    for seed, name in enumerate(("base", "a", "b")):
+        write_model(tmp_path / name, WORDS, rows=12, seed=seed)
+    plain, _, _ = merge(tmp_path, "ab", method="ties")
+    for policy in ("base", "union", "intersection", "a"):
+        merged, _, _ = merge(tmp_path, "ab", method="ties", vocabulary=policy)
+        assert merged.keys() == plain.keys()
+        assert all(torch.equal(merged[name], plain[name]) for name in plain)
+
+
+def test_padding_is_kept_trimmed_and_rounded(models):
+    folder, _ = models
+    for padding, step, size in [
+        *(("keep", None, 11), ("trim", None, 11), ("trim", 8, 16), ("keep", 64, 64)),
+    ]:
+        asked = {"source": "union", "padding": padding, "pad_to_multiple_of": step}
+        merged, _, _ = merge(folder, EXPERTS, vocabulary=asked)
+        assert len(merged[EMBED]) == len(merged[HEAD]) == size
+        assert not merged[EMBED][11:].any()
+    merged, _, _ = merge(folder, "a", vocabulary={"source": "base", "padding": "trim"})
+    assert len(merged[EMBED]) == len(WORDS)
+
+
+def test_rules_of_single_tokens(models):
+    folder, known = models
+    rules = {
+        "<a>": "zero",
+        "<both>": {"source": {"model": "b"}, "force": True},
+        "<b>": {"source": {"model": "a", "token": "<a>"}, "force": True},
+        "fox": {"source": {"model": "a", "row": 2}, "force": True},
+        "语": {"source": "b"},
+    }
+    asked = {"source": "union", "tokens": rules}
+    merged, rows, _ = merge(folder, ("a", "b", "trimmed"), vocabulary=asked)
+    table, (base, a, b) = merged[EMBED], (known[n][0][EMBED] for n in ("base", "a", "b"))
+    # The base lacks <a>, and so its row is zero there; the expert's own counts as its change.
+    torch.testing.assert_close(table[rows["<a>"]], a[8])
+    assert torch.equal(table[rows["<both>"]], b[8])
+    assert torch.equal(table[rows["<b>"]], a[8])
+    assert torch.equal(table[rows["fox"]], a[2])
+    # `trimmed` lacks 语: it has the row of b in its place.
+    expected = base[7] + (a[7] - base[7]) + 2 * (b[7] - base[7])
+    torch.testing.assert_close(table[rows["语"]], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_tied_tables_and_other_dtypes(tmp_path):
+    kinds = {"tied": True, "dtype": torch.bfloat16}
+    base = write_model(tmp_path / "base", WORDS, **kinds)
+    a = write_model(tmp_path / "a", WORDS, ["<a>"], seed=1, **kinds)
+    b = write_model(tmp_path / "b", SHUFFLED, ["<b>"], seed=2, **kinds)
+    merged, rows, _ = merge(tmp_path, "ab", vocabulary="union")
+    assert HEAD not in merged and merged[EMBED].dtype == torch.bfloat16
+    known = {"base": base, "a": a, "b": b}
+    models = {n: (t, rows_by_token(tmp_path / n)) for n, t in known.items()}
+    order = sorted(rows, key=rows.__getitem__)
+    expected = naive_rows(EMBED, order, models, {"a": 1.0, "b": 1.0})
+    torch.testing.assert_close(merged[EMBED].double(), expected, rtol=8e-3, atol=1e-2)
+
+
+def test_matrix_methods_and_masks_take_such_tables(models):
+    folder, _ = models
+    for method in ("iso_c", "dare_ties", "slerp", "average"):
+        experts = ("a", "moved") if method == "slerp" else EXPERTS
+        merged, rows, _ = merge(folder, experts, vocabulary="union", method=method)
+        assert len(merged[EMBED]) > max(rows.values()) and merged[HEAD].isfinite().all()
+
+
+def test_no_policy_refuses_sizes_and_warns_of_other_tokens(models):
+    folder, _ = models
+    with pytest.raises(RecipeError, match="vocabulary: union"):
+        merge(folder, "a")
+    write_model(folder / "c", SHUFFLED, rows=10, seed=5)
+    _, _, report = merge(folder, "c")
+    told = [note for note in report.note_records if note.kind == "other_tokens"]
+    assert [note.subject for note in told] == [("c",)] and told[0].level == "warning"
+    with pytest.raises(RecipeError) as caught:
+        merge(folder, "c", vocabulary="error")
+    assert [fault.kind for fault in caught.value.faults] == ["other_tokens"]
