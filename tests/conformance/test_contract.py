@@ -181,9 +181,14 @@ def test_lacking_inputs_are_reported_or_recorded(name):
 def test_elementwise_methods_do_not_see_chunks(name, cuts):
     case = make_case(name, (5, 7), dtype=torch.float32)
     method, values = case.method, case.method.parse({})
-    inputs = case.deltas if case.base is None else case.deltas + case.base
+    in_weights = method.space(values) == "weight"
+    inputs = case.deltas if case.base is None or not in_weights else case.deltas + case.base
+    if "base" in method.needs(values):
+        inputs = torch.cat([case.base.unsqueeze(0), inputs])
+    if method.rows:
+        cuts = [7 * (cut // 7) for cut in cuts]
     chunks = torch.tensor_split(inputs.flatten(1), cuts, dim=1)
-    context = case.context()
+    context = replace(case.context(), shape=(5, 7))
     if method.prepare is not None:
         state = method.prepare(lambda: iter(chunks), values, context)
         context = replace(context, state=state)
@@ -192,7 +197,7 @@ def test_elementwise_methods_do_not_see_chunks(name, cuts):
         parts.append(method.function(chunk, values, replace(context, offset=offset)))
         offset += chunk.shape[1]
     whole = torch.cat(parts).view(5, 7)
-    whole = whole if case.base is None else whole - case.base
+    whole = whole - case.base if in_weights else whole
     if method.space(values) == "weight":
         assert relative_error(whole, case.merged()) < 1e-6
     else:

@@ -149,7 +149,7 @@ def test_an_expert_in_another_float_type_is_welcome(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", [m for m in eutectic.methods() if m not in ("esm",)])
 def test_scalars_and_empty_tensors_pass_through_every_method(method: str, tmp_path: Path) -> None:
     base = {"w": randn(6, 5), "scale": randn(1)[0], "empty": torch.zeros(0, 4), "one": randn(1)}
-    experts = family(base, 2)
+    experts = family(base, min(2, eutectic.methods()[method]["experts"][1] or 2))
     merged, _ = merge_files(tmp_path, base, experts, method=method, scale=1.0, fallback="allow")
     assert {n: t.shape for n, t in merged.items()} == {n: t.shape for n, t in base.items()}
     assert all(torch.isfinite(t).all() for t in merged.values())

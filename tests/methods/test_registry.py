@@ -69,7 +69,7 @@ def test_registering_leaves_the_function_alone(table):
 def test_unknown_methods_get_a_suggestion(wrong, hint):
     with pytest.raises(MethodError, match=f"Did you mean {hint}") as caught:
         get_method(wrong)
-    assert "Known methods: average," in str(caught.value)
+    assert "Known methods: arcee_fusion, average," in str(caught.value)
 
 
 def test_unlike_anything_gets_no_suggestion():

@@ -103,6 +103,7 @@ def context_of(planned: TensorPlan, state: Any = None) -> Context:
         seed=planned.seed,
         precision=planned.precision,
         own=tuple(source.parameters for source in planned.experts),
+        shape=planned.shape,
         state=state,
     )
 

@@ -25,7 +25,7 @@ from eutectic.execution.tensor_values import (
 from eutectic.methods import Method, get_method
 from eutectic.methods.linear import finite
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.tensor_plan import COPY, TensorPlan
+from eutectic.planning.tensor_plan import COPY, TensorPlan, chunk_entries
 
 
 def matrix_name(planned: TensorPlan, block: int, part: str) -> str:
@@ -120,8 +120,8 @@ def _matrices(planned: TensorPlan) -> Iterator[tuple[str, str]]:
 
 def stream_chunks(planned: TensorPlan, inputs: Inputs) -> Iterator[Tensor]:
     """Yield `[T, n]` chunks of what the method takes: deltas, or weights."""
-    for start, stop in flat_ranges(planned.elements):
-        yield _read_chunk(planned, inputs, start, stop)[0].to(inputs.device)
+    for start, stop in flat_ranges(planned.elements, chunk_entries(planned)):
+        yield _as_seen(planned, *_read_chunk(planned, inputs, start, stop)).to(inputs.device)
 
 
 def merge_elementwise(
@@ -130,20 +130,21 @@ def merge_elementwise(
     """Yield (flat start, merged delta or weight, base or None) of each chunk; add its squares."""
     method, parameters = get_method(planned.method), planned.parameters
     context = context_of(planned, state)
-    ranges = list(flat_ranges(planned.elements))
+    ranges = list(flat_ranges(planned.elements, chunk_entries(planned)))
     whole = _read_chunk(planned, inputs, *ranges[0]) if len(ranges) == 1 else None
     if method.prepare is not None and state is None:
 
         def chunks() -> Iterator[Tensor]:
             if whole is None:
                 return stream_chunks(planned, inputs)
-            return iter([whole[0].to(inputs.device)])
+            return iter([_as_seen(planned, *whole).to(inputs.device)])
 
         context = dataclasses.replace(context, state=method.prepare(chunks, parameters, context))
     for start, stop in ranges:
         stack, base = whole or _read_chunk(planned, inputs, start, stop)
         own = dataclasses.replace(context, offset=start)
-        result = method.function(stack.to(inputs.device), parameters, own)
+        seen = _as_seen(planned, stack, base).to(inputs.device)
+        result = method.function(seen, parameters, own)
         assert isinstance(result, Tensor)
         result = result.cpu()
         add_chunk(squares, planned, inputs, (start, stack, base), result, holds_weight(planned))
@@ -159,6 +160,14 @@ def _read_chunk(
     if not (in_weights and planned.scale == 1 and reads_no_base(planned, inputs)):
         base = read_base(planned, inputs, start, stop)
     return read_stack(planned, inputs, (start, stop), base, in_weights), base
+
+
+def _as_seen(planned: TensorPlan, stack: Tensor, base: Tensor | None) -> Tensor:
+    """Return a chunk as the method gets it: after W₀ where it needs the base."""
+    if "base" not in get_method(planned.method).needs(planned.parameters):
+        return stack
+    assert base is not None
+    return torch.cat([base.unsqueeze(0), stack])
 
 
 Emit = Callable[[int, Tensor], None]  # takes (flat start, values)

@@ -18,7 +18,7 @@ from eutectic.execution.tensor_values import read_base
 from eutectic.linalg.lowrank import LowRankStack
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
-from eutectic.planning.tensor_plan import CHUNK, TensorPlan
+from eutectic.planning.tensor_plan import TensorPlan, chunk_entries
 
 # matrix of a tensor ("" for the whole) -> ‖Δ‖² before α, ‖W₀‖², and ‖Δ_t‖² of its experts in order
 Squares = dict[str, list[float]]
@@ -34,7 +34,7 @@ def add_chunk(
     squares: Squares,
     planned: TensorPlan,
     inputs: Inputs,
-    chunk: tuple[int, Tensor, Tensor | None],
+    seen: tuple[int, Tensor, Tensor | None],
     merged: Tensor,
     in_weights: bool,
 ) -> None:
@@ -42,11 +42,12 @@ def add_chunk(
 
     `in_weights`: stack and result hold weights instead of deltas.
     """
-    start, stack, base = chunk
-    every = max(1, planned.elements // (CHUNK * CHUNKS))
+    start, stack, base = seen
+    chunk = chunk_entries(planned)
+    every = max(1, planned.elements // (chunk * CHUNKS))
     count = every * merged.numel()
     taken = min(merged.numel(), SAMPLE)
-    if taken == 0 or (start // CHUNK) % every:
+    if taken == 0 or (start // chunk) % every:
         return
     own = read_base(planned, inputs, start, start + taken) if base is None else base[:taken]
     deltas, merged = stack[:, :taken], merged[:taken]

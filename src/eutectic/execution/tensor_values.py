@@ -158,10 +158,10 @@ def check_finite(
     )
 
 
-def flat_ranges(length: int) -> Iterator[tuple[int, int]]:
-    """Yield flat ranges of at most `CHUNK` entries; an empty tensor has one empty range."""
-    for start in range(0, max(length, 1), CHUNK):
-        yield start, min(length, start + CHUNK)
+def flat_ranges(length: int, step: int = CHUNK) -> Iterator[tuple[int, int]]:
+    """Yield flat ranges of at most `step` entries; an empty tensor has one empty range."""
+    for start in range(0, max(length, 1), step):
+        yield start, min(length, start + step)
 
 
 def block_ranges(planned: TensorPlan) -> Iterator[tuple[int, int]]:

@@ -11,7 +11,7 @@ from eutectic.linalg.lowrank import LowRankStack
 from eutectic.methods.registry import Context, Parameters, Rules, Takes, always, register
 
 
-def _summable(parameters: Parameters, weights: Sequence[float]) -> str | None:
+def zero_sum(parameters: Parameters, weights: Sequence[float]) -> str | None:
     """Say what is wrong with weights that a mean divides by."""
     if sum(weights) != 0 or not getattr(parameters, "normalize", True):
         return None
@@ -27,7 +27,7 @@ def _summable(parameters: Parameters, weights: Sequence[float]) -> str | None:
     paper="Model soups: averaging weights of multiple fine-tuned models, arXiv 2203.05482",
     laws={"permutation", "homogeneous", "zero", "single", "copies", "absent", "rotation"},
     takes=Takes(elementwise=True, factors=True, space=always("either")),
-    rules=Rules(check=_summable),
+    rules=Rules(check=zero_sum),
 )
 def average(deltas: Tensor | LowRankStack, parameters: Parameters, context: Context) -> Tensor:
     """Return Σ w_t Δ_t / Σ w_t.
@@ -40,6 +40,35 @@ def average(deltas: Tensor | LowRankStack, parameters: Parameters, context: Cont
         MethodError: the weights sum to zero.
     """
     return _mean(deltas, context)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassthroughParameters(Parameters):
+    """Parameters of `passthrough`.
+
+    Attributes:
+        scale: the weights are multiplied by it.
+    """
+
+    scale: float = 1.0
+
+
+@register(
+    "passthrough",
+    summary="One expert's weights as they are, or times a number.",
+    paper="Arcee's MergeKit: a toolkit for merging large language models, arXiv 2403.13257",
+    parameters=PassthroughParameters,
+    laws={"permutation", "zero", "single", "rotation"},
+    takes=Takes(elementwise=True, space=always("weight"), experts=(1, 1)),
+)
+def passthrough(inputs: Tensor, parameters: PassthroughParameters, context: Context) -> Tensor:
+    """Return scale · w_1 W_1.
+
+    Shapes: `[1, *shape]` -> `[*shape]`. Cost: one pass. The base does not enter. A scale or weight
+    of 1 gives the expert's own numbers.
+    """
+    factor = parameters.scale * context.weights[0]
+    return inputs[0].clone() if factor == 1 else inputs[0] * factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +91,7 @@ class LinearParameters(Parameters):
     takes=Takes(
         elementwise=True, factors=True, space=lambda p: "either" if p.normalize else "weight"
     ),
-    rules=Rules(check=_summable),
+    rules=Rules(check=zero_sum),
 )
 def linear(inputs: Tensor | LowRankStack, parameters: LinearParameters, context: Context) -> Tensor:
     """Return Σ w_t W_t, divided by Σ w_t if `normalize`.
@@ -93,7 +122,7 @@ def weighted_sum(inputs: Tensor | LowRankStack, context: Context) -> Tensor:
 
 def _mean(inputs: Tensor | LowRankStack, context: Context) -> Tensor:
     total = sum(context.weights)
-    if fault := _summable(Parameters(), context.weights):
+    if fault := zero_sum(Parameters(), context.weights):
         raise MethodError(fault)
     mean = weighted_sum(inputs, context)
     return mean if total == 1 else mean.div_(total)

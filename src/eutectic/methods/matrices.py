@@ -138,6 +138,7 @@ def run_method(
     `context.state` holds one already (model scope).
     """
     check_statistics(entry.needs(values), tuple(deltas.shape[1:]), context)
+    context = dataclasses.replace(context, shape=tuple(deltas.shape[1:]))
     in_weights = entry.space(values) == "weight"
     base = context.base if in_weights else None
     if in_weights and base is None:
@@ -148,6 +149,9 @@ def run_method(
             return result if isinstance(result, Merged) else Merged(result)
         deltas = deltas.dense()
     inputs = deltas if base is None else deltas + base
+    if entry.elementwise and "base" in entry.needs(values):
+        assert context.base is not None
+        inputs = torch.cat([context.base.unsqueeze(0), inputs])
     if entry.prepare is not None and context.state is None:
         state = entry.prepare(lambda: iter([inputs.flatten(1)]), values, context)
         context = dataclasses.replace(context, state=state)

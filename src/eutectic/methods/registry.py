@@ -61,6 +61,8 @@ class Context:
         seed: the recipe's seed.
         precision: "fast" (Gram and iterative kernels, error-checked) or "exact" (full SVD).
         own: parameters of single experts, None where they are the tensor's; empty where all are.
+        shape: the whole tensor's shape, also where an element-wise method sees one chunk: as the
+            file lays it out there, so that its rows are those of the file.
         offset: flat index of the first entry, when an element-wise method sees one chunk.
         state: what the method's `prepare` returned for this tensor or this model.
     """
@@ -74,6 +76,7 @@ class Context:
     seed: int = 0
     precision: Precision = "fast"
     own: tuple[Any, ...] = ()
+    shape: tuple[int, ...] = ()
     offset: int = 0
     state: Any = None
 
@@ -81,6 +84,11 @@ class Context:
         """Return the value of one parameter for every expert."""
         own = self.own or (None,) * len(self.experts)
         return [getattr(parameters if p is None else p, name) for p in own]
+
+    @property
+    def row_width(self) -> int:
+        """Entries of one row of the tensor: of its last dimension, 1 for a scalar."""
+        return self.shape[-1] if self.shape else 1
 
     @overload
     def weigh(self, deltas: Tensor) -> Tensor: ...
@@ -116,7 +124,10 @@ class Takes:
 
     Attributes:
         elementwise: each output entry depends on the same entry of the deltas and on `prepare`'s
-            state alone: it treats tensors of any shape, and the engine runs it in chunks.
+            state alone: it treats tensors of any shape, and the engine runs it in chunks. One that
+            needs the base gets W₀ before the deltas: chunks are `[1 + T, n]`.
+        rows: each output entry of an element-wise method also depends on the rest of its row (the
+            last dimension), so chunks are whole rows.
         vectors: it has a rule of its own for 1-D parameters (element-wise methods always do);
             all other methods see matrices only, and vectors are averaged.
         factors: its first argument may be a `LowRankStack` of deltas; methods without it, and
@@ -134,6 +145,7 @@ class Takes:
     """
 
     elementwise: bool = False
+    rows: bool = False
     vectors: bool = False
     factors: bool = False
     space: Callable[[Any], Space] = always("delta")

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from annotated_types import Gt, Le
+from numpy.typing import NDArray
 from torch import Tensor
 
 from eutectic.methods.linear import weighted_sum
@@ -61,6 +62,15 @@ class DareState:
     factors: tuple[float, ...] = ()
 
 
+def uniform_numbers(
+    context: Context, salt: tuple[str, str], offset: int, count: int
+) -> NDArray[np.float64]:
+    """Return the numbers in [0, 1) of `count` entries of a tensor from flat index `offset` on."""
+    stream = np.random.PCG64(context.seed_for(*salt))
+    stream.advance(offset)
+    return np.random.Generator(stream).random(count)
+
+
 def drop(deltas: Tensor, parameters: DareParameters, context: Context, offset: int) -> Tensor:
     """Return Δ_t ⊙ m_t / density, each entry of m_t kept with probability `density`.
 
@@ -74,9 +84,7 @@ def drop(deltas: Tensor, parameters: DareParameters, context: Context, offset: i
         return deltas
     rows: list[Tensor] = []
     for delta, expert, density in zip(deltas, context.experts, densities, strict=True):
-        stream = np.random.PCG64(context.seed_for("dare", expert))
-        stream.advance(offset)
-        draws = np.random.Generator(stream).random(delta.numel())
+        draws = uniform_numbers(context, ("dare", expert), offset, delta.numel())
         mask = torch.as_tensor(draws < density).view(delta.shape).to(delta.device)
         kept = torch.where(mask, delta, 0)
         rows.append(kept.div_(density) if parameters.rescale is True else kept)
@@ -88,11 +96,11 @@ def _factors(chunks: Chunks, parameters: DareParameters, context: Context) -> tu
     if parameters.rescale != "l1":
         return ()
     return l1_factors(
-        (chunk, drop(chunk, parameters, context, offset)) for offset, chunk in _placed(chunks)
+        (chunk, drop(chunk, parameters, context, offset)) for offset, chunk in placed(chunks)
     )
 
 
-def _placed(chunks: Chunks) -> Iterator[tuple[int, Tensor]]:
+def placed(chunks: Chunks) -> Iterator[tuple[int, Tensor]]:
     """Yield each chunk with the flat index of its first entry."""
     offset = 0
     for chunk in chunks():
@@ -130,7 +138,7 @@ def _prepare(chunks: Chunks, parameters: DareTiesParameters, context: Context) -
     if parameters.consensus == "weighted":
         return DareState(factors=factors)
     total = 0.0
-    for offset, chunk in _placed(chunks):
+    for offset, chunk in placed(chunks):
         total += signed_votes(times(drop(chunk, parameters, context, offset), factors), context)
     return DareState(float((total > 0) - (total < 0)), factors)
 

@@ -12,7 +12,7 @@ from eutectic.methods import get_method
 from eutectic.methods.matrices import needed
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
-from eutectic.planning.tensor_plan import CHUNK, TensorPlan
+from eutectic.planning.tensor_plan import TensorPlan, chunk_entries
 from eutectic.recipes.units import format_bytes
 from eutectic.types import Treatment
 
@@ -36,7 +36,7 @@ def tensor_cost(planned: TensorPlan, inputs: Inputs) -> Cost:
     base_bytes = 0 if base is None else base.nbytes
     write_bytes = planned.elements * planned.dtype.itemsize
     flops, bytes_per_second = machine_rates()
-    chunk = min(planned.elements, CHUNK)
+    chunk = min(planned.elements, chunk_entries(planned))
     if not planned.merged:
         held = planned.dtype.itemsize if base is None else base.dtype.itemsize
         peak = chunk * (held + planned.dtype.itemsize)
@@ -50,7 +50,7 @@ def tensor_cost(planned: TensorPlan, inputs: Inputs) -> Cost:
     passes = 4 if prepares else 1
     if method.elementwise:
         held = chunk
-        passes = passes if planned.elements > CHUNK else 1
+        passes = passes if planned.elements > chunk else 1
         work = planned.elements * count * width * 4 * passes / bytes_per_second
     else:
         blocks, held = planned.blocks

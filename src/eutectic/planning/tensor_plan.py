@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from eutectic.errors import Note
+from eutectic.methods import get_method
 from eutectic.types import Treatment
 
 CHUNK = 1 << 17  # entries of one tensor merged at a time: 8 experts' chunks fit the cache
@@ -174,3 +175,10 @@ class TensorPlan:
         for part, height in enumerate(self.layout.split):
             yield f"[{part}]", slice(start, start + height)
             start += height
+
+
+def chunk_entries(planned: TensorPlan) -> int:
+    """Return how many entries are merged at a time: whole rows where the method looks at rows."""
+    rows = planned.merged and get_method(planned.method).rows
+    width = max(planned.shape[-1], 1) if rows and planned.shape else 1
+    return max(CHUNK // width, 1) * width
