@@ -318,6 +318,7 @@ SENTENCES: dict[str, Template] = {
     "template": "chat template: that of {all}, which most of the models have",
     "no_template": "no model has a chat template, so that there is none to choose",
     "mixed_classes": _mixed_classes,
+    "stages_kept": "the outputs of {count} earlier stages are kept in {0}; nothing needs them now",
     "recipe_key_ignored": "the recipe's '{0}' changes nothing, as in mergekit: passed over",
     "parameters_ignored": (
         "the recipe gives {all}, which change nothing under {method}, as in mergekit: passed over"

@@ -13,6 +13,7 @@ import yaml
 
 import eutectic
 from eutectic.errors import RecipeError
+from eutectic.recipes.mergekit_stages import check_stages, read_stages
 from helpers.folders import Tensors, load, save
 
 LAYERS = 4
@@ -301,3 +302,71 @@ def test_adapters(folder, tmp_path):
     wanted = {n: (2 * a[n] + 3 * base[n]) / 5 for n in base}
     wanted[f"{name}.weight"] = wanted[f"{name}.weight"] + change
     agree(load(tmp_path / "mean"), wanted)
+
+
+STAGES = """
+name: mean
+merge_method: linear
+models: [{{model: {0}/a}}, {{model: {0}/b}}]
+parameters: {{weight: 1}}
+---
+name: deeper
+merge_method: linear
+slices:
+  - sources: [{{model: mean, layer_range: [0, 2]}}]
+  - sources: [{{model: {0}/c, layer_range: [1, 4]}}]
+parameters: {{weight: 1}}
+---
+merge_method: linear
+models: [{{model: deeper}}]
+parameters: {{weight: 1}}
+"""
+
+
+def test_stages_merge_what_others_wrote(folder, tmp_path):
+    recipe = tmp_path / "stages.yml"
+    recipe.write_text(STAGES.format(folder))
+    report = eutectic.merge(recipe, output=tmp_path / "out")
+    a, b, c = (MODELS[n] for n in "abc")
+    mean = {n: (a[n] + b[n]) / 2 for n in a}
+    wanted = {"model.embed_tokens.weight": mean["model.embed_tokens.weight"]}
+    for out, (own, n) in enumerate([(mean, 0), (mean, 1), (c, 1), (c, 2), (c, 3)]):
+        for kind in ("self_attn.q_proj", "mlp.up_proj", "input_layernorm"):
+            wanted[f"model.layers.{out}.{kind}.weight"] = own[f"model.layers.{n}.{kind}.weight"]
+    wanted |= {n: c[n] for n in ("model.norm.weight", "lm_head.weight")}
+    agree(load(tmp_path / "out"), wanted)
+    assert "stages_kept" in {note.kind for note in report.note_records}
+    assert sorted(p.name for p in (tmp_path / "out.stages").iterdir()) == ["deeper", "mean"]
+    # A second run keeps finished stages.
+    before = (tmp_path / "out.stages" / "mean" / "model.safetensors").stat().st_mtime_ns
+    eutectic.merge(recipe, output=tmp_path / "again")
+    (tmp_path / "out").rename(tmp_path / "moved")
+    eutectic.merge(recipe, output=tmp_path / "out")
+    assert (tmp_path / "out.stages" / "mean" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "kind"),
+    [
+        ("name: deeper", "name: mean", "stage_name"),
+        ("name: deeper", "name: a/b", "stage_name"),
+        ("models: [{{model: {0}/a}}", "models: [{{model: deeper}}", "stages_in_a_circle"),
+        ("merge_method: linear\nmodels: [{{model: deeper", "models: [{{model: x", "missing_key"),
+        ("---\nmerge_method", "---\nname: third\nmerge_method", None),
+        ("[{{model: deeper}}]", "[{{model: {0}/a}}]", None),
+        ("weight: 1", "wieght: 1", "unknown_parameter"),
+    ],
+)
+def test_faults_of_stages(folder, tmp_path, old, new, kind):
+    recipe = tmp_path / "stages.yml"
+    recipe.write_text(STAGES.replace(old, new).format(folder))
+    if kind is None:
+        stages = read_stages(recipe)
+        assert stages[-1].name in ("", "third")
+        assert len(check_stages(stages, tmp_path, {})) == 3
+        return
+    with pytest.raises(RecipeError) as caught:
+        eutectic.merge(recipe, output=tmp_path / "out")
+    assert kind in {fault.kind for fault in caught.value.faults}
+    assert all(fault.line for fault in caught.value.faults)
+    assert not (tmp_path / "out.stages").exists()

@@ -1,6 +1,8 @@
 """`eutectic plan`."""
 
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Column
@@ -10,6 +12,10 @@ from eutectic.cli.options import Json, LimitOptions, RecipeOptions, option, requ
 from eutectic.conventions import layer_group
 from eutectic.recipes.units import format_bytes
 from eutectic.words import shares
+
+if TYPE_CHECKING:
+    from eutectic.recipes.document import Source
+    from eutectic.recipes.schema import Recipe
 
 
 @verb
@@ -31,14 +37,51 @@ def plan(
 
       eutectic plan --base ./base -m iso_c --explain sst2=./sst2 mnli=./mnli
     """
-    from eutectic.execution.executors import limits_of
     from eutectic.execution.run import recipe_from
+    from eutectic.recipes.mergekit_stages import check_stages, read_stages
+
+    recipe, options = request(asked)
+    shown = _Shown(limits, every, explain, json)
+    stages = read_stages(recipe) if recipe is not None else ()
+    if not stages:
+        record = _plan(*recipe_from(recipe, options), shown)
+        if json:
+            print_json(record)
+        return
+    # Outputs of stages are not there yet; a name that cannot be one stands for their folder.
+    records: list[dict[str, Any]] = []
+    for stage, checked in check_stages(stages, Path("STAGES"), options):
+        if not json:
+            reads = f", which reads {', '.join(stage.reads)}" if stage.reads else ""
+            tell("stage", f"{stage.name or 'the output'}{reads}")
+        told = {"stage": stage.name, "reads": list(stage.reads)}
+        if stage.reads:
+            tell("note", "planned when what it reads has been merged")
+            records.append(told)
+        else:
+            records.append({**told, **_plan(checked, stage.source, shown)})
+    if json:
+        print_json({"stages": records})
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What is shown of a plan."""
+
+    limits: LimitOptions
+    every: bool
+    explain: bool
+    json: bool
+
+
+def _plan(checked: "Recipe", source: "Source", shown: _Shown) -> dict[str, Any]:
+    """Make a plan, show it, and return it as JSON has it."""
+    from eutectic.execution.executors import limits_of
     from eutectic.planning.cost import check_memory, merged_by, plan_cost, tensor_cost
     from eutectic.planning.inputs import open_inputs
     from eutectic.planning.plan import make_plan, output_layout
 
-    recipe, options = request(asked)
-    checked, source = recipe_from(recipe, options)
+    limits, every, explain = shown.limits, shown.every, shown.explain
     allowed = limits_of(limits.threads, limits.memory)
     count, limit = allowed.threads, allowed.memory
     with open_inputs(checked, source) as inputs:
@@ -50,7 +93,7 @@ def plan(
     searched = made.search
     scale_text = f"{made.scale:g}" if searched is None else f"by {searched.search}"
     rows = [_row(t, costs[t.name], explain, searched is not None) for t in made.tensors]
-    if json:
+    if shown.json:
         tell_notes(made.notes, warnings_only=True)
         record: dict[str, Any] = {
             "method": made.method.name,
@@ -66,8 +109,7 @@ def plan(
             "heads": {n: [e.name for e in own] for n, own in made.heads.items()},
             "tensors": rows,
         }
-        print_json(record)
-        return
+        return record
     fixed = [Column(name, no_wrap=True) for name in ("shape", "treatment", "method", "α")]
     why = ["why"] if every else []
     table = plain_table(Column("tensor", overflow="fold"), *fixed, *why)
@@ -90,6 +132,7 @@ def plan(
         f"about {_duration(total.seconds)} on {count} threads.",
         highlight=False,
     )
+    return {}
 
 
 def _row(planned: Any, cost: Any, explain: bool, searched: bool) -> dict[str, Any]:

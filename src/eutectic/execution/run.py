@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eutectic.checkpoint.writer import MemoryWriter
 from eutectic.errors import Note, OutputError, RequestError, why_failed
-from eutectic.execution.executors import Progress, limits_of, peak_bytes
+from eutectic.execution.executors import Limits, Progress, limits_of, peak_bytes
 from eutectic.execution.journal import Ledger, request_identity
 from eutectic.execution.model_folder import PROVENANCE, read_provenance
 from eutectic.execution.output_folder import check_output, write_to_folder
@@ -22,6 +22,7 @@ from eutectic.planning.plan import make_plan
 from eutectic.recipes.load import Source, check_recipe, load_recipe
 from eutectic.recipes.mergekit import check_mergekit
 from eutectic.recipes.mergekit_document import is_mergekit
+from eutectic.recipes.mergekit_stages import Stage, check_stages, read_stages
 from eutectic.recipes.schema import Recipe
 from eutectic.storage import storage_of
 from eutectic.types import LayerStatistics
@@ -118,10 +119,25 @@ def merge(
 
     Without `choose`, a recipe that asks for a search is refused.
     """  # noqa: D417 - described there
+    run = _Run(limits_of(threads, memory, progress), restart, choose)
+    stages = read_stages(recipe) if isinstance(recipe, (str, Path)) else ()
+    if stages:
+        return _merge_stages(stages, Path(output), run, options)
+    return _merge_one(*recipe_from(recipe, options), Path(output), run)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What a merge may use, and how it begins."""
+
+    limits: Limits
+    restart: bool
+    choose: Chooser | None
+
+
+def _merge_one(checked: Recipe, source: Source, output: Path, run: _Run) -> MergeReport:
     started = time.perf_counter()
-    output = Path(output)
-    checked, source = recipe_from(recipe, options)
-    limits = limits_of(threads, memory, progress)
+    limits, choose = run.limits, run.choose
     if output.name in ("", ".."):
         raise RequestError(f"'{output}' has no name of its own. Name a new folder.")
     work = work_folder(output)
@@ -132,7 +148,7 @@ def merge(
         find = None if plan.search is None or choose is None else choose(plan, inputs)
         if find is None:
             refuse_search(plan)
-        written = write_to_folder(plan, output, work, inputs, limits, restart, find)
+        written = write_to_folder(plan, output, work, inputs, limits, run.restart, find)
     plan = written.plan
     notes = (*plan.notes, *written.notes)
     return MergeReport(
@@ -154,6 +170,31 @@ def merge(
         peak_bytes=peak_bytes(),
         search=written.search,
     )
+
+
+def _merge_stages(
+    stages: Sequence[Stage], output: Path, run: _Run, options: Mapping[str, Any]
+) -> MergeReport:
+    """Merge one stage after the other; each is resumed, or kept where it is finished."""
+    check_output(output, work_folder(output))
+    folder = stages_folder(output)
+    for stage, recipe in (checked := check_stages(stages, folder, options))[:-1]:
+        place = folder / stage.name
+        if (place / PROVENANCE).exists() and not work_folder(place).exists():
+            _check_made(place, recipe, stage.source)
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        _merge_one(recipe, stage.source, place, run)
+    stage, recipe = checked[-1]
+    report = _merge_one(recipe, stage.source, output, run)
+    note = Note("stages_kept", (str(folder),), {"count": len(stages) - 1})
+    notes = (*report.note_records, note)
+    return replace(report, note_records=notes, notes=tuple(map(str, notes)))
+
+
+def stages_folder(output: Path) -> Path:
+    """Return where the outputs of the stages before the last one lie."""
+    return output.with_name(output.name + ".stages")
 
 
 def merge_state_dicts(
@@ -285,8 +326,12 @@ def mixture_name(value: float) -> str:
 
 def check_same(folder: Path, recipe: Mapping[str, Any]) -> None:
     """Refuse a finished merge of another request, and what is none."""
-    made = read_provenance(folder)
     checked, source = recipe_from(recipe, {})
+    _check_made(folder, checked, source)
+
+
+def _check_made(folder: Path, checked: Recipe, source: Source) -> None:
+    made = read_provenance(folder)
     with open_inputs(checked, source) as inputs:
         asked = request_identity(make_plan(checked, inputs, source), inputs)
     if made.get("request") != asked:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import yaml
 
 from eutectic.errors import Fault, RecipeError, suggest
-from eutectic.recipes.plain_yaml import UNREADABLE, YAML_BYTES, compose, described, values_of
+from eutectic.recipes.plain_yaml import UNREADABLE, YAML_BYTES, compose_all, described, values_of
 from eutectic.storage.small_files import decoded, read_bytes
 
 Location = tuple[str | int, ...]
@@ -22,23 +22,42 @@ class Source:
     name: str = "the request"
     folder: Path = field(default_factory=Path)
     lines: Mapping[Location, int] = field(default_factory=dict[Location, int])
+    start: int = 0  # the line that it begins with, where it is one of several
 
     def line(self, *location: str | int) -> int:
-        """Return the line of the deepest known part of a location, 0 where none is known."""
+        """Return the line of the deepest known part of a location, 0 where none is known.
+
+        Of several documents in a file, the line that this one begins with.
+        """
         ends = range(len(location), 0, -1)
-        return next((self.lines[location[:n]] for n in ends if location[:n] in self.lines), 0)
+        known = (self.lines[location[:n]] for n in ends if location[:n] in self.lines)
+        return next(known, self.start)
+
+
+Document = tuple[Mapping[str, Any], Source, list[Fault]]
 
 
 def read_document(
     path: str | Path, what: str, holds: str, error: type[RecipeError] = RecipeError
-) -> tuple[Mapping[str, Any], Source, list[Fault]]:
+) -> Document:
     """Return a YAML mapping, where its parts stand, and the faults found so far (double keys).
 
     Messages say `what` it is, such as "a recipe", and which keys it `holds`.
     """
+    documents = read_documents(path, what, holds, error)
+    if len(documents) > 1:
+        line = documents[1][1].start
+        why = f"holds {len(documents)} documents where one is expected."
+        raise error([Fault("several_documents", why, line=line)], documents[0][1].name)
+    return documents[0]
+
+
+def read_documents(
+    path: str | Path, what: str, holds: str, error: type[RecipeError] = RecipeError
+) -> list[Document]:
+    """Return every document of a YAML file, at least one, as `read_document` returns one."""
     path = Path(path)
     noun = what.removeprefix("a ")
-    duplicates: list[Fault] = []
     try:
         raw = read_bytes(path, YAML_BYTES)
     except OSError as fault:
@@ -52,18 +71,30 @@ def read_document(
     except ValueError:
         why = f"{path} is not a UTF-8 text file."
         raise error([Fault("unreadable", why)], f"the {noun}") from None
+    found: list[Document] = []
     try:
-        node = compose(text)
-        values: object = None if node is None else values_of(node)
-        lines = _lines(node, duplicates) if node is not None else {}
+        nodes = compose_all(text)
+        nodes = [n for n in nodes if not _is_empty(n)] or nodes[:1]
+        for node in nodes or [None]:
+            duplicates: list[Fault] = []
+            values: object = None if node is None else values_of(node)
+            lines = _lines(node, duplicates) if node is not None else {}
+            start = 0 if node is None or len(nodes) < 2 else node.start_mark.line + 1
+            source = Source(f"{noun} {path}", path.parent, lines, start)
+            if not isinstance(values, Mapping):
+                why = f"{what} is a mapping with {holds}."
+                raise error([Fault("not_a_mapping", why)], source.name)
+            found.append((cast("Mapping[str, Any]", values), source, duplicates))
     except UNREADABLE as fault:
         why, line = described(fault)
         invalid = Fault("not_yaml", f"not valid YAML: {why}.", line=line)
         raise error([invalid], f"{noun} {path}") from None
-    source = Source(f"{noun} {path}", path.parent, lines)
-    if not isinstance(values, Mapping):
-        raise error([Fault("not_a_mapping", f"{what} is a mapping with {holds}.")], source.name)
-    return cast("Mapping[str, Any]", values), source, duplicates
+    return found
+
+
+def _is_empty(node: yaml.Node) -> bool:
+    """Tell whether nothing stands between two `---`."""
+    return isinstance(node, yaml.ScalarNode) and cast(object, node.value) == ""
 
 
 def by_line(faults: Iterable[Fault]) -> list[Fault]:

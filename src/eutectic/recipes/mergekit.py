@@ -49,9 +49,13 @@ def check_mergekit(
     source: Source,
     faults: Sequence[Fault] = (),
     options: Mapping[str, Any] | None = None,
+    stages: Mapping[str, str] | None = None,
 ) -> Recipe:
-    """Return a configuration as a recipe with a script; RecipeError lists every fault."""
-    reading = Reading(source, list(faults), [])
+    """Return a configuration as a recipe with a script; RecipeError lists every fault.
+
+    `options` are keys of ours that a command adds, `stages` the outputs of other documents by name.
+    """
+    reading = Reading(source, list(faults), [], stages or {})
     document = read_mergekit(values, reading)
     kind = None if document is None else _method(document.method, reading)
     if document is not None and kind is not None:
@@ -139,6 +143,11 @@ def _settings_of(document: MergekitDocument) -> list[tuple[Settings, tuple[str |
 def _check_models(document: MergekitDocument, kind: MergekitMethod, reading: Reading) -> None:
     """Note slices whose models, base or parameters do not fit the method."""
     name = document.method
+    parts = [part for module in document.modules.values() for part in module.slices]
+    if not any(merged_in(document, part, kind) for part in parts):
+        what = "nothing but the base is named, so that nothing would be merged."
+        reading.fault("nothing_to_merge", what, "merge_method")
+        return
     if kind.base == "required" and document.base is None:
         if any(part.base is None for module in document.modules.values() for part in module.slices):
             what = f"{name} merges differences from a base, and no base_model is named."
@@ -199,7 +208,9 @@ def _check_paths(document: MergekitDocument, reading: Reading) -> None:
     """Note local paths that lead nowhere."""
     for model, place in _mentions(document):
         for path in (model.path, model.adapter):
-            if path is not None and hub_id(path) is None and not exists(Path(path)):
+            if path is None or path in reading.stages.values():
+                continue
+            if hub_id(path) is None and not exists(Path(path)):
                 reading.faults.append(no_file(place, path, reading.source))
 
 
@@ -263,7 +274,7 @@ def _recipe(
     fields: dict[str, Any] = {
         "base": template.path,
         "base_adapter": template.adapter,
-        "experts": experts or {"base": ExpertSpec(path=template.path)},
+        "experts": experts,
         "method": kind.method,
         "dtype": document.out_dtype or document.dtype,
         "missing": "available",

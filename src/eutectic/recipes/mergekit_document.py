@@ -100,6 +100,7 @@ class Reading:
     source: Source
     faults: list[Fault]
     notes: list[Note]
+    stages: Mapping[str, str] = field(default_factory=dict[str, str])  # see `read_model`
 
     def fault(self, kind: str, what: str, *place: str | int, **told: str) -> None:
         """Note that something is wrong at a place."""
@@ -272,7 +273,7 @@ def _number(value: Any) -> Scalar:
 def _model(value: object, place: Location, reading: Reading) -> MergekitModel | None:
     if value is None:
         return None
-    found = read_model(value, reading.source)
+    found = read_model(value, reading.source, reading.stages)
     if isinstance(found, MergekitModel):
         return found
     reading.faults.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,11 +27,24 @@ class MergekitModel:
         return self.shown or self.path
 
 
-def read_model(value: object, source: Source) -> MergekitModel | Fault:
+_NONE: Mapping[str, str] = {}
+
+
+def read_model(
+    value: object, source: Source, stages: Mapping[str, str] = _NONE
+) -> MergekitModel | Fault:
     """Return the model that a text, or a mapping with `model`, `lora` and their revisions, names.
 
-    Local paths start at the recipe's folder, or else at the working directory, as in mergekit.
+    Local paths start at the recipe's folder, or else at the working directory, as in mergekit. A
+    name in `stages` is that of another document of the file, whose output lies there.
     """
+    found = _read(value, source)
+    if isinstance(found, MergekitModel) and (path := stages.get(found.shown.partition("+")[0])):
+        return replace(found, path=path)
+    return found
+
+
+def _read(value: object, source: Source) -> MergekitModel | Fault:
     if isinstance(value, str):
         return _of_text(value, source)
     if isinstance(value, Mapping):

@@ -45,6 +45,15 @@ def compose(text: str) -> yaml.Node | None:
     return root
 
 
+def compose_all(text: str) -> list[yaml.Node]:
+    """Return the nodes of each document of a text, as `compose` does of one."""
+    _check_events(text)
+    roots = list(yaml.compose_all(text, Loader=_Loader))
+    for root in roots:
+        _check_nodes(root)
+    return roots
+
+
 def values_of(root: yaml.Node) -> Any:
     """Return the values of a composed document."""
     constructor = yaml.constructor.SafeConstructor()
