@@ -10,8 +10,11 @@ from torch import Tensor
 
 from eutectic.errors import StatisticsError
 from eutectic.linalg import lapack
+from eutectic.linalg.core import core_space, stays_thin
 from eutectic.linalg.essential import EssentialSubspace, essential_subspace
+from eutectic.linalg.lowrank import LowRankStack
 from eutectic.linalg.polar import polar
+from eutectic.methods.grams import projected
 from eutectic.methods.registry import (
     Context,
     Cost,
@@ -23,7 +26,7 @@ from eutectic.methods.registry import (
     register,
 )
 from eutectic.methods.singular import TsvMParameters, tsv_m
-from eutectic.types import Merged
+from eutectic.types import LayerStatistics, Merged
 
 Power = Annotated[float, Ge(0)]
 
@@ -112,11 +115,11 @@ def _explain(shape: tuple[int, ...], parameters: EssentialParameters, precision:
     paper="Model merging in the essential subspace, arXiv 2602.20208",
     parameters=EssentialParameters,
     laws={"permutation", "homogeneous", "zero"},
-    takes=Takes(needs=always({"gram"}), fallback=always("tsv_m")),
+    takes=Takes(factors=True, needs=always({"gram"}), fallback=always("tsv_m")),
     cost=Cost(workspace=always(6.0)),
     rules=Rules(explain=_explain, finish=_layer_factors),
 )
-def esm(deltas: Tensor, parameters: EssentialParameters, context: Context) -> Merged:
+def esm(deltas: Tensor | LowRankStack, parameters: EssentialParameters, context: Context) -> Merged:
     """Return β · mean(σ(E_*)) polar(E_*) · mean(σ(C_*)) polar(C_*).
 
     E_t `[out, k]` are the first k = int(out / T) principal directions of the output shift X_t Δ_tᵀ
@@ -140,6 +143,9 @@ def esm(deltas: Tensor, parameters: EssentialParameters, context: Context) -> Me
     (kept per expert) and, where some fall short, `short` (the experts' names). Matrices without
     statistics are merged by `tsv_m`.
 
+    Thin factors: directions and coordinates are found in their core of side Σ r_t, in float64,
+    from VᵀA_tV, V a basis of the factors' rows: that is all of a Gram that a shift can show.
+
     Deviations from the source: presets are the exponents only (the official ViT code takes other
     matrices than in-projection and MLP by TSV-M, the RoBERTa code 2-D embeddings); here every
     matrix with a Gram takes ESM. The official code fills missing directions with arbitrary ones;
@@ -155,18 +161,33 @@ def esm(deltas: Tensor, parameters: EssentialParameters, context: Context) -> Me
     """
     weighted = context.weigh(deltas)
     exponents = parameters.resolved()
-    experts, out_features, _ = weighted.shape
+    experts, out_features, in_features = weighted.shape
     k = parameters.rank(out_features, experts)
-    norms = lapack.column_norms(weighted.flatten(1).mT, torch.float64)
-    shares = (norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny)) ** exponents.task_power
+    tolerance = parameters.rank_tolerance
+    own_tolerance = parameters.rank_tolerance
+    if tolerance is None:
+        tolerance = torch.finfo(deltas.dtype).eps
+        own_tolerance = tolerance * (out_features**0.5 + in_features**0.5)
 
     # Eigenproblems are float64; what they give is rounded to the deltas' own precision.
     dtype = torch.float64 if context.precision == "exact" else deltas.dtype
+    space = None
+    statistics = context.statistics or (None,) * experts
+    if isinstance(weighted, LowRankStack):
+        if stays_thin(weighted):
+            space, dtype = core_space(weighted), torch.float64
+            basis = space.right
+            statistics = [None if s is None else _inside(s, basis) for s in statistics]
+        weighted = weighted.dense() if space is None else space.cores
+    norms = lapack.column_norms(weighted.flatten(1).mT, torch.float64)
+    shares = (norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny)) ** exponents.task_power
+
     left: list[Tensor] = []
     right: list[Tensor] = []
     kept: list[int] = []
     for t, delta in enumerate(weighted):
-        subspace = _subspace(delta, t, k, parameters, context)
+        where = f"{context.tensor or 'the layer'}, expert '{context.experts[t]}'"
+        subspace = _subspace(delta, statistics[t], k, own_tolerance**2, where)
         scales = _eigenvalue_scales(subspace.eigenvalues, exponents.eigenvalue_power)
         directions = subspace.directions.to(dtype)
         left.append(directions * scales.to(dtype))
@@ -180,41 +201,38 @@ def esm(deltas: Tensor, parameters: EssentialParameters, context: Context) -> Me
         record["short"] = short
     if not any(kept):
         if not bool(weighted.any()):
-            return Merged(torch.zeros_like(deltas[0]), record)
+            zero = torch.zeros(out_features, in_features, dtype=deltas.dtype, device=deltas.device)
+            return Merged(zero, record)
         reason = "no expert's inputs move its outputs: the Grams determine no direction"
         rest = tsv_m(deltas, TsvMParameters(), context)
         delta = rest.delta if isinstance(rest, Merged) else rest
         return Merged(delta, record | {"rest": "tsv_m", "reason": reason})
-    columns = torch.cat(right)
+    columns = torch.cat(right) if space is None else torch.cat(right) @ space.right.mT
     column_norms = lapack.column_norms(columns)
     columns = columns * (column_norms / column_norms.mean()) ** exponents.column_power
-    tolerance = parameters.rank_tolerance
-    if tolerance is None:
-        tolerance = torch.finfo(deltas.dtype).eps
     left_factor, right_factor = (
         polar(matrix, rank_tolerance=tolerance, precision=context.precision)
         for matrix in (torch.cat(left, dim=1), columns)
     )
     flatness = left_factor.mean_singular_value * right_factor.mean_singular_value
-    merged = (exponents.factor * flatness) * (left_factor.factor @ right_factor.factor)
+    outputs = left_factor.factor if space is None else space.left @ left_factor.factor
+    merged = (exponents.factor * flatness) * (outputs @ right_factor.factor)
     return Merged(merged.to(deltas.dtype), record)
 
 
+def _inside(entry: LayerStatistics, basis: Tensor) -> LayerStatistics:
+    """Return what the shifts of thin factors can show of a Gram."""
+    inner = projected(entry, basis)
+    # Tokens bound the rank of a Gram that is theirs alone.
+    return inner if entry.gram_diagonal is None else replace(inner, count=0)
+
+
 def _subspace(
-    delta: Tensor, t: int, k: int, parameters: EssentialParameters, context: Context
+    delta: Tensor, statistics: LayerStatistics | None, k: int, rank_tolerance: float, where: str
 ) -> EssentialSubspace:
-    where = f"{context.tensor or 'the layer'}, expert '{context.experts[t]}'"
-    statistics = context.statistics[t] if context.statistics is not None else None
     if statistics is None:
         raise StatisticsError(f"{where}: esm needs statistics with a Gram.")
-    tolerance = parameters.rank_tolerance
-    return essential_subspace(
-        delta,
-        statistics,
-        k,
-        rank_tolerance=None if tolerance is None else tolerance**2,
-        where=where,
-    )
+    return essential_subspace(delta, statistics, k, rank_tolerance=rank_tolerance, where=where)
 
 
 def _eigenvalue_scales(eigenvalues: Tensor, power: float) -> Tensor:

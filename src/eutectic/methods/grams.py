@@ -103,6 +103,22 @@ class Gram:
         return [(start, self.factor[start : start + PANEL, start:]) for start in starts]
 
 
+def projected(entry: LayerStatistics, basis: Tensor) -> LayerStatistics:
+    """Return VᵀA_tV `[n, n]` in place of A_t, for orthonormal columns V `[in, n]`, in float64.
+
+    A Gram of rows alone stays one of rows. Of an entry without a Gram only the counts are left.
+    """
+    bare = LayerStatistics(count=entry.count, sample_count=entry.sample_count)
+    if not entry.has("gram"):
+        return bare
+    if entry.gram is None and entry.gram_diagonal is None:
+        assert entry.gram_factor is not None
+        return replace(bare, gram_factor=entry.gram_factor.to(basis) @ basis)
+    dense = entry.dense_gram()
+    assert dense is not None
+    return replace(bare, gram=basis.mT @ dense.to(basis.device) @ basis)
+
+
 def scaled_off_diagonal(matrix: Tensor, off_diagonal: float) -> Tensor:
     """Return a copy with the off-diagonal entries multiplied by λ."""
     result = matrix * off_diagonal

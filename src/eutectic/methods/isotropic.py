@@ -1,6 +1,6 @@
 """Isotropic merging: a flat spectrum on the subspace that the experts share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -8,14 +8,16 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from eutectic.linalg import lapack
+from eutectic.linalg.core import core_space, stays_thin
 from eutectic.linalg.gram import explain_routes
 from eutectic.linalg.leading import explain_leading, leading_singular, leading_singular_stack
 from eutectic.linalg.lowrank import LowRankStack
+from eutectic.linalg.metric import InputMetric, mean_metric
 from eutectic.linalg.polar import Precision, Support, explain_polar, polar
 from eutectic.linalg.svd import default_tolerance, dependence_tolerance
 from eutectic.methods.linear import weighted_sum
 from eutectic.methods.registry import Context, Cost, Parameters, Rules, Takes, always, register
+from eutectic.types import LayerStatistics
 
 PAPER = "No task left behind: isotropic model merging, arXiv 2502.04959"
 
@@ -144,11 +146,10 @@ def iso_c(deltas: Tensor | LowRankStack, parameters: IsoCParameters, context: Co
     return flat.factor * flat.mean_singular_value
 
 
-def _stays_thin(deltas: LowRankStack, parameters: IsoCParameters) -> bool:
-    """Tell whether the thin sum has the expanded one's result, and for less."""
+def _stays_thin(deltas: LowRankStack, parameters: IsoCParameters, beside: int = 0) -> bool:
+    """Tell whether thin factors have the expanded deltas' result, and for less."""
     tolerance = parameters.rank_tolerance
-    # Measured: from 0.7 of the shorter side on, the thin QR decompositions cost as much.
-    if parameters.support == "full" or 3 * deltas.rank > 2 * min(deltas.shape[1:]):
+    if parameters.support == "full" or not stays_thin(deltas, beside):
         return False
     # A tighter bound keeps directions that only the rounding of the expanded sum has.
     return tolerance is None or tolerance >= default_tolerance(deltas.dtype, deltas.shape[1:])
@@ -160,10 +161,13 @@ def _stays_thin(deltas: LowRankStack, parameters: IsoCParameters) -> bool:
     paper=PAPER,
     parameters=IsoCtsParameters,
     laws={"permutation", "homogeneous", "zero", "rotation"},
+    takes=Takes(factors=True),
     cost=Cost(workspace=lambda count: 1.5 + 28 / count),
     rules=Rules(default_scale=_by_count(1.5, 1.2, 1.1), explain=_explain_iso_cts),
 )
-def iso_cts(deltas: Tensor, parameters: IsoCtsParameters, context: Context) -> Tensor:
+def iso_cts(
+    deltas: Tensor | LowRankStack, parameters: IsoCtsParameters, context: Context
+) -> Tensor:
     """Return mean(s_*)·polar(U_*)·polar(V_*)ᵀ of the common and the task-specific directions.
 
     With r the rank, f the `common_fraction`, M = Σ w_tΔ_t = U S Vᵀ:
@@ -181,6 +185,9 @@ def iso_cts(deltas: Tensor, parameters: IsoCtsParameters, context: Context) -> T
     several tasks share count once, and the mean is over those that remain; see `iso_c` for why.
     `support="full"` is the official behaviour. Both agree at full rank.
 
+    Thin factors: the same in their core of side Σ r_t, in float64, multiplied out once. They are
+    expanded where `iso_c` expands them.
+
     Deviations from the source: the numerical support; weights. Task and common blocks of U_* are
     orthogonal to each other by construction, so only the former need a polar factor.
 
@@ -188,7 +195,24 @@ def iso_cts(deltas: Tensor, parameters: IsoCtsParameters, context: Context) -> T
     Task-Specific Subspaces", arXiv 2502.04959.
     """
     deltas = context.weigh(deltas)
-    tolerance = _tolerance(deltas, parameters)
+    tolerance, dependence = _tolerance(deltas, parameters), dependence_tolerance(deltas.dtype)
+    if isinstance(deltas, LowRankStack):
+        if _stays_thin(deltas, parameters):
+            space = core_space(deltas)
+            own = _common_and_specific(space.cores, parameters, context, tolerance, dependence)
+            return space.expand(own).dense().to(deltas.dtype)
+        deltas = deltas.dense()
+    return _common_and_specific(deltas, parameters, context, tolerance, dependence)
+
+
+def _common_and_specific(
+    deltas: Tensor,
+    parameters: IsoCtsParameters,
+    context: Context,
+    tolerance: float | None,
+    dependence: float,
+) -> Tensor:
+    """Return the merge of weighted deltas; bounds are those of the expanded ones."""
     how: dict[str, Any] = {"tolerance": tolerance, "precision": context.precision}
 
     total, rank, f = deltas.sum(0), min(deltas.shape[1:]), parameters.common_fraction
@@ -204,9 +228,14 @@ def iso_cts(deltas: Tensor, parameters: IsoCtsParameters, context: Context) -> T
     )
 
     S = torch.cat([task.S for task in tasks] + [common.S])
-    task_U = _orthogonal([task.U for task in tasks], deltas.dtype, parameters, context)
+    bound: dict[str, Any] = {
+        "support": parameters.support,
+        "rank_tolerance": dependence,
+        "precision": context.precision,
+    }
+    task_U = _orthogonal([task.U for task in tasks], deltas.dtype, bound)
     U = torch.cat([task_U, common.U.to(deltas.dtype)], 1)
-    V = _orthogonal([task.V for task in tasks] + [common.V], deltas.dtype, parameters, context)
+    V = _orthogonal([task.V for task in tasks] + [common.V], deltas.dtype, bound)
     return (U * float(S.mean() if len(S) else 0)) @ V.mT
 
 
@@ -223,11 +252,11 @@ def split_spectrum(rank: int, common_fraction: float, experts: int) -> tuple[int
     paper="This project; Iso-C is arXiv 2502.04959",
     parameters=IsoAParameters,
     laws={"permutation", "homogeneous", "zero", "rotation"},
-    takes=Takes(needs=always({"gram"}), fallback=always("iso_c")),
+    takes=Takes(factors=True, needs=always({"gram"}), fallback=always("iso_c")),
     cost=Cost(workspace=lambda count: 1.5 + 28 / count),
     rules=Rules(default_scale=_by_count(1.3, 1.0, 0.9), explain=_explain_iso_a),
 )
-def iso_a(deltas: Tensor, parameters: IsoAParameters, context: Context) -> Tensor:
+def iso_a(deltas: Tensor | LowRankStack, parameters: IsoAParameters, context: Context) -> Tensor:
     """Return mean(S)·U Vᵀ·C̄^{-1/2}, where Σ w_tΔ_t C_t^{1/2} = U S Vᵀ.
 
     C_t = A_t/n_t + ε·tr(A_t/n_t)/in·I is the regularised second moment of the inputs that reach
@@ -235,41 +264,78 @@ def iso_a(deltas: Tensor, parameters: IsoAParameters, context: Context) -> Tenso
     C_t = I this is Iso-C.
 
     Shapes: `[T, out, in]` and T Grams `[in, in]` -> `[out, in]`. Cost: T + 1 float64
-    eigenproblems of side `in` and one polar factor. An expert without inputs (n_t = 0 or a zero
-    Gram) enters with C_t = I. Zero deltas give zero; rank deficiency as in `iso_c`.
+    eigenproblems of side `in` and one polar factor. Grams given as few rows (below in/2, nothing
+    or the same on the diagonal beside them) take eigenproblems of their number of rows, with the
+    same result up to rounding. An expert without inputs (n_t = 0 or a zero Gram) enters with
+    C_t = I. Zero deltas give zero; rank deficiency as in `iso_c`.
+
+    Thin factors: with Grams of few rows all happens between bases of the factors and these rows,
+    of side Σ r_t and Σ r_t + Σ k_t, in float64, and is multiplied out once. Otherwise, and where
+    `iso_c` expands them, they are expanded.
     """
-    statistics = context.statistics or ()
+    size = deltas.shape[2]
+    entries = context.statistics or (None,) * len(deltas)
+    metrics = [_metric(entry, parameters.ridge, size, deltas.device) for entry in entries]
+    tolerance = _tolerance(deltas, parameters)
+    if isinstance(deltas, LowRankStack):
+        rows = [metric.rows for metric in metrics if metric.rows is not None]
+        beside = sum(map(len, rows))
+        if all(m.matrix is None for m in metrics) and _stays_thin(deltas, parameters, beside):
+            space = core_space(deltas, rows)
+            inside = [metric.projected(space.right) for metric in metrics]
+            own = _flat_in_metrics(space.cores, inside, parameters, context, tolerance)
+            return space.expand(own).dense().to(deltas.dtype)
+        deltas = deltas.dense()
+    return _flat_in_metrics(deltas, metrics, parameters, context, tolerance).to(deltas.dtype)
+
+
+def _flat_in_metrics(
+    deltas: Tensor,
+    metrics: Sequence[InputMetric],
+    parameters: IsoAParameters,
+    context: Context,
+    tolerance: float | None,
+) -> Tensor:
+    """Return mean(S)·U Vᵀ·C̄^{-1/2} in float64; the bound is that of the expanded deltas."""
     total = torch.zeros(deltas.shape[1:], dtype=torch.float64, device=deltas.device)
-    metric = torch.zeros(deltas.shape[2], deltas.shape[2]).to(total)
-    for delta, weight, entry in zip(deltas, context.weights, statistics, strict=True):
-        gram = entry.dense_gram() if entry is not None else None
-        second_moment = _regularised(gram, entry.count if entry else 0, parameters.ridge, metric)
-        total += weight * (delta.double() @ _power(second_moment, 0.5))
-        metric += second_moment / len(deltas)
+    for delta, weight, metric in zip(deltas, context.weights, metrics, strict=True):
+        total += weight * metric.times(delta, 0.5)
     flat = polar(
         total.to(deltas.dtype),
         support=parameters.support,
-        rank_tolerance=parameters.rank_tolerance,
+        rank_tolerance=tolerance,
         precision=context.precision,
     )
-    merged = (flat.factor.double() * flat.mean_singular_value) @ _power(metric, -0.5)
-    return merged.to(deltas.dtype)
+    merged = flat.factor.double() * flat.mean_singular_value
+    return mean_metric(metrics, total).times(merged, -0.5)
 
 
-def _regularised(gram: Tensor | None, count: int, ridge: float, like: Tensor) -> Tensor:
-    identity = torch.eye(len(like)).to(like)
-    if gram is None or not count or not float(gram.trace()):
+def _metric(
+    entry: LayerStatistics | None, ridge: float, size: int, device: torch.device
+) -> InputMetric:
+    """Return A/n + ε·tr(A/n)/in·I of one expert's inputs; the identity where there are none."""
+    identity = InputMetric(size, 1.0)
+    if entry is None or not entry.count or not entry.has("gram"):
         return identity
-    moment = gram.to(like) / count
-    return moment + ridge * float(moment.trace()) / len(moment) * identity
+    rest = entry.gram_diagonal
+    if entry.gram is None and (rest is None or bool((rest == rest[0]).all())):
+        assert entry.gram_factor is not None
+        rows = entry.gram_factor.to(device, torch.float64) / entry.count**0.5
+        even = 0.0 if rest is None else float(rest[0]) / entry.count
+        energy = float(rows.square().sum()) / size + even
+        if InputMetric(size, rows=rows).thin:
+            return InputMetric(size, ridge * energy + even, rows) if energy else identity
+    moment = entry.dense_gram()
+    assert moment is not None
+    moment = moment.to(device) / entry.count
+    energy = float(moment.trace()) / size
+    if not energy:
+        return identity
+    moment.diagonal().add_(ridge * energy)
+    return InputMetric(size, matrix=moment)
 
 
-def _power(matrix: Tensor, exponent: float) -> Tensor:
-    values, vectors = lapack.eigh(matrix)
-    return (vectors * values.clamp_min(torch.finfo(values.dtype).tiny) ** exponent) @ vectors.mT
-
-
-def _tolerance(deltas: Tensor, parameters: IsoCParameters) -> float | None:
+def _tolerance(deltas: Tensor | LowRankStack, parameters: IsoCParameters) -> float | None:
     if parameters.support == "full":
         return None
     if parameters.rank_tolerance is not None:
@@ -277,13 +343,6 @@ def _tolerance(deltas: Tensor, parameters: IsoCParameters) -> float | None:
     return default_tolerance(deltas.dtype, deltas.shape[1:])
 
 
-def _orthogonal(
-    blocks: list[Tensor], dtype: torch.dtype, parameters: IsoCParameters, context: Context
-) -> Tensor:
+def _orthogonal(blocks: list[Tensor], dtype: torch.dtype, how: dict[str, Any]) -> Tensor:
     """Return the polar factor of the blocks side by side."""
-    return polar(
-        torch.cat(blocks, 1).to(dtype),
-        support=parameters.support,
-        rank_tolerance=dependence_tolerance(dtype),
-        precision=context.precision,
-    ).factor
+    return polar(torch.cat(blocks, 1).to(dtype), **how).factor

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from eutectic.errors import MethodError
 from eutectic.linalg.cg import eigenbasis_pays
+from eutectic.linalg.lowrank import LowRankStack
+from eutectic.methods.core_matching import core_of, in_core
 from eutectic.methods.grams import participants
 from eutectic.methods.operators import FISHER_FLOOR, NEEDS, Operator, build_system, fisher_weighted
 from eutectic.methods.registry import (
@@ -24,6 +26,7 @@ from eutectic.methods.registry import (
     register,
 )
 from eutectic.methods.solving import (
+    ZERO,
     Preconditioner,
     Unknown,
     averaged,
@@ -114,7 +117,7 @@ def _explain(shape: tuple[int, ...], parameters: MatsParameters, precision: Prec
     paper="Merging by matching models in task parameter subspaces, arXiv 2312.04339",
     parameters=MatsParameters,
     laws={"permutation", "homogeneous", "zero", "absent", "rotation"},
-    takes=Takes(vectors=True, needs=_needs, fallback=always("mats")),
+    takes=Takes(vectors=True, factors=True, needs=_needs, fallback=always("mats")),
     # Copies of float64 deltas, and where float32 does not suffice.
     cost=Cost(
         workspace=always(6.0),
@@ -123,7 +126,7 @@ def _explain(shape: tuple[int, ...], parameters: MatsParameters, precision: Prec
     ),
     rules=Rules(explain=_explain),
 )
-def mats(deltas: Tensor, parameters: MatsParameters, context: Context) -> Merged:
+def mats(deltas: Tensor | LowRankStack, parameters: MatsParameters, context: Context) -> Merged:
     """Return an approximate solution Δ of Σ w_tC_t(Δ) = Σ w_tC_t(Δ_t), from an initial guess.
 
     The solution minimises Σ w_t⟨Δ − Δ_t, C_t(Δ − Δ_t)⟩. Conjugate gradients start at another
@@ -154,6 +157,12 @@ def mats(deltas: Tensor, parameters: MatsParameters, context: Context) -> Merged
     `rest` and `reason`; nothing keeps the base's value silently. Experts of weight 0 need no
     statistics.
 
+    Thin factors: the operators "gram", with Grams of few rows, and "task_gram" stay between bases
+    of the factors and these rows, so the same steps are taken on matrices of side Σ r_t and
+    Σ r_t + Σ k_t, in float64, and multiplied out once. That holds where nothing depends on the
+    inputs' own axes: for `space="delta"` without damping, preconditioner or off-diagonal scaling,
+    from "zero" or "task_arithmetic". All others are expanded.
+
     Deviations from the source: the delta is the default unknown; the residual is checked before
     success is claimed; with "block" and "kfac" sums are divided by their counts at the time of
     merging, not of collecting (`normalize_counts`).
@@ -165,8 +174,17 @@ def mats(deltas: Tensor, parameters: MatsParameters, context: Context) -> Merged
 
     Reference: Merging by matching models in task parameter subspaces, arXiv 2312.04339.
     """
-    participants(context)
+    members = participants(context)
     operator = parameters.operator
+    if isinstance(deltas, LowRankStack):
+        axes = parameters.off_diagonal != 1 or parameters.ridge() or parameters.space != "delta"
+        guess = context.initial is None and parameters.init in (ZERO, "task_arithmetic")
+        thin = operator in ("gram", "task_gram") and parameters.preconditioner == "none"
+        needed = operator == "gram"
+        space = core_of(deltas, context, members, needed) if thin and guess and not axes else None
+        if space is not None:
+            return in_core(mats, space, parameters, context, deltas.dtype)
+        deltas = deltas.dense()
     if parameters.solver == "direct" and operator == "kfac":
         raise MethodError(
             "operator 'kfac' has no closed form: a sum of Kronecker products has no cheap inverse."
@@ -255,12 +273,15 @@ class RegMeanParameters(Parameters):
     laws={"permutation", "homogeneous", "zero", "single", "copies", "absent"},
     takes=Takes(
         vectors=True,
+        factors=True,
         needs=lambda p: {"gram"} if p.space == "delta" else {"gram", "base"},
         fallback=always("regmean"),
     ),
     cost=Cost(workspace=always(4.0), products=4.0),
 )
-def regmean(deltas: Tensor, parameters: RegMeanParameters, context: Context) -> Merged:
+def regmean(
+    deltas: Tensor | LowRankStack, parameters: RegMeanParameters, context: Context
+) -> Merged:
     """Return (Σ w_tΔ_tA_t)(Σ w_tA_t)⁻¹, with A_t the expert's input Gram.
 
     A_t is divided by the expert's token count n_t and its off-diagonal entries are multiplied by
@@ -277,6 +298,8 @@ def regmean(deltas: Tensor, parameters: RegMeanParameters, context: Context) -> 
     vector) is averaged, as officially done, and the record tells `rest` and `reason`. Experts of
     weight 0 need no statistics.
 
+    Thin factors: as in `mats`, for `space="delta"`, `off_diagonal=1` and no ridge; else expanded.
+
     Deviations from the source: it solves for the weight, in float32, and has no ridge. It divides
     Grams by token counts while collecting; here the sums are divided at the time of merging.
     `normalize_counts=False` weighs experts by their tokens instead.
@@ -289,7 +312,13 @@ def regmean(deltas: Tensor, parameters: RegMeanParameters, context: Context) -> 
     Reference: Dataless knowledge fusion by merging weights of language models, arXiv 2212.09849;
     off-diagonal scaling as in arXiv 2312.04339.
     """
-    participants(context)
+    members = participants(context)
+    if isinstance(deltas, LowRankStack):
+        axes = parameters.off_diagonal != 1 or parameters.ridge or parameters.space != "delta"
+        space = None if axes else core_of(deltas, context, members, grams=True)
+        if space is not None:
+            return in_core(regmean, space, parameters, context, deltas.dtype)
+        deltas = deltas.dense()
     reason = reason_to_rest("gram", deltas, context, parameters.normalize_counts)
     if reason is not None:
         return averaged(deltas, context, reason)
