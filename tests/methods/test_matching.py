@@ -229,6 +229,21 @@ def test_float32_goes_on_in_float64_where_it_stagnates():
     assert exact.record["dtype"] == "float64"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_grams_of_few_tokens_leave_the_rest_to_the_base(dtype, rows):
+    """The minimum-norm solution by a pseudo-inverse: an error of 20 % once, of float64 Grams."""
+    deltas = randn(3, 24, 26, seed=9)
+    tokens = [randn(rows, 26, seed=t).to(dtype) for t in range(3)]
+    statistics = [LayerStatistics(gram_factor=x, count=rows) for x in tokens]
+    grams = [x.double().T @ x.double() / rows for x in tokens]
+    right_side = sum(d.double() @ a for d, a in zip(deltas, grams, strict=True))
+    expected = right_side @ torch.linalg.pinv(sum(grams), rcond=1e-8)
+    merged = merge_matrices("regmean", deltas, statistics=statistics, off_diagonal=1.0)
+    error = (merged.double() - expected).norm() / expected.norm()
+    assert error < (1e-5 if dtype == torch.float64 else 2e-4)
+
+
 @pytest.mark.parametrize("space", ["delta", "weight"])
 def test_damping_draws_the_unknown_towards_zero(space):
     deltas, statistics, base = randn(EXPERTS, OUT, IN), collect(), randn(OUT, IN, seed=4)

@@ -139,11 +139,9 @@ def merge_matrices(
         )
         merged, record = _merge_parts(planned, inputs, deltas, own, suffix)
         for part, rows in planned.row_parts(len(merged) if merged.ndim else 1):
-            whole = not planned.layout.split
-            # Thin factors are of whole matrices.
-            seen = deltas if whole or not isinstance(deltas, Tensor) else deltas[:, rows]
-            near, result = own.base, merged
-            if not whole:
+            seen, near, result = deltas, own.base, merged
+            if planned.layout.split:
+                seen = _some_rows(deltas, rows)
                 near, result = None if near is None else near[rows], merged[rows]
             squares[suffix + part] = squares_of(seen, near, result)
         if planned.layout.transpose:
@@ -154,10 +152,10 @@ def merge_matrices(
 def _thin(planned: TensorPlan, inputs: Inputs, base: Tensor) -> LowRankStack | None:
     """Return the deltas as thin factors, where the method takes them and every expert has them.
 
-    Parts of a fused matrix, and the matrices of a stack, are merged from expanded deltas.
+    The matrices of a stack are merged from expanded deltas.
     """
     layout = planned.layout
-    if not get_method(planned.method).factors or layout.split or layout.stacked:
+    if not get_method(planned.method).factors or layout.stacked:
         return None
     pairs: list[tuple[Tensor, Tensor]] = []
     for source in planned.experts:
@@ -182,6 +180,10 @@ def _factors(planned: TensorPlan, source: Source, expert: Expert) -> tuple[Tenso
     return expert.factors(source.tensor, planned.compute)
 
 
+def _some_rows(deltas: Tensor | LowRankStack, rows: slice) -> Tensor | LowRankStack:
+    return deltas.rows(rows) if isinstance(deltas, LowRankStack) else deltas[:, rows]
+
+
 def _merge_parts(
     planned: TensorPlan,
     inputs: Inputs,
@@ -195,7 +197,6 @@ def _merge_parts(
         return result.delta, {suffix or "matrix": result.record} if result.record else {}
     base, initial = context.base, context.initial
     assert base is not None
-    assert isinstance(deltas, Tensor)
     merged: list[Tensor] = []
     records: dict[str, Any] = {}
     for part, rows in planned.row_parts(len(base)):
@@ -206,7 +207,7 @@ def _merge_parts(
             initial=None if initial is None else initial[rows],
             statistics=part_statistics(planned, inputs, context.statistics, rows),
         )
-        result = _run(planned, deltas[:, rows], own)
+        result = _run(planned, _some_rows(deltas, rows), own)
         merged.append(result.delta)
         if result.record:
             records[suffix + part] = result.record

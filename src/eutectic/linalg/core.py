@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eutectic.linalg import lapack
 from eutectic.linalg.lowrank import LowRank, LowRankStack
-from eutectic.linalg.svd import magnitude, numerical_rank
+from eutectic.linalg.svd import magnitude, numerical_rank, thin_svd
 
 # Measured: from 0.7 of the shorter side on, the thin QR decompositions cost as much.
 THIN = 2 / 3
@@ -33,16 +33,6 @@ class CoreSpace:
     def expand(self, core: Tensor) -> LowRank:
         """Return U·core·Vᵀ `[out, in]` as thin factors."""
         return LowRank(self.left @ core.double(), self.right.mT)
-
-    def turned(self, tolerance: float) -> CoreSpace:
-        """Return the same in the bases of [Δ_1 … Δ_T] side by side, and one above the other.
-
-        Their singular vectors, which are determined up to signs by the matrices alone; directions
-        below `tolerance` of the first are left out.
-        """
-        P = _left_vectors(torch.cat(list(self.cores), 1), tolerance)
-        Q = _left_vectors(torch.cat(list(self.cores.mT), 1), tolerance)
-        return CoreSpace(self.left @ P, self.right @ Q, P.mT @ self.cores @ Q)
 
 
 def core_space(stack: LowRankStack, beside: Sequence[Tensor] = ()) -> CoreSpace:
@@ -68,6 +58,45 @@ def core_space(stack: LowRankStack, beside: Sequence[Tensor] = ()) -> CoreSpace:
     return CoreSpace(U, V, torch.stack(cores) * (left_unit * right_unit))
 
 
+def singular_core(
+    deltas: Tensor | LowRankStack, members: Sequence[int], tolerance: float
+) -> CoreSpace:
+    """Return the cores between singular vectors of the members' deltas.
+
+    U are the left ones of their Δ_t side by side, V the right ones of the same one above the
+    other: determined up to signs by the matrices alone, however they are factored. Directions below
+    `tolerance` of the first are left out; without any, m or n is 0.
+
+    Args:
+        deltas: `[T, out, in]`, or thin factors.
+        members: the experts whose directions are looked at; others have cores like them.
+        tolerance: relative bound below which a direction is rounding.
+    """
+    space, matrices = None, deltas
+    if isinstance(matrices, LowRankStack):
+        space = core_space(matrices)
+        matrices = space.cores
+    matrices = matrices.double()
+    P, Q = _singular_bases(matrices, members, tolerance)
+    turned = P.mT @ matrices @ Q
+    if space is None:
+        return CoreSpace(P, Q, turned)
+    return CoreSpace(space.left @ P, space.right @ Q, turned)
+
+
+def _singular_bases(
+    matrices: Tensor, members: Sequence[int], tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Return the left singular vectors side by side, and the right ones one above the other."""
+    _, out, inner = matrices.shape
+    chosen = matrices[list(members)]
+    if not len(members) or not bool(chosen.any()):
+        return matrices.new_zeros(out, 0), matrices.new_zeros(inner, 0)
+    sides = (torch.cat(list(chosen), 1), torch.cat(list(chosen.mT), 1))
+    left, right = (_left_vectors(side, tolerance) for side in sides)
+    return left, right
+
+
 def stays_thin(stack: LowRankStack, beside: int = 0) -> bool:
     """Tell whether a core costs less than the expanded matrices; `beside` counts further rows."""
     return stack.rank + beside <= THIN * min(stack.shape[1:])
@@ -82,8 +111,8 @@ def _basis(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor, float]:
 
 
 def _left_vectors(matrix: Tensor, tolerance: float) -> Tensor:
-    """Return the left singular vectors of a wide matrix that stand above a tolerance."""
-    # From the triangle of a QR decomposition of the transpose: T times smaller.
-    _, R = lapack.qr(matrix.mT)
-    U, S, _ = lapack.svd(R.mT)
-    return U[:, : numerical_rank(S, tolerance) if float(S.sum()) else 0]
+    """Return the left singular vectors of a matrix that stand above a tolerance."""
+    if matrix.shape[1] > matrix.shape[0]:  # from the triangle of its transpose, which is smaller
+        matrix = lapack.qr(matrix.mT)[1].mT
+    triplets = thin_svd(matrix)
+    return triplets.U[:, : numerical_rank(triplets.S, tolerance)]

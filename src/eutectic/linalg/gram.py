@@ -74,6 +74,7 @@ def short(bound: float) -> str:
 
 
 LARGEST_RIDGE = 1e-2  # relative to the mean diagonal; more would no longer be the same system
+OWN_NOISE = 1e-11  # least ridge an input, or solving costs more digits than float32 has
 LARGEST_NOISE = 1e-3  # a pivot above this share of its diagonal entry is never called noise
 
 
@@ -98,7 +99,8 @@ def ridged_cholesky(gram: Tensor, *, ridge: float, unit_roundoff: float) -> Ridg
     """Decompose A + ρ·mean(diag A)·I = LLᵀ, with a larger ρ only where A is singular.
 
     A counts as singular when a pivot is at most 4√n rounding errors of its diagonal entry, with
-    `unit_roundoff` that of the dtype the Gram was *stored* in: below it the pivot is noise. Then ρ
+    `unit_roundoff` that of the dtype the Gram was *stored* in, or that of the sums and products
+    here if it is larger: below it the pivot is noise. Then ρ
     starts at n rounding errors, which is large enough to silence the noise of a right side formed
     with the same Gram, and grows tenfold until the pivots are sound. A zero row and column
     (an input that is never active) is set aside with a unit pivot and asks for no ridge.
@@ -114,6 +116,7 @@ def ridged_cholesky(gram: Tensor, *, ridge: float, unit_roundoff: float) -> Ridg
     Cost: n³/3 a trial, one trial for a Gram of full rank.
     """
     n = len(gram)
+    unit_roundoff = max(unit_roundoff, OWN_NOISE)
     diagonal = gram.diagonal()
     mean = float(diagonal.mean())
     dead = diagonal == 0

@@ -96,6 +96,10 @@ class LowRankStack:
         left = (f if w == 1 else f * w for f, w in zip(self.left, weights, strict=True))
         return LowRankStack(tuple(left), self.right)
 
+    def rows(self, rows: slice) -> LowRankStack:
+        """Return some output rows of every product; the right factors are shared."""
+        return LowRankStack(tuple(factor[rows] for factor in self.left), self.right)
+
     def total(self) -> LowRank:
         """Return Σ left_t·right_t as one product of inner size Σ r_t: factors side by side."""
         left = torch.cat([factor.to(self.dtype) for factor in self.left], 1)

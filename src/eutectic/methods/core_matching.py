@@ -1,6 +1,6 @@
 """Matching in the core space of thin factors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from eutectic.linalg.core import CoreSpace, core_space, stays_thin
 from eutectic.linalg.lowrank import LowRankStack
 from eutectic.methods.grams import projected
-from eutectic.methods.registry import Context
+from eutectic.methods.registry import Context, MethodFunction
 from eutectic.types import Merged
 
 
@@ -39,7 +39,7 @@ def core_of(
 
 
 def in_core(
-    function: Callable[[Tensor, Any, Context], Merged],
+    function: MethodFunction,
     space: CoreSpace,
     parameters: Any,
     context: Context,
@@ -50,7 +50,8 @@ def in_core(
     if entries is not None:
         entries = tuple(None if e is None else projected(e, space.right) for e in entries)
     inner = replace(context, statistics=entries, base=None)
-    merged = function(space.cores, parameters, inner)
+    result = function(space.cores, parameters, inner)
+    merged = result if isinstance(result, Merged) else Merged(result)
     # Inputs that no row reaches are those of the core, not of the layer.
     record = {key: value for key, value in merged.record.items() if key != "dead_inputs"}
     return Merged(space.expand(merged.delta).dense().to(dtype), {**record, "core": True})

@@ -14,6 +14,7 @@ from eutectic.linalg.core import core_space, stays_thin
 from eutectic.linalg.essential import EssentialSubspace, essential_subspace
 from eutectic.linalg.lowrank import LowRankStack
 from eutectic.linalg.polar import polar
+from eutectic.linalg.svd import dependence_tolerance
 from eutectic.methods.grams import projected
 from eutectic.methods.registry import (
     Context,
@@ -163,11 +164,13 @@ def esm(deltas: Tensor | LowRankStack, parameters: EssentialParameters, context:
     exponents = parameters.resolved()
     experts, out_features, in_features = weighted.shape
     k = parameters.rank(out_features, experts)
-    tolerance = parameters.rank_tolerance
-    own_tolerance = parameters.rank_tolerance
-    if tolerance is None:
-        tolerance = torch.finfo(deltas.dtype).eps
-        own_tolerance = tolerance * (out_features**0.5 + in_features**0.5)
+    if parameters.rank_tolerance is not None:
+        tolerance = own_tolerance = parameters.rank_tolerance
+    else:
+        eps = torch.finfo(deltas.dtype).eps
+        own_tolerance = eps * (out_features**0.5 + in_features**0.5)
+        # Directions come from eigenproblems in float64, and are no better than those.
+        tolerance = max(eps, dependence_tolerance(torch.float64))
 
     # Eigenproblems are float64; what they give is rounded to the deltas' own precision.
     dtype = torch.float64 if context.precision == "exact" else deltas.dtype
