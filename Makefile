@@ -15,12 +15,13 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DOCS := $(VENV)/.installed-docs
 pinned = $(shell sed -n '/^$(1)==/p' $(CONSTRAINTS))
 
-.PHONY: help demo test test-quick test-transformers transformers-newer check format bench-kernels docs clean
+.PHONY: help demo test test-quick test-kills test-transformers transformers-newer check format bench-kernels docs clean
 
 help:
 	@echo "make demo           merge real experts and compare the methods (one to two minutes)"
 	@echo "make test           run every test; JOBS=$(JOBS) processes"
 	@echo "make test-quick     those that are quick and run no models: under a minute"
+	@echo "make test-kills     end or fail each verb at each of its system calls: an hour"
 	@echo "make test-transformers  those marked so, with the oldest and the newest transformers"
 	@echo "make check          ruff, pyright, import-linter"
 	@echo "make format         rewrite the code as ruff wants it"
@@ -51,6 +52,9 @@ test: $(INSTALLED)
 
 test-quick: $(INSTALLED)
 	$(BIN)/python -m pytest --quick --numprocesses $(JOBS) --dist worksteal $(PYTEST_OPTIONS)
+
+test-kills: $(INSTALLED)
+	$(BIN)/python -m pytest --every-call tests/faults/test_system_calls.py $(PYTEST_OPTIONS)
 
 .SECONDARY:  # such folders are kept
 

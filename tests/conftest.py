@@ -36,9 +36,14 @@ _MODELS = re.compile(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Take `--quick`."""
+    """Take options of this test suite."""
     parser.addoption(
         "--quick", action="store_true", help="leave out slow tests and files that run models"
+    )
+    parser.addoption(
+        "--every-call",
+        action="store_true",
+        help="tests/faults/test_system_calls.py: every system call of every verb, not some",
     )
 
 

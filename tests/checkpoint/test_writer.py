@@ -173,11 +173,16 @@ def test_a_worker_takes_up_the_files_from_a_description(tmp_path: Path) -> None:
         assert again.read_back("a").sum() == 50
 
 
-@pytest.mark.parametrize("left", ["nothing", "empty file", "zeros"])
+@pytest.mark.parametrize("left", ["nothing", "empty file", "zeros", "half a header"])
 def test_resume_after_a_kill_during_the_layout(tmp_path: Path, left: str) -> None:
     with CheckpointWriter(tmp_path, two_files()[:1]) as writer:
         writer.write("a", 0, torch.ones(50))
-    if left != "nothing":
+    if left == "half a header":
+        whole = CheckpointWriter(tmp_path / "whole", two_files())
+        whole.close()
+        content = (tmp_path / "whole/two.safetensors").read_bytes()
+        (tmp_path / "two.safetensors").write_bytes(content[:20].ljust(len(content), b"\0"))
+    elif left != "nothing":
         (tmp_path / "two.safetensors").write_bytes(b"" if left == "empty file" else b"\0" * 500)
     with CheckpointWriter(tmp_path, two_files(), resume=True) as writer:
         assert writer.laid_out == ("two.safetensors",)

@@ -85,6 +85,36 @@ def test_a_kill_while_the_mark_is_removed(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "out.partial").exists()
 
 
+def write_both(tmp_path: Path, kill: Path | None = None) -> None:
+    """Write two folders; a kill comes before the last work folder, then empty, is removed."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    with (
+        folder_aside(one, ASKED, "last.json", two) as first,
+        folder_aside(two, ASKED, "last.json", one) as second,
+    ):
+        both = [aside for aside in (first, second) if not aside.finished]
+        for aside in both:
+            (aside.begin() / "last.json").write_text("1")
+        for aside in both:
+            aside.commit()
+        for aside in (first, second):
+            aside.clear()
+        if kill is not None:
+            kill.mkdir()
+            raise Killed
+
+
+@pytest.mark.parametrize("left", ["one.partial", "two.partial"])
+def test_of_two_folders_an_empty_work_folder_is_left(left: str, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        write_both(tmp_path, tmp_path / left)
+    write_both(tmp_path)
+    assert names(tmp_path) == ["one/last.json", "two/last.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    with pytest.raises(RequestError, match="not empty"):
+        write_both(tmp_path)
+
+
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OutputError), opened(tmp_path) as aside:
         (aside.begin() / "first.json").write_text("1")

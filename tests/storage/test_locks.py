@@ -31,6 +31,22 @@ HOLD = textwrap.dedent(
 )
 
 
+def test_a_lock_file_that_cannot_be_removed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        if not refused:
+            refused.append(self)
+            raise OSError(5, "Input/output error", str(self))
+        remove(self, missing_ok)
+
+    remove, refused = Path.unlink, list[Path]()
+    lock = storage_of(tmp_path).lock(tmp_path / "a")
+    monkeypatch.setattr(Path, "unlink", unlink)
+    lock.release()
+    assert refused and not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A process that holds the lock of `a` and releases it when it gets a line."""

@@ -159,7 +159,9 @@ class CheckpointWriter:
         start = bytearray(min(len(header), staged.size))
         staged.read_into(memoryview(start), 0)
         found = bytes(start)
-        if not any(found):
+        # What a kill left of the header, which is the first thing that is written.
+        torn = len(found.rstrip(b"\0"))
+        if torn < len(header) and found == header[:torn].ljust(len(found), b"\0"):
             staged.close()
             return False
         self._staged[name] = staged

@@ -82,10 +82,10 @@ class FolderAside:
             )
         if not self._storage.list(self.output):
             return False
-        moved = self._work.is_dir() and _CONTENT not in held and (not held or found == self._mark)
-        if not held and together is not None:
-            other = _work(together)
-            moved |= _mark(other) == self._mark and not (other / _CONTENT).exists()
+        # A folder that was moved leaves its work folder, and at last that without its mark.
+        works = [self._work] if held or together is None else [self._work, _work(together)]
+        left = [work for work in works if work.is_dir() and not (work / _CONTENT).exists()]
+        moved = any(_mark(w) == self._mark or not self._storage.list(w) for w in left)
         if moved and (self.output / last).exists():
             return True
         raise RequestError(f"{self.output}: not empty; name a new folder.")

@@ -267,8 +267,10 @@ class FileLock:
         Windows cannot do that, and filelock removes the file there.
         """
         if os.name != "nt" and self._lock.is_locked and self._there:
-            with suppress(OSError):
-                self._path.unlink()
+            for _ in range(2):  # what failed once need not fail again
+                with suppress(OSError):
+                    self._path.unlink(missing_ok=True)
+                    break
             self._there = False
 
     def release(self) -> None:
