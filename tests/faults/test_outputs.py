@@ -16,9 +16,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import eutectic
-from eutectic.errors import CheckpointError, EutecticError, RequestError, ResumeError
+from eutectic.errors import (
+    CheckpointError,
+    EutecticError,
+    OutputError,
+    RequestError,
+    ResumeError,
+)
 from eutectic.execution import model_folder, output_folder
 from eutectic.execution.journal import DELTAS, JOURNAL, Journal
 from eutectic.execution.run import sweep
@@ -202,6 +209,71 @@ def test_restart_after_a_kill_among_the_side_files_leaves_nothing_behind(
             eutectic.merge(**request_)
     assert not eutectic.merge(**{**request_, "method": "ties"}, restart=True).resumed
     assert [p.name for p in request_["output"].parent.iterdir()] == ["m"]
+
+
+def _cut(file: Path) -> None:
+    os.truncate(file, 100)
+
+
+def _removed(file: Path) -> None:
+    file.unlink()
+
+
+def _removed_with_its_folder(file: Path) -> None:
+    shutil.rmtree(file.parent)
+
+
+def _all_removed(file: Path) -> None:
+    shutil.rmtree(file.parents[1])
+
+
+def _replaced_by_another(file: Path) -> None:
+    file.unlink()
+    file.write_bytes(b"x" * 5000)
+
+
+@pytest.mark.parametrize("when", ["first", "middle", "last", "side files"])
+@pytest.mark.parametrize(
+    "damage", [_cut, _removed, _removed_with_its_folder, _all_removed, _replaced_by_another]
+)
+def test_weights_that_somebody_damages_while_they_are_written(
+    request_: dict[str, Any],
+    damage: Callable[[Path], None],
+    when: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calm = {**request_, "output": request_["output"].with_name("calm")}
+    eutectic.merge(**calm)
+    file, add, card = work_of(request_) / "model/model.safetensors", Journal.add, model_folder.card
+    tensors = len(load_file(calm["output"] / "model.safetensors"))
+    at = {"first": 1, "middle": tensors // 2, "last": tensors, "side files": -1}[when]
+    seen: list[str] = []
+
+    def watched(self: Journal, stage: str, tensor: str, finished: Any) -> None:
+        add(self, stage, tensor, finished)
+        if stage == "merge":
+            seen.append(tensor)
+            if len(seen) == at:
+                damage(file)
+
+    def meanwhile(provenance: Any) -> str:
+        damage(file)
+        return card(provenance)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "add", watched)
+        if when == "side files":
+            patched.setattr(model_folder, "card", meanwhile)
+        with pytest.raises((OutputError, ResumeError), match="model"):
+            eutectic.merge(**request_, threads=1)
+    assert not request_["output"].exists()
+    try:
+        eutectic.merge(**request_)
+    except ResumeError as error:  # another header: it says what to do
+        assert f"remove {file.parent}" in str(error) or "Move it away" in str(error)  # noqa: PT017
+        shutil.rmtree(file.parent)
+        eutectic.merge(**request_)
+    assert digests(request_["output"]) == digests(calm["output"])
 
 
 def _rewritten(path: Path) -> None:

@@ -116,7 +116,7 @@ class CheckpointWriter:
         try:
             self._staged[tensor.file].write(flat.numpy().data, tensor.offset + start * width)
         except OSError as error:
-            raise self._failure(error, tensor.nbytes) from error
+            raise self._failure(error, tensor.nbytes, tensor.file) from error
         return flat
 
     def read_back(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -128,16 +128,18 @@ class CheckpointWriter:
         try:
             self._staged[tensor.file].read_into(buffer.numpy().data, tensor.offset + start * width)
         except OSError as error:
-            raise self._failure(error, tensor.nbytes) from error
+            raise self._failure(error, tensor.nbytes, tensor.file) from error
         return buffer.view(tensor.dtype)
 
     def sync(self) -> None:
         """Force all that was written into the storage; a delayed write may find it full."""
+        file = ""
         try:
-            for staged in self._staged.values():
+            for name, staged in self._staged.items():
+                file = name
                 staged.sync()
         except OSError as error:
-            raise self._failure(error, 0) from error
+            raise self._failure(error, 0, file) from error
 
     def close(self) -> None:
         """Close all files; not a substitute for `sync`."""
@@ -174,7 +176,12 @@ class CheckpointWriter:
             )
         return True
 
-    def _failure(self, error: OSError, needed: int) -> OutputError:
+    def _failure(self, error: OSError, needed: int, file: str = "") -> OutputError:
+        if error.errno in (errno.ESTALE, errno.EIO):
+            return OutputError(
+                f"{self.folder / file}: {why_failed(error)}.\nNothing has been put in place. Run "
+                "the same command again; what cannot be continued is named then."
+            )
         if error.errno == errno.EFBIG:
             return OutputError(
                 f"{self.folder}: {why_failed(error)}.\nLift the limit, or let shard_size make "

@@ -38,7 +38,7 @@ from eutectic.execution.schedule import (
     write_scaled,
 )
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.plan import Plan, output_layout, with_scale
+from eutectic.planning.plan import OutputLayout, Plan, output_layout, with_scale
 from eutectic.storage import announced_to, storage_of
 
 _Identities = Mapping[str, Any]  # name of an input -> what it is known by
@@ -178,9 +178,20 @@ def _write(
         with announced_to(journal.will_write):
             write_folder(plan, inputs, model, layout, provenance, records_of(journal))
         journal.check_files()
+        _check_there(layout, model)
     except OSError as error:
         where = error.filename or model
         raise OutputError(f"{where}: cannot be written ({why_failed(error)}).") from error
+
+
+def _check_there(layout: OutputLayout, model: Path) -> None:
+    """Refuse to publish a model of whose weight files some were removed or cut off."""
+    with layout.open(model, resume=True) as files:
+        if files.laid_out:
+            raise OutputError(
+                f"{model / files.laid_out[0]}: was removed while the merge ran.\n"
+                "Nothing has been put in place. Run the same command again."
+            )
 
 
 def _commit(model: Path, output: Path) -> None:

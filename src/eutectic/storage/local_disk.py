@@ -171,6 +171,7 @@ class PositionedFile:
         self._position = threading.Lock()
         status = os.fstat(descriptor)
         self.size = status.st_size
+        self._links = status.st_nlink  # some file systems count none
         self.stamp: Hashable = (status.st_ino, status.st_size, status.st_mtime_ns)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
@@ -183,6 +184,7 @@ class PositionedFile:
             done += count
 
     def write(self, data: memoryview, offset: int) -> None:
+        self._check_whole()
         while data:
             count = self._write(data, offset)
             data = data[count:]
@@ -203,6 +205,14 @@ class PositionedFile:
 
     def sync(self) -> None:
         os.fsync(self._descriptor)
+        self._check_whole()
+        if self._links and not os.fstat(self._descriptor).st_nlink:
+            raise OSError(errno.ESTALE, "the file was removed or replaced while it was written")
+
+    def _check_whole(self) -> None:
+        """Raise OSError where somebody cut the file: what comes later would fill it with zeros."""
+        if os.fstat(self._descriptor).st_size != self.size:
+            raise OSError(errno.ESTALE, "the file was cut off or grew while it was written")
 
     def close(self) -> None:
         os.close(self._descriptor)
