@@ -315,6 +315,23 @@ SENTENCES: dict[str, Template] = {
     ),
     "tokenizer_assumed": "no tokenizer lies beside {all}: taken is that of the base",
     "other_tokens": _other_tokens,
+    "tables_differ": lambda names, numbers: (
+        "tables of tokens have different numbers of rows: "
+        + ", ".join(f"{n} {numbers['rows'][n]:,}" for n in names)
+    ),
+    "table_too_small": (
+        "'{0}' has {rows:,} rows, but the configuration's vocab_size is {stated:,}: the model does "
+        "not load"
+    ),
+    "tokens_beyond_table": lambda names, numbers: (
+        f"{_many(names, 'token')} of the tokenizer lie beyond the {numbers['rows']:,} rows of "
+        f"'{numbers['table']}', from row {numbers['row']:,} on: {tokens(names)}; a text that holds "
+        "one fails"
+    ),
+    "special_beyond_table": lambda names, numbers: (
+        f"the tables have {numbers['rows']:,} rows, but the configuration names tokens beyond: "
+        + ", ".join(f"{key} {numbers['named'][key]:,}" for key in names)
+    ),
     "template": "chat template: that of {all}, which most of the models have",
     "no_template": "no model has a chat template, so that there is none to choose",
     "mixed_classes": _mixed_classes,

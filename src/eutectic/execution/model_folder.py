@@ -18,10 +18,10 @@ from eutectic.checkpoint.index import CheckpointIndex, modules_with_weights, rea
 from eutectic.checkpoint.quantised.side_files import forget_quantisation
 from eutectic.checkpoint.writer import OutputFile, write_atomically
 from eutectic.conventions_ties import is_tied, with_tie
-from eutectic.errors import OutputError
+from eutectic.errors import Note, OutputError
 from eutectic.execution.expert_folders import write_expert_folders
 from eutectic.execution.model_card import PROVENANCE, card, licence_of
-from eutectic.execution.model_vocabulary import write_vocabulary
+from eutectic.execution.model_vocabulary import check_vocabulary, write_vocabulary
 from eutectic.execution.tasks import Finished
 from eutectic.planning.cost import merged_by, treatments
 from eutectic.planning.inputs import Inputs
@@ -112,8 +112,11 @@ def write_folder(
     layout: OutputLayout,
     provenance: Mapping[str, Any],
     records: Mapping[str, Any],
-) -> None:
-    """Complete a folder of merged weights; may be repeated after a kill."""
+) -> tuple[Note, ...]:
+    """Complete a folder of merged weights; may be repeated after a kill.
+
+    Returns what of its tables, tokenizer and configuration does not agree.
+    """
     index = inputs.index
     assert index is not None
     layout.format.finish(model, layout.files)
@@ -121,7 +124,8 @@ def write_folder(
     if layout.files[0].name == WEIGHT_NAMES[0]:  # (IA)³ vectors: the output is an adapter again
         copy_side_files(_donor(plan, inputs, index), model, [ADAPTER_CONFIG])
     write_expert_folders(plan, inputs, model, layout)
-    write_vocabulary(plan, model, next((m.folder for m in index.modules if m.transformer), ""))
+    home = next((m.folder for m in index.modules if m.transformer), "")
+    write_vocabulary(plan, model, home)
     asked = plan.output.dtype
     stated = _stated_dtype(inputs.config) if asked is None else _name_of(asked)
     dtype = stated or _prevailing_dtype(layout.files)
@@ -138,6 +142,7 @@ def write_folder(
     write_atomically(model / "README.md", card(provenance).encode())
     text = json.dumps({**provenance, "records": dict(records)}, indent=1, ensure_ascii=False)
     write_atomically(model / PROVENANCE, (text + "\n").encode())
+    return check_vocabulary(model, home, layout.files)
 
 
 def _donor(plan: Plan, inputs: Inputs, index: CheckpointIndex) -> Path:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eutectic.checkpoint.index import read_json_object
-from eutectic.checkpoint.writer import write_atomically
+from eutectic.checkpoint.writer import OutputFile, write_atomically
+from eutectic.conventions_vocabulary import is_table_of_tokens
+from eutectic.errors import CheckpointError, Note
 from eutectic.planning.plan import Plan
 from eutectic.vocabulary.agreement import BASE, Vocabulary
 from eutectic.vocabulary.chat_templates import FILE, PROCESSOR_FILE
+from eutectic.vocabulary.checks import vocabulary_notes
 from eutectic.vocabulary.configuration import with_rows, with_size, with_tokens_of
 from eutectic.vocabulary.tokenizer_files import write_tokenizer
 from eutectic.vocabulary.tokens import CONFIG as TOKENIZER_CONFIG
+from eutectic.vocabulary.tokens import read_tokens
 
 GENERATION = "generation_config.json"
 _CONFIG = "config.json"
@@ -36,6 +40,27 @@ def write_vocabulary(plan: Plan, model: Path, place: str) -> None:
         targets = [model] if vocabulary is None else [model, *model.glob("experts/*")]
         for folder in targets:
             _write_template(folder / place, plan.output.chat_template)
+
+
+def check_vocabulary(model: Path, place: str, files: Sequence[OutputFile]) -> tuple[Note, ...]:
+    """Return what of a written model's tables, tokenizer and configuration does not agree."""
+    tables = {
+        name: shape[0]
+        for file in files
+        for name, _, shape in file.entries
+        if len(shape) == 2 and is_table_of_tokens(name)
+    }
+    if not tables:
+        return ()
+    folder = model / place
+    stated = [
+        read_json_object(p) if p.is_file() else {} for p in (folder / _CONFIG, folder / GENERATION)
+    ]
+    try:
+        tokens = read_tokens(folder)
+    except CheckpointError:  # copied as it was found
+        tokens = None
+    return tuple(vocabulary_notes(tables, stated[0], stated[1], tokens))
 
 
 def _fit_configs(

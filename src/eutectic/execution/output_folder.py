@@ -79,6 +79,7 @@ def write_to_folder(
     identity = request_identity(plan, inputs, before)
     made = _made_before(output, identity) if storage_of(output).list(output) else None
     # A model that has its name is finished: there is nothing to start over.
+    told: tuple[Note, ...] = ()
     with Journal(work, identity, restart=restart and made is None) as journal:
         if made is not None:
             plan, search = _chosen_before(plan, made, journal, choose)
@@ -88,12 +89,12 @@ def write_to_folder(
             plan, choice = run_schedule(plan, _desk(work, inputs, journal, limits), choose)
             search = None if choice is None else choice.record
             plan = _with_norms(plan, measured(plan, squares_in(journal)))
-            _write(plan, work / MODEL, inputs, journal, (identity, before), search)
+            told = _write(plan, work / MODEL, inputs, journal, (identity, before), search)
             _check_unchanged(before, input_identities(plan, inputs))
             _commit(work / MODEL, output)
             records, resumed = records_of(journal), journal.resumed
         left = journal.remove_folder()
-        notes = () if left is None else (_left_behind(work, left),)
+        notes = told if left is None else (*told, _left_behind(work, left))
         return Written(plan, records, resumed, search, notes)
 
 
@@ -169,19 +170,20 @@ def _write(
     journal: Ledger,
     identities: tuple[str, _Identities],
     search: Mapping[str, Any] | None,
-) -> None:
+) -> tuple[Note, ...]:
     layout = output_layout(plan, inputs)
     provenance = document(plan, inputs, journal.finished, *identities)
     if search is not None:
         provenance["search"] = search
     try:
         with announced_to(journal.will_write):
-            write_folder(plan, inputs, model, layout, provenance, records_of(journal))
+            told = write_folder(plan, inputs, model, layout, provenance, records_of(journal))
         journal.check_files()
         _check_there(layout, model)
     except OSError as error:
         where = error.filename or model
         raise OutputError(f"{where}: cannot be written ({why_failed(error)}).") from error
+    return told
 
 
 def _check_there(layout: OutputLayout, model: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, cast
 from eutectic.checkpoint.folder import copy_side_files, side_files
 from eutectic.checkpoint.writer import write_atomically
 from eutectic.errors import CheckpointError
+from eutectic.storage import storage_of
 from eutectic.storage.small_files import parse_json, read_bytes
 from eutectic.vocabulary.agreement import Vocabulary
 from eutectic.vocabulary.sentencepiece_model import (
@@ -74,7 +75,7 @@ def write_tokenizer(vocabulary: Vocabulary, folders: Mapping[str, Path], target:
     source = folders[vocabulary.donor]
     for name in side_files(target):
         if is_tokenizer_file(name):
-            (target / name).unlink()
+            storage_of(target).remove(target / name)
     names = [name for name in side_files(source) if is_tokenizer_file(name)]
     copy_side_files(source, target, names)
     if not (vocabulary.new or vocabulary.removed):
