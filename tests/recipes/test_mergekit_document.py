@@ -200,3 +200,59 @@ def test_options_of_a_command_that_say_what_is_merged_are_refused(folder):
     with pytest.raises(RecipeError, match="'scale' does not fit a mergekit configuration"):
         load_recipe(folder / "recipe.yml", {"scale": 2})
     assert load_recipe(folder / "recipe.yml", {"seed": 3})[0].seed == 3
+
+
+def test_tokenizers_are_the_policy_of_all_dialects(folder):
+    text = """\
+tokenizer:
+  source: b
+  pad_to_multiple_of: 8
+  tokens:
+    <a>: {source: a}
+    <b>: {source: base, force: true}
+    <c>: {source: {kind: zero}}
+    <d>: {source: {kind: model_token, model: a, token: <e>}}
+    <f>: {source: {kind: model_token, model: b, token_id: 3}}
+    <g>: {}
+chat_template: chatml
+"""
+    recipe = read(folder, GOOD.replace("filter: mlp", "filter: mlp") + text)
+    assert recipe.chat_template == "chatml"
+    policy = recipe.vocabulary
+    assert (policy.source, policy.pad_to_multiple_of) == ("b", 8)
+    told = {
+        token: (s if isinstance(s := rule.source, str) else (s.model, s.token, s.row), rule.force)
+        for token, rule in policy.tokens.items()
+    }
+    assert told == {
+        "<a>": (("a", None, None), False),
+        "<b>": (("base", None, None), True),
+        "<c>": ("zero", False),
+        "<d>": (("a", "<e>", None), False),
+        "<f>": (("b", None, 3), False),
+        "<g>": ("mean", False),
+    }
+    assert read(folder, GOOD + "tokenizer_source: union\n").vocabulary.source == "union"
+    assert read(folder, GOOD + "tokenizer_source: base\n").vocabulary.source == "base"
+    assert read(folder, GOOD + "tokenizer: {}\n").vocabulary.source == "union"
+    assert read(folder, GOOD).vocabulary is None
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("tokenizer_source: union\ntokenizer: {source: base}\n", "tokenizer"),
+        ("tokenizer_source: org/else\n", "unknown_model"),
+        ("tokenizer: {sauce: union}\n", "unknown_key"),
+        ("tokenizer: {tokens: {<a>: {source: c}}}\n", "unknown_model"),
+        ("tokenizer: {tokens: {<a>: {source: {kind: model_token, model: a}}}}\n", "model_token"),
+        ("tokenizer: {tokens: {<a>: {force: 3}}}\n", "force"),
+        ("tokenizer: {pad_to_multiple_of: 0}\n", "pad_to_multiple_of"),
+        ("tokenizer: [union]\n", "not_a_mapping"),
+        ("chat_template: 3\n", "chat_template"),
+    ],
+)
+def test_faults_of_tokenizers(folder, text, kind):
+    found = faults_of(folder, GOOD + text)
+    assert [k for _, k in found] == [kind]
+    assert found[0][0] >= 12

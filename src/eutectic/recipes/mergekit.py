@@ -33,6 +33,7 @@ from eutectic.recipes.mergekit_document import (
 )
 from eutectic.recipes.mergekit_methods import METHODS, MergekitMethod, known_method, translate
 from eutectic.recipes.mergekit_models import MergekitModel, names_of
+from eutectic.recipes.mergekit_tokenizer import vocabulary_fields
 from eutectic.recipes.schema import ExpertSpec, Recipe
 from eutectic.recipes.script import Band, Direction, Place, Script
 from eutectic.recipes.settings import Setting, Settings, first_value
@@ -40,7 +41,7 @@ from eutectic.recipes.settings import Setting, Settings, first_value
 # Keys of our own recipes that a command may add to a configuration: none says what is merged.
 OPTIONS = (
     *("seed", "precision", "heads", "missing", "unmatched", "nonfinite", "side_files"),
-    *("shard_size", "tensors"),
+    *("shard_size", "tensors", "vocabulary", "chat_template"),
 )
 
 
@@ -64,9 +65,14 @@ def check_mergekit(
         _check_models(document, kind, reading)
     if document is not None:
         _check_paths(document, reading)
+    fields: dict[str, Any] = {}
+    if document is not None:
+        every = document.models
+        known = {**names_of(every), **dict.fromkeys(every[:1], "base")}  # the base stands first
+        fields = vocabulary_fields(values, known, reading)
     if reading.faults or document is None or kind is None:
         raise RecipeError(by_line(list(dict.fromkeys(reading.faults))), source.name)
-    return _recipe(document, kind, values, tuple(reading.notes), options or {}, source)
+    return _recipe(document, kind, values, tuple(reading.notes), options or {}, source, fields)
 
 
 def _method(name: str, reading: Reading) -> MergekitMethod | None:
@@ -232,6 +238,7 @@ def _recipe(
     notes: tuple[Note, ...],
     options: Mapping[str, Any],
     source: Source,
+    more: Mapping[str, Any],
 ) -> Recipe:
     """Return the recipe: models as experts, and a script that answers for each tensor."""
     every = document.models
@@ -279,6 +286,7 @@ def _recipe(
         "dtype": document.out_dtype or document.dtype,
         "missing": "available",
         **({} if whole else {"heads": "base", "unmatched": "leave"}),
+        **more,
         **options,
     }
     return Recipe.model_validate(fields).with_script(script)

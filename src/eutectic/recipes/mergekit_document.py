@@ -110,12 +110,12 @@ class Reading:
 
 def read_mergekit(values: Mapping[str, Any], reading: Reading) -> MergekitDocument | None:
     """Return the document as records; None where it is too broken to be looked at further."""
-    _check_keys(values, _DOCUMENT, (), reading)
+    check_keys(values, _DOCUMENT, (), reading)
     method = values.get("merge_method")
     if not isinstance(method, str):
         what = "'merge_method' is missing." if method is None else "must be the name of a method."
         reading.fault("missing_key", what, *(() if method is None else ("merge_method",)))
-    base = _model(values.get("base_model"), ("base_model",), reading)
+    base = model_at(values.get("base_model"), ("base_model",), reading)
     kinds = [key for key in ("models", "slices", "modules") if values.get(key)]
     if len(kinds) != 1:
         got = " and ".join(kinds) or "none of them"
@@ -124,11 +124,11 @@ def read_mergekit(values: Mapping[str, Any], reading: Reading) -> MergekitDocume
         return None
     modules: dict[str, MergekitModule] = {}
     if kinds == ["modules"]:
-        given = _mapping(values["modules"], ("modules",), reading)
+        given = mapping_at(values["modules"], ("modules",), reading)
         for name, module in given.items():
             place: Location = ("modules", name)
-            inner = _mapping(module, place, reading)
-            _check_keys(inner, _MODULE, place, reading)
+            inner = mapping_at(module, place, reading)
+            check_keys(inner, _MODULE, place, reading)
             if bool(inner.get("models")) == bool(inner.get("slices")):
                 what = "a module has either models or slices."
                 reading.fault("models_slices_modules", what, *place)
@@ -157,15 +157,15 @@ def _module(values: Mapping[str, Any], place: Location, reading: Reading) -> Mer
     slices: list[MergekitSlice] = []
     for n, item in enumerate(_list(values["slices"], where, reading)):
         at = (*where, n)
-        inner = _mapping(item, at, reading)
-        _check_keys(inner, _SLICE, at, reading)
+        inner = mapping_at(item, at, reading)
+        check_keys(inner, _SLICE, at, reading)
         listed = _list(inner.get("sources"), (*at, "sources"), reading)
         found = [
             _source(own, (*at, "sources", k), reading, ranged=True) for k, own in enumerate(listed)
         ]
         sources = tuple(s for s in found if s is not None)
         _check_lengths(sources, at, reading)
-        base = _model(inner.get("base_model"), (*at, "base_model"), reading)
+        base = model_at(inner.get("base_model"), (*at, "base_model"), reading)
         own = _parameters(inner.get("parameters"), (*at, "parameters"), reading)
         slices.append(MergekitSlice(sources, base, own, at))
     return MergekitModule(tuple(slices), parameters, whole=False)
@@ -176,9 +176,9 @@ def _source(
 ) -> MergekitSource | None:
     if isinstance(value, str):
         value = {"model": value}
-    inner = _mapping(value, place, reading)
-    _check_keys(inner, _SOURCE if ranged else _MODEL, place, reading)
-    model = _model(inner.get("model"), (*place, "model"), reading)
+    inner = mapping_at(value, place, reading)
+    check_keys(inner, _SOURCE if ranged else _MODEL, place, reading)
+    model = model_at(inner.get("model"), (*place, "model"), reading)
     if "model" not in inner and inner:
         reading.fault("missing_key", "'model' is missing.", *place)
     layers = None
@@ -218,7 +218,7 @@ def _parameters(value: object, place: Location, reading: Reading) -> Settings:
     if value is None:
         return {}
     found: dict[str, Setting] = {}
-    for name, given in _mapping(value, place, reading).items():
+    for name, given in mapping_at(value, place, reading).items():
         setting = read_setting(given, (*place, str(name)), reading)
         if setting is not None:
             found[str(name)] = setting
@@ -246,7 +246,7 @@ def read_setting(value: object, place: Location, reading: Reading) -> Setting | 
 
 
 def _case(values: Mapping[str, Any], place: Location, reading: Reading) -> Case | None:
-    _check_keys(values, ("filter", "value"), place, reading)
+    check_keys(values, ("filter", "value"), place, reading)
     pattern = values.get("filter")
     if not (pattern is None or isinstance(pattern, str)):
         what = "must be a part of tensor names."
@@ -270,7 +270,8 @@ def _number(value: Any) -> Scalar:
     return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
 
 
-def _model(value: object, place: Location, reading: Reading) -> MergekitModel | None:
+def model_at(value: object, place: Location, reading: Reading) -> MergekitModel | None:
+    """Return the model that is named at a place; None without one, and where it is noted."""
     if value is None:
         return None
     found = read_model(value, reading.source, reading.stages)
@@ -293,9 +294,10 @@ def _dtype(value: object, key: str, reading: Reading) -> str | None:
     return None
 
 
-def _check_keys(
+def check_keys(
     values: Mapping[str, Any], known: Iterable[str], place: Location, reading: Reading
 ) -> None:
+    """Note keys that are not known, and those that mergekit passes over."""
     names = [str(key) for key in known]
     for key in values:
         text = str(key)
@@ -311,7 +313,8 @@ def _check_keys(
         reading.fault("unknown_key", f"unknown key '{text}'.", *place, text, next=hint)
 
 
-def _mapping(value: object, place: Location, reading: Reading) -> Mapping[str, Any]:
+def mapping_at(value: object, place: Location, reading: Reading) -> Mapping[str, Any]:
+    """Return what stands at a place; an empty mapping where it is none, which is noted."""
     if isinstance(value, Mapping):
         return cast("Mapping[str, Any]", value)
     reading.fault("not_a_mapping", "must be a mapping of keys.", *place, got=_shown(value))
