@@ -87,3 +87,63 @@ def test_three_experts_are_refused():
 def test_the_base_is_needed():
     with pytest.raises(MethodError, match="needs base"):
         merge_matrices("slerp", torch.ones(2, 2, 2))
+
+
+def nuslerp_of(first: Tensor, second: Tensor, t: float) -> Tensor:
+    """The formula on two vectors; a zero vector is orthogonal to all, as in mergekit."""
+    lengths = float(first.norm() * second.norm())
+    cosine = float(first @ second) / lengths if lengths else 0.0
+    angle = math.acos(max(-1.0, min(1.0, cosine)))
+    if 1 - cosine**2 <= 1e-12:
+        return (1 - t) * first + t * second
+    return (math.sin((1 - t) * angle) * first + math.sin(t * angle) * second) / math.sin(angle)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 0.9), (2.0, -0.5)])
+@pytest.mark.parametrize("vectors", ["tensor", "rows", "columns"])
+def test_nuslerp(weights, vectors):
+    first, second = FIRST.clone(), SECOND.clone()
+    first[1] = 0  # a zero row
+    second[2] = first[2]  # the same row twice
+    t = weights[1] / sum(weights)
+    merged = merge_matrices(
+        "nuslerp", torch.stack([first, second]), weights=weights, vectors=vectors
+    )
+    if vectors == "tensor":
+        expected = nuslerp_of(first.flatten(), second.flatten(), t).view_as(first)
+    elif vectors == "rows":
+        rows = zip(first, second, strict=True)
+        expected = torch.stack([nuslerp_of(a, b, t) for a, b in rows])
+    else:
+        columns = zip(first.T, second.T, strict=True)
+        expected = torch.stack([nuslerp_of(a, b, t) for a, b in columns]).T
+    assert torch.allclose(merged, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("vectors", ["tensor", "rows", "columns"])
+@pytest.mark.parametrize("shape", [(6,), (2, 3, 4)])
+def test_nuslerp_of_other_shapes(vectors, shape):
+    stack = torch.randn(2, *shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    merged = merge_matrices("nuslerp", stack, weights=(1, 2), vectors=vectors)
+    moved = stack if vectors != "columns" or len(shape) == 1 else stack.movedim(1, -1)
+    width = math.prod(shape) if vectors == "tensor" or len(shape) == 1 else moved.shape[-1]
+    pairs = zip(*moved.reshape(2, -1, width), strict=True)
+    expected = torch.stack([nuslerp_of(a, b, 2 / 3) for a, b in pairs]).view(moved.shape[1:])
+    expected = expected if moved is stack else expected.movedim(-1, 0)
+    assert torch.allclose(merged, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_nuslerp_of_weights_is_slerp():
+    stack = torch.stack([FIRST - BASE, SECOND - BASE])
+    merged = merge_matrices("nuslerp", stack, base=BASE, weights=(1, 3), space="weight")
+    assert torch.allclose(BASE + merged, slerp(FIRST, SECOND, t=0.75), rtol=1e-10)
+
+
+def test_nuslerp_of_opposite_vectors_is_a_straight_line():
+    merged = merge_matrices("nuslerp", torch.stack([FIRST, -FIRST]), weights=(1, 3))
+    assert torch.allclose(merged, -FIRST / 2, rtol=1e-10)
+
+
+def test_nuslerp_needs_a_sum():
+    with pytest.raises(MethodError, match="sum to zero"):
+        merge_matrices("nuslerp", torch.stack([FIRST, SECOND]), weights=(1, -1))

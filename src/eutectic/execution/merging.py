@@ -157,14 +157,19 @@ def _read_chunk(
     """Read one flat range of every expert as `[T, n]` deltas or weights, and of the base."""
     in_weights = holds_weight(planned)
     base = None
-    if not (in_weights and planned.scale == 1 and reads_no_base(planned, inputs)):
+    spared = in_weights and planned.scale == 1 and reads_no_base(planned, inputs)
+    if _takes_base(planned) or not spared:
         base = read_base(planned, inputs, start, stop)
     return read_stack(planned, inputs, (start, stop), base, in_weights), base
 
 
+def _takes_base(planned: TensorPlan) -> bool:
+    return "base" in get_method(planned.method).needs(planned.parameters)
+
+
 def _as_seen(planned: TensorPlan, stack: Tensor, base: Tensor | None) -> Tensor:
     """Return a chunk as the method gets it: after W₀ where it needs the base."""
-    if "base" not in get_method(planned.method).needs(planned.parameters):
+    if not _takes_base(planned):
         return stack
     assert base is not None
     return torch.cat([base.unsqueeze(0), stack])

@@ -44,13 +44,12 @@ def nearswap(deltas: Tensor, parameters: NearswapParameters, context: Context) -
 
 
 def _importance(inputs: Tensor, context: Context) -> Tensor:
-    """Return |Δ| · KL(softmax(W_0 + Δ) ‖ softmax(W_0)) row by row, from rows W_0, Δ `[2, n]`."""
-    base, delta = (x.reshape(-1, context.row_width).double() for x in inputs)
-    p = (base + delta).softmax(-1) + EPS
-    q = base.softmax(-1) + EPS
+    """Return |W_1 − W₀| · KL(softmax(W_1) ‖ softmax(W₀)) row by row, from W₀, W_1 `[2, n]`."""
+    base, weight = (x.reshape(-1, context.row_width) for x in inputs)
+    p, q = weight.softmax(-1) + EPS, base.softmax(-1) + EPS
     # Gibbs' inequality holds with the constant in both; rounding alone makes it negative.
     divergence = (p * (p / q).log()).sum(-1, keepdim=True).clamp_min(0)
-    return (delta.abs() * divergence).to(inputs.dtype).flatten()
+    return ((weight - base).abs() * divergence).flatten()
 
 
 def _threshold(chunks: Chunks, parameters: Parameters, context: Context) -> float:
@@ -74,21 +73,29 @@ def _threshold(chunks: Chunks, parameters: Parameters, context: Context) -> floa
     summary="One expert's delta where it matters most: size times divergence of its row.",
     paper="Arcee's MergeKit: a toolkit for merging large language models, arXiv 2403.13257",
     laws={"permutation", "zero"},
-    takes=Takes(elementwise=True, rows=True, experts=(1, 1), needs=always(frozenset({"base"}))),
+    takes=Takes(
+        elementwise=True,
+        rows=True,
+        space=always("weight"),
+        experts=(1, 1),
+        needs=always(frozenset({"base"})),
+    ),
     rules=Rules(prepare=_threshold),
 )
 def arcee_fusion(inputs: Tensor, parameters: Parameters, context: Context) -> Tensor:
-    """Return w_1 · m ⊙ Δ_1, m keeping entries whose importance is far above the median's.
+    """Return W₀ + w_1 · m ⊙ Δ_1, m keeping entries whose importance is far above the median's.
 
     The importance of an entry is |Δ_1| times the Kullback-Leibler divergence between the softmax
     of its row in the expert and in the base; kept is what reaches the median plus 1.5 times the
     interquartile range, over the tensor. Rows are those of the last dimension as the file lays it
     out; a vector is one row.
 
-    Shapes: `[2, *shape]`, W₀ before Δ_1, -> `[*shape]`. Cost: three passes. Zero deltas give zero.
+    Shapes: `[2, *shape]`, W₀ before W_1, -> `[*shape]`. Cost: three passes. Zero deltas give zero.
 
     Deviations from the source: quartiles are exact (mergekit samples a million entries of larger
     tensors, at random).
     """
     kept = _importance(inputs, context) >= context.state
-    return torch.where(kept.view(inputs.shape[1:]), inputs[1], 0) * context.weights[0]
+    base, weight = inputs
+    kept = kept.view(base.shape)
+    return base + torch.where(kept, weight - base, 0) * context.weights[0]

@@ -125,7 +125,7 @@ class Takes:
     Attributes:
         elementwise: each output entry depends on the same entry of the deltas and on `prepare`'s
             state alone: it treats tensors of any shape, and the engine runs it in chunks. One that
-            needs the base gets W₀ before the deltas: chunks are `[1 + T, n]`.
+            needs the base gets W₀ before the deltas or weights: chunks are `[1 + T, n]`.
         rows: each output entry of an element-wise method also depends on the rest of its row (the
             last dimension), so chunks are whole rows.
         vectors: it has a rule of its own for 1-D parameters (element-wise methods always do);

@@ -52,7 +52,7 @@ def _merge(
     total, share = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
     for x, mine, w, factor in zip(deltas, changed, context.weights, amplified, strict=True):
         own = torch.where(mine, x, 0)
-        total += own * torch.where(alone, w * factor, w)
+        total += torch.where(alone, own * (w * factor), own * w)
         share += mine.to(x.dtype) * w
     return total.div_(torch.where(share == 0, 1, share))
 
@@ -85,7 +85,7 @@ def _prepare(
         shared = shared + (changed & (count > 1)).sum(1).cpu()
         unique = unique + (changed & (count == 1)).sum(1).cpu()
     # An expert without unique changes has nothing to amplify.
-    ratio = shared / unique.clamp_min(1)
+    ratio = shared.double() / unique.clamp_min(1)
     return tuple((1 + parameters.r * ratio.clamp(0, parameters.alpha)).tolist())
 
 
