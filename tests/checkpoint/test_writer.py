@@ -20,8 +20,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eutectic.checkpoint.index import open_index
-from eutectic.checkpoint.writer import CheckpointWriter, OutputFile, write_atomically
-from eutectic.errors import CheckpointError, OutputError, ResumeError
+from eutectic.checkpoint.writer import (
+    CheckpointWriter,
+    OutputFile,
+    check_replaced,
+    write_atomically,
+)
+from eutectic.errors import CheckpointError, OutputError, RequestError, ResumeError
 from helpers.processes import run_code
 
 from .helpers import same_bytes
@@ -320,3 +325,20 @@ def test_atomic_write_leaves_the_old_file_on_failure(
     with pytest.raises(OutputError):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes a pipe")
+def test_json_is_written_over_its_own_kind_alone(tmp_path: Path) -> None:
+    path = tmp_path / "out.json"
+    check_replaced(path, {"a"}, "the record")
+    for content in ("", '{"a": 1, "b": 2}'):
+        path.write_text(content)
+        check_replaced(path, {"a"}, "the record")
+    path.write_text('{"b": 2}')
+    with pytest.raises(RequestError, match="the record would be written there, and it holds"):
+        check_replaced(path, {"a"}, "the record")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RequestError, match="is a pipe or a device"):
+        check_replaced(tmp_path / "pipe", {"a"}, "the record")
+    with pytest.raises(RequestError, match="is a folder"):
+        check_replaced(tmp_path, {"a"}, "the record")

@@ -326,6 +326,26 @@ def test_an_input_that_changes_is_noticed_before_the_model_gets_its_name(
     assert not eutectic.merge(**request_, restart=True).resumed
 
 
+def test_a_pickle_that_is_cut_off_while_it_is_read(
+    request_: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is read by positions, never mapped: a cut ends the merge, not the process."""
+    folder = Path(request_["base"]).parent / "b"
+    tensors = load_file(folder / "model.safetensors")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    add = Journal.add
+
+    def meanwhile(self: Journal, stage: str, tensor: str, finished: Any) -> None:
+        add(self, stage, tensor, finished)
+        os.truncate(folder / "pytorch_model.bin", 300)
+
+    monkeypatch.setattr(Journal, "add", meanwhile)
+    with pytest.raises(CheckpointError, match="pytorch_model.bin"):
+        eutectic.merge(**request_, threads=1)
+    assert not request_["output"].exists()
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "vocab.txt"])
 @pytest.mark.parametrize(("folder", "called"), [("base", "the base"), ("b", "expert 'b'")])
 def test_a_side_file_that_changes_is_noticed_before_the_model_gets_its_name(

@@ -48,6 +48,19 @@ def test_of_modeling_modules_models_are_taken_and_nothing_else(tmp_path: Path):
     assert not taken & {"LxmertVisualFeatureEncoder", "MODEL_FOR_CAUSAL_LM_MAPPING", "AutoModel"}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore")  # of modules that transformers is about to drop
+def test_of_all_that_transformers_has_models_are_taken_and_nothing_else(tmp_path: Path):
+    taken = {name for name in transformers.__all__ if is_taken(name, tmp_path)}
+    parent: Any = transformers.PreTrainedModel
+    modelling = [n for n in transformers.__all__ if ".modeling_" in HOMES.get(n, "")]
+    kinds = {name: getattr(transformers, name) for name in modelling}
+    models = {n for n, k in kinds.items() if isinstance(k, type) and issubclass(k, parent)}
+    assert taken == models - {"PreTrainedModel"}
+    assert len(taken) > 1500
+
+
 def write(folder: Path, file: str, **content: Any) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / file).write_text(json.dumps(content))

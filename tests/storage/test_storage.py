@@ -149,6 +149,19 @@ def test_a_file_is_replaced_at_the_end_or_not_at_all(storage: Storage, tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes a pipe")
+def test_what_is_no_regular_file_is_not_replaced(storage: Storage, tmp_path: Path) -> None:
+    pipe, file = tmp_path / "pipe", tmp_path / "a"
+    os.mkfifo(pipe)
+    file.write_text("x")
+    with pytest.raises(OSError, match="no regular file"), storage.replacing(pipe):
+        raise AssertionError("was opened")
+    for share in (False, True):
+        with pytest.raises(OSError, match="no regular file"):
+            storage.copy(file, pipe, share=share)
+    assert pipe.is_fifo()
+
+
 def test_a_file_grows(storage: Storage, tmp_path: Path) -> None:
     file = tmp_path / "new/a"
     grown = storage.append(file)

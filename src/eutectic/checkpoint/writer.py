@@ -230,8 +230,11 @@ def check_replaced(path: Path, keys: Set[str], what: str) -> None:
 
     It may replace an earlier file of the same kind, which has these keys.
     """
-    if path.is_dir() or (path.is_file() and path.stat().st_size and not _has_keys(path, keys)):
-        kind = "is a folder" if path.is_dir() else "holds something else"
+    odd = path.exists() and not path.is_file()
+    if odd or (path.is_file() and path.stat().st_size and not _has_keys(path, keys)):
+        kind = "holds something else"
+        if odd:
+            kind = "is a folder" if path.is_dir() else "is a pipe or a device, no regular file"
         raise RequestError(
             f"{path}: {what} would be written there, and it {kind}.\nChoose another name."
         )

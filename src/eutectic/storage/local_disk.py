@@ -70,6 +70,8 @@ class LocalDisk(Storage):
     def replacing(self, file: Path) -> Iterator[BinaryIO]:
         """Write under another name beside `file`, and rename when it is on the disk."""
         announce(file)
+        if file.exists() and not file.is_file():  # the rename would put a file in its place
+            raise OSError(errno.EINVAL, "exists and is no regular file", str(file))
         # The process is part of the name: two that write the same file do not mix their bytes.
         aside = file.with_name(f".{file.name}.{os.getpid()}{_UNFINISHED}")
         try:
@@ -90,6 +92,8 @@ class LocalDisk(Storage):
     def copy(self, source: Path, target: Path, *, share: bool = False) -> None:
         """Copy a file, links followed; with `share`, make a hard link where that is possible."""
         announce(target)
+        if target.exists() and not target.is_file():
+            raise OSError(errno.EINVAL, "exists and is no regular file", str(target))
         target.parent.mkdir(parents=True, exist_ok=True)
         if share:
             target.unlink(missing_ok=True)
