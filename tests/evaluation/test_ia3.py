@@ -54,9 +54,6 @@ def test_merges_and_sweeps_of_vectors_are_evaluated(tmp_path: Path):
     )
     named = [c.name for c in results.checkpoints]
     assert named == ["base", "a", "merged", "mixed/0", "mixed/0.5", "mixed/1"]
-    search = {"search": "divergence", "tasks": str(tasks)}
-    with pytest.raises(eutectic.EutecticError, match="measure them with `eutectic evaluate`"):
-        eutectic.tune(search=search, **options)
 
 
 def _merged(tmp_path: Path, base: Path, experts: dict[str, Path]) -> Path:

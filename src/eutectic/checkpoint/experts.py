@@ -70,29 +70,46 @@ def fingerprint_of(path: Path, base: Path | None = None) -> str:
         return reader.fingerprint()
 
 
-def scaling_vectors(path: Path) -> dict[str, Tensor]:
-    """Return what the weights of a base are multiplied with by an (IA)³ adapter, by their names.
+def scaling_vectors(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what an (IA)³ adapter multiplies a base's tensors with, and what it replaces.
+
+    Both by the base's names, see `applied_vectors`.
+    """
+    index, source = _open_ia3(path)
+    with closing(source):
+        tensors = {name: source.read(name).view(e.shape) for name, e in index.entries.items()}
+    return applied_vectors(tensors, turned=is_turned(path))
+
+
+def is_turned(path: Path) -> bool:
+    """Return whether an adapter's layers keep their weights as `[in, out]`."""
+    return bool(read_json_object(path / ADAPTER_CONFIG).get("fan_in_fan_out"))
+
+
+def applied_vectors(
+    tensors: Mapping[str, Tensor], *, turned: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the factors of a base's tensors, and the tensors that modules saved in full replace.
 
     A vector has one row or one column, so that it scales inputs or outputs of the weight as stored;
     where outputs are scaled, those of the bias are too, as in PEFT.
+
+    Args:
+        tensors: of an adapter, by the names that PEFT gives them in files.
+        turned: weights are stored as `[in, out]`.
     """
-    turned = bool(read_json_object(path / ADAPTER_CONFIG).get("fan_in_fan_out"))
-    index, source = _open_ia3(path)
-    found: dict[str, Tensor] = {}
-    with closing(source):
-        others = index.entries.keys() - _ia3_vectors(index).keys()
-        if others:
-            raise CheckpointError(
-                f"{path}: an (IA)³ adapter that also holds {sorted(others)[0]} cannot be run.\n"
-                "Merge it into its base first: merge_and_unload of peft."
-            )
-        for name, shape in _ia3_vectors(index).items():
-            module = name.removeprefix(PEFT_ROOT).removesuffix(IA3_SUFFIX)
-            vector = source.read(name).view(shape)
-            if shape[0] > 1:
-                found[f"{module}.bias"] = vector.view(-1)
-            found[f"{module}.weight"] = vector.mT if turned else vector
-    return found
+    vectors: dict[str, Tensor] = {}
+    saved: dict[str, Tensor] = {}
+    for name, values in tensors.items():
+        module = name.removeprefix(PEFT_ROOT)
+        if not name.endswith(IA3_SUFFIX):
+            saved[module] = values
+            continue
+        module = module.removesuffix(IA3_SUFFIX)
+        if values.shape[0] > 1:
+            vectors[f"{module}.bias"] = values.view(-1)
+        vectors[f"{module}.weight"] = values.mT if turned else values
+    return vectors, saved
 
 
 def is_ia3(path: Path) -> bool:

@@ -89,15 +89,19 @@ def _method(report: "MergeReport") -> str:
 
 def _sweep(recipe: Path | None, weights: list[float], options: dict[str, Any], json: bool) -> None:
     from eutectic.execution.run import mixture_name, sweep
+    from eutectic.tuning.entry import choose_scale
 
-    reports = sweep(recipe, mixtures=weights, **options)
+    reports = sweep(recipe, mixtures=weights, choose=choose_scale, **options)
     notes = dict.fromkeys(note for report in reports.values() for note in report.note_records)
     tell_notes(notes, warnings_only=True)
     if json:
         print_json({str(value): dataclasses.asdict(report) for value, report in reports.items()})
         return
     for value in weights:
-        state = f"{reports[value].seconds:.1f} s" if value in reports else "was finished"
+        state = "was finished"
+        if value in reports:
+            searched = f"  α = {reports[value].scale:g}" if reports[value].search else ""
+            state = f"{reports[value].seconds:.1f} s{searched}"
         name = mixture_name(value)
         text = f"λ = {name:<5} {options['output'] / name}  {state}"
         out.print(text, highlight=False, soft_wrap=True)

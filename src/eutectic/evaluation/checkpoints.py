@@ -128,6 +128,8 @@ class Checkpoints:
         else:
             folders = (checkpoint.folder, lender)
         known = [found for folder in folders if (found := _classes(folder))]
+        if not known and any(f is not None and is_adapter(f) for f in folders):
+            known = [found] if (found := _classes(self.base)) else []  # whose head it adapts
         if not known:
             return {}
         says_names = (k for k in known if any(n != f"LABEL_{i}" for n, i in k.items()))

@@ -259,6 +259,7 @@ def sweep(
     threads: int | None = None,
     memory: str | int | None = None,
     restart: bool = False,
+    choose: Chooser | None = None,
     **options: Any,
 ) -> dict[float, MergeReport]:
     """Merge two experts with weights λ and 1 − λ for every λ of `mixtures`.
@@ -266,6 +267,7 @@ def sweep(
     The setting of arXiv 2312.04339 in which one expert is wanted and the other, fine-tuned on an
     intermediate task, helps. Each merge goes to `output/<λ>`, see `mixture_name`; finished ones of
     the same request are kept, and left out of what is returned, so a killed sweep continues.
+    Where the recipe asks for a search of α, `choose` finds one for every λ.
     """
     checked, _ = recipe_from(recipe, options)
     if len(checked.experts) != 2:
@@ -287,7 +289,12 @@ def sweep(
                 check_same(folder, mixed)
                 continue
             reports[value] = merge(
-                mixed, output=folder, threads=threads, memory=memory, restart=restart
+                mixed,
+                output=folder,
+                threads=threads,
+                memory=memory,
+                restart=restart,
+                choose=choose,
             )
     return reports
 

@@ -143,15 +143,15 @@ def checkpoint_tensors(folder: str | Path, base: str | Path | None = None) -> di
 
 
 def _scaled(state: Mapping[str, Tensor], adapter: Path) -> dict[str, Tensor]:
-    """Return the tensors that an (IA)³ adapter multiplies, multiplied."""
-    vectors = scaling_vectors(adapter)
+    """Return the tensors that an (IA)³ adapter multiplies, multiplied, and its own."""
+    vectors, saved = scaling_vectors(adapter)
     unknown = [n for n in vectors if n not in state and not n.endswith(".bias")]
     if unknown:
         raise CheckpointError(
             f"{adapter}: its base holds no {unknown[0]}.\n"
             "Name the base that the adapter was trained on, with the same class."
         )
-    return {name: state[name] * vectors[name] for name in vectors if name in state}
+    return saved | {name: state[name] * vectors[name] for name in vectors if name in state}
 
 
 def head_tensors(

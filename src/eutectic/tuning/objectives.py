@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from eutectic.checkpoint.experts import is_ia3
 from eutectic.conventions_patterns import fits
-from eutectic.errors import Note, NumericalError, RequestError
+from eutectic.errors import Note, NumericalError
 from eutectic.evaluation.metrics import LOWER_IS_BETTER
 from eutectic.evaluation.model_outputs import score
 from eutectic.execution.journal import Ledger
@@ -22,10 +21,10 @@ from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.recipes.schema import ScaleSearch
 from eutectic.tuning.divergence import feature_distance, kl_divergence
-from eutectic.tuning.inplace import Lazily, round_tensors, set_scale, share_bodies
+from eutectic.tuning.inplace import round_tensors, share_bodies
+from eutectic.tuning.putting import common_shapes, is_of_vectors, putting
 from eutectic.tuning.search import Measured, plain_parts, search_scale
 from eutectic.tuning.search_tasks import TuningTask, lent_heads, open_tasks
-from eutectic.types import Treatment
 
 STAGE = "scale"  # of measurements in the journal
 Measure = Callable[[TuningTask, Any, Any], tuple[float, float]]
@@ -50,12 +49,6 @@ def prepare_objective(
     `opened` keeps tasks and the experts' outputs: searches for several methods, which have base
     and experts in common, read them once.
     """
-    paths = inputs.paths
-    if paths is not None and paths.experts and all(map(is_ia3, paths.experts.values())):
-        raise RequestError(
-            "merges of (IA)³ vectors are scaled without a model: a search over data has none to "
-            "run.\nMerge at some scales (--scale) and measure them with `eutectic evaluate`."
-        )
     opened = opened or Opened()
     tasks, key = tasks_of(search, plan, inputs, opened)
     idle = [name for name in inputs.experts if name not in {t.expert for t in tasks}]
@@ -173,22 +166,11 @@ def _objective(
     tasks: list[TuningTask], references: Mapping[str, Any], measure: Measure, unscaled: Unscaled
 ) -> Callable[[float], Measured]:
     """Return α -> mean over tasks, in models that are loaded now."""
-    merged = {t.name: t for t in unscaled.plan.merged}
-    dtypes = {name: t.dtype for name, t in merged.items()}
-    base = Lazily(merged, lambda name: unscaled.base(merged[name]))
-    tunable = [name for name, t in merged.items() if t.tunable]
-    deltas = Lazily(tunable, lambda name: unscaled.delta(merged[name]))
     models = _load_bodies(tasks, unscaled)
-    parts = share_bodies(models, _body_shapes(tasks, unscaled.plan))
-    for model, keys in parts:
-        for name, fixed in merged.items():
-            if not fixed.tunable:  # a rule names its α
-                delta = {name: unscaled.delta(fixed)}
-                set_scale(model, base, delta, fixed.scale, keys=keys, dtypes=dtypes)
+    put = putting(unscaled, share_bodies(models, _body_shapes(tasks, unscaled)))
 
     def objective(scale: float) -> Measured:
-        for model, keys in parts:
-            set_scale(model, base, deltas, scale, keys=keys, dtypes=dtypes)
+        put(scale)
         found: dict[str, float] = {}
         values: list[float] = []
         for task, model in zip(tasks, models, strict=True):
@@ -215,15 +197,15 @@ def _load_bodies(tasks: list[TuningTask], unscaled: Unscaled) -> list[nn.Module]
             bare[pooler] = bare.get(pooler) or task.body_model(unscaled.inputs)
             models.append(bare[pooler])
     dtype = unscaled.plan.output.dtype
-    if dtype is not None:
+    if dtype is not None and not is_of_vectors(unscaled.inputs):
         for model in {id(m): m for m in models}.values():
             round_tensors(model, dtype)
     return models
 
 
-def _body_shapes(tasks: list[TuningTask], plan: Plan) -> list[dict[str, tuple[int, ...]]]:
+def _body_shapes(tasks: list[TuningTask], unscaled: Unscaled) -> list[dict[str, tuple[int, ...]]]:
     """Return what is common to all models; what the plan keeps per expert is not."""
-    common = {t.name: t.shape for t in plan.tensors if t.treatment is not Treatment.HEAD}
+    common = common_shapes(unscaled)
     return [
         {k: s for k, s in common.items() if not any(fits(k, p) for p in t.task.head_tensors)}
         for t in tasks

@@ -24,6 +24,7 @@ from eutectic.models.zero_shot import is_whole
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.recipes.schema import ScaleSearch
+from eutectic.tuning.putting import base_folder
 from eutectic.types import Treatment
 
 Split = Literal["proxy", "validation"]
@@ -59,11 +60,11 @@ class TuningTask:
 
     def expert_model(self, inputs: Inputs) -> nn.Module:
         """Load the expert itself."""
-        return load_model(_expert(inputs, self.expert), self.task, base=_base(inputs))
+        return load_model(_expert(inputs, self.expert), self.task, base=base_folder(inputs))
 
     def body_model(self, inputs: Inputs) -> nn.Module:
         """Load the base with the expert's head, for deltas to be added to its body."""
-        base, expert = _base(inputs), _expert(inputs, self.expert)
+        base, expert = base_folder(inputs), _expert(inputs, self.expert)
         return load_model(base, self.task, base=base, expert=expert)
 
     def described(self) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def _fault(task: Task, split: str, search: ScaleSearch, inputs: Inputs) -> str |
         )
     if split not in task.data:
         return f"  - task '{task.name}' has no split '{split}'; it has {', '.join(task.data)}."
-    if task.kind == ZERO_SHOT and not is_whole(_base(inputs)):
+    if task.kind == ZERO_SHOT and not is_whole(base_folder(inputs)):
         return (
             f"  - task '{task.name}' ({task.kind}) needs a base with both towers, and the base "
             "has that of pictures alone."
@@ -148,7 +149,7 @@ def _fault(task: Task, split: str, search: ScaleSearch, inputs: Inputs) -> str |
 
 def _encoded(task: Task, split: Split, inputs: Inputs) -> tuple[Prepared, str]:
     """Return the split as `evaluate` encodes it for the base, and a hash of what else is read."""
-    base, expert = _base(inputs), _expert(inputs, task.expert_name)
+    base, expert = base_folder(inputs), _expert(inputs, task.expert_name)
     body = Checkpoint("base", "base", base)
     own = Checkpoint(task.expert_name, "expert", expert)
     sources = Checkpoints(base, {task.expert_name: expert}, (body, own))
@@ -171,11 +172,6 @@ def _encoded(task: Task, split: Split, inputs: Inputs) -> tuple[Prepared, str]:
 def _in_order(labels: Mapping[str, int]) -> str:
     names = [name for name in labels if not name.isdecimal()]
     return ", ".join(sorted(names, key=lambda name: labels[name]))
-
-
-def _base(inputs: Inputs) -> Path:
-    assert inputs.index is not None  # only merges from files search
-    return inputs.index.folder
 
 
 def _expert(inputs: Inputs, name: str) -> Path:
