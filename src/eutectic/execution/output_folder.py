@@ -167,7 +167,7 @@ def _write(
     plan: Plan,
     model: Path,
     inputs: Inputs,
-    journal: Ledger,
+    journal: "Journal | _Hashed",
     identities: tuple[str, _Identities],
     search: Mapping[str, Any] | None,
 ) -> tuple[Note, ...]:
@@ -234,9 +234,18 @@ def unscaled_identity(plan: Plan, inputs: Inputs) -> str:
 
 
 class _Hashed(Ledger):
-    """What is finished of a model that is written in one go: hashed, but kept in memory only."""
+    """What is finished of a model that is written in one go: hashed, but kept in memory only.
+
+    Its folder is removed afterwards, whatever it holds: nobody looks after files of others there.
+    """
 
     durable = True
+
+    def will_write(self, file: Path) -> None:
+        """Take note of nothing."""
+
+    def check_files(self) -> None:
+        """Check nothing."""
 
 
 def write_model(plan: Plan, unscaled: Unscaled, folder: Path) -> Plan:
