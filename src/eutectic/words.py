@@ -332,6 +332,9 @@ SENTENCES: dict[str, Template] = {
         f"the tables have {numbers['rows']:,} rows, but the configuration names tokens beyond: "
         + ", ".join(f"{key} {numbers['named'][key]:,}" for key in names)
     ),
+    "gguf_tokenizer": (
+        "the tokenizer of the GGUF file could not be converted ({reason}): put one beside the model"
+    ),
     "template": "chat template: that of {all}, which most of the models have",
     "no_template": "no model has a chat template, so that there is none to choose",
     "mixed_classes": _mixed_classes,

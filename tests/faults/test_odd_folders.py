@@ -273,7 +273,7 @@ ODD: dict[str, tuple[Build, tuple[str, ...]]] = {
         ("adapter_model.safetensors is missing", "Complete the download"),
     ),
     # formats
-    "gguf": (put("model-Q4.gguf", content=b"GGUF"), ("GGUF", "gguf_file")),
+    "gguf": (put("model-Q4.gguf", content=b"GGUF"), ("no readable GGUF file", "that it was made from")),
     "gguf-renamed": (put("model.bin", content=b"GGUF\3\0\0\0\xff"), ("a GGUF file",)),
     "onnx": (put("model.onnx"), ("ONNX", "the checkpoint that it was exported from")),
     "tensorflow": (put("tf_model.h5"), ("TensorFlow", "from_tf=True")),
@@ -375,7 +375,7 @@ def test_a_shard_by_its_own_name(place: Path) -> None:
 
 def test_files_of_other_formats_by_their_own_name(place: Path) -> None:
     (place / "odd/model.gguf").write_bytes(b"GGUF")
-    refused(place, place / "base", place / "odd/model.gguf", "not a weight file", "gguf_file")
+    refused(place, place / "base", place / "odd/model.gguf", "no readable GGUF file", "ends early")
 
 
 def test_the_folder_of_an_unfinished_merge(place: Path) -> None:

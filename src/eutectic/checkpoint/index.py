@@ -1,10 +1,14 @@
 """The table of a checkpoint's tensors, from headers only."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from eutectic.checkpoint.gguf_file import SUFFIX as GGUF_SUFFIX
+from eutectic.checkpoint.gguf_file import GgufHeader, read_gguf
 from eutectic.checkpoint.header import TensorEntry, looks_like_safetensors, read_header
 from eutectic.checkpoint.module_folders import MODULES_NAME, ModuleFolder, module_folders
 from eutectic.checkpoint.names import check_inside
@@ -26,6 +30,9 @@ from eutectic.checkpoint.weight_files import (
 from eutectic.conventions import adapter_keys
 from eutectic.errors import CheckpointError, Note
 from eutectic.words import few
+
+if TYPE_CHECKING:
+    from eutectic.checkpoint.quantised.gguf import GgufTable
 
 __all__ = [
     "PICKLE_SUFFIXES",
@@ -52,6 +59,7 @@ class CheckpointIndex:
     skipped: tuple[str, ...] = ()  # "name (type)" of what is no tensor in torch pickles
     notes: tuple[Note, ...] = ()  # what is unusual in its files
     modules: tuple[ModuleFolder, ...] = ()  # those with weights, of a checkpoint in several folders
+    gguf: GgufTable | None = None  # what the entries mean, where the files are GGUF
 
     def module_of(self, file: str) -> ModuleFolder:
         """Return the module that a weight file belongs to; the checkpoint itself where it is one.
@@ -164,7 +172,7 @@ def _open_one(path: Path) -> CheckpointIndex:
         folder, found = path, weights_in(path)
     else:
         folder, found = path.parent, path.name
-        if not found.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX)):
+        if not found.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX, GGUF_SUFFIX)):
             if (other := by_names(folder, [found])) is not None:
                 raise CheckpointError(f"{path}: not a weight file: {other.what}.\n{other.next}")
             raise CheckpointError(
@@ -173,6 +181,10 @@ def _open_one(path: Path) -> CheckpointIndex:
             )
         check_whole(path)
     config = read_json_object(folder / "config.json") if (folder / "config.json").exists() else {}
+    named = found.names if isinstance(found, Shards) else (found,)
+    if all(name.endswith(GGUF_SUFFIX) for name in named):
+        real = path if path.is_file() else None
+        return _gguf(folder, named, config, real)
     if isinstance(found, Shards):
         index = _unlisted(folder, found.names, config)
     elif found.endswith(INDEX_SUFFIX):
@@ -188,6 +200,26 @@ def _open_one(path: Path) -> CheckpointIndex:
         )
     _refuse_oddities(index)
     return index
+
+
+def _gguf(
+    folder: Path, names: Sequence[str], config: Mapping[str, Any], real: Path | None
+) -> CheckpointIndex:
+    """Return the table of GGUF files; the settings of several stand in the first."""
+    from eutectic.checkpoint.quantised.gguf import joined, table_of
+
+    paths = [real or check_inside(folder, name) for name in names]
+    headers = [read_gguf(path) for path in paths]
+    settings = headers[0].settings
+    table = joined(
+        [
+            table_of(GgufHeader(settings, header.tensors), path, name)
+            for header, path, name in zip(headers, paths, names, strict=True)
+        ]
+    )
+    entries = {entry.name: entry for entry in table.entries}
+    stated = config or table.config
+    return CheckpointIndex(folder, entries, tuple(names), config=stated, gguf=table)
 
 
 def _refuse_oddities(index: CheckpointIndex) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from eutectic.checkpoint.gguf_file import SUFFIX as GGUF_SUFFIX
 from eutectic.checkpoint.hub import HubId, download, hub_id, listed_on_hub, no_folder
 from eutectic.checkpoint.module_folders import MODULES_NAME
 from eutectic.checkpoint.odd_files import command
@@ -67,7 +68,7 @@ def locate(path_or_id: str | Path, *, revision: str | None = None, full: bool = 
     if text and path.exists():
         return _in_folder(path, text, full) if path.is_dir() else _of_file(path)
     found = hub_id(text, revision)
-    if found is None or path.suffix in WEIGHT_SUFFIXES:
+    if found is None or path.suffix in (*WEIGHT_SUFFIXES, GGUF_SUFFIX):
         raise CheckpointError(
             f"'{text}': no such file or folder, and not a model on the hub either "
             "('name', 'org/name', 'org/name@revision', 'org/name/folder')."

@@ -6,13 +6,14 @@ from typing import Any
 
 from eutectic.checkpoint.index import CheckpointIndex, open_index, read_json_object
 from eutectic.checkpoint.quantised.reader import QuantisedReader, QuantisedTensors
-from eutectic.checkpoint.quantised.recognition import recognise, stated_by
+from eutectic.checkpoint.quantised.recognition import Recognised, recognise, stated_by
 from eutectic.checkpoint.reader import (
     CheckpointReader,
     CheckpointSource,
     StateDictReader,
     TensorSource,
 )
+from eutectic.errors import Note
 
 
 def open_reader(path: Path | CheckpointIndex) -> CheckpointSource:
@@ -25,6 +26,10 @@ def open_reader(path: Path | CheckpointIndex) -> CheckpointSource:
     """
     index = path if isinstance(path, CheckpointIndex) else open_index(path)
     reader = CheckpointReader(index)
+    if index.gguf is not None:
+        kinds = index.gguf.kinds
+        notes = (Note("dequantised", numbers={"kinds": dict(kinds)}),) if kinds else ()
+        return QuantisedReader(reader, Recognised(index.gguf.codes, frozenset(), notes))
     try:
         found = recognise(reader.entries, index.config, reader.read, str(path_of(index)))
     except BaseException:
@@ -49,6 +54,8 @@ def is_stated_quantised(folder: Path) -> bool:
 
 def path_of(index: CheckpointIndex) -> Path:
     """Return what a user would name to open a checkpoint: its folder, or its only file."""
+    if index.gguf is not None and len(index.files) == 1:
+        return index.folder / index.files[0]
     whole = index.weight_index is not None or index.config
     return index.folder if whole else index.folder / index.files[0]
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from eutectic.checkpoint.gguf_file import SUFFIX as GGUF_SUFFIX
 from eutectic.checkpoint.index import PICKLE_SUFFIXES, CheckpointIndex
 from eutectic.checkpoint.module_folders import ModuleFolder
 from eutectic.checkpoint.writer import CheckpointWriter, OutputFile, write_atomically
@@ -140,7 +141,7 @@ class LaidOutLikeBase(OutputFormat):
         """Return weight file of the base -> name of the safetensors file in its place."""
         names = {file: file for file in files}
         for place, own in in_folders(files, str).items():
-            if any(file.endswith(PICKLE_SUFFIXES) for file in own):
+            if any(file.endswith((*PICKLE_SUFFIXES, GGUF_SUFFIX)) for file in own):
                 for i, file in enumerate(own, start=1):
                     single = _SAFE_NAMES.get(file.rpartition("/")[2], SINGLE_NAME)
                     name = single if len(own) == 1 else shard_name(i, len(own))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eutectic.checkpoint.gguf_file import SUFFIX as GGUF_SUFFIX
 from eutectic.checkpoint.names import check_inside, check_plain_name
 from eutectic.checkpoint.odd_files import is_pointer, pointer, start_of
 from eutectic.checkpoint.odd_folders import by_names, is_piece, unfinished
@@ -48,6 +49,7 @@ def weights_in(folder: Path) -> str | Shards:
         for usual, suffixes in (
             ("model.safetensors", (".safetensors",)),
             ("pytorch_model.bin", PICKLE_SUFFIXES),
+            ("model.gguf", (GGUF_SUFFIX,)),
         ):
             if (chosen := _choose(folder, own, usual, suffixes)) is not None:
                 return chosen

@@ -20,6 +20,7 @@ from eutectic.checkpoint.writer import OutputFile, write_atomically
 from eutectic.conventions_ties import is_tied, with_tie
 from eutectic.errors import Note, OutputError
 from eutectic.execution.expert_folders import write_expert_folders
+from eutectic.execution.gguf_side_files import write_from_gguf
 from eutectic.execution.model_card import PROVENANCE, card, licence_of
 from eutectic.execution.model_vocabulary import check_vocabulary, write_vocabulary
 from eutectic.execution.tasks import Finished
@@ -121,6 +122,7 @@ def write_folder(
     assert index is not None
     layout.format.finish(model, layout.files)
     _copy_side_files(plan, inputs, index, model)
+    told = write_from_gguf(index, model)
     if layout.files[0].name == WEIGHT_NAMES[0]:  # (IA)³ vectors: the output is an adapter again
         copy_side_files(_donor(plan, inputs, index), model, [ADAPTER_CONFIG])
     write_expert_folders(plan, inputs, model, layout)
@@ -142,7 +144,7 @@ def write_folder(
     write_atomically(model / "README.md", card(provenance).encode())
     text = json.dumps({**provenance, "records": dict(records)}, indent=1, ensure_ascii=False)
     write_atomically(model / PROVENANCE, (text + "\n").encode())
-    return check_vocabulary(model, home, layout.files)
+    return (*told, *check_vocabulary(model, home, layout.files))
 
 
 def _donor(plan: Plan, inputs: Inputs, index: CheckpointIndex) -> Path:

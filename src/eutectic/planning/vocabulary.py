@@ -96,6 +96,8 @@ def _find(recipe: Recipe, inputs: Inputs, document: Document) -> Found:
     for name, folder in folders.items():
         try:
             models[name] = None if folder is None else read_tokens(folder)
+            if models[name] is None and name != policy.model:
+                models[name] = _of_gguf(name, inputs)
         except CheckpointError as error:
             whose = "base" if name == BASE else f"expert '{name}'"
             faults.append(Fault("unusable_tokenizer", str(error), whose, line))
@@ -189,6 +191,18 @@ def _folders(inputs: Inputs) -> Iterator[tuple[str, Path | None]]:
     for name, expert in _experts(inputs):
         own = getattr(expert.source, "index", None)
         yield name, None if expert.folder is None else _tokenizer_folder(expert.folder, own)
+
+
+def _of_gguf(name: str, inputs: Inputs) -> Tokens | None:
+    """Return the tokens that a GGUF file lists itself."""
+    index = inputs.index
+    if name != BASE:
+        expert = dict(_experts(inputs))[name]
+        index = getattr(expert.source, "index", None)
+    table = None if index is None else index.gguf
+    if table is None or not table.tokens:
+        return None
+    return Tokens({token: row for row, token in enumerate(table.tokens)}, identity=repr(name))
 
 
 def _tokenizer_folder(folder: Path, index: CheckpointIndex | None) -> Path:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from eutectic.checkpoint.gguf_file import SUFFIX as GGUF_SUFFIX
 from eutectic.checkpoint.hub import hub_id
 from eutectic.checkpoint.weight_files import WEIGHT_SUFFIXES
 from eutectic.recipes.document import Source, exists, inside
@@ -10,9 +11,10 @@ from eutectic.recipes.document import Source, exists, inside
 def is_local(path: str, source: Source, key: object = "path") -> bool:
     """Tell a path from what may name a model of the hub, which no file of statistics is."""
     found = hub_id(path)
-    if found is None or Path(path).suffix in WEIGHT_SUFFIXES:
+    endings = (*WEIGHT_SUFFIXES, GGUF_SUFFIX)
+    if found is None or Path(path).suffix in endings:
         looks_like_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path
-        return looks_like_path or Path(path).suffix in WEIGHT_SUFFIXES
+        return looks_like_path or Path(path).suffix in endings
     if found.folder is None:
         return False
     # `models/sst2/final` beside a folder `models` is a mistyped path, not a model of the hub.

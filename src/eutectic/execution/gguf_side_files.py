@@ -1,0 +1,41 @@
+"""Configuration and tokenizer of a merge whose base is a GGUF file, which states both itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from eutectic.checkpoint.index import CheckpointIndex
+from eutectic.checkpoint.writer import write_atomically
+from eutectic.errors import Note
+from eutectic.vocabulary.tokens import TOKENIZER, files_identity
+
+
+def write_from_gguf(index: CheckpointIndex, model: Path) -> tuple[Note, ...]:
+    """Write what lies beside no GGUF file: `config.json`, and the tokenizer by transformers.
+
+    Nothing where files of the kind are there. A tokenizer that cannot be converted is told.
+    """
+    if index.gguf is None:
+        return ()
+    if not (model / "config.json").exists():
+        text = json.dumps(dict(index.config), indent=2, ensure_ascii=False)
+        write_atomically(model / "config.json", (text + "\n").encode())
+    if files_identity(model) or not index.gguf.tokens:
+        return ()
+    try:
+        from transformers import AutoTokenizer
+
+        with TemporaryDirectory() as aside:
+            loaded: Any = AutoTokenizer.from_pretrained(
+                str(index.folder), gguf_file=index.files[0], local_files_only=True
+            )
+            loaded.save_pretrained(aside)
+            for path in sorted(Path(aside).iterdir()):
+                write_atomically(model / path.name, path.read_bytes())
+    except Exception as error:  # of transformers, of any kind: the weights are what was asked for
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        return (Note("gguf_tokenizer", (TOKENIZER,), {"reason": why[:200]}, "warning"),)
+    return ()
