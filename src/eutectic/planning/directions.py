@@ -28,9 +28,13 @@ def directed(planned: TensorPlan, request: MergeRequest) -> TensorPlan | list[Fa
         reason = (Note("base_alone"),)
         copied = replace(planned, treatment=Treatment.COPY, experts=(), reason=reason)
         return with_method(copied, request)
+    if not found.from_base and (faults := _apart(planned, request)):
+        return faults
     planned = _with_sources(planned, found)
     method = get_method(found.method)
-    scale = found.scale if found.scale is not None else method.default_scale(len(planned.experts))
+    scale = request.scale if found.scale is None else found.scale
+    if found.scale is not None and planned.tunable:
+        planned = replace(planned, scale=scale, tunable=False)
     own = replace(
         request,
         method=method,
@@ -48,8 +52,20 @@ def directed(planned: TensorPlan, request: MergeRequest) -> TensorPlan | list[Fa
         layout=Layout(whole=True),
         experts=experts,
         scale=scale if planned.tunable else planned.scale,
-        tunable=False,
     )
+
+
+def _apart(planned: TensorPlan, request: MergeRequest) -> list[Fault]:
+    """Refuse adapters without a model where models are merged as they are."""
+    experts = request.inputs.experts
+    alone = [s.owner for s in planned.experts if experts[s.owner].is_delta]
+    what = "is an adapter, and models are merged as they are here, not their differences."
+    choose = "Name the model that it belongs to: {path: MODEL, adapter: PATH}, or model+adapter."
+    lines = request.document
+    return [
+        Fault("adapter_alone", what, f"expert '{n}'", lines.line("experts", n), next=choose)
+        for n in alone
+    ]
 
 
 def _named(planned: TensorPlan, request: MergeRequest) -> str:

@@ -159,11 +159,12 @@ def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
                     adapters[name] = locate(spec.adapter).path
         place, readers = Path(), list[CheckpointSource]()
         with told("base", "base", "base"):
-            found = locate(recipe.base, full=True)
+            found = locate(recipe.reference, full=True)
             place = found.path
             notes += found.notes("base")
-            if recipe.base_adapter is not None:
-                adapters["base"] = locate(recipe.base_adapter).path
+            lent = next(iter(recipe.experts.values())).adapter if recipe.base is None else None
+            if adapter := recipe.base_adapter or lent:
+                adapters["base"] = locate(adapter).path
             opened = open_adapted(place, adapters.get("base"))
             stack.callback(opened.close)
             readers.append(opened)

@@ -46,7 +46,7 @@ def _lists_base(request: MergeRequest) -> set[str]:
         return set()
     if request.inputs.rows:  # made of layers of several models
         return {*request.inputs.experts}
-    experts, base = request.recipe.experts, request.recipe.base
+    experts, base = request.recipe.experts, request.recipe.reference
     return {name for name, spec in experts.items() if spec.path == base}
 
 

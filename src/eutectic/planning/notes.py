@@ -219,7 +219,7 @@ def named_bases(recipe: Recipe, inputs: Inputs) -> list[Note]:
     Names alone do not tell two models apart: folders are renamed, and hubs hold copies.
     """
     place = None if inputs.paths is None else inputs.paths.base
-    called = {recipe.base, str(inputs.config.get("_name_or_path") or "")}
+    called = {recipe.reference, str(inputs.config.get("_name_or_path") or "")}
     called |= {part.replace("--", "/") for part in ([] if place is None else place.parts[-3:])}
     known = {_last(name) for name in called if name}
     notes: list[Note] = []
@@ -227,7 +227,7 @@ def named_bases(recipe: Recipe, inputs: Inputs) -> list[Note]:
         stated = expert.trained_on
         if not stated or _last(stated) in known:
             continue
-        numbers = {"stated": stated, "base": _last(recipe.base)}
+        numbers = {"stated": stated, "base": _last(recipe.reference)}
         notes.append(Note("other_base_named", (name,), numbers))
     return notes
 

@@ -47,6 +47,7 @@ from eutectic.planning.vocabulary import (
     with_vocabulary,
 )
 from eutectic.recipes.load import Source
+from eutectic.recipes.particular import constant
 from eutectic.recipes.schema import Recipe, ScaleSearch
 from eutectic.types import Treatment
 from eutectic.vocabulary.agreement import Vocabulary
@@ -252,8 +253,8 @@ def output_layout(plan: Plan, inputs: Inputs) -> OutputLayout:
 def _stated_request(recipe: Recipe) -> StatedRequest:
     """Return what a recipe says."""
     values = recipe.model_dump(mode="json", exclude_defaults=True)
-    names = {"base": _shown(recipe.base)}
-    values["base"] = names["base"]
+    names = {"base": _shown(recipe.reference)}
+    values["base"] = None if recipe.base is None else names["base"]
     init = recipe.parameters.get("init")
     if isinstance(init, str):
         names["initial"] = _shown(init)
@@ -264,8 +265,8 @@ def _stated_request(recipe: Recipe) -> StatedRequest:
         values["experts"][name] = own["path"] if len(own) == 1 else own
         names[name] = own["path"]
     files = {n: s.statistics for n, s in recipe.experts.items() if s.statistics is not None}
-    complete, hub_base = recipe.model_dump(mode="json"), _is_hub_id(recipe.base)
-    if recipe.script is not None:
+    complete, hub_base = recipe.model_dump(mode="json"), _is_hub_id(recipe.reference)
+    if recipe.script is not None and recipe.script.stated is not None:
         complete = {**complete, "stated": recipe.script.stated}
         values = {"stated": _published(recipe.script.stated)}
     return StatedRequest(complete, values, names, files, hub_base)
@@ -301,29 +302,30 @@ def _request(recipe: Recipe, inputs: Inputs, source: Source) -> MergeRequest:
     own = {
         name: method.parse({**recipe.parameters, **spec.parameters})
         for name, spec in recipe.experts.items()
-        if spec.parameters
+        if spec.parameters and recipe.script is None
     }
     owners = dict(inputs.experts)
     if inputs.initial is not None:
         owners["initial"] = inputs.initial
     plain = recipe.script is None
+    stated = recipe.script is None or recipe.script.stated is None  # in words of our own
     request = MergeRequest(
         recipe=recipe,
         inputs=inputs,
         document=source,
         method=method,
-        parameters=method.parse(dict(recipe.parameters)) if plain else None,
+        parameters=method.parse(constant(method, recipe.parameters)) if stated else None,
         scale=scale,
         own_parameters=own,
         ties=find_ties(inputs.base, inputs.config, owners),
         statistics_names={n: statistics_names(s, inputs) for n, s in inputs.statistics.items()},
         depths={} if plain else stack_depths(inputs.base.entries),
     )
-    first = None if plain else first_direction(request)
+    first = None if stated else first_direction(request)
     if first is None:
         return request
     found = get_method(first.method)
-    scale = first.scale if first.scale is not None else found.default_scale(len(inputs.experts))
+    scale = scale if first.scale is None else first.scale
     return replace(request, method=found, parameters=first.parameters, scale=scale)
 
 

@@ -105,7 +105,9 @@ def _expert_source(owner: str, name: str, request: MergeRequest) -> Source:
         {part: own[name + part] for part in ("", *PARTS) if name + part in own} if own else _NONE
     )
     kept = request.ties.source(owner, request.inputs.experts[owner], name)
-    return Source(owner, kept, weight=request.recipe.experts[owner].weight, statistics=parts)
+    weight = request.recipe.experts[owner].weight
+    weight = weight if isinstance(weight, (int, float)) else 1.0  # the script says each tensor's
+    return Source(owner, kept, weight=weight, statistics=parts)
 
 
 def _meet_experts(

@@ -22,8 +22,19 @@ from eutectic.recipes.document import (
 )
 from eutectic.recipes.mergekit import check_mergekit
 from eutectic.recipes.mergekit_document import is_mergekit
+from eutectic.recipes.particular import layer_faults, rule_faults, scripted, variants
 from eutectic.recipes.paths import is_local, resolve
-from eutectic.recipes.schema import SCALE_TAGS, ExpertSpec, Recipe, ScaleSearch, TensorRule
+from eutectic.recipes.schema import (
+    SCALE_TAGS,
+    SPREAD_TAGS,
+    ExpertSpec,
+    LayerSpec,
+    Recipe,
+    ScaleSearch,
+    TensorRule,
+)
+
+_TAGS = {*SCALE_TAGS, *SPREAD_TAGS}
 
 
 def load_recipe(
@@ -62,9 +73,11 @@ def check_recipe(
         nearest = suggest(recipe.side_files, ["base", *recipe.experts])
         line = source.line("side_files")
         faults.append(Fault("unknown_expert", what, "side_files", line, next=nearest))
+    if recipe is not None and not faults:
+        faults += [*rule_faults(recipe, source), *layer_faults(recipe, source)]
     if faults or recipe is None:
         raise RecipeError(by_line(faults), source.name)
-    return _resolve_paths(recipe, source)
+    return scripted(_resolve_paths(recipe, source), source)
 
 
 def _paths_as_text(value: object) -> object:
@@ -97,7 +110,7 @@ def _method_faults(values: Mapping[str, Any], source: Source) -> list[Fault]:
             faults.append(Fault("shared_parameter", what, at, line, allowed=allowed))
         elif own and not faults:
             faults += _parameter_faults(method, {**parameters, **own}, source, where)
-    if experts:
+    if experts and not values.get("layers"):
         try:
             method.check_expert_count(len(experts))
         except MethodError as error:
@@ -108,19 +121,16 @@ def _method_faults(values: Mapping[str, Any], source: Source) -> list[Fault]:
 def _parameter_faults(
     method: Method, parameters: Mapping[str, Any], source: Source, place: Location
 ) -> list[Fault]:
-    try:
-        method.adapter.validate_python({str(key): value for key, value in parameters.items()})
-    except ValidationError as error:
-        at = f"method '{method.name}'"
-        return [
-            replace(
-                fault,
-                line=source.line(*place, *item["loc"]),
-                where=f"{at}: {fault.where}" if fault.where else at,
-            )
-            for item, fault in zip(error.errors(), method.faults(error), strict=True)
-        ]
-    return []
+    faults: dict[Fault, None] = {}
+    at = f"method '{method.name}'"
+    for values in variants(method, {str(key): value for key, value in parameters.items()}):
+        try:
+            method.adapter.validate_python(values)
+        except ValidationError as error:
+            for item, fault in zip(error.errors(), method.faults(error), strict=True):
+                where = f"{at}: {fault.where}" if fault.where else at
+                faults[replace(fault, line=source.line(*place, *item["loc"]), where=where)] = None
+    return list(faults)
 
 
 def _path_faults(values: Mapping[str, Any], source: Source) -> list[Fault]:
@@ -152,7 +162,9 @@ def _resolve_paths(recipe: Recipe, source: Source) -> Recipe:
         adapter = spec.adapter and resolve(spec.adapter, source)
         found = {"path": resolve(spec.path, source), "adapter": adapter, "statistics": statistics}
         experts[name] = spec.model_copy(update=found)
-    update: dict[str, Any] = {"base": resolve(recipe.base, source), "experts": experts}
+    update: dict[str, Any] = {"experts": experts}
+    if recipe.base is not None:
+        update["base"] = resolve(recipe.base, source)
     if recipe.base_adapter is not None:
         update["base_adapter"] = resolve(recipe.base_adapter, source)
     init = recipe.parameters.get("init")
@@ -166,13 +178,18 @@ def _resolve_paths(recipe: Recipe, source: Source) -> Recipe:
 
 def _schema_fault(item: Any, source: Source) -> Fault:
     place: Location = item["loc"]
-    if len(place) > 1 and place[0] == "scale" and place[1] in SCALE_TAGS:
-        item = {**item, "loc": (place[0], *place[2:])}
+    if any(part in _TAGS for part in place):
+        item = {**item, "loc": tuple(part for part in place if part not in _TAGS)}
     return schema_fault(item, source, _known_keys)
 
 
 def _known_keys(location: Location) -> list[str]:
-    nested = {"experts": ExpertSpec, "tensors": TensorRule, "scale": ScaleSearch}
+    nested = {
+        "experts": ExpertSpec,
+        "tensors": TensorRule,
+        "layers": LayerSpec,
+        "scale": ScaleSearch,
+    }
     depth = 1 if location[0] == "scale" else 2
     model = nested.get(str(location[0]), Recipe) if len(location) > depth else Recipe
     return list(model.model_fields)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     Discriminator,
     Field,
@@ -17,6 +19,7 @@ from pydantic import (
 
 from eutectic.errors import RequestError
 from eutectic.recipes.script import Script
+from eutectic.recipes.settings import scalars, setting_of
 from eutectic.recipes.units import parse_bytes
 from eutectic.types import Treatment
 from eutectic.vocabulary.policy import VocabularyPolicy
@@ -35,12 +38,37 @@ Split = Annotated[
 ]
 
 
+def _kind_of_spread(value: object) -> str:
+    if isinstance(value, Mapping):
+        return SPREAD_TAGS[2]
+    return SPREAD_TAGS[isinstance(value, (list, tuple))]
+
+
+def _is_setting(value: Any) -> Any:
+    if not all(isinstance(s, (int, float)) and isfinite(s) for s in scalars(setting_of(value))):
+        raise ValueError("every value must be a finite number")
+    return value
+
+
+# A number, numbers over depth, or `{match: PATTERN, value: …}`; pydantic's words in locations.
+SPREAD_TAGS = ("<number>", "<values>", "<case>")
+Spread = Annotated[
+    Annotated[Finite, Tag(SPREAD_TAGS[0])]
+    | Annotated[list[Any], AfterValidator(_is_setting), Tag(SPREAD_TAGS[1])]
+    | Annotated[dict[str, Any], AfterValidator(_is_setting), Tag(SPREAD_TAGS[2])],
+    Discriminator(_kind_of_spread),
+]
+LayerRange = tuple[
+    Annotated[int, Field(ge=0, strict=True)], Annotated[int, Field(ge=1, strict=True)]
+]
+
+
 class ExpertSpec(BaseModel, extra="forbid", frozen=True):
     """One expert: a checkpoint or an adapter fine-tuned from the base."""
 
     path: str  # folder, file or hub id
     adapter: str | None = None  # a LoRA adapter that is merged into that checkpoint first
-    weight: Finite = 1.0  # w_t in the method's formula
+    weight: Spread = 1.0  # w_t in the method's formula
     statistics: str | None = None  # its statistics file, for methods that use data
     parameters: dict[str, Any] = Field(default_factory=dict)  # where they differ from the recipe's
 
@@ -56,11 +84,40 @@ class TensorRule(BaseModel, extra="forbid", frozen=True):
         None  # rows are so many fused matrices of equal height, or of these heights
     )
     scale: Finite | None = None  # α of these tensors instead of the recipe's
+    method: str | None = None  # that merges them instead of the recipe's
+    parameters: dict[str, Any] = Field(default_factory=dict)  # on top of the recipe's
+    weights: dict[str, Spread] = Field(default_factory=dict)  # w_t of experts, by name
 
     @model_validator(mode="after")
     def _says_something(self) -> TensorRule:
-        if self.treatment is None and self.split is None and self.scale is None:
-            raise ValueError("the rule says nothing: give treatment, split or scale")
+        if not self.model_fields_set - {"match"}:
+            raise ValueError(
+                "the rule says nothing: give treatment, split, scale, method, parameters or weights"
+            )
+        return self
+
+
+class LayerSpec(BaseModel, extra="forbid", frozen=True):
+    """Layers of the output that come from the same experts, and what differs there."""
+
+    # expert -> [first, end) of its layers; "base": of the base's, the first expert's by default
+    take: Annotated[dict[str, LayerRange], Field(min_length=1)]
+    weights: dict[str, Spread] = Field(default_factory=dict)
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    # expert -> parameters of its own here
+    parameters_of: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ranges_alone(cls, value: Any) -> Any:
+        if isinstance(value, dict) and not cast("set[Any]", set(value)) & set(cls.model_fields):
+            return {"take": value}
+        return value
+
+    @model_validator(mode="after")
+    def _ranges(self) -> LayerSpec:
+        if any(first >= end for first, end in self.take.values()):
+            raise ValueError("layers are [first, end], of which the end is not taken")
         return self
 
 
@@ -116,7 +173,9 @@ Scale = Annotated[
 class Recipe(BaseModel, extra="forbid", frozen=True):
     """What to merge, and how; docs/guides/recipes.md says what each key does."""
 
-    base: str  # folder, file or hub id of the model that all experts started from
+    # Folder, file or hub id of the model that all experts started from. None: the experts are
+    # merged as they are, by a method that works on weights.
+    base: str | None
     base_adapter: str | None = None  # a LoRA adapter that is merged into it first
     experts: Annotated[dict[Name, ExpertSpec], Field(min_length=1)]  # or name -> path
     method: str  # a name from `eutectic methods`
@@ -127,6 +186,8 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of all random numbers
     precision: Literal["fast", "exact"] = "fast"  # checked kernels, or float64 decompositions
     tensors: Annotated[tuple[TensorRule, ...], Field(max_length=MOST_RULES)] = ()
+    # Where the output's layers come from, from the first; empty: from the same of every model.
+    layers: Annotated[tuple[LayerSpec, ...], Field(max_length=MOST_RULES)] = ()
     heads: Literal["per_expert", "base", "drop"] = "per_expert"  # kept in `experts/<name>/`
     # A base tensor that some expert lacks: unchanged there, or merged from those that have it.
     missing: Literal["error", "base", "available"] = "error"
@@ -146,6 +207,11 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
 
     # What is said of single tensors; no key of its own, since several keys make it.
     _script: Script | None = PrivateAttr(default=None)
+
+    @property
+    def reference(self) -> str:
+        """The model that lends names, shapes and configuration: the base, or the first expert."""
+        return next(iter(self.experts.values())).path if self.base is None else self.base
 
     @property
     def script(self) -> Script | None:

@@ -60,7 +60,7 @@ class Direction:
         parameters: its checked parameters.
         weights: model -> w_t.
         own: model -> its own checked parameters, where they differ.
-        scale: α; None takes the recipe's.
+        scale: α; None takes the recipe's, which may be a search.
         from_base: whether the models count by their differences from the base. If not, they are
             merged as they are, as if the base were zero.
         whole: whether the method sees the tensor in its own shape, whatever kind of tensor it is.
@@ -81,7 +81,8 @@ class Script:
 
     Attributes:
         direct: from the place of a tensor, and the models that hold it, to how it is merged.
-        stated: the recipe as it was written, for cards and for what identifies a run.
+        stated: the recipe as it was written, if in words of its own, for cards and for what
+            identifies a run; None where the `Recipe` says it.
         bands: part of the model -> its layers, from the first; empty where they are the base's.
         takes: part of the model -> the models that are merged there; "" is the whole model. Parts
             of which nothing is said are the base's.
@@ -92,7 +93,7 @@ class Script:
     """
 
     direct: Callable[[Place, tuple[str, ...]], Direction | list[Fault]]
-    stated: Mapping[str, Any]
+    stated: Mapping[str, Any] | None = None
     bands: Mapping[str, tuple[Band, ...]] = field(default_factory=dict[str, tuple[Band, ...]])
     takes: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
     bases: Mapping[str, str] = field(default_factory=dict[str, str])

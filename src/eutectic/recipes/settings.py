@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from eutectic.conventions_patterns import fits
 
@@ -86,3 +87,35 @@ def scalars(setting: Setting) -> Iterator[Scalar]:
 def is_constant(setting: Setting) -> bool:
     """Tell whether a setting gives every tensor the same value."""
     return not isinstance(setting, (Gradient, tuple))
+
+
+def setting_of(value: object) -> Setting:
+    """Return what a recipe of ours says as a setting; ValueError says what is wrong.
+
+    A list of numbers is a gradient, a list of `{match: PATTERN, value: …}` are cases.
+    """
+    if isinstance(value, Mapping):
+        value = [value]
+    if isinstance(value, (list, tuple)) and value:
+        items = cast("Sequence[object]", value)
+        if all(isinstance(item, (int, float, str)) for item in items):
+            return Gradient(tuple(cast("Sequence[Scalar]", items)))
+        if all(isinstance(item, Mapping) for item in items):
+            return tuple(_case_of(cast("Mapping[str, object]", item)) for item in items)
+    if isinstance(value, (int, float, str)):
+        return value
+    raise ValueError("is a value, a list of values over depth, or a list of {match: …, value: …}")
+
+
+def _case_of(item: Mapping[str, object]) -> Case:
+    if unknown := [key for key in item if key not in ("match", "value")]:
+        raise ValueError(f"a case has match and value, not '{unknown[0]}'")
+    match = item.get("match")
+    if "value" not in item or not (match is None or isinstance(match, str)):
+        raise ValueError("a case is {match: PATTERN, value: …}; without match it fits all tensors")
+    return Case(None if match == "*" else match, setting_of(item["value"]))
+
+
+def varies(value: object) -> bool:
+    """Tell whether a value of a recipe of ours may differ from tensor to tensor."""
+    return isinstance(value, (list, tuple, Mapping))
