@@ -42,6 +42,8 @@ class LayerStatistics:
         gram_factor: F `[k, in]` with A = FᵀF + diag(`gram_diagonal`): fewer rows than a Gram when
             few tokens were seen, or a truncated form for wide layers.
         gram_diagonal: the diagonal remainder `[in]` of a truncated factor.
+        core_gram: A·XᵀX·Aᵀ `[R, R]` in place of the Gram, A the rows of several adapters; see
+            `statistics.core_rows`.
         block_fisher: for a vector parameter, Σ over examples of g gᵀ `[d, d]`.
         examples: number of examples behind a Fisher, however often each reached the layer; 0 where
             `sample_count` says it.
@@ -58,6 +60,7 @@ class LayerStatistics:
     gram_factor: Tensor | None = None
     gram_diagonal: Tensor | None = None
     block_fisher: Tensor | None = None
+    core_gram: Tensor | None = None
     examples: int = 0
 
     def has(self, statistic: str) -> bool:

@@ -149,6 +149,16 @@ class Expert:
         found = self.factored[name]
         return self.source.read(found.a.name), self.source.read(found.b.name)
 
+    def input_rows(self, name: str) -> Tensor | None:
+        """Return A `[r, in]` of the linear map, without the scaling; None where Δ_t is no product.
+
+        The inputs of a layer reach its change through these rows alone.
+        """
+        if name not in self.factored or name in self.stored:
+            return None
+        a = self.factored[name].a
+        return self.source.read(a.name).view(a.shape[0], -1)
+
     def fingerprint(self) -> str:
         """Return the sampled identity of the content, of an adapter with its configuration."""
         content = self.source.fingerprint()

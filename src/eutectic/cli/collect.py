@@ -41,6 +41,12 @@ class ExpertOptions:
         "module:function.",
     )
     base: Path | None = option(None, "The base of an adapter.")
+    adapters: list[str] | None = option(
+        None,
+        "Keep only what these LoRA adapters see of the inputs; name all that will be merged.",
+        "--for",
+        metavar="[NAME=]ADAPTER",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +121,9 @@ def collect(
       eutectic collect ./sst2 --head sst2-head.safetensors --output-gradients \
           --labels sample --data proxy.jsonl -o sst2.stats.safetensors
 
+      eutectic collect ./sst2-lora --base ./base --data proxy.csv --for ./sst2-lora \
+          --for ./mnli-lora -o sst2.stats.safetensors
+
       eutectic collect --add first.safetensors --add second.safetensors -o both.safetensors
     """
     if sums.dtype not in ("float32", "float64"):
@@ -181,6 +190,7 @@ def _collected(
     from eutectic.models.loading import load_model
     from eutectic.models.task_kinds import ZERO_SHOT
     from eutectic.statistics import collect as run
+    from eutectic.statistics import core_rows
 
     data, head, task = expert.data, gradients.head, reading.task
     assert expert.checkpoint is not None and data is not None
@@ -206,6 +216,10 @@ def _collected(
     memory, *_ = map(options.pop, ("memory", "prompt", *_WITH_HEAD))
     options["memory_bytes"] = None if memory is None else parse_bytes(memory)
     options.update(dtype=getattr(torch, sums.dtype), head=own, fingerprint=loaded.fingerprint)
+    if expert.adapters:
+        options["core"] = core_rows(
+            loaded.model, _named(expert.adapters), expert.base or expert.checkpoint
+        )
     with progress_bar("collecting") as tell:
         result = run(
             loaded.model,
@@ -215,6 +229,21 @@ def _collected(
             **options,
         )
     return result, loaded.randomly_initialised
+
+
+def _named(adapters: Sequence[str]) -> dict[str, str]:
+    """Return name -> folder of `NAME=FOLDER`, or of folders that give their own names."""
+    found: dict[str, str] = {}
+    for given in adapters:
+        name, equals, folder = given.partition("=")
+        folder = folder if equals else given
+        name = name if equals else Path(folder).name
+        if name in found:
+            raise RequestError(
+                f"--for {given}: two adapters are called '{name}'.\nWrite NAME=FOLDER."
+            )
+        found[name] = folder
+    return found
 
 
 def _with_texts(

@@ -35,6 +35,25 @@ class CoreSpace:
         return LowRank(self.left @ core.double(), self.right.mT)
 
 
+# Of a row's length: what lies beyond a span by less is the rounding of a projection in float64.
+WITHIN = 1e-9
+
+
+def beyond(stack: LowRankStack, rows: Sequence[Tensor]) -> list[Tensor]:
+    """Return those of some rows `[k, in]`, block by block, that the right factors do not span."""
+    if not rows or not stack.rank:
+        return list(rows)
+    basis, _, _ = _basis(stack.right)
+    found: list[Tensor] = []
+    for block in rows:
+        wide = block.double()
+        rest = wide - (wide @ basis) @ basis.mT
+        apart = lapack.column_norms(rest.mT) > WITHIN * lapack.column_norms(wide.mT)
+        if bool(apart.any()):
+            found.append(wide[apart])
+    return found
+
+
 def core_space(stack: LowRankStack, beside: Sequence[Tensor] = ()) -> CoreSpace:
     """Return bases of the stacked factors (thin QR decompositions) and the T cores.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eutectic.linalg.core import CoreSpace, core_space, stays_thin
+from eutectic.linalg.core import CoreSpace, beyond, core_space, stays_thin
 from eutectic.linalg.lowrank import LowRankStack
 from eutectic.methods.grams import projected
 from eutectic.methods.registry import Context, MethodFunction
@@ -35,6 +35,7 @@ def core_of(
         if entry.gram is not None or entry.gram_diagonal is not None:
             return None
         rows.append(entry.gram_factor.to(deltas.device))
+    rows = beyond(deltas, rows)
     return core_space(deltas, rows) if stays_thin(deltas, sum(map(len, rows))) else None
 
 

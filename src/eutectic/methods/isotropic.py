@@ -8,7 +8,7 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from eutectic.linalg.core import core_space, stays_thin
+from eutectic.linalg.core import beyond, core_space, stays_thin
 from eutectic.linalg.gram import explain_routes
 from eutectic.linalg.leading import explain_leading, leading_singular, leading_singular_stack
 from eutectic.linalg.lowrank import LowRankStack
@@ -278,7 +278,7 @@ def iso_a(deltas: Tensor | LowRankStack, parameters: IsoAParameters, context: Co
     metrics = [_metric(entry, parameters.ridge, size, deltas.device) for entry in entries]
     tolerance = _tolerance(deltas, parameters)
     if isinstance(deltas, LowRankStack):
-        rows = [metric.rows for metric in metrics if metric.rows is not None]
+        rows = beyond(deltas, [m.rows for m in metrics if m.rows is not None])
         beside = sum(map(len, rows))
         if all(m.matrix is None for m in metrics) and _stays_thin(deltas, parameters, beside):
             space = core_space(deltas, rows)

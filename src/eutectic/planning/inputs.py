@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -198,6 +198,7 @@ def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
             check_side_files(folder)
             if folder is None or not (folder / "config.json").is_file():
                 check_side_files(index.folder)
+        statistics = _of_adapters(statistics, experts, told)
         start = _initial_path(recipe, document, faults)
         initial = None
         if start is not None:
@@ -248,7 +249,10 @@ def reopen(paths: InputPaths) -> Inputs:
         if paths.rows:
             models = _models(base, index, experts, paths.bases, stack)
             base, experts = _restacked(paths.rows, models, experts)
-        statistics = {n: _load_statistics(path) for n, path in paths.statistics.items()}
+        statistics = {
+            name: _as_merged(_load_statistics(path), experts, name)
+            for name, path in paths.statistics.items()
+        }
         return Inputs(
             base,
             index,
@@ -259,6 +263,19 @@ def reopen(paths: InputPaths) -> Inputs:
             rows=paths.rows,
             _stack=stack.pop_all(),
         )
+
+
+def _of_adapters(
+    statistics: Mapping[str, Statistics],
+    experts: Mapping[str, Expert],
+    told: Callable[..., AbstractContextManager[None]],
+) -> dict[str, Statistics]:
+    """Return the statistics as a merge of these experts reads them, where they can be."""
+    found = dict(statistics)
+    for name, own in statistics.items():
+        with told("statistics", f"statistics of '{name}'", "experts", name):
+            found[name] = _as_merged(own, experts, name)
+    return found
 
 
 def _opened(path: Path, adapter: Path | None, index: CheckpointIndex) -> Expert:
@@ -296,6 +313,12 @@ def _load_statistics(path: str) -> Statistics:
     from eutectic.statistics import load_statistics
 
     return load_statistics(path)
+
+
+def _as_merged(statistics: Statistics, experts: Mapping[str, Expert], owner: str) -> Statistics:
+    from eutectic.statistics.core_view import as_merged
+
+    return as_merged(statistics, experts, owner)
 
 
 def in_memory_inputs(

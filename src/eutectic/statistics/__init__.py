@@ -2,6 +2,14 @@
 
 from eutectic.statistics.add import add_statistics
 from eutectic.statistics.collect import collect
+from eutectic.statistics.core_rows import CoreRows, core_rows
 from eutectic.statistics.statistics_file import StatisticsFile, load_statistics
 
-__all__ = ["StatisticsFile", "add_statistics", "collect", "load_statistics"]
+__all__ = [
+    "CoreRows",
+    "StatisticsFile",
+    "add_statistics",
+    "collect",
+    "core_rows",
+    "load_statistics",
+]

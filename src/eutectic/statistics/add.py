@@ -25,7 +25,7 @@ from eutectic.statistics.statistics_file import (
 # What must agree for a sum to mean anything.
 _SETTINGS = (
     *("grams", "output_gradients", "fisher", "block_fisher", "labels", "objective", "head"),
-    *("rank", "unmatched", "token_mask", "dtype"),
+    *("rank", "core", "unmatched", "token_mask", "dtype"),
 )
 
 

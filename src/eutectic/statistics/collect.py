@@ -94,6 +94,8 @@ def collect(
             - `layers`: globs over parameter names.
             - `convolutions`: ungrouped 1-D and 2-D convolutions too, as `[out, in·k·k]`.
             - `rank`: store Grams of layers wider than this as `rank` directions plus a diagonal.
+            - `core`: from `core_rows`: keep only what these adapters' rows see of the inputs,
+              Σ (Ax)(Ax)ᵀ `[R, R]`, in place of the Gram, the sums and the pooled sums.
             - `share_inputs`: detect layers that see the same inputs (the default).
             - `unmatched`: what becomes of a layer whose inputs fit no mask: "error", "all" rows
               count (no pooled statistics then), or "skip".

@@ -101,7 +101,10 @@ class Plan:
         for leader, members in groups.items():
             outputs = [s for s in members if s in wanted]
             # The Gram and the pooled Gram.
-            need = 2 * _BYTES * leader.shape[1] ** 2 if settings.grams else 0
+            width = leader.shape[1]
+            if settings.core is not None:
+                width = len(settings.core.rows[leader.name])
+            need = 2 * _BYTES * width**2 if settings.grams else 0
             need += sum(_BYTES * s.shape[0] ** 2 for s in outputs)
             if need:
                 units.append((Plan(dict.fromkeys(members, leader), outputs), need))
@@ -134,7 +137,11 @@ def make_plan(model: nn.Module, batch: Batch, settings: Settings) -> Plan:
     probe = Probe(make_layout(model, sample, settings))
     with evaluating(model), observing(model, sites.found, probe), torch.no_grad():
         call(model, sample)
-    plan.leaders = probe.leaders(sites.found, settings.share_inputs)
+    if settings.core is None:
+        plan.leaders = probe.leaders(sites.found, settings.share_inputs)
+    else:  # layers that see the same inputs have adapters of their own
+        found = probe.leaders(sites.found, share=False)
+        plan.leaders = {s: s for s in found if s.name in settings.core.rows}
     plan.aliases = sites.aliases
     plan.skipped |= sites.skipped | {s.name: "its inputs fit no mask" for s in probe.skipped}
     limit = settings.output_gradient_limit

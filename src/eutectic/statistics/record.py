@@ -40,12 +40,33 @@ class CheckpointRecord(_Part):
     fingerprint: str
 
 
+class AdapterRecord(_Part):
+    """One adapter that statistics were collected for."""
+
+    name: str
+    fingerprint: str
+
+
+class CoreRecord(_Part):
+    """For which adapters."""
+
+    adapters: list[AdapterRecord]
+    ranks: dict[str, _Sizes]
+    base_names: dict[str, str]
+
+
+class SettingsRecord(_Part):
+    """How they were collected; most of it is for people."""
+
+    core: CoreRecord | None = None
+
+
 class FileRecord(_Part):
     """The whole record; keys that are not named here are for people."""
 
     data: DataRecord
     checkpoint: CheckpointRecord
-    settings: dict[str, Any]
+    settings: SettingsRecord
     layers: dict[str, LayerRecord]
     unseen: list[str] = []
     skipped: dict[str, Any] = {}

@@ -16,6 +16,7 @@ from eutectic.statistics.statistics_file import gram_names
 
 # Of a layer's inputs, per token and per sample: the Gram and the sum beside it.
 _OF_INPUTS = {"gram": "input_sum", "pooled_gram": "pooled_sum"}
+CORE = "core_gram"  # of what adapters' rows see of the inputs, in place of these
 
 
 class PassSums:
@@ -28,7 +29,11 @@ class PassSums:
         self.grams: dict[str, GramSum] = {}
         self.totals: dict[str, Tensor] = {}
         self._devices: dict[str, torch.device] = {}
+        self._core = {} if settings.core is None else settings.core.rows
         for site in dict.fromkeys(plan.leaders.values()) if settings.grams else ():
+            if self._core:
+                self._begin(f"{site.name}/{CORE}", len(self._core[site.name]), site.weight)
+                continue
             for gram, total in _OF_INPUTS.items():
                 self._begin(f"{site.name}/{gram}", site.shape[1], site.weight)
                 zeros = torch.zeros(site.shape[1], dtype=torch.float64)
@@ -47,6 +52,10 @@ class PassSums:
 
     def add_inputs(self, site: Site, rows: Tensor, means: Tensor | None) -> None:
         """Add tokens `[n, in]` and per-sample means `[samples, in]`."""
+        if self._core:
+            seen = rows @ self._core[site.name].to(rows).mT
+            self.grams[f"{site.name}/{CORE}"].add(seen)
+            return
         for added, (gram, total) in zip((rows, means), _OF_INPUTS.items(), strict=True):
             if added is not None:
                 self.totals[f"{site.name}/{total}"] += added.sum(0, dtype=torch.float64).cpu()
@@ -83,6 +92,8 @@ class PassSums:
             name, _, statistic = key.rpartition("/")
             if statistic == "gram":
                 found[name] = (gram.count, self.grams[f"{name}/pooled_gram"].count)
+            elif statistic == CORE:
+                found[name] = (gram.count, 0)
             elif statistic == "output_gradient_gram":
                 found.setdefault(name, (gram.count, 0))
         return found
@@ -185,7 +196,8 @@ class Recorder:
         tokens = self._layout.tokens(site, matrix)
         if tokens is None:
             return
-        if f"{self.leaders[site].name}/gram" in self.sums.grams:
+        leader = self.leaders[site].name
+        if any(f"{leader}/{kind}" in self.sums.grams for kind in ("gram", CORE)):
             self._observe_inputs(site, inputs, matrix, tokens)
         if f"{site.name}/output_gradient_gram" in self.sums.grams and outputs.requires_grad:
             edge = torch.autograd.graph.get_gradient_edge(outputs)

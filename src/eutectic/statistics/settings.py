@@ -9,6 +9,7 @@ import torch
 from eutectic.errors import RequestError
 from eutectic.models.batches import TokenMask, Unmatched
 from eutectic.models.linear_head import Head
+from eutectic.statistics.core_rows import CoreRows
 from eutectic.statistics.function_identity import describe_callable
 from eutectic.statistics.likelihood import OBJECTIVES, LogLikelihood, Objective, objective_name
 
@@ -36,6 +37,7 @@ class Settings:
     layers: Sequence[str] | None = None
     convolutions: bool = False
     rank: int | None = None
+    core: CoreRows | None = None
     share_inputs: bool = True
     unmatched: Unmatched = "error"
     token_mask: TokenMask | None = None
@@ -84,22 +86,35 @@ class Settings:
                 for name, is_given in given.items()
                 if is_given
             ]
+        if self.core is not None:
+            beside = {
+                "rank": self.rank,
+                "convolutions": self.convolutions,
+                "grams=False": not self.grams,
+            }
+            faults += [f"{n} does not go with core" for n, asked in beside.items() if asked]
         if faults:
             raise RequestError("collect refuses its arguments:\n  - " + "\n  - ".join(faults))
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as JSON values, for the file and for the identity of a run."""
         gradients = self.gradients
-        return {name: value for name, value in vars(self).items() if name not in _HOW} | {
-            "labels": self.labels if gradients else None,
-            "objective": _described(self.objective) if gradients else None,
-            "head": self.head.fingerprint() if gradients and self.head else None,
-            "seed": self.seed if gradients and self.labels == "sample" else None,
-            "max_examples": self.limit,
-            "layers": None if self.layers is None else list(self.layers),
-            "token_mask": None if self.token_mask is None else _described(self.token_mask),
-            "dtype": str(self.dtype).removeprefix("torch."),
-        }
+        core = {} if self.core is None else {"core": self.core.describe()}
+        own = {name: value for name, value in vars(self).items() if name not in (*_HOW, "core")}
+        return (
+            own
+            | core
+            | {
+                "labels": self.labels if gradients else None,
+                "objective": _described(self.objective) if gradients else None,
+                "head": self.head.fingerprint() if gradients and self.head else None,
+                "seed": self.seed if gradients and self.labels == "sample" else None,
+                "max_examples": self.limit,
+                "layers": None if self.layers is None else list(self.layers),
+                "token_mask": None if self.token_mask is None else _described(self.token_mask),
+                "dtype": str(self.dtype).removeprefix("torch."),
+            }
+        )
 
 
 class CollectOptions(TypedDict, total=False):
@@ -114,6 +129,7 @@ class CollectOptions(TypedDict, total=False):
     layers: Sequence[str] | None
     convolutions: bool
     rank: int | None
+    core: CoreRows | None
     share_inputs: bool
     unmatched: Unmatched
     token_mask: TokenMask | None

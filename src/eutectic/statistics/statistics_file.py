@@ -3,6 +3,7 @@
 A safetensors file that any reader of the format opens. Tensors are `<parameter>/<statistic>`:
 
     gram | gram_factor, gram_diagonal                    Σ x xᵀ over tokens
+    core_gram | core_factor                              Σ (Ax)(Ax)ᵀ over tokens, A adapters' rows
     input_sum                                            Σ x over tokens
     pooled_gram | pooled_factor, pooled_diagonal         Σ x̄ x̄ᵀ over samples, x̄ the mean of a sample
     pooled_sum                                           Σ x̄ over samples
@@ -47,9 +48,9 @@ RECORD_KEY = "eutectic_statistics"
 FORMAT = 1
 EXAMPLES = "examples"
 # Kept under the name of the layer whose inputs are shared.
-INPUT_STATISTICS = frozenset({"gram", "input_sum", "pooled_gram", "pooled_sum"})
+INPUT_STATISTICS = frozenset({"gram", "core_gram", "input_sum", "pooled_gram", "pooled_sum"})
 VECTORS = ("input_sum", "pooled_sum", "fisher_diagonal")
-STATISTICS = ("gram", "pooled_gram", "output_gradient_gram", "block_fisher", *VECTORS)
+STATISTICS = ("gram", "core_gram", "pooled_gram", "output_gradient_gram", "block_fisher", *VECTORS)
 
 
 def gram_names(statistic: str) -> tuple[str, str, str]:
@@ -242,19 +243,22 @@ def _check(path: Path, tensors: TensorFile) -> None:
             f"{FORMAT}.\nUpdate eutectic, or collect the statistics again."
         )
     check_record(record, path)
-    layers = record["layers"]
     for name, _, shape in tensors.entries():
         if name != EXAMPLES:
-            _check_tensor(path, name, shape, layers)
+            _check_tensor(path, name, shape, record)
 
 
-def _check_tensor(path: Path, name: str, shape: tuple[int, ...], layers: Mapping[str, Any]) -> None:
+def _check_tensor(path: Path, name: str, shape: tuple[int, ...], record: Mapping[str, Any]) -> None:
     layer, _, stored = name.rpartition("/")
+    layers: Mapping[str, Any] = record["layers"]
     if layer not in layers:
         raise StatisticsError(f"{path}: tensor '{name}' belongs to no layer of its record.")
     size, parameter = layers[layer]["shape"], layers[layer]["parameter"]
     if stored == "fisher_diagonal":
         sound = list(shape) == parameter
+    elif stored.startswith("core_"):
+        ranks = core_ranks(record).get(layer, [])
+        sound = len(shape) == 2 and shape[1] == sum(ranks)
     elif stored.startswith("block_fisher"):
         sound = shape[-1:] == (torch.Size(parameter).numel(),)
     else:
@@ -264,6 +268,12 @@ def _check_tensor(path: Path, name: str, shape: tuple[int, ...], layers: Mapping
         raise StatisticsError(
             f"{path}: tensor '{name}' {[*shape]} does not fit a layer of shape {size}."
         )
+
+
+def core_ranks(record: Mapping[str, Any]) -> Mapping[str, list[int]]:
+    """Return parameter -> ranks of the adapters that statistics were collected for, if for any."""
+    stated = record["settings"].get("core") or {}
+    return stated.get("ranks", {})
 
 
 class TensorFile(Mapping[str, Tensor]):
