@@ -372,11 +372,11 @@ def test_command_line(family: Path):
     assert "NAI" in answer.out and "n = 40" in answer.out
     answer = invoke(*words, "--json", "--limit", 10)
     assert json.loads(answer.out)["results"][0]["n"] == 10
-    assert "less that of the best" not in answer.out
+    assert "− the best's" not in answer.out
     answer = invoke(*words, f"x={family / 'expert'}")
-    _, _, compared = answer.out.partition("mean less that of the best [95 %] of the expert [95 %] ")
-    other, _, best = compared.partition("best: ")
-    assert {other.split()[0], best.split()[0]} == {"m", "x"}
+    _, _, compared = answer.out.partition("mean − the best's [95 %] % of expert [95 %] ")
+    other, _, best = compared.partition(" best ")
+    assert {other.split()[0], best.split()[0].rstrip(";")} == {"m", "x"}
     refused = invoke(*words, "--split", "tset")
     assert (
         refused.code == 2 and "split is one of proxy, validation, test; got 'tset'" in refused.err

@@ -39,7 +39,7 @@ def test_the_curve_as_a_table_and_as_json(folder, tmp_path):
     assert shown.exit_code == 0, shown.output
     told = run("tune", folder / "recipe.yaml", "--work", tmp_path / "work", "--json")
     record = json.loads(told.stdout)
-    assert f"α = {record['scale']:g}" in shown.stdout and "█" in shown.stdout
+    assert f"α = {record['scale']:.2g}" in shown.stdout and "█" in shown.stdout
     assert shown.stdout.count("◀") == 1 and "left" in shown.stdout
     assert len(record["points"]) >= 5 and record["search"] == "divergence"
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.table import Table
 
-from eutectic.cli.console import out, print_json, progress_bar, tell_done, verb
+from eutectic.cli.console import doing, out, print_json, progress_bar, tell_done, verb
 from eutectic.cli.options import DataOptions, Json, argument, given_options, option, refuse
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes, parse_bytes
@@ -200,6 +200,7 @@ def _collected(
         raise RequestError(f"--head is for bare models, not for --task {task}.\nLeave it out.")
     own = None if head is None else read_head(head, gradients.pooling, gradients.normalize)  # pyright: ignore[reportArgumentType]
     wanted = "feature-extraction" if own is not None else task
+    doing("loading the model")
     loaded = load_model(expert.checkpoint, expert.base, wanted, reading.device)
     if gradients.any and loaded.task == ZERO_SHOT:
         loaded, own = _with_texts(expert.checkpoint, loaded, data, gradients, reading)
@@ -212,6 +213,7 @@ def _collected(
         needs_labels=gradients.any and gradients.labels != "sample",
         classes=None if own is None else len(own.bias),
     )
+    doing("reading the data")
     options: dict[str, Any] = {**vars(sums), **vars(gradients)}
     memory, *_ = map(options.pop, ("memory", "prompt", *_WITH_HEAD))
     options["memory_bytes"] = None if memory is None else parse_bytes(memory)
@@ -220,7 +222,7 @@ def _collected(
         options["core"] = core_rows(
             loaded.model, _named(expert.adapters), expert.base or expert.checkpoint
         )
-    with progress_bar("collecting") as tell:
+    with progress_bar("collecting", "finding layers") as tell:
         result = run(
             loaded.model,
             batches,

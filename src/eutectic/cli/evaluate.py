@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.table import Table
-
-from eutectic.cli.console import out, print_json, progress_bar, tell, tell_done, verb
+from eutectic.cli.console import out, print_json, print_named, progress_bar, tell, tell_done, verb
 from eutectic.cli.options import Json, argument, option, pair, pairs, unique
 
 if TYPE_CHECKING:
-    from eutectic.evaluation.results import Figures, Results
+    from eutectic.evaluation.results import Difference, Figures, Results
 
 _PERCENT = {"accuracy", "macro_f1", "exact_match", "acc", "acc_norm"}
-_TASKS_ACROSS = 6
+_LOWER = " ↓"  # behind metrics of which less is better
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +66,7 @@ def evaluate(
     from eutectic.evaluation.run import evaluate as run
 
     measured: dict[str, Any] = {**vars(measures), "proxy": grouped_proxy(measures.proxy)}
-    with progress_bar("evaluating") as report:
+    with progress_bar("evaluating", "reading tasks") as report:
         results = run(
             tasks,
             base=base,
@@ -106,28 +103,35 @@ def show(results: Results) -> None:
     cells = {
         ("experts" if r.checkpoint in experts else r.checkpoint, r.task): r for r in results.results
     }
-    metrics = dict.fromkeys(task.metric for task in results.tasks)
-    for start in range(0, len(results.tasks), _TASKS_ACROSS):
-        table = _table()
-        chosen = results.tasks[start : start + _TASKS_ACROSS]
-        for task in chosen:
-            table.add_column(escape(task.name), justify="right", overflow="fold")
-        for row in rows:
-            values = (_value(cells.get((row, task.name)), task.metric) for task in chosen)
-            table.add_row(escape(row), *values)
-        out.print(table)
-        out.print()
-    table = _table("mean [95 %]", "of the expert", "NAI [95 %]", "tasks")
-    unit = 100 if len(metrics) == 1 and _PERCENT.issuperset(metrics) else 1
-    for mean in results.means:
-        table.add_row(
-            escape(mean.checkpoint),
-            _with_interval(mean.value, mean.interval, unit),
-            "" if mean.normalized is None else f"{100 * mean.normalized:.1f} %",
-            _with_interval(mean.nai, mean.nai_interval, 1),
-            str(len(mean.tasks)),
+    metrics = {t.metric: t.metric + ("" if t.higher_is_better else _LOWER) for t in results.tasks}
+    of_tasks = [
+        (
+            f"{task.name}\n{metrics[task.metric]}",
+            [_value(cells.get((row, task.name)), task.metric) for row in rows],
         )
-    out.print(table)
+        for task in results.tasks
+    ]
+    print_named(rows, [[column] for column in of_tasks])
+    out.print()
+    unit = 100 if len(metrics) == 1 and _PERCENT.issuperset(metrics) else 1
+    means = results.means
+    mean_of = f"mean {next(iter(metrics.values()))} [95 %]" if len(metrics) == 1 else "mean [95 %]"
+    columns = [
+        (mean_of, [_with_interval(m.value, m.interval, unit) for m in means]),
+        (
+            "of the expert",
+            ["–" if m.normalized is None else f"{100 * m.normalized:.1f} %" for m in means],
+        ),
+    ]
+    if any(m.nai is not None for m in means):
+        columns.append(("NAI [95 %]", [_with_interval(m.nai, m.nai_interval, 1) for m in means]))
+    if len({len(m.tasks) for m in means}) > 1:
+        columns.append(("tasks", [str(len(m.tasks)) for m in means]))
+    print_named(rows, [[column] for column in columns])
+    if any(m.nai is not None for m in means):
+        out.print("NAI: 0 is the base, 1 the expert; higher is better", style="dim")
+    if any(not task.higher_is_better for task in results.tasks):
+        out.print(f"{_LOWER.strip()}: lower is better", style="dim")
     _show_differences(results, unit)
     for note in results.notes:
         tell("note", note)
@@ -147,25 +151,20 @@ def _show_differences(results: Results, unit: int) -> None:
     if len(ranked) < 2:
         return
     best = max(ranked, key=ranked.__getitem__)
-    table = _table("mean less that of the best [95 %]", "of the expert [95 %]")
-    for found in results.differences:
-        if found.other == best and found.checkpoint in ranked:
-            table.add_row(
-                escape(found.checkpoint),
-                _with_interval(found.value, found.interval, unit),
-                _with_interval(found.normalized, found.normalized_interval, 100),
-            )
+    behind = [d for d in results.differences if d.other == best and d.checkpoint in ranked]
+    mean = [_with_interval(d.value, d.interval, unit) for d in behind]
+    share = [_with_interval(d.normalized, d.normalized_interval, 100) for d in behind]
+    columns = [("mean − the best's [95 %]", mean), ("% of expert [95 %]", share)]
     out.print()
-    out.print(table)
-    out.print(f"best: {escape(best)}", style="dim")
+    print_named([d.checkpoint for d in behind], [[column] for column in columns])
+    alike = [d.checkpoint for d in behind if _holds_zero(d)]
+    tell("best", f"{best}; not distinguishable from it: {', '.join(alike)}" if alike else best)
 
 
-def _table(*titles: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    table.add_column("", overflow="fold", max_width=24)
-    for title in titles:
-        table.add_column(title, justify="right")
-    return table
+def _holds_zero(found: Difference) -> bool:
+    """Tell whether two models may be equally good, by all that the rows say."""
+    interval = found.interval if found.normalized_interval is None else found.normalized_interval
+    return interval is None or interval[0] <= 0 <= interval[1]
 
 
 def _value(cell: Figures | None, metric: str) -> str:
@@ -181,4 +180,4 @@ def _with_interval(value: float | None, interval: tuple[float, float] | None, un
     if interval is None:
         return f"{unit * value:.{digits}f}"
     low, high = (f"{unit * v:.{digits}f}" for v in interval)
-    return f"{unit * value:.{digits}f} \\[{low}, {high}]"
+    return f"{unit * value:.{digits}f} [{low}, {high}]"

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Column, Table
-
-from eutectic.cli.console import out, plain_table, print_json, progress_bar, tell, tell_done, verb
+from eutectic.cli.console import (
+    folded,
+    out,
+    print_json,
+    print_named,
+    progress_bar,
+    tell,
+    tell_done,
+    verb,
+)
 from eutectic.cli.options import (
     Base,
     Json,
@@ -24,8 +30,7 @@ from eutectic.errors import RequestError
 
 if TYPE_CHECKING:
     from eutectic.reporting import Inspection
-
-MODELS_PER_TABLE = 3
+    from eutectic.reporting.schema import TaskSummary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,19 +115,24 @@ def inspect(
 def _show(found: Inspection) -> None:
     tasks = found.summary.tasks
     by_data = any(task.by == "activation" for task in tasks.values())
-    table = _table("task", "‖Δ‖", "‖Δ‖/‖W₀‖", "stable rank", "eff. rank")
-    table.add_column("interferes most", no_wrap=True)
-    for name, task in tasks.items():
-        sizes = (task.norm, task.relative_norm, task.stable_rank, task.effective_rank)
-        other = _cut("–" if task.most_interfering is None else task.most_interfering)
-        mark = " σ" if by_data and task.by == "singular" else ""
-        share = "" if task.interference is None else f" {task.interference:.3f}{mark}"
-        table.add_row(_cut(name), *map(_number, sizes), other + share)
-    out.print(table)
+    own = list(tasks.values())
+    columns = [
+        ("‖Δ‖", [_number(task.norm) for task in own]),
+        ("‖Δ‖/‖W₀‖", [_number(task.relative_norm) for task in own]),
+        ("stable rank", [_number(task.stable_rank) for task in own]),
+        ("eff. rank", [_number(task.effective_rank) for task in own]),
+        ("interferes most", [_rival(task, by_data) for task in own]),
+    ]
+    print_named(list(tasks), [[column] for column in columns], title="task")
+    out.print()
     names = list(found.merged)
-    for start in range(0, len(names), MODELS_PER_TABLE):
-        out.print()
-        out.print(_alignment(found, names[start : start + MODELS_PER_TABLE]))
+    if names:
+        rows = [*found.experts, "mean", "‖Δ‖ / experts'", "rank q"]
+        styles = [*[None] * len(found.experts), "bold", "dim", "dim"]
+        groups = [_alignment(found, name) for name in names]
+        print_named(rows, groups, title="task", styles=styles)
+        if found.summary.correlation is not None:
+            out.print("NAI: 0 is the base, 1 the expert; higher is better", style="dim")
     if len(tasks) > 1:
         meaning = (
             "singular task interference of the two over Σσ (measured on outputs with --statistics)"
@@ -144,31 +154,23 @@ def _show(found: Inspection) -> None:
         )
 
 
-def _alignment(found: Inspection, names: Sequence[str]) -> Table:
-    models = [found.summary.merged[name] for name in names]
-    width = 1 if found.summary.correlation is None else 2  # columns of a model: NAI beside SAR
-
-    def cells(of_models: Iterable[tuple[str, str]]) -> list[str]:
-        return [cell for both in of_models for cell in both[:width]]
-
-    table = _table("task", *cells((f"SAR {_cut(name)}", "NAI") for name in names))
-    for task in found.experts:
-        row = cells((_number(m.task_sar[task]), _number(m.nai.get(task))) for m in models)
-        table.add_row(_cut(task), *row)
-    means = cells((_number(m.sar), _number(m.mean_nai)) for m in models)
-    table.add_row("mean", *means, style="bold")
-    sizes = cells((_number(m.growth), "") for m in models)
-    table.add_row("‖Δ‖ / experts'", *sizes, style="dim")
-    table.add_row("rank q", *cells((f"{m.rank:.1f}", "") for m in models), style="dim")
-    return table
+def _alignment(found: Inspection, name: str) -> list[tuple[str, list[str]]]:
+    """Return a merged model's columns: SAR, and NAI where results are known."""
+    model = found.summary.merged[name]
+    sar = [_number(model.task_sar[task]) for task in found.experts]
+    sar += [_number(model.sar), _number(model.growth), f"{model.rank:.1f}"]
+    columns = [(f"SAR {name}" if len(name) < 20 else f"SAR\n{folded(name, 24)}", sar)]
+    if found.summary.correlation is not None:
+        nai = [_number(model.nai.get(task)) for task in found.experts]
+        columns.append(("NAI", [*nai, _number(model.mean_nai), "", ""]))
+    return columns
 
 
-def _table(first: str, *others: str) -> Table:
-    return plain_table(Column(first, no_wrap=True), numbers=others)
-
-
-def _cut(name: str, length: int = 22) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+def _rival(task: TaskSummary, by_data: bool) -> str:
+    """Return the expert that interferes most, and how much."""
+    other = folded("–" if task.most_interfering is None else task.most_interfering, 24)
+    mark = " σ" if by_data and task.by == "singular" else ""
+    return other if task.interference is None else f"{other} {task.interference:.3f}{mark}"
 
 
 def _number(value: float | None) -> str:

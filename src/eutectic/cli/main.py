@@ -8,7 +8,7 @@ from eutectic.cli.calibrate import calibrate
 from eutectic.cli.check import check
 from eutectic.cli.collect import collect
 from eutectic.cli.compare import compare
-from eutectic.cli.console import escape_what_cannot_be_printed, settings
+from eutectic.cli.console import escape_what_cannot_be_printed, settings, silence_libraries
 from eutectic.cli.demo import demo
 from eutectic.cli.evaluate import evaluate
 from eutectic.cli.init import init
@@ -64,6 +64,8 @@ def root(
 ) -> None:
     """Merge checkpoints fine-tuned from one base into one multi-task model, without training."""
     settings["debug"] = debug
+    if not debug:
+        silence_libraries()
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from eutectic.cli.console import out, print_json, progress_bar, tell_done, tell_notes, verb
 from eutectic.cli.options import Json, LimitOptions, RecipeOptions, option, request
+from eutectic.cli.tune import known_scale
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes
 from eutectic.words import percent, shares
@@ -62,7 +63,7 @@ def merge(
         print_json(dataclasses.asdict(report))
         return
     table = Table.grid(padding=(0, 2))
-    table.add_row("method", f"{_method(report)}, scale {report.scale:g}")
+    table.add_row("method", f"{_method(report)}, scale {known_scale(report.scale, report.search)}")
     table.add_row("tensors", ", ".join(f"{n} {name}" for name, n in report.tensors.items()))
     table.add_row("merged by", ", ".join(f"{name} {n}" for name, n in report.merged_by.items()))
     table.add_row("shares", shares(report.shares))

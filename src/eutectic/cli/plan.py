@@ -4,10 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
-from rich.table import Column
-
-from eutectic.cli.console import notes_as_json, out, plain_table, print_json, tell, tell_notes, verb
+from eutectic.cli.console import (
+    doing,
+    notes_as_json,
+    out,
+    print_json,
+    print_named,
+    tell,
+    tell_notes,
+    verb,
+)
 from eutectic.cli.options import Json, LimitOptions, RecipeOptions, option, request
 from eutectic.conventions import layer_group
 from eutectic.recipes.units import format_bytes
@@ -82,6 +88,7 @@ def _plan(checked: "Recipe", source: "Source", shown: _Shown) -> dict[str, Any]:
     from eutectic.planning.plan import make_plan, output_layout
 
     limits, every, explain = shown.limits, shown.every, shown.explain
+    doing("reading headers")
     allowed = limits_of(limits.threads, limits.memory)
     count, limit = allowed.threads, allowed.memory
     with open_inputs(checked, source) as inputs:
@@ -110,16 +117,15 @@ def _plan(checked: "Recipe", source: "Source", shown: _Shown) -> dict[str, Any]:
             "tensors": rows,
         }
         return record
-    fixed = [Column(name, no_wrap=True) for name in ("shape", "treatment", "method", "α")]
-    why = ["why"] if every else []
-    table = plain_table(Column("tensor", overflow="fold"), *fixed, *why)
-    for row in rows if every else _grouped(rows):
-        alpha = "searched" if row["scale"] is None else f"{row['scale']:g}"
-        alpha = alpha if row["method"] != "copy" else ""
-        shape = "×".join(map(str, row["shape"])) or "small"
-        cells = [escape(row["name"]), shape, row["treatment"], row["method"], alpha]
-        table.add_row(*cells, *([escape(row["why"])] if every else []))
-    out.print(table)
+    listed = rows if every else _grouped(rows)
+    columns = [
+        ("shape", ["×".join(map(str, row["shape"])) or "small" for row in listed]),
+        ("treatment", [row["treatment"] for row in listed]),
+        ("method", [row["method"] for row in listed]),
+        ("α", [_alpha(row) for row in listed]),
+    ]
+    why = [[("why", [row["why"] for row in listed])]] if every else []
+    print_named([row["name"] for row in listed], [columns, *why], title="tensor", left=True)
     if explain:
         for text in dict.fromkeys(row["route"] for row in rows if row["route"]):
             tell("route", text)
@@ -179,13 +185,14 @@ def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     folded: list[dict[str, Any]] = []
     for (pattern, shape, *_), members in groups.items():
         name = f"{pattern} ×{len(members)}" if len(members) > 1 else members[0]["name"]
-        folded.append({**members[0], "name": _short(name), "shape": shape})
+        folded.append({**members[0], "name": name, "shape": shape})
     return folded
 
 
-def _short(name: str, length: int = 44) -> str:
-    """Cut a long name at its front: its end tells more."""
-    return name if len(name) <= length else "…" + name[1 - length :]
+def _alpha(row: dict[str, Any]) -> str:
+    if row["method"] == "copy":
+        return ""
+    return "searched" if row["scale"] is None else f"{row['scale']:g}"
 
 
 def _duration(seconds: float) -> str:

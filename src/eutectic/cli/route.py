@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 
 from eutectic.cli.console import (
+    doing,
     out,
-    plain_table,
     print_json,
+    print_named,
     progress_bar,
     tell_done,
     tell_notes,
@@ -40,7 +41,6 @@ from eutectic.words import few
 if TYPE_CHECKING:
     from eutectic.routed.router_quality import RouterQuality
 
-_TASKS_ACROSS = 6
 _SHOWING = {"merged", "export", "json"}
 
 
@@ -165,6 +165,7 @@ def _build(
     from eutectic.routed.routed_folder import write_adapters, write_routed
     from eutectic.routed.routed_layers import routed_layers
 
+    doing("loading the merged model")
     beside = side_files(merged)
     model = load_stored(merged)
     of_experts = _open(statistics.statistics, "--statistics")
@@ -181,6 +182,7 @@ def _build(
         pass
     heads = find_heads(merged, named)
     of_router, data = _router_statistics(statistics, reading, merged, named, build.layers)
+    doing("building thin experts")
     routed: Any = build_routed(model, named, of_experts, of_router, **vars(build), heads=heads)
     quality = _quality(routed, of_router or of_experts, data, reading)
     report: dict[str, Any] = {
@@ -188,6 +190,7 @@ def _build(
         **_described(routed),
         "router_quality": None if quality is None else quality.record(),
     }
+    doing("writing")
     for name, aside in asides.items():
         report[name] = str(aside.output)
         if aside.finished:
@@ -259,6 +262,7 @@ def _show(folder: Path, export: Path | None, json: bool) -> None:
     from eutectic.routed import export_lora, load_routed
     from eutectic.routed.routed_folder import experts_of
 
+    doing("loading the routed model")
     routed = load_routed(folder)
     report: dict[str, Any] = {
         **_described(routed),
@@ -317,6 +321,7 @@ def _router_statistics(
         )
     if reading.split is not None:
         check_split(list(sources.values()), reading.split)
+    doing("loading the model for the router's data")
     loaded = load_model(merged, None, reading.task, reading.device)  # pyright: ignore[reportArgumentType]
     # All data are opened before any are run.
     opened = {
@@ -401,13 +406,17 @@ def show_quality(quality: RouterQuality) -> None:
         f"Samples sent to their own expert, {how} (by chance {quality.chance:.0%})", style="dim"
     )
     names, blocks = list(quality.samples), quality.blocks()
-    last = "decision" if quality.measured else "mean"
-    for start in range(0, len(names), _TASKS_ACROSS):
-        chosen = names[start : start + _TASKS_ACROSS]
-        table = plain_table(Column("", overflow="fold", max_width=36), numbers=map(escape, chosen))
-        for block, shares in blocks.items():
-            table.add_row(escape(block), *(f"{shares[name]:.1%}" for name in chosen))
-        cells = (f"{quality.decisions[name]:.1%}" for name in chosen)
-        table.add_row(last, *cells, style="bold")
-        table.add_row("samples", *(f"{quality.samples[name]:,}" for name in chosen), style="dim")
-        out.print(table)
+    rows = [*blocks, "decision" if quality.measured else "mean", "samples"]
+    columns = [
+        (
+            name,
+            [
+                *(f"{shares[name]:.1%}" for shares in blocks.values()),
+                f"{quality.decisions[name]:.1%}",
+                f"{quality.samples[name]:,}",
+            ],
+        )
+        for name in names
+    ]
+    styles = [*[None] * len(blocks), "bold", "dim"]
+    print_named(rows, [[column] for column in columns], styles=styles)

@@ -1,17 +1,16 @@
 """`eutectic tune`."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Column, Table
-
 from eutectic.cli.console import (
     notes_as_json,
     out,
-    plain_table,
     print_json,
+    print_named,
     progress_bar,
     tell,
     tell_done,
@@ -21,7 +20,8 @@ from eutectic.cli.console import (
 from eutectic.cli.options import Json, LimitOptions, SearchedRecipeOptions, option, request
 from eutectic.errors import RequestError
 
-BAR = 24
+BAR = 16
+DEFAULT_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,30 +100,46 @@ def tune(
         tell_notes(report.note_records, warnings_only=True)
         print_json(record)
         return
-    out.print(curve_table(report.search))
-    tell("objective", report.search["objective"])
+    show_curve(report.search)
+    better = "higher" if report.search.get("maximise") else "lower"
+    tell("objective", f"{report.search['objective']}; {better} is better")
     tell_notes(report.note_records)
-    out.print(f"[bold green]α = {report.scale:g}[/] for {report.method}", highlight=False)
+    known = known_scale(report.scale, report.search)
+    out.print(f"[bold green]α = {known}[/] for {report.method}", highlight=False)
+    if known != f"{report.scale:g}":
+        tell("exactly", f"{report.scale:g}, which gives the same bytes again")
     tell_done("written", output)
     tell_done("drawn", plot)
     tell_done("numbers", None if plot is None else numbers_of(plot))
 
 
-def curve_table(search: Mapping[str, Any]) -> Table:
-    """Return the curve as a table with one bar per α."""
+def known_scale(scale: float, search: Mapping[str, Any] | None) -> str:
+    """Return α to the digits that a search knows, at least two: two of 5 %."""
+    if not search:
+        return f"{scale:g}"
+    digits = max(2, math.ceil(-math.log10(search.get("tolerance") or DEFAULT_TOLERANCE)))
+    return f"{scale:.{digits}g}"
+
+
+def show_curve(search: Mapping[str, Any]) -> None:
+    """Print the curve with one bar per α, and what the objective consists of."""
     points = search["points"]
-    names = [name for name in points[0]["parts"] if len(points[0]["parts"]) <= 8]
     top = max((abs(p["value"]) for p in points if p["value"] is not None), default=0.0)
-    right = [Column(name, justify="right", no_wrap=True) for name in ("α", "objective", *names)]
-    table = plain_table(*right[:2], Column("", no_wrap=True), *right[2:])
-    for point in points:
-        value = point["value"]
-        best = point["scale"] == search["scale"]
+
+    def bar(value: float | None) -> str:
         length = 0 if value is None or top == 0 else round(BAR * abs(value) / top)
-        bar = "█" * length + (" ◀" if best else "")
-        cells = [_shown(value), bar, *(_shown(point["parts"].get(name)) for name in names)]
-        table.add_row(f"{point['scale']:.3g}", *cells, style="bold green" if best else None)
-    return table
+        return "█" * length + "░" * (BAR - length)
+
+    marks = [" ◀" if point["scale"] == search["scale"] else "" for point in points]
+    values = [f"{_shown(p['value'])} {bar(p['value'])}" for p in points]
+    direction = "↑" if search.get("maximise") else "↓"
+    columns = [(f"objective {direction}", values)]
+    columns += [
+        (name, [_shown(p["parts"].get(name)) for p in points]) for name in points[0]["parts"]
+    ]
+    styles = ["bold green" if mark else None for mark in marks]
+    names = [f"{p['scale']:.3g}{mark}" for p, mark in zip(points, marks, strict=True)]
+    print_named(names, [[column] for column in columns], title="α", styles=styles)
 
 
 def _shown(value: float | None) -> str:
