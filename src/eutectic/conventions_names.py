@@ -188,7 +188,7 @@ def adapter_name(key: str) -> str | None:
 
 def is_frozen_copy(name: str) -> bool:
     """Tell whether a tensor is the module that PEFT keeps unchanged beside the trained one."""
-    return _FROZEN.search(name) is not None
+    return "original_module." in name and _FROZEN.search(name) is not None
 
 
 def is_trained_copy(name: str) -> bool:

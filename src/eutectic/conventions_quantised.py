@@ -16,6 +16,7 @@ _COMPANION = re.compile(
     r"(_scale_inv|\.SCB|\.(nested_)?(absmax|quant_map)|\.quant_state\.bitsandbytes__\w+"
     r"|\.(qweight|qzeros|g_idx|weight_packed|weight_zero_point|weight_g_idx|qscale_weight))$"
 )
+_PLAIN_ENDS = (".weight", ".bias")  # of nearly all names, and of no companion
 _SCALE = re.compile(r"(\.weight_(scale|global_scale|scale_2|shape)|_proj_scale)$")
 # Integers of two and more dimensions that plain models keep: masks and positions.
 _BUFFER = re.compile(
@@ -97,7 +98,7 @@ def is_of_activations(name: str) -> bool:
 
 def is_companion(name: str) -> bool:
     """Tell whether a tensor has a meaning only beside a tensor of codes."""
-    return _COMPANION.search(name) is not None
+    return not name.endswith(_PLAIN_ENDS) and _COMPANION.search(name) is not None
 
 
 def is_weight_scale(name: str) -> bool:

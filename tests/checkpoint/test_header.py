@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from eutectic.checkpoint import header
 from eutectic.checkpoint.header import MAX_HEADER_BYTES, build_header, read_header
 from eutectic.errors import CheckpointError
 
@@ -140,3 +141,27 @@ def test_header_keeps_order_within_an_item_size() -> None:
 def test_name_twice_cannot_be_laid_out() -> None:
     with pytest.raises(ValueError, match="twice"):
         build_header([("a", torch.float32, (1,)), ("a", torch.float32, (1,))], {})
+
+
+def test_the_same_header_of_two_files_is_one_table(tmp_path: Path) -> None:
+    for name, shape in (("a", (2, 3)), ("b", (2, 3)), ("c", (3, 2))):
+        save_file({"x": torch.ones(shape)}, tmp_path / name)
+    a, b, c = (read_header(tmp_path / name) for name in "abc")
+    assert a.tensors is b.tensors and [t.shape for t in c.tensors] == [(3, 2)]
+    assert read_header(tmp_path / "a", "elsewhere").tensors[0].file == "elsewhere"
+    with (tmp_path / "b").open("ab") as file:  # the same header before more data
+        file.write(b"more")
+    with pytest.raises(CheckpointError, match="inconsistent"):
+        read_header(tmp_path / "b")
+
+
+def test_tables_that_were_read_are_kept_within_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(header, "_KNOWN", header._Known())
+    monkeypatch.setattr(header, "_MOST_KEPT", 5)
+    for name, count in (("a", 3), ("b", 3), ("c", 6)):
+        save_file({f"{name}{i}": torch.ones(1) for i in range(count)}, tmp_path / name)
+    a, b, c = (read_header(tmp_path / name) for name in "abc")
+    assert read_header(tmp_path / "b") is b
+    assert read_header(tmp_path / "a") is not a and read_header(tmp_path / "c") is not c

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import time
 from pathlib import Path
 
@@ -38,6 +40,33 @@ def test_equal_shaped_tables_are_not_compared_pair_by_pair(tmp_path: Path, extra
     assert time.process_time() - started < 10
     tied = [t.name for t in plan.tensors if "tied to" in t.why]
     assert tied == ["m.1.embed_tokens.weight"]
+
+
+def test_calls_grow_as_tensors_and_experts_do(tmp_path: Path) -> None:
+    """Counted, not timed; files of one program, whose headers are alike, and of several."""
+
+    def calls(tensors: int, experts: int, alike: bool) -> int:
+        place = tmp_path / f"{tensors}-{experts}-{alike}"
+        for index in range(experts + 1):
+            (place / str(index)).mkdir(parents=True)
+            held = {f"layers.{i}.proj.weight": torch.full((2, 2), index) for i in range(tensors)}
+            metadata = {"format": "pt"} if alike else {"format": "pt", "by": str(index)}
+            weights = {name: value.float() for name, value in held.items()}
+            save_file(weights, place / str(index) / "model.safetensors", metadata=metadata)
+        paths = {f"e{i}": str(place / str(i)) for i in range(1, experts + 1)}
+        request = {"base": str(place / "0"), "experts": paths, "method": "average"}
+        profile = cProfile.Profile()
+        with profile:
+            recipe = check_recipe(request)
+            with open_inputs(recipe) as inputs:
+                make_plan(recipe, inputs)
+        return pstats.Stats(profile).total_calls  # pyright: ignore[reportAttributeAccessIssue]
+
+    calls(10, 2, True)  # what is imported and compiled once
+    few, tensors, experts = calls(300, 4, True), calls(600, 4, True), calls(300, 8, True)
+    others = calls(300, 4, False)
+    assert tensors < 2.1 * few and experts < 2.1 * few
+    assert few < 100 * 300 * 4 and others < 150 * 300 * 4
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,9 @@ def full_expert(
             f"{label}: shares no tensor with the base; it is a fine-tune of another model.\n"
             f"Its tensors: {shown} …; the base's: {', '.join(list(base)[:3])} …"
         )
-    entries = {name: source.entries[keys[name]] for name in base if name in keys}
+    entries = own
+    if met.views or not _as_they_are(base, own, keys):
+        entries = {name: source.entries[keys[name]] for name in base if name in keys}
     _check_no_factors(met.rest, label)
     extra = {name: own[key] for key, name in met.rest.items()}
     return Expert(
@@ -259,6 +261,15 @@ def full_expert(
         config=config or {},
         folder=folder,
     )
+
+
+def _as_they_are(
+    base: Mapping[str, TensorEntry], own: Mapping[str, TensorEntry], keys: Mapping[str, str]
+) -> bool:
+    """Tell whether all names of the base are an expert's own, in the same order."""
+    if not len(base) == len(own) == len(keys):
+        return False
+    return all(n == k and keys.get(n) == k for n, k in zip(base, own, strict=True))
 
 
 def _check_no_factors(keys: Iterable[str], label: str) -> None:

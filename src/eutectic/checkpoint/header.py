@@ -4,9 +4,12 @@ A file is `u64 length | JSON header | data`. The JSON maps tensor names to dtype
 range in the data; the ranges follow one another without gap or overlap and end where the file ends.
 """
 
+import hashlib
 import json
 import math
 import sys
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ MAX_HEADER_BYTES = INDEX_BYTES
 MOST_AXES = 64  # of a tensor
 METADATA_KEY = "__metadata__"
 _MAX_DIMENSION = 2**63 - 1
+_WHOLE = frozenset({int})  # no booleans
 
 _CODES = {
     **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
@@ -90,7 +94,41 @@ def read_header(path: Path, file: str = "") -> Header:
             raw = _bytes_of(opened, 8, length)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}).") from error
-    return _parse(path, file, raw, size)
+    # Models that one program saved differ in their data alone: the same table is read once.
+    key = (file, size, hashlib.sha256(raw).digest())
+    header = _KNOWN.get(key)
+    if header is None:
+        header = _parse(path, file, raw, size)
+        _KNOWN.keep(key, header)
+    return header
+
+
+class _Known:
+    """The headers that were read last, by their bytes; of `_MOST_KEPT` tensors together."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._headers: OrderedDict[tuple[str, int, bytes], Header] = OrderedDict()
+        self._tensors = 0
+
+    def get(self, key: tuple[str, int, bytes]) -> Header | None:
+        with self._lock:
+            if key in self._headers:
+                self._headers.move_to_end(key)
+            return self._headers.get(key)
+
+    def keep(self, key: tuple[str, int, bytes], header: Header) -> None:
+        with self._lock:
+            if key in self._headers or len(header.tensors) > _MOST_KEPT:
+                return
+            self._headers[key] = header
+            self._tensors += len(header.tensors)
+            while self._tensors > _MOST_KEPT:
+                self._tensors -= len(self._headers.popitem(last=False)[1].tensors)
+
+
+_MOST_KEPT = 100_000
+_KNOWN = _Known()
 
 
 def looks_like_safetensors(path: Path) -> bool:
@@ -113,7 +151,7 @@ def _parse(path: Path, file: str, raw: bytes, file_size: int) -> Header:
     if not raw.startswith(b"{"):
         raise _broken(path, "not safetensors, or corrupt: the header does not begin with '{'")
     try:
-        table = parse_json(raw, unique=True)
+        table = parse_json(raw, unique=True, deep=False)
     except ValueError as error:
         raise _broken(path, f"corrupt: the header is not valid JSON ({error})") from error
     metadata = table.pop(METADATA_KEY, {})
@@ -122,6 +160,7 @@ def _parse(path: Path, file: str, raw: bytes, file_size: int) -> Header:
     position = 8 + len(raw)
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # most tensors share theirs
     tensors = [_tensor(path, file, name, item, position, shapes) for name, item in table.items()]
+    del table
     tensors.sort(key=lambda t: (t.offset, t.nbytes))
     previous = "the header"
     for tensor in tensors:
@@ -176,7 +215,8 @@ def _is_size_list(value: Any) -> bool:
     return (
         isinstance(value, list)
         and len(value) <= MOST_AXES
-        and all(type(n) is int and 0 <= n <= _MAX_DIMENSION for n in value)
+        and _WHOLE.issuperset(map(type, value))
+        and (not value or (min(value) >= 0 and max(value) <= _MAX_DIMENSION))
     )
 
 

@@ -69,7 +69,8 @@ def rearranged(
     """
     base, own = tables
     met = {name: key for key, name in mapping.items()}
-    turned = any(_swapped(base[name], own[key]) for name, key in met.items())
+    pairs = ((base[name], own[key]) for name, key in met.items())
+    turned = any(one is not other and _swapped(one, other) for one, other in pairs)
     if len(met) == len(base) and not turned:
         return {}
     names = [name for name in base if name not in met]
@@ -105,7 +106,7 @@ def layout_readings(views: Mapping[str, View]) -> list[Reading]:
 
 
 def _swapped(one: TensorEntry, other: TensorEntry) -> bool:
-    if not len(one.shape) == len(other.shape) == 3 or one.shape == other.shape:
+    if len(one.shape) != 3 or len(other.shape) != 3 or one.shape == other.shape:
         return False
     return one.shape == (other.shape[0], other.shape[2], other.shape[1])
 

@@ -150,6 +150,8 @@ def align(
     base = tuple(dict.fromkeys(base_names))
     keys = [key for key in dict.fromkeys(expert_names)]
     frozen = _frozen_copies(keys)
+    if not frozen and len(keys) == len(base) and frozenset(base).issuperset(keys):
+        return dict(zip(keys, keys, strict=True)), Alignment()
     keys = [key for key in keys if key not in frozen]
     winners = _literal(frozenset(base), keys)
     chosen = [_met(base, keys, alignment) for alignment in winners]

@@ -77,7 +77,7 @@ def mlx_adapter(folder: Path) -> Oddity:
 def other_adapter(folder: Path, config: Mapping[str, Any]) -> Oddity | None:
     """Return what an adapter is, by its configuration, that cannot be merged; None for others."""
     kind = config.get("peft_type")
-    if kind == "LORA" or kind in KINDS:
+    if isinstance(kind, str) and (kind == "LORA" or kind in KINDS):
         return None
     if kind is None:
         if config.keys() & {"lora_parameters", "fine_tune_type", "lora_layers"}:

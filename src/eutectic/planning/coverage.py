@@ -59,6 +59,8 @@ def unmatched(request: MergeRequest) -> dict[str, list[str]]:
 
 def _sides(owner: str, expert: Expert, request: MergeRequest) -> tuple[list[str], list[str]]:
     """Return what is lost of the base and what is homeless of the expert, if that is no head."""
+    if not (expert.missing or expert.extra):
+        return [], []
     extra = homeless(owner, expert, request)
     missing = lost(owner, expert, request) + _renamed_heads(expert.missing, extra)
     if not missing and _beside_the_body(extra, expert, request):

@@ -77,13 +77,13 @@ def shares_of(
     """Return the shares of a plan. Tensors that do not meet count as left, kept or not."""
     base, ties = request.inputs.base.entries, request.ties
     planned = {t.name: t for t in tensors}
+    elsewhere = {s.owner for t in tensors for s in t.experts if s.tensor not in (None, t.name)}
     alone = [t for t in tensors if any(r.kind == "in_no_expert" for r in t.reason)]
     return Shares(
         {
             name: _share_of(
                 expert,
-                planned
-                | {s.tensor or "": t for t in tensors for s in t.experts if s.owner == name},
+                planned if name not in elsewhere else planned | _held_as(name, tensors),
                 {e.name for e in heads.get(name, ())} - {*unmatched.get(name, ())},
                 ties.explained[name],
             )
@@ -92,6 +92,11 @@ def shares_of(
         sum(entry.numel for entry in base.values()),
         sum(t.elements for t in alone),
     )
+
+
+def _held_as(owner: str, tensors: Sequence[TensorPlan]) -> dict[str, TensorPlan]:
+    """Return an expert's own names -> the tensors that it takes part in."""
+    return {s.tensor or "": t for t in tensors for s in t.experts if s.owner == owner}
 
 
 def _share_of(

@@ -32,8 +32,9 @@ def plan_tensor(entry: TensorEntry, request: MergeRequest) -> TensorPlan | Fault
     having: dict[str, TensorEntry] = {}
     lacking: list[str] = []
     taking = request.taking(entry.name)
+    kept = {name: ties.source(name, expert, entry.name) for name, expert in taking.items()}
     for name, expert in taking.items():
-        own = ties.source(name, expert, entry.name)
+        own = kept[name]
         found = None if own is None else expert.entries.get(own) or expert.extra.get(own)
         if found is not None:
             having[name] = found
@@ -60,7 +61,7 @@ def plan_tensor(entry: TensorEntry, request: MergeRequest) -> TensorPlan | Fault
         reason=decision.reason,
         layout=decision.layout,
         base=Source("base", ties.added.get(entry.name, entry.name)),
-        experts=tuple(_expert_source(name, entry.name, request) for name in owners),
+        experts=tuple(_expert_source(name, kept[name], entry.name, request) for name in owners),
         scale=1.0 if decision.scale is None else decision.scale,
         tunable=decision.scale is None,
         seed=recipe.seed,
@@ -99,12 +100,11 @@ def source_in(owner: str, expert: Expert, name: str, partner: str) -> Source:
 _NONE: Mapping[str, str] = {}  # one for all: there are as many sources as tensors times experts
 
 
-def _expert_source(owner: str, name: str, request: MergeRequest) -> Source:
-    own = request.statistics_names.get(owner, {})
+def _expert_source(owner: str, kept: str | None, name: str, request: MergeRequest) -> Source:
+    own = request.statistics_names.get(owner)
     parts = (
         {part: own[name + part] for part in ("", *PARTS) if name + part in own} if own else _NONE
     )
-    kept = request.ties.source(owner, request.inputs.experts[owner], name)
     weight = request.recipe.experts[owner].weight
     weight = weight if isinstance(weight, (int, float)) else 1.0  # the script says each tensor's
     return Source(owner, kept, weight=weight, statistics=parts)

@@ -48,8 +48,8 @@ class Ties:
 
         An adapter that does not act on the tensor still has it: its change there is zero.
         """
-        own = self.sources.get(owner, {}).get(name)
-        if own is not None:
+        held = self.sources.get(owner)
+        if held and (own := held.get(name)) is not None:
             return own
         return name if expert.is_delta or name in expert.entries else None
 

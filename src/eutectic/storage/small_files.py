@@ -30,6 +30,7 @@ _KINDS: tuple[tuple[Callable[[int], bool], int, str], ...] = (
     (stat.S_ISCHR, errno.EINVAL, "a device, not a regular file"),
     (stat.S_ISBLK, errno.EINVAL, "a device, not a regular file"),
 )
+_LONG = re.compile(rf"\d{{{MOST_DIGITS + 1}}}")
 # One half of a pair of UTF-16, as JSON writes it; whole pairs are found too, and looked at closely.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -91,20 +92,25 @@ def decoded(content: bytes) -> str:
         raise ValueError(f"not UTF-8 text, byte {error.start:,}") from None
 
 
-def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
+def parse_json(text: str | bytes, *, unique: bool = False, deep: bool = True) -> Any:
     """Return the value of a JSON text; ValueError says what is wrong with it.
 
     Refused besides bad syntax: more than `MOST_LEVELS` levels, integers of more than `MOST_DIGITS`
     digits, halves of UTF-16 pairs, which no file can store again, and with `unique` keys that stand
-    twice in one object, of which others take the last.
+    twice in one object, of which others take the last. Without `deep`, levels are not counted: for
+    long tables of which the caller checks every value.
     """
     text = decoded(text) if isinstance(text, bytes) else text
     pairs = _no_duplicates if unique else None
+    # Millions of calls in long tables, where nothing is refused.
+    whole = _integer if _LONG.search(text) else None
     try:
-        value = json.loads(text, parse_int=_integer, object_pairs_hook=pairs)
+        value = json.loads(text, parse_int=whole, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    _check_values(value, strings=_SURROGATE.search(text) is not None)
+    strings = _SURROGATE.search(text) is not None
+    if deep or strings:
+        _check_values(value, strings=strings)
     return value
 
 

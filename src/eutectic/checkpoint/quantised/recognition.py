@@ -105,6 +105,7 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+_ALONE = "the codes beside are missing"
 _PLAIN = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -114,14 +115,19 @@ def recognise(entries: Entries, config: Mapping[str, Any], read: Read, where: st
     Tensors are known by what stands beside them and by their types; the configuration names the
     method where these leave it open. Nothing that looks like codes is passed on as numbers.
     """
-    stated = replace(stated_by(config), beside=_dtype_of_rest(entries))
-    # Codes are integers or of 8 bits; of a plain checkpoint not even the names are looked at.
-    plain = not stated.settings and all(e.dtype in _PLAIN for e in entries.values())
-    method = None if plain else _foreign(entries, stated)
+    stated = stated_by(config)
+    # Codes are integers or of 8 bits: a plain checkpoint can only hold what belongs to some.
+    if not stated.settings and all(e.dtype in _PLAIN for e in entries.values()):
+        orphans = [name for name in entries if names.is_companion(name)]
+        if orphans:
+            raise _refusal(where, stated.method, orphans, _GET_ANOTHER, _ALONE)
+        return Recognised({}, frozenset())
+    stated = replace(stated, beside=_dtype_of_rest(entries))
+    method = _foreign(entries, stated)
     codes: dict[str, Codes] = {}
     unreadable: dict[str, str] = {}
     if method is None:
-        for family in () if plain else FAMILIES:
+        for family in FAMILIES:
             for found in family(entries, stated, read):
                 if isinstance(found, tuple):
                     unreadable[found[0]] = str(found[1])
@@ -145,7 +151,7 @@ def recognise(entries: Entries, config: Mapping[str, Any], read: Read, where: st
         if names.is_companion(e.name) or (stated.settings and names.is_weight_scale(e.name))
     ]
     if orphans:
-        raise _refusal(where, stated.method, orphans, _GET_ANOTHER, "the codes beside are missing")
+        raise _refusal(where, stated.method, orphans, _GET_ANOTHER, _ALONE)
     strange = [e.name for e in left if _may_be_codes(e, quantised)]
     if strange:
         raise _refusal(where, stated.method, strange, _GET_ANOTHER, "what they mean is not stated")
