@@ -13,11 +13,13 @@ from eutectic.execution import executors
 from eutectic.models import named_classes
 from eutectic.recipes import plain_yaml, schema
 from eutectic.storage import small_files
+from eutectic.vocabulary import tokens
 
 TEXT = (Path(__file__).parents[1] / "SECURITY.md").read_text(encoding="utf-8")
 BOUNDS = {
     "a configuration": [small_files.CONFIG_BYTES],
     "a header of safetensors": [small_files.INDEX_BYTES],
+    "a file of a tokenizer": [tokens.LARGEST],
     "a recipe": [
         plain_yaml.YAML_BYTES,
         plain_yaml.MOST_VALUES,

@@ -248,7 +248,7 @@ CASES: Mapping[str, tuple[Change, str, str, str]] = {
     ),
     "rows without tokens": (
         put("tokenizer.json", {**TOKENIZER, "added_tokens": []}),
-        "rows_without_token", "note", "2 of 32 rows",
+        "rows_without_token", "note", "1 of 32 rows",
     ),
     "one token, two ids": (
         put("added_tokens.json", {"t3": 4}), "two_ids", "wrong", "'t3'"

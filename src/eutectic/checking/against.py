@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eutectic.checking.report import Finding
-from eutectic.checking.tokens import Tokens
 from eutectic.checkpoint.expert_tensors import Expert
 from eutectic.checkpoint.experts import is_ia3, open_expert
 from eutectic.checkpoint.index import CheckpointIndex
 from eutectic.conventions_heads import is_buffer, is_output_layer
 from eutectic.errors import CheckpointError, Fault, Note
+from eutectic.vocabulary.tokens import Tokens
 from eutectic.words import few, percent
 
 _KIN = 0.5  # share of the base's numbers that a fine-tune of it has in the base's shapes
@@ -23,11 +23,11 @@ class Base:
 
     path: str  # as it was named
     index: CheckpointIndex  # its logical tensors
-    tokens: Tokens
+    tokens: Tokens | None
 
 
 def findings_against(
-    folder: Path, tokens: Tokens, base: Base, others: Sequence[Base], *, stated: bool
+    folder: Path, tokens: Tokens | None, base: Base, others: Sequence[Base], *, stated: bool
 ) -> Iterator[Finding]:
     """Yield where names and shapes do not fit the base, and which of the others they do fit.
 
@@ -106,10 +106,12 @@ def _is_loose(name: str, axes: int) -> bool:
     return is_output_layer(name) or is_buffer(name, axes)
 
 
-def _tokens(tokens: Tokens, base: Base) -> Iterator[Finding]:
+def _tokens(tokens: Tokens | None, base: Base) -> Iterator[Finding]:
     """Yield tokens that have another id than in the base."""
-    theirs = base.tokens.ids
-    moved = [t for t, number in tokens.ids.items() if theirs.get(t, number) != number]
+    if tokens is None or base.tokens is None:
+        return
+    theirs = base.tokens.rows
+    moved = [t for t, number in tokens.rows.items() if theirs.get(t, number) != number]
     if moved:
-        shown = tuple(f"{t!r} ({tokens.ids[t]}, {theirs[t]} there)" for t in moved[:8])
+        shown = tuple(f"{t!r} ({tokens.rows[t]}, {theirs[t]} there)" for t in moved[:8])
         yield Note("other_ids", (few(shown),), {"count": len(moved), "base": base.path}, "warning")

@@ -14,7 +14,7 @@ from eutectic.checking.configuration import config_of, configuration_findings, p
 from eutectic.checking.files import file_findings, held_bytes, tensors_of_pickles
 from eutectic.checking.report import Checked, CheckReport, Findings, counted
 from eutectic.checking.tensors import tensor_findings, value_findings
-from eutectic.checking.tokens import Tokens, token_findings, tokens_in
+from eutectic.checking.tokens import no_tokenizer, token_findings, tokens_in
 from eutectic.checkpoint.experts import is_adapter
 from eutectic.checkpoint.index import CheckpointIndex, open_index, read_json_object
 from eutectic.checkpoint.locating import locate
@@ -22,6 +22,7 @@ from eutectic.checkpoint.opening import open_reader
 from eutectic.checkpoint.reader import CheckpointReader, TensorSource
 from eutectic.checkpoint.weight_files import ADAPTER_CONFIG
 from eutectic.errors import CheckpointError, EutecticError, RequestError
+from eutectic.vocabulary.tokens import Tokens
 
 Progress = Callable[[float, float, str], None]
 
@@ -84,7 +85,7 @@ class _Looked:
     findings: Findings
     counts: dict[str, Any]
     index: CheckpointIndex | None = None  # of a full checkpoint's logical tensors
-    tokens: Tokens = Tokens()
+    tokens: Tokens | None = None
     readable: bool = False
 
     def checked(self) -> Checked:
@@ -156,6 +157,7 @@ def _look_at_checkpoint(one: _Looked, values: bool, progress: Progress | None) -
         one.findings.add(*config_of(folder, config), *configuration_findings(config, entries))
         generation = folder / "generation_config.json"
         stated = read_json_object(generation) if generation.is_file() else {}
+        one.findings.add(*no_tokenizer(folder, entries))
         one.findings.add(*token_findings(config, stated, entries, one.tokens))
         if values:
             one.findings.add(*value_findings(source, entries, progress))

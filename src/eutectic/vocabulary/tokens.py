@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from eutectic.errors import CheckpointError
+from eutectic.models.named_classes import check_named_classes
 from eutectic.storage.small_files import parse_json, read_bytes
 from eutectic.vocabulary.sentencepiece_model import looks_like_model, pieces_of
 
@@ -248,9 +249,13 @@ def _pieces(path: Path, content: bytes, config: Mapping[str, Any]) -> dict[str, 
 def _by_library(folder: Path) -> Found:
     """Return the tokens of files that only transformers reads."""
     try:
-        from transformers import AutoTokenizer
+        import transformers
 
-        loaded: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        check_named_classes(folder, transformers)
+        # Without the last word, transformers asks on the terminal whether code may run.
+        loaded: Any = transformers.AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
         rows: dict[str, int] = dict(loaded.get_vocab())
     except Exception as error:
         raise CheckpointError(
