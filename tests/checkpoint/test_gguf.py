@@ -113,7 +113,12 @@ def test_every_kind_is_dequantised_as_the_package_does(tmp_path, kind):
             held = reader.read(name)
             assert torch.equal(held.float(), flat.float()), name
             assert reader.entries[name].shape == tuple(value.shape)
-            for start, stop in ((0, 1), (7, min(300, len(flat))), (len(flat) - 5, len(flat)), (3, 3)):
+            for start, stop in (
+                (0, 1),
+                (7, min(300, len(flat))),
+                (len(flat) - 5, len(flat)),
+                (3, 3),
+            ):
                 part = reader.read(name, start, stop)
                 assert torch.equal(part.float(), flat[start:stop].float())
         quantised = kind not in ("F32", "F16", "BF16")

@@ -273,7 +273,10 @@ ODD: dict[str, tuple[Build, tuple[str, ...]]] = {
         ("adapter_model.safetensors is missing", "Complete the download"),
     ),
     # formats
-    "gguf": (put("model-Q4.gguf", content=b"GGUF"), ("no readable GGUF file", "that it was made from")),
+    "gguf": (
+        put("model-Q4.gguf", content=b"GGUF"),
+        ("no readable GGUF file", "that it was made from"),
+    ),
     "gguf-renamed": (put("model.bin", content=b"GGUF\3\0\0\0\xff"), ("a GGUF file",)),
     "onnx": (put("model.onnx"), ("ONNX", "the checkpoint that it was exported from")),
     "tensorflow": (put("tf_model.h5"), ("TensorFlow", "from_tf=True")),

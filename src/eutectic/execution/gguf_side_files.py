@@ -10,6 +10,7 @@ from typing import Any
 from eutectic.checkpoint.index import CheckpointIndex
 from eutectic.checkpoint.writer import write_atomically
 from eutectic.errors import Note
+from eutectic.models.named_classes import check_named_classes
 from eutectic.vocabulary.tokens import TOKENIZER, files_identity
 
 
@@ -26,11 +27,16 @@ def write_from_gguf(index: CheckpointIndex, model: Path) -> tuple[Note, ...]:
     if files_identity(model) or not index.gguf.tokens:
         return ()
     try:
-        from transformers import AutoTokenizer
+        import transformers
 
+        check_named_classes(index.folder, transformers)
         with TemporaryDirectory() as aside:
-            loaded: Any = AutoTokenizer.from_pretrained(
-                str(index.folder), gguf_file=index.files[0], local_files_only=True
+            # Without the last word, transformers asks whether code beside the file may run.
+            loaded: Any = transformers.AutoTokenizer.from_pretrained(
+                str(index.folder),
+                gguf_file=index.files[0],
+                local_files_only=True,
+                trust_remote_code=False,
             )
             loaded.save_pretrained(aside)
             for path in sorted(Path(aside).iterdir()):
