@@ -9,6 +9,7 @@ from eutectic.cli.check import check
 from eutectic.cli.collect import collect
 from eutectic.cli.compare import compare
 from eutectic.cli.console import escape_what_cannot_be_printed, settings, silence_libraries
+from eutectic.cli.convert import convert
 from eutectic.cli.demo import demo
 from eutectic.cli.evaluate import evaluate
 from eutectic.cli.init import init
@@ -35,6 +36,7 @@ for command in (
     tune,
     compare,
     plan,
+    convert,
     check,
     inspect,
     collect,
