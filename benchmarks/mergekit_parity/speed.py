@@ -2,9 +2,8 @@
 
     python benchmarks/mergekit_parity/speed.py FOLDER [--repeats 3] [-o results.json]
 
-Run in an environment that has both. The two run in turns, interpreter start included; what counts
-is the median ratio of a pair, of wall-clock and of processor time. On a busy machine the latter is the
-better one.
+Run in an environment that has both. The two run in turns, interpreter start included. What counts
+is the median ratio of a pair, of wall-clock and of processor time; on a busy machine the latter.
 """
 
 from __future__ import annotations

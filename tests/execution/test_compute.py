@@ -293,6 +293,15 @@ ELEMENTWISE = [
     ("ties", {"scope": "model", "density": 0.5, "aggregate": "sum"}),
     ("dare_linear", {"density": 0.3}),
     ("dare_ties", {"density": 0.3}),
+    ("dare_ties", {"density": 0.3, "rescale": "l1", "consensus": "weighted"}),
+    ("ties", {"rescale": "l1", "consensus": "weighted", "keep_at_least": 1}),
+    ("breadcrumbs", {"density": 0.4, "gamma": 0.1, "rescale": "l1"}),
+    ("della_linear", {}),
+    ("della", {"rescale": "l1"}),
+    ("model_stock", {"filter_wise": True}),
+    ("ram", {"epsilon": 0.05}),
+    ("ramplus_tl", {"epsilon": 0.05}),
+    ("sce", {"select_topk": 0.4}),
 ]
 
 
@@ -317,11 +326,56 @@ def test_chunks_do_not_change_a_byte(
         assert all(torch.equal(chunked[name], whole[name]) for name in base)
 
 
-def test_chunks_change_slerp_by_rounding_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+SUMMED = [
+    ("slerp", {}),
+    ("nuslerp", {}),
+    ("nuslerp", {"vectors": "rows"}),
+    ("nuslerp", {"vectors": "columns"}),
+    ("multislerp", {}),
+    ("karcher", {}),
+    ("model_stock", {}),
+    ("arcee_fusion", {}),
+    ("nearswap", {"t": 0.05}),
+    ("passthrough", {"scale": 0.7}),
+]
+
+
+@pytest.mark.parametrize(("method", "parameters"), SUMMED)
+def test_chunks_change_sums_by_rounding_alone(
+    method: str, parameters: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = make_base()
-    others = family(base, 2)
-    whole = eutectic.merge_state_dicts(base, others, method="slerp")
-    monkeypatch.setattr(tensor_values, "CHUNK", 41)
-    chunked = eutectic.merge_state_dicts(base, others, method="slerp")
-    for name in base:
-        torch.testing.assert_close(chunked[name], whole[name], rtol=1e-6, atol=1e-7)
+    others = family(base, eutectic.methods()[method]["experts"][1] or 3)
+    options: dict[str, Any] = {"method": method, "scale": 1.0, **parameters}
+    whole = eutectic.merge_state_dicts(base, others, **options)
+    for size in (41, 10**6):
+        monkeypatch.setattr(tensor_values, "CHUNK", size)
+        chunked = eutectic.merge_state_dicts(base, others, **options)
+        for name in base:
+            torch.testing.assert_close(chunked[name], whole[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("arcee_fusion", {}),
+        ("della_linear", {"epsilon": 0.1}),
+        ("nuslerp", {"vectors": "columns"}),
+        ("model_stock", {"filter_wise": True}),
+        ("karcher", {}),
+        ("sce", {"select_topk": 0.5}),
+    ],
+)
+def test_the_engine_and_the_entry_in_memory_agree(
+    method: str, parameters: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_values, "CHUNK", 60)
+    base = {"w": randn(9, 14), "v": randn(30)}
+    others = family(base, eutectic.methods()[method]["experts"][1] or 3)
+    merged = eutectic.merge_state_dicts(base, others, method=method, scale=1.0, **parameters)
+    for name, w in base.items():
+        stack = torch.stack([e[name] - w for e in others.values()])
+        delta = eutectic.merge_matrices(
+            method, stack, base=w, tensor=name, experts=list(others), **parameters
+        )
+        torch.testing.assert_close(merged[name], w + delta, rtol=1e-5, atol=1e-6)

@@ -16,6 +16,7 @@ from eutectic.execution.tensor_values import (
     as_map,
     block_ranges,
     flat_ranges,
+    merged_ranges,
     read_base,
     read_own,
     read_stack,
@@ -25,7 +26,7 @@ from eutectic.execution.tensor_values import (
 from eutectic.methods import Method, get_method
 from eutectic.methods.linear import finite
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.tensor_plan import COPY, TensorPlan, chunk_entries
+from eutectic.planning.tensor_plan import COPY, TensorPlan
 
 
 def matrix_name(planned: TensorPlan, block: int, part: str) -> str:
@@ -120,7 +121,7 @@ def _matrices(planned: TensorPlan) -> Iterator[tuple[str, str]]:
 
 def stream_chunks(planned: TensorPlan, inputs: Inputs) -> Iterator[Tensor]:
     """Yield `[T, n]` chunks of what the method takes: deltas, or weights."""
-    for start, stop in flat_ranges(planned.elements, chunk_entries(planned)):
+    for start, stop in merged_ranges(planned):
         yield _as_seen(planned, *_read_chunk(planned, inputs, start, stop)).to(inputs.device)
 
 
@@ -130,7 +131,7 @@ def merge_elementwise(
     """Yield (flat start, merged delta or weight, base or None) of each chunk; add its squares."""
     method, parameters = get_method(planned.method), planned.parameters
     context = context_of(planned, state)
-    ranges = list(flat_ranges(planned.elements, chunk_entries(planned)))
+    ranges = list(merged_ranges(planned))
     whole = _read_chunk(planned, inputs, *ranges[0]) if len(ranges) == 1 else None
     if method.prepare is not None and state is None:
 

@@ -9,7 +9,7 @@ from eutectic.checkpoint.experts import Expert
 from eutectic.errors import NumericalError
 from eutectic.methods.linear import finite
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.tensor_plan import CHUNK, Source, TensorPlan
+from eutectic.planning.tensor_plan import CHUNK, Source, TensorPlan, chunk_entries
 
 
 def read_stored(
@@ -158,10 +158,16 @@ def check_finite(
     )
 
 
-def flat_ranges(length: int, step: int = CHUNK) -> Iterator[tuple[int, int]]:
-    """Yield flat ranges of at most `step` entries; an empty tensor has one empty range."""
+def flat_ranges(length: int, step: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield flat ranges of at most `step` entries, or `CHUNK`; an empty tensor has an empty one."""
+    step = step or CHUNK
     for start in range(0, max(length, 1), step):
         yield start, min(length, start + step)
+
+
+def merged_ranges(planned: TensorPlan) -> Iterator[tuple[int, int]]:
+    """Yield the flat ranges in which a method that works entry by entry sees a tensor."""
+    return flat_ranges(planned.elements, chunk_entries(planned, CHUNK))
 
 
 def block_ranges(planned: TensorPlan) -> Iterator[tuple[int, int]]:

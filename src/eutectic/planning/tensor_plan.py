@@ -177,8 +177,8 @@ class TensorPlan:
             start += height
 
 
-def chunk_entries(planned: TensorPlan) -> int:
+def chunk_entries(planned: TensorPlan, size: int = CHUNK) -> int:
     """Return how many entries are merged at a time: whole rows where the method looks at rows."""
     rows = planned.merged and get_method(planned.method).rows
     width = max(planned.shape[-1], 1) if rows and planned.shape else 1
-    return max(CHUNK // width, 1) * width
+    return max(size // width, 1) * width
