@@ -91,12 +91,18 @@ def input_identities(plan: Plan, inputs: Inputs) -> dict[str, Any]:
 
     Asked of the files anew each time, so that an input that changes in the meantime shows.
     """
-    found: dict[str, Any] = {"the base": [inputs.base.fingerprint(), inputs.base.identity()]}
-    for name, expert in inputs.experts.items():
-        found[f"expert '{name}'"] = [expert.fingerprint(), expert.identity()]
+    found = weight_identities(plan, inputs)
     for name, folder in _copied_from(plan, inputs).items():
         beside = file_identity(folder, [*deciding_files(folder)])
         found[f"configuration or tokenizer of {name}"] = beside
+    return found
+
+
+def weight_identities(plan: Plan, inputs: Inputs) -> dict[str, Any]:
+    """Return the same of what is merged alone, without the files that are copied beside it."""
+    found: dict[str, Any] = {"the base": [inputs.base.fingerprint(), inputs.base.identity()]}
+    for name, expert in inputs.experts.items():
+        found[f"expert '{name}'"] = [expert.fingerprint(), expert.identity()]
     if inputs.initial is not None:
         found["init"] = [inputs.initial.fingerprint(), inputs.initial.identity()]
     for name, path in plan.request.statistics_files.items():

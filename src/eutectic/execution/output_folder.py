@@ -25,6 +25,7 @@ from eutectic.execution.journal import (
     records_of,
     request_identity,
     squares_in,
+    weight_identities,
 )
 from eutectic.execution.model_folder import PROVENANCE, document, read_provenance, write_folder
 from eutectic.execution.norms import measured, norm_notes
@@ -230,7 +231,8 @@ def unscaled_identity(plan: Plan, inputs: Inputs) -> str:
     """Return a hash of all that decides the deltas of a plan, whatever it says of the scale."""
     tensors = tuple(replace(t, scale=1.0) if t.tunable else t for t in plan.tensors)
     request = replace(plan.request, complete={**plan.request.complete, "scale": None})
-    return request_identity(replace(plan, tensors=tensors, request=request), inputs)
+    known = weight_identities(plan, inputs)  # no configuration or tokenizer is in a delta
+    return request_identity(replace(plan, tensors=tensors, request=request), inputs, known)
 
 
 class _Hashed(Ledger):
