@@ -86,6 +86,18 @@ class Note:
         return f"warning: {self.text}" if self.level == "warning" else self.text
 
 
+class MergeWarning(UserWarning):
+    """A merge whose result may be wrong, where there is no report to say so.
+
+    Attributes:
+        note: the record.
+    """
+
+    def __init__(self, note: Note) -> None:
+        super().__init__(note.text)
+        self.note = note
+
+
 class EutecticError(Exception):
     """The root of all errors raised on purpose."""
 

@@ -126,6 +126,16 @@ def _unrelated(subject: Sequence[str], numbers: Mapping[str, Any]) -> str:
     )
 
 
+def _no_kin(subject: Sequence[str], numbers: Mapping[str, Any]) -> str:
+    kin = numbers["kin"]
+    others = "" if kin is None else f"; the other experts' {kin:.2f}"
+    return (
+        f"expert '{subject[0]}' is no kin of the base: the cosine of its matrices to the base's is "
+        f"{numbers['cosine']:.2f} (1: the same{others}). It was fine-tuned from another model, and "
+        "a merge is neither"
+    )
+
+
 def _left_alone(names: Sequence[str], numbers: Mapping[str, Any]) -> str:
     return (
         f"expert '{numbers['expert']}': {percent(numbers['share'])} of its numbers are neither "
@@ -435,6 +445,12 @@ SENTENCES: dict[str, Template] = {
     "exploded": _exploded,
     "changes_nothing": ("expert '{0}' changes nothing that was looked at: is it the base itself?"),
     "unrelated": _unrelated,
+    "no_kin": _no_kin,
+    "changes_alike": (
+        "experts {few} change the base in nearly the same direction (cosines of {cosine:.2f} and "
+        "more): they are checkpoints of one run, or were all fine-tuned from another model than "
+        "this base, which is then the one to name"
+    ),
     "same_expert": "experts {all} are the same checkpoint, which therefore counts {count} times",
     "same_as_base": (
         "expert '{0}' is the base itself, wherever compared: it draws the merge towards that"

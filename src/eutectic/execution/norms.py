@@ -200,3 +200,13 @@ def norm_notes(norms: Mapping[str, Any]) -> list[Note]:
             }
             notes.append(Note("unrelated", (name,), told, "warning"))
     return notes
+
+
+# what the norms say -> what a plan may have said of the same expert before
+_SAID = {"changes_nothing": "same_as_base", "unrelated": "no_kin"}
+
+
+def new_norm_notes(plan: Plan, norms: Mapping[str, Any]) -> list[Note]:
+    """Return the warnings of `norm_notes` that a plan's notes have not told."""
+    known = {(note.kind, note.subject) for note in plan.notes}
+    return [n for n in norm_notes(norms) if (_SAID.get(n.kind, ""), n.subject) not in known]

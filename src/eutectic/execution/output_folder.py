@@ -28,7 +28,7 @@ from eutectic.execution.journal import (
     weight_identities,
 )
 from eutectic.execution.model_folder import PROVENANCE, document, read_provenance, write_folder
-from eutectic.execution.norms import measured, norm_notes
+from eutectic.execution.norms import measured, new_norm_notes
 from eutectic.execution.schedule import (
     CHOSEN,
     Choose,
@@ -115,9 +115,7 @@ def _made_before(output: Path, identity: str) -> dict[str, Any]:
 
 def _with_norms(plan: Plan, norms: Mapping[str, Any]) -> Plan:
     """Return the plan of a finished merge, with how large its change is and what that says."""
-    known = {note.subject for note in plan.notes if note.kind == "same_as_base"}
-    told = [n for n in norm_notes(norms) if n.kind != "changes_nothing" or n.subject not in known]
-    return replace(plan, norms=norms, notes=(*plan.notes, *told))
+    return replace(plan, norms=norms, notes=(*plan.notes, *new_norm_notes(plan, norms)))
 
 
 def _chosen_before(

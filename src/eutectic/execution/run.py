@@ -1,6 +1,7 @@
 """The public entries: a merge of files, of state dicts, and of two experts in every mixture."""
 
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -10,10 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from eutectic.checkpoint.writer import MemoryWriter
-from eutectic.errors import Note, OutputError, RequestError, why_failed
+from eutectic.errors import MergeWarning, Note, OutputError, RequestError, why_failed
 from eutectic.execution.executors import Limits, Progress, limits_of, peak_bytes
-from eutectic.execution.journal import Ledger, request_identity
+from eutectic.execution.journal import Ledger, request_identity, squares_in
 from eutectic.execution.model_folder import PROVENANCE, read_provenance
+from eutectic.execution.norms import measured, new_norm_notes
 from eutectic.execution.output_folder import check_output, write_to_folder
 from eutectic.execution.schedule import Chooser, Desk, refuse_search, run_schedule
 from eutectic.planning.cost import check_memory, merged_by, treatments
@@ -227,8 +229,14 @@ def merge_state_dicts(
         the base's. A key that an expert unties from one of the base's (see `config`) is added.
 
     Raises:
-        RequestError: the request is wrong.
+        RequestError: the request is wrong; a method that needs statistics has none of any expert,
+            or not of every one (`fallback="allow"` takes its fall-back).
         NumericalError: NaN or Inf in an expert.
+
+    Warns:
+        MergeWarning: what `eutectic.merge` warns of, such as a change that has exploded or experts
+            that are no kin; and tensors that fell back for lack of statistics, by which method,
+            and their share. `warning.note` is the record.
     """
     weights = dict(weights or {})
     unknown = [name for name in {**weights, **(statistics or {})} if name not in experts]
@@ -240,15 +248,23 @@ def merge_state_dicts(
     inputs = in_memory_inputs(base, experts, statistics or {}, config)
     plan = make_plan(recipe, inputs)
     sink = MemoryWriter([(t.name, t.dtype, t.shape) for t in plan.tensors])
+    ledger = Ledger()
     desk = Desk(
         inputs,
-        Ledger(),
+        ledger,
         limits_of(threads, None),
         open_deltas=lambda layout: nullcontext(MemoryWriter(layout.entries)),
         open_output=lambda plan: nullcontext(sink),
     )
     run_schedule(plan, desk)
+    notes = [*plan.notes, *new_norm_notes(plan, measured(plan, squares_in(ledger)))]
+    for note in notes:
+        if note.level == "warning" or note.kind in _COUNTED:
+            warnings.warn(MergeWarning(note), stacklevel=2)
     return sink.tensors
+
+
+_COUNTED = frozenset({"fallback", "own_fallback"})  # what else is told where there is no report
 
 
 def sweep(

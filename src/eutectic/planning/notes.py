@@ -16,6 +16,7 @@ from eutectic.methods.registry import all_methods
 from eutectic.planning import coverage
 from eutectic.planning.fallbacks import FALLEN, fallen_share, option_for
 from eutectic.planning.inputs import Inputs, MergeRequest
+from eutectic.planning.kin import kinship
 from eutectic.planning.mistakes import mistakes
 from eutectic.planning.shares import Shares
 from eutectic.planning.statistics_match import lacks, unknown_origin
@@ -138,6 +139,7 @@ def notes_on(
     notes += named_bases(recipe, inputs)
     notes += _untaken(tensors, request)
     notes += mistakes(request)
+    notes += kinship(tensors, request)
     absent = _because({"in_no_expert"}, tensors)
     tell("copied", absent, {"share": of_base(absent)})
     for name, expert in inputs.experts.items():
