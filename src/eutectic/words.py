@@ -318,6 +318,9 @@ SENTENCES: dict[str, Template] = {
     "tokens_removed": lambda names, _: (
         f"{_many(names, 'token')} of the base left out, which some expert lacks: {tokens(names)}"
     ),
+    "tokens_created": lambda names, _: (
+        f"{_many(names, 'token')} added to the tokenizer by rules: {tokens(names)}"
+    ),
     "tokens_lacking": _tokens_lacking,
     "tokens_without_row": lambda names, _: (
         f"{_many(names, 'token')} of the tokenizer have a row in no model: {tokens(names)}; their "

@@ -118,7 +118,10 @@ def test_padding_is_kept_trimmed_and_rounded(models):
         asked = {"source": "union", "padding": padding, "pad_to_multiple_of": step}
         merged, _, _ = merge(folder, EXPERTS, vocabulary=asked)
         assert len(merged[EMBED]) == len(merged[HEAD]) == size
-        assert not merged[EMBED][11:].any()
+        # Added rows are the mean of each model's others, merged: nobody's highest logit.
+        if size > 11:
+            mean = merged[EMBED][:11].mean(0)
+            torch.testing.assert_close(merged[EMBED][11:], mean.expand(size - 11, -1))
     merged, _, _ = merge(folder, "a", vocabulary={"source": "base", "padding": "trim"})
     assert len(merged[EMBED]) == len(WORDS)
 
@@ -143,6 +146,25 @@ def test_rules_of_single_tokens(models):
     # `trimmed` lacks 语: it has the row of b in its place.
     expected = base[7] + (a[7] - base[7]) + 2 * (b[7] - base[7])
     torch.testing.assert_close(table[rows["语"]], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_rules_may_add_tokens(models):
+    folder, known = models
+    rules = {
+        "<new>": {"source": {"model": "a", "token": "<a>"}, "add": True},
+        "<none>": {"source": "zero", "add": True},
+        "the": {"source": {"model": "b"}, "add": True},
+    }
+    for policy in ("union", "base", "intersection"):
+        asked = {"source": policy, "tokens": rules}
+        merged, rows, report = merge(folder, ("a", "b", "trimmed"), vocabulary=asked)
+        assert (rows["<new>"], rows["<none>"]) == (len(rows) - 2, len(rows) - 1)
+        assert torch.equal(merged[HEAD][rows["<new>"]], known["a"][0][HEAD][8])
+        assert not merged[EMBED][rows["<none>"]].any() and len(merged[EMBED]) >= len(rows)
+        told = [n.subject for n in report.note_records if n.kind == "tokens_created"]
+        assert told == [("<new>", "<none>")]
+        config = json.loads((report.output / "config.json").read_text())
+        assert config["vocab_size"] == len(merged[EMBED])
 
 
 def test_tied_tables_and_other_dtypes(tmp_path):

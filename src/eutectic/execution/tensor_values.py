@@ -9,7 +9,7 @@ from eutectic.checkpoint.experts import Expert
 from eutectic.errors import NumericalError
 from eutectic.methods.linear import finite
 from eutectic.planning.inputs import Inputs
-from eutectic.planning.tensor_plan import CHUNK, Source, TensorPlan, chunk_entries
+from eutectic.planning.tensor_plan import CHUNK, FilledRows, Source, TensorPlan, chunk_entries
 
 
 def read_stored(
@@ -36,12 +36,36 @@ def _fill(values: Tensor, source: Source, inputs: Inputs, start: int) -> None:
     wide = torch.float64 if values.dtype == torch.float64 else torch.float32
     for place, offset, rows in source.rows.gaps(start, start + values.numel()):
         count = place.stop - place.start
+        if rows.average:
+            row = _mean_row(source, rows, inputs, wide)
+            places = torch.arange(offset, offset + count) % len(row)
+            values[place] = row[places].to(values.dtype)
+            continue
         total = torch.zeros(count, dtype=wide)
         for donor in rows.donors:
             first = donor.row * source.rows.width + offset
             reader = inputs.base if donor.owner == "base" else inputs.experts[donor.owner]
             total += reader.read(donor.tensor, first, first + count).to(wide)
         values[place] = total.div_(max(len(rows.donors), 1)).to(values.dtype)
+
+
+def _mean_row(source: Source, rows: FilledRows, inputs: Inputs, dtype: torch.dtype) -> Tensor:
+    """Return the mean of the rows before some rows of the output, as a source has them."""
+    assert source.rows is not None
+    width = source.rows.width
+    total = torch.zeros(width, dtype=torch.float64)
+    step = max(1, CHUNK // width) * width
+    for start in range(0, rows.first * width, step):
+        stop = min(rows.first * width, start + step)
+        behind = torch.zeros(stop - start, dtype=dtype)
+        if rows.behind is not None:
+            behind = read_stored(rows.behind, inputs, start, stop, dtype)
+        if source.owner == "base":
+            values = read_stored(source, inputs, start, stop, dtype)
+        else:
+            values = read_weight(inputs, source, (start, stop), behind, dtype)
+        total += values.view(-1, width).sum(0, dtype=torch.float64)
+    return total.div_(max(rows.first, 1)).to(dtype)
 
 
 def read_base(planned: TensorPlan, inputs: Inputs, start: int, stop: int) -> Tensor:

@@ -1,5 +1,7 @@
 """What will be done to one tensor of the output: all that decides its bytes, and nothing else."""
 
+from __future__ import annotations
+
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
@@ -33,6 +35,9 @@ class FilledRows:
     first: int  # in the output
     count: int
     donors: tuple[Donor, ...]  # none: zeros
+    # The mean of the source's own rows before them instead; where it lacks some, of this one's.
+    average: bool = False
+    behind: Source | None = None
 
 
 @dataclass(frozen=True)

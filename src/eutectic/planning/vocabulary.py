@@ -301,7 +301,7 @@ def with_vocabulary(
     size = planned.agreed.size
     placed = places(planned.agreed, heights, donors, based=plan.base is not None)
 
-    def mapped(source: Source) -> Source:
+    def mapped(source: Source, behind: Source | None = None) -> Source:
         found = placed.get(source.owner) if source.tensor is not None else None
         if found is None or found.is_whole(size, heights[source.owner]):
             return source
@@ -313,14 +313,17 @@ def with_vocabulary(
             )
             for rows in found.filled
         )
+        if found.padding is not None:
+            filled += (FilledRows(*found.padding, (), average=True, behind=behind),)
         return replace(source, rows=RowMap(width, found.runs, filled))
 
-    initial = None if plan.initial is None else mapped(plan.initial)
+    base = None if plan.base is None else mapped(plan.base)
+    initial = None if plan.initial is None else mapped(plan.initial, base)
     return replace(
         plan,
         shape=_with_rows(shape, size),
-        base=None if plan.base is None else mapped(plan.base),
-        experts=tuple(map(mapped, plan.experts)),
+        base=base,
+        experts=tuple(mapped(s, None if s.owner == BASE else base) for s in plan.experts),
         initial=initial,
     )
 
@@ -393,6 +396,8 @@ def _notes(planned: PlannedVocabulary) -> Iterator[Note]:
         owners = Counter(agreed.new.values())
         told = {"count": len(agreed.new), "owners": dict(owners)}
         yield Note("tokens_added", tuple(agreed.new), told)
+    if agreed.created:
+        yield Note("tokens_created", agreed.created)
     if agreed.removed:
         yield Note("tokens_removed", agreed.removed, {"count": len(agreed.removed)})
     if agreed.assumed:
@@ -406,6 +411,6 @@ def _notes(planned: PlannedVocabulary) -> Iterator[Note]:
         if lacking:
             told = {"model": name, "count": len(lacking)}
             yield Note("tokens_lacking", tuple(lacking), told)
-    nowhere = tuple(token for token in agreed.rows if token in absent)
+    nowhere = tuple(t for t in agreed.rows if t in absent and t not in agreed.policy.tokens)
     if nowhere:
         yield Note("tokens_without_row", nowhere, {"count": len(nowhere)}, "warning")

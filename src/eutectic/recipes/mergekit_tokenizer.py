@@ -33,7 +33,7 @@ def vocabulary_fields(values: Mapping[str, Any], names: Names, reading: Reading)
         reading.fault("tokenizer", what, "tokenizer_source", next="Keep tokenizer.")
     elif short is not None:
         source = _source(short, ("tokenizer_source",), names, reading)
-        fields["vocabulary"] = {"source": source}
+        fields["vocabulary"] = {"source": source, "padding": "trim"}
     elif long is not None:
         fields["vocabulary"] = _tokenizer(long, names, reading)
     return fields
@@ -44,7 +44,7 @@ def _tokenizer(value: object, names: Names, reading: Reading) -> dict[str, Any]:
     given = mapping_at(value, place, reading)
     check_keys(given, _TOKENIZER, place, reading)
     source = _source(given.get("source", "union"), (*place, "source"), names, reading)
-    found: dict[str, Any] = {"source": source}
+    found: dict[str, Any] = {"source": source, "padding": "trim"}
     if given.get("pad_to_multiple_of") is not None:
         found["pad_to_multiple_of"] = given["pad_to_multiple_of"]
         if not isinstance(given["pad_to_multiple_of"], int) or given["pad_to_multiple_of"] < 1:
@@ -69,11 +69,11 @@ def _token(
         reading.fault("force", "must be true or false.", *place, "force", got=repr(force))
         return None
     if source is None:
-        return {"source": "mean", "force": force}
+        return {"source": "mean", "force": force, "add": True}
     where = (*place, "source")
     kind = cast("Mapping[str, Any]", source).get("kind") if isinstance(source, Mapping) else None
     if kind == "zero":
-        return {"source": "zero", "force": force}
+        return {"source": "zero", "force": force, "add": True}
     if kind == "model_token":
         row = cast("Mapping[str, Any]", source)
         check_keys(row, _ROW, where, reading)
@@ -83,9 +83,9 @@ def _token(
         if len(named) != 1:
             what = f"needs one of token and token_id, to say which row '{token}' gets."
             reading.fault("model_token", what, *where)
-        return {"source": {"model": model, **named}, "force": force}
+        return {"source": {"model": model, **named}, "force": force, "add": True}
     model = _model(source, where, names, reading)
-    return {"source": {"model": model}, "force": force}
+    return {"source": {"model": model}, "force": force, "add": True}
 
 
 def _source(value: object, place: Location, names: Names, reading: Reading) -> str:

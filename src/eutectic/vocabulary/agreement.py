@@ -28,6 +28,7 @@ class Vocabulary:
         heights: model -> rows of its table of tokens.
         new: token that the donor's tokenizer lacks -> the model that it is taken from.
         removed: tokens of the donor's tokenizer that the output lacks.
+        created: tokens that a rule adds to the tokenizer.
         assumed: models without a tokenizer of their own; they have the donor's base's.
     """
 
@@ -39,6 +40,7 @@ class Vocabulary:
     heights: Mapping[str, int]
     new: Mapping[str, str] = field(default_factory=dict[str, str])
     removed: tuple[str, ...] = ()
+    created: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
 
     @property
@@ -55,7 +57,8 @@ class Vocabulary:
     def lacking(self, model: str) -> list[str]:
         """Return the output's tokens that a model has no row for, in the order of rows."""
         own, height = self.models[model].rows, self.heights[model]
-        return [t for t in self.rows if own.get(t, height) >= height]
+        added = set(self.created)
+        return [t for t in self.rows if own.get(t, height) >= height and t not in added]
 
 
 def agree(
@@ -96,13 +99,16 @@ def agree(
             return faults
     elif policy.source == "intersection":
         rows, removed = _common(known, heights, donor)
-    count = max(rows.values(), default=-1) + 1
+    created = tuple(t for t, rule in policy.tokens.items() if rule.add and t not in rows)
+    first = max(rows.values(), default=-1) + 1
+    rows |= {token: first + number for number, token in enumerate(created)}
+    count = first + len(created)
     size = count
     if policy.padding == "keep" and not removed:
         size = max(size, heights.get(donor, 0))
     step = policy.pad_to_multiple_of or 1
     size = -(-size // step) * step
-    found = Vocabulary(policy, donor, rows, size, known, heights, new, removed, assumed)
+    found = Vocabulary(policy, donor, rows, size, known, heights, new, removed, created, assumed)
     return _rule_faults(found) or found
 
 
@@ -199,6 +205,7 @@ def _rule_faults(found: Vocabulary) -> list[Fault]:
         if token not in found.rows:
             what = "is no token of the output's vocabulary."
             nearest = suggest(token, list(found.models[found.donor].added))
+            nearest = nearest or "Set add: true to add it to the tokenizer."
             faults.append(Fault("unknown_token", what, where, next=nearest))
         elif isinstance(rule.source, TokenRow):
             faults += _source_faults(found, token, rule.source, where)

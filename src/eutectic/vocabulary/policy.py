@@ -29,6 +29,7 @@ class TokenRule(BaseModel, extra="forbid", frozen=True):
 
     source: Annotated[TokenRow | Literal["mean", "zero"], Field(union_mode="left_to_right")]
     force: bool = False
+    add: bool = False  # to the tokenizer too, where the output's lacks the token
 
     @model_validator(mode="before")
     @classmethod

@@ -30,10 +30,13 @@ class Places:
 
     runs: tuple[Run, ...]
     filled: tuple[MeanRows, ...] = ()
+    # (first, count) of rows without a token that are the mean of this model's rows before them
+    padding: tuple[int, int] | None = None
 
     def is_whole(self, size: int, height: int) -> bool:
         """Tell whether the rows stand as they are in the model."""
-        return not self.filled and size == height and self.runs == ((0, 0, size),)
+        plain = not self.filled and self.padding is None
+        return plain and size == height and self.runs == ((0, 0, size),)
 
 
 def places(
@@ -49,8 +52,8 @@ def places(
     is left out: it counts as unchanged from the base. Where models are not merged as differences
     from a base (`based` is false) it is the base's, or else that mean. Rules
     about single tokens come first. Rows without a token are matched by their number, as far as the
-    model of the tokenizer has such rows and they are kept; else they are zero. Cost: linear in the
-    rows.
+    model of the tokenizer has such rows and they are kept; else they are the mean of each model's
+    rows before them, whose logit is nobody's highest. Cost: linear in the rows.
     """
     own = {name: _positions(vocabulary, name, height) for name, height in heights.items()}
     having = {name: rows.copy() for name, rows in own.items()}
@@ -65,6 +68,9 @@ def places(
     anywhere = np.zeros(vocabulary.size, dtype=bool)
     for name in wanting:
         anywhere |= lacking[name]
+    first = max(vocabulary.count, _kept(vocabulary))
+    anywhere[first:] = False
+    padding = (first, vocabulary.size - first) if first < vocabulary.size else None
     for row in ruled:
         anywhere[row] = True
     for row in map(int, np.flatnonzero(anywhere)):
@@ -79,7 +85,9 @@ def places(
         for name in fills:
             if lacking[name][row]:
                 _append(filled[name], row, chosen)
-    return {name: Places(tuple(_runs(rows)), tuple(filled[name])) for name, rows in own.items()}
+    return {
+        name: Places(tuple(_runs(rows)), tuple(filled[name]), padding) for name, rows in own.items()
+    }
 
 
 def _positions(vocabulary: Vocabulary, name: str, height: int) -> Rows:
@@ -98,15 +106,18 @@ def _positions(vocabulary: Vocabulary, name: str, height: int) -> Rows:
             if row is not None:
                 rows[vocabulary.rows[token]] = row
     rows[rows >= height] = -1
-    # Rows without a token are kept where the model of the tokenizer has them; others are empty.
-    kept = vocabulary.heights[vocabulary.donor] if vocabulary.policy.padding == "keep" else 0
-    shared = min(size, height, kept)
+    shared = min(size, height, _kept(vocabulary))
     free = np.ones(shared, dtype=bool)  # rows without a token on either side
     for table in (known, vocabulary.rows):
         taken = np.fromiter(table.values(), dtype=np.int64, count=len(table))
         free[taken[taken < shared]] = False
     rows[:shared][free] = np.flatnonzero(free)
     return rows
+
+
+def _kept(vocabulary: Vocabulary) -> int:
+    """Return how many rows are matched by their number where no token has them."""
+    return vocabulary.heights[vocabulary.donor] if vocabulary.policy.padding == "keep" else 0
 
 
 Ruled = dict[int, tuple[tuple[tuple[str, int], ...] | None, bool]]

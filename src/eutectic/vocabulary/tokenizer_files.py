@@ -78,7 +78,7 @@ def write_tokenizer(vocabulary: Vocabulary, folders: Mapping[str, Path], target:
             storage_of(target).remove(target / name)
     names = [name for name in side_files(source) if is_tokenizer_file(name)]
     copy_side_files(source, target, names)
-    if not (vocabulary.new or vocabulary.removed):
+    if not (vocabulary.new or vocabulary.removed or vocabulary.created):
         return
     edit = _edit_of(vocabulary, folders)
     for name in names:
@@ -118,6 +118,7 @@ def _edit_of(vocabulary: Vocabulary, folders: Mapping[str, Path]) -> _Edit:
             words[token] = name
         else:
             added[token] = flags
+    added |= dict.fromkeys(vocabulary.created, {"normalized": True})
     rows = vocabulary.rows
     by_row = {row: token for token, row in rows.items()}
     by_row |= {rows[token]: token for token in own.added if token in rows}
