@@ -104,6 +104,11 @@ PLAIN = "models: [{model: M/llama/a}, {model: M/llama/b}, {model: M/llama/c}]\n"
 ONE = "models: [{model: M/llama/base}, {model: M/llama/b}]\n"
 BASE = "base_model: M/llama/base\n"
 
+KNOWN = {
+    "mixtral/ties": "mergekit ranks and stores a layer's experts as one tensor, as transformers 5",
+    "mixtral/slerp": "mergekit turns a layer's experts as one tensor, and calls it mlp.experts",
+}
+
 METHODS = {
     "linear without normalising": THREE + "merge_method: linear\nparameters: {normalize: false}",
     "linear with the base among the models": TWO
@@ -156,6 +161,21 @@ METHODS = {
     "ram": PLAIN + "merge_method: ram\nparameters: {epsilon: 0.01}\n" + BASE,
     "ramplus_tl": PLAIN + "merge_method: ramplus_tl\nparameters: {epsilon: 0.02, r: 0.5}\n" + BASE,
     "passthrough": "models: [{model: M/llama/b}]\nmerge_method: passthrough\n",
+    "ram of experts": PLAIN.replace("llama", "mixtral")
+    + "merge_method: ram\nparameters: {epsilon: 0.02}\nbase_model: M/mixtral/base\n",
+    "nearswap of experts": ONE.replace("llama", "mixtral")
+    + "merge_method: nearswap\nparameters: {t: 0.02}\nbase_model: M/mixtral/base\n",
+    "sce of tied tables": PLAIN.replace("llama", "gemma2")
+    + "merge_method: sce\nparameters: {select_topk: 0.5}\nbase_model: M/gemma2/base\n",
+    "model_stock of fused matrices": PLAIN.replace("llama", "phi3")
+    + "merge_method: model_stock\nparameters: {filter_wise: true}\nbase_model: M/phi3/base\n",
+    "breadcrumbs of fused matrices": THREE.replace("llama", "phi3")
+    + "merge_method: breadcrumbs\nparameters: {density: 0.5}\nbase_model: M/phi3/base\n",
+    "karcher of biases": PLAIN.replace("llama", "qwen2") + "merge_method: karcher\n",
+    "nuslerp of tied tables": TWO.replace("llama", "gemma2")
+    + "merge_method: nuslerp\nbase_model: M/gemma2/base\n",
+    "multislerp of biases": THREE.replace("llama", "qwen2")
+    + "merge_method: multislerp\nbase_model: M/qwen2/base\n",
 }
 
 LEVELS = {
