@@ -78,7 +78,11 @@ def test_the_installed_script():
         (CheckpointError("first\nsecond"), 1, ["error: first", "second"]),
         (RequestError("a [bold]name[/bold]"), 2, ["error: a [bold]name[/bold]"]),
         (RequestError(), 2, ["error: RequestError"]),
-        (OSError(28, "No space left on device", "x"), 1, ["error: x: the disk is full: No space left on device."]),
+        (
+            OSError(28, "No space left on device", "x"),
+            1,
+            ["error: x: the disk is full: No space left on device."],
+        ),
         (KeyboardInterrupt(), 130, ["interrupted; the same command continues where it stopped."]),
     ],
 )

@@ -202,3 +202,80 @@ def test_our_own_methods_by_the_same_syntax():
     assert found.scale == 0.5 * get_method("iso_c").default_scale(3)
     assert translated("iso_c", {"scale": 0.25}, each).scale == 0.25
     assert faults("iso_c", {"support": "nothing"}, each) == ["literal_error"]
+
+
+@pytest.mark.parametrize(
+    ("flatten", "row_wise", "vectors"),
+    [(True, False, "tensor"), (True, True, "tensor"), (False, False, "rows"),
+     (False, True, "columns")],
+)  # fmt: skip
+@pytest.mark.parametrize("base", [True, False])
+def test_nuslerp(flatten, row_wise, vectors, base):
+    shared = {"nuslerp_flatten": flatten, "nuslerp_row_wise": row_wise}
+    found = translated("nuslerp", shared, EACH[:2], base)
+    assert (found.parameters.vectors, found.weights) == (vectors, (0.5, 1.25))
+    assert found.space == found.parameters.space == ("delta" if base else "weight")
+
+
+def test_nuslerp_of_weights_that_balance_out_is_the_middle():
+    assert translated("nuslerp", each=({"weight": 1}, {"weight": -1})).weights == (0.5, 0.5)
+
+
+def test_multislerp_of_one_model_is_the_model():
+    found = merged("multislerp", {"normalize_weights": False}, ({"weight": 0.3},))
+    assert close(found, MODELS[0])
+
+
+def test_karcher_takes_every_model_alike_and_no_base():
+    found = translated("karcher", {"max_iter": "20"}, base=False)
+    assert (found.weights, found.space, found.parameters.max_iter) == ((1.0,) * 3, "weight", 20)
+    flat = torch.stack(MODELS).flatten(1)
+    units = flat / flat.norm(dim=1, keepdim=True)
+    expected = units.mean(0) / units.mean(0).norm() * flat.norm(dim=1).mean()
+    # Directions this near have a Karcher mean that is nearly the normalised mean.
+    assert torch.allclose(merged("karcher", base=None).flatten(), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [None, 0.0, -0.7])
+def test_passthrough(scale):
+    found = merged("passthrough", {}, ({"scale": scale},), None)
+    assert close(found, MODELS[0] * (1.0 if scale is None else scale))
+
+
+def test_what_mergekit_neglects():
+    assert translated("sce").parameters.negligible == 1e-6
+    assert translated("model_stock", {"filter_wise": True}).parameters.negligible == 1e-6
+    assert translated("sce", each=()).method == "copy"
+
+
+@pytest.mark.parametrize("name", ["breadcrumbs", "breadcrumbs_ties"])
+def test_breadcrumbs(name):
+    each = [{**e, "density": 0.5, "gamma": g} for e, g in zip(EACH, (0.0, 0.1, 0.9), strict=True)]
+    n = BASE.numel()
+    kept = []
+    for delta, gamma in zip(DELTAS, (0.0, 0.1, 0.9), strict=True):
+        dropped = min(int(gamma * n), n - n // 2)
+        kept.append(largest(delta, dropped + n // 2) - largest(delta, dropped))
+    total = sum(w * k for w, k in zip(W, kept, strict=True))
+    expected = by_sign(kept, W) if name.endswith("ties") else total / sum(W)
+    assert close(merged(name, {"normalize": True}, each), BASE + expected)
+
+
+@pytest.mark.parametrize("name", ["della", "della_linear"])
+def test_della_that_keeps_everything_or_nothing(name):
+    whole = [{**e, "density": d} for e, d in zip(EACH, (1.0, 2.0, 0.0), strict=True)]
+    kept = [*DELTAS[:2], torch.zeros_like(BASE)]
+    total = sum(w * k for w, k in zip(W, kept, strict=True))
+    expected = by_sign(kept, W) if name == "della" else total
+    assert close(merged(name, {"rescale": False}, whole), BASE + expected)
+    assert faults(name, {}, [{**e, "density": 0.1} for e in EACH])
+
+
+def test_every_method_of_mergekit_has_its_defaults_here():
+    for name, kind in METHODS.items():
+        count = kind.fewest or 2
+        each = [{n: 0.5 for n, p in kind.each.items() if p.required}] * count
+        shared = {n: 0.5 for n, p in kind.shared.items() if p.required}
+        found = translated(name, shared, each)
+        assert len(found.weights) == len(found.own) == count + found.base_first
+        assert bool(torch.isfinite(merged(name, shared, each)).all())
