@@ -25,6 +25,7 @@ NAMES = [
     "collect",
     "compare",
     "evaluate",
+    "extract",
     "inspect",
     "load_routed",
     "load_statistics",

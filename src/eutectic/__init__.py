@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from eutectic.comparison import Comparison, compare
     from eutectic.errors import EutecticError
     from eutectic.evaluation import evaluate
-    from eutectic.execution import MergeReport, merge_state_dicts
+    from eutectic.execution import MergeReport, extract, merge_state_dicts
     from eutectic.methods import merge_matrices, methods
     from eutectic.reporting import inspect
     from eutectic.routed import build_routed, load_routed, routing
@@ -37,7 +37,7 @@ _ROOMS = {
     "comparison": ("Comparison", "compare"),
     "errors": ("EutecticError",),
     "evaluation": ("evaluate",),
-    "execution": ("MergeReport", "merge_state_dicts"),
+    "execution": ("MergeReport", "extract", "merge_state_dicts"),
     "methods": ("merge_matrices", "methods"),
     "reporting": ("inspect",),
     "routed": ("build_routed", "load_routed", "routing"),
@@ -61,6 +61,7 @@ __all__ = [
     "collect",
     "compare",
     "evaluate",
+    "extract",
     "inspect",
     "load_routed",
     "load_statistics",

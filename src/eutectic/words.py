@@ -400,6 +400,7 @@ SENTENCES: dict[str, Template] = {
     "heads_kept": lambda experts, heads: (
         "heads kept per expert: " + "; ".join(f"{n}: {few(heads[n])}" for n in experts)
     ),
+    "uncarried": "the adapter does not hold the change of these: {few}",
     "heads_left_out": "heads left out of the output: {few}",
     "side_files_left": "beside the base's weights, and not copied: {few}",
     "idle_rules": "rules that match no tensor: {few}",

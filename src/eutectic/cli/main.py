@@ -12,6 +12,7 @@ from eutectic.cli.console import escape_what_cannot_be_printed, settings, silenc
 from eutectic.cli.convert import convert
 from eutectic.cli.demo import demo
 from eutectic.cli.evaluate import evaluate
+from eutectic.cli.extract import extract
 from eutectic.cli.init import init
 from eutectic.cli.inspect import inspect
 from eutectic.cli.merge import merge
@@ -33,6 +34,7 @@ app = typer.Typer(
 for command in (
     init,
     merge,
+    extract,
     tune,
     compare,
     plan,

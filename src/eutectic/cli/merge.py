@@ -48,6 +48,8 @@ def merge(
       eutectic merge --base ./base -m ties -p density=0.2 -o merged/ a=./a b=./b -w a=0.7
 
       eutectic merge --base ./base -m mats --sweep 0:1:11 -o mixed/ wanted=./a helper=./b
+
+      eutectic merge --base ./base -m iso_c --adapter --rank 32 -o adapter/ a=./lora-a b=./lora-b
     """
     from eutectic.tuning import merge as run
 
@@ -70,7 +72,7 @@ def merge(
     if report.norms.get("ratio") is not None:
         text = f"of all that is merged {report.norms['ratio']:.3g} times the experts' mean"
         table.add_row("change", text)
-    for label, text in summary(report.records):
+    for label, text in [*adapter_rows(report.records), *summary(report.records)]:
         table.add_row(label, escape(text))
     resumed = ", continued" if report.resumed else ""
     peak = format_bytes(report.peak_bytes)
@@ -145,6 +147,33 @@ def summary(records: Mapping[str, Any]) -> list[tuple[str, str]]:
     if short:
         text = f"{len(short)} tensors have experts with fewer directions than asked for"
         rows.append(("short", f"{text}, such as {short[0]}"))
+    return rows
+
+
+def adapter_rows(records: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (label, text) rows of an adapter: its ranks, and what was lost of the change."""
+    found = {
+        name: told
+        for name, record in records.items()
+        if (told := record.get("adapter")) is not None
+    }
+    thin = {n: told for n, told in found.items() if "rank" in told and told["changed"]}
+    if not found:
+        return []
+    ranks = sorted(told["rank"] for told in thin.values())
+    whole = sum("rank" not in told and told["changed"] for told in found.values())
+    text = f"{len(thin)} layers of rank {ranks[0]} to {ranks[-1]}" if thin else "no layer changes"
+    rows = [("adapter", f"{text}, {whole} other tensors changed")]
+    if thin:
+        lost = {n: told["lost_energy"] for n, told in thin.items()}
+        worst = max(lost, key=lambda n: lost[n])
+        mean = sum(lost.values()) / len(lost)
+        rows.append(
+            (
+                "lost energy",
+                f"{percent(mean)} on average, at most {percent(lost[worst])} at {worst}",
+            )
+        )
     return rows
 
 

@@ -249,6 +249,20 @@ class RecipeOptions:
     chat_template: str | None = option(
         None, "Of the output: auto, a known name (chatml, …) or Jinja.", metavar="TEMPLATE"
     )
+    adapter: bool = option(False, "Write a PEFT adapter instead of a model.", "--adapter")
+    rank: str | None = option(
+        None,
+        "Directions of the adapter in each layer (default: all that the experts' adapters have).",
+        metavar="N | auto",
+    )
+    energy: float | None = option(
+        None, "Share of the change that each layer keeps, with --rank auto (0.99).", min=0, max=1
+    )
+    others: str | None = option(
+        None,
+        "Norms and biases that change, which thin factors do not hold.",
+        metavar="error | drop | save",
+    )
     set_: list[str] | None = option(
         None,
         "Any other key of a recipe: dtype, heads, missing, unmatched, seed, precision …",
@@ -258,11 +272,34 @@ class RecipeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExtractOptions:
+    """How an adapter holds the change of one checkpoint."""
+
+    rank: str | None = option(None, "Directions in each layer.", metavar="N | auto")
+    energy: float | None = option(
+        None, "Share of the change that each layer keeps (with --rank auto: 0.99).", min=0, max=1
+    )
+    tables: str | None = option(
+        None, "Tables of tokens: whole, or as thin factors.", metavar="save | low_rank"
+    )
+    others: str | None = option(
+        None,
+        "Norms and biases that change, which thin factors do not hold.",
+        metavar="error | drop | save",
+    )
+    dtype: str | None = option(None, "Of what is written: float16, bfloat16 or float32.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchedRecipeOptions(RecipeOptions):
     """The same where the scale is searched."""
 
     scale: None = field(default=None, init=False)
     shard_size: None = field(default=None, init=False)
+    adapter: bool = field(default=False, init=False)
+    rank: None = field(default=None, init=False)
+    energy: None = field(default=None, init=False)
+    others: None = field(default=None, init=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,6 +346,10 @@ def request(
     keys = ("base", "method", "scale", "fallback", "shard_size", "vocabulary", "chat_template")
     stated = {key: getattr(asked, key) for key in keys}
     options.update({key: value for key, value in stated.items() if value is not None})
+    if held := adapter_options(asked.rank, asked.energy, asked.others):
+        options["adapter"] = held
+    elif asked.adapter:
+        options["output"] = "adapter"
     if asked.param:
         options["parameters"] = _values(asked.param, "--param")
     experts = named_experts(words, asked.weight or [], asked.statistics or [])
@@ -322,6 +363,19 @@ def request(
                 "Example: eutectic merge --base B --method iso_c -o out/ a=PATH b=PATH"
             )
     return recipe, options
+
+
+def adapter_options(
+    rank: str | None, energy: float | None, others: str | None, tables: str | None = None
+) -> dict[str, Any]:
+    """Return what words of a command line say of an adapter, as a recipe would."""
+    found = {"energy": energy, "others": others, "tables": tables}
+    stated: dict[str, Any] = {key: value for key, value in found.items() if value is not None}
+    if rank is not None:
+        if rank != "auto" and not rank.isdecimal():
+            raise RequestError(f"--rank '{rank}' must be a number of directions, or auto.")
+        stated["rank"] = rank if rank == "auto" else int(rank)
+    return stated
 
 
 def _values(items: list[str], option: str) -> dict[str, Any]:

@@ -236,7 +236,7 @@ def _fill_heads(
 ) -> None:
     for head, row in heads.items():
         for start, stop in flat_ranges(head.numel):
-            values = _head_values(to.inputs, to.expert, head, start, stop)
+            values = head_values(to.inputs, to.expert, head, start, stop)
             if to.nonfinite == "allow":
                 stored = values.to(row.dtype)
             else:
@@ -244,9 +244,8 @@ def _fill_heads(
             opened.write(row.name, start, stored)
 
 
-def _head_values(
-    inputs: Inputs, expert: Expert, head: TensorEntry, start: int, stop: int
-) -> Tensor:
+def head_values(inputs: Inputs, expert: Expert, head: TensorEntry, start: int, stop: int) -> Tensor:
+    """Return a flat range of an expert's head, as the expert has it."""
     if head.name in expert.extra and head.name not in expert.tied:
         return expert.read_extra(head.name, start, stop)
     own = inputs.base.entries[expert.tied.get(head.name, head.name)]

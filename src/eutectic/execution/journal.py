@@ -28,6 +28,7 @@ from eutectic.words import few
 JOURNAL = "journal.jsonl"
 MODEL = "model"  # the output, until it is complete
 DELTAS = "deltas.safetensors"
+PARTS = "parts"  # of an adapter, one file a tensor
 _FORMAT = 2
 _FILE = "file"  # the stage of lines that name a file of the model, before it is made
 _HEADER = b'{"eutectic_journal": '
@@ -150,7 +151,7 @@ class Journal(Ledger):
         self._file: AppendedFile | None = None
         try:
             names = self._storage.list(folder)
-            strangers = [name for name in names if name not in (JOURNAL, MODEL, DELTAS)]
+            strangers = [name for name in names if name not in (JOURNAL, MODEL, DELTAS, PARTS)]
             if names and (strangers or not self.path.exists()):
                 why = f" It holds '{strangers[0]}'." if strangers else ""
                 raise ResumeError(
@@ -194,7 +195,7 @@ class Journal(Ledger):
             if left := self._storage.files_below(folder / MODEL):
                 return [f"{MODEL}/{name}" for name in left]
         # The journal goes last: without it, the rest would pass for somebody else's.
-        return self._storage.discard(folder, (MODEL, DELTAS, JOURNAL))
+        return self._storage.discard(folder, (MODEL, DELTAS, PARTS, JOURNAL))
 
     def _listed(self) -> frozenset[str]:
         """Return the files of the model that the journal names."""

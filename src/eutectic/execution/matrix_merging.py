@@ -154,8 +154,20 @@ def _thin(planned: TensorPlan, inputs: Inputs, base: Tensor) -> LowRankStack | N
 
     The matrices of a stack are merged from expanded deltas.
     """
+    if not get_method(planned.method).factors:
+        return None
+    return thin_deltas(planned, inputs, base)
+
+
+def thin_deltas(
+    planned: TensorPlan, inputs: Inputs, base: Tensor | None = None
+) -> LowRankStack | None:
+    """Return the deltas as thin factors `[out, r_t]` and `[r_t, in]`, where every expert has them.
+
+    `base` is W₀, named where it is what is not finite.
+    """
     layout = planned.layout
-    if not get_method(planned.method).factors or layout.stacked:
+    if layout.stacked:
         return None
     pairs: list[tuple[Tensor, Tensor]] = []
     for source in planned.experts:

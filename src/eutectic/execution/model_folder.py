@@ -84,6 +84,7 @@ def document(
                 "sha256": finished["merge", t.name].sha256,
             }
             for t in plan.tensors
+            if ("merge", t.name) in finished  # an adapter has nothing of what is copied
         },
     }
     if inputs.initial is not None:
@@ -142,9 +143,16 @@ def write_folder(
             _state_ties(folder / place / "config.json", plan.output.tied)
         _state_layers(model / place / "config.json", plan)
     write_atomically(model / "README.md", card(provenance).encode())
+    write_provenance(model, provenance, records)
+    return (*told, *check_vocabulary(model, home, layout.files))
+
+
+def write_provenance(
+    model: Path, provenance: Mapping[str, Any], records: Mapping[str, Any]
+) -> None:
+    """Write what a merge says of itself; the last file of its folder."""
     text = json.dumps({**provenance, "records": dict(records)}, indent=1, ensure_ascii=False)
     write_atomically(model / PROVENANCE, (text + "\n").encode())
-    return (*told, *check_vocabulary(model, home, layout.files))
 
 
 def _donor(plan: Plan, inputs: Inputs, index: CheckpointIndex) -> Path:

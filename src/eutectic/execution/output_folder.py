@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from eutectic.checkpoint.adapter_keys import WEIGHT_NAMES
 from eutectic.checkpoint.output_format import TensorSink
 from eutectic.checkpoint.writer import CheckpointWriter, OutputFile
 from eutectic.errors import (
@@ -15,10 +16,12 @@ from eutectic.errors import (
     RequestError,
     why_failed,
 )
+from eutectic.execution.adapter_folder import write_adapter_folder
 from eutectic.execution.executors import Limits
 from eutectic.execution.journal import (
     JOURNAL,
     MODEL,
+    PARTS,
     Journal,
     Ledger,
     input_identities,
@@ -27,7 +30,14 @@ from eutectic.execution.journal import (
     squares_in,
     weight_identities,
 )
-from eutectic.execution.model_folder import PROVENANCE, document, read_provenance, write_folder
+from eutectic.execution.model_card import card
+from eutectic.execution.model_folder import (
+    PROVENANCE,
+    document,
+    read_provenance,
+    write_folder,
+    write_provenance,
+)
 from eutectic.execution.norms import measured, new_norm_notes
 from eutectic.execution.schedule import (
     CHOSEN,
@@ -96,6 +106,8 @@ def write_to_folder(
             records, resumed = records_of(journal), journal.resumed
         left = journal.remove_folder()
         notes = told if left is None else (*told, _left_behind(work, left))
+        if plan.adapter is not None and (lost := plan.adapter.left_out(records)):
+            notes += (Note("uncarried", tuple(lost), level="warning"),)
         return Written(plan, records, resumed, search, notes)
 
 
@@ -148,7 +160,10 @@ def _left_behind(work: Path, reason: str) -> Note:
 
 def _desk(work: Path, inputs: Inputs, journal: Journal, limits: Limits) -> Desk:
     @contextmanager
-    def open_output(plan: Plan) -> Iterator[TensorSink]:
+    def open_output(plan: Plan) -> Iterator[TensorSink | None]:
+        if plan.adapter is not None:  # its file is put together from the parts
+            yield None
+            return
         layout, model = output_layout(plan, inputs), work / MODEL
         journal.own(file.name for file in layout.files)
         journal.check_files()
@@ -159,7 +174,7 @@ def _desk(work: Path, inputs: Inputs, journal: Journal, limits: Limits) -> Desk:
     def open_deltas(layout: OutputFile) -> CheckpointWriter:
         return CheckpointWriter(work, [layout], resume=(work / layout.name).exists())
 
-    return Desk(inputs, journal, limits, open_deltas, open_output)
+    return Desk(inputs, journal, limits, open_deltas, open_output, work / PARTS)
 
 
 def _write(
@@ -170,6 +185,9 @@ def _write(
     identities: tuple[str, _Identities],
     search: Mapping[str, Any] | None,
 ) -> tuple[Note, ...]:
+    if plan.adapter is not None:
+        _write_adapter(plan, model, inputs, journal, (identities, search))
+        return ()
     layout = output_layout(plan, inputs)
     provenance = document(plan, inputs, journal.finished, *identities)
     if search is not None:
@@ -183,6 +201,30 @@ def _write(
         where = error.filename or model
         raise OutputError(f"{where}: cannot be written ({why_failed(error)}).") from error
     return told
+
+
+def _write_adapter(
+    plan: Plan,
+    model: Path,
+    inputs: Inputs,
+    journal: "Journal | _Hashed",
+    known: tuple[tuple[str, _Identities], Mapping[str, Any] | None],
+) -> None:
+    identities, search = known
+    provenance = document(plan, inputs, journal.finished, *identities)
+    if search is not None:
+        provenance["search"] = search
+    records, parts = records_of(journal), model.with_name(PARTS)
+    try:
+        model.mkdir(exist_ok=True)
+        journal.own([WEIGHT_NAMES[0]])
+        with announced_to(journal.will_write):
+            held = write_adapter_folder(plan, inputs, model, parts, records, card(provenance))
+            write_provenance(model, {**provenance, "adapter": held}, records)
+        journal.check_files()
+    except OSError as error:
+        where = error.filename or model
+        raise OutputError(f"{where}: cannot be written ({why_failed(error)}).") from error
 
 
 def _check_there(layout: OutputLayout, model: Path) -> None:

@@ -1,8 +1,9 @@
 """The one schedule of a merge: deltas that wait, factors between layers, α, then the output."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from eutectic.execution.merging import (
 )
 from eutectic.execution.tasks import Finished, Stage, Task, Workplace
 from eutectic.execution.tensor_values import block_ranges, read_base
+from eutectic.planning.adapter_plan import AdapterPlan
 from eutectic.planning.cost import tensor_cost
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan, with_scale
@@ -93,7 +95,8 @@ class Desk:
     ledger: Ledger  # what is finished; only the schedule adds to it
     limits: Limits  # what may be used
     open_deltas: Callable[[OutputFile], AbstractContextManager[TensorSink]]  # a scratch file
-    open_output: Callable[[Plan], AbstractContextManager[TensorSink]]  # once α is known
+    open_output: Callable[[Plan], AbstractContextManager[TensorSink | None]]  # once α is known
+    parts: Path | None = None  # folder of an adapter's parts, where the output is an adapter
 
 
 def run_schedule(
@@ -122,13 +125,43 @@ def run_schedule(
             plan = with_scale(plan, choice.scale, choice.note)
             output = stack.enter_context(desk.open_output(plan))
         deltas = None if unscaled is None else unscaled.deltas
-        place = Workplace(desk.inputs, output, deltas, desk.ledger.durable)
+        place = Workplace(desk.inputs, output, deltas, desk.ledger.durable, desk.parts)
         at_once = [t for t in plan.tensors if t.name not in waiting]
+        factors = {} if unscaled is None else unscaled.factors
+        if plan.adapter is not None:
+            _carry_out_parts(plan.adapter, (at_once, waiting), plan, desk, place, tell, factors)
+            return plan, choice
         _carry_out("merge", at_once, plan, desk, place, tell)
         if unscaled is not None:
             scaled = [t for t in plan.tensors if t.name in waiting]
-            _carry_out("scale", scaled, plan, desk, place, tell, unscaled.factors)
+            _carry_out("scale", scaled, plan, desk, place, tell, factors)
     return plan, choice
+
+
+def _carry_out_parts(
+    adapter: AdapterPlan,
+    tensors: tuple[Sequence[TensorPlan], Set[str]],
+    plan: Plan,
+    desk: Desk,
+    place: Workplace,
+    tell: Tell,
+    factors: Mapping[str, float],
+) -> None:
+    """Write the parts of an adapter: first what it may be unable to hold, which then is refused."""
+    at_once, waiting = tensors
+    late = [t for t in plan.tensors if t.name in waiting]
+    for doubtful in (True, False):
+        for own, scales in ((at_once, {}), (late, factors)):
+            chosen = [
+                t
+                for t in own
+                if t.name in adapter.carried and adapter.is_doubtful(t.name) is doubtful
+            ]
+            _carry_out("part", chosen, plan, desk, place, tell, scales)
+        if doubtful:
+            finished = desk.ledger.finished
+            records = {n: f.record for (stage, n), f in finished.items() if stage == "merge"}
+            adapter.refuse_uncarried(records)
 
 
 def write_scaled(plan: Plan, unscaled: Unscaled, desk: Desk) -> None:
@@ -177,6 +210,8 @@ def _carry_out(
     """Make one task of each tensor, let the executor do them, and note what is finished."""
     noted = "delta" if stage == "delta" else "merge"
     finished, limits = desk.ledger.finished, desk.limits
+    carried = {} if plan.adapter is None else plan.adapter.carried
+    merged = stage in ("scale", "part")  # maybe before
     state = None if stage == "scale" else _model_state(plan, tensors, desk.inputs)
     tasks: list[Task] = []
     for planned in tensors:
@@ -190,8 +225,9 @@ def _carry_out(
                 device=limits.device,
                 state=state if planned.method == plan.method.name else None,
                 factors=factors_of(planned, factors or {}),
-                delta=finished.get(("delta", planned.name)) if stage == "scale" else None,
+                delta=finished.get(("delta", planned.name)) if merged and place.deltas else None,
                 before=finished.get((noted, planned.name)),
+                carried=carried.get(planned.name) if stage == "part" else None,
             )
         )
     with closing(EXECUTORS[limits.executor](tasks, place, limits)) as results:

@@ -5,12 +5,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from eutectic.checkpoint.output_format import TensorSink
+from eutectic.execution.adapter_factors import hash_of_part, part_name, write_part
 from eutectic.execution.merging import (
     Emit,
     Finished,
@@ -22,10 +24,11 @@ from eutectic.execution.merging import (
     with_factors,
 )
 from eutectic.execution.tensor_values import flat_ranges
+from eutectic.planning.adapter_plan import Carried
 from eutectic.planning.inputs import InputPaths, Inputs, reopen
 from eutectic.planning.tensor_plan import TensorPlan
 
-Stage = Literal["merge", "delta", "scale"]
+Stage = Literal["merge", "delta", "scale", "part"]
 Opening = Callable[[], AbstractContextManager[TensorSink]]
 
 
@@ -35,16 +38,20 @@ class Task:
 
     tensor: TensorPlan  # what decides its bytes
     # "merge" writes the output's tensor in one go; "delta" writes the merged delta before α to the
-    # scratch file; "scale" writes the output's tensor from there
+    # scratch file; "scale" writes the output's tensor from there; "part" writes a part of an
+    # adapter, from there where it was merged before
     stage: Stage
     peak_bytes: int  # memory held while it runs
     seconds: float
     device: str = "cpu"  # where the method computes
     state: Any = None  # what `prepare` returned for the whole model, if that is the method's scope
-    # of "scale": matrix -> factor of its delta besides α
+    # of "scale" and "part": matrix -> factor of its delta besides α
     factors: Mapping[str, float] = field(default_factory=dict[str, float])
-    delta: Finished | None = None  # of "scale": what the "delta" task of the tensor found
+    delta: Finished | None = (
+        None  # of "scale" and "part": what the "delta" task of the tensor found
+    )
     before: Finished | None = None  # what an earlier run noted; kept if the bytes are still those
+    carried: Carried | None = None  # of "part": how an adapter holds the tensor
 
     @property
     def name(self) -> str:
@@ -59,6 +66,7 @@ class Site:
     inputs: InputPaths
     output: Opening | None  # opens the files of the model; None before α is known
     deltas: Opening | None  # opens the file of the merged deltas; None without any
+    parts: Path | None = None  # folder of an adapter's parts
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,7 @@ class Workplace:
     output: TensorSink | None = None
     deltas: TensorSink | None = None  # of the merged deltas before α
     hashed: bool = True  # finished bytes are hashed, since they outlive the process
+    parts: Path | None = None  # folder of an adapter's parts
 
     @property
     def site(self) -> Site | None:
@@ -79,6 +88,7 @@ class Workplace:
             self.inputs.paths,
             None if self.output is None else self.output.reopening,
             None if self.deltas is None else self.deltas.reopening,
+            self.parts,
         )
 
 
@@ -91,7 +101,7 @@ def open_site(site: Site) -> Iterator[Workplace]:
             None if opening is None else stack.enter_context(opening())
             for opening in (site.output, site.deltas)
         )
-        yield Workplace(inputs, output, deltas)
+        yield Workplace(inputs, output, deltas, parts=site.parts)
 
 
 def carry_out(task: Task, place: Workplace, check: Callable[[], None] = lambda: None) -> Finished:
@@ -100,6 +110,8 @@ def carry_out(task: Task, place: Workplace, check: Callable[[], None] = lambda: 
     `check`, called before every write, raises where the run is being stopped.
     """
     torch.set_num_threads(1)  # for good: giving it back would reach into tasks beside this one
+    if task.stage == "part":
+        return _write_part(task, place, check)
     planned, sink = task.tensor, place.deltas if task.stage == "delta" else place.output
     assert sink is not None
     if task.before is not None and _hash_of(sink, planned) == task.before.sha256:
@@ -134,6 +146,22 @@ def _run(task: Task, place: Workplace, emit: Emit) -> Finished:
         record=with_factors(before.record, planned, task.factors),
         squares=squares_with_factors(before.squares, planned, task.factors),
     )
+
+
+def _write_part(task: Task, place: Workplace, check: Callable[[], None]) -> Finished:
+    folder, planned, carried = place.parts, task.tensor, task.carried
+    assert folder is not None
+    assert carried is not None
+    if task.before is not None:
+        kept = hash_of_part(folder / part_name(planned.name))
+        if kept and kept == task.before.sha256:
+            return task.before
+    check()
+    inputs, late = replace(place.inputs, device=task.device), None
+    if task.delta is not None:
+        assert place.deltas is not None
+        late = (partial(place.deltas.read_back, planned.name), task.factors, task.delta)
+    return write_part(planned, carried, inputs, folder, task.state, late)
 
 
 def _bytes_of(values: Tensor) -> memoryview:

@@ -2,9 +2,13 @@
 
 from torch import Tensor
 
-from eutectic.linalg.lowrank import LowRankStack
+from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.methods.linear import weighted_sum
-from eutectic.methods.registry import Context, Parameters, Takes, register
+from eutectic.methods.registry import Context, Parameters, Rules, Takes, register
+
+
+def _thin(deltas: LowRankStack, parameters: Parameters, context: Context) -> LowRank:
+    return context.weigh(deltas).total()
 
 
 @register(
@@ -13,6 +17,7 @@ from eutectic.methods.registry import Context, Parameters, Takes, register
     paper="Editing models with task arithmetic, arXiv 2212.04089",
     laws={"permutation", "homogeneous", "zero", "single", "absent", "rotation"},
     takes=Takes(elementwise=True, factors=True),
+    rules=Rules(thin=_thin),
 )
 def task_arithmetic(
     deltas: Tensor | LowRankStack, parameters: Parameters, context: Context

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import MethodError
-from eutectic.linalg.lowrank import LowRankStack
+from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.methods.registry import Context, Parameters, Rules, Takes, always, register
 
 
@@ -21,13 +21,25 @@ def zero_sum(parameters: Parameters, weights: Sequence[float]) -> str | None:
     )
 
 
+def thin_sum(deltas: LowRankStack, parameters: Parameters, context: Context) -> LowRank | None:
+    """Return Σ w_t Δ_t as one product of inner size Σ r_t; divided by Σ w_t if `normalize`.
+
+    None where the sum is over weights: the base enters it then, which is not thin.
+    """
+    total = context.weigh(deltas).total()
+    weights = sum(context.weights)
+    if getattr(parameters, "normalize", True):
+        return LowRank(total.left / weights, total.right)
+    return total if weights == 1 else None
+
+
 @register(
     "average",
     summary="Mean of the experts' weights, weighted and normalised.",
     paper="Model soups: averaging weights of multiple fine-tuned models, arXiv 2203.05482",
     laws={"permutation", "homogeneous", "zero", "single", "copies", "absent", "rotation"},
     takes=Takes(elementwise=True, factors=True, space=always("either")),
-    rules=Rules(check=zero_sum),
+    rules=Rules(check=zero_sum, thin=thin_sum),
 )
 def average(deltas: Tensor | LowRankStack, parameters: Parameters, context: Context) -> Tensor:
     """Return Σ w_t Δ_t / Σ w_t.
@@ -91,7 +103,7 @@ class LinearParameters(Parameters):
     takes=Takes(
         elementwise=True, factors=True, space=lambda p: "either" if p.normalize else "weight"
     ),
-    rules=Rules(check=zero_sum),
+    rules=Rules(check=zero_sum, thin=thin_sum),
 )
 def linear(inputs: Tensor | LowRankStack, parameters: LinearParameters, context: Context) -> Tensor:
     """Return Σ w_t W_t, divided by Σ w_t if `normalize`.

@@ -22,7 +22,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from eutectic.errors import Fault, MethodError, suggest
-from eutectic.linalg.lowrank import LowRankStack
+from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.types import LayerStatistics, Merged
 
 Precision = Literal["fast", "exact"]
@@ -188,6 +188,8 @@ class Rules:
         model_scope: whether, with these parameters, `prepare` runs over the whole model at once.
         finish: from the Frobenius norms of the merged matrices of like layers and the parameters
             to a factor for each, for rules that compare layers. The engine knows which are alike.
+        thin: from a `LowRankStack` of deltas to the merged delta as thin factors, for methods that
+            keep it thin; None where it is not, with these parameters and weights.
     """
 
     default_scale: Callable[[int], float] = always(1.0)
@@ -197,6 +199,7 @@ class Rules:
     prepares: Callable[[Any], bool] = always(True)
     model_scope: Callable[[Any], bool] = always(False)
     finish: Callable[[Sequence[float], Any], Sequence[float]] | None = None
+    thin: Callable[[LowRankStack, Any, Context], LowRank | None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

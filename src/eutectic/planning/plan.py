@@ -27,6 +27,7 @@ from eutectic.conventions_heads import is_buffer, is_output_layer, vocabulary_he
 from eutectic.conventions_stacks import stack_depths
 from eutectic.errors import CheckpointError, Fault, MethodError, Note, RecipeError, RequestError
 from eutectic.methods import Method, get_method
+from eutectic.planning.adapter_plan import AdapterPlan, adapter_plan
 from eutectic.planning.collector import collector_paused
 from eutectic.planning.coverage import coverage_faults, unmatched
 from eutectic.planning.directions import directed, first_direction
@@ -106,6 +107,7 @@ class Plan:
     # how much of those takes the method's fall-back, for lack of statistics; empty where nothing
     fallback: Mapping[str, Any]
     notes: tuple[Note, ...]  # alignments, tensors that nobody changes, fall-backs
+    adapter: AdapterPlan | None = None  # how a PEFT adapter holds the change, if that is asked for
     # how large the merged change is, once it is merged; see `execution.norms.measured`
     norms: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
@@ -177,6 +179,10 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         nothing = Fault("nothing_to_merge", "no tensor would be merged: every one is copied.")
         _refuse([nothing], source)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
+    adapter = _adapter(recipe, inputs, tensors, heads, dtype)
+    if isinstance(adapter, list):
+        _refuse(adapter, source)
+        adapter = None
     shares = shares_of(tensors, heads, unmatched(request), request)
     return Plan(
         method=method,
@@ -204,7 +210,26 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         mostly_by=merged_mostly_by(tensors, request),
         fallback=fallen_share(tensors, request),
         notes=(*found.notes, *notes_on(tensors, heads, left_out, shares, request)),
+        adapter=adapter,
     )
+
+
+def _adapter(
+    recipe: Recipe,
+    inputs: Inputs,
+    tensors: Sequence[TensorPlan],
+    heads: Mapping[str, tuple[TensorEntry, ...]],
+    dtype: torch.dtype | None,
+) -> AdapterPlan | list[Fault] | None:
+    """Decide how an adapter holds the change; None where the output is a model."""
+    options = recipe.adapter_options
+    if options is None:
+        return None
+    vectors = inputs.index is not None and inputs.index.files[0] in WEIGHT_NAMES
+    if inputs.index is None or vectors or inputs.rows:
+        what = "this merge makes no change of one base that a LoRA could hold"
+        return [Fault("adapter_output", f"{what}.", "output", next="Choose output: model.")]
+    return adapter_plan(tensors, heads, inputs, options, dtype or torch.float32)
 
 
 def _side_file_faults(heads: Mapping[str, Any], inputs: Inputs) -> list[Fault]:

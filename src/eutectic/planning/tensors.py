@@ -125,7 +125,13 @@ def _meet_experts(
     if shapes and not fixed:
         listed = ", ".join(f"{n} {list(s)}" for n, s in shapes.items())
         table = decision.treatment is Treatment.EMBEDDING or is_output_vocabulary(entry.name)
-        if table and all(shape[-1:] == entry.shape[-1:] for shape in shapes.values()):
+        alike = table and all(shape[-1:] == entry.shape[-1:] for shape in shapes.values())
+        alone = request.recipe.adapter_options is not None and len(request.inputs.experts) == 1
+        if alike and alone:  # an adapter keeps the expert's whole table, with its further rows
+            grown = {n: str(list(s)) for n, s in shapes.items()}
+            differ = Note("other_shape", tuple(shapes), grown)
+            return decision.because(differ, treatment=Treatment.HEAD)
+        if alike:
             return Fault(
                 "table_size",
                 f"the base has {list(entry.shape)}, but {listed}. Tables of different size cannot "

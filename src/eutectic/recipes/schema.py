@@ -121,6 +121,29 @@ class LayerSpec(BaseModel, extra="forbid", frozen=True):
         return self
 
 
+class AdapterOptions(BaseModel, extra="forbid", frozen=True):
+    """How an output that is an adapter holds the merged change.
+
+    Without `rank` and `energy` nothing is lost: as many directions as the experts have together.
+    """
+
+    rank: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] | None = None
+    energy: Annotated[float, Field(gt=0, le=1)] | None = None  # share of ‖Δ‖² kept in each layer
+    tables: Literal["save", "low_rank"] = "save"  # tables of tokens, read and written
+    # Changes of norms, biases and bare parameters, which thin factors do not hold.
+    others: Literal["error", "drop", "save"] = "error"
+
+    @property
+    def most(self) -> int | None:
+        """The most directions of a layer; None where there is no bound."""
+        return self.rank if isinstance(self.rank, int) else None
+
+    @property
+    def share(self) -> float | None:
+        """The energy to keep; None where the rank alone says what is kept."""
+        return 0.99 if self.rank == "auto" and self.energy is None else self.energy
+
+
 NOT_TAKEN = {  # search -> keys of `scale: {…}` that are not its own
     "gram": frozenset({"tasks", "compare", "range", "points", "tolerance"}),
     "validation": frozenset({"compare"}),
@@ -205,6 +228,9 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
     # Most bytes of tensors in one file, such as "5GB"; None lays the output out like the base.
     shard_size: Annotated[int, Field(ge=1, strict=True)] | None = None
 
+    output: Literal["model", "adapter"] = "model"  # a checkpoint like the base, or a PEFT adapter
+    adapter: AdapterOptions | None = None  # how an adapter holds the change; asks for one
+
     # What is said of single tensors; no key of its own, since several keys make it.
     _script: Script | None = PrivateAttr(default=None)
 
@@ -223,6 +249,29 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
         recipe = self.model_copy()
         recipe._script = script  # pyright: ignore[reportAttributeAccessIssue] - a private attribute
         return recipe
+
+    @property
+    def adapter_options(self) -> AdapterOptions | None:
+        """How the output holds the change, where it is an adapter."""
+        if self.output == "model":
+            return None
+        return self.adapter or AdapterOptions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapter_asked_for(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("adapter") is None:
+            return values
+        stated = cast("dict[str, Any]", values)
+        if stated["adapter"] is True:
+            stated = {**stated, "adapter": {}}
+        return {"output": "adapter", **stated}
+
+    @model_validator(mode="after")
+    def _adapter_taken(self) -> Recipe:
+        if self.adapter is not None and self.output == "model":
+            raise ValueError("adapter says how one is written, and output: model asks for none")
+        return self
 
     @field_validator("experts", mode="before")
     @classmethod

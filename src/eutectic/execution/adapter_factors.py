@@ -1,0 +1,237 @@
+"""One merged tensor as a part of an adapter: thin factors of its change, or the tensor itself.
+
+A part goes to a small file of its own, since how many directions a layer needs is known only when
+its change is: the adapter's one file is put together from them at the end.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eutectic.checkpoint.index import open_index
+from eutectic.checkpoint.reader import CheckpointReader
+from eutectic.checkpoint.writer import CheckpointWriter, OutputFile
+from eutectic.errors import NumericalError
+from eutectic.execution.matrix_merging import context_of, thin_deltas
+from eutectic.execution.merging import (
+    Emit,
+    Finished,
+    holds_weight,
+    merge_tensor,
+    merge_unscaled,
+    narrow_finite,
+    range_factor,
+    scale_tensor,
+    squares_with_factors,
+    with_factors,
+)
+from eutectic.execution.norms import Squares, squares_of
+from eutectic.execution.tensor_values import block_ranges, read_base
+from eutectic.linalg.lowrank import LowRank, LowRankStack
+from eutectic.linalg.range_finder import Compressed, compressed
+from eutectic.methods import get_method
+from eutectic.planning.adapter_plan import Carried
+from eutectic.planning.inputs import Inputs
+from eutectic.planning.tensor_plan import TensorPlan
+
+LEFT, RIGHT, WHOLE = "left", "right", "whole"  # names in a part's file
+LOSSLESS = 1e-9  # of the energy: so little is lost where nothing may be
+_READ = 1 << 22
+
+# Flat ranges of what `merge_unscaled` emitted; None where the tensor is merged on the way.
+ReadDelta = Callable[[int, int], Tensor]
+
+
+def part_name(tensor: str) -> str:
+    """Return the name of the file of a tensor's part."""
+    return hashlib.sha256(tensor.encode()).hexdigest()[:32] + ".safetensors"
+
+
+def hash_of_part(path: Path) -> str:
+    """Return the hash of a part's file; empty where there is none."""
+    if not path.is_file():
+        return ""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_READ):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_part(
+    planned: TensorPlan,
+    carried: Carried,
+    inputs: Inputs,
+    folder: Path,
+    state: Any = None,
+    late: tuple[ReadDelta, Mapping[str, float], Finished] | None = None,
+) -> Finished:
+    """Merge one tensor and write its part; `late` is its delta, its factors and what was found.
+
+    What is noted says under "adapter" whether the tensor changes, its rank and the lost energy.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / part_name(planned.name)
+    if carried.form in ("factors", "table"):
+        found, change = _change(planned, inputs, state, late)
+        part = _cut(planned, carried, inputs, change)
+        sides = {LEFT: part.left, RIGHT: part.right}
+        held = {n: narrow_finite(planned.name, t, carried.dtype) for n, t in sides.items()}
+        told = {"changed": part.rank > 0, "rank": part.rank, "lost_energy": part.lost}
+        with _opened(path, {name: (t.dtype, tuple(t.shape)) for name, t in held.items()}) as file:
+            for name, tensor in held.items():
+                file.write(name, 0, tensor.cpu())
+    else:
+        with _opened(path, {WHOLE: (planned.dtype, planned.shape)}) as file:
+            found, changed = _whole(planned, inputs, state, late, file)
+        told = {"changed": changed}
+    record = {**found.record, "adapter": told}
+    return replace(found, sha256=hash_of_part(path), record=record)
+
+
+@contextmanager
+def _opened(
+    path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+) -> Iterator[CheckpointWriter]:
+    rows = tuple((name, dtype, shape) for name, (dtype, shape) in tensors.items())
+    with CheckpointWriter(path.parent, [OutputFile(path.name, rows)]) as writer:
+        yield writer
+        writer.sync()
+
+
+@contextmanager
+def open_part(folder: Path, tensor: str) -> Iterator[CheckpointReader]:
+    """Open a tensor's part."""
+    path = folder / part_name(tensor)
+    reader = CheckpointReader(open_index(path))
+    try:
+        yield reader
+    finally:
+        reader.close()
+
+
+def _change(
+    planned: TensorPlan,
+    inputs: Inputs,
+    state: Any,
+    late: tuple[ReadDelta, Mapping[str, float], Finished] | None,
+) -> tuple[Finished, Tensor | LowRank]:
+    """Return α·Δ as a map `[out, in]`, thin where the method keeps it so."""
+    if late is None:
+        thin = _thin_change(planned, inputs)
+        if thin is not None:
+            return thin
+    flat = torch.empty(planned.elements, dtype=planned.compute)
+    weights = holds_weight(planned)
+
+    def put(start: int, values: Tensor) -> None:
+        stop = start + values.numel()
+        if weights:
+            values = values - read_base(planned, inputs, start, stop)
+        flat[start:stop] = values
+
+    if late is None:
+        found = merge_unscaled(planned, inputs, put, state)
+        flat.mul_(planned.scale)
+    else:
+        read, factors, before = late
+        for start, stop in block_ranges(planned):
+            put(start, read(start, stop))
+            flat[start:stop] *= range_factor(planned, factors, start, stop) * planned.scale
+        found = replace(
+            before,
+            record=with_factors(before.record, planned, factors),
+            squares=squares_with_factors(before.squares, planned, factors),
+        )
+    matrix = flat.view(planned.shape[0], -1)
+    return found, matrix.mT if planned.layout.transpose else matrix
+
+
+def _thin_change(planned: TensorPlan, inputs: Inputs) -> tuple[Finished, LowRank] | None:
+    """Return the merged change as thin factors, without ever expanding it."""
+    method = get_method(planned.method)
+    if method.thin is None:
+        return None
+    deltas = thin_deltas(planned, inputs)
+    if deltas is None:
+        return None
+    merged = method.thin(deltas, planned.parameters, context_of(planned))
+    if merged is None:
+        return None
+    found = Finished(squares=Squares())
+    near = read_base(planned, inputs, 0, planned.elements)
+    nothing = torch.zeros(1)
+    squares = squares_of(deltas, near, nothing)
+    alone = LowRankStack((merged.left,), (merged.right,))
+    squares[0] = squares_of(alone, None, nothing)[2]
+    found.squares[""] = squares
+    return found, LowRank(merged.left * planned.scale, merged.right)
+
+
+def _cut(
+    planned: TensorPlan, carried: Carried, inputs: Inputs, change: Tensor | LowRank
+) -> Compressed:
+    """Return the change as balanced factors of the rank and energy that are asked for."""
+    seed = context_of(planned).seed_for("adapter")
+    most, energy = carried.rank, carried.energy
+    lossless = most is None and energy is None
+    if lossless:
+        if isinstance(change, LowRank):
+            inner = change.left.shape[1]
+            if inner <= min(change.shape):
+                return Compressed(change.left, change.right, 0.0)
+        most = thin_rank(planned, inputs)
+    found = compressed(change, rank=most, energy=energy, seed=seed)
+    if lossless and found.lost > LOSSLESS:
+        raise NumericalError(
+            f"{planned.name}: what {planned.method} makes of the experts' factors has more than "
+            f"{most} directions; at that rank {found.lost:.2g} of its energy is lost.\n"
+            "Choose a rank, or rank: auto with an energy."
+        )
+    return found
+
+
+def thin_rank(planned: TensorPlan, inputs: Inputs) -> int:
+    """Return how many directions the experts' thin factors have together."""
+    total = 0
+    for source in planned.experts:
+        factors = inputs.owner(source).factored.get(source.tensor or "")
+        total += 0 if factors is None else factors.a.shape[0]
+    return max(1, min(total, min(planned.shape)))
+
+
+def _whole(
+    planned: TensorPlan,
+    inputs: Inputs,
+    state: Any,
+    late: tuple[ReadDelta, Mapping[str, float], Finished] | None,
+    file: CheckpointWriter,
+) -> tuple[Finished, bool]:
+    """Write the merged tensor itself; tell whether it differs from the base's as it is stored."""
+    changed = False
+
+    def emit(start: int, values: Tensor) -> None:
+        nonlocal changed
+        base = read_base(planned, inputs, start, start + values.numel()).to(values.dtype)
+        changed = changed or not torch.equal(base, values)
+        file.write(WHOLE, start, values)
+
+    emitted: Emit = emit
+    if late is None:
+        return merge_tensor(planned, inputs, emitted, state), changed
+    read, factors, before = late
+    scale_tensor(planned, inputs, emitted, read, factors)
+    return (
+        replace(
+            before,
+            record=with_factors(before.record, planned, factors),
+            squares=squares_with_factors(before.squares, planned, factors),
+        ),
+        changed,
+    )

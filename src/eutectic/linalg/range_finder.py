@@ -1,0 +1,133 @@
+"""Products of two thin factors near a matrix, by a randomised range finder with a checked error.
+
+Halko, Martinsson and Tropp (arXiv 0909.4061): Y = (MMᵀ)^q M Ω, Q = orth(Y), M ≈ Q(QᵀM). What is
+lost is known, not estimated: ‖M − QQᵀM‖² = ‖M‖² − ‖QᵀM‖². Whether it is the least possible is seen
+by another power step; where that still gains, the exact decomposition takes over.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eutectic.linalg import lapack
+from eutectic.linalg.leading import leading_singular
+from eutectic.linalg.lowrank import LowRank
+from eutectic.linalg.svd import Triplets, magnitude
+
+GAIN = 1e-3  # of what is lost, that a power step may still gain
+NOTHING = 1e-12  # of the whole energy: so little is rounding
+POWER_STEPS = 6
+START = 16  # directions looked at first, where the energy says how many there shall be
+WIDEST = 4  # a sketch of more than 1/4 of the side costs what the decomposition costs
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """M ≈ left·right.
+
+    Attributes:
+        left: U·√S `[out, r]`.
+        right: √S·Vᵀ `[r, in]`.
+        lost: 1 − ‖left·right‖² / ‖M‖², the share of the energy that is lost; 0 for a zero matrix.
+    """
+
+    left: Tensor
+    right: Tensor
+    lost: float
+
+    @property
+    def rank(self) -> int:
+        """How many directions there are."""
+        return self.left.shape[1]
+
+
+def compressed(
+    matrix: Tensor | LowRank, *, rank: int | None = None, energy: float | None = None, seed: int = 0
+) -> Compressed:
+    """Return thin factors of M: the best of rank r, or the fewest that keep a share of ‖M‖².
+
+    Args:
+        matrix: `[out, in]`, or its thin factors, which are not multiplied out.
+        rank: most directions; None for as many as the energy asks for.
+        energy: share of ‖M‖² in (0, 1] that is kept, as far as `rank` allows; None keeps `rank`.
+        seed: of the sketch; derive it from the tensor's name.
+
+    Returns:
+        Factors in float64, of rank 0 for a zero matrix. Directions that are rounding are left out,
+        so that the rank may be smaller than asked for. The error is within 0.1 % of the least
+        possible, or the factors are those of the exact decomposition.
+
+    Cost: O(out·in·r) per power step, in float32 for float32; factors O((out + in)·r²).
+    """
+    if rank is None and energy is None:
+        raise ValueError("say how many directions, or how much energy")
+    if isinstance(matrix, LowRank):
+        P, core, Q, unit = matrix.core()
+        small = compressed(core, rank=rank, energy=energy, seed=seed)
+        root = unit**0.5
+        return Compressed(P @ small.left * root, small.right @ Q.mT * root, small.lost)
+    out, width = matrix.shape
+    unit = magnitude(matrix)
+    most = min(out, width) if rank is None else min(rank, out, width)
+    if not unit or not most:
+        return _factors(_none(matrix), 1.0, 0.0 if not unit else 1.0)
+    scaled = matrix.to(torch.promote_types(matrix.dtype, torch.float32)) / unit
+    total = float(torch.linalg.vector_norm(scaled, dtype=torch.float64)) ** 2
+    wanted = most if energy is None else min(START, most)
+    while True:
+        found = _sketched(scaled, wanted, total, seed)
+        if found is None:
+            found = leading_singular(scaled, most if energy is not None else wanted, seed=seed)
+            wanted = most
+        kept = _needed(found.S, total, energy)
+        if kept is not None or wanted >= most:
+            break
+        wanted = min(2 * wanted, most)
+    count = len(found.S) if kept is None else kept
+    count = min(count, int((found.S**2 > NOTHING * total / len(found.S)).sum()))
+    own = found.first(count)
+    lost = max(0.0, 1.0 - float((own.S**2).sum()) / total)
+    return _factors(own, unit, 0.0 if lost < NOTHING else lost)
+
+
+def _needed(values: Tensor, total: float, energy: float | None) -> int | None:
+    """Return how many values keep the energy; None where all of them do not, or none is asked."""
+    if energy is None:
+        return None
+    reached = (values**2).cumsum(0) >= energy * total * (1 - NOTHING)
+    return int(reached.int().argmax()) + 1 if bool(reached.any()) else None
+
+
+def _sketched(matrix: Tensor, rank: int, total: float, seed: int) -> Triplets | None:
+    """Return the leading triplets; None where the sketch would be wide or has not settled."""
+    side = min(matrix.shape)
+    width = rank + max(8, rank // 4)
+    if WIDEST * width > side:
+        return None
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    sketch = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype)
+    basis = lapack.orthonormal((matrix @ sketch.to(matrix.device)).double()).to(matrix.dtype)
+    before = None
+    for _ in range(POWER_STEPS):
+        turned = (matrix.mT @ basis).double()  # (QᵀM)ᵀ
+        right, R = lapack.qr(turned)
+        left, values, inner = lapack.svd(R.mT)  # of QᵀM·right
+        captured = float((values[:rank] ** 2).sum())
+        lost = max(total - captured, 0.0)
+        if before is not None and captured - before <= max(GAIN * lost, NOTHING * total):
+            U = basis.double() @ left[:, :rank]
+            return Triplets(U, values[:rank], right @ inner[:, :rank])
+        before = captured
+        basis = lapack.orthonormal((matrix @ right.to(matrix.dtype)).double()).to(matrix.dtype)
+    return None
+
+
+def _factors(found: Triplets, unit: float, lost: float) -> Compressed:
+    root = (found.S * unit).sqrt()
+    return Compressed(found.U * root, root[:, None] * found.V.mT, lost)
+
+
+def _none(matrix: Tensor) -> Triplets:
+    empty = torch.empty(0, dtype=torch.float64, device=matrix.device)
+    return Triplets(empty.new_empty(len(matrix), 0), empty, empty.new_empty(matrix.shape[1], 0))

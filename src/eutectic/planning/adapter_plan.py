@@ -1,0 +1,226 @@
+"""What of a merged change a PEFT adapter can carry: thin factors, modules whole, or not at all.
+
+Names are those of the model in memory, which PEFT's keys are made of. transformers is asked for
+the model's modules where it is installed; else a file's names and a tensor's treatment tell.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from eutectic.checkpoint.index import TensorEntry
+from eutectic.checkpoint.meeting import meet_names
+from eutectic.conventions_ties import is_output_table, is_tied, is_token_table, output_name
+from eutectic.errors import Fault, RecipeError
+from eutectic.models.outline import Kind, Outline, outline_of
+from eutectic.planning.inputs import Inputs
+from eutectic.planning.tensor_plan import TensorPlan
+from eutectic.recipes.schema import AdapterOptions
+from eutectic.types import Treatment
+from eutectic.words import few
+
+# factors: LoRA on a linear layer; table: LoRA on an embedding; whole: a module that is saved;
+# bias: a linear layer's; loose: nothing of an adapter's holds it
+Form = Literal["factors", "table", "whole", "bias", "loose"]
+
+
+@dataclass(frozen=True)
+class Carried:
+    """How an adapter holds one tensor's change. It can be pickled."""
+
+    form: Form
+    module: str  # its path in memory
+    parameter: str  # its name there
+    rank: int | None  # most directions; None: as many as the experts have, or as the energy asks
+    energy: float | None
+    vector: bool = False  # of one dimension: a norm's, or a bias
+    dtype: torch.dtype = torch.float32  # of thin factors
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """An adapter as the output of a merge."""
+
+    options: AdapterOptions
+    carried: Mapping[str, Carried]  # tensor of the plan -> how its change is held
+    names: Mapping[str, str]  # tensor of the base -> its name in memory
+    outline: Outline | None
+    twins: Mapping[str, tuple[str, ...]]  # name in memory -> names of the same, not in the file
+    head: str | None  # the expert whose heads are saved
+
+    def is_doubtful(self, name: str) -> bool:
+        """Tell whether a tensor is none that an adapter always holds, if it changes."""
+        own = self.carried[name]
+        return own.form == "loose" or own.vector
+
+    def left_out(self, records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """Return the tensors whose change the adapter does not hold, by what merging them found."""
+        changed = [n for n in self.carried if records.get(n, {}).get("adapter", {}).get("changed")]
+        saved = self.options.others == "save"
+        return [
+            n
+            for n in changed
+            if self.carried[n].form == "loose" or (self.carried[n].vector and not saved)
+        ]
+
+    def refuse_uncarried(self, records: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse changes that an adapter does not hold, unless the recipe lets them go."""
+        left = self.left_out(records)
+        if not left or self.options.others == "drop":
+            return
+        loose = [n for n in left if self.carried[n].form == "loose"]
+        vectors = [n for n in left if n not in loose]
+        faults: list[Fault] = []
+        if vectors:
+            what = f"{len(vectors)} norms and biases change, which thin factors do not hold: "
+            choose = (
+                "Choose others: drop, which leaves them as they are in the base, or others: save, "
+                "which peft loads (vLLM does not)."
+            )
+            faults.append(Fault("uncarried_vectors", what + few(vectors) + ".", next=choose))
+        if loose:
+            what = f"{len(loose)} tensors change that no module of PEFT's holds: {few(loose)}."
+            choose = "Choose others: drop, which leaves them as they are in the base."
+            faults.append(Fault("uncarried_tensors", what, next=choose))
+        raise RecipeError(faults, "the adapter")
+
+
+def adapter_plan(
+    tensors: Sequence[TensorPlan],
+    heads: Mapping[str, tuple[TensorEntry, ...]],
+    inputs: Inputs,
+    options: AdapterOptions,
+    dtype: torch.dtype = torch.float32,
+) -> AdapterPlan | list[Fault]:
+    """Decide how an adapter holds every merged tensor, or return what keeps it from that."""
+    faults: list[Fault] = []
+    if len(heads) > 1:
+        what = f"an adapter has one head, and {few(list(heads))} have one each."
+        faults.append(Fault("heads_in_adapter", what, next="Choose heads: base."))
+    outline = outline_of(inputs.config)
+    file_names = [t.name for t in tensors]
+    names = _in_memory(file_names, outline, inputs)
+    held = inputs.base.entries
+    twins = _twins(held, names, outline, inputs)
+    carried: dict[str, Carried] = {}
+    for planned in tensors:
+        if planned.merged:
+            carried[planned.name] = _carried(planned, names, outline, options, dtype)
+    faults += _not_thin(carried, inputs, options)
+    tables = [n for n, c in carried.items() if c.form == "table"]
+    tied = next((n for n in tables if names[n] in twins), None)
+    if tied is not None:
+        what = (
+            f"'{tied}' is tied to '{twins[names[tied]][0]}', and PEFT has no thin change of both."
+        )
+        faults.append(Fault("tied_table", what, next="Choose tables: save."))
+    if faults:
+        return faults
+    return AdapterPlan(options, carried, names, outline, twins, next(iter(heads), None))
+
+
+def _not_thin(
+    carried: Mapping[str, Carried], inputs: Inputs, options: AdapterOptions
+) -> list[Fault]:
+    """Refuse to keep everything of experts that have no thin factors."""
+    if options.most is not None or options.share is not None:
+        return []
+    faults: list[Fault] = []
+    for name, expert in inputs.experts.items():
+        lacking = [
+            n
+            for n, c in carried.items()
+            if c.form in ("factors", "table")
+            and (not expert.is_delta or (n in expert.entries and n not in expert.factored))
+        ]
+        if lacking:
+            what = (
+                f"its change has no thin factors, so that an adapter has to cut it ({len(lacking)} "
+                f"layers, such as {lacking[0]})."
+            )
+            where = f"expert '{name}'"
+            choose = "Choose a rank, or rank: auto (--rank auto --energy 0.99)."
+            faults.append(Fault("rank_needed", what, where, next=choose))
+    return faults
+
+
+def _in_memory(names: Sequence[str], outline: Outline | None, inputs: Inputs) -> Mapping[str, str]:
+    """Return what the model in memory calls the file's tensors; without a model, the same."""
+    if outline is None:
+        return {name: name for name in names}
+    found, _ = meet_names(outline.kinds, names, "the base", [inputs.config])
+    return {
+        name: own
+        for name, own in found.items()
+        if name not in inputs.base.entries or inputs.base.entries[name].shape == outline.shapes[own]
+    }
+
+
+def _carried(
+    planned: TensorPlan,
+    names: Mapping[str, str],
+    outline: Outline | None,
+    options: AdapterOptions,
+    dtype: torch.dtype,
+) -> Carried:
+    own = names.get(planned.name, "")
+    module, _, parameter = own.rpartition(".")
+    kind = _kind(planned, own, outline)
+    vector = len(planned.shape) < 2
+    form: Form = "loose"
+    linear = kind in ("linear", "conv1d")
+    table = _is_table(planned, own, outline)
+    if not module:
+        form = "loose"
+    elif linear and vector and parameter == "bias":
+        form = "bias"
+    elif linear and parameter == "weight" and not (table and options.tables == "save"):
+        form = "factors"
+    elif kind == "embedding" and table and options.tables == "low_rank":
+        form = "table"
+    elif outline is None or module in outline.leaves:
+        form = "whole"
+    return Carried(form, module, parameter, options.most, options.share, vector, dtype)
+
+
+def _kind(planned: TensorPlan, own: str, outline: Outline | None) -> Kind:
+    if outline is not None:
+        return outline.kinds.get(own, "other")
+    if own.endswith(".bias"):
+        return "other"
+    if len(planned.shape) == 2 and own.endswith(".weight"):
+        if planned.treatment is Treatment.EMBEDDING:
+            return "embedding"
+        return "conv1d" if planned.layout.transpose else "linear"
+    return "other"
+
+
+def _is_table(planned: TensorPlan, own: str, outline: Outline | None) -> bool:
+    """Tell whether a tensor is a table of tokens, read or written, or another lookup table."""
+    if outline is not None and own in outline.tables:
+        return True
+    table = is_token_table(planned.name) or is_output_table(planned.name)
+    return planned.treatment is Treatment.EMBEDDING or (table and outline is None)
+
+
+def _twins(
+    held: Mapping[str, TensorEntry],
+    names: Mapping[str, str],
+    outline: Outline | None,
+    inputs: Inputs,
+) -> Mapping[str, tuple[str, ...]]:
+    """Return under which further names a model has a table that its file holds once."""
+    if outline is not None:
+        own = set(names.values())
+        found = {n: tuple(o for o in outline.twins.get(n, ()) if o not in own) for n in own}
+        return {n: others for n, others in found.items() if others}
+    table = next((n for n in held if is_token_table(n)), None)
+    known = isinstance(inputs.config.get("tie_word_embeddings"), bool)
+    if table is None or not (known and is_tied(inputs.config)):
+        return {}
+    tokens = held[table].shape[0]
+    biases = (n for n, e in held.items() if e.shape == (tokens,))
+    written = output_name(table, biases, held, inputs.config)
+    return {} if written in names.values() else {table: (written,)}

@@ -1,0 +1,414 @@
+"""Guards that adapters written here load in peft, and do what the full merge does."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import eutectic
+from eutectic.errors import NumericalError, RecipeError, RequestError
+
+LLAMA = {
+    **{"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 40},
+    **{"num_attention_heads": 2, "num_key_value_heads": 1},
+}
+
+
+def llama(**more: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**{**LLAMA, **more}))
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 12}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=40, **sizes))
+
+
+def bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "vocab_size": 40, "num_labels": 3}
+    return BertForSequenceClassification(BertConfig(**sizes, **heads))
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=40, decoder_start_token_id=0, pad_token_id=0, **sizes)
+    )
+
+
+def clip() -> nn.Module:
+    from transformers import CLIPConfig, CLIPModel
+
+    common = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    common |= {"num_attention_heads": 2}
+    vision = {**common, "image_size": 8, "patch_size": 4}
+    return CLIPModel(CLIPConfig(text_config={**common, "vocab_size": 40}, vision_config=vision))
+
+
+def answer(model: nn.Module) -> Tensor:
+    """Return a model's outputs for a fixed input."""
+    tokens = torch.arange(1, 7)[None]
+    more: dict[str, Tensor] = {}
+    if "CLIPModel" in str(getattr(model, "config", "")):
+        more = {"pixel_values": torch.linspace(-1, 1, 192).view(1, 3, 8, 8)}
+    if "T5" in str(getattr(model, "config", "")):
+        more = {"decoder_input_ids": torch.tensor([[0, 3, 5]])}
+    with torch.no_grad():
+        out = model.eval()(input_ids=tokens, **more)
+    return out.logits if "logits" in out else torch.cat([out.text_embeds, out.image_embeds])
+
+
+def moved(model: nn.Module, seed: int, step: float = 0.05) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in sorted(model.named_parameters()):
+        parameter.data.add_(step * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def loaded(base: Path, adapter: Path, like: nn.Module) -> nn.Module:
+    """Load an adapter on the base with peft; no warning that is about either is let pass."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = type(like).from_pretrained(base)  # type: ignore[attr-defined]
+        wrapped = PeftModel.from_pretrained(model, str(adapter))
+    about = [str(w.message) for w in told if "deprecated" not in str(w.message)]
+    if "T5" in type(like).__name__:  # PEFT cannot tie more than an output layer, and warns of it
+        about = [text for text in about if "ensure_weight_tying" not in text]
+    assert about == []
+    return wrapped
+
+
+def lora(folder: Path, build: Callable[[], nn.Module], seed: int, **options: Any) -> Path:
+    """Save an adapter of random values, made by peft."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        wrapped = peft.get_peft_model(build(), peft.LoraConfig(**options))  # type: ignore[arg-type]
+        for name, parameter in sorted(wrapped.named_parameters()):
+            if "lora_" in name:
+                parameter.data = 0.2 * torch.randn_like(parameter)
+        wrapped.save_pretrained(str(folder))
+    return folder
+
+
+# --- extract -----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:Input and output embeddings")
+@pytest.mark.parametrize("build", [llama, gpt2, bert, t5, clip])
+def test_extracted_at_full_rank_is_the_fine_tune(
+    tmp_path: Path, build: Callable[[], nn.Module]
+) -> None:
+    torch.manual_seed(0)
+    model = build()
+    model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    bare = ("logit_scale", "class_embedding")  # of CLIP, which no module of PEFT's holds
+    kept = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith(bare)}
+    tuned = moved(model, 1)
+    for name, value in kept.items():
+        tuned.get_parameter(name).data.copy_(value)
+    tuned.save_pretrained(tmp_path / "tuned")  # type: ignore[operator]
+    out = tmp_path / "adapter"
+    report = eutectic.extract(
+        tmp_path / "tuned", base=tmp_path / "base", output=out, rank=24, others="save"
+    )
+    told = {n: r["adapter"] for n, r in report.records.items()}
+    assert all(own["lost_energy"] < 1e-9 for own in told.values() if "rank" in own)
+    stated = json.loads((out / "eutectic.json").read_text())["adapter"]
+    assert stated["left_out"] == []
+    wrapped = loaded(tmp_path / "base", out, model)
+    wanted = answer(tuned)
+    torch.testing.assert_close(answer(wrapped), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(answer(wrapped.merge_and_unload()), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_extracted_rank_and_energy_lose_what_they_say(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = llama()
+    model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    moved(model, 1).save_pretrained(tmp_path / "tuned")  # type: ignore[operator]
+    base, tuned = (load_file(tmp_path / f / "model.safetensors") for f in ("base", "tuned"))
+    for number, options in enumerate(({"rank": 4}, {"energy": 0.8}, {"rank": 3, "energy": 0.99})):
+        out = tmp_path / f"a{number}"
+        report = eutectic.extract(
+            tmp_path / "tuned", base=tmp_path / "base", output=out, others="drop", **options
+        )
+        stored = load_file(out / "adapter_model.safetensors")
+        config = json.loads((out / "adapter_config.json").read_text())
+        assert config["lora_alpha"] == config["r"]
+        assert config["alpha_pattern"] == config["rank_pattern"]
+        for name in base:
+            if "proj" not in name:
+                continue
+            module = name.removesuffix(".weight")
+            a = stored[f"base_model.model.{module}.lora_A.weight"]
+            b = stored[f"base_model.model.{module}.lora_B.weight"]
+            change = (tuned[name] - base[name]).double()
+            values = torch.linalg.svdvals(change) ** 2
+            kept = float(values[: len(a)].sum() / values.sum())
+            told = report.records[name]["adapter"]
+            error = torch.linalg.vector_norm(change - b.double() @ a.double()) ** 2 / values.sum()
+            assert told["lost_energy"] == pytest.approx(float(error), abs=1e-6)
+            assert float(error) == pytest.approx(1 - kept, abs=1e-5)
+            assert config["rank_pattern"].get(module, config["r"]) == len(a)
+            if "rank" in options:
+                assert len(a) == options["rank"]
+            else:
+                assert kept >= 0.8
+                assert float(values[: len(a) - 1].sum() / values.sum()) < 0.8
+        assert not any("norm" in key for key in stored)
+
+
+def test_rows_that_were_added_and_tied_tables_go_along(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    model.resize_token_embeddings(44)  # type: ignore[operator]
+    tuned = moved(model, 1)
+    tuned.save_pretrained(tmp_path / "tuned")  # type: ignore[operator]
+    (tmp_path / "tuned" / "tokenizer.json").write_text("{}")
+    out = tmp_path / "adapter"
+    eutectic.extract(tmp_path / "tuned", base=tmp_path / "base", output=out, rank=24, others="save")
+    assert (out / "tokenizer.json").exists()
+    grown = type(model).from_pretrained(tmp_path / "base")  # type: ignore[attr-defined]
+    grown.resize_token_embeddings(44)
+    grown.save_pretrained(tmp_path / "grown")
+    wrapped = loaded(tmp_path / "grown", out, model)
+    torch.testing.assert_close(answer(wrapped), answer(tuned), rtol=1e-4, atol=1e-5)
+
+
+def test_tables_as_thin_factors(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = llama()
+    model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    tuned = moved(model, 1)
+    tuned.save_pretrained(tmp_path / "tuned")  # type: ignore[operator]
+    out = tmp_path / "adapter"
+    options: dict[str, Any] = {"others": "save", "tables": "low_rank"}
+    eutectic.extract(tmp_path / "tuned", base=tmp_path / "base", output=out, rank=24, **options)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert {"model.embed_tokens", "lm_head"} <= set(config["target_modules"])
+    wrapped = loaded(tmp_path / "base", out, model)
+    torch.testing.assert_close(answer(wrapped), answer(tuned), rtol=1e-4, atol=1e-5)
+
+
+def test_norms_that_change_are_refused_or_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = llama()
+    model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    moved(model, 1).save_pretrained(tmp_path / "tuned")  # type: ignore[operator]
+    out = tmp_path / "adapter"
+    with pytest.raises(RecipeError, match="5 norms and biases change.*others: drop"):
+        eutectic.extract(tmp_path / "tuned", base=tmp_path / "base", output=out, rank=4)
+    assert not out.exists()
+    report = eutectic.extract(
+        tmp_path / "tuned", base=tmp_path / "base", output=out, rank=4, others="drop", restart=True
+    )
+    left = json.loads((out / "eutectic.json").read_text())["adapter"]["left_out"]
+    assert len(left) == 5
+    assert all("norm" in name for name in left)
+    assert any("does not hold the change" in note for note in report.notes)
+
+
+# --- merges ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def experts(tmp_path: Path) -> dict[str, str]:
+    """Two adapters of unequal rank and targets on one base."""
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+
+    def base() -> nn.Module:
+        from transformers import LlamaForCausalLM
+
+        return LlamaForCausalLM.from_pretrained(tmp_path / "base")
+
+    first = {"target_modules": ["q_proj", "v_proj", "up_proj"], "r": 2, "lora_alpha": 6}
+    second = {"target_modules": ["q_proj", "down_proj"], "r": 3, "use_rslora": True}
+    return {
+        "a": str(lora(tmp_path / "a", base, 1, **first)),
+        "b": str(lora(tmp_path / "b", base, 2, **second)),
+    }
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "average", "linear", "iso_c", "tsv_m"])
+def test_lossless_from_factors(tmp_path: Path, experts: dict[str, str], method: str) -> None:
+    """At the rank of the stacked factors the adapter does what the full merge does."""
+    base = str(tmp_path / "base")
+    common: dict[str, Any] = {"base": base, "experts": experts, "method": method, "scale": 0.7}
+    eutectic.merge(**common, output=tmp_path / "model")
+    report = eutectic.merge(**common, adapter=True, output=tmp_path / "adapter")
+    ranks = {name.split(".")[-2]: own["adapter"]["rank"] for name, own in report.records.items()}
+    assert ranks == {"q_proj": 5, "v_proj": 2, "up_proj": 2, "down_proj": 3}
+    from transformers import LlamaForCausalLM
+
+    full = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    wrapped = loaded(tmp_path / "base", tmp_path / "adapter", full)
+    torch.testing.assert_close(answer(wrapped), answer(full), rtol=1e-5, atol=1e-5)
+    assert report.norms["ratio"] is not None
+
+
+def test_weights_of_experts_count(tmp_path: Path, experts: dict[str, str]) -> None:
+    specs = {
+        n: {"path": p, "weight": w} for (n, p), w in zip(experts.items(), (0.25, -2), strict=True)
+    }
+    base = str(tmp_path / "base")
+    eutectic.merge(
+        base=base,
+        experts=specs,
+        method="task_arithmetic",
+        scale=1,
+        adapter={},
+        output=tmp_path / "o",
+    )
+    stored = load_file(tmp_path / "o" / "adapter_model.safetensors")
+    own = {n: load_file(Path(p) / "adapter_model.safetensors") for n, p in experts.items()}
+    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_{}.weight".format
+    wanted = 0.25 * 3 * own["a"][key("B")] @ own["a"][key("A")]
+    wanted += -2 * (8 / 3**0.5) * own["b"][key("B")] @ own["b"][key("A")]
+    torch.testing.assert_close(stored[key("B")] @ stored[key("A")], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_lossless_is_refused_where_it_would_lose(tmp_path: Path, experts: dict[str, str]) -> None:
+    base = str(tmp_path / "base")
+    with pytest.raises(NumericalError, match="more than 3 directions"):
+        eutectic.merge(
+            base=base, experts=experts, method="ties", adapter={}, output=tmp_path / "ties"
+        )
+    model = moved(llama(), 3)
+    model.save_pretrained(tmp_path / "full")  # type: ignore[operator]
+    both = {"a": experts["a"], "full": str(tmp_path / "full")}
+    with pytest.raises(RecipeError, match="'full': its change has no thin factors"):
+        eutectic.merge(base=base, experts=both, method="ties", adapter={}, output=tmp_path / "c")
+    report = eutectic.merge(
+        base=base, experts=experts, method="ties", adapter={"rank": 4}, output=tmp_path / "cut"
+    )
+    lost = [own["adapter"]["lost_energy"] for own in report.records.values()]
+    assert 0 < max(lost) < 0.5
+
+
+def test_alpha_that_is_searched_and_layers_that_are_compared(
+    tmp_path: Path, experts: dict[str, str]
+) -> None:
+    """What is merged before α is known ends in the same adapter."""
+    base = str(tmp_path / "base")
+    common: dict[str, Any] = {"base": base, "experts": experts, "method": "task_arithmetic"}
+
+    def choose(plan: Any, inputs: Any) -> Any:
+        from eutectic.errors import Note
+        from eutectic.execution.schedule import Choice
+
+        return lambda unscaled: Choice(0.6, Note("earlier_scale", (), {"scale": 0.6}), {})
+
+    (tmp_path / "t.yaml").write_text("tasks: {}")
+    eutectic.merge(
+        **common,
+        scale={"search": "divergence", "tasks": str(tmp_path / "t.yaml")},
+        adapter={"rank": 5},
+        choose=choose,
+        output=tmp_path / "late",
+    )
+    eutectic.merge(**common, scale=0.6, adapter={"rank": 5}, output=tmp_path / "known")
+    late, known = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("late", "known"))
+    for key in known:
+        if "lora_A" in key:
+            b = key.replace("lora_A", "lora_B")
+            torch.testing.assert_close(
+                late[b] @ late[key], known[b] @ known[key], rtol=1e-4, atol=1e-5
+            )
+
+
+def test_a_killed_run_goes_on_with_the_same_bytes(
+    tmp_path: Path, experts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eutectic.execution import tasks
+
+    common: dict[str, Any] = {
+        **{"base": str(tmp_path / "base"), "experts": experts, "method": "iso_c"},
+        **{"adapter": {"rank": 3}, "threads": 1},
+    }
+    eutectic.merge(**common, output=tmp_path / "whole")
+    real, calls = tasks.write_part, []
+
+    def failing(*args: Any) -> Any:
+        calls.append(args[0].name)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(tasks, "write_part", failing)
+    with pytest.raises(KeyboardInterrupt):
+        eutectic.merge(**common, output=tmp_path / "killed")
+    assert not (tmp_path / "killed").exists()
+    monkeypatch.setattr(tasks, "write_part", lambda *args: calls.append("again") or real(*args))
+    report = eutectic.merge(**common, output=tmp_path / "killed")
+    assert report.resumed
+    assert calls.count("again") == 8 - 3
+    for name in ("adapter_model.safetensors", "adapter_config.json", "eutectic.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not (tmp_path / "killed.partial").exists()
+
+
+def test_heads_of_one_expert_go_along_and_those_of_two_are_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = bert()
+    model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    options = {"target_modules": ["query", "value"], "task_type": "SEQ_CLS", "r": 2}
+
+    def build() -> nn.Module:
+        return type(model).from_pretrained(tmp_path / "base")  # type: ignore[attr-defined]
+
+    paths = {n: str(lora(tmp_path / n, build, i, **options)) for i, n in enumerate("ab")}
+    for name in paths:
+        file = tmp_path / name / "adapter_model.safetensors"
+        stored = load_file(file)
+        stored["base_model.model.classifier.weight"] += ord(name)
+        save_file(stored, file)
+    common: dict[str, Any] = {"base": str(tmp_path / "base"), "method": "average", "adapter": {}}
+    rules = [{"match": "classifier.*", "treatment": "head"}]
+    with pytest.raises(RecipeError, match="an adapter has one head"):
+        eutectic.merge(**common, experts=paths, tensors=rules, output=tmp_path / "two")
+    eutectic.merge(**common, experts={"a": paths["a"]}, tensors=rules, output=tmp_path / "one")
+    wrapped = loaded(tmp_path / "base", tmp_path / "one", model)
+    wanted = loaded(tmp_path / "base", tmp_path / "a", model)
+    torch.testing.assert_close(answer(wrapped), answer(wanted), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"adapter": {"rank": 0}}, "rank"),
+        ({"adapter": {"rank": "all"}}, "rank"),
+        ({"adapter": {"energy": 1.5}}, "energy"),
+        ({"adapter": {"size": 3}}, "size"),
+        ({"adapter": {"rank": 3}, "output": "x"}, "x"),
+        ({"output": "model", "adapter": {"rank": 3}}, "output: model asks for none"),
+    ],
+)
+def test_what_is_no_adapter(
+    tmp_path: Path, experts: dict[str, str], stated: dict[str, Any], message: str
+) -> None:
+    recipe = {"base": str(tmp_path / "base"), "experts": experts, "method": "average", **stated}
+    with pytest.raises(RequestError, match=message):
+        eutectic.merge(recipe, output=tmp_path / "out")
