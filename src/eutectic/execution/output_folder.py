@@ -1,6 +1,6 @@
 """The output folder: refused beforehand, written aside, and moved to its name when complete."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -284,6 +284,9 @@ class _Hashed(Ledger):
     durable = True
 
     def will_write(self, file: Path) -> None:
+        """Take note of nothing."""
+
+    def own(self, names: Iterable[str]) -> None:
         """Take note of nothing."""
 
     def check_files(self) -> None:
