@@ -110,7 +110,7 @@ def main_stacks(names: Iterable[str]) -> list[str]:
 # --- Configurations ---
 
 # Keys that say how many layers a stack has.
-DEPTH_KEYS = (
+_DEPTH_KEYS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "encoder_layers"),
     *("decoder_layers", "num_decoder_layers"),
 )
@@ -119,8 +119,23 @@ LAYER_LISTS = frozenset(
     {
         *("mlp_only_layers", "cross_attention_layers", "full_attention_idxs", "attn_layer_idxs"),
         *("moe_layers", "dense_layers", "full_attn_idxs", "attention_layers_idx"),
+        *("fullatt_block_indexes", "deepstack_visual_indexes"),
     }
 )
+
+
+def depth_keys(stack: str) -> list[str]:
+    """Return the keys of a configuration that may say how many layers a stack has.
+
+    >>> depth_keys("decoder.block")
+    ['decoder_layers', 'num_decoder_layers']
+    """
+    words = stack.split(".")
+    if "decoder" in words:
+        return [key for key in _DEPTH_KEYS if "decoder" in key]
+    if "encoder" in words:
+        return [key for key in _DEPTH_KEYS if "decoder" not in key]
+    return list(_DEPTH_KEYS)
 
 
 def is_for_stack(stack: str, part: str) -> bool:

@@ -5,43 +5,52 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from eutectic.conventions_stacks import DEPTH_KEYS, LAYER_LISTS, is_for_stack, layer_of
+from eutectic.conventions_stacks import (
+    LAYER_LISTS,
+    depth_keys,
+    is_for_stack,
+    layer_of,
+    main_stacks,
+)
 from eutectic.planning.inputs import Inputs
+from eutectic.recipes.script import Script
 
 Edit = tuple[tuple[str, ...], Any]  # path of a key in the configuration, and its value
 
 
-def layer_edits(inputs: Inputs) -> tuple[Edit, ...]:
+def layer_edits(inputs: Inputs, script: Script) -> tuple[Edit, ...]:
     """Return what the configuration has to say of an output's layers.
 
     The number of layers; lists of one value per layer, such as `layer_types`, each value from the
     model and layer that the layer is like; and lists of layers' numbers, such as
     `mlp_only_layers`, which hold a number where the layer that it is like is listed.
     """
-    stacks = _stacks(inputs)
     edits: list[Edit] = []
-    for stack, sources in stacks.items():
-        for path, part in _parts(inputs.config):
+    for part in script.bands:
+        stack, sources = _layers(inputs, part)
+        for path, config in _parts(inputs.config):
             if not is_for_stack(stack, path[-1] if path else ""):
                 continue
-            depth = next((int(part[key]) for key in DEPTH_KEYS if _is_count(part.get(key))), None)
-            if depth is None:
-                continue
-            keys = [key for key in DEPTH_KEYS if part.get(key) == depth]
-            edits += [((*path, key), len(sources)) for key in keys]
-            edits += _lists(path, part, depth, sources, inputs)
-            break
+            keys = [key for key in depth_keys(stack) if _is_count(config.get(key))]
+            if not keys and not inputs.config.get("is_encoder_decoder"):
+                keys = [key for key in depth_keys("") if _is_count(config.get(key))]
+            if keys:
+                edits += [((*path, key), len(sources)) for key in keys]
+                edits += _lists(path, config, int(config[keys[0]]), sources, inputs)
+                break
     return tuple(edits)
 
 
-def _stacks(inputs: Inputs) -> dict[str, list[tuple[str, int]]]:
-    """Return each stack of the output that was put together: (model, layer) of its layers."""
-    found: dict[str, dict[int, tuple[str, int]]] = {}
-    for name, row in inputs.rows.items():
+def _layers(inputs: Inputs, part: str) -> tuple[str, list[tuple[str, int]]]:
+    """Return the stack of layers that was put together, and (model, layer) of each."""
+    rows = {n: row for n, row in inputs.rows.items() if row.place.module == part}
+    (stack,) = main_stacks(rows)[:1] or [""]
+    found: dict[int, tuple[str, int]] = {}
+    for name, row in rows.items():
         out, own = layer_of(name), layer_of(row.like[1])
-        if out is not None and own is not None:
-            found.setdefault(out[0], {}).setdefault(out[1], (row.like[0], own[1]))
-    return {stack: [own[n] for n in sorted(own)] for stack, own in found.items()}
+        if out is not None and out[0] == stack and own is not None:
+            found.setdefault(out[1], (row.like[0], own[1]))
+    return stack, [found[n] for n in sorted(found)]
 
 
 def _parts(config: Mapping[str, Any]) -> list[tuple[tuple[str, ...], Mapping[str, Any]]]:

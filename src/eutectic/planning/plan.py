@@ -200,7 +200,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
             recipe.shard_size,
             request.ties.tied,
             recipe.nonfinite,
-            layer_edits(inputs) if inputs.rows else (),
+            layer_edits(inputs, recipe.script) if inputs.rows and recipe.script else (),
             None if vocabulary is None else vocabulary.agreed,
             {} if vocabulary is None else vocabulary.folders,
             found.chat_template,
