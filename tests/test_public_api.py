@@ -40,7 +40,7 @@ NAMES = [
 
 def test_all_is_locked():
     assert eutectic.__all__ == NAMES
-    assert set(NAMES) <= set(dir(eutectic))
+    assert set(dir(eutectic)) == {*NAMES, "__version__"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -92,3 +92,52 @@ def test_what_an_import_leaves_alone():
     )
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
     assert result.stdout == "[]\n" * len(stages), result.stderr
+
+
+def test_a_room_does_not_take_the_name_of_a_function():
+    """Also where the room is imported first, by whatever needs it."""
+    code = (
+        "import eutectic, eutectic.methods.registry\n"
+        "from eutectic.methods import get_method\n"
+        "print(type(eutectic.methods).__name__, 'iso_c' in eutectic.methods())\n"
+        "import sys; print(sys.modules['eutectic.methods'].get_method is get_method)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "function True\nTrue\n", result.stderr
+
+
+def test_imports_leave_the_collector_as_it_was():
+    import gc
+
+    from eutectic.on_first_use import quick_imports
+
+    for on in (True, False):
+        (gc.enable if on else gc.disable)()
+        try:
+            with quick_imports():
+                assert not gc.isenabled()
+            assert gc.isenabled() == on
+        finally:
+            gc.enable()
+
+
+@pytest.mark.slow
+def test_a_merge_imports_what_it_needs_and_works_with_the_collector(tmp_path: Path):
+    from helpers.folders import make_base, make_expert, save
+
+    base = make_base(layers=1, width=8)
+    save(tmp_path / "base", base)
+    for i, name in enumerate("ab"):
+        save(tmp_path / name, make_expert(base, i))
+    words = ["merge", "--base", "base", "-m", "iso_c", "-o", "out", "a=a", "b=b"]
+    absent = ["evaluation", "reporting", "data", "calibration", "statistics.collect", "routed"]
+    names = [*(f"eutectic.{room}" for room in absent), "transformers", "scipy", "pandas", "ray"]
+    code = (
+        f"import gc, sys\nfrom eutectic.cli import main\nsys.argv = ['eutectic', *{words!r}]\n"
+        "try:\n    main.main()\nexcept SystemExit:\n    pass\n"
+        f"print([name for name in {names!r} if name in sys.modules], gc.isenabled())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.stdout.splitlines()[-1] == "[] True", result.stderr + result.stdout

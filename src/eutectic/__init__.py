@@ -11,9 +11,12 @@ Names are imported on first use, so that `import eutectic` and `eutectic --help`
 
 from __future__ import annotations
 
-from importlib import import_module
+import sys
 from importlib.metadata import version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from eutectic.on_first_use import names_on_first_use
 
 if TYPE_CHECKING:
     from eutectic.calibration import CalibrationReport, calibrate
@@ -74,12 +77,21 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    for room, names in _ROOMS.items():
-        if name in names:
-            return getattr(import_module(f"eutectic.{room}"), name)
-    raise AttributeError(f"module 'eutectic' has no attribute '{name}'")
+__getattr__, _ = names_on_first_use(__name__, _ROOMS)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return [*__all__, "__version__"]
+
+
+class _Package(ModuleType):
+    """This package, whose public names no room takes: `eutectic.methods` is the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; importing a room called as a public name leaves that as it is."""
+        if name in __all__ and isinstance(value, ModuleType):
+            return
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

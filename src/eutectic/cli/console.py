@@ -3,6 +3,7 @@
 import codecs
 import dataclasses
 import functools
+import gc
 import io
 import json
 import os
@@ -52,7 +53,20 @@ _terminal = Console(stderr=True)  # knows nothing of what waits
 out = _PlainConsole()
 err = _PlainConsole(stderr=True)
 waiting = Waiting(_terminal)
-doing = waiting.say
+
+
+def doing(text: str) -> None:
+    """Say what is done now, if it takes longer than a second; see `Waiting`. Imports are over."""
+    begin_work()
+    waiting.say(text)
+
+
+def begin_work() -> None:
+    """Put Python's collector on again, after imports; what they made it need not look at."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
+
 
 INTERRUPTED = 130
 _NO_MEMORY = re.compile(r"(can't|cannot) allocate|not enough memory|out of memory", re.I)
@@ -65,7 +79,7 @@ def verb(command: _Command) -> _Command:
 
     @functools.wraps(command)
     def run(**values: Any) -> Any:
-        doing("loading libraries")
+        waiting.say("loading libraries")
         try:
             return call_with_records(command, values)
         except (EutecticError, OSError) as error:
@@ -182,6 +196,7 @@ def progress_bar(
         text = plain(text, kept="")
         return escape(text if len(text) <= room else "…" + text[1 - room :])
 
+    begin_work()
     bar = Progress(*columns, console=_terminal, transient=True, disable=not err.is_terminal)
     with waiting.held(), bar:
         task = bar.add_task(title, total=None, current=fitting(first))

@@ -49,6 +49,7 @@ from eutectic.models.task_kinds import (
     kind_of_architectures,
     task_kind,
 )
+from eutectic.on_first_use import quick_imports
 
 LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 DEFAULT_MAX_LENGTH = 512
@@ -207,7 +208,8 @@ def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
 def transformers_for(purpose: str) -> Any:
     """Return the package transformers, which `purpose` needs."""
     try:
-        import transformers
+        with quick_imports():
+            import transformers
     except ImportError as error:
         raise MissingExtraError("transformers", "hf", purpose) from error
     return transformers
@@ -227,6 +229,8 @@ def pretrained(
     tensors of another shape than the model's are left out and reported.
     """
     transformers = transformers_for("Loading models")
+    with quick_imports():  # it is imported in parts, and this is the largest
+        _ = transformers.PreTrainedModel
     old = int(transformers.__version__.split(".")[0]) < 5
     options = {**LOCAL, "output_loading_info": True, "torch_dtype" if old else "dtype": dtype}
     if folder is not None and state is None and is_stated_quantised(folder):

@@ -18,7 +18,6 @@ from eutectic.planning.inputs import Inputs, open_inputs
 from eutectic.planning.plan import Plan, make_plan
 from eutectic.recipes.load import Source, check_recipe
 from eutectic.recipes.schema import NOT_TAKEN, Recipe, ScaleSearch
-from eutectic.tuning.output_error import prepare_closed_form
 
 if TYPE_CHECKING:
     from eutectic.tuning.objectives import Opened
@@ -41,6 +40,8 @@ def choose_scale(plan: Plan, inputs: Inputs, opened: "Opened | None" = None) -> 
             "Leave the search out, or the rules' scales."
         )
     if search.search == "gram":
+        from eutectic.tuning.output_error import prepare_closed_form
+
         return prepare_closed_form(plan, inputs)
     from eutectic.tuning.objectives import prepare_objective
 
