@@ -129,7 +129,8 @@ def test_a_merge_imports_what_it_needs_and_works_with_the_collector(tmp_path: Pa
     save(tmp_path / "base", base)
     for i, name in enumerate("ab"):
         save(tmp_path / name, make_expert(base, i))
-    words = ["merge", "--base", "base", "-m", "iso_c", "-o", "out", "a=a", "b=b"]
+    words = ["merge", "--base", f"{tmp_path / 'base'}", "-m", "iso_c", "-o", f"{tmp_path / 'out'}"]
+    words += [f"{name}={tmp_path / name}" for name in "ab"]
     absent = ["evaluation", "reporting", "data", "calibration", "statistics.collect", "routed"]
     names = [*(f"eutectic.{room}" for room in absent), "transformers", "scipy", "pandas", "ray"]
     code = (
@@ -137,7 +138,5 @@ def test_a_merge_imports_what_it_needs_and_works_with_the_collector(tmp_path: Pa
         "try:\n    main.main()\nexcept SystemExit:\n    pass\n"
         f"print([name for name in {names!r} if name in sys.modules], gc.isenabled())"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "[] True", result.stderr + result.stdout
