@@ -218,6 +218,54 @@ def test_mixtures_norms_and_conv1d(tmp_path):
         )
 
 
+def test_its_own_tokenizer_goes_along(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    letters = [chr(place) for place in range(ord("a"), ord("z") + 1)]
+    words = ["<s>", "</s>", *letters, "ab", "Ġ"]
+    merges = ["a b"]
+    small = {"token_embd.weight": ("", (len(words), 64)), "output_norm.weight": ("", (64,))}
+
+    def put(name, tokens, seed):
+        writer = gguf.GGUFWriter(str(tmp_path / name), "llama")
+        for number, value in (("block_count", 0), ("embedding_length", 64)):
+            writer.add_uint32(f"llama.{number}", value)
+        writer.add_head_count(2)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_token_list(tokens)
+        writer.add_token_types([3, 3, *[1] * (len(words) - 2), *[3] * (len(tokens) - len(words))])
+        writer.add_token_merges(merges)
+        writer.add_bos_token_id(0)
+        writer.add_eos_token_id(1)
+        random = np.random.default_rng(seed)
+        for kind, (_, shape) in small.items():
+            rows = (len(tokens), 64) if len(shape) == 2 else shape
+            writer.add_tensor(kind, random.standard_normal(rows).astype(np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    put("base.gguf", words, 0)
+    put("a.gguf", [*words, "<a>"], 1)
+    base, own = tmp_path / "base.gguf", tmp_path / "a.gguf"
+    eutectic.merge(
+        base=str(base),
+        experts={"a": str(own)},
+        method="task_arithmetic",
+        vocabulary="union",
+        output=tmp_path / "out",
+    )
+    merged = load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"]
+    with open_reader(own) as reader:
+        table = reader.read("model.embed_tokens.weight").view(-1, 64)
+    assert torch.equal(merged[-1], table[-1]) and len(merged) == len(words) + 1
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.convert_tokens_to_ids("<a>") == len(words) == len(tokenizer) - 1
+    assert tokenizer.convert_ids_to_tokens(tokenizer("ab").input_ids)[-1] == "ab"
+    found = eutectic.check(base)
+    assert not any("tokenizer" in str(one) for checked in found for one in checked.remarks)
+
+
 def test_what_is_not_known_is_refused(tmp_path):
     write(tmp_path / "m.gguf", arch="falcon", names={})
     with pytest.raises(CheckpointError, match="architecture 'falcon'"):

@@ -157,7 +157,8 @@ def _look_at_checkpoint(one: _Looked, values: bool, progress: Progress | None) -
         one.findings.add(*config_of(folder, config), *configuration_findings(config, entries))
         generation = folder / "generation_config.json"
         stated = read_json_object(generation) if generation.is_file() else {}
-        one.findings.add(*no_tokenizer(folder, entries))
+        if stored.gguf is None or not stored.gguf.tokenizer:  # which has its own
+            one.findings.add(*no_tokenizer(folder, entries))
         one.findings.add(*token_findings(config, stated, entries, one.tokens))
         if values:
             one.findings.add(*value_findings(source, entries, progress))

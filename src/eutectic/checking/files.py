@@ -177,7 +177,8 @@ def _size_stated(folder: Path, index: CheckpointIndex) -> Iterator[Finding]:
 
 def tensors_of_pickles(index: CheckpointIndex) -> Iterator[Finding]:
     """Yield what a user should know of weights in torch's own format."""
-    pickled = [f for f in index.files if not looks_like_safetensors(index.folder / f)]
+    others = () if index.gguf is not None else index.files
+    pickled = [f for f in others if not looks_like_safetensors(index.folder / f)]
     if pickled:
         yield Note("pickled", tuple(pickled))
     if index.skipped:

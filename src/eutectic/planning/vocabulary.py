@@ -31,7 +31,7 @@ from eutectic.vocabulary.chat_templates import (
 )
 from eutectic.vocabulary.row_places import places
 from eutectic.vocabulary.tokenizer_files import unwritable
-from eutectic.vocabulary.tokens import Tokens, files_identity, read_tokens
+from eutectic.vocabulary.tokens import Tokens, files_identity, read_tokens, tokens_of_gguf
 
 Shape = tuple[int, ...]
 
@@ -96,7 +96,7 @@ def _find(recipe: Recipe, inputs: Inputs, document: Document) -> Found:
     for name, folder in folders.items():
         try:
             models[name] = None if folder is None else read_tokens(folder)
-            if models[name] is None and name != policy.model:
+            if models[name] is None:
                 models[name] = _of_gguf(name, inputs)
         except CheckpointError as error:
             whose = "base" if name == BASE else f"expert '{name}'"
@@ -200,9 +200,7 @@ def _of_gguf(name: str, inputs: Inputs) -> Tokens | None:
         expert = dict(_experts(inputs))[name]
         index = getattr(expert.source, "index", None)
     table = None if index is None else index.gguf
-    if table is None or not table.tokens:
-        return None
-    return Tokens({token: row for row, token in enumerate(table.tokens)}, identity=repr(name))
+    return None if table is None else tokens_of_gguf(table.tokenizer)
 
 
 def _tokenizer_folder(folder: Path, index: CheckpointIndex | None) -> Path:

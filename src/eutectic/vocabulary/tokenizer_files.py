@@ -32,6 +32,7 @@ from eutectic.vocabulary.tokens import (
     TOKENIZER,
     VOCAB_JSON,
     VOCAB_TXT,
+    files_identity,
 )
 
 _PATTERNS = (
@@ -73,11 +74,14 @@ def write_tokenizer(vocabulary: Vocabulary, folders: Mapping[str, Path], target:
     vocabulary differs from its own, each is rewritten, so that fast and slow tokenizers agree.
     """
     source = folders[vocabulary.donor]
-    for name in side_files(target):
-        if is_tokenizer_file(name):
-            storage_of(target).remove(target / name)
+    if not files_identity(source):  # a GGUF file has its own, which lies in the target by now
+        source = target
     names = [name for name in side_files(source) if is_tokenizer_file(name)]
-    copy_side_files(source, target, names)
+    if source != target:
+        for name in side_files(target):
+            if is_tokenizer_file(name):
+                storage_of(target).remove(target / name)
+        copy_side_files(source, target, names)
     if not (vocabulary.new or vocabulary.removed or vocabulary.created):
         return
     edit = _edit_of(vocabulary, folders)

@@ -100,6 +100,38 @@ def read_tokens(folder: Path) -> Tokens | None:
     return Tokens(rows, added, special, kind, _identity(content), tuple(beyond))
 
 
+def tokens_of_gguf(stated: Mapping[str, Any]) -> Tokens | None:
+    """Return the tokens that a GGUF file lists in its settings (`tokenizer.ggml.*`)."""
+    listed, types = stated.get("tokens"), stated.get("token_type")
+    if not isinstance(listed, list) or not listed:
+        return None
+    tokens = [str(token) for token in listed]
+    kinds = types if isinstance(types, list) and len(types) == len(tokens) else [1] * len(tokens)
+    added: dict[str, Mapping[str, Any]] = {
+        token: {"special": kind == _CONTROL}
+        for token, kind in zip(tokens, kinds, strict=True)
+        if kind in (_CONTROL, _USER_DEFINED)
+    }
+    special: dict[str, str] = {}
+    for key, role in _GGUF_ROLES.items():
+        row = stated.get(key)
+        if isinstance(row, int) and 0 <= row < len(tokens):
+            special[role] = tokens[row]
+    kind = "BPE" if stated.get("model") == "gpt2" else ""
+    rows = {token: row for row, token in enumerate(tokens)}
+    identity = hashlib.sha256("\0".join(tokens).encode()).hexdigest()
+    return Tokens(rows, added, special, kind, identity)
+
+
+_CONTROL, _USER_DEFINED = 3, 4  # types of tokens in GGUF, as in SentencePiece
+_GGUF_ROLES = {
+    "bos_token_id": "bos_token",
+    "eos_token_id": "eos_token",
+    "unknown_token_id": "unk_token",
+    "padding_token_id": "pad_token",
+}
+
+
 def files_identity(folder: Path) -> str:
     """Return a hash of the files that give tokens their rows; empty where there are none."""
     content = _contents(folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,8 @@ class GgufTable:
     codes: Mapping[str, Codes]  # name in transformers -> how it is computed
     config: Mapping[str, Any]
     kinds: Mapping[str, int]  # type -> number of tensors
-    tokens: tuple[str, ...] = ()  # of its tokenizer, by row
+    # settings of its tokenizer, such as `tokens` by row and their `token_type`
+    tokenizer: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def table_of(header: GgufHeader, path: Path, file: str) -> GgufTable:
@@ -126,9 +127,10 @@ def table_of(header: GgufHeader, path: Path, file: str) -> GgufTable:
         )
     tied = not any(name.startswith("lm_head") for name in codes)
     config = config_of(header, architecture, tied)
-    listed = header.settings.get("tokenizer.ggml.tokens")
-    tokens = tuple(map(str, listed)) if isinstance(listed, list) else ()
-    return GgufTable(tuple(entries), codes, config, dict(kinds), tokens)
+    begin = "tokenizer.ggml."
+    own = {k.removeprefix(begin): v for k, v in header.settings.items() if k.startswith(begin)}
+    tokenizer = own if isinstance(own.get("tokens"), list) else {}
+    return GgufTable(tuple(entries), codes, config, dict(kinds), tokenizer)
 
 
 def joined(tables: Sequence[GgufTable]) -> GgufTable:
@@ -146,7 +148,7 @@ def joined(tables: Sequence[GgufTable]) -> GgufTable:
     if sizes:
         config["vocab_size"] = sizes[0]
     entries = tuple(entry for table in tables for entry in table.entries)
-    return GgufTable(entries, codes, config, dict(kinds), tables[0].tokens)
+    return GgufTable(entries, codes, config, dict(kinds), tables[0].tokenizer)
 
 
 def _split(tensor: GgufTensor, name: str) -> list[tuple[str, GgufTensor]]:
