@@ -11,7 +11,7 @@ from torch import Tensor
 from eutectic.linalg.core import beyond, core_space, stays_thin
 from eutectic.linalg.gram import explain_routes
 from eutectic.linalg.leading import explain_leading, leading_singular, leading_singular_stack
-from eutectic.linalg.lowrank import LowRankStack
+from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.linalg.metric import InputMetric, mean_metric
 from eutectic.linalg.polar import Precision, Support, explain_polar, polar
 from eutectic.linalg.svd import default_tolerance, dependence_tolerance
@@ -104,7 +104,11 @@ def _explain_iso_a(shape: tuple[int, ...], parameters: Any, precision: Precision
     takes=Takes(factors=True),
     # 18 to 21 products in all, measured with 8 experts at sides of 768.
     cost=Cost(workspace=lambda count: 1.5 + 18 / count, products=2.5),
-    rules=Rules(default_scale=_by_count(1.3, 1.0, 0.9), explain=_explain_iso_c),
+    rules=Rules(
+        default_scale=_by_count(1.3, 1.0, 0.9),
+        explain=_explain_iso_c,
+        thin=lambda deltas, parameters, context: thin_iso_c(deltas, parameters, context),
+    ),
 )
 def iso_c(deltas: Tensor | LowRankStack, parameters: IsoCParameters, context: Context) -> Tensor:
     """Return mean(S)·U Vᵀ, where Σ w_tΔ_t = U S Vᵀ.
@@ -132,18 +136,31 @@ def iso_c(deltas: Tensor | LowRankStack, parameters: IsoCParameters, context: Co
     Reference: Marczak et al., "No Task Left Behind: Isotropic Model Merging with Common and
     Task-Specific Subspaces", arXiv 2502.04959.
     """
-    how: dict[str, Any] = {
+    if isinstance(deltas, LowRankStack):
+        thin = thin_iso_c(deltas, parameters, context)
+        if thin is not None:
+            return thin.dense()
+        deltas = deltas.dense()
+    flat = polar(weighted_sum(deltas, context), **_bounds(parameters, context))
+    return flat.factor * flat.mean_singular_value
+
+
+def thin_iso_c(
+    deltas: LowRankStack, parameters: IsoCParameters, context: Context
+) -> LowRank | None:
+    """Return Iso-C of thin factors as thin factors, None where they have to be expanded."""
+    if not _stays_thin(deltas, parameters):
+        return None
+    flat = polar(context.weigh(deltas).total(), **_bounds(parameters, context))
+    return LowRank(flat.factor.left * flat.mean_singular_value, flat.factor.right)
+
+
+def _bounds(parameters: IsoCParameters, context: Context) -> dict[str, Any]:
+    return {
         "support": parameters.support,
         "rank_tolerance": parameters.rank_tolerance,
         "precision": context.precision,
     }
-    if isinstance(deltas, LowRankStack):
-        if _stays_thin(deltas, parameters):
-            thin = polar(context.weigh(deltas).total(), **how)
-            return thin.factor.dense() * thin.mean_singular_value
-        deltas = deltas.dense()
-    flat = polar(weighted_sum(deltas, context), **how)
-    return flat.factor * flat.mean_singular_value
 
 
 def _stays_thin(deltas: LowRankStack, parameters: IsoCParameters, beside: int = 0) -> bool:
@@ -163,7 +180,11 @@ def _stays_thin(deltas: LowRankStack, parameters: IsoCParameters, beside: int = 
     laws={"permutation", "homogeneous", "zero", "rotation"},
     takes=Takes(factors=True),
     cost=Cost(workspace=lambda count: 1.5 + 28 / count),
-    rules=Rules(default_scale=_by_count(1.5, 1.2, 1.1), explain=_explain_iso_cts),
+    rules=Rules(
+        default_scale=_by_count(1.5, 1.2, 1.1),
+        explain=_explain_iso_cts,
+        thin=lambda deltas, parameters, context: thin_iso_cts(deltas, parameters, context),
+    ),
 )
 def iso_cts(
     deltas: Tensor | LowRankStack, parameters: IsoCtsParameters, context: Context
@@ -194,15 +215,26 @@ def iso_cts(
     Reference: Marczak et al., "No Task Left Behind: Isotropic Model Merging with Common and
     Task-Specific Subspaces", arXiv 2502.04959.
     """
-    deltas = context.weigh(deltas)
     tolerance, dependence = _tolerance(deltas, parameters), dependence_tolerance(deltas.dtype)
     if isinstance(deltas, LowRankStack):
-        if _stays_thin(deltas, parameters):
-            space = core_space(deltas)
-            own = _common_and_specific(space.cores, parameters, context, tolerance, dependence)
-            return space.expand(own).dense().to(deltas.dtype)
+        thin = thin_iso_cts(deltas, parameters, context)
+        if thin is not None:
+            return thin.dense().to(deltas.dtype)
         deltas = deltas.dense()
+    deltas = context.weigh(deltas)
     return _common_and_specific(deltas, parameters, context, tolerance, dependence)
+
+
+def thin_iso_cts(
+    deltas: LowRankStack, parameters: IsoCtsParameters, context: Context
+) -> LowRank | None:
+    """Return Iso-CTS of thin factors as thin factors, None where they have to be expanded."""
+    if not _stays_thin(deltas, parameters):
+        return None
+    tolerance, dependence = _tolerance(deltas, parameters), dependence_tolerance(deltas.dtype)
+    space = core_space(context.weigh(deltas))
+    own = _common_and_specific(space.cores, parameters, context, tolerance, dependence)
+    return space.expand(own)
 
 
 def _common_and_specific(

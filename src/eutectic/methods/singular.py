@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eutectic.linalg.gram import explain_routes
 from eutectic.linalg.leading import explain_leading, leading_singular_stack
-from eutectic.linalg.lowrank import LowRankStack
+from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.linalg.polar import Precision, explain_polar, polar
 from eutectic.linalg.svd import default_tolerance, dependence_tolerance
 from eutectic.methods.registry import Context, Cost, Parameters, Rules, Takes, register
@@ -44,7 +44,10 @@ def _explain(shape: tuple[int, ...], parameters: TsvMParameters, precision: Prec
     laws={"permutation", "homogeneous", "zero", "single", "rotation"},
     takes=Takes(factors=True),
     cost=Cost(workspace=lambda count: 1.5 + 32 / count),
-    rules=Rules(explain=_explain),
+    rules=Rules(
+        explain=_explain,
+        thin=lambda deltas, parameters, context: _factors(deltas, parameters, context),
+    ),
 )
 def tsv_m(deltas: Tensor | LowRankStack, parameters: TsvMParameters, context: Context) -> Tensor:
     """Return polar(U_*)·diag(s_*)·polar(V_*)ᵀ of the experts' leading singular triplets.
@@ -70,6 +73,13 @@ def tsv_m(deltas: Tensor | LowRankStack, parameters: TsvMParameters, context: Co
     Reference: Gargiulo et al., "Task Singular Vectors: Reducing Task Interference in Model
     Merging", arXiv 2412.00081.
     """
+    return _factors(deltas, parameters, context).dense()
+
+
+def _factors(
+    deltas: Tensor | LowRankStack, parameters: TsvMParameters, context: Context
+) -> LowRank:
+    """Return the merged delta as a product of inner size kT."""
     deltas = context.weigh(deltas)
     experts = leading_singular_stack(
         deltas,
@@ -85,7 +95,7 @@ def tsv_m(deltas: Tensor | LowRankStack, parameters: TsvMParameters, context: Co
     U = polar(torch.cat([e.U for e in experts], 1).to(deltas.dtype), **how).factor
     V = polar(torch.cat([e.V for e in experts], 1).to(deltas.dtype), **how).factor
     S = torch.cat([e.S for e in experts]).to(deltas.dtype)
-    return (U * S) @ V.mT
+    return LowRank(U * S, V.mT)
 
 
 def kept_per_expert(rank: int, fraction: float | None, experts: int) -> int:
