@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # What only some collections look at.
 _WITH_GRADIENTS = ("head", "labels", "seed", "label_column", "prompt")
 _WITH_HEAD = ("pooling", "normalize")
-_ADDING = {"output", "add", "json"}
+_ADDING = {"output", "add", "min_tokens", "json"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +80,9 @@ class SumOptions:
     """What is summed, of which layers, and how it is stored."""
 
     max_examples: int | None = option(None, "Stop after so many (with gradients: 1000).", min=1)
+    min_tokens: int | None = option(
+        None, "Refuse to write sums over fewer tokens, of which texts can be told.", min=1
+    )
     rank: int | None = option(
         None, "Keep so many directions, and a diagonal, of wider layers.", min=1
     )
@@ -145,7 +148,7 @@ def collect(
             "for collecting, and files are only added.",
             "Name a CHECKPOINT and its --data to collect and add.",
         )
-        result = add_statistics(add, output)
+        result = add_statistics(add, output, sums.min_tokens)
     else:
         if expert.data is None:
             raise RequestError(f"{expert.checkpoint}: no data to run it on; name them with --data.")
@@ -156,9 +159,10 @@ def collect(
         with _locked(output) if add else nullcontext():
             # What is to be added goes through a file of its own: OUTPUT is never half a sum.
             target = output.with_name(f"{output.name}.collected") if add else output
-            result, randomly_initialised = _collected(expert, gradients, sums, reading, target)
+            own = replace(sums, min_tokens=None) if add else sums  # it is the whole that counts
+            result, randomly_initialised = _collected(expert, gradients, own, reading, target)
             if add:
-                result = add_statistics([result, *add]).save(output)
+                result = add_statistics([result, *add], min_tokens=sums.min_tokens).save(output)
                 target.unlink()
     _report(result, output, randomly_initialised, round(time.monotonic() - started, 1), json)
 
@@ -256,8 +260,6 @@ def _with_texts(
     reading: DataOptions,
 ) -> tuple[LoadedModel, Head]:
     """Return a model with the classes of its data, and their texts as a head on its pictures."""
-    from dataclasses import replace
-
     from eutectic.data.columns import names_of_classes
     from eutectic.data.row_files import read_rows
     from eutectic.models.loading import load_processor

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eutectic.errors import RequestError, StatisticsError
 from eutectic.statistics.gram import triangular_factor, truncate_factor
+from eutectic.statistics.least_tokens import check_least_tokens
 from eutectic.statistics.likelihood import objective_name
 from eutectic.statistics.recorder import stored_form
 from eutectic.statistics.statistics_file import (
@@ -30,7 +31,9 @@ _SETTINGS = (
 
 
 def add_statistics(
-    files: Sequence[str | Path | StatisticsFile], output: str | Path | None = None
+    files: Sequence[str | Path | StatisticsFile],
+    output: str | Path | None = None,
+    min_tokens: int | None = None,
 ) -> StatisticsFile:
     """Return the statistics of the union of disjoint data: all sums and counts added.
 
@@ -40,9 +43,10 @@ def add_statistics(
     Args:
         files: statistics files, or paths of such, of one checkpoint.
         output: file to write; without it the result stays in memory.
+        min_tokens: refuse sums over fewer tokens, as `collect` does.
 
     Raises:
-        RequestError: no files.
+        RequestError: no files; sums over too few tokens.
         StatisticsError: a file is unusable; the files come from different checkpoints, mask
             policies, labels or other settings, have different layers, or share examples.
         OutputError: the output cannot be written.
@@ -50,7 +54,7 @@ def add_statistics(
     if output is not None:
         lock = lock_output(Path(output))
         try:
-            return add_statistics(files).save(output)
+            return add_statistics(files, min_tokens=min_tokens).save(output)
         finally:
             lock.release()
     opened = [f if isinstance(f, StatisticsFile) else load_statistics(f) for f in files]
@@ -93,6 +97,7 @@ def add_statistics(
         package: ", ".join(sorted({number for other, number in versions if other == package}))
         for package, _ in versions
     }
+    check_least_tokens(record, min_tokens)
     return StatisticsFile(record, tensors)
 
 

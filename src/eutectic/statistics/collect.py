@@ -24,6 +24,7 @@ from eutectic.models.sites import is_encoder_decoder
 from eutectic.options import options_from
 from eutectic.statistics.collection_plan import Plan, describe_layers, make_plan, sample_weights
 from eutectic.statistics.data_pass import Pass, run_pass
+from eutectic.statistics.least_tokens import check_least_tokens
 from eutectic.statistics.recorder import PassSums
 from eutectic.statistics.settings import CollectOptions, Settings
 from eutectic.statistics.statistics_file import EXAMPLES, FORMAT, StatisticsFile, gram_names
@@ -91,6 +92,7 @@ def collect(
             - `head`: from `read_head`: makes logits of a bare model's pooled features, for
               gradients. It is no part of the model and gets no statistics.
             - `max_examples`: stop after so many; default all, or 1000 when gradients are collected.
+            - `min_tokens`: refuse to write sums over fewer tokens: texts can be told from them.
             - `layers`: globs over parameter names.
             - `convolutions`: ungrouped 1-D and 2-D convolutions too, as `[out, in·k·k]`.
             - `rank`: store Grams of layers wider than this as `rank` directions plus a diagonal.
@@ -176,7 +178,7 @@ def collect(
             job = Pass(model, batches, part, settings, sums, log, 0, tell)
             results.append(_one_pass(job, index, partial, keep=len(parts) > 1))
             log = job.log
-        return _finish(path, partial, plan, record, log, results)
+        return _finish(path, partial, plan, record, log, results, settings.min_tokens)
     except BaseException:
         if partial is not None:
             partial.remove_if_empty()
@@ -258,6 +260,7 @@ def _finish(
     record: dict[str, Any],
     log: DataLog,
     results: Sequence[tuple[Mapping[str, Tensor], Counts]],
+    least: int | None,
 ) -> StatisticsFile:
     hashes = torch.tensor(sorted(log.inputs), dtype=torch.int64)
     counts = {name: tuple(pair) for _, part in results for name, pair in part.items()}
@@ -271,6 +274,12 @@ def _finish(
     record["layers"] = describe_layers(plan, counts, len(hashes))
     record["unseen"] = _unseen(record["layers"], tensors)
     record["skipped"] = plan.skipped
+    try:
+        check_least_tokens(record, least)
+    except RequestError:
+        if partial is not None:
+            partial.remove()  # the same sums
+        raise
     result = StatisticsFile(record, tensors)
     if path is not None and partial is not None:
         result = result.save(path)

@@ -18,13 +18,16 @@ DEFAULT_GRADIENT_EXAMPLES = 1000
 # These change how statistics are collected; layers that a limit leaves out are listed in the file.
 _HOW = (
     *("share_inputs", "output_gradient_limit", "block_limit", "memory_bytes"),
-    *("layers_per_pass", "fingerprint", "snapshot_seconds"),
+    *("layers_per_pass", "fingerprint", "snapshot_seconds", "min_tokens"),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The arguments of `collect`; all but the last four decide what its file holds."""
+    """The arguments of `collect`.
+
+    All but `min_tokens` and the last four decide what its file holds.
+    """
 
     grams: bool = True
     output_gradients: bool = False
@@ -34,6 +37,7 @@ class Settings:
     objective: Objective | LogLikelihood | Literal["auto"] = "auto"
     head: Head | None = None
     max_examples: int | None = None
+    min_tokens: int | None = None
     layers: Sequence[str] | None = None
     convolutions: bool = False
     rank: int | None = None
@@ -69,7 +73,8 @@ class Settings:
             *_choice("unmatched", self.unmatched, ("error", "all", "skip")),
             *_choice("dtype", self.dtype, (torch.float32, torch.float64)),
         ]
-        for name, value in {"max_examples": self.max_examples, "rank": self.rank}.items():
+        counts = {"max_examples": self.max_examples, "min_tokens": self.min_tokens}
+        for name, value in {**counts, "rank": self.rank}.items():
             if value is not None and value < 1:
                 faults.append(f"{name} must be at least 1; got {value}")
         if not (self.grams or self.gradients):
@@ -126,6 +131,7 @@ class CollectOptions(TypedDict, total=False):
     objective: Objective | LogLikelihood | Literal["auto"]
     head: Head | None
     max_examples: int | None
+    min_tokens: int | None
     layers: Sequence[str] | None
     convolutions: bool
     rank: int | None
