@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -51,6 +51,7 @@ from eutectic.models.loading import load_model
 from eutectic.models.sites import is_encoder_decoder
 from eutectic.options import options_from
 from eutectic.storage import storage_of
+from eutectic.storage.small_files import JOURNAL_BYTES, read_json
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -234,8 +235,10 @@ def _check_output(output: Path, work: Path) -> None:
 
 def _finished_before(output: Path, work: Path, identity: str, started: float) -> CalibrationReport:
     """Take up a run that was killed between moving its model and removing its work folder."""
-    record = json.loads((output / PROVENANCE).read_text(encoding="utf-8")).get("calibration", {})
-    if record.get("request") != identity:
+    record: Any = None
+    with suppress(OutputError):  # something else, then
+        record = read_json(output / PROVENANCE, OutputError, limit=JOURNAL_BYTES).get("calibration")
+    if not isinstance(record, dict) or record.get("request") != identity:
         raise RequestError(f"{output} is not empty.\nChoose another output, or remove it first.")
     unfinished = open_unfinished(work, identity, restart=False)
     try:

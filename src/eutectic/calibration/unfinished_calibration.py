@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -116,4 +116,7 @@ def _read(unfinished: Unfinished) -> None:
                 "a checkpoint, the data, a setting or the version has changed since.\n"
                 "Repeat the earlier command to finish it, or start over with --restart."
             )
-        unfinished.layers[file.record["place"]] = (file, file.record["record"])
+        place, record = file.record.get("place"), file.record.get("record")
+        if not (isinstance(place, str) and isinstance(record, dict)):
+            raise ResumeError(f"{path}: damaged.\nRemove {unfinished.folder} to start anew.")
+        unfinished.layers[place] = (file, cast("dict[str, Any]", record))

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eutectic.data.row_files import IMAGES, image_splits
+from eutectic.errors import CheckpointError
 from eutectic.models.task_kinds import TaskKind
-from eutectic.storage.small_files import open_regular
+from eutectic.storage.small_files import open_regular, read_json
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 _HEAD_BYTES = 1 << 20  # of a file, of which the names of columns are read
@@ -77,9 +78,9 @@ def look(path: Path) -> Rows:
     split = found[words[-1]] if words else None
     if path.is_dir():
         names: list[str] = []
-        with suppress(OSError, ValueError):
-            told = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))
-            names = [str(name) for name in told.get("splits", [])]
+        with suppress(CheckpointError):
+            told = read_json(path / "dataset_dict.json", CheckpointError).get("splits")
+            names = [str(name) for name in told] if isinstance(told, list) else []
         names = names or image_splits(path)
         return Rows(path, split, inside=tuple(names))
     return Rows(path, split, columns=tuple(_columns(path)))
@@ -88,7 +89,7 @@ def look(path: Path) -> Rows:
 def _columns(path: Path) -> list[str]:
     """Return the names of a file's columns; none where its first bytes do not tell."""
     ending = path.suffix.lower()
-    with suppress(OSError, ValueError, csv.Error, StopIteration, ImportError):
+    with suppress(OSError, ValueError, csv.Error, StopIteration, ImportError, RecursionError):
         if ending == ".parquet":
             import pyarrow.parquet as parquet
 

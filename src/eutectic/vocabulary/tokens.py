@@ -33,6 +33,7 @@ SPECIAL_KEYS = (
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token"),
     "mask_token",
 )
+_DIGITS = 9  # of a row
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 # Tokenizer classes whose rows are not the positions of the pieces (fairseq's dictionary): tokens
 # in front, and how many pieces are left out for them.
@@ -311,10 +312,11 @@ def _add_stated(
     decoder = config.get("added_tokens_decoder")
     for number, entry in decoder.items() if isinstance(decoder, Mapping) else ():
         token = as_text(entry)
-        if token is None or not str(number).isdecimal():
+        if token is None or not (str(number).isdecimal() and len(str(number)) <= _DIGITS):
             path = folder / CONFIG
             raise CheckpointError(f"{path}: added_tokens_decoder has an entry without a token.")
-        flags = {k: v for k, v in entry.items() if k not in ("content", "__type")}
+        said = cast("Mapping[str, Any]", entry) if isinstance(entry, Mapping) else {}
+        flags = {k: v for k, v in said.items() if k not in ("content", "__type")}
         _add(token, int(number), flags, rows, added)
     for token, row in _checked(folder / ADDED, _json(folder, ADDED, content)).items():
         _add(token, row, {}, rows, added)
