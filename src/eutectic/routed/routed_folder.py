@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from eutectic.checkpoint.folder import copy_side_files, feeding_files
 from eutectic.checkpoint.reader import StateDictReader
-from eutectic.checkpoint.writer import CheckpointWriter, OutputFile
+from eutectic.checkpoint.writer import CheckpointWriter, OutputFile, write_atomically
 from eutectic.errors import CheckpointError, OutputError, RequestError, why_failed
 from eutectic.models.loading import load_stored
 from eutectic.models.sites import Site, routable_sites
@@ -25,6 +25,7 @@ from eutectic.routed.heads import RoutedHeads, StoredHead, heads_of
 from eutectic.routed.routed_modules import Experts, RoutedLinear, install
 from eutectic.routed.router import ROUTERS, RouterKind
 from eutectic.routed.routing_modes import routing_of
+from eutectic.serving import ROUTER_FORMAT, ROUTER_JSON
 from eutectic.storage import folder_aside
 from eutectic.storage.small_files import check_regular, read_bytes
 
@@ -218,7 +219,8 @@ def export_lora(routed: nn.Module, folder: str | Path, beside: str | Path | None
     a model with adapter t equals the routed model with oracle t. `prototypes.safetensors` holds
     per layer `<path>.weight` `[T, in]` and `<path>.bias` `[T]`: scores are linear in the mean
     input of the layer's unmasked tokens (of norm 1 for the prototype router); its metadata names
-    the experts in order and the router. The adapters name `merged/` by its whole path, and load
+    the experts in order and the router. `router.json` says the same in words and numbers, which
+    `eutectic.serving.RequestRouter` reads. The adapters name `merged/` by its whole path, and load
     with PEFT's `AutoPeftModelFor…` of their kind, or with `AutoPeftModel`.
 
     Args:
@@ -266,9 +268,28 @@ def write_adapters(routed: nn.Module, path: Path, output: Path, beside: Path | N
             for key, tensor in experts.router.state_dict().items()
         }
         metadata = {"experts": json.dumps(list(handle.experts)), "router": handle.router}
+        write_atomically(path / ROUTER_JSON, _router_description(handle, layers).encode())
         _write_in_order(path, ROUTERS_FILE, routers, metadata)
     except OSError as error:
         raise OutputError(f"{path}: the export cannot be written: {error}.") from error
+
+
+def _router_description(handle: Routing, layers: Mapping[str, Experts]) -> str:
+    """Return router.json: what the tensors of the routers mean, for `eutectic.serving`."""
+    description = {
+        "format": ROUTER_FORMAT,
+        "base": "merged",
+        "adapters": {name: f"experts/{name}" for name in handle.experts},
+        "experts": list(handle.experts),  # in the order of rows and biases
+        "router": handle.router,
+        "file": ROUTERS_FILE,  # "<layer>.weight" [experts, in] and "<layer>.bias" [experts]
+        "layers": list(layers),  # in the order in which they are passed
+        "pooling": "mean of the layer's input over the sample's unmasked tokens",
+        "normalise": handle.router == "prototype",  # the mean to norm 1, before the scores
+        "accumulate": handle.accumulate,  # log-softmax of the scores, summed over the layers
+        "choice": "the expert of most layers",
+    }
+    return json.dumps(description, indent=1) + "\n"
 
 
 def _write_in_order(
