@@ -470,6 +470,16 @@ SENTENCES: dict[str, Template] = {
         "little of how well the model does: one that keeps most of the experts' accuracy may "
         "have 80 % and more. Where there are inputs, even unlabelled, search: divergence is safer"
     ),
+    "norm_scale": (
+        "scale {scale:g}, at which the merged change is as large as the experts' own are on "
+        "average (the default is {default:g})"
+    ),
+    "default_for_pictures": (
+        "the default scale of {method}, {scale:g}, was chosen on classifiers of images and texts; "
+        "here it makes the change {ratio:.2g} times as large as the experts' own, and language "
+        "models seldom bear that. --scale norm takes {norm:.3g}; better, search with data "
+        "(eutectic tune --search divergence)"
+    ),
     "searched_scale": _searched,
     "earlier_scale": "scale {scale:g}, chosen by the search of the run that was killed",
     "work_folder_left": (

@@ -87,8 +87,8 @@ def test_names_of_methods():
         ([{"validation", "proxy"}, {"validation"}], "t.yaml", True, "validation"),
         ([{"validation", "proxy"}, {"proxy"}], "t.yaml", True, "divergence"),
         ([{"test"}], "t.yaml", True, "auto"),
-        ([{"test"}], "t.yaml", False, None),
-        ([{"validation"}], None, False, None),
+        ([{"test"}], "t.yaml", False, "norm"),
+        ([{"validation"}], None, False, "norm"),
     ],
 )
 def test_the_best_search_that_the_data_allow(splits, tasks, statistics, expected):

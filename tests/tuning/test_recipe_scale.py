@@ -46,7 +46,7 @@ def test_tasks_start_at_the_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("auot", "line 4: scale: a scale is a number, auto, or {search: …, tasks: …}"),
+        ("auot", "line 4: scale: a scale is a number, auto, norm, or {search: …, tasks: …}"),
         (".inf", "line 4: scale: should be a finite number"),
         ("{search: grid, tasks: tasks.yaml}", "scale.search: should be 'validation', 'divergence'"),
         ("{search: validation}", "search: validation needs tasks"),

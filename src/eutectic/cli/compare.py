@@ -47,7 +47,7 @@ class ComparedOptions:
     search: list[str] | None = option(
         None,
         "A way to choose α; repeatable (default: default, and the best that the data allow).",
-        metavar="default | NUMBER | auto | divergence | validation",
+        metavar="default | NUMBER | norm | auto | divergence | validation",
     )
     model: list[str] | None = option(
         None,

@@ -221,8 +221,9 @@ class RecipeOptions:
     method: str | None = option(None, "Method; see `eutectic methods`.", "--method", "-m")
     scale: str | None = option(
         None,
-        "α: how much of the merged delta is added; auto: in closed form from statistics.",
-        metavar="NUMBER | auto",
+        "α: how much of the merged delta is added; auto: in closed form from statistics; norm: as "
+        "large as the experts' own changes.",
+        metavar="NUMBER | auto | norm",
     )
     param: list[str] | None = option(
         None, "A parameter of the method.", "--param", "-p", metavar="NAME=VALUE"
@@ -335,12 +336,12 @@ def request(
                 f"--set names '{key}', which is no key of a recipe.{suggest(key, known)}\n"
                 f"Keys: {', '.join(known)}. Parameters of the method go after --param."
             )
-    if asked.scale not in (None, "auto"):
+    if asked.scale not in (None, "auto", "norm"):
         try:
             float(asked.scale)
         except ValueError:
             raise RequestError(
-                f"--scale '{asked.scale}' must be a number or auto. "
+                f"--scale '{asked.scale}' must be a number, auto or norm. "
                 "Searches with data: eutectic tune."
             ) from None
     keys = ("base", "method", "scale", "fallback", "shard_size", "vocabulary", "chat_template")

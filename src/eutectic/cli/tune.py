@@ -31,7 +31,7 @@ class SearchOptions:
     search: str | None = option(
         None,
         "What to optimise (default: what the recipe says).",
-        metavar="validation | divergence | gram",
+        metavar="validation | divergence | gram | norm",
     )
     tasks: Path | None = option(None, "Tasks (YAML) with validation or proxy data.")
     range_: str | None = option(

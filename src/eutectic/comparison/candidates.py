@@ -13,7 +13,7 @@ from eutectic.recipes.schema import NOT_TAKEN, Recipe, ScaleSearch
 
 USUAL = ("average", "task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts")
 WITH_STATISTICS = ("regmean", "esm", "iso_a")  # where every expert has some
-SEARCHES = ("default", "auto", "divergence", "validation")
+SEARCHES = ("default", "norm", "auto", "divergence", "validation")
 _OWN_COMMA = re.compile(r",(?![^\[{(]*[\]})])")  # not one inside brackets
 
 
@@ -31,7 +31,7 @@ class Candidate:
 class Way:
     """A way to choose α."""
 
-    name: str  # "default", a number, "auto", "divergence" or "validation"
+    name: str  # one of SEARCHES, or a number
     scale: float | ScaleSearch | None  # as a recipe says it; None: the method's default
 
     @property
@@ -107,7 +107,7 @@ def ways_of(
 ) -> list[Way]:
     """Return the ways to choose α: those that are named, or the default and the best there is.
 
-    The best that all tasks and experts allow is `validation`, `divergence`, then `auto`.
+    The best that all tasks and experts allow is `validation`, `divergence`, `auto`, then `norm`.
 
     Args:
         searches: `default`, numbers, `auto`, `divergence`, `validation`; None as above.
@@ -119,7 +119,7 @@ def ways_of(
     if searches is None:
         common = set[str].intersection(*(set(own) for own in splits)) if tasks else set[str]()
         best = [s for s, split in _SPLIT_OF.items() if split in common]
-        best += ["auto"] if statistics else []
+        best += ["auto" if statistics else "norm"]
         searches = ["default", *best[:1]]
     found = [_way(item, stated, tasks) for item in searches]
     if not found:
@@ -138,12 +138,13 @@ def _way(item: str | float, stated: Mapping[str, Any], tasks: str | None) -> Way
         return Way(name, None)
     if name in SEARCHES:
         search = "gram" if name == "auto" else name
-        if search != "gram" and tasks is None:
+        reads = search in _SPLIT_OF
+        if reads and tasks is None:
             raise RequestError(
                 f"search '{name}' reads its data from a file of tasks (YAML).\nName the file."
             )
         own = {key: value for key, value in stated.items() if key not in NOT_TAKEN[search]}
-        values = {"search": search, **own} | ({} if search == "gram" else {"tasks": tasks})
+        values = {"search": search, **own} | ({"tasks": tasks} if reads else {})
         # Checked as a recipe's, so that faults are told in the same words.
         return Way(name, checked_search(values))
     try:

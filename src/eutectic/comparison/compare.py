@@ -71,9 +71,9 @@ def compare(
         progress: told steps done, steps in all, and what is being done.
         **options: `methods`: names, `NAME:KEY=VALUE,…`, or `{method, parameters, name}` (default:
             average, task_arithmetic, ties, tsv_m, iso_c, iso_cts; with statistics of every expert
-            regmean, esm, iso_a too); `searches`: `default` (the method's own α), numbers, `auto`,
-            `divergence`, `validation` (default: `default` and the first of `validation`,
-            `divergence`, `auto` that the data allow); `search`: keys of searches (`range`,
+            regmean, esm, iso_a too); `searches`: `default` (the method's own α), numbers, `norm`,
+            `auto`, `divergence`, `validation` (default: `default` and the first of `validation`,
+            `divergence`, `auto`, `norm` that the data allow); `search`: keys of searches (`range`,
             `points`, `tolerance`, `compare`); `models`: name -> folder of models to measure
             beside, sweeps and routed ones among them; settings and `proxy` of
             `eutectic.evaluate` (`seed` is that of the bootstrap); keys of a recipe (`base`,

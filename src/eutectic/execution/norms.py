@@ -28,6 +28,7 @@ CHUNKS = 4  # of a tensor that are measured, about
 BOUND = 3.0  # times the experts' mean
 KIN = 10.0  # times the median of the other experts
 SHOWN = 4
+BEARABLE = 1.25  # times the experts' mean, of language models at a scale that nobody chose
 
 
 def add_chunk(
@@ -209,4 +210,14 @@ _SAID = {"changes_nothing": "same_as_base", "unrelated": "no_kin"}
 def new_norm_notes(plan: Plan, norms: Mapping[str, Any]) -> list[Note]:
     """Return the warnings of `norm_notes` that a plan's notes have not told."""
     known = {(note.kind, note.subject) for note in plan.notes}
-    return [n for n in norm_notes(norms) if (_SAID.get(n.kind, ""), n.subject) not in known]
+    told = [n for n in norm_notes(norms) if (_SAID.get(n.kind, ""), n.subject) not in known]
+    ratio = norms.get("ratio") if norms else None
+    if plan.request.default_for_texts and ratio is not None and ratio > BEARABLE:
+        numbers = {
+            "method": plan.method.name,
+            "scale": plan.scale,
+            "ratio": ratio,
+            "norm": plan.scale / ratio,
+        }
+        told.append(Note("default_for_pictures", (), numbers, "warning"))
+    return told

@@ -27,6 +27,7 @@ from eutectic.conventions_heads import is_buffer, is_output_layer, vocabulary_he
 from eutectic.conventions_stacks import stack_depths
 from eutectic.errors import CheckpointError, Fault, MethodError, Note, RecipeError, RequestError
 from eutectic.methods import Method, get_method
+from eutectic.models.task_kinds import GENERATIVE, kind_of_architectures
 from eutectic.planning.adapter_plan import AdapterPlan, adapter_plan
 from eutectic.planning.collector import collector_paused
 from eutectic.planning.coverage import coverage_faults, unmatched
@@ -68,6 +69,7 @@ class StatedRequest:
     names: Mapping[str, str]  # parent ("base", "initial", the experts) -> its name in public
     statistics_files: Mapping[str, str]  # expert -> its statistics file
     hub_base: bool = False  # whether the base is a model of the hub, which cards may link to
+    default_for_texts: bool = False  # no scale is stated, and the models write texts
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,10 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
             {} if vocabulary is None else vocabulary.folders,
             found.chat_template,
         ),
-        request=_stated_request(recipe),
+        request=replace(
+            _stated_request(recipe),
+            default_for_texts=_defaults_for_texts(recipe, inputs),
+        ),
         shares=shares,
         mostly_by=merged_mostly_by(tensors, request),
         fallback=fallen_share(tensors, request),
@@ -273,6 +278,15 @@ def output_layout(plan: Plan, inputs: Inputs) -> OutputLayout:
     form = LaidOutLikeBase(index) if bound is None else InShards(bound, index)
     files = form.lay_out(tensors, {"eutectic": version("eutectic"), "recipe": recipe})
     return OutputLayout(form, tuple(files))
+
+
+def _defaults_for_texts(recipe: Recipe, inputs: Inputs) -> bool:
+    """Tell whether nobody chose a scale for language models, as their configuration says."""
+    if recipe.scale is not None or recipe.script is not None:
+        return False
+    named = inputs.config.get("architectures")
+    listed = [str(name) for name in named] if isinstance(named, list) else []
+    return kind_of_architectures(listed) in GENERATIVE
 
 
 def _stated_request(recipe: Recipe) -> StatedRequest:

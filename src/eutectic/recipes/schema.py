@@ -146,21 +146,25 @@ class AdapterOptions(BaseModel, extra="forbid", frozen=True):
 
 NOT_TAKEN = {  # search -> keys of `scale: {…}` that are not its own
     "gram": frozenset({"tasks", "compare", "range", "points", "tolerance"}),
+    "norm": frozenset({"tasks", "compare", "range", "points", "tolerance"}),
     "validation": frozenset({"compare"}),
     "divergence": frozenset[str](),
 }
 
 
+_CLOSED = ("gram", "norm")  # searches that take no keys
+
+
 class ScaleSearch(BaseModel, extra="forbid", frozen=True):
-    """A search for α in place of its value. `scale: auto` is short for `{search: gram}`.
+    """A search for α in place of its value. `scale: auto` is `{search: gram}`, `norm` itself.
 
     `validation` optimises a metric on labelled data, `divergence` the distance of the merged
     model's outputs from each expert's on unlabelled data, `gram` the error of layer outputs, in
-    closed form from statistics.
+    closed form from statistics; `norm` makes the change as large as the experts' own.
     """
 
-    search: Literal["validation", "divergence", "gram"]
-    tasks: str | None = None  # file of tasks (YAML) with the data; `gram` takes none
+    search: Literal["validation", "divergence", "gram", "norm"]
+    tasks: str | None = None  # file of tasks (YAML) with the data; `gram` and `norm` take none
     # Of `divergence`: probabilities (KL) and predicted numbers, or features before the head.
     compare: Literal["outputs", "features"] = "outputs"
     range: tuple[PositiveFinite, PositiveFinite] = (0.02, 3.0)  # smallest and largest α
@@ -171,9 +175,9 @@ class ScaleSearch(BaseModel, extra="forbid", frozen=True):
     @model_validator(mode="after")
     def _fits_together(self) -> ScaleSearch:
         if idle := sorted(self.model_fields_set & NOT_TAKEN[self.search]):
-            closed = "is a closed form and " if self.search == "gram" else ""
+            closed = "is a closed form and " if self.search in _CLOSED else ""
             raise ValueError(f"search: {self.search} {closed}takes no {', '.join(idle)}")
-        if self.search != "gram" and self.tasks is None:
+        if self.search not in _CLOSED and self.tasks is None:
             raise ValueError(f"search: {self.search} needs tasks, a file that names the data")
         if self.range[0] >= self.range[1]:
             raise ValueError("range is [smallest, largest]")
@@ -296,9 +300,12 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
     def _auto(cls, value: Any) -> Any:
         if value == "auto":
             return {"search": "gram"}
+        if value == "norm":
+            return {"search": "norm"}
         if isinstance(value, str):
             try:
                 float(value)
             except ValueError:
-                raise ValueError("a scale is a number, auto, or {search: …, tasks: …}") from None
+                allowed = "a number, auto, norm, or {search: …, tasks: …}"
+                raise ValueError(f"a scale is {allowed}") from None
         return value

@@ -18,6 +18,8 @@ from eutectic.planning.inputs import Inputs, open_inputs
 from eutectic.planning.plan import Plan, make_plan
 from eutectic.recipes.load import Source, check_recipe
 from eutectic.recipes.schema import NOT_TAKEN, Recipe, ScaleSearch
+from eutectic.tuning.norm_scale import prepare_norm
+from eutectic.tuning.output_error import prepare_closed_form
 
 if TYPE_CHECKING:
     from eutectic.tuning.objectives import Opened
@@ -43,6 +45,8 @@ def choose_scale(plan: Plan, inputs: Inputs, opened: "Opened | None" = None) -> 
         from eutectic.tuning.output_error import prepare_closed_form
 
         return prepare_closed_form(plan, inputs)
+    if search.search == "norm":
+        return prepare_norm(plan, inputs)
     from eutectic.tuning.objectives import prepare_objective
 
     return prepare_objective(search, plan, inputs, opened)
@@ -156,7 +160,7 @@ def tune(
         raise RequestError(
             f"the recipe's scale is {'the default' if checked.scale is None else checked.scale}, "
             "not a search.\nName one: --search validation or divergence with --tasks, or --search "
-            "gram, in closed form from statistics."
+            "gram, in closed form from statistics, or --search norm."
         )
     if output is not None:
         if work is not None:

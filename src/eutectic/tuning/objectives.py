@@ -127,7 +127,7 @@ def tasks_of(
 def search_identity(search: ScaleSearch, plan: Plan, inputs: Inputs, opened: Opened) -> str:
     """Return a hash of all that decides the α of a search, besides the deltas."""
     described: list[Any] = [search.model_dump(mode="json", exclude={"tasks"})]
-    if search.search != "gram":
+    if search.tasks is not None:
         described += [task.identity() for task in tasks_of(search, plan, inputs, opened)[0]]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 

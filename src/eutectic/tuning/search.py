@@ -15,6 +15,7 @@ from eutectic.reporting.plots import check_picture, new_figure, save_figure
 OBJECTIVES = {
     "validation": "mean over tasks of the metric's share of the expert's, on validation data",
     "divergence": "mean over tasks of the divergence from the expert's outputs, on proxy data",
+    "norm": "norm of the merged change against the experts' mean",
     "gram": "squared error of layer outputs relative to the experts' shifts, from Grams",
 }
 _GOLDEN = (math.sqrt(5) - 1) / 2
