@@ -18,8 +18,6 @@ from eutectic.planning.inputs import Inputs, open_inputs
 from eutectic.planning.plan import Plan, make_plan
 from eutectic.recipes.load import Source, check_recipe
 from eutectic.recipes.schema import NOT_TAKEN, Recipe, ScaleSearch
-from eutectic.tuning.norm_scale import prepare_norm
-from eutectic.tuning.output_error import prepare_closed_form
 
 if TYPE_CHECKING:
     from eutectic.tuning.objectives import Opened
@@ -46,6 +44,8 @@ def choose_scale(plan: Plan, inputs: Inputs, opened: "Opened | None" = None) -> 
 
         return prepare_closed_form(plan, inputs)
     if search.search == "norm":
+        from eutectic.tuning.norm_scale import prepare_norm
+
         return prepare_norm(plan, inputs)
     from eutectic.tuning.objectives import prepare_objective
 
