@@ -317,3 +317,75 @@ def test_what_does_not_agree_is_told(tmp_path):
     kinds = {note.kind for note in report.note_records}
     assert "tokens_without_row" in kinds and "tokens_beyond_table" not in kinds
     loaded(output)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_that_bring_tables(tmp_path):
+    peft = pytest.importorskip("peft")
+    core = trained("BPE")
+    base = save(tmp_path / "base", wrapped(core))
+    full = save(tmp_path / "full", wrapped(core, ["<b>", "<both>"]), seed=1, like=base)
+    tokenizer = wrapped(core, ["<a>", "<both>"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    tables = ["embed_tokens", "lm_head"]
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=tables)
+    adapted = peft.get_peft_model(model, settings)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    # Without tables of its own, an adapter changes none, whatever the others bring.
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(plain, settings).save_pretrained(tmp_path / "thin")
+    output, _ = merge(tmp_path, "full", "adapter", "thin", vocabulary="union")
+    merged, tokens = loaded(output)
+    old = len(core.get_vocab())
+    assert [tokens.convert_ids_to_tokens(old + n) for n in range(3)] == ["<b>", "<both>", "<a>"]
+    own = {
+        "embed": adapted.base_model.model.model.embed_tokens.modules_to_save["default"].weight,
+        "head": adapted.base_model.model.lm_head.modules_to_save["default"].weight,
+    }
+    for name, get in (("embed", "get_input_embeddings"), ("head", "get_output_embeddings")):
+        table, first = getattr(merged, get)().weight, getattr(base, get)().weight
+        other = getattr(full, get)().weight
+        expected = other[:old] + own[name][:old] - first
+        torch.testing.assert_close(table[:old], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(table[old + 2], own[name][old])
+        both = (other[old + 1] + own[name][old + 1]) / 2
+        torch.testing.assert_close(table[old + 1], both)
+
+
+def test_heads_of_experts_stand_on_the_outputs_tokens(tmp_path):
+    core = trained("WordPiece")
+    for seed, (name, added, classes) in enumerate(
+        [("base", (), 2), ("a", ("<a>",), 3), ("b", ("<b>",), 4)]
+    ):
+        tokenizer = wrapped(core, added)
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+        config = transformers.BertConfig(
+            vocab_size=len(tokenizer), num_attention_heads=2, num_labels=classes, **sizes
+        )
+        transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    output, _ = merge(tmp_path, "a", "b", vocabulary="union")
+    for name, classes in (("a", 3), ("b", 4)):
+        folder = output / "experts" / name
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model, told = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, output_loading_info=True
+        )
+        assert not told["mismatched_keys"] and not told["missing_keys"]
+        assert model.config.num_labels == classes
+        assert model.config.vocab_size == len(tokenizer) == len(core.get_vocab()) + 2
+        model(**tokenizer("the <a> fox <b>", return_tensors="pt"))
+
+
+def test_state_dicts_have_no_tokens():
+    tables = {"model.embed_tokens.weight": torch.randn(4, 3), "x.weight": torch.randn(3, 3)}
+    with pytest.raises(RecipeError) as caught:
+        eutectic.merge_state_dicts(tables, {"a": tables}, method="average", vocabulary="union")
+    assert [fault.kind for fault in caught.value.faults] == ["no_tokenizer"]

@@ -61,9 +61,14 @@ def plain_keys(keys: Iterable[str], label: str) -> dict[str, str]:
     plain: dict[str, str] = {}
     taken: dict[str, str] = {}
     trained = {own for key in keys if (own := _plain(key, adapters)) and is_trained_copy(key)}
+    # PEFT writes tables twice where tokens were added and the tables trained whole: as what it
+    # reads, and with the wrapper's names (`save_embedding_layers`).
+    whole = {_plain(k, adapters) for k in keys if not (is_trained_copy(k) or is_frozen_copy(k))}
     for key in keys:
         own = _plain(key, adapters)
         if is_frozen_copy(key) and own in trained:
+            continue
+        if is_trained_copy(key) and own in whole and not adapter_name(key):
             continue
         if own in taken:
             raise CheckpointError(
