@@ -18,6 +18,7 @@ NAMES = [
     "LayerStatistics",
     "MergeReport",
     "Merged",
+    "PlanReport",
     "Treatment",
     "build_routed",
     "calibrate",
@@ -33,6 +34,7 @@ NAMES = [
     "merge_matrices",
     "merge_state_dicts",
     "methods",
+    "plan",
     "routing",
     "tune",
 ]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from eutectic.comparison import Comparison, compare
     from eutectic.errors import EutecticError
     from eutectic.evaluation import evaluate
-    from eutectic.execution import MergeReport, extract, merge_state_dicts
+    from eutectic.execution import MergeReport, PlanReport, extract, merge_state_dicts, plan
     from eutectic.methods import merge_matrices, methods
     from eutectic.reporting import inspect
     from eutectic.routed import build_routed, load_routed, routing
@@ -40,7 +40,7 @@ _ROOMS = {
     "comparison": ("Comparison", "compare"),
     "errors": ("EutecticError",),
     "evaluation": ("evaluate",),
-    "execution": ("MergeReport", "extract", "merge_state_dicts"),
+    "execution": ("PlanReport", "plan", "MergeReport", "extract", "merge_state_dicts"),
     "methods": ("merge_matrices", "methods"),
     "reporting": ("inspect",),
     "routed": ("build_routed", "load_routed", "routing"),
@@ -57,6 +57,7 @@ __all__ = [
     "LayerStatistics",
     "MergeReport",
     "Merged",
+    "PlanReport",
     "Treatment",
     "build_routed",
     "calibrate",
@@ -72,6 +73,7 @@ __all__ = [
     "merge_matrices",
     "merge_state_dicts",
     "methods",
+    "plan",
     "routing",
     "tune",
 ]

@@ -63,6 +63,14 @@ class LayerStatistics:
     core_gram: Tensor | None = None
     examples: int = 0
 
+    def __repr__(self) -> str:
+        """Show shapes and counts, no values."""
+        told = {f.name: getattr(self, f.name) for f in fields(self)}
+        kept = {n: v for n, v in told.items() if v is not None and not isinstance(v, Tensor) and v}
+        shapes = {n: list(v.shape) for n, v in told.items() if isinstance(v, Tensor)}
+        shown = {n: {**kept, **shapes}[n] for n in told if n in kept or n in shapes}
+        return f"LayerStatistics({', '.join(f'{n}={v}' for n, v in shown.items())})"
+
     def has(self, statistic: str) -> bool:
         """Tell whether a statistic is there; a Gram in either form."""
         if statistic == "gram":

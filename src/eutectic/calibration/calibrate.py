@@ -52,6 +52,8 @@ from eutectic.models.sites import is_encoder_decoder
 from eutectic.options import options_from
 from eutectic.storage import storage_of
 from eutectic.storage.small_files import JOURNAL_BYTES, read_json
+from eutectic.tables import data_frame, facts, number, table
+from eutectic.words import few
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -83,6 +85,27 @@ class CalibrationReport:
     data: Mapping[str, Mapping[str, int]]
     resumed: bool
     seconds: float
+
+    def to_pandas(self) -> Any:
+        """Return the layers as a data frame: their errors before and after."""
+        return data_frame(({"layer": n, **own} for n, own in self.layers.items()), "layer")
+
+    def __repr__(self) -> str:
+        """Show what was calibrated, and the errors of the layers."""
+        known = {
+            "calibrated": ", ".join(f"{n} {kind}" for kind, n in self.calibrated.items()),
+            "as merged": "\n".join(f"{few(names)}: {why}" for why, names in self.left.items()),
+            "inputs": ", ".join(f"{task} {own['examples']}" for task, own in self.data.items()),
+            "errors": "on held-out inputs" if self.held_out else "on the inputs fitted to",
+            "took": f"{self.seconds:.1f} s{', continued' if self.resumed else ''}",
+            "output": self.output,
+        }
+        rows = [
+            [name, number(own["before"], 3), number(own["after"], 3)]
+            for name, own in self.layers.items()
+        ]
+        shown = table(["layer", "before", "after"], rows)
+        return f"{facts('CalibrationReport', known)}\n\n{shown}"
 
 
 def calibrate(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from eutectic.errors import EutecticError, Fault, Note, told
+from eutectic.tables import data_frame, facts
 
 Finding = Fault | Note
 
@@ -76,6 +77,26 @@ class CheckReport:
 
     def __iter__(self) -> Iterator[Checked]:
         return iter(self.checked)
+
+    def to_pandas(self) -> Any:
+        """Return a data frame, one row per checkpoint."""
+        return data_frame((one.as_json() for one in self), "path")
+
+    def __repr__(self) -> str:
+        """Show each checkpoint with what is wrong or unusual in it."""
+        told = [
+            facts(
+                one.path,
+                {
+                    "kind": f"{one.kind}, {one.model}" if one.model else one.kind,
+                    "tensors": one.tensors,
+                    "wrong": "\n".join(one.wrong),
+                    "unusual": "\n".join(one.unusual),
+                },
+            )
+            for one in self
+        ]
+        return "\n".join(["CheckReport: " + ("sound" if self.sound else "not sound"), *told])
 
     @property
     def sound(self) -> bool:

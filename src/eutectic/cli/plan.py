@@ -15,7 +15,6 @@ from eutectic.cli.console import (
     verb,
 )
 from eutectic.cli.options import Json, LimitOptions, RecipeOptions, option, request
-from eutectic.conventions import layer_group
 from eutectic.recipes.units import format_bytes
 from eutectic.words import shares
 
@@ -83,116 +82,46 @@ class _Shown:
 def _plan(checked: "Recipe", source: "Source", shown: _Shown) -> dict[str, Any]:
     """Make a plan, show it, and return it as JSON has it."""
     from eutectic.execution.executors import limits_of
-    from eutectic.planning.cost import check_memory, merged_by, plan_cost, tensor_cost
-    from eutectic.planning.inputs import open_inputs
-    from eutectic.planning.plan import make_plan, output_layout
+    from eutectic.execution.planned import alpha_of, planned, shape_of
 
-    limits, every, explain = shown.limits, shown.every, shown.explain
     doing("reading headers")
-    allowed = limits_of(limits.threads, limits.memory)
-    count, limit = allowed.threads, allowed.memory
-    with open_inputs(checked, source) as inputs:
-        made = make_plan(checked, inputs, source)
-        check_memory(made, inputs, limit)
-        total = plan_cost(made, inputs, count)
-        costs = {t.name: tensor_cost(t, inputs) for t in made.tensors}
-        files = len(output_layout(made, inputs).files)
-    searched = made.search
-    scale_text = f"{made.scale:g}" if searched is None else f"by {searched.search}"
-    rows = [_row(t, costs[t.name], explain, searched is not None) for t in made.tensors]
+    allowed = limits_of(shown.limits.threads, shown.limits.memory)
+    made = planned(checked, source, allowed, explain=shown.explain)
+    rows = made.tensors
     if shown.json:
-        tell_notes(made.notes, warnings_only=True)
-        record: dict[str, Any] = {
-            "method": made.method.name,
-            "scale": made.scale if searched is None else None,
-            "search": None if searched is None else searched.model_dump(mode="json"),
-            "threads": count,
-            "memory_limit_bytes": limit,
-            "cost": vars(total),
-            "files": files,
-            "merged_by": merged_by(made),
-            "shares": made.shares.record,
-            **notes_as_json(made.notes),
-            "heads": {n: [e.name for e in own] for n, own in made.heads.items()},
+        tell_notes(made.note_records, warnings_only=True)
+        said = ("method", "scale", "search", "threads", "memory_limit_bytes", "cost", "files")
+        return {
+            **{name: getattr(made, name) for name in (*said, "merged_by", "shares")},
+            **notes_as_json(made.note_records),
+            "heads": made.heads,
             "tensors": rows,
         }
-        return record
-    listed = rows if every else _grouped(rows)
+    listed = rows if shown.every else made.grouped()
     columns = [
-        ("shape", ["×".join(map(str, row["shape"])) or "small" for row in listed]),
+        ("shape", [shape_of(row) for row in listed]),
         ("treatment", [row["treatment"] for row in listed]),
         ("method", [row["method"] for row in listed]),
-        ("α", [_alpha(row) for row in listed]),
+        ("α", [alpha_of(row) for row in listed]),
     ]
-    why = [[("why", [row["why"] for row in listed])]] if every else []
+    why = [[("why", [row["why"] for row in listed])]] if shown.every else []
     print_named([row["name"] for row in listed], [columns, *why], title="tensor", left=True)
-    if explain:
+    if shown.explain:
         for text in dict.fromkeys(row["route"] for row in rows if row["route"]):
             tell("route", text)
-    tell_notes(made.notes)
-    tell("shares", shares(made.shares.record))
-    written = format_bytes(total.write_bytes) + (f" in {files} files" if files > 1 else "")
+    tell_notes(made.note_records)
+    tell("shares", shares(made.shares))
+    cost, files = made.cost, made.files
+    scale = f"{made.scale:g}" if made.search is None else f"by {made.search['search']}"
+    written = format_bytes(cost["write_bytes"]) + (f" in {files} files" if files > 1 else "")
     out.print(
-        f"{made.method.name}, scale {scale_text}: reads {format_bytes(total.read_bytes)}, writes "
-        f"{written}, peak about {format_bytes(total.peak_bytes)} of {format_bytes(limit)} allowed, "
-        f"about {_duration(total.seconds)} on {count} threads.",
+        f"{made.method}, scale {scale}: reads {format_bytes(cost['read_bytes'])}, writes "
+        f"{written}, peak about {format_bytes(cost['peak_bytes'])} of "
+        f"{format_bytes(made.memory_limit_bytes)} allowed, about {_duration(cost['seconds'])} on "
+        f"{made.threads} threads.",
         highlight=False,
     )
     return {}
-
-
-def _row(planned: Any, cost: Any, explain: bool, searched: bool) -> dict[str, Any]:
-    return {
-        "name": planned.name,
-        "shape": list(planned.shape),
-        "dtype": str(planned.dtype).removeprefix("torch."),
-        "treatment": planned.treatment.value,
-        "method": planned.method,
-        "scale": planned.scale if not (searched and planned.tunable) else None,
-        "why": planned.why,
-        "kinds": [note.kind for note in planned.reason],
-        "peak_bytes": cost.peak_bytes,
-        "read_bytes": cost.read_bytes,
-        "write_bytes": cost.write_bytes,
-        "seconds": cost.seconds,
-        "route": _route(planned) if explain else "",
-    }
-
-
-def _route(planned: Any) -> str:
-    from eutectic.methods import get_method
-
-    if not planned.merged or planned.treatment.value != "matrix":
-        return ""
-    explain, stack = get_method(planned.method).explain, len(planned.experts)
-    if explain is None:
-        return ""
-    return "; ".join(
-        explain((stack, *shape), planned.parameters, planned.precision)
-        for shape in dict.fromkeys(planned.matrix_shapes)
-    )
-
-
-def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Fold like layers (`layer.*.weight ×12`), and small tensors into one row per treatment."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        pattern = layer_group(row["name"])
-        small = row["treatment"] == "vector" and row["kinds"] == ["small"]
-        what = ("biases and norms", ()) if small else (pattern, tuple(row["shape"]))
-        key = (*what, row["treatment"], row["method"], row["scale"])
-        groups.setdefault(key, []).append(row)
-    folded: list[dict[str, Any]] = []
-    for (pattern, shape, *_), members in groups.items():
-        name = f"{pattern} ×{len(members)}" if len(members) > 1 else members[0]["name"]
-        folded.append({**members[0], "name": name, "shape": shape})
-    return folded
-
-
-def _alpha(row: dict[str, Any]) -> str:
-    if row["method"] == "copy":
-        return ""
-    return "searched" if row["scale"] is None else f"{row['scale']:g}"
 
 
 def _duration(seconds: float) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eutectic.evaluation.results import Difference, Mean, Results
+from eutectic.tables import data_frame, facts, interval, number, table
 
 Interval = tuple[float, float]
 
@@ -82,6 +83,44 @@ class Comparison:
     results: Results = field(repr=False)
     output: Path | None = None
     notes: tuple[str, ...] = ()
+
+    def to_pandas(self) -> Any:
+        """Return the rows as a data frame, the best first, with a column per task."""
+        return data_frame(
+            (
+                {
+                    "row": row.name,
+                    "method": row.method,
+                    "search": row.search,
+                    "scale": row.scale,
+                    "mean": row.mean.value,
+                    "of_experts": row.of_experts.value,
+                    "nai": row.nai.value,
+                    "behind": row.behind.value,
+                    "distinguishable": row.distinguishable,
+                    **row.tasks,
+                    "error": row.error,
+                }
+                for row in self.rows
+            ),
+            "row",
+        )
+
+    def __repr__(self) -> str:
+        """Show the rows, the best first, and what cannot be told from it."""
+        rows = [
+            [row.name, number(row.scale, 3), interval(row.mean.value, row.mean.interval)]
+            + [number(row.of_experts.value, 3), interval(row.behind.value, row.behind.interval)]
+            for row in self.rows
+        ]
+        known = {
+            "best": self.best,
+            "not distinguishable from it": ", ".join(self.level),
+            "left out": ", ".join(self.left_out),
+            "notes": "\n".join(self.notes),
+        }
+        headers = ["row", "α", "mean [95 %]", "of experts", "behind the best [95 %]"]
+        return f"{facts('Comparison', known)}\n\n{table(headers, rows)}"
 
     def recipe(self, name: str | None = None) -> Path | None:
         """Return the recipe of a row (default: of the best), None where it has none."""

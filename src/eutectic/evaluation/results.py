@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from eutectic.tables import data_frame, facts, interval, number, table
+
 Interval = Annotated[
     tuple[float, float] | None, Field(description="Percentiles 2.5 and 97.5 of the bootstrap.")
 ]
@@ -103,6 +105,48 @@ class Results(_Record):
         (), description="Every ordered pair of the base and the models."
     )
     notes: tuple[str, ...] = Field((), description="What a reader of the figures should know.")
+
+    def to_pandas(self) -> Any:
+        """Return a data frame, one row per checkpoint and task, with intervals in two columns."""
+        return data_frame(map(_flat, self.results))
+
+    def __repr__(self) -> str:
+        """Show checkpoints as rows and tasks as columns, then the means."""
+        experts = {c.name for c in self.checkpoints if c.role == "expert"}
+        cells = {
+            ("experts" if r.checkpoint in experts else r.checkpoint, r.task): r.value
+            for r in self.results
+        }
+        names = [mean.checkpoint for mean in self.means]
+        tasks = [t.name for t in self.tasks]
+        below = {t.metric: "" if t.higher_is_better else " (lower is better)" for t in self.tasks}
+        rows = [[name, *(number(cells.get((name, task))) for task in tasks)] for name in names]
+        means = [
+            [m.checkpoint, interval(m.value, m.interval), number(m.normalized, 3)]
+            + [interval(m.nai, m.nai_interval)]
+            for m in self.means
+        ]
+        known = {
+            "metric": ", ".join(metric + text for metric, text in below.items()),
+            "split": self.split,
+            "notes": "\n".join(self.notes),
+        }
+        headers = ["", "mean [95 %]", "of the expert", "NAI [95 %] (0: base, 1: expert)"]
+        parts = (facts("Results", known), table(["", *tasks], rows), table(headers, means))
+        return "\n\n".join(parts)
+
+    __str__ = __repr__
+
+
+def _flat(result: Result) -> dict[str, Any]:
+    """Return a row of a data frame, with both ends of every interval in columns of their own."""
+    row: dict[str, Any] = {"checkpoint": result.checkpoint, "task": result.task}
+    for key, value in result.model_dump().items():
+        if key.endswith("interval"):
+            row[f"{key}_low"], row[f"{key}_high"] = value or (None, None)
+        else:
+            row[key] = value
+    return row
 
 
 def results_schema() -> dict[str, Any]:

@@ -27,7 +27,9 @@ from eutectic.recipes.mergekit_document import is_mergekit
 from eutectic.recipes.mergekit_stages import Stage, check_stages, read_stages
 from eutectic.recipes.schema import Recipe
 from eutectic.storage import storage_of
+from eutectic.tables import facts
 from eutectic.types import LayerStatistics
+from eutectic.words import shares as in_words
 
 
 def recipe_from(
@@ -104,6 +106,24 @@ class MergeReport:
     peak_bytes: int
     search: Mapping[str, Any] | None = field(default=None, repr=False)
     note_records: tuple[Note, ...] = field(default=(), repr=False)
+
+    def __repr__(self) -> str:
+        """Show what was merged how, how large the change is, and the notes."""
+        how = "" if self.search is None else f", chosen by {self.search['search']}"
+        ratio = self.norms.get("ratio")
+        by = self.method if self.mostly_by == self.method else f"{self.mostly_by} ({self.method})"
+        known = {
+            "method": f"{by}, scale {self.scale:g}{how}",
+            "tensors": ", ".join(f"{n} {name}" for name, n in self.tensors.items()),
+            "merged by": ", ".join(f"{name} {n}" for name, n in self.merged_by.items()),
+            "shares": in_words(self.shares) if self.shares else None,
+            "change": None if ratio is None else f"{ratio:.3g} times the experts' mean",
+            "heads": ", ".join(self.heads),
+            "notes": "\n".join(self.notes),
+            "took": f"{self.seconds:.1f} s{', continued' if self.resumed else ''}",
+            "output": self.output,
+        }
+        return facts("MergeReport", known)
 
 
 def merge(

@@ -13,6 +13,7 @@ from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.methods.linear import finite
 from eutectic.methods.registry import Context, Method, all_methods, get_method
 from eutectic.methods.sound_statistics import check_statistics
+from eutectic.tables import data_frame
 from eutectic.types import LayerStatistics, Merged
 
 Deltas = Tensor | LowRankStack | Sequence[Tensor | LowRank | tuple[Tensor, Tensor]]
@@ -191,14 +192,27 @@ def needed(method: Method, parameters: Any) -> frozenset[str]:
     return frozenset(needs - {"base"})
 
 
-def methods() -> dict[str, dict[str, Any]]:
+class MethodsTable(dict[str, dict[str, Any]]):
+    """Name of a method -> what there is to know of it; shows the summaries."""
+
+    def __repr__(self) -> str:
+        """Show one line per method."""
+        wide = max(map(len, self), default=0)
+        return "\n".join(f"{name:<{wide}}  {entry['summary']}" for name, entry in self.items())
+
+    def to_pandas(self) -> Any:
+        """Return a data frame, one row per method."""
+        return data_frame(({"method": name, **entry} for name, entry in self.items()), "method")
+
+
+def methods() -> MethodsTable:
     """Return every method: name -> summary, family, paper, parameters, needs, experts.
 
     Examples:
         >>> sorted(methods()["slerp"]["parameters"])
         ['t']
     """
-    table: dict[str, dict[str, Any]] = {}
+    table = MethodsTable()
     for name, entry in all_methods().items():
         defaults = entry.parameters()
         table[name] = {

@@ -5,9 +5,11 @@ the order of `experts`.
 """
 
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from eutectic.tables import data_frame, facts, number, table
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Size = Annotated[float, Field(ge=0)]
@@ -153,6 +155,47 @@ class Inspection(_Strict):
     notes: list[str] = Field(description="what a reader should know.")
     summary: Summary = Field(description="the whole model.")
     layers: list[Layer] = Field(description="one entry per matrix.")
+
+    def to_pandas(self) -> Any:
+        """Return a data frame, one row per matrix and expert or merged model."""
+        return data_frame(
+            {
+                "layer": layer.name,
+                "model": name,
+                "role": role,
+                "out": layer.shape[0],
+                "in": layer.shape[1],
+                **{key: value for key, value in own.model_dump().items() if _is_number(value)},
+            }
+            for layer in self.layers
+            for role, spectra in (("expert", layer.experts), ("merged", layer.merged))
+            for name, own in spectra.items()
+        )
+
+    def __repr__(self) -> str:
+        """Show the experts and the merged models over all layers."""
+        tasks, merged = self.summary.tasks, self.summary.merged
+        rows = [
+            [name, number(t.norm), number(t.relative_norm, 3), number(t.stable_rank, 3)]
+            + [t.most_interfering or "–", number(t.interference, 3)]
+            for name, t in tasks.items()
+        ]
+        headers = ["expert", "‖Δ‖", "‖Δ‖/‖W₀‖", "stable rank", "interferes most", "by"]
+        known = {"matrices": len(self.layers), "notes": "\n".join(self.notes)}
+        parts = [facts("Inspection", known), table(headers, rows)]
+        if merged:
+            lines = [
+                [name, number(m.sar, 3), number(m.growth, 3), number(m.mean_nai, 3)]
+                for name, m in merged.items()
+            ]
+            parts.append(table(["merged", "SAR", "‖Δ‖ / experts'", "NAI"], lines))
+        return "\n\n".join(parts)
+
+    __str__ = __repr__
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)
 
 
 def schema_text() -> str:

@@ -53,6 +53,11 @@ class Settings:
 class Decisions(dict[str, Tensor]):
     """Layer name -> expert index per sample, in the order of the batches."""
 
+    def __repr__(self) -> str:
+        """Show how many decisions there are."""
+        samples = max(map(len, self.values()), default=0)
+        return f"Decisions({len(self)} layers, {samples} samples)"
+
     def add(self, layer: str, indices: Tensor) -> None:
         """Append the decisions of one batch."""
         rows = indices.detach().cpu()

@@ -18,6 +18,7 @@ from eutectic.routed.routed_folder import experts_of
 from eutectic.routed.routed_modules import Experts
 from eutectic.routed.router import has_pooled
 from eutectic.routed.routing_modes import elect, routing, routing_of
+from eutectic.tables import data_frame, table
 from eutectic.types import LayerStatistics
 
 MOST_SAMPLES = 1000  # of a task; shares are known to a few hundredths by then
@@ -69,6 +70,18 @@ class RouterQuality:
             return None
         numbers = {"shares": weak, "chance": self.chance, "measured": self.measured}
         return Note("router_near_chance", tuple(weak), numbers, level="warning")
+
+    def to_pandas(self) -> Any:
+        """Return the shares as a data frame: layers as rows, tasks as columns."""
+        return data_frame(({"layer": n, **own} for n, own in self.layers.items()), "layer")
+
+    def __repr__(self) -> str:
+        """Show the shares of blocks and tasks."""
+        tasks = list(self.samples)
+        rows = [[b, *(f"{own[t]:.1%}" for t in tasks)] for b, own in self.blocks().items()]
+        rows.append(["decision", *(f"{self.decisions[t]:.1%}" for t in tasks)])
+        how = "measured" if self.measured else "estimated from statistics"
+        return f"RouterQuality: {how}, by chance {self.chance:.0%}\n{table(['', *tasks], rows)}"
 
     def record(self) -> dict[str, Any]:
         """Return it as JSON-serialisable values."""

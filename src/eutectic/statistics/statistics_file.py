@@ -40,8 +40,9 @@ from eutectic.errors import (
 from eutectic.statistics.record import check_record
 from eutectic.storage import Lock, storage_of
 from eutectic.storage.small_files import parse_json
+from eutectic.tables import data_frame, facts
 from eutectic.types import LayerStatistics
-from eutectic.words import shown
+from eutectic.words import few, shown
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 RECORD_KEY = "eutectic_statistics"
@@ -95,6 +96,25 @@ class StatisticsFile(Mapping[str, LayerStatistics]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._layers
+
+    def to_pandas(self) -> Any:
+        """Return the layers as a data frame: counts, shapes and kinds; no tensor."""
+        return data_frame(({"layer": n, **own} for n, own in self._layers.items()), "layer")
+
+    def __repr__(self) -> str:
+        """Show what was collected of what, without a tensor."""
+        made = self.provenance
+        kinds = dict.fromkeys(key.rpartition("/")[2] for key in self.tensors)
+        known = {
+            "layers": len(self),
+            "examples": made.get("data", {}).get("examples"),
+            "of each": ", ".join(kind for kind in kinds if kind != EXAMPLES),
+            "unseen": few(made.get("unseen", ())),
+            "left out": few(list(made.get("skipped", ()))),
+            "checkpoint": self.fingerprint,
+            "file": self.path,
+        }
+        return facts("StatisticsFile", known)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from eutectic.planning.inputs import Inputs, open_inputs
 from eutectic.planning.plan import Plan, make_plan
 from eutectic.recipes.load import Source, check_recipe
 from eutectic.recipes.schema import NOT_TAKEN, Recipe, ScaleSearch
+from eutectic.tables import data_frame, facts, number, table
 
 if TYPE_CHECKING:
     from eutectic.tuning.objectives import Opened
@@ -119,6 +120,32 @@ class TuneReport:
     notes: tuple[str, ...]
     output: MergeReport | None = None
     note_records: tuple[Note, ...] = field(default=(), repr=False)
+
+    def to_pandas(self) -> Any:
+        """Return the curve as a data frame: the objective and its parts by α."""
+        points = self.search["points"]
+        return data_frame(
+            ({"scale": p["scale"], "objective": p["value"], **p["parts"]} for p in points), "scale"
+        )
+
+    def __repr__(self) -> str:
+        """Show the best α, the curve, and the notes."""
+        known = {
+            "method": self.method,
+            "scale": f"{self.scale:g}",
+            "objective": f"{self.search['objective']}; "
+            f"{'higher' if self.search.get('maximise') else 'lower'} is better",
+            "notes": "\n".join(self.notes),
+            "output": None if self.output is None else self.output.output,
+        }
+        points = self.search["points"]
+        parts = list(points[0]["parts"])[:8]
+        rows = [
+            [f"{p['scale']:.3g}{' ◀' if p['scale'] == self.scale else ''}", number(p["value"])]
+            + [number(p["parts"].get(name)) for name in parts]
+            for p in points
+        ]
+        return f"{facts('TuneReport', known)}\n\n{table(['α', 'objective', *parts], rows)}"
 
 
 def tune(
