@@ -60,8 +60,9 @@ class MatsParameters(Parameters):
         off_diagonal: λ, by which the off-diagonal entries of A_t, H_t and B_t are multiplied.
         damping: ridge on the operator, relative to its mean diagonal. It draws the solution
             towards the base with `space="delta"`, towards zero weights with "weight". None: 0.01
-            for "kfac" with "kronecker", which else reaches directions that hardly any data excite
-            within a few steps, and may leave them many times too large; 0 otherwise, as published.
+            for "kfac" with a preconditioner, which else reaches directions that hardly any data
+            excite within a few steps, and may leave them many times too large; 0 otherwise, as
+            published.
         space: solve for the delta, or for the weight as published.
         solver: conjugate gradients, or the closed form in float64 where there is one.
         rest: what a tensor without statistics takes: the experts' average, or the initial guess.
@@ -91,7 +92,7 @@ class MatsParameters(Parameters):
         """Return the damping to use."""
         if self.damping is not None:
             return self.damping
-        steep = self.operator == "kfac" and self.preconditioner == "kronecker"
+        steep = self.operator == "kfac" and self.preconditioner != "none"
         return KFAC_DAMPING if steep else 0.0
 
 
