@@ -107,6 +107,31 @@ def main_stacks(names: Iterable[str]) -> list[str]:
     return sorted(outer, key=lambda stack: (-outer[stack], stack))
 
 
+# --- Mixtures, whose experts transformers 5 packs in memory ---
+
+_EXPERT = re.compile(
+    r"\.(?:block_sparse_moe|mlp|feed_forward)\.experts\.\d+\."
+    r"(?P<own>w1|w2|w3|gate_proj|up_proj|down_proj)\.weight$"
+)
+_SPARSE = re.compile(r"\.block_sparse_moe\.")
+
+
+@lru_cache(maxsize=1 << 17)
+def spellings(name: str) -> tuple[str, ...]:
+    """Return a tensor's name in the file, and as transformers 5 has it in memory where it differs.
+
+    >>> spellings("model.layers.0.block_sparse_moe.experts.3.w1.weight")[1]
+    'model.layers.0.mlp.experts.gate_up_proj'
+    """
+    match = _EXPERT.search(name)
+    if match is not None:
+        packed = "down_proj" if match["own"] in ("w2", "down_proj") else "gate_up_proj"
+        return (name, f"{name[: match.start()]}.mlp.experts.{packed}")
+    if _SPARSE.search(name):
+        return (name, _SPARSE.sub(".mlp.", name))
+    return (name,)
+
+
 # --- Configurations ---
 
 # Keys that say how many layers a stack has.

@@ -370,3 +370,33 @@ def test_faults_of_stages(folder, tmp_path, old, new, kind):
     assert kind in {fault.kind for fault in caught.value.faults}
     assert all(fault.line for fault in caught.value.faults)
     assert not (tmp_path / "out.stages").exists()
+
+
+def test_filters_know_a_mixture_by_both_spellings(tmp_path):
+    names = [f"model.layers.0.block_sparse_moe.experts.{n}.w1.weight" for n in range(2)]
+    names += ["model.layers.0.block_sparse_moe.gate.weight", "model.norm.weight"]
+    base = {n: torch.zeros(3, 3) if "norm" not in n else torch.zeros(3) for n in names}
+    save(tmp_path / "base", base, {"model_type": "mixtral", "num_hidden_layers": 1})
+    ones = {n: torch.ones_like(t) for n, t in base.items()}
+    save(tmp_path / "a", ones, {"model_type": "mixtral", "num_hidden_layers": 1})
+    weight = [
+        {"filter": "gate_up_proj", "value": 2},
+        {"filter": "mlp", "value": 3},
+        {"filter": "block_sparse_moe", "value": 4},
+        {"value": 5},
+    ]
+    recipe = {
+        "models": [{"model": str(tmp_path / "a"), "parameters": {"weight": weight}}],
+        "merge_method": "task_arithmetic",
+        "base_model": str(tmp_path / "base"),
+    }
+    eutectic.merge(recipe, output=tmp_path / "out")
+    found = {n: float(t.flatten()[0]) for n, t in load(tmp_path / "out").items()}
+    assert [found[n] for n in names] == [2, 2, 3, 5]
+
+
+def test_without_a_base_no_change_is_measured(folder, tmp_path):
+    recipe = {"models": [{"model": str(folder / n)} for n in "ab"], "merge_method": "karcher"}
+    report = eutectic.merge(recipe, output=tmp_path / "out")
+    assert not report.norms
+    assert not {n.kind for n in report.note_records} & {"exploded", "unrelated", "same_as_base"}

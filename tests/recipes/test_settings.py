@@ -41,3 +41,9 @@ def test_a_place_without_a_fitting_case_leaves_the_next_to_say_it():
 def test_all_scalars_of_a_setting():
     setting = (Case("*a*", Gradient((1, 2))), Case(None, 3))
     assert list(scalars(setting)) == [1, 2, 3]
+
+
+def test_one_of_several_spellings_has_to_fit():
+    setting = (Case("*mlp*", 1), Case("*sparse*", 2), Case(None, 3))
+    assert value_of(setting, ("a.sparse.b", "a.mlp.b"), 0) == 1
+    assert value_of(setting, ("a.sparse.b",), 0) == 2

@@ -138,7 +138,8 @@ def merge_matrices(
             statistics=statistics_of(planned, inputs),
         )
         merged, record = _merge_parts(planned, inputs, deltas, own, suffix)
-        for part, rows in planned.row_parts(len(merged) if merged.ndim else 1):
+        measured = planned.base is not None  # else there is no change to measure
+        for part, rows in planned.row_parts(len(merged) if merged.ndim else 1) if measured else ():
             seen, near, result = deltas, own.base, merged
             if planned.layout.split:
                 seen = _some_rows(deltas, rows)

@@ -2,8 +2,8 @@
 
 What a configuration means is mergekit 0.1.5's rule. Parameters are looked up from the narrowest
 place to the widest: the source in a slice (or under `models`), the slice, the module, the document.
-Filters are parts of a tensor's name, in the model's own numbering for parameters of one model, in
-the output's for shared ones. A list is spread over the layers of its slice: the first value for the
+Filters are parts of a tensor's name, in the file or as transformers 5 has it in memory, in the
+model's own numbering for parameters of one model, in the output's for shared ones. A list is spread over the layers of its slice: the first value for the
 first layer, the last for the last; what stands outside the layers takes the first value, and a
 slice of one layer the last. Tensors before the layers are merged from the first slice's models,
 those behind them from the last one's.
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from eutectic.checkpoint.hub import hub_id
+from eutectic.conventions_stacks import spellings
 from eutectic.errors import Fault, Note, RecipeError, suggest
 from eutectic.methods import all_methods
 from eutectic.recipes.document import Source, by_line, exists, no_file
@@ -332,7 +333,10 @@ class Resolver:
         module = document.modules.get(place.module) or document.modules[""]
         part = module.slices[place.band]
         wide = [part.parameters, module.parameters, document.parameters]
-        shared = {name: first_value(wide, name, place.name, place.depth) for name in kind.shared}
+        shared = {
+            name: first_value(wide, name, spellings(place.name), place.depth)
+            for name in kind.shared
+        }
         sources = {s.model: s for s in part.sources}
         each: list[dict[str, Any]] = []
         for owner in owners:
@@ -340,7 +344,7 @@ class Resolver:
             look = partial(
                 first_value,
                 [own.parameters, *wide],
-                name=place.own.get(owner, place.name),
+                name=spellings(place.own.get(owner, place.name)),
                 depth=place.depth,
             )
             each.append({name: look(parameter=name) for name in kind.each})

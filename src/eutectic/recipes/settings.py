@@ -48,21 +48,25 @@ Setting = Scalar | Gradient | tuple[Case, ...]
 Settings = Mapping[str, Setting]
 
 
-def value_of(setting: Setting, name: str, depth: float) -> Scalar | None:
+def value_of(setting: Setting, name: str | Sequence[str], depth: float) -> Scalar | None:
     """Return the value that a setting gives to a tensor; None where no case fits its name.
 
-    The first case that fits decides, be it that it says nothing of this tensor in its turn.
+    The first case that fits decides, be it that it says nothing of this tensor in its turn. A
+    tensor may have several spellings, of which one has to fit.
     """
     if isinstance(setting, Gradient):
         return setting.at(depth)
     if isinstance(setting, tuple):
-        found = next((c for c in setting if c.match is None or fits(name, c.match)), None)
+        names = (name,) if isinstance(name, str) else name
+        found = next(
+            (c for c in setting if c.match is None or any(fits(n, c.match) for n in names)), None
+        )
         return None if found is None else value_of(found.value, name, depth)
     return setting
 
 
 def first_value(
-    places: Sequence[Settings], parameter: str, name: str, depth: float
+    places: Sequence[Settings], parameter: str, name: str | Sequence[str], depth: float
 ) -> Scalar | None:
     """Return the value of a parameter by the first of several places that gives one."""
     for settings in places:
