@@ -316,3 +316,31 @@ def test_the_command_refuses(world):
     assert "--base must be given" in answer.err
     answer = invoke("inspect", "--base", world["base"], "a=x", "-s", "b=y")
     assert (answer.code, "names 'b'" in answer.err) == (2, True)
+
+
+def test_what_needs_more_memory_than_allowed_is_refused_before_it_is_read(world):
+    least = 450_000_000  # of the process
+    with pytest.raises(RequestError, match=r"proj.weight alone needs .*2 of 2 matrices"):
+        eutectic.inspect(**world, memory=least)
+    assert eutectic.inspect(**world, memory=least + 100_000).layers
+    named = [f"{name}={path}" for name, path in world["experts"].items()]
+    answer = invoke("inspect", "--base", world["base"], *named, "--memory", "100MB")
+    assert answer.code == 2 and "--layers" in answer.err and "450" in answer.err
+
+
+def test_the_estimate_grows_with_what_is_held(world, tmp_path):
+    from eutectic.planning.inputs import open_inputs
+    from eutectic.planning.plan import make_plan
+    from eutectic.recipes.load import check_recipe
+    from eutectic.reporting.memory import inspection_bytes
+
+    experts = {name: str(path) for name, path in world["experts"].items()}
+    recipe = check_recipe({"base": str(world["base"]), "experts": experts, "method": "average"})
+    with open_inputs(recipe) as inputs:
+        plan = make_plan(recipe, inputs)
+        planned = next(t for t in plan.tensors if t.name == "layers.0.proj.weight")  # [32, 16]
+        alone = inspection_bytes(planned, inputs, {})
+        merged = inspection_bytes(planned, inputs, {"m": inputs.experts["a"]})
+    # Base, two experts, their sum, a copy in float32; triplets, squares, leading ones in float64.
+    assert alone == 512 * 4 * 5 + 8 * (512 * 3 + 16 * 16 * 4 + 2 * 8 * 48)
+    assert merged - alone == 512 * 4

@@ -55,6 +55,7 @@ class MeasureOptions:
         None, "Leading singular triplets to compare (default: side/experts).", min=1
     )
     error: float = option(0.05, "Relative error that defines the merged subspace.")
+    memory: str | None = option(None, "Limit, such as 4GB (default: 60 % of what is available).")
 
 
 @verb

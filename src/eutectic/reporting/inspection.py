@@ -15,6 +15,7 @@ from eutectic.checkpoint.experts import Expert, open_expert
 from eutectic.checkpoint.locating import resolve
 from eutectic.checkpoint.writer import check_replaced, write_atomically
 from eutectic.errors import EutecticError, Note, RequestError, suggest
+from eutectic.execution.executors import limits_of
 from eutectic.execution.norms import explosion, summary_of
 from eutectic.options import options_from
 from eutectic.planning.inputs import Inputs, open_inputs
@@ -23,6 +24,7 @@ from eutectic.recipes.load import Source, check_recipe, load_recipe
 from eutectic.recipes.schema import Recipe
 from eutectic.reporting.layers import measure_layer, selected_layers, stream_matrices
 from eutectic.reporting.matrix_measures import check_error
+from eutectic.reporting.memory import check_inspection_memory
 from eutectic.reporting.plots import check_plots, draw
 from eutectic.reporting.schema import Inspection, Layer
 from eutectic.reporting.summary import growth, summarise
@@ -48,6 +50,7 @@ class InspectionOptions(TypedDict, total=False):
     layers: str | None
     rank: int | None
     error: float
+    memory: str | int | None
     progress: Progress | None
 
 
@@ -56,6 +59,7 @@ class _Options:
     layers: str | None = None
     rank: int | None = None
     error: float = 0.05
+    memory: str | int | None = None
     progress: Progress | None = None
 
 
@@ -89,6 +93,8 @@ def inspect(
             - `layers`: shell pattern over tensor names; other matrices are left out.
             - `rank`: k, leading singular triplets that overlaps compare; None: int(r/T).
             - `error`: of Δ_M, which defines q in SAR, see `subspace_alignment_ratio` (0.05).
+            - `memory`: limit in bytes or as text ("4GB"; 60 % of what is available); a tensor that
+              needs more is refused before anything is read.
             - `progress`: called with (done, total, tensor).
 
     Returns:
@@ -97,7 +103,8 @@ def inspect(
     Undefined values are None: cosines, overlaps and SAR of a zero delta; means leave them out.
 
     Raises:
-        RequestError: the request is wrong, or a merged model is not of this base.
+        RequestError: the request is wrong, a merged model is not of this base, or a tensor needs
+            more memory than is allowed.
         MissingExtraError: plots without matplotlib.
         EutecticError: a file is damaged, holds NaN, or cannot be written.
 
@@ -113,6 +120,7 @@ def inspect(
     """
     asked = options_from(_Options, options, "inspect")
     check_error(asked.error)
+    memory = limits_of(None, asked.memory).memory
     if asked.rank is not None and asked.rank < 1:
         raise RequestError(f"the rank of subspaces must be at least 1, got {asked.rank}.")
     if results is not None and not merged:
@@ -127,7 +135,7 @@ def inspect(
         inputs = stack.enter_context(open_inputs(checked, source))
         models = _open_merged(paths, inputs, stack)
         plan = make_plan(checked, inputs, source)
-        measured = _measure(plan, inputs, models, asked)
+        measured = _measure(plan, inputs, models, asked, memory)
         notes = _notes(plan, inputs, measured, split)
     found = Inspection(
         eutectic=version("eutectic"),
@@ -148,9 +156,10 @@ def inspect(
 
 
 def _measure(
-    plan: Plan, inputs: Inputs, models: Mapping[str, Expert], asked: _Options
+    plan: Plan, inputs: Inputs, models: Mapping[str, Expert], asked: _Options, memory: int
 ) -> list[Layer]:
     chosen = selected_layers(plan, models, asked.layers)
+    check_inspection_memory(chosen, inputs, models, asked.rank, memory)
     work = [float(t.elements * min(t.shape[-2:])) for t in chosen]  # × the shorter side
     advance = asked.progress or (lambda done, total, name: None)
     measured: list[Layer] = []
