@@ -200,3 +200,31 @@ def test_no_policy_refuses_sizes_and_warns_of_other_tokens(models):
     with pytest.raises(RecipeError) as caught:
         merge(folder, "c", vocabulary="error")
     assert [fault.kind for fault in caught.value.faults] == ["other_tokens"]
+
+
+def test_layers_of_several_models_share_one_vocabulary(models):
+    folder, known = models
+    document = folder / "stacked.yml"
+    document.write_text(
+        f"""
+slices:
+  - sources: [{{model: {folder}/a, layer_range: [0, 1]}}]
+  - sources: [{{model: {folder}/b, layer_range: [0, 1]}}]
+merge_method: passthrough
+tokenizer: {{source: union}}
+"""
+    )
+    eutectic.merge(document, output=folder / "stacked")
+    merged, rows = (
+        load_file(folder / "stacked/model.safetensors"),
+        rows_by_token(folder / "stacked"),
+    )
+    assert {"<a>", "<both>", "<b>"} < rows.keys()
+    for name, owner in ((EMBED, "a"), (HEAD, "b"), (BIAS, "b")):
+        tensors, own = known[owner]
+        assert len(merged[name]) == len(rows)
+        for token, row in rows.items():
+            expected = tensors[name][own[token]] if token in own else 0 * tensors[name][0]
+            assert torch.equal(merged[name][row], expected)
+    config = json.loads((folder / "stacked/config.json").read_text())
+    assert config["vocab_size"] == len(rows)

@@ -87,6 +87,11 @@ def _find(recipe: Recipe, inputs: Inputs, document: Document) -> Found:
         where = "vocabulary"
         return Found(faults=(Fault("no_tokenizer", what, where, line, next="Merge folders."),))
     height, tensors = tables_of(inputs.base.entries, inputs.index)
+    if inputs.rows:  # the output layer may be another model's than the table
+        held = inputs.base.entries
+        sizes = {_rows(e.shape) for n, e in held.items() if is_table_of_tokens(n)}
+        likely = {n: _rows(e.shape) for n, e in held.items() if may_have_rows_of_tokens(n)}
+        tensors |= {name for name, rows in likely.items() if rows in sizes}
     if not tensors:
         what = "the base has no table of tokens."
         return Found(faults=(Fault("no_tables", what, "vocabulary", line),))
@@ -235,9 +240,13 @@ def as_one_size(inputs: Inputs, planned: PlannedVocabulary) -> Inputs:
     heights = planned.agreed.heights
 
     def fitted(expert: Expert, height: int) -> Expert:
+        def rows_of(name: str) -> int:
+            own = inputs.base.entries.get(name)
+            return planned.height if own is None else _rows(own.shape)
+
         def like_base(entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
             return {
-                name: replace(entry, shape=_with_rows(entry.shape, planned.height))
+                name: replace(entry, shape=_with_rows(entry.shape, rows_of(name)))
                 if entry.shape
                 and (planned.meets(name) or may_have_rows_of_tokens(name))
                 and (planned.meets(name) or _rows(entry.shape) == height)
@@ -270,7 +279,8 @@ def with_vocabulary(
     shape = inputs.base.entries[own].shape
     width = _width(shape)
     # The base lends the rows that models lack, also where it is not subtracted.
-    lends = planned.based or plan.base is not None
+    lent_by = inputs.rows[own].like[0] if own in inputs.rows else BASE
+    lends = (planned.based and lent_by == BASE) or plan.base is not None
     sources: list[Source] = [*([Source(BASE, own)] if lends else []), *plan.experts]
     if plan.initial is not None:
         sources.append(plan.initial)
