@@ -264,8 +264,16 @@ def test_marks_of_folders_aside(place: Path, mark: bytes, begun: bool) -> None:
 # --- Recipes that are drafted from what lies in folders ---
 
 
-@settings(max_examples=150)
-@given(documents(CONFIG), documents({"text": "a", "label": 1}))
+CLASSES: dict[str, Any] = {
+    "model_type": "bert",
+    "architectures": ["BertForSequenceClassification"],
+    "id2label": {"0": "a", "1": "b"},
+    "problem_type": "single_label_classification",
+}
+
+
+@settings(max_examples=200)
+@given(st.one_of(documents(CONFIG), documents(CLASSES)), documents({"text": "a", "label": 1}))
 def test_drafts(place: Path, config: bytes, row: bytes) -> None:
     for name in ("one", "two"):
         folder = place / "drafted" / name

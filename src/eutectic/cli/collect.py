@@ -262,7 +262,7 @@ def _with_texts(
     """Return a model with the classes of its data, and their texts as a head on its pictures."""
     from eutectic.data.columns import names_of_classes
     from eutectic.data.row_files import read_rows
-    from eutectic.models.loading import load_processor
+    from eutectic.models.loading import in_words, load_processor
     from eutectic.models.zero_shot import PROMPTS, head_in_texts
 
     rows = read_rows(data, split=reading.split, trust_code=reading.trust_code)
@@ -272,7 +272,8 @@ def _with_texts(
             f"{data}: its column '{reading.label_column}' holds no class names that a text could "
             "hold.\nWrite the names, or keep a folder of pictures per class."
         )
-    tokenizer = load_processor(checkpoint, checkpoint, images=False)
+    with in_words(checkpoint):
+        tokenizer = load_processor(checkpoint, checkpoint, images=False)
     head = head_in_texts(loaded.model, tokenizer, names, gradients.prompt or PROMPTS)
     return replace(loaded, label_ids={name: i for i, name in enumerate(names)}), head
 

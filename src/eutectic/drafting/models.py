@@ -213,9 +213,11 @@ def kind_of(expert: Found, base: Found | None) -> TaskKind | None:
         if found is not None:
             return found
     config = expert.config or ({} if base is None else base.config)
-    found = kind_of_architectures([str(a) for a in config.get("architectures") or []])
+    stated: Any = config.get("architectures")
+    found = kind_of_architectures([str(a) for a in stated] if isinstance(stated, list) else [])
     if found == "text-classification":
-        labels = config.get("num_labels", len(config.get("id2label") or {"": "", "_": ""}))
+        names: Any = config.get("id2label")
+        labels = config.get("num_labels", len(names) if isinstance(names, dict) and names else 2)
         if config.get("problem_type") == "regression" or labels == 1:
             return "regression"
     return found

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -269,13 +269,14 @@ def _fit_config(config: Path, expert: Expert, heads: Sequence[TensorEntry]) -> N
     for head in heads:
         rows = head.shape[0] if len(head.shape) == 2 else 0
         if rows and head.name.endswith(CLASSIFIERS):
-            if len(values.get("id2label") or {}) != rows:
+            named: Any = values.get("id2label")
+            if not isinstance(named, Mapping) or len(cast("Any", named)) != rows:
                 values["id2label"] = {str(i): f"LABEL_{i}" for i in range(rows)}
                 values["label2id"] = {f"LABEL_{i}": i for i in range(rows)}
             ending = _TASKS.get(str(expert.config.get("task_type")))
-            if ending is not None and values.get("architectures"):
-                names = values["architectures"]
-                values["architectures"] = [_TASK_OF_CLASS.sub(ending, name) for name in names]
+            names: Any = values.get("architectures")
+            if ending is not None and isinstance(names, list):
+                values["architectures"] = [_TASK_OF_CLASS.sub(ending, str(n)) for n in names]
         elif rows and is_token_embedding(head.name) and head.name in expert.entries:
             values["vocab_size"] = rows
     write_atomically(config, (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())

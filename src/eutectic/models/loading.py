@@ -12,6 +12,7 @@ One set of rules for every call of transformers' loaders:
 | missing tensors | reported; the caller decides what they mean |
 """
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ from eutectic.models.task_kinds import (
     task_kind,
 )
 from eutectic.on_first_use import quick_imports
+from eutectic.words import shown
 
 LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 DEFAULT_MAX_LENGTH = 512
@@ -160,7 +162,7 @@ def load_model(
             tokenizer.model_input_names = takes(tokenizer.model_input_names)
     if folder != checkpoint:
         model = _with_adapter(model, checkpoint)
-    labels = {str(k): int(v) for k, v in (getattr(config, "label2id", None) or {}).items()}
+    labels = _label_ids(config, folder)
     brought = {canonical_name(n) for n, _ in model.named_parameters() if ".modules_to_save." in n}
     drawn = tuple(sorted({*report["missing_keys"]} - brought))
     try:
@@ -171,6 +173,19 @@ def load_model(
         # Adapters that are run but not merged as checkpoints.
         fingerprint = StateDictReader(model.state_dict()).fingerprint()
     return LoadedModel(model.to(device), kind, processor, labels, fingerprint, drawn)
+
+
+def _label_ids(config: Any, folder: Path) -> dict[str, int]:
+    """Return class name -> output of a configuration; nothing where it has none."""
+    stated: object = getattr(config, "label2id", None) or {}
+    items = stated.items() if isinstance(stated, Mapping) else [(None, None)]
+    whole = re.compile(r"\d{1,9}")
+    if wrong := [name for name, number in items if not whole.fullmatch(str(number))]:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: 'label2id' must map class names to outputs, got "
+            f"{shown(stated if wrong == [None] else wrong[0])}."
+        )
+    return {str(name): int(str(number)) for name, number in items}
 
 
 def base_folder(folder: Path, base: str | Path | None) -> Path:
@@ -270,10 +285,27 @@ def quietly(transformers: Any) -> Iterator[None]:
             log.enable_progress_bar()
 
 
+@contextmanager
+def in_words(folder: Path) -> Iterator[None]:
+    """Turn what transformers raises into an error with the folder's name.
+
+    It raises anything at values that it does not expect.
+    """
+    try:
+        yield
+    except (EutecticError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}: transformers cannot load it: {first_line(error)}"
+        ) from error
+
+
 def load_config(folder: Path) -> Any:
     """Return a folder's configuration as transformers reads it, of a model that is not quantised.
 
-    What is quantised is read as the numbers that it means; see `checkpoint.opening`.
+    What is quantised is read as the numbers that it means; see `checkpoint.opening`. What
+    transformers raises is the caller's to put into words, such as by `in_words`.
     """
     transformers = transformers_for("Reading configurations")
     check_named_classes(folder, transformers)
@@ -297,15 +329,9 @@ def load_stored(folder: Path, chosen: Any = None) -> Any:
     check_named_classes(folder, transformers)
     names = read_json_object(folder / "config.json").get("architectures")
     first = names[0] if isinstance(names, list) and names else None
-    try:
+    with in_words(folder):
         chosen = model_class(first, folder, transformers)
         return _of_files(*pretrained(chosen, folder, dtype="auto"), folder)
-    except (EutecticError, ImportError):
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder}: transformers cannot load it: {first_line(error)}"
-        ) from error
 
 
 def _of_files(model: Any, report: Mapping[str, Any], folder: Path) -> Any:

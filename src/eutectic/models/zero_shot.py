@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from eutectic.conventions import image_tower_names
 from eutectic.errors import CheckpointError, RequestError
 from eutectic.models.linear_head import Head
-from eutectic.models.loading import load_config, positions_of, transformers_for
+from eutectic.models.loading import in_words, load_config, positions_of, transformers_for
 from eutectic.models.task_kinds import MODEL_CLASSES, ZERO_SHOT
 
 PROMPTS = ("a photo of a {}.",)
@@ -27,7 +27,8 @@ def has_both_towers(config: Any) -> bool:
 
 def is_whole(folder: Path) -> bool:
     """Tell whether a folder's model has both towers."""
-    return has_both_towers(load_config(folder))
+    with in_words(folder):
+        return has_both_towers(load_config(folder))
 
 
 def completed(tower: Mapping[str, Tensor], whole: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from eutectic.checkpoint.locating import resolve
 from eutectic.checkpoint.opening import open_reader
 from eutectic.conventions import image_tower_names
 from eutectic.errors import CheckpointError
-from eutectic.models.loading import load_config
+from eutectic.models.loading import in_words, load_config
 from eutectic.models.task_models import EXPERTS
 from eutectic.routed.heads import StoredHead
 from eutectic.storage.small_files import check_regular, read_bytes
@@ -61,7 +61,8 @@ def expert_head(folder: Path, merged: Path, *, same: bool = False) -> StoredHead
             differs = entry.shape != body.entries[name].shape
             if differs or (same and not torch.equal(lender.read(name), body.read(name))):
                 tensors[entry.name] = lender.read(name).view(entry.shape)
-    config = load_config(folder)
+    with in_words(folder):
+        config = load_config(folder)
     if not tensors or not getattr(config, "architectures", None):
         return None
     return StoredHead(config, tensors, folder if _feeds_otherwise(folder, merged) else None)
@@ -74,7 +75,8 @@ def whole_around(folder: Path, tower: Path) -> StoredHead:
         tensors = {
             n: whole.read(n).view(e.shape) for n, e in whole.entries.items() if n not in held
         }
-    config = load_config(folder)
+    with in_words(folder):
+        config = load_config(folder)
     return StoredHead(config, tensors)
 
 
@@ -110,7 +112,8 @@ def read_heads(path: Path, names: Iterable[str]) -> dict[str, StoredHead]:
             tensors: dict[str, Any] = load_file(file)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file}: the head cannot be read: {error}.") from None
-        config = load_config(folder)
+        with in_words(folder):
+            config = load_config(folder)
         if not getattr(config, "architectures", None):
             raise CheckpointError(f"{folder / 'config.json'}: names no class (`architectures`).")
         found[name] = StoredHead(config, tensors, folder if feeding_files(folder) else None)
