@@ -43,6 +43,8 @@ def add_chunk(
 
     `in_weights`: stack and result hold weights instead of deltas.
     """
+    if planned.base is None:  # nothing is subtracted, so that there is no change to measure
+        return
     start, stack, base = seen
     chunk = chunk_entries(planned)
     every = max(1, planned.elements // (chunk * CHUNKS))
