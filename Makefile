@@ -13,9 +13,12 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 INSTALLED := $(VENV)/.installed
 INSTALLED_DOCS := $(VENV)/.installed-docs
+# A release is built apart from what development installs.
+RELEASE := build/release-venv
+INSTALLED_RELEASE := $(RELEASE)/.installed
 pinned = $(shell sed -n '/^$(1)==/p' $(CONSTRAINTS))
 
-.PHONY: help demo test test-quick test-kills test-transformers transformers-newer check format bench-kernels docs clean
+.PHONY: help demo test test-quick test-kills test-transformers transformers-newer check format bench-kernels release audit docs clean
 
 help:
 	@echo "make demo           merge real experts and compare the methods (one to two minutes)"
@@ -26,6 +29,8 @@ help:
 	@echo "make check          ruff, pyright, import-linter"
 	@echo "make format         rewrite the code as ruff wants it"
 	@echo "make bench-kernels  time the linear algebra against plain decompositions"
+	@echo "make release        build the package twice into dist; refuse other bytes"
+	@echo "make audit          known vulnerabilities of the pinned versions (asks PyPI)"
 	@echo "make docs           build the site into build/docs"
 	@echo "make clean          remove caches and what was built; .venv stays"
 
@@ -91,6 +96,28 @@ format: $(INSTALLED)
 
 bench-kernels: $(INSTALLED)
 	$(BIN)/python benchmarks/kernels.py --output build/kernels
+
+$(INSTALLED_RELEASE): constraints/release.txt
+	$(PYTHON) -m venv $(RELEASE)
+	$(RELEASE)/bin/python -m pip --disable-pip-version-check install --quiet \
+		--constraint $< build hatchling pip-audit
+	@touch $@
+
+# Of what is committed, in two places: whatever else lies in the checkout has no part in it.
+release: $(INSTALLED_RELEASE)
+	rm -rf dist build/release-one build/release-two
+	for place in build/release-one build/release-two; do \
+		mkdir -p $$place && git archive HEAD | tar -x -C $$place && \
+		SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(RELEASE)/bin/python -m build \
+			--no-isolation --outdir $$place/dist $$place >$$place.log 2>&1 \
+			|| { cat $$place.log; exit 1; }; done
+	diff -r build/release-one/dist build/release-two/dist
+	cp -r build/release-one/dist dist
+	cd dist && sha256sum * | tee SHA256SUMS
+
+audit: $(INSTALLED_RELEASE)
+	$(RELEASE)/bin/pip-audit --no-deps --disable-pip --requirement $(CONSTRAINTS)
+	$(RELEASE)/bin/pip-audit --no-deps --disable-pip --requirement constraints/release.txt
 
 docs: $(INSTALLED_DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
