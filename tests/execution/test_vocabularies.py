@@ -1,5 +1,6 @@
 """Tables of different vocabularies, against rows that are computed one by one."""
 
+import importlib
 import json
 import random
 from pathlib import Path
@@ -17,7 +18,7 @@ from tests.helpers.vocabularies import (
 )
 
 import eutectic
-from eutectic.errors import RecipeError
+from eutectic.errors import OutputError, RecipeError
 
 WORDS = ["<s>", "</s>", "the", "fox", "Ġjumps", "▁dog", "é", "语"]
 SHUFFLED = ["<s>", "</s>", *random.Random(1).sample(WORDS[2:], len(WORDS) - 2)]
@@ -228,3 +229,36 @@ tokenizer: {{source: union}}
             assert torch.equal(merged[name][row], expected)
     config = json.loads((folder / "stacked/config.json").read_text())
     assert config["vocab_size"] == len(rows)
+    document.write_text(document.read_text().replace("tokenizer: {source: union}", ""))
+    with pytest.raises(RecipeError) as caught:
+        eutectic.merge(document, output=folder / "mixed")
+    assert [fault.kind for fault in caught.value.faults] == ["table_size"]
+
+
+def test_an_interrupted_merge_goes_on_to_the_same_files(models, monkeypatch):
+    folder, _ = models
+    options = {"vocabulary": "union", "chat_template": "chatml"}
+    _, _, report = merge(folder, "ab", **options)
+    whole = {p.name: p.read_bytes() for p in report.output.iterdir()}
+    modules = ("eutectic.vocabulary.tokenizer_files", "eutectic.execution.model_vocabulary")
+    for last in range(5):  # of as many writes
+        left = [last]
+        for module in modules:
+            real = importlib.import_module(module).write_atomically
+
+            def write(path, content, real=real, left=left):
+                if not left[0]:
+                    raise OSError(28, "no space left")
+                left[0] -= 1
+                real(path, content)
+
+            monkeypatch.setattr(f"{module}.write_atomically", write)
+        output = folder / f"again{last}"
+        experts = {name: str(folder / name) for name in "ab"}
+        stated = {"base": str(folder / "base"), "experts": experts, "scale": 1.0, **options}
+        with pytest.raises(OutputError):
+            eutectic.merge(method="task_arithmetic", output=output, **stated)
+        monkeypatch.undo()
+        eutectic.merge(method="task_arithmetic", output=output, **stated)
+        assert {p.name: p.read_bytes() for p in output.iterdir()} == whole
+        assert not output.with_name(f"{output.name}.partial").exists()

@@ -357,6 +357,16 @@ def _by_number(inputs: Inputs, *, refused: bool, line: int) -> Found:
     """Look for rows that stand for different tokens, where rows are matched by their number."""
     if inputs.index is None or not tables_of(inputs.base.entries, inputs.index)[1]:
         return Found()
+    if inputs.rows:
+        held = inputs.base.entries
+        sizes = {n: _rows(e.shape) for n, e in held.items() if is_table_of_tokens(n)}
+        if len(set(sizes.values())) > 1:
+            listed = ", ".join(f"{rows:,} in '{name}'" for name, rows in sizes.items())
+            what = f"the tables of tokens are of models with different numbers of rows: {listed}."
+            choose = (
+                "Match their rows by tokens (vocabulary: union, or tokenizer: {source: union})."
+            )
+            return Found(faults=(Fault("table_size", what, "vocabulary", line, next=choose),))
     folders = [(name, folder) for name, folder in _folders(inputs) if folder is not None]
     try:
         identities = {name: files_identity(folder) for name, folder in folders}
