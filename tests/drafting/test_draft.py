@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from eutectic.drafting import draft
-from eutectic.drafting.data import columns_for
+from eutectic.drafting.data import columns_for, look
 from eutectic.drafting.models import expert_names, find_models
 from eutectic.errors import RequestError
 from eutectic.evaluation.task_files import load_tasks
@@ -187,6 +187,14 @@ def test_a_folder_of_images_with_splits(world: Path) -> None:
     assert task["data"]["test"]["subset"] == "test" and task["data"]["proxy"]["subset"] == "train"
     (world / "tasks.yaml").write_text(found.tasks)
     assert load_tasks(world / "tasks.yaml")["pets-vit"].data["test"].subset == "test"
+
+
+def test_a_split_is_told_by_the_folder_too(tmp_path: Path) -> None:
+    for path, split in {
+        "proxy/sst2.jsonl": "proxy", "tasks/sst2.jsonl": None, "sst2.dev.jsonl": "validation",
+        "test/sst2.train.jsonl": "proxy", "sst2/eval.jsonl": "test",
+    }.items():  # fmt: skip
+        assert look(jsonl(tmp_path / path, {"text": "a"})).split == split, path
 
 
 @pytest.mark.parametrize(

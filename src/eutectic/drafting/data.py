@@ -74,7 +74,10 @@ def _holds_images(folder: Path) -> bool:
 def look(path: Path) -> Rows:
     """Return what a name and the first bytes of a file of rows tell."""
     found = {word: split for split, words in _SPLITS.items() for word in words}
-    words = [w for w in re.split(r"[^a-z]+", path.stem.lower()) if w in found]
+    for name in (path.stem, path.parent.name):  # sst2.test.jsonl, proxy/sst2.jsonl
+        words = [w for w in re.split(r"[^a-z]+", name.lower()) if w in found]
+        if words:
+            break
     split = found[words[-1]] if words else None
     if path.is_dir():
         names: list[str] = []
