@@ -19,7 +19,10 @@ from evaluation.world import hf, tasks, tokenizer
 from helpers.cli import invoke
 from helpers.configs import tiny_model
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.transformers_versions,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 CLASSES = ("w1", "w2", "w3")
 PROMPTS = ["w9 {} w4", "{} w5"]
 

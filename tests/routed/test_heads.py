@@ -20,7 +20,10 @@ from evaluation.world import images, jsonl, sentences, tasks, tokenizer
 from helpers.cli import invoke
 from helpers.configs import tiny_model
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.transformers_versions,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 Batch = dict[str, Any]
 CLASSES = {"a": 3, "b": 2}
 

@@ -94,9 +94,10 @@ def with_head(routed: nn.Module, head: StoredHead, where: str) -> tuple[Any, fro
     transformers = transformers_for("Experts' heads")
     chosen = model_class(kind, Path(where), transformers)
     dtype = next(routed.parameters()).dtype
+    beside = _of_the_body(routed, str(getattr(chosen, "base_model_prefix", "")), head)
     try:
         whole, report = pretrained(
-            chosen, None, config=head.config, state=head.tensors, dtype=dtype
+            chosen, None, config=head.config, state={**beside, **head.tensors}, dtype=dtype
         )
     except (EutecticError, ImportError):
         raise
@@ -104,7 +105,7 @@ def with_head(routed: nn.Module, head: StoredHead, where: str) -> tuple[Any, fro
         raise CheckpointError(
             f"{where}: transformers cannot load its head ({kind}): {first_line(error)}"
         ) from None
-    own = frozenset(whole.state_dict()) - {*report["missing_keys"]}
+    own = frozenset(whole.state_dict()) - {*report["missing_keys"], *beside}
     prefix, inner, host = _bodies(whole, routed, where)
     before = {id(p): n for n, p in inner.named_parameters()}
     _share(inner, host, frozenset(n.removeprefix(prefix) for n in own if n.startswith(prefix)))
@@ -119,6 +120,17 @@ def with_head(routed: nn.Module, head: StoredHead, where: str) -> tuple[Any, fro
     whole.routing = routing = routing_of(routed)
     install_hooks(whole, routing)
     return whole.train(routed.training), own
+
+
+def _of_the_body(routed: nn.Module, prefix: str, head: StoredHead) -> dict[str, Tensor]:
+    """Return one tensor of the body, if the head has none.
+
+    Versions of transformers before 5 take a head alone for a damaged file.
+    """
+    if not prefix or any(name.startswith(f"{prefix}.") for name in head.tensors):
+        return {}
+    name, values = next(iter(routed.named_parameters()))
+    return {name if name.startswith(f"{prefix}.") else f"{prefix}.{name}": values.detach()}
 
 
 def _bodies(whole: Any, routed: Any, where: str) -> tuple[str, Any, Any]:
