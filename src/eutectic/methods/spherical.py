@@ -67,8 +67,8 @@ def _position(parameters: SlerpParameters, weights: Sequence[float]) -> str | No
 def slerp(inputs: Tensor, parameters: SlerpParameters, context: Context) -> Tensor:
     """Return sin((1−t)θ)/sin θ · W_1 + sin(tθ)/sin θ · W_2, θ the angle between W_1 and W_2.
 
-    The whole tensor is one vector. Nearly parallel tensors (cosine above 0.9995) and zero tensors
-    are interpolated in a straight line, as mergekit does.
+    The whole tensor is one vector. Nearly parallel tensors (cosine above 0.9995) are interpolated
+    in a straight line, as mergekit does; so are zero tensors, which count as orthogonal there.
 
     Shapes: `[2, *shape]` -> `[*shape]`. Cost: two passes.
 
