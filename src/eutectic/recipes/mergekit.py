@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,18 @@ from eutectic.recipes.mergekit_document import (
     Reading,
     read_mergekit,
 )
-from eutectic.recipes.mergekit_methods import METHODS, MergekitMethod, known_method, translate
+from eutectic.recipes.mergekit_methods import (
+    METHODS,
+    MergekitMethod,
+    Translated,
+    known_method,
+    translate,
+)
 from eutectic.recipes.mergekit_models import MergekitModel, names_of
 from eutectic.recipes.mergekit_tokenizer import vocabulary_fields
 from eutectic.recipes.schema import ExpertSpec, Recipe
 from eutectic.recipes.script import Band, Direction, Place, Script
-from eutectic.recipes.settings import Setting, Settings, first_value
+from eutectic.recipes.settings import Scalar, Setting, Settings, first_value
 
 # Keys of our own recipes that a command may add to a configuration: none says what is merged.
 OPTIONS = (
@@ -349,7 +355,9 @@ class Resolver:
             )
             each.append({name: look(parameter=name) for name in kind.each})
         base = base_of(document, part) is not None
-        found = translate(document.method, _given(shared), [_given(e) for e in each], base)
+        found = _translated(
+            document.method, _given(shared), tuple(_given(own) for own in each), base
+        )
         if isinstance(found, list):
             return [replace(fault, where=fault.where or place.name) for fault in found]
         taking = ("base", *owners) if found.base_first else owners
@@ -364,5 +372,15 @@ class Resolver:
         )
 
 
-def _given(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
+_Given = tuple[tuple[str, Scalar], ...]
+
+
+def _given(values: Mapping[str, Any]) -> _Given:
+    return tuple((name, value) for name, value in values.items() if value is not None)
+
+
+@lru_cache(maxsize=1 << 14)  # most tensors of a model are told the same
+def _translated(
+    method: str, shared: _Given, each: tuple[_Given, ...], base: bool
+) -> Translated | list[Fault]:
+    return translate(method, dict(shared), [dict(own) for own in each], base)
