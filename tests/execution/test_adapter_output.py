@@ -222,8 +222,9 @@ def test_norms_that_change_are_refused_or_named(tmp_path: Path) -> None:
         eutectic.extract(tmp_path / "tuned", base=tmp_path / "base", output=out, rank=4)
     assert not out.exists()
     report = eutectic.extract(
-        tmp_path / "tuned", base=tmp_path / "base", output=out, rank=4, others="drop", restart=True
+        tmp_path / "tuned", base=tmp_path / "base", output=out, rank=4, others="drop"
     )
+    assert report.resumed
     left = json.loads((out / "eutectic.json").read_text())["adapter"]["left_out"]
     assert len(left) == 5
     assert all("norm" in name for name in left)

@@ -42,8 +42,8 @@ def test_rank_is_as_good_as_the_svd(
         error = float(torch.linalg.vector_norm(wide - found.left @ found.right)) ** 2
         least = float((values[rank:] ** 2).sum())
         total = float((values**2).sum())
-        assert error <= 1.003 * least + 1e-10 * total
-        assert found.lost == pytest.approx(error / total, rel=1e-3, abs=1e-9)
+        assert error <= 1.01 * least + 1e-10 * total
+        assert found.lost == pytest.approx(error / total, rel=1e-3, abs=1e-7)
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)

@@ -347,10 +347,9 @@ def request(
     keys = ("base", "method", "scale", "fallback", "shard_size", "vocabulary", "chat_template")
     stated = {key: getattr(asked, key) for key in keys}
     options.update({key: value for key, value in stated.items() if value is not None})
-    if held := adapter_options(asked.rank, asked.energy, asked.others):
+    held = adapter_options(asked.rank, asked.energy, asked.others)
+    if held or asked.adapter:
         options["adapter"] = held
-    elif asked.adapter:
-        options["output"] = "adapter"
     if asked.param:
         options["parameters"] = _values(asked.param, "--param")
     experts = named_experts(words, asked.weight or [], asked.statistics or [])

@@ -41,7 +41,7 @@ from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensor_plan import TensorPlan
 
 LEFT, RIGHT, WHOLE = "left", "right", "whole"  # names in a part's file
-LOSSLESS = 1e-9  # of the energy: so little is lost where nothing may be
+LOSSLESS = 1e-7  # of the energy: so little is rounding where nothing may be lost be
 _READ = 1 << 22
 
 # Flat ranges of what `merge_unscaled` emitted; None where the tensor is merged on the way.

@@ -305,6 +305,10 @@ def _stated_request(recipe: Recipe) -> StatedRequest:
         names[name] = own["path"]
     files = {n: s.statistics for n, s in recipe.experts.items() if s.statistics is not None}
     complete, hub_base = recipe.model_dump(mode="json"), _is_hub_id(recipe.reference)
+    if recipe.adapter_options is None:
+        complete = {k: v for k, v in complete.items() if k not in ("output", "adapter")}
+    else:  # what becomes of other changes is decided when all is merged
+        complete = {**complete, "adapter": {**(complete["adapter"] or {}), "others": None}}
     if recipe.script is not None and recipe.script.stated is not None:
         complete = {**complete, "stated": recipe.script.stated}
         values = {"stated": _published(recipe.script.stated)}

@@ -25,6 +25,7 @@ from eutectic.types import Treatment
 from eutectic.vocabulary.policy import VocabularyPolicy
 
 MOST_RULES = 1_000
+MOST_DIRECTIONS = 100_000  # of a layer of an adapter; no more than the layer has are taken
 # Also the name of a folder, which file systems bound.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=200)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -127,11 +128,19 @@ class AdapterOptions(BaseModel, extra="forbid", frozen=True):
     Without `rank` and `energy` nothing is lost: as many directions as the experts have together.
     """
 
-    rank: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] | None = None
+    rank: int | Literal["auto"] | None = None  # most directions of a layer
     energy: Annotated[float, Field(gt=0, le=1)] | None = None  # share of ‖Δ‖² kept in each layer
     tables: Literal["save", "low_rank"] = "save"  # tables of tokens, read and written
     # Changes of norms, biases and bare parameters, which thin factors do not hold.
     others: Literal["error", "drop", "save"] = "error"
+
+    @field_validator("rank", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        number = isinstance(value, int) and not isinstance(value, bool)
+        if value is None or value == "auto" or (number and 1 <= value <= MOST_DIRECTIONS):
+            return value
+        raise ValueError(f"is a number of directions from 1 to {MOST_DIRECTIONS:,}, or auto")
 
     @property
     def most(self) -> int | None:
