@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.helpers.vocabularies import (
     BIAS,
     EMBED,
@@ -262,3 +262,16 @@ def test_an_interrupted_merge_goes_on_to_the_same_files(models, monkeypatch):
         eutectic.merge(method="task_arithmetic", output=output, **stated)
         assert {p.name: p.read_bytes() for p in output.iterdir()} == whole
         assert not output.with_name(f"{output.name}.partial").exists()
+
+
+def test_values_are_compared_within_the_rows_that_are_there(tmp_path):
+    base = write_model(tmp_path / "base", WORDS)
+    # Equal as far as they go: whoever compares checkpoints reads on to the end of the table.
+    for name, words in (("short", WORDS[:5]), ("other", WORDS[:5])):
+        write_model(tmp_path / name, words)
+        cut = {n: v[: len(words)] if n in (EMBED, HEAD, BIAS) else v for n, v in base.items()}
+        save_file(
+            {n: v.contiguous() for n, v in cut.items()}, tmp_path / name / "model.safetensors"
+        )
+    merged, rows, _ = merge(tmp_path, ("short", "other"), vocabulary="union")
+    assert all(torch.equal(merged[n], base[n]) for n in base) and len(rows) == len(WORDS)

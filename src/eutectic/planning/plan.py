@@ -151,7 +151,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         inputs = as_one_size(opened, vocabulary)
     request = _request(recipe, inputs, source)
     if recipe.statistics_of == "expert":
-        faults += statistics_faults(inputs, request.statistics_names)
+        faults += statistics_faults(opened, request.statistics_names)
     entries = [*inputs.base.entries.values(), *_untied(inputs, request.ties)]
     planned = [plan_tensor(entry, request) for entry in entries]
     faults += request.ties.faults

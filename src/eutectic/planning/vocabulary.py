@@ -6,9 +6,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from eutectic.checkpoint.expert_tensors import Expert
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry
+from eutectic.checkpoint.reader import TensorSource
 from eutectic.conventions import is_token_embedding
 from eutectic.conventions_vocabulary import (
     is_input_table,
@@ -232,6 +236,38 @@ def _height(expert: Expert, tensors: frozenset[str], base: int) -> int:
     return _rows(tables[0].shape) if tables else base
 
 
+class _Bounded:
+    """Tensors of an expert whose tables look larger or smaller than they are."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self._source = source
+        self.is_delta = source.is_delta
+        self.notes = source.notes
+        self.entries = source.entries
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return a range; CheckpointError beyond the end, for those that compare values."""
+        held = self.entries.get(name)
+        if held is not None and max(start, stop or 0) > held.numel:
+            raise CheckpointError(f"'{name}' has no such rows; they are matched by their tokens.")
+        return self._source.read(name, start, stop)
+
+    def fingerprint(self) -> str:
+        """Return the identity of the content."""
+        return self._source.fingerprint()
+
+    def identity(self) -> list[tuple[str, int, int]]:
+        """Return the files."""
+        return self._source.identity()
+
+    def close(self) -> None:
+        """Release files."""
+        self._source.close()
+
+
 def as_one_size(inputs: Inputs, planned: PlannedVocabulary) -> Inputs:
     """Return inputs whose experts have tables as large as the base's, for whoever asks for shapes.
 
@@ -254,7 +290,12 @@ def as_one_size(inputs: Inputs, planned: PlannedVocabulary) -> Inputs:
                 for name, entry in entries.items()
             }
 
-        return replace(expert, entries=like_base(expert.entries), extra=like_base(expert.extra))
+        return replace(
+            expert,
+            source=_Bounded(expert.source),
+            entries=like_base(expert.entries),
+            extra=like_base(expert.extra),
+        )
 
     experts = {name: fitted(e, heights[name]) for name, e in inputs.experts.items()}
     initial = inputs.initial
