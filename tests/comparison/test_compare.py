@@ -277,7 +277,7 @@ def test_faults_of_all_methods_at_once_before_any_work(request_of, tmp_path, cou
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"searches": ["best"]}, "search 'best' is none of default, auto"),
+        ({"searches": ["best"]}, "search 'best' is none of default, norm, auto"),
         ({"searches": ["default", "default"]}, "search 'default' is given twice"),
         ({"methods": ["iso_c", "iso_c"]}, "method 'iso_c' is given twice"),
         ({"methods": ["ties:density"]}, "must have the form NAME or NAME:KEY=VALUE"),
@@ -291,6 +291,15 @@ def test_faults_of_all_methods_at_once_before_any_work(request_of, tmp_path, cou
 def test_refusals(request_of, tmp_path, asked, message):
     with pytest.raises(RequestError, match=message):
         eutectic.compare(**request_of, output=tmp_path / "out", **asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mergekit_configuration_is_refused(request_of, tmp_path):
+    experts = request_of["experts"]
+    document = {"models": [{"model": str(path)} for path in experts.values()]}
+    document |= {"merge_method": "linear", "parameters": {"weight": 0.5}}
+    with pytest.raises(RequestError, match="a method of its own for every tensor"):
+        eutectic.compare(document, tasks=request_of["tasks"], output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -168,10 +168,16 @@ def _recipe(
         )
     stated = dict(recipe) if isinstance(recipe, Mapping) else {}
     given = dict(options)
-    placeholder = not isinstance(recipe, (str, Path)) and "method" not in {**stated, **given}
+    named = {"method", "merge_method", "slices", "models"} & {**stated, **given}.keys()
+    placeholder = not isinstance(recipe, (str, Path)) and not named
     if placeholder:
         given["method"] = "average"
     checked, _ = recipe_from(recipe, given)
+    if checked.script is not None:
+        raise RequestError(
+            "a mergekit configuration says a method of its own for every tensor, and compare tries "
+            "many.\nMeasure its merge beside others: --model NAME=FOLDER; or name base and experts."
+        )
     values = checked.model_dump(mode="json", exclude_unset=True)
     if placeholder:
         del values["method"]
