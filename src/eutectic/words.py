@@ -532,7 +532,9 @@ SENTENCES: dict[str, Template] = {
     "weights_beside_adapter": "not read, since the folder is an adapter's: {few}",
     "idle_targets": "no factors of modules that it names in target_modules: {few}",
     "idle_adapter": "changes nothing: all of its second factors are zero",
-    "adapter_fits": "changes {count} tensors of {0}",
+    "adapter_fits": lambda names, numbers: (
+        f"changes {numbers['count'] or 'no'} tensor{'s' * (numbers['count'] != 1)} of {names[0]}"
+    ),
     "fits_other_base": "fits {0} by its names and shapes, not {base}",
     "unrelated_names": "no fine-tune of {0}: {why}",
     "other_shapes": "other shapes than in {base}: {few}",

@@ -469,6 +469,7 @@ def test_adapters(tmp_path: Path) -> None:
     assert found(first)["idle_adapter"] == "warning"
     assert found(first)["adapter_fits"] == "note"
     assert "idle_adapter" not in found(second)
+    assert f"changes 1 tensor of {base}" in first.remarks
     assert {n.kind: n.subject for n in second.notes}["idle_targets"] == ("gate",)
     assert not first.faults and not second.faults
 

@@ -89,7 +89,8 @@ def _differences(expert: Expert, base: Base) -> Iterator[Finding]:
     if expert.is_delta:
         acting = expert.factored.keys() | expert.changes.keys()
         changed = len(acting | (expert.stored.keys() - expert.extra.keys()))
-        yield Note("adapter_fits", (base.path,), {"count": changed})
+        level = "note" if changed else "warning"
+        yield Note("adapter_fits", (base.path,), {"count": changed}, level)
     lacking = [n for n in expert.missing if not _is_loose(n, len(entries[n].shape))]
     if lacking:
         yield Note("lacks_of_base", tuple(lacking), {"base": base.path}, "warning")
