@@ -3,10 +3,10 @@
 What a configuration means is mergekit 0.1.5's rule. Parameters are looked up from the narrowest
 place to the widest: the source in a slice (or under `models`), the slice, the module, the document.
 Filters are parts of a tensor's name, in the file or as transformers 5 has it in memory, in the
-model's own numbering for parameters of one model, in the output's for shared ones. A list is spread over the layers of its slice: the first value for the
-first layer, the last for the last; what stands outside the layers takes the first value, and a
-slice of one layer the last. Tensors before the layers are merged from the first slice's models,
-those behind them from the last one's.
+model's own numbering for parameters of one model, in the output's for shared ones. A list is spread
+over the layers of its slice: the first value for the first layer, the last for the last; what
+stands outside the layers takes the first value, and a slice of one layer the last. Tensors before
+the layers are merged from the first slice's models, those behind them from the last one's.
 
 Where mergekit's own rule is ill defined, this one is defined: see docs/guides/mergekit.md.
 """
