@@ -382,3 +382,36 @@ def test_merged_from_file_to_file(tmp_path: Path, method: str) -> None:
             if method == "linear" or "proj" not in name:
                 wanted = merged[name].reshape(-1)
                 torch.testing.assert_close(ours, wanted, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's
+def test_a_change_of_a_base_that_has_an_adapter_itself(tmp_path: Path) -> None:
+    """What is computed from the base is computed from the one that the recipe names, as it is."""
+    import peft
+    from transformers import LlamaForCausalLM
+
+    import eutectic
+
+    trained(llama, "Lora", {**ALL, "init_lora_weights": False}, tmp_path)
+    first = tmp_path / "adapter"
+    whole = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    whole = peft.PeftModel.from_pretrained(whole, str(first)).merge_and_unload()
+    config = peft.LoraConfig(**{**ALL, **DORA, "init_lora_weights": False})
+    wrapped = peft.get_peft_model(whole, config)
+    for name, parameter in wrapped.named_parameters():
+        if "magnitude" in name:
+            parameter.data.mul_(1.1)
+    wrapped.save_pretrained(str(tmp_path / "second"))
+    merged = wrapped.merge_and_unload().state_dict()
+    eutectic.merge(
+        base=str(tmp_path / "base"),
+        base_adapter=str(first),
+        experts={"b": str(tmp_path / "second")},
+        method="task_arithmetic",
+        scale=1.0,
+        output=tmp_path / "out",
+    )
+    with open_reader(tmp_path / "out") as found:
+        for name in found.entries:
+            wanted = merged[name].reshape(-1)
+            torch.testing.assert_close(found.read(name), wanted, rtol=1e-5, atol=2e-6)

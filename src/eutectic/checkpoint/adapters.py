@@ -5,10 +5,10 @@ its parts, and for some from the recipe's base (`changes`).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from eutectic.checkpoint.adapter_config import LoraFields, lora_fields
 from eutectic.checkpoint.adapter_keys import WEIGHT_NAMES as WEIGHT_NAMES
@@ -35,9 +35,6 @@ from eutectic.conventions_layouts import packing
 from eutectic.conventions_ties import is_output_table, is_token_table
 from eutectic.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from eutectic.checkpoint.reader import TensorSource
-
 # Options under which there is no merged weight, or none that is known from the files.
 _REFUSED = {
     "layer_replication": "it repeats layers, so that its tensors are not those of the base",
@@ -57,14 +54,14 @@ def open_adapter(
     folder: Path,
     base: Mapping[str, TensorEntry],
     base_config: Mapping[str, Any] | None = None,
-    weights: "Callable[[], TensorSource] | None" = None,
+    weights: BaseWeights | None = None,
 ) -> Expert:
     """Return a PEFT adapter as an expert, aligned to the base.
 
     Linear layers, embeddings, convolutions without groups, `Conv1D` (stored `[in, out]`) and bare
     parameters are understood, of every kind in `KINDS` and of LoRA with its variants; tensors
     stored in full (`modules_to_save`, trained biases, resized embeddings) replace the base's.
-    `weights` opens the base for kinds whose change depends on it. CheckpointError where there is
+    `weights` is the base for kinds whose change depends on it. CheckpointError where there is
     no merged weight, or a key is not understood.
     """
     label, config = str(folder), base_config or {}
@@ -104,7 +101,7 @@ def open_adapter(
         extra[name] = replace(_entry(base[table], group), name=name)
     shapes = {n: base[tied.get(n, n)].shape for n in groups if n in base or n in tied}
     modules = {name: _module(own) for name, own in owns.items()}
-    held = BaseWeights(weights)
+    held = weights or BaseWeights(None)
     factored, changes = layer_changes(opened, groups, modules, shapes, held, tied)
     stored = {n: g["full"] for n, g in groups.items() if "full" in g and n not in changes}
     changes |= met.changes

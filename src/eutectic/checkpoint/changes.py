@@ -42,10 +42,14 @@ class Change(Protocol):
 class BaseWeights:
     """The base, which some changes are computed from; opened when it is asked for first."""
 
-    def __init__(self, opened: "Callable[[], TensorSource] | None") -> None:
-        """Take what opens the base; None where nobody can."""
+    def __init__(
+        self,
+        opened: "Callable[[], TensorSource] | None",
+        source: "TensorSource | None" = None,
+    ) -> None:
+        """Take what opens the base, or the open base, which is then somebody else's to close."""
         self._open = opened
-        self._source: TensorSource | None = None
+        self._source: TensorSource | None = source
         self._lock = threading.Lock()
 
     def read(self, name: str) -> Tensor:
@@ -63,7 +67,7 @@ class BaseWeights:
     def close(self) -> None:
         """Release files."""
         with self._lock:
-            if self._source is not None:
+            if self._source is not None and self._open is not None:
                 self._source.close()
                 self._source = None
 

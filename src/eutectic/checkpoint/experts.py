@@ -17,6 +17,7 @@ from torch import Tensor
 from eutectic.checkpoint.adapter_keys import WEIGHT_NAMES, adapter_weights, plain_keys
 from eutectic.checkpoint.adapters import open_adapter
 from eutectic.checkpoint.arranged import Arranged, whole
+from eutectic.checkpoint.changes import BaseWeights
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG, Expert, full_expert
 from eutectic.checkpoint.index import CheckpointIndex, TensorEntry, open_index, read_json_object
 from eutectic.checkpoint.names import align
@@ -38,16 +39,18 @@ def common_base(
     return _identity_adapter({name: _open_ia3(path)[0] for name, path in experts.items()}, base)
 
 
-def open_expert(path: Path, base: CheckpointIndex) -> Expert:
+def open_expert(path: Path, base: CheckpointIndex, weights: TensorSource | None = None) -> Expert:
     """Return the expert at `path`: a checkpoint (folder or file) or a PEFT adapter folder.
 
     A folder with an adapter_config.json is an adapter, whatever else it holds. `base` is the
-    layout that `common_base` returned.
+    layout that `common_base` returned; `weights` is the base itself where that is open already,
+    for adapters whose change is computed from it. It must stay open as long as the expert.
     """
     path = Path(path)
     vectors = is_ia3(path) and bool(_ia3_vectors(base))
     if is_adapter(path) and not vectors:
-        return open_adapter(path, base.entries, base.config, lambda: open_reader(path_of(base)))
+        held = BaseWeights(None if weights else lambda: open_reader(path_of(base)), weights)
+        return open_adapter(path, base.entries, base.config, held)
     if vectors:
         index, source = _open_ia3(path)
         return full_expert(source, base.entries, str(path), index.config, path)

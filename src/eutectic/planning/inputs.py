@@ -187,7 +187,7 @@ def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
         for name, spec in recipe.experts.items():
             if name in paths:
                 with told("expert", f"expert '{name}'", "experts", name):
-                    experts[name] = _opened(paths[name], adapters.get(name), index)
+                    experts[name] = _opened(paths[name], adapters.get(name), index, base)
                     stack.callback(experts[name].close)
             if spec.statistics is not None:
                 with told("statistics", f"statistics of '{name}'", "experts", name):
@@ -203,7 +203,7 @@ def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
         initial = None
         if start is not None:
             with told("init", "init", "parameters", "init"):
-                initial = open_expert(start, index)
+                initial = open_expert(start, index, base)
                 stack.callback(initial.close)
         if faults:
             raise RecipeError(faults, document.name)
@@ -240,10 +240,10 @@ def reopen(paths: InputPaths) -> Inputs:
         plain = {} if paths.rows or paths.adapters else paths.experts
         base, index = common_base(opened, plain)
         experts = {
-            name: _opened(path, paths.adapters.get(name), index)
+            name: _opened(path, paths.adapters.get(name), index, base)
             for name, path in paths.experts.items()
         }
-        initial = None if paths.initial is None else open_expert(paths.initial, index)
+        initial = None if paths.initial is None else open_expert(paths.initial, index, base)
         for expert in (*experts.values(), *([] if initial is None else [initial])):
             stack.callback(expert.close)
         if paths.rows:
@@ -278,10 +278,10 @@ def _of_adapters(
     return found
 
 
-def _opened(path: Path, adapter: Path | None, index: CheckpointIndex) -> Expert:
+def _opened(path: Path, adapter: Path | None, index: CheckpointIndex, base: TensorSource) -> Expert:
     """Return an expert under the base's names, with an adapter merged into it if there is one."""
     if adapter is None:
-        return open_expert(path, index)
+        return open_expert(path, index, base)
     reader = open_adapted(path, adapter)
     own = reader.index
     return full_expert(reader, index.entries, str(path), own.config, own.folder, index.config)
@@ -297,7 +297,7 @@ def _models(
     """Return every model that layers may come from, by name."""
     models = {"base": as_expert(base, "the base", index.config), **experts}
     for name, path in bases.items():
-        models[name] = open_expert(path, index)
+        models[name] = open_expert(path, index, base)
         stack.callback(models[name].close)
     return models
 
