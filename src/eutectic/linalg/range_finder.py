@@ -123,14 +123,14 @@ def _sketched(matrix: Tensor, rank: int, total: float, seed: int) -> Triplets | 
 
 def _triplets(basis: Tensor, turned: Tensor, rank: int) -> Triplets:
     """Return the leading triplets of Q(QᵀM), with (QᵀM)ᵀ given in float64."""
-    Q = basis.double()
-    lower = lapack.cholesky(Q.mT @ Q)  # of what is orthonormal in float32
+    basis = basis.double()
+    lower = lapack.cholesky(basis.mT @ basis)  # of what is orthonormal in float32
     if lower is not None:
-        Q = lapack.solve_lower(lower, Q.mT).mT
+        basis = lapack.solve_lower(lower, basis.mT).mT
         turned = lapack.solve_lower(lower, turned.mT).mT
     right, R = lapack.qr(turned)
     left, values, inner = lapack.svd(R.mT)  # of QᵀM·right
-    return Triplets(Q @ left[:, :rank], values[:rank], right @ inner[:, :rank])
+    return Triplets(basis @ left[:, :rank], values[:rank], right @ inner[:, :rank])
 
 
 def _factors(found: Triplets, unit: float, lost: float) -> Compressed:
