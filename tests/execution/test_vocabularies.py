@@ -19,6 +19,9 @@ from tests.helpers.vocabularies import (
 
 import eutectic
 from eutectic.errors import OutputError, RecipeError
+from eutectic.planning.inputs import open_inputs
+from eutectic.planning.plan import make_plan
+from eutectic.recipes.load import check_recipe
 
 WORDS = ["<s>", "</s>", "the", "fox", "Ġjumps", "▁dog", "é", "语"]
 SHUFFLED = ["<s>", "</s>", *random.Random(1).sample(WORDS[2:], len(WORDS) - 2)]
@@ -275,3 +278,19 @@ def test_values_are_compared_within_the_rows_that_are_there(tmp_path):
         )
     merged, rows, _ = merge(tmp_path, ("short", "other"), vocabulary="union")
     assert all(torch.equal(merged[n], base[n]) for n in base) and len(rows) == len(WORDS)
+
+
+def test_searches_that_run_the_base_are_refused(models, tmp_path):
+    folder, _ = models
+    (tmp_path / "tasks.yaml").write_text("{}")
+    stated = {
+        "base": str(folder / "base"),
+        "experts": {n: str(folder / n) for n in "ab"},
+        "method": "task_arithmetic",
+        "vocabulary": "union",
+        "scale": {"search": "divergence", "tasks": str(tmp_path / "tasks.yaml")},
+    }
+    recipe = check_recipe(stated)
+    with open_inputs(recipe) as inputs, pytest.raises(RecipeError) as caught:
+        make_plan(recipe, inputs)
+    assert [fault.kind for fault in caught.value.faults] == ["search_of_vocabulary"]

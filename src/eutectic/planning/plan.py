@@ -39,15 +39,11 @@ from eutectic.planning.notes import notes_on
 from eutectic.planning.shapes import another_base, empty_heads, shape_faults
 from eutectic.planning.shares import Shares, shares_of
 from eutectic.planning.statistics_match import statistics_faults, statistics_names
+from eutectic.planning.table_rows import as_one_size, head_faults, with_vocabulary
 from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.planning.tensors import plan_tensor
 from eutectic.planning.ties import Ties, find_ties
-from eutectic.planning.vocabulary import (
-    as_one_size,
-    find_vocabulary,
-    head_faults,
-    with_vocabulary,
-)
+from eutectic.planning.vocabulary import find_vocabulary
 from eutectic.recipes.load import Source
 from eutectic.recipes.particular import constant
 from eutectic.recipes.schema import Recipe, ScaleSearch
