@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import yaml
 
 import eutectic
 from eutectic.errors import RecipeError
+from eutectic.planning.inputs import open_inputs, reopen
+from eutectic.recipes.load import check_recipe
 from eutectic.recipes.mergekit_stages import check_stages, read_stages
 from helpers.folders import Tensors, load, save
 
@@ -400,3 +403,26 @@ def test_without_a_base_no_change_is_measured(folder, tmp_path):
     report = eutectic.merge(recipe, output=tmp_path / "out")
     assert not report.norms
     assert not {n.kind for n in report.note_records} & {"exploded", "unrelated", "same_as_base"}
+
+
+def test_restacked_layers_are_opened_again_elsewhere(folder):
+    text = {
+        "slices": [
+            {"sources": [{"model": str(folder / "a"), "layer_range": [0, 2]}]},
+            {"sources": [{"model": str(folder / "b"), "layer_range": [1, 4]}]},
+        ],
+        "merge_method": "passthrough",
+    }
+    with open_inputs(check_recipe(text)) as inputs:
+        paths = pickle.loads(pickle.dumps(inputs.paths))
+        with reopen(paths) as again:
+            assert list(again.base.entries) == list(inputs.base.entries)
+            assert again.base.fingerprint() == inputs.base.fingerprint()
+            for name in again.experts["b"].entries:
+                wanted = inputs.experts["b"].read(name)
+                assert torch.equal(again.experts["b"].read(name), wanted)
+            name = "model.layers.3.mlp.up_proj.weight"
+            assert torch.equal(
+                again.experts["b"].read(name),
+                MODELS["b"]["model.layers.2.mlp.up_proj.weight"].flatten(),
+            )
