@@ -88,6 +88,12 @@ def commands(inputs: Path, output: Path) -> dict[str, Words]:
         "evaluate": [*evaluate, "-o", output / "results.json"],
         "route": [*route, "-o", output / "routed", "--export", output / "adapters"],
         "export": ["route", inputs / "routed", "--export", output / "adapters"],
+        "extract": ["extract", inputs / "a", "--base", inputs / "base", "--rank", 2, "--others",
+                    "save", "-o", output / "adapter"],
+        "merge into an adapter": ["merge", *start, "-m", "tsv_m", "--adapter", "--rank", 2, "--others", "drop", *into,
+                                  *experts],
+        "compare": ["compare", *start, *experts, "-m", "average", "-m", "iso_c", "-t",
+                    inputs / "tasks.yaml", "-o", output / "comparison"],
         "calibrate": ["calibrate", inputs / "merged", *experts, *data, *into],
     }  # fmt: skip
 
@@ -175,7 +181,7 @@ def _half_written(command: Command) -> list[str]:
     for name in command.names:
         there = {k: v for k, v in now.items() if k.split("/")[0] == name}
         whole = {k: v for k, v in command.files.items() if k.split("/")[0] == name}
-        unfinished = name.endswith(".jsonl") or name in ("work", "sweep")
+        unfinished = name.endswith(".jsonl") or name in ("work", "sweep", "comparison")
         if there and there != whole and not unfinished:
             found.append(name)
     return found
