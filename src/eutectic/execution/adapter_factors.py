@@ -39,6 +39,7 @@ from eutectic.methods import get_method
 from eutectic.planning.adapter_plan import Carried
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensor_plan import TensorPlan
+from eutectic.storage import storage_of
 
 LEFT, RIGHT, WHOLE = "left", "right", "whole"  # names in a part's file
 LOSSLESS = 1e-7  # of the energy: so little is rounding where nothing may be lost be
@@ -100,6 +101,7 @@ def _opened(
     path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 ) -> Iterator[CheckpointWriter]:
     rows = tuple((name, dtype, shape) for name, (dtype, shape) in tensors.items())
+    storage_of(path).remove(path)  # what a killed run had begun
     with CheckpointWriter(path.parent, [OutputFile(path.name, rows)]) as writer:
         yield writer
         writer.sync()

@@ -29,6 +29,7 @@ from eutectic.execution.tensor_values import flat_ranges
 from eutectic.planning.adapter_plan import AdapterPlan
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
+from eutectic.storage import storage_of
 
 # The kind of task by which PEFT chooses a class, from the end of a model class's name.
 _TASKS = (
@@ -89,6 +90,7 @@ def write_adapter_folder(
     _add_twins(content, adapter)
     rows = tuple((key, dtype, shape) for key, (dtype, shape, _) in content.rows.items())
     file = OutputFile(WEIGHT_NAMES[0], rows, {"format": "pt"})
+    storage_of(model).remove(model / file.name)  # what a killed run had begun
     with CheckpointWriter(model, [file]) as writer:
         for key, (_, shape, read) in content.rows.items():
             for start, stop in flat_ranges(math.prod(shape)):
