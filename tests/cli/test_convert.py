@@ -142,3 +142,19 @@ def test_it_is_printed_for_pipes_and_written_beside(folder, tmp_path):
     assert written["experts"] == {"a": "./a", "b": "./b"}
     again = invoke("convert", recipe, "-o", folder / "own.yaml")
     assert (again.code, "exists" in again.err) == (2, True)
+
+
+def test_stages_are_planned_as_far_as_their_inputs_are_there(folder):
+    recipe = folder / "stages.yml"
+    recipe.write_text(
+        "name: mean\nmerge_method: linear\nmodels: [a, b]\nparameters: {weight: 1}\n---\n"
+        "merge_method: slerp\nmodels: [mean, c]\nbase_model: mean\nparameters: {t: 0.5}\n"
+    )
+    told = json.loads(invoke("plan", recipe, "--json").out)["stages"]
+    assert [(s["stage"], s["reads"], "tensors" in s) for s in told] == [
+        ("mean", [], True),
+        ("", ["mean"], False),
+    ]
+    shown = invoke("plan", recipe)
+    assert shown.code == 0
+    assert "planned when what it reads has been merged" in shown.out + shown.err
