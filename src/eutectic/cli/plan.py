@@ -60,11 +60,11 @@ def plan(
             reads = f", which reads {', '.join(stage.reads)}" if stage.reads else ""
             tell("stage", f"{stage.name or 'the output'}{reads}")
         told = {"stage": stage.name, "reads": list(stage.reads)}
-        if stage.reads:
+        if not stage.reads:
+            told |= _plan(checked, stage.source, shown)
+        elif not json:
             tell("note", "planned when what it reads has been merged")
-            records.append(told)
-        else:
-            records.append({**told, **_plan(checked, stage.source, shown)})
+        records.append(told)
     if json:
         print_json({"stages": records})
 
