@@ -270,7 +270,7 @@ def write_adapters(routed: nn.Module, path: Path, output: Path, beside: Path | N
         metadata = {"experts": json.dumps(list(handle.experts)), "router": handle.router}
         write_atomically(path / ROUTER_JSON, _router_description(handle, layers).encode())
         _write_in_order(path, ROUTERS_FILE, routers, metadata)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise OutputError(f"{path}: the export cannot be written: {error}.") from error
 
 
