@@ -64,6 +64,11 @@ class TensorSink(Protocol):
 class TensorFiles(TensorSink, Protocol):
     """Files that are being filled."""
 
+    @property
+    def laid_out(self) -> tuple[str, ...]:
+        """The files that were not there when these were opened, and have been made."""
+        ...
+
     def sync(self) -> None:
         """Force all that was written into the storage."""
 

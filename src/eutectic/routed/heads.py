@@ -15,6 +15,7 @@ from eutectic.errors import CheckpointError, EutecticError, RequestError, first_
 from eutectic.models.arguments import NO_TEXTS, TEXTS
 from eutectic.models.loading import pretrained, transformers_for
 from eutectic.models.named_classes import model_class
+from eutectic.models.zero_shot import has_both_towers
 from eutectic.routed.forward_pass import Decisions, Routing, Settings, applying, install_hooks
 from eutectic.routed.routed_modules import Experts
 from eutectic.routed.routing_modes import elect, routing_of
@@ -94,7 +95,9 @@ def with_head(routed: nn.Module, head: StoredHead, where: str) -> tuple[Any, fro
     transformers = transformers_for("Experts' heads")
     chosen = model_class(kind, Path(where), transformers)
     dtype = next(routed.parameters()).dtype
-    beside = _of_the_body(routed, str(getattr(chosen, "base_model_prefix", "")), head)
+    # A model of two towers has its body in no part of that name.
+    prefix = "" if has_both_towers(head.config) else getattr(chosen, "base_model_prefix", "")
+    beside = _of_the_body(routed, str(prefix), head)
     try:
         whole, report = pretrained(
             chosen, None, config=head.config, state={**beside, **head.tensors}, dtype=dtype
