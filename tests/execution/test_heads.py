@@ -173,6 +173,8 @@ HEADED = [  # base, fine-tuned as; tensors of the base that the second has no pl
     ("GPT2LMHeadModel", "GPT2ForSequenceClassification", ""),  # tied: in no file
     ("LlamaForCausalLM", "LlamaForSequenceClassification", "lm_head"),
     ("ViTForImageClassification", "ViTForImageClassification", ""),
+    # Its class calls the body `transformer`.
+    ("LlamaForCausalLM", "LlamaForQuestionAnswering", "lm_head"),
 ]
 
 

@@ -10,7 +10,7 @@ from tests.helpers.vocabularies import tokenizer_json
 from eutectic.vocabulary.agreement import Vocabulary, agree
 from eutectic.vocabulary.policy import VocabularyPolicy
 from eutectic.vocabulary.sentencepiece_model import Piece, pieces_of, with_pieces
-from eutectic.vocabulary.tokenizer_files import unwritable, write_tokenizer
+from eutectic.vocabulary.tokenizer_files import _give_rows, unwritable, write_tokenizer
 from eutectic.vocabulary.tokens import read_tokens
 
 WORDS = ["<s>", "</s>", "a", "b", "ab", "é", "▁the", "语", "x", "y"]
@@ -149,3 +149,20 @@ def test_vocabularies_at_random(tmp_path, seed):
     assert dict(read_tokens(tmp_path / "out").rows) == dict(found.rows)
     assert len(set(found.rows.values())) == len(found.rows)
     assert found.size >= found.count
+
+
+@pytest.mark.parametrize("added", [1, 2, 3, 5])
+@pytest.mark.parametrize("new", [1, 2])
+def test_the_library_reads_the_rows_that_are_written(added: int, new: int, tmp_path: Path) -> None:
+    """Added tokens below a new word: each that is put into the vocabulary moves the others."""
+    library = pytest.importorskip("tokenizers")
+    names = [f"<|{n}|>" for n in range(added)]
+    value = tokenizer_json(WORDS, names)
+    first = len(WORDS) + added
+    value["model"]["vocab"] |= {f"new{n}": first + n for n in range(new)}
+    _give_rows(value["model"], value["added_tokens"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(value))
+    read = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    expected = {token: row for row, token in enumerate([*WORDS, *names])}
+    expected |= {f"new{n}": first + n for n in range(new)}
+    assert {token: read.token_to_id(token) for token in expected} == expected

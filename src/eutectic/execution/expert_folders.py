@@ -199,7 +199,7 @@ def _copy_tensors(to: _Target, file: OutputFile, shard: OutputFile, opened: Tens
 
 
 def _spelling(expert: Expert, module: ModuleFolder) -> Spelling:
-    """Return how the expert spells the base's names: with or without a prefix, as all of them.
+    """Return how the expert spells the base's names: with another prefix, or none, as all of them.
 
     Names of further modules begin with their folder's in every checkpoint.
     """
@@ -214,7 +214,15 @@ def _spelling(expert: Expert, module: ModuleFolder) -> Spelling:
         if name.endswith(entry.name):
             less = name.removesuffix(entry.name)
             return lambda key: key.removeprefix(less)
+        ours, _, rest = name.partition(".")
+        theirs, _, same = entry.name.partition(".")
+        if rest == same:  # the body is called otherwise: `model.…` and `transformer.…`
+            return lambda key: theirs + key.removeprefix(ours) if _below(key, ours) else key
     return lambda key: key
+
+
+def _below(key: str, root: str) -> bool:
+    return key.startswith(f"{root}.")
 
 
 def _head_rows(to: _Target, heads: Sequence[TensorEntry], spelling: Spelling) -> list[OutputTensor]:

@@ -240,6 +240,8 @@ def _notes(planned: PlannedVocabulary) -> Iterator[Note]:
         if lacking:
             told = {"model": name, "count": len(lacking)}
             yield Note("tokens_lacking", tuple(lacking), told)
-    nowhere = tuple(t for t in agreed.rows if t in absent and t not in agreed.policy.tokens)
+    # A rule that asks for zeros, or for the row of another token, says what it wants.
+    said = {t for t, rule in agreed.policy.tokens.items() if rule.source != "mean"}
+    nowhere = tuple(t for t in agreed.rows if t in absent and t not in said)
     if nowhere:
         yield Note("tokens_without_row", nowhere, {"count": len(nowhere)}, "warning")

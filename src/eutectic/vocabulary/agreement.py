@@ -204,7 +204,8 @@ def _rule_faults(found: Vocabulary) -> list[Fault]:
         where = f"vocabulary.tokens[{token!r}]"
         if token not in found.rows:
             what = "is no token of the output's vocabulary."
-            nearest = suggest(token, list(found.models[found.donor].added))
+            known = [t for t in found.models[found.donor].added if t in found.rows]
+            nearest = suggest(token, known)
             nearest = nearest or "Set add: true to add it to the tokenizer."
             faults.append(Fault("unknown_token", what, where, next=nearest))
         elif isinstance(rule.source, TokenRow):

@@ -157,7 +157,8 @@ def _runs(rows: Rows) -> Iterator[Run]:
     """Yield the runs of rows that follow each other on both sides."""
     if not len(rows):
         return
-    breaks = np.flatnonzero((np.diff(rows) != 1) | (rows[1:] < 0)) + 1
+    # Row 0 is one more than the mark of a row that is lacking, and follows none.
+    breaks = np.flatnonzero((np.diff(rows) != 1) | (rows[1:] < 0) | (rows[:-1] < 0)) + 1
     for first, last in zip([0, *breaks], [*breaks, len(rows)], strict=True):
         if rows[first] >= 0:
             yield int(first), int(rows[first]), int(last - first)

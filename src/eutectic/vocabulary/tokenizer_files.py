@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -186,22 +186,25 @@ def _tokenizer(content: bytes, edit: _Edit) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _give_rows(model: dict[str, Any], listed: Iterable[Mapping[str, Any]]) -> None:
-    """Put added tokens into the vocabulary where the library would give them another row.
+def _give_rows(model: dict[str, Any], listed: Sequence[Mapping[str, Any]]) -> None:
+    """Put added tokens into the vocabulary where the library would give them other rows.
 
-    It numbers those that the vocabulary lacks from the number of its tokens on.
+    It numbers those that the vocabulary lacks from the number of its tokens on, so that each that
+    is put in moves the others: all are, where one has to be.
     """
     vocabulary = model["vocab"]
     size, last = len(vocabulary), -1
     if isinstance(vocabulary, list):
         return
+    moved = False
     for entry in listed:
         token, row = entry["content"], entry["id"]
         if token not in vocabulary:
-            following = last + 1 if last >= size else size
-            if following != row:
-                vocabulary[token] = row
+            moved = moved or row != (last + 1 if last >= size else size)
         last = max(last, row)
+    if moved:
+        for entry in listed:
+            vocabulary.setdefault(entry["content"], entry["id"])
 
 
 def _in_rows(tokens: Mapping[str, Any], edit: _Edit) -> list[str]:
