@@ -131,8 +131,8 @@ def _no_kin(subject: Sequence[str], numbers: Mapping[str, Any]) -> str:
     others = "" if kin is None else f"; the other experts' {kin:.2f}"
     return (
         f"expert '{subject[0]}' is no kin of the base: the cosine of its matrices to the base's is "
-        f"{numbers['cosine']:.2f} (1: the same{others}). It was fine-tuned from another model, and "
-        "a merge is neither"
+        f"{numbers['cosine']:.2f} (1: the same{others}). It was fine-tuned from another model, "
+        "and a merge of the two is neither the one nor the other"
     )
 
 
@@ -234,8 +234,8 @@ def _near_chance(tasks: Sequence[str], numbers: Mapping[str, Any]) -> str:
     how = "of its own data" if numbers["measured"] else "by its statistics"
     return (
         f"the router sends few samples to their own expert, {how}: {listed}; by chance "
-        f"{numbers['chance']:.0%}. Route by statistics of the merged model (--router-data), with "
-        "more samples, or let the caller name the expert (oracle)"
+        f"{numbers['chance']:.0%}. Route by statistics of the merged model (--router-data) of more "
+        "samples, by another router, or let the caller name the expert (oracle)"
     )
 
 

@@ -56,6 +56,24 @@ def test_three_prompts_are_three_decisions_and_the_text_is_that_without_a_cache(
     assert torch.equal(cached, plain)
 
 
+@pytest.mark.parametrize("mode", ["route", "soft", "vote"])
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_what_is_generated_does_not_move_the_decision_without_a_cache(kind: str, mode):
+    """Prompts between two tasks, whose answers would be decided otherwise than they are."""
+    routed = built(kind)
+    if kind == "t5" and not _caches_are_objects(routed):
+        return
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        ids = torch.randint(3, 60, (4, 3), generator=generator) % prompts()["input_ids"].max()
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        more = {"min_new_tokens": 12, "max_new_tokens": 12, "do_sample": False}
+        with routing(routed, mode=mode):
+            cached = routed.generate(**inputs, **more)  # type: ignore[operator]
+            plain = routed.generate(**inputs, **more, use_cache=False)  # type: ignore[operator]
+        assert torch.equal(cached, plain)
+
+
 def test_states_of_recurrent_models_are_caches():
     routed = built("mamba", layers=["*.in_proj.weight"])
     inputs = {"input_ids": prompts()["input_ids"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -427,3 +428,11 @@ def test_one_dimensional_and_grouped_convolutions() -> None:
     found = collect(grouped, [torch.randn(2, 4, 6)], convolutions=True)
     assert list(found) == ["1.weight"]
     assert "grouped" in found.provenance["skipped"]["0.weight"]
+
+
+def test_examples_without_a_token_are_refused(tmp_path: Path) -> None:
+    batch = padded(examples("bert"))
+    batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
+    with pytest.raises(StatisticsError, match="no token of the"):
+        collect(bert(), [batch], tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -31,7 +31,7 @@ class SearchOptions:
     search: str | None = option(
         None,
         "What to optimise (default: what the recipe says).",
-        metavar="validation | divergence | gram | norm",
+        metavar="validation | divergence | gram (or auto) | norm",
     )
     tasks: Path | None = option(None, "Tasks (YAML) with validation or proxy data.")
     range_: str | None = option(
@@ -46,6 +46,8 @@ class SearchOptions:
         for key, plain in (("tasks", str), ("range", parse_range)):
             if key in keys:
                 keys[key] = plain(keys[key])
+        if keys.get("search") == "auto":  # as in a recipe's `scale: auto`
+            keys["search"] = "gram"
         return keys
 
 

@@ -40,7 +40,9 @@ def kinship(tensors: Sequence[TensorPlan], request: MergeRequest) -> list[Note]:
         count += values.shape[1]
     if count < LEAST or not bool(torch.isfinite(gram).all()):
         return []
-    return [*_strangers(gram, names), *_alike(gram, names)]
+    # An adapter is a change of whatever base it is put on: its size tells nothing of kinship.
+    full = [name for name in names if not request.inputs.experts[name].is_delta]
+    return [*_strangers(gram, names, full), *_alike(gram, names)]
 
 
 def _samples(
@@ -78,8 +80,8 @@ def _is_plain(planned: TensorPlan) -> bool:
     )
 
 
-def _strangers(gram: Tensor, names: Sequence[str]) -> list[Note]:
-    """Return a warning of every expert whose weights have nothing of the base's."""
+def _strangers(gram: Tensor, names: Sequence[str], full: Sequence[str]) -> list[Note]:
+    """Return a warning of every full expert whose weights have nothing of the base's."""
     base = float(gram[0, 0])
     cosines: dict[str, float] = {}
     for place, name in enumerate(names, 1):
@@ -89,7 +91,7 @@ def _strangers(gram: Tensor, names: Sequence[str]) -> list[Note]:
             cosines[name] = product / (base * square) ** 0.5
     found: list[Note] = []
     for name, cosine in cosines.items():
-        if cosine < KIN:
+        if cosine < KIN and name in full:
             others = [own for other, own in cosines.items() if other != name]
             kin = statistics.median(others) if others else None
             found.append(Note("no_kin", (name,), {"cosine": cosine, "kin": kin}, "warning"))

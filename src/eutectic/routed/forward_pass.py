@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -101,6 +102,8 @@ _SETTINGS: ContextVar[tuple[tuple[Routing, Settings], ...]] = ContextVar(
 )
 _ENCODED: ContextVar[Encoded | None] = ContextVar("eutectic_routed_encoded", default=None)
 _HELD: weakref.WeakKeyDictionary[Any, Held] = weakref.WeakKeyDictionary()
+# Of a `generate` without a cache: module that is called -> the decisions taken on its prompt.
+_RUN: ContextVar[dict[int, Held] | None] = ContextVar("eutectic_routed_run", default=None)
 
 
 @dataclass(eq=False)
@@ -152,6 +155,8 @@ def applying(routing: Routing, settings: Settings) -> Iterator[None]:
 
 def install_hooks(model: nn.Module, routing: Routing) -> None:
     """Let the model, and every transformers model inside it, announce its masks, once each."""
+    if hasattr(type(model), "generate"):
+        vars(model)["generate"] = MethodType(_generate, model)
     for module in model.modules():
         # By name, so that transformers is not imported for models that do not come from it.
         kinds = {kind.__name__ for kind in type(module).__mro__}
@@ -162,6 +167,15 @@ def install_hooks(model: nn.Module, routing: Routing) -> None:
             scope = _Scope(routing, signature_of(module))
             module.register_forward_pre_hook(scope.enter, with_kwargs=True)
             module.register_forward_hook(scope.leave, with_kwargs=True, always_call=True)
+
+
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Generate as the model's class does; without a cache, too, a prompt is decided once."""
+    token = _RUN.set({})
+    try:
+        return type(model).generate(model, *args, **kwargs)
+    finally:
+        _RUN.reset(token)
 
 
 def uncompiled(function: _Function) -> _Function:
@@ -203,6 +217,9 @@ class _Scope:
             _CALL.set(None)
             given = self.signature.given(args, kwargs)
             _close(call, frame, given, output)
+            run = _RUN.get()
+            if run is not None and call.held is None and call.choices and not call.generating:
+                run[id(module)] = Held(call.settings.mode, dict(call.choices))
 
     def _open(self, module: nn.Module, given: Mapping[str, Any]) -> Call:
         call = Call(self.routing, self.routing.settings())
@@ -211,6 +228,8 @@ class _Scope:
             call.generating = True
             held = _held(cache, call.settings.mode)
             call.held = held if held is not None and held.mode == call.settings.mode else None
+        elif (run := _RUN.get()) is not None:
+            call.held = run.get(id(module))
         call.carried = _carried(given)
         if call.settings.mode == "vote" and call.held is None:
             call.voted = _vote(module, self.signature, given, call)

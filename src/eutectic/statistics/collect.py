@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.checkpoint.reader import StateDictReader
-from eutectic.errors import RequestError
+from eutectic.errors import RequestError, StatisticsError
 from eutectic.models.batches import Batch, mask_policy, sample_count
 from eutectic.models.names import saved_names
 from eutectic.models.sites import is_encoder_decoder
@@ -275,8 +275,9 @@ def _finish(
     record["unseen"] = _unseen(record["layers"], tensors)
     record["skipped"] = plan.skipped
     try:
+        _check_seen(record)
         check_least_tokens(record, least)
-    except RequestError:
+    except (RequestError, StatisticsError):
         if partial is not None:
             partial.remove()  # the same sums
         raise
@@ -285,6 +286,17 @@ def _finish(
         result = result.save(path)
         partial.remove()
     return result
+
+
+def _check_seen(record: Mapping[str, Any]) -> None:
+    """Refuse statistics of nothing: examples without a token that counts."""
+    layers = [layer for layer in record["layers"].values() if layer["kind"] != "parameter"]
+    skips = record["settings"]["unmatched"] == "skip"  # as many layers as that leaves out
+    if layers and not skips and not any(layer["count"] for layer in layers):
+        raise StatisticsError(
+            f"no token of the {record['data']['examples']} examples reached any layer.\n"
+            "Are the texts empty, or does the tokenizer make nothing of them? Nothing was written."
+        )
 
 
 def _unseen(layers: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> list[str]:
