@@ -431,8 +431,8 @@ def test_one_dimensional_and_grouped_convolutions() -> None:
 
 
 def test_examples_without_a_token_are_refused(tmp_path: Path) -> None:
-    batch = padded(examples("bert"))
+    batch = padded(examples("llama"))
     batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
     with pytest.raises(StatisticsError, match="no token of the"):
-        collect(bert(), [batch], tmp_path / "x.safetensors")
+        collect(llama(), [batch], tmp_path / "x.safetensors")
     assert not list(tmp_path.iterdir())
