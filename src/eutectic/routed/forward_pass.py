@@ -102,7 +102,7 @@ _SETTINGS: ContextVar[tuple[tuple[Routing, Settings], ...]] = ContextVar(
 )
 _ENCODED: ContextVar[Encoded | None] = ContextVar("eutectic_routed_encoded", default=None)
 _HELD: weakref.WeakKeyDictionary[Any, Held] = weakref.WeakKeyDictionary()
-# Of a `generate` without a cache: module that is called -> the decisions taken on its prompt.
+# Of a `generate`, with a cache or without: module that is called -> the decisions on its prompt.
 _RUN: ContextVar[dict[int, Held] | None] = ContextVar("eutectic_routed_run", default=None)
 
 
@@ -218,8 +218,8 @@ class _Scope:
             given = self.signature.given(args, kwargs)
             _close(call, frame, given, output)
             run = _RUN.get()
-            if run is not None and call.held is None and call.choices and not call.generating:
-                run[id(module)] = Held(call.settings.mode, dict(call.choices))
+            if run is not None and call.held is None and call.choices:
+                run.setdefault(id(module), Held(call.settings.mode, dict(call.choices)))
 
     def _open(self, module: nn.Module, given: Mapping[str, Any]) -> Call:
         call = Call(self.routing, self.routing.settings())
@@ -228,7 +228,8 @@ class _Scope:
             call.generating = True
             held = _held(cache, call.settings.mode)
             call.held = held if held is not None and held.mode == call.settings.mode else None
-        elif (run := _RUN.get()) is not None:
+        # Versions of transformers before 5 pass a cache that stays empty where none is used.
+        if call.held is None and (run := _RUN.get()) is not None:
             call.held = run.get(id(module))
         call.carried = _carried(given)
         if call.settings.mode == "vote" and call.held is None:
