@@ -83,3 +83,17 @@ def test_what_is_asked_wrongly(place: Path, words: list[str], part: str) -> None
     answer = invoke(*command)
     assert answer.code == 2
     assert part in answer.err
+
+
+def test_merge_at_a_rank_tells_what_the_experts_lose(place: Path) -> None:
+    words = ["merge", "--base", place / "base", "-m", "task_arithmetic", "--scale", 1]
+    experts = [f"{n}={place / n}" for n in "ab"]
+    out = place / "out"
+    done = invoke(*words, "--rank", 1, "--compress", "before", "-o", out, *experts)
+    assert done.code == 0
+    assert "of the experts' changes" in " ".join(done.out.split())
+    stored = load_file(out / "adapter_model.safetensors")
+    assert all(len(t) == 1 for n, t in stored.items() if "lora_A" in n)
+    bad = invoke(*words, "--compress", "before", "-o", place / "bad", *experts)
+    assert bad.code == 2
+    assert "needs a rank (--rank N)" in bad.err

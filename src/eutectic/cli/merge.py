@@ -164,20 +164,23 @@ def adapter_rows(records: Mapping[str, Any]) -> list[tuple[str, str]]:
     whole = sum("rank" not in told and told["changed"] for told in found.values())
     text = f"{len(thin)} layers of rank {ranks[0]} to {ranks[-1]}" if thin else "no layer changes"
     rows = [("adapter", f"{text}, {whole} other tensors changed")]
-    if thin:
-        lost = {n: told["lost_energy"] for n, told in thin.items()}
-        worst = max(lost, key=lambda n: lost[n])
-        mean = sum(lost.values()) / len(lost)
-        rows.append(
-            (
-                "lost energy",
-                f"{percent(mean)} on average, at most {percent(lost[worst])} at {worst}",
-            )
-        )
+    after = {n: told["lost_energy"] for n, told in thin.items()}
+    before = {n: told["lost_before"] for n, told in thin.items() if "lost_before" in told}
+    if before:
+        rows.append(("lost energy", f"of the experts' changes {_spread(before)}"))
+    if after and (not before or max(after.values()) > ROUNDING):
+        rows.append(("lost energy", _spread(after)))
     return rows
 
 
+def _spread(lost: Mapping[str, float]) -> str:
+    worst = max(lost, key=lambda name: lost[name])
+    mean = sum(lost.values()) / len(lost)
+    return f"{percent(mean)} on average, at most {percent(lost[worst])} at {worst}"
+
+
 MOST_MIXTURES = 1_000
+ROUNDING = 1e-6  # of the energy: what is merged at a rank has no more directions
 
 
 def _mixtures(text: str) -> list[float]:

@@ -264,6 +264,11 @@ class RecipeOptions:
         "Norms and biases that change, which thin factors do not hold.",
         metavar="error | drop | save",
     )
+    compress: str | None = option(
+        None,
+        "With --rank N: cut what is merged to its rank, or bring the experts to it before.",
+        metavar="after | before",
+    )
     set_: list[str] | None = option(
         None,
         "Any other key of a recipe: dtype, heads, missing, unmatched, seed, precision …",
@@ -301,6 +306,7 @@ class SearchedRecipeOptions(RecipeOptions):
     rank: None = field(default=None, init=False)
     energy: None = field(default=None, init=False)
     others: None = field(default=None, init=False)
+    compress: None = field(default=None, init=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,7 +353,7 @@ def request(
     keys = ("base", "method", "scale", "fallback", "shard_size", "vocabulary", "chat_template")
     stated = {key: getattr(asked, key) for key in keys}
     options.update({key: value for key, value in stated.items() if value is not None})
-    held = adapter_options(asked.rank, asked.energy, asked.others)
+    held = adapter_options(asked.rank, asked.energy, asked.others, compress=asked.compress)
     if held or asked.adapter:
         options["adapter"] = held
     if asked.param:
@@ -366,10 +372,14 @@ def request(
 
 
 def adapter_options(
-    rank: str | None, energy: float | None, others: str | None, tables: str | None = None
+    rank: str | None,
+    energy: float | None,
+    others: str | None,
+    tables: str | None = None,
+    compress: str | None = None,
 ) -> dict[str, Any]:
     """Return what words of a command line say of an adapter, as a recipe would."""
-    found = {"energy": energy, "others": others, "tables": tables}
+    found = {"energy": energy, "others": others, "tables": tables, "compress": compress}
     stated: dict[str, Any] = {key: value for key, value in found.items() if value is not None}
     if rank is not None:
         if rank != "auto" and not rank.isdecimal():

@@ -32,6 +32,7 @@ from eutectic.execution.merging import (
     with_factors,
 )
 from eutectic.execution.norms import Squares, squares_of
+from eutectic.execution.shared_merging import LOST, merge_shared
 from eutectic.execution.tensor_values import block_ranges, read_base
 from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.linalg.range_finder import Compressed, compressed
@@ -85,6 +86,9 @@ def write_part(
         sides = {LEFT: part.left, RIGHT: part.right}
         held = {n: narrow_finite(planned.name, t, carried.dtype) for n, t in sides.items()}
         told = {"changed": part.rank > 0, "rank": part.rank, "lost_energy": part.lost}
+        if LOST in found.record:
+            told[LOST] = found.record[LOST]
+            found = replace(found, record={k: v for k, v in found.record.items() if k != LOST})
         with _opened(path, {name: (t.dtype, tuple(t.shape)) for name, t in held.items()}) as file:
             for name, tensor in held.items():
                 file.write(name, 0, tensor.cpu())
@@ -125,6 +129,8 @@ def _change(
     late: tuple[ReadDelta, Mapping[str, float], Finished] | None,
 ) -> tuple[Finished, Tensor | LowRank]:
     """Return α·Δ as a map `[out, in]`, thin where the method keeps it so."""
+    if late is None and planned.compress is not None:
+        return _shared_change(planned, inputs)
     if late is None:
         thin = _thin_change(planned, inputs)
         if thin is not None:
@@ -153,6 +159,17 @@ def _change(
         )
     matrix = flat.view(planned.shape[0], -1)
     return found, matrix.mT if planned.layout.transpose else matrix
+
+
+def _shared_change(planned: TensorPlan, inputs: Inputs) -> tuple[Finished, Tensor | LowRank]:
+    """Return the change that is merged at a rank."""
+    found = Finished()
+    merged, record = merge_shared(planned, inputs, found.squares)
+    if isinstance(merged, LowRank):
+        merged = LowRank(merged.left * planned.scale, merged.right)
+    else:
+        merged = merged * planned.scale
+    return replace(found, record=record), merged
 
 
 def _thin_change(planned: TensorPlan, inputs: Inputs) -> tuple[Finished, LowRank] | None:

@@ -137,12 +137,12 @@ def merge_matrices(
             initial=initial,
             statistics=statistics_of(planned, inputs),
         )
-        merged, record = _merge_parts(planned, inputs, deltas, own, suffix)
+        merged, record = merge_parts(planned, inputs, deltas, own, suffix)
         measured = planned.base is not None  # else there is no change to measure
         for part, rows in planned.row_parts(len(merged) if merged.ndim else 1) if measured else ():
             seen, near, result = deltas, own.base, merged
             if planned.layout.split:
-                seen = _some_rows(deltas, rows)
+                seen = some_rows(deltas, rows)
                 near, result = None if near is None else near[rows], merged[rows]
             squares[suffix + part] = squares_of(seen, near, result)
         if planned.layout.transpose:
@@ -193,11 +193,12 @@ def _factors(planned: TensorPlan, source: Source, expert: Expert) -> tuple[Tenso
     return expert.factors(source.tensor, planned.compute)
 
 
-def _some_rows(deltas: Tensor | LowRankStack, rows: slice) -> Tensor | LowRankStack:
+def some_rows(deltas: Tensor | LowRankStack, rows: slice) -> Tensor | LowRankStack:
+    """Return some output rows of every delta."""
     return deltas.rows(rows) if isinstance(deltas, LowRankStack) else deltas[:, rows]
 
 
-def _merge_parts(
+def merge_parts(
     planned: TensorPlan,
     inputs: Inputs,
     deltas: Tensor | LowRankStack,
@@ -206,7 +207,7 @@ def _merge_parts(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Merge one matrix `[T, out, in]`, part by part where it is a fused one."""
     if not planned.layout.split:
-        result = _run(planned, deltas, context)
+        result = run_checked(planned, deltas, context)
         return result.delta, {suffix or "matrix": result.record} if result.record else {}
     base, initial = context.base, context.initial
     assert base is not None
@@ -220,14 +221,15 @@ def _merge_parts(
             initial=None if initial is None else initial[rows],
             statistics=part_statistics(planned, inputs, context.statistics, rows),
         )
-        result = _run(planned, _some_rows(deltas, rows), own)
+        result = run_checked(planned, some_rows(deltas, rows), own)
         merged.append(result.delta)
         if result.record:
             records[suffix + part] = result.record
     return torch.cat(merged), records
 
 
-def _run(planned: TensorPlan, deltas: Tensor | LowRankStack, context: Context) -> Merged:
+def run_checked(planned: TensorPlan, deltas: Tensor | LowRankStack, context: Context) -> Merged:
+    """Run the tensor's method; errors of its numbers name the tensor."""
     try:
         return run_method(get_method(planned.method), deltas, planned.parameters, context)
     except NumericalError as error:

@@ -12,6 +12,7 @@ from eutectic.conventions import layer_group
 from eutectic.errors import EutecticError, NumericalError
 from eutectic.execution.matrix_merging import context_of, merge_matrices
 from eutectic.execution.norms import Squares, add_chunk, with_layer_factors
+from eutectic.execution.shared_merging import merge_shared
 from eutectic.execution.tensor_values import (
     as_map,
     block_ranges,
@@ -23,6 +24,7 @@ from eutectic.execution.tensor_values import (
     read_stored,
     reads_no_base,
 )
+from eutectic.linalg.lowrank import LowRank
 from eutectic.methods import Method, get_method
 from eutectic.methods.linear import finite
 from eutectic.planning.inputs import Inputs
@@ -215,7 +217,7 @@ def merge_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any = N
 
     `state` is what `prepare` returned for the whole model, if the method's scope is the model.
     """
-    if get_method(planned.method).elementwise:
+    if planned.in_chunks:
         found = Finished()
         for start, result, base in merge_elementwise(planned, inputs, state, found.squares):
             emit(start, narrow(scaled(base, result, planned, planned.scale), planned))
@@ -234,12 +236,21 @@ def merge_unscaled(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any =
     Methods that work on weights give W₀ + Δ, see `holds_weight`.
     """
     found = Finished()
-    if get_method(planned.method).elementwise:
+    if planned.compress is not None:
+        merged, told = merge_shared(planned, inputs, found.squares)
+        matrix = merged.dense() if isinstance(merged, LowRank) else merged
+        found.record.update(told)
+        flat = (matrix.mT if planned.layout.transpose else matrix).flatten()
+        delta = flat.to(planned.compute).cpu()
+        found.norms.update(matrix_norms(planned, 0, delta))
+        emit(0, delta)
+        return found
+    if planned.in_chunks:
         for start, result, _ in merge_elementwise(planned, inputs, state, found.squares):
             emit(start, result)
         return found
-    merged = merge_matrices(planned, inputs, found.squares)
-    for block, (start, delta, record) in enumerate(merged):
+    matrices = merge_matrices(planned, inputs, found.squares)
+    for block, (start, delta, record) in enumerate(matrices):
         found.norms.update(matrix_norms(planned, block, delta))
         found.record.update(record)
         emit(start, delta)
@@ -283,8 +294,7 @@ def scaled(base: Tensor | None, merged: Tensor, planned: TensorPlan, alpha: floa
 
 def holds_weight(planned: TensorPlan) -> bool:
     """Tell whether a tensor's method gives the merged weight W₀ + Δ itself, instead of Δ."""
-    method = get_method(planned.method)
-    return method.elementwise and method.space(planned.parameters) != "delta"
+    return planned.in_chunks and get_method(planned.method).space(planned.parameters) != "delta"
 
 
 def narrow(values: Tensor, planned: TensorPlan) -> Tensor:

@@ -48,7 +48,7 @@ def tensor_cost(planned: TensorPlan, inputs: Inputs) -> Cost:
     count, width = len(planned.experts), planned.compute.itemsize
     prepares = method.prepare is not None and method.prepares(planned.parameters)
     passes = 4 if prepares else 1
-    if method.elementwise:
+    if planned.in_chunks:
         held = chunk
         passes = passes if planned.elements > chunk else 1
         work = planned.elements * count * width * 4 * passes / bytes_per_second

@@ -30,6 +30,7 @@ from eutectic.methods import Method, get_method
 from eutectic.models.task_kinds import GENERATIVE, kind_of_architectures
 from eutectic.planning.adapter_plan import AdapterPlan, adapter_plan
 from eutectic.planning.collector import collector_paused
+from eutectic.planning.compression import compressed_before, compression_faults
 from eutectic.planning.coverage import coverage_faults, unmatched
 from eutectic.planning.directions import directed, first_direction
 from eutectic.planning.fallbacks import fallback_faults, fallen_share, merged_mostly_by
@@ -181,6 +182,9 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
     if isinstance(adapter, list):
         _refuse(adapter, source)
         adapter = None
+    if adapter is not None:
+        _refuse(compression_faults(tensors, adapter), source)
+        tensors = compressed_before(tensors, adapter)
     shares = shares_of(tensors, heads, unmatched(request), request)
     return Plan(
         method=method,

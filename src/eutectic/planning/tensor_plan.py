@@ -126,6 +126,8 @@ class TensorPlan:
     precision: Literal["fast", "exact"] = "fast"
     nonfinite: Literal["error", "allow"] = "error"
     must_agree: bool = False  # a copied buffer that every expert must hold alike
+    # Most directions of the change, to which the experts are brought before they are merged.
+    compress: int | None = None
 
     @property
     def why(self) -> str:
@@ -141,6 +143,11 @@ class TensorPlan:
     def merged(self) -> bool:
         """Whether a method merges it."""
         return self.method != COPY
+
+    @property
+    def in_chunks(self) -> bool:
+        """Whether it is merged entry by entry, a chunk at a time."""
+        return self.merged and self.compress is None and get_method(self.method).elementwise
 
     @property
     def blocks(self) -> tuple[int, int]:

@@ -133,6 +133,9 @@ class AdapterOptions(BaseModel, extra="forbid", frozen=True):
     tables: Literal["save", "low_rank"] = "save"  # tables of tokens, read and written
     # Changes of norms, biases and bare parameters, which thin factors do not hold.
     others: Literal["error", "drop", "save"] = "error"
+    # Whether the experts are brought to `rank` shared directions before they are merged (CtM,
+    # arXiv 2606.03723), or what is merged is cut after.
+    compress: Literal["before", "after"] = "after"
 
     @field_validator("rank", mode="before")
     @classmethod
@@ -141,6 +144,20 @@ class AdapterOptions(BaseModel, extra="forbid", frozen=True):
         if value is None or value == "auto" or (number and 1 <= value <= MOST_DIRECTIONS):
             return value
         raise ValueError(f"is a number of directions from 1 to {MOST_DIRECTIONS:,}, or auto")
+
+    @model_validator(mode="after")
+    def _rank_to_compress_to(self) -> AdapterOptions:
+        stated = "compress" in self.model_fields_set
+        if stated and self.most is None and self.share is None:
+            raise ValueError(f"compress: {self.compress} needs a rank (--rank N)")
+        if self.compress == "before" and (self.most is None or self.energy is not None):
+            raise ValueError("compress: before takes a rank that is a number, and no energy")
+        return self
+
+    @property
+    def before(self) -> int | None:
+        """Directions of a layer to which experts are brought before they are merged, if any."""
+        return self.most if self.compress == "before" else None
 
     @property
     def most(self) -> int | None:
