@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from eutectic.words import few, sentence
+from eutectic.words import SYNONYMS, few, sentence
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,7 @@ class RecipeError(RequestError):
 
     def __init__(self, faults: Sequence[Fault | str], where: str = "the recipe") -> None:
         self.faults = [f if isinstance(f, Fault) else Fault("other", f) for f in faults]
+        self.where = where
         count = f"{len(self.faults)} fault{'s' if len(self.faults) != 1 else ''}"
         lines = "\n".join("  - " + text.replace("\n", "\n    ") for text in told(self.faults))
         super().__init__(f"{where} cannot be carried out ({count}):\n{lines}")
@@ -209,8 +210,21 @@ class ResumeError(RequestError):
 
 def suggest(word: str, allowed: Sequence[str]) -> str:
     """Return `` Did you mean 'x'?`` for the nearest allowed word, or an empty string."""
-    near = get_close_matches(word, allowed, n=1, cutoff=0.6)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    near = nearest(word, allowed)
+    return "" if near is None else f" Did you mean '{near}'?"
+
+
+def nearest(word: str, allowed: Sequence[str]) -> str | None:
+    """Return the allowed word that another one stands for: by a table of synonyms, or by spelling.
+
+    >>> nearest("alpha", ["scale", "seed"]), nearest("scal", ["scale", "seed"]), nearest("x", ["a"])
+    ('scale', 'scale', None)
+    """
+    plain = word.lower().replace("-", "_")
+    spelled = {name.lower().replace("-", "_"): name for name in allowed}
+    meant = next((spelled[n] for n in (plain, *SYNONYMS.get(plain, ())) if n in spelled), None)
+    near = get_close_matches(plain, list(spelled), n=1, cutoff=0.6)
+    return meant or (spelled[near[0]] if near else None)
 
 
 def first_line(error: BaseException) -> str:

@@ -8,6 +8,24 @@ from eutectic.errors import RequestError, suggest
 
 Record = TypeVar("Record")
 
+DTYPES = ("float16", "bfloat16", "float32", "float64")  # in which models are written
+_DTYPES = {
+    **{name: name for name in DTYPES},
+    **dict.fromkeys(("fp16", "f16", "half"), "float16"),
+    **dict.fromkeys(("bf16",), "bfloat16"),
+    **dict.fromkeys(("fp32", "f32", "float", "single"), "float32"),
+    **dict.fromkeys(("fp64", "f64", "double"), "float64"),
+}
+
+
+def dtype_name(value: Any) -> Any:
+    """Return torch's name of a dtype, of any usual spelling of it; other values as they are.
+
+    >>> dtype_name("bf16"), dtype_name("FP32"), dtype_name("torch.float16"), dtype_name("int4")
+    ('bfloat16', 'float32', 'float16', 'int4')
+    """
+    return _DTYPES.get(str(value).lower().removeprefix("torch."), value)
+
 
 def options_from(record: type[Record], given: Mapping[str, Any], of: str) -> Record:
     """Return the keyword arguments of the function `of` as a record; unknown ones are refused."""

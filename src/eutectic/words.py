@@ -1,9 +1,11 @@
 """The sentences of notes and reasons. Records carry a kind; only people read these words.
 
 A template may use the subject's names by position (`{0}`), all of them (`{all}`), the first four
-with a count of the others (`{few}`), and every number by its name.
+with a count of the others (`{few}`), and every number by its name: `{count:n tensor}` has its noun
+in the singular or the plural, `{count:n matrix/matrices}` an irregular one.
 """
 
+import string
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +18,73 @@ def sentence(kind: str, subject: Sequence[str], numbers: Mapping[str, Any]) -> s
     template = SENTENCES[kind]
     if not isinstance(template, str):
         return template(subject, numbers)
-    return template.format(*subject, all=", ".join(subject), few=few(subject), **numbers)
+    return _FORMATTER.format(
+        template, *subject, all=", ".join(subject), few=few(subject), **numbers
+    )
+
+
+class _Formatter(string.Formatter):
+    """`str.format` with nouns behind numbers."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        """Return a value as a field of a template shows it."""
+        if format_spec.startswith("n "):
+            one, _, many = format_spec[2:].partition("/")
+            return counted(value, one, many)
+        return format(value, format_spec)
+
+
+_FORMATTER = _Formatter()
+
+
+# What others call a key of a recipe, an option or a parameter -> how it is called here. The first
+# that a command or a file has counts.
+SYNONYMS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("alpha", "lambda", "lam", "scaling", "coefficient", "scale_factor"), ("scale",)
+    ),
+    **dict.fromkeys(("algorithm", "algo", "merge_method", "strategy"), ("method",)),
+    **dict.fromkeys(("out", "out_dir", "output_dir", "outdir", "dest", "to", "save"), ("output",)),
+    **dict.fromkeys(("base_model", "pretrained", "pretrained_model", "base_path"), ("base",)),
+    **dict.fromkeys(("models", "adapters", "checkpoints", "finetuned"), ("experts", "expert")),
+    **dict.fromkeys(("model",), ("experts", "checkpoint", "base")),
+    **dict.fromkeys(("workers", "jobs", "num_workers", "n_jobs", "cpus", "cores"), ("threads",)),
+    **dict.fromkeys(("ram", "mem", "max_memory", "max_mem"), ("memory",)),
+    **dict.fromkeys(("force", "overwrite", "fresh", "clean"), ("restart",)),
+    **dict.fromkeys(("stats", "statistic", "grams"), ("statistics",)),
+    **dict.fromkeys(("lora", "peft"), ("adapter",)),
+    **dict.fromkeys(("torch_dtype", "precision_out", "out_dtype", "type"), ("dtype",)),
+    **dict.fromkeys(("dataset", "datasets", "data_file", "proxy_data", "input"), ("data",)),
+    **dict.fromkeys(("bs", "batch", "per_device_batch_size"), ("batch_size",)),
+    **dict.fromkeys(("gpu", "cuda"), ("device",)),
+    **dict.fromkeys(("max_seq_length", "max_len", "max_tokens", "seq_len"), ("max_length",)),
+    **dict.fromkeys(("n", "num_samples", "max_samples", "samples"), ("max_examples", "limit")),
+    **dict.fromkeys(("config", "tasks_file", "task", "benchmarks"), ("tasks", "task")),
+    **dict.fromkeys(("trust_remote_code",), ("trust_code",)),
+    **dict.fromkeys(("tokenizer", "tokenizer_source", "vocab"), ("vocabulary",)),
+    **dict.fromkeys(("r", "ranks", "lora_rank"), ("rank",)),
+    **dict.fromkeys(("params", "parameter", "set_param"), ("param", "parameters")),
+    **dict.fromkeys(("figure", "plots", "fig"), ("plot",)),
+    **dict.fromkeys(("k", "density_fraction", "topk", "top_k", "sparsity"), ("density",)),
+}
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """Return a number with its noun in the singular or the plural.
+
+    >>> counted(1, "layer"), counted(1200, "layer"), counted(2, "matrix", "matrices")
+    ('1 layer', '1,200 layers', '2 matrices')
+    """
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def between(low: float, high: float) -> str:
+    """Return a range of numbers, one number where both ends are the same.
+
+    >>> between(8, 8), between(4, 64)
+    ('8', '4 to 64')
+    """
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
 def few(names: Sequence[str], limit: int = 4) -> str:
@@ -68,13 +136,43 @@ def public_path(path: object) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a part of one as text, never 0 % of something or 100 % of what is not all."""
+    """Return a part of one as text, never 0 % of something or 100 % of what is not all.
+
+    >>> percent(0.996), percent(0.004), percent(0.42), percent(0.9999), percent(1)
+    ('99.6 %', '0.4 %', '42 %', 'more than 99.9 %', '100 %')
+    """
     value = 100 * share
     if 0 < value < 0.1:
         return "less than 0.1 %"
     if 99.9 < value < 100:
         return "more than 99.9 %"
+    if 99 < value < 100:
+        return f"{value:.1f} %"
     return f"{value:.1f} %" if value < 10 and round(value, 1) != round(value) else f"{value:.0f} %"
+
+
+def percents(parts: Sequence[float]) -> list[str]:
+    """Return parts of one whole as texts that add up: to whole percents, or to tenths.
+
+    >>> percents([0.9962, 0.0038, 0.0]), percents([1 / 3, 1 / 3, 1 / 3]), percents([1.0, 0.0])
+    (['99.6 %', '0.4 %', '0 %'], ['34 %', '33 %', '33 %'], ['100 %', '0 %'])
+    """
+    values = [100 * part for part in parts]
+    units = 10 if any(0 < v < 10 or 90 < v < 100 for v in values) else 1
+    floors = [int(v * units + 1e-9) for v in values]
+    short = round(sum(values) * units) - sum(floors)
+    order = sorted(range(len(values)), key=lambda i: floors[i] - values[i] * units)
+    for i in order[: max(short, 0)]:
+        floors[i] += 1
+    texts: list[str] = []
+    for part, found in zip(parts, floors, strict=True):
+        if part > 0 and found == 0 and units == 10:
+            texts.append("less than 0.1 %")
+        elif part < 1 and found == 100 * units:
+            texts.append("more than 99.9 %" if part > 0.999 else f"{100 * part:.1f} %")
+        else:
+            texts.append(f"{found / units:g} %")
+    return texts
 
 
 def _of_the_base(text: str) -> Callable[[Sequence[str], Mapping[str, Any]], str]:
@@ -110,7 +208,7 @@ def _exploded(_: Sequence[str], numbers: Mapping[str, Any]) -> str:
         largest = ", ".join(f"{name} ({own:.3g})" for name, own in numbers["largest"].items())
         text += (
             f"; more than {numbers['bound']:.3g} times in {numbers['above']} of "
-            f"{numbers['matrices']} matrices: {largest}"
+            f"{counted(numbers['matrices'], 'matrix', 'matrices')} that experts change: {largest}"
             + (" …" if numbers["above"] > len(numbers["largest"]) else "")
         )
     return text + ". Such a model is seldom any good: try a smaller scale, or damping"
@@ -145,9 +243,9 @@ def _left_alone(names: Sequence[str], numbers: Mapping[str, Any]) -> str:
 
 def shares(record: Mapping[str, Any]) -> str:
     """Return the shares of the experts' numbers (`Shares.record`) as text."""
-    merged, kept, left = (percent(record[part]) for part in ("merged", "kept", "left"))
+    merged, kept, left = percents([record[part] for part in ("merged", "kept", "left")])
     parts = f"{merged} merged, {kept} kept as heads, {left} left"
-    return f"of the experts' {record['numbers']:,} numbers: {parts}"
+    return f"of the experts' {counted(record['numbers'], 'number')}: {parts}"
 
 
 def _untaken(_: Sequence[str], numbers: Mapping[str, Any]) -> str:
@@ -197,7 +295,7 @@ def _read_as(subject: Sequence[str], numbers: Mapping[str, Any]) -> str:
 
 def read_as(own: str, base: str, count: int) -> str:
     """Return in words that a spelling in an expert's names is read as one of the base's."""
-    tensors = f"({count} tensor{'' if count == 1 else 's'})"
+    tensors = f"({counted(count, 'tensor')})"
     if not base:
         return f"'{own}' left out of its names {tensors}"
     if not own:
@@ -224,7 +322,7 @@ def _held_twice(names: Sequence[str], numbers: Mapping[str, Any]) -> str:
 
 
 def _dequantised(owners: Sequence[str], numbers: Mapping[str, Any]) -> str:
-    kinds = (f"{k} ({n} tensor{'s' if n != 1 else ''})" for k, n in numbers["kinds"].items())
+    kinds = (f"{k} ({counted(n, 'tensor')})" for k, n in numbers["kinds"].items())
     return f"dequantised: {', '.join(kinds)} of {', '.join(owners)}"
 
 
@@ -271,13 +369,13 @@ def _tokens_lacking(names: Sequence[str], numbers: Mapping[str, Any]) -> str:
 
 
 def _many(names: Sequence[str], what: str) -> str:
-    return f"{len(names):,} {what}{'s' if len(names) != 1 else ''}"
+    return counted(len(names), what)
 
 
 def _other_tokens(subject: Sequence[str], numbers: Mapping[str, Any]) -> str:
     count, base, own = numbers["count"], shown(numbers["base"], 40), shown(numbers["own"], 40)
     return (
-        f"{count:,} row{'s' if count != 1 else ''} of the tables stand for other tokens in "
+        f"{counted(count, 'row')} of the tables stand{'s' * (count == 1)} for other tokens in "
         f"'{subject[0]}' than in the base, such as row {numbers['row']:,}: {own} there, {base} in "
         "the base. Rows are merged by their number; vocabulary: union matches them by their tokens"
     )
@@ -464,11 +562,12 @@ SENTENCES: dict[str, Template] = {
     ),
     # How a scale was chosen.
     "closed_form_scale": (
-        "scale {scale:g} in closed form from the Grams of {layers} of {matrices} matrices. There "
-        "the squared distance of every layer's outputs from the experts' is {lost_percent:.0f} % "
-        "of what it is without merging (100 %: the base). That compares values of α and says "
-        "little of how well the model does: one that keeps most of the experts' accuracy may "
-        "have 80 % and more. Where there are inputs, even unlabelled, search: divergence is safer"
+        "scale {scale:g} in closed form from the Grams of {layers} of "
+        "{matrices:n matrix/matrices}. There the squared distance of every layer's outputs from "
+        "the experts' is {lost_percent:.0f} % of what it is without merging (100 %: the base). "
+        "That compares values of α and says little of how well the model does: one that keeps "
+        "most of the experts' accuracy may have 80 % and more. Where there are inputs, even "
+        "unlabelled, search: divergence is safer"
     ),
     "norm_scale": (
         "scale {scale:g}, at which the merged change is as large as the experts' own are on "
@@ -487,7 +586,7 @@ SENTENCES: dict[str, Template] = {
     ),
     # What a check of a checkpoint or adapter shows.
     "empty_file": "an empty file (0 bytes): {0}",
-    "empty_shard": "{0} holds no numbers ({count} tensors)",
+    "empty_shard": "{0} holds no numbers ({count:n tensor})",
     "unfinished_download": "a download beside it was not finished: {few}",
     "stale_index": "{0} names files that are not here ({files}); it is not read",
     "stale_weights": (
@@ -505,17 +604,17 @@ SENTENCES: dict[str, Template] = {
         "is loaded"
     ),
     "other_dtype": "the configuration says {0}, most numbers are {1}",
-    "other_depth": "the configuration says {stated} layers, {0} has {held}",
-    "other_labels": "'{0}' has {rows} rows, the configuration has {stated} labels",
+    "other_depth": "the configuration says {stated:n layer}, {0} has {held}",
+    "other_labels": "'{0}' has {rows:n row}, the configuration has {stated:n label}",
     "other_width": "'{0}' is {held} wide, the configuration says {stated}",
     "no_output_layer": (
         "its files hold no output layer of {classes}, and models of its type do not tie it to "
         "'{0}': a model would get a random one"
     ),
-    "output_rows": "'{0}' has {held:,} rows, the table '{table}' has {rows:,}",
+    "output_rows": "'{0}' has {held:n row}, the table '{table}' has {rows:,}",
     "no_tokenizer": "there is no tokenizer",
-    "rows_without_token": "{count:,} of {rows:,} rows of '{0}' belong to no token",
-    "special_id": "{file}: {0} is {id}, the table of tokens has {rows:,} rows",
+    "rows_without_token": "{count:,} of {rows:n row} of '{0}' belong to no token",
+    "special_id": "{file}: {0} is {id}, the table of tokens has {rows:n row}",
     "other_special_id": "{0} is {token!r} with the id {own}, the configuration says {stated}",
     "dtype_mixture": _mixture,
     "empty_tensors": "tensors without numbers: {few}",
@@ -533,7 +632,8 @@ SENTENCES: dict[str, Template] = {
     "idle_targets": "no factors of modules that it names in target_modules: {few}",
     "idle_adapter": "changes nothing: all of its second factors are zero",
     "adapter_fits": lambda names, numbers: (
-        f"changes {numbers['count'] or 'no'} tensor{'s' * (numbers['count'] != 1)} of {names[0]}"
+        f"changes {counted(numbers['count'], 'tensor') if numbers['count'] else 'no tensor'} of "
+        f"{names[0]}"
     ),
     "fits_other_base": "fits {0} by its names and shapes, not {base}",
     "unrelated_names": "no fine-tune of {0}: {why}",
@@ -542,7 +642,7 @@ SENTENCES: dict[str, Template] = {
     "lacks_of_base": "lacks of what {base} has: {few}",
     "lacked_by_base": "has what {base} lacks: {few}",
     "further_heads": "heads that {base} lacks: {few}",
-    "other_ids": "{count} tokens have other ids than in {base}: {0}",
+    "other_ids": "{count:n token} with other ids than in {base}: {0}",
     # What a reader of measurements should know.
     "no_gain": _no_gain,
     "tasks_without_expert": (
@@ -555,8 +655,8 @@ SENTENCES: dict[str, Template] = {
         "the best of {count} is best by luck in part: for a figure to report, measure it on rows "
         "that had no say"
     ),
-    "inspected": "{matrices} matrices; {others} other tensors play no part",
-    "unchanged": "expert '{0}' leaves {unchanged} of {matrices} matrices unchanged",
+    "inspected": "{matrices:n matrix/matrices}; {others:n other tensor} without a part in it",
+    "unchanged": "expert '{0}' leaves {unchanged} of {matrices:n matrix/matrices} unchanged",
     "no_activation_interference": "no activation interference on the data of {all}",
     "nai_split": "NAI on the split '{0}'",
 }

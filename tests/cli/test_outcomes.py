@@ -30,7 +30,7 @@ def test_a_merge_by_matching_prints_what_became_of_its_systems(tmp_path: Path) -
     answer = invoke("merge", *words, "-p", "iterations=2", "-o", tmp_path / "merged")
     assert answer.code == 0, answer.err
     assert "2 solved by conjugate gradients: 2 iteration limit" in answer.out
-    assert "iterations 2 to 2, median 2" in answer.out
+    assert "iterations 2 worst" in answer.out
     assert "worst residual" in answer.out and "weight" in answer.out
     assert "2 took 'average': operator 'gram' is for matrices" in answer.out
     records = json.loads((tmp_path / "merged" / "eutectic.json").read_text())["records"]
@@ -69,7 +69,7 @@ def test_every_kind_of_shortfall_is_told() -> None:
     text = "\n".join(f"{label}: {line}" for label, line in summary(records))
     assert "1 converged, 1 breakdown" in text
     assert "worst residual: not finite at b[0]" in text
-    assert "1 Grams took a ridge, up to 1.0e-05 at c" in text
+    assert "1 Gram took a ridge, up to 1.0e-05 at c" in text
     assert "1 took 'average': every Gram is zero" in text
     assert "such as e" in text
     assert summary({}) == []

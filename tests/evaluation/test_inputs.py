@@ -390,3 +390,14 @@ def test_untrusted_code_is_refused_before_anything_is_looked_up(
     with pytest.raises(RequestError, match="task 'a': 'score:f' runs Python code"):
         eutectic.evaluate(tasks, models=[model], resamples=0, output=tmp_path / "r")
     assert sys.path == before
+
+
+def test_texts_without_a_predicted_token_are_refused(tmp_path: Path):
+    world.make("gpt2").save_pretrained(tmp_path / "m")
+    world.tokenizer(end="").save_pretrained(tmp_path / "m")
+    spec: dict[str, Any] = {"kind": "language-model"}
+    for text in ("", "w1"):
+        with pytest.raises(RequestError, match="none of the 3 texts has a token that is predicted"):
+            evaluated(tmp_path, [{"text": text}] * 3, tmp_path / "m", **spec)
+    found = evaluated(tmp_path, [{"text": "w1 w2"}, {"text": ""}], tmp_path / "m", **spec)
+    assert found.results[0].value is not None

@@ -8,8 +8,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from eutectic.cli.console import out, plain_table, print_json, progress_bar, tell, tell_done, verb
-from eutectic.cli.options import CalibrationDataOptions, Json, argument, option, pairs
+from eutectic.cli.console import out, print_json, print_named, progress_bar, tell, tell_done, verb
+from eutectic.cli.named_words import named_paths, pairs
+from eutectic.cli.options import CalibrationDataOptions, Json, argument, option
+from eutectic.words import counted, few
 
 _SHOWN = 12  # layers in the table, evenly over the depth
 
@@ -20,7 +22,7 @@ class ModelOptions:
 
     merged: Path = argument(..., "The merged model's folder.")
     experts: list[str] = argument(
-        ..., "Experts: folders, adapters or hub ids.", metavar="NAME=EXPERT…"
+        ..., "Experts: folders, adapters or hub ids.", metavar="[NAME=]EXPERT…"
     )
     data: list[str] = option(
         ..., "Unlabelled inputs of an expert's task.", "--data", "-d", metavar="NAME=DATA"
@@ -91,7 +93,7 @@ def calibrate(
     from eutectic.calibration import calibrate as run
     from eutectic.data.row_files import check_split
 
-    named, sources = pairs(models.experts, "expert"), pairs(models.data, "--data")
+    named, sources = named_paths(models.experts, "expert"), pairs(models.data, "--data")
     if reading.split is not None:
         check_split(list(sources.values()), reading.split)
     options: dict[str, Any] = {**vars(strength), **vars(choice), "task": reading.task}
@@ -117,27 +119,23 @@ def calibrate(
     counts = ", ".join(f"{n} {kind}" for kind, n in report.calibrated.items())
     table.add_row("calibrated", counts)
     for why, names in report.left.items():
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        table.add_row("as merged", escape(f"{names[0]}{more}: {why}"))
+        table.add_row("as merged", escape(f"{few(names, 1)}: {why}"))
     for task, own in report.data.items():
         apart = f", {own['held_out']} held out" if own["held_out"] else ""
-        table.add_row(task, f"{own['examples']} inputs{apart}")
+        table.add_row(task, counted(own["examples"], "input") + apart)
     resumed = ", continued" if report.resumed else ""
     table.add_row("took", f"{report.seconds:.1f} s{resumed}")
     out.print(table)
-    out.print(_errors(report.layers))
+    _show_errors(report.layers)
     where = "held-out inputs" if report.held_out else "the inputs that the layers were fitted to"
     tell("error", f"of a layer's outputs against its expert's own, relative, on {where}")
     tell_done("written", report.output)
 
 
-def _errors(layers: Any) -> Table:
-    """Return the errors before and after, of layers evenly over the depth and the last one."""
+def _show_errors(layers: Any) -> None:
+    """Print the errors before and after, of layers evenly over the depth and the last one."""
     names = list(layers)
     step = max(1, -(-len(names) // _SHOWN))
     shown = [*names[::step], *([] if (len(names) - 1) % step == 0 else [names[-1]])]
-    table = plain_table("layer", numbers=("before", "after"))
-    for name in shown:
-        own = layers[name]
-        table.add_row(escape(name), f"{own['before']:.3f}", f"{own['after']:.3f}")
-    return table
+    columns = [(key, [f"{layers[name][key]:.3f}" for name in shown]) for key in ("before", "after")]
+    print_named(shown, [columns], title="layer")

@@ -13,9 +13,12 @@ import typer
 from rich.table import Table
 
 from eutectic.cli.console import doing, out, print_json, progress_bar, tell_done, verb
+from eutectic.cli.named_words import named_paths
 from eutectic.cli.options import DataOptions, Json, argument, given_options, option, refuse
 from eutectic.errors import RequestError
+from eutectic.options import dtype_name
 from eutectic.recipes.units import format_bytes, parse_bytes
+from eutectic.words import few
 
 if TYPE_CHECKING:
     from eutectic.models.linear_head import Head
@@ -129,7 +132,7 @@ def collect(
 
       eutectic collect --add first.safetensors --add second.safetensors -o both.safetensors
     """
-    if sums.dtype not in ("float32", "float64"):
+    if dtype_name(sums.dtype) not in ("float32", "float64"):
         raise RequestError(f"--dtype {sums.dtype}: allowed are float32 and float64.")
     from eutectic.statistics import add_statistics, load_statistics
     from eutectic.statistics.statistics_file import check_target
@@ -187,8 +190,6 @@ def _collected(
     target: Path,
 ) -> tuple[StatisticsFile, Sequence[str]]:
     """Return the statistics, and the names of parameters that the checkpoint does not hold."""
-    import torch
-
     from eutectic.data.row_files import check_split
     from eutectic.models.linear_head import read_head
     from eutectic.models.loading import load_model
@@ -221,10 +222,10 @@ def _collected(
     options: dict[str, Any] = {**vars(sums), **vars(gradients)}
     memory, *_ = map(options.pop, ("memory", "prompt", *_WITH_HEAD))
     options["memory_bytes"] = None if memory is None else parse_bytes(memory)
-    options.update(dtype=getattr(torch, sums.dtype), head=own, fingerprint=loaded.fingerprint)
+    options.update(head=own, fingerprint=loaded.fingerprint)
     if expert.adapters:
         options["core"] = core_rows(
-            loaded.model, _named(expert.adapters), expert.base or expert.checkpoint
+            loaded.model, named_paths(expert.adapters, "--for"), expert.base or expert.checkpoint
         )
     with progress_bar("collecting", "finding layers") as tell:
         result = run(
@@ -235,21 +236,6 @@ def _collected(
             **options,
         )
     return result, loaded.randomly_initialised
-
-
-def _named(adapters: Sequence[str]) -> dict[str, str]:
-    """Return name -> folder of `NAME=FOLDER`, or of folders that give their own names."""
-    found: dict[str, str] = {}
-    for given in adapters:
-        name, equals, folder = given.partition("=")
-        folder = folder if equals else given
-        name = name if equals else Path(folder).name
-        if name in found:
-            raise RequestError(
-                f"--for {given}: two adapters are called '{name}'.\nWrite NAME=FOLDER."
-            )
-        found[name] = folder
-    return found
 
 
 def _with_texts(
@@ -285,8 +271,6 @@ def _report(
     seconds: float,
     json: bool,
 ) -> None:
-    from eutectic.words import few
-
     report: dict[str, Any] = {
         "output": str(output),
         "bytes": output.stat().st_size,
@@ -304,19 +288,28 @@ def _report(
     table = Table.grid(padding=(0, 2))
     table.add_row("examples", f"{report['examples']:,}")
     table.add_row("parameters", f"{report['layers']:,}")
-    for name in report["unseen"]:
-        vector = result.provenance["layers"][name]["kind"] == "parameter"
-        table.add_row("got no gradient" if vector else "saw no token", name)
+    kinds = {name: result.provenance["layers"][name]["kind"] for name in report["unseen"]}
+    for label, names in (
+        ("saw no token", [name for name, kind in kinds.items() if kind != "parameter"]),
+        ("got no gradient", [name for name, kind in kinds.items() if kind == "parameter"]),
+    ):
+        if names:
+            table.add_row(label, _counted(names))
     alike: dict[str, list[str]] = {}
     for name, reason in report["skipped"].items():
         alike.setdefault(reason, []).append(name)
     for reason, names in alike.items():
-        table.add_row("left out", f"{few(names)}: {reason}")
-    for name in randomly_initialised:
-        table.add_row("at random", f"{name}: the checkpoint does not hold it")
+        table.add_row("left out", f"{_counted(names)}: {reason}")
+    if randomly_initialised:
+        table.add_row("at random", f"{_counted(randomly_initialised)}: not in the checkpoint")
     table.add_row("took", f"{seconds:.1f} s, {format_bytes(report['bytes'])}")
     out.print(table)
     tell_done("written", output)
+
+
+def _counted(names: Sequence[str]) -> str:
+    """Return some names and how many there are, where there are many."""
+    return few(names, 2) if len(names) < 4 else f"{len(names)} of them: {few(names, 2)}"
 
 
 def _check_given(given: Mapping[str, str], gradients: GradientOptions) -> None:

@@ -15,15 +15,19 @@ from eutectic.cli.console import (
     out,
     plain_table,
     print_json,
+    print_sentence,
     progress_bar,
     tell,
     tell_done,
     verb,
 )
+from eutectic.cli.corrections import options_in_faults
 from eutectic.cli.evaluate import MeasureOptions, grouped_proxy
-from eutectic.cli.options import Json, LimitOptions, SharedRecipeOptions, option, pairs, request
+from eutectic.cli.named_words import named_paths
+from eutectic.cli.options import Json, LimitOptions, SharedRecipeOptions, option, request
 from eutectic.cli.tune import parse_range
 from eutectic.errors import RequestError
+from eutectic.words import between
 
 if TYPE_CHECKING:
     from eutectic.comparison import Comparison, Row
@@ -52,7 +56,7 @@ class ComparedOptions:
     model: list[str] | None = option(
         None,
         "A model that is there already, a sweep's folder or a routed one; repeatable.",
-        metavar="NAME=FOLDER",
+        metavar="[NAME=]FOLDER",
     )
     range_: str | None = option(
         None, "Range of α of searches over data (default: 0.02:3).", "--range", metavar="LOW:HIGH"
@@ -104,7 +108,8 @@ def compare(
     options.update(vars(limits), **{k: v for k, v in vars(measures).items() if k != "proxy"})
     if best is not None:
         _check_best(best)
-    with progress_bar("comparing") as bar:
+    asked_for = {**options, "scale": compared.searched()}
+    with options_in_faults(asked_for, {"scale": "--search"}), progress_bar("comparing") as bar:
         found = run(
             recipe,
             tasks=tasks,
@@ -112,7 +117,7 @@ def compare(
             methods=compared.method,
             searches=compared.search,
             search=compared.searched(),
-            models=pairs(compared.model or [], "--model"),
+            models=named_paths(compared.model or [], "--model"),
             proxy=grouped_proxy(measures.proxy),
             progress=bar,
             **options,
@@ -185,7 +190,7 @@ def show(found: Comparison) -> None:
             told.setdefault(warning, []).append(row.name)
     for warning, names in told.items():
         err.print("[bold yellow]warning: [/]", end="")
-        err.print(f"{', '.join(names)}: {warning}", markup=False, highlight=False, soft_wrap=True)
+        print_sentence(f"{', '.join(names)}: {warning}")
     _show_what_is_shown(found)
 
 
@@ -220,7 +225,7 @@ def _show_what_is_shown(found: Comparison) -> None:
         for task in found.results.tasks
     )
     sizes = sorted({task.n for task in found.results.tasks})
-    count = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    count = between(sizes[0], sizes[-1])
     text = f"{', '.join(metrics)}; split {found.results.split}, n = {count}"
     out.print(f"{text}; intervals are of 95 %, differences paired", style="dim")
 

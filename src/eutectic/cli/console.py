@@ -93,14 +93,14 @@ def verb(command: _Command) -> _Command:
                 where = "" if error.filename is None else f"{error.filename}: "
                 text = f"{where}{why_failed(error)}."
             err.print("[bold red]error:[/] ", end="")
-            err.print(text, markup=False, highlight=False, soft_wrap=True)
+            print_sentence(text)
             raise typer.Exit(code) from None
         except (MemoryError, RuntimeError) as error:
             if settings["debug"] or not _is_out_of_memory(error):
                 raise
             first = (str(error).splitlines() or [""])[0]
             err.print("[bold red]error:[/] the memory does not suffice.", highlight=False)
-            err.print(first, markup=False, highlight=False, soft_wrap=True)
+            print_sentence(first)
             err.print("Allow less with --memory, or fewer --threads, where the verb has them.")
             raise typer.Exit(EutecticError.exit_code) from None
         except KeyboardInterrupt:
@@ -302,12 +302,17 @@ def tell(label: str, text: object) -> None:
     out.print(f"[dim]{label}[/] {escape(str(text))}", highlight=False)
 
 
+def print_sentence(text: str) -> None:
+    """Print a sentence on stderr: on a terminal wrapped between words, elsewhere on its line."""
+    err.print(text, markup=False, highlight=False, soft_wrap=not err.is_terminal)
+
+
 def tell_notes(notes: Iterable[Note], *, warnings_only: bool = False) -> None:
     """Print a plan's notes as remarks, and warnings among them on stderr."""
     for note in notes:
         if note.level == "warning":
             err.print("[bold yellow]warning: [/]", end="")
-            err.print(note.text, markup=False, highlight=False, soft_wrap=True)
+            print_sentence(note.text)
         elif not warnings_only:
             tell("note", note)
 

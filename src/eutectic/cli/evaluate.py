@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eutectic.cli.console import out, print_json, print_named, progress_bar, tell, tell_done, verb
-from eutectic.cli.options import Json, argument, option, pair, pairs, unique
+from eutectic.cli.named_words import named_paths, pair, unique
+from eutectic.cli.options import Json, argument, option
+from eutectic.words import between
 
 if TYPE_CHECKING:
     from eutectic.evaluation.results import Difference, Figures, Results
@@ -45,7 +47,7 @@ def evaluate(
     tasks: Path = option(..., "File of tasks (YAML).", "--tasks", "-t"),
     base: Path | None = option(None, "The base: measured too, and the base of adapters."),
     expert: list[str] | None = option(
-        None, "An expert, for its own tasks.", "--expert", "-e", metavar="NAME=EXPERT"
+        None, "An expert, for its own tasks.", "--expert", "-e", metavar="[NAME=]EXPERT"
     ),
     output: Path | None = option(None, "results.json to write.", "--output", "-o"),
     measures: MeasureOptions,
@@ -70,7 +72,7 @@ def evaluate(
         results = run(
             tasks,
             base=base,
-            experts=pairs(expert or [], "--expert"),
+            experts=named_paths(expert or [], "--expert"),
             models=unique(map(_named, models or []), "model"),
             output=output,
             progress=report,
@@ -136,7 +138,7 @@ def show(results: Results) -> None:
     for note in results.notes:
         tell("note", note)
     sizes = sorted({task.n for task in results.tasks})
-    count = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    count = between(sizes[0], sizes[-1])
     out.print(f"{', '.join(metrics)}; split {results.split}, n = {count}", style="dim")
 
 

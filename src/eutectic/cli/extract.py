@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.table import Table
 
 from eutectic.cli.console import out, print_json, progress_bar, tell_done, tell_notes, verb
+from eutectic.cli.corrections import options_in_faults
 from eutectic.cli.merge import adapter_rows
 from eutectic.cli.options import (
     ExtractOptions,
@@ -46,7 +47,11 @@ def extract(
     stated = adapter_options(asked.rank, asked.energy, asked.others, asked.tables)
     if asked.dtype is not None:
         stated["dtype"] = asked.dtype
-    with progress_bar("extracting") as tell:
+    stated_keys = {"adapter": stated, "base": base, "dtype": asked.dtype}
+    with (
+        options_in_faults(stated_keys, {"dtype": "--dtype"}),
+        progress_bar("extracting") as tell,
+    ):
         report = run(
             expert,
             base=base,

@@ -16,16 +16,8 @@ from eutectic.cli.console import (
     tell_done,
     verb,
 )
-from eutectic.cli.options import (
-    Base,
-    Json,
-    StatisticsFiles,
-    What,
-    named_experts,
-    option,
-    pairs,
-    split_recipe,
-)
+from eutectic.cli.named_words import named_experts, named_paths, split_recipe
+from eutectic.cli.options import Base, Json, StatisticsFiles, What, option
 from eutectic.errors import RequestError
 
 if TYPE_CHECKING:
@@ -40,7 +32,7 @@ class ModelOptions:
     what: What = None
     base: Base = None
     merged: list[str] | None = option(
-        None, "A merged model; repeatable.", "--merged", "-m", metavar="NAME=FOLDER"
+        None, "A merged model; repeatable.", "--merged", "-m", metavar="[NAME=]FOLDER"
     )
     statistics: StatisticsFiles = None
     results: Path | None = option(None, "results.json of `eutectic evaluate`, for NAI.")
@@ -98,7 +90,7 @@ def inspect(
             recipe,
             base=models.base,
             experts=experts or None,
-            merged=pairs(models.merged or [], "--merged"),
+            merged=named_paths(models.merged or [], "--merged"),
             results=models.results,
             output=output,
             plots=plot,

@@ -11,6 +11,7 @@ from eutectic.cli.collect import collect
 from eutectic.cli.compare import compare
 from eutectic.cli.console import escape_what_cannot_be_printed, settings, silence_libraries
 from eutectic.cli.convert import convert
+from eutectic.cli.corrections import Verb
 from eutectic.cli.demo import demo
 from eutectic.cli.evaluate import evaluate
 from eutectic.cli.extract import extract
@@ -49,7 +50,7 @@ for command in (
     methods,
     demo,
 ):
-    app.command()(command)
+    app.command(cls=Verb)(command)
 
 
 def _version(value: bool) -> None:

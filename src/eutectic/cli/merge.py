@@ -11,11 +11,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from eutectic.cli.console import out, print_json, progress_bar, tell_done, tell_notes, verb
+from eutectic.cli.corrections import options_in_faults
 from eutectic.cli.options import Json, LimitOptions, RecipeOptions, option, request
 from eutectic.cli.tune import known_scale
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes
-from eutectic.words import percent, shares
+from eutectic.words import between, counted, percent, shares
 
 if TYPE_CHECKING:
     from eutectic.execution.run import MergeReport
@@ -56,9 +57,10 @@ def merge(
     recipe, options = request(asked)
     options.update(vars(limits), output=output, restart=restart)
     if sweep is not None:
-        _sweep(recipe, _mixtures(sweep), options, json)
+        with options_in_faults(options):
+            _sweep(recipe, _mixtures(sweep), options, json)
         return
-    with progress_bar("merging") as tell:
+    with options_in_faults(options), progress_bar("merging") as tell:
         report = run(recipe, progress=tell, **options)
     if json:
         tell_notes(report.note_records, warnings_only=True)
@@ -128,8 +130,9 @@ def summary(records: Mapping[str, Any]) -> list[tuple[str, str]]:
         statuses = Counter(record["status"].replace("_", " ") for _, record in solved)
         listed = ", ".join(f"{count} {status}" for status, count in statuses.most_common())
         steps = sorted(record["iterations"] for _, record in solved)
-        rows.append(("systems", f"{len(solved)} solved by conjugate gradients: {listed}"))
-        rows.append(("iterations", f"{steps[0]} to {steps[-1]}, median {steps[len(steps) // 2]}"))
+        rows.append(("systems", f"{len(solved):,} solved by conjugate gradients: {listed}"))
+        median = f", median {steps[len(steps) // 2]}" if steps[0] < steps[-1] else ""
+        rows.append(("iterations", f"{between(steps[0], steps[-1])}{median}"))
         last = [(name, record["residuals"][-1]) for name, record in solved]
         name, worst = max(last, key=lambda pair: math.inf if pair[1] is None else pair[1])
         shown = "not finite" if worst is None else f"{worst:.1e}"
@@ -138,14 +141,16 @@ def summary(records: Mapping[str, Any]) -> list[tuple[str, str]]:
     for (rule, reason), count in resting.most_common(3):
         rows.append(("not matched", f"{count} took '{rule}': {reason}"))
     if len(resting) > 3:
-        rows.append(("not matched", f"{len(resting) - 3} more reasons, in eutectic.json"))
+        more = counted(len(resting) - 3, "more reason")
+        rows.append(("not matched", f"{more}, in eutectic.json"))
     raised = [(record["ridge"], name) for name, record in found if record.get("ridge_escalated")]
     if raised:
         ridge, name = max(raised)
-        rows.append(("singular", f"{len(raised)} Grams took a ridge, up to {ridge:.1e} at {name}"))
+        text = f"{counted(len(raised), 'Gram')} took a ridge, up to {ridge:.1e} at {name}"
+        rows.append(("singular", text))
     short = [name for name, record in found if record.get("short")]
     if short:
-        text = f"{len(short)} tensors have experts with fewer directions than asked for"
+        text = f"{counted(len(short), 'tensor')} with experts of fewer directions than asked for"
         rows.append(("short", f"{text}, such as {short[0]}"))
     return rows
 
@@ -162,8 +167,11 @@ def adapter_rows(records: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
     ranks = sorted(told["rank"] for told in thin.values())
     whole = sum("rank" not in told and told["changed"] for told in found.values())
-    text = f"{len(thin)} layers of rank {ranks[0]} to {ranks[-1]}" if thin else "no layer changes"
-    rows = [("adapter", f"{text}, {whole} other tensors changed")]
+    text = "no layer changes"
+    if thin:
+        text = f"{counted(len(thin), 'layer')} of rank {between(ranks[0], ranks[-1])}"
+    others = f", {counted(whole, 'other tensor')} changed" if whole else ""
+    rows = [("adapter", text + others)]
     after = {n: told["lost_energy"] for n, told in thin.items()}
     before = {n: told["lost_before"] for n, told in thin.items() if "lost_before" in told}
     if before:

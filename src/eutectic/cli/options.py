@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from eutectic.cli.named_words import named_experts, pairs, split_recipe
 from eutectic.errors import RequestError, suggest
 
 if TYPE_CHECKING:
@@ -93,29 +94,6 @@ def refuse(options: Sequence[str], why: str, instead: str) -> None:
         )
 
 
-def pairs(items: list[str], what: str) -> dict[str, str]:
-    """Return name -> value of `name=value` words; refuse others, and a name that stands twice."""
-    return unique((pair(item, what) for item in items), what)
-
-
-def pair(item: str, what: str) -> tuple[str, str]:
-    """Return name and value of a `name=value` word; refuse one without either."""
-    name, separator, value = item.partition("=")
-    if not separator or not name or not value:
-        raise RequestError(f"{what} '{item}' must have the form name=value.")
-    return name, value
-
-
-def unique(named: Iterable[tuple[str, str]], what: str) -> dict[str, str]:
-    """Return name -> value; refuse a name that stands twice."""
-    found: dict[str, str] = {}
-    for name, value in named:
-        if name in found:
-            raise RequestError(f"{what} '{name}' is given twice.")
-        found[name] = value
-    return found
-
-
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 StatisticsFiles = Annotated[
     list[str] | None,
@@ -126,8 +104,9 @@ StatisticsFiles = Annotated[
 What = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="RECIPE | NAME=EXPERT…",
-        help="A recipe (YAML), or the experts as name=path (folder, file, adapter or hub id).",
+        metavar="RECIPE | [NAME=]EXPERT…",
+        help="A recipe (YAML), or the experts: folders, files, adapters or hub ids, each called "
+        "like its last part or as NAME says.",
         show_default=False,
     ),
 ]
@@ -329,7 +308,7 @@ def request(
     if not words:
         raise RequestError(
             "nothing to merge.\nName a recipe, or experts: eutectic merge --base B -m iso_c "
-            "-o out/ a=PATH b=PATH"
+            "-o out/ FOLDER FOLDER"
         )
     recipe, words = split_recipe(words)
     from eutectic.recipes.schema import Recipe
@@ -366,7 +345,7 @@ def request(
         if missing:
             raise RequestError(
                 f"without a recipe, {' and '.join(missing)} must be given.\n"
-                "Example: eutectic merge --base B --method iso_c -o out/ a=PATH b=PATH"
+                "Example: eutectic merge --base B --method iso_c -o out/ FOLDER FOLDER"
             )
     return recipe, options
 
@@ -399,41 +378,3 @@ def _values(items: list[str], option: str) -> dict[str, Any]:
         except UNREADABLE:
             raise RequestError(f"{option} {name}: '{text}' is not a YAML value.") from None
     return found
-
-
-def split_recipe(words: list[str]) -> tuple[Path | None, list[str]]:
-    """Return the recipe file, if the first word is one, and the words that name experts."""
-    if "=" in words[0]:
-        return None, words
-    recipe = Path(words[0])
-    if recipe.is_dir():
-        raise RequestError(
-            f"'{recipe}' is a folder, not a recipe (YAML).\n"
-            f"Experts are given with a name each: NAME={recipe}"
-        )
-    return recipe, words[1:]
-
-
-def named_experts(
-    words: list[str], weights: list[str], statistics: list[str]
-) -> dict[str, dict[str, Any]]:
-    """Return expert -> path, weight and statistics, as a recipe would have them."""
-    experts: dict[str, dict[str, Any]] = {
-        name: {"path": path} for name, path in pairs(words, "expert").items()
-    }
-    weighted, measured = pairs(weights, "--weight"), pairs(statistics, "--statistics")
-    for key, values in (("weight", weighted), ("statistics", measured)):
-        for name, value in values.items():
-            if name not in experts:
-                known = (
-                    f"Experts on the command line: {', '.join(experts)}."
-                    if experts
-                    else "No experts were given on the command line. When you pass a recipe, set "
-                    "them there."
-                )
-                raise RequestError(
-                    f"--{key} names '{name}', which is not an expert on the command line."
-                    f"{suggest(name, list(experts))}\n{known}"
-                )
-            experts[name][key] = value
-    return experts

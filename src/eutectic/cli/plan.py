@@ -14,9 +14,10 @@ from eutectic.cli.console import (
     tell_notes,
     verb,
 )
+from eutectic.cli.corrections import options_in_faults
 from eutectic.cli.options import Json, LimitOptions, RecipeOptions, option, request
 from eutectic.recipes.units import format_bytes
-from eutectic.words import shares
+from eutectic.words import counted, shares
 
 if TYPE_CHECKING:
     from eutectic.recipes.document import Source
@@ -49,7 +50,8 @@ def plan(
     shown = _Shown(limits, every, explain, json)
     stages = read_stages(recipe) if recipe is not None else ()
     if not stages:
-        record = _plan(*recipe_from(recipe, options), shown)
+        with options_in_faults(options):
+            record = _plan(*recipe_from(recipe, options), shown)
         if json:
             print_json(record)
         return
@@ -118,7 +120,7 @@ def _plan(checked: "Recipe", source: "Source", shown: _Shown) -> dict[str, Any]:
         f"{made.method}, scale {scale}: reads {format_bytes(cost['read_bytes'])}, writes "
         f"{written}, peak about {format_bytes(cost['peak_bytes'])} of "
         f"{format_bytes(made.memory_limit_bytes)} allowed, about {_duration(cost['seconds'])} on "
-        f"{made.threads} threads.",
+        f"{counted(made.threads, 'thread')}.",
         highlight=False,
     )
     return {}

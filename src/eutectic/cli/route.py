@@ -22,6 +22,7 @@ from eutectic.cli.console import (
     tell_notes,
     verb,
 )
+from eutectic.cli.named_words import named_paths, pairs
 from eutectic.cli.options import (
     Json,
     RouterDataOptions,
@@ -29,14 +30,13 @@ from eutectic.cli.options import (
     argument,
     given_options,
     option,
-    pairs,
     refuse,
 )
 from eutectic.conventions import is_packed
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes
 from eutectic.storage import FolderAside, folder_aside
-from eutectic.words import few
+from eutectic.words import counted, few
 
 if TYPE_CHECKING:
     from eutectic.routed.router_quality import RouterQuality
@@ -92,7 +92,7 @@ def route(
     context: typer.Context,
     merged: Path = argument(..., "The merged model's folder, or a routed model's to inspect it."),
     experts: list[str] | None = argument(
-        None, "Experts: folders or LoRA adapters.", metavar="NAME=EXPERT…"
+        None, "Experts: folders or LoRA adapters.", metavar="[NAME=]EXPERT…"
     ),
     statistics: StatisticsOptions,
     build: BuildOptions,
@@ -128,7 +128,7 @@ def route(
             "for --router-data, and none are named.",
             "Name the data of every task.",
         )
-    named = pairs(experts, "expert")
+    named = named_paths(experts, "expert")
     if build.statistics_of not in ("expert", "any"):
         raise RequestError(f"--statistics-of is expert or any, got '{build.statistics_of}'.")
     if build.router not in (None, "discriminant", "prototype"):
@@ -387,7 +387,7 @@ def _report(report: Mapping[str, Any], json: bool, quality: RouterQuality | None
     if report.get("short"):
         table.add_row(
             "note",
-            f"{len(report['short'])} layers have experts with fewer directions than the "
+            f"{counted(len(report['short']), 'layer')} with experts of fewer directions than the "
             "rank: too few tokens, or nothing left to add",
         )
     out.print(table)

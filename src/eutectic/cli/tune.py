@@ -17,6 +17,7 @@ from eutectic.cli.console import (
     tell_notes,
     verb,
 )
+from eutectic.cli.corrections import options_in_faults
 from eutectic.cli.options import Json, LimitOptions, SearchedRecipeOptions, option, request
 from eutectic.errors import RequestError
 
@@ -87,7 +88,9 @@ def tune(
     options.update(vars(limits), search=search.stated(), output=output, work=work, restart=restart)
     if plot is not None:
         check_plot(plot)
-    with progress_bar("tuning") as bar:
+    asked_for = {**options, "scale": search.stated()}
+    named = {"scale": "--search"}
+    with options_in_faults(asked_for, named), progress_bar("tuning") as bar:
         report = run(recipe, progress=bar, **options)
     record: dict[str, Any] = {
         "method": report.method,

@@ -31,6 +31,7 @@ from eutectic.evaluation.metrics import Outcomes
 from eutectic.evaluation.model_outputs import Precision, load_head, outcomes_of, outputs
 from eutectic.evaluation.splits import BATCH_SIZE, Prepared, open_processor, prepare, split_rows
 from eutectic.evaluation.task_files import Split, Task
+from eutectic.options import dtype_name
 from eutectic.storage import AppendedFile, storage_of
 from eutectic.storage.small_files import parse_json
 
@@ -51,6 +52,10 @@ class EvaluationSettings:
     seed: int = 0
     resamples: int = 1000
     trust_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Take other spellings of a dtype, such as bf16."""
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
 
     def check(self) -> None:
         """Raise RequestError for a value that is out of range."""

@@ -46,6 +46,7 @@ from eutectic.models.loading import (
     positions_of,
 )
 from eutectic.models.task_kinds import PICTURES, ZERO_SHOT
+from eutectic.words import counted
 
 BATCH_SIZE = 64
 
@@ -232,6 +233,7 @@ def prepare(
         max_length = task.max_length or longest_input(processor, config)
         encoded = token_ids(task, rows, processor, max_length)
         lengths = [len(ids) for ids in encoded.inputs["input_ids"]]
+        _check_tokens(task, split, lengths)
         # The longest first: if memory is short, that shows at once.
         order.sort(key=lambda i: -lengths[i])
         chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -241,6 +243,16 @@ def prepare(
     places, identity = torch.tensor(order), data_hash(task, rows)
     read = (places, references, identity, processor, generate)
     return Prepared(task, split, batches, *read, classes, texts)
+
+
+def _check_tokens(task: Task, split: Split, lengths: Sequence[int]) -> None:
+    """Refuse a split of a language model without a predicted token; single rows may have none."""
+    if task.kind == "language-model" and max(lengths) < 2:
+        raise RequestError(
+            f"task '{task.name}', split '{split}': none of the {counted(len(lengths), 'text')} has "
+            "a token that is predicted from others, so there is nothing to measure.\n"
+            "Is it the right file, and the right column?"
+        )
 
 
 def class_names(task: Task) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from eutectic.checkpoint.hub import hub_id
 from eutectic.planning.tensor_plan import COPY
 from eutectic.recipes.plain_yaml import UNREADABLE, YAML_BYTES, load_plain
 from eutectic.storage.small_files import read_text
-from eutectic.words import is_plain, percent, plain, shares
+from eutectic.words import counted, is_plain, percent, plain, shares
 
 PROVENANCE = "eutectic.json"
 UNKNOWN = "unknown"  # a licence that no card states
@@ -47,7 +47,7 @@ def card(provenance: Mapping[str, Any]) -> str:
     fence = "`" * max(3, 1 + max(map(len, _FENCE.findall(recipe)), default=0))
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
-        f"# Merged model\n\nMerged from {len(parents) - 1} experts by {by} with scale "
+        f"# Merged model\n\nMerged from {counted(len(parents) - 1, 'expert')} by {by} with scale "
         f"{provenance['scale']:g}, using eutectic {provenance['eutectic']} "
         f"(torch {provenance['torch']}). Tensors: {counts}; {shares(provenance['shares'])}.\n\n"
         f"| role | model | licence | fingerprint |\n|---|---|---|---|\n{rows}\n\n"

@@ -14,11 +14,10 @@ from typing import Any, cast
 
 from eutectic.conventions_patterns import containing
 from eutectic.errors import Fault, Note, suggest
+from eutectic.options import DTYPES, dtype_name
 from eutectic.recipes.document import Location, Source
 from eutectic.recipes.mergekit_models import MergekitModel, read_model
 from eutectic.recipes.settings import Case, Gradient, Scalar, Setting, Settings
-
-DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 _DOCUMENT = (
     *("merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype"),
@@ -286,7 +285,7 @@ def model_at(value: object, place: Location, reading: Reading) -> MergekitModel 
 def _dtype(value: object, key: str, reading: Reading) -> str | None:
     if value is None:
         return None
-    name = value.removeprefix("torch.") if isinstance(value, str) else ""
+    name = dtype_name(value) if isinstance(value, str) else ""
     if name in DTYPES:
         return name
     what = "is no dtype that can be written."

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from eutectic.errors import RequestError
+from eutectic.options import dtype_name
 from eutectic.recipes.script import Script
 from eutectic.recipes.settings import scalars, setting_of
 from eutectic.recipes.units import parse_bytes
@@ -235,7 +236,8 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
     parameters: dict[str, Any] = Field(default_factory=dict)  # the method's own
     scale: Scale | None = None  # α, or a search for it; None takes the method's default
     scale_tensors: Literal["all", "matrix"] = "all"  # what α multiplies
-    dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None  # None: as they are
+    # Of the output, also as bf16, fp16, fp32, fp64; None leaves every tensor in its own.
+    dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of all random numbers
     precision: Literal["fast", "exact"] = "fast"  # checked kernels, or float64 decompositions
     tensors: Annotated[tuple[TensorRule, ...], Field(max_length=MOST_RULES)] = ()
@@ -312,6 +314,11 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
         if name := next((name for name in ("base", "initial") if name in specs), None):
             raise ValueError(f"an expert cannot be called '{name}': that is another parent's name")
         return {n: {"path": s} if isinstance(s, str) else s for n, s in specs.items()}
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _dtype(cls, value: Any) -> Any:
+        return dtype_name(value)
 
     @field_validator("shard_size", mode="before")
     @classmethod

@@ -9,6 +9,7 @@ import torch
 from eutectic.errors import RequestError
 from eutectic.models.batches import TokenMask, Unmatched
 from eutectic.models.linear_head import Head
+from eutectic.options import dtype_name
 from eutectic.statistics.core_rows import CoreRows
 from eutectic.statistics.function_identity import describe_callable
 from eutectic.statistics.likelihood import OBJECTIVES, LogLikelihood, Objective, objective_name
@@ -64,6 +65,11 @@ class Settings:
         """How many examples are used."""
         default = DEFAULT_GRADIENT_EXAMPLES if self.gradients else None
         return default if self.max_examples is None else self.max_examples
+
+    def __post_init__(self) -> None:
+        """Take names of dtypes too, such as "float64" or "fp64"."""
+        named = getattr(torch, str(dtype_name(self.dtype)), None)
+        object.__setattr__(self, "dtype", named if isinstance(named, torch.dtype) else self.dtype)
 
     def check(self) -> None:
         """Raise RequestError naming everything that is out of range."""

@@ -1,0 +1,140 @@
+"""Errors of a command line in its own words: options that are not there, keys of recipes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from eutectic.errors import Fault, RecipeError, nearest
+
+# typer has click's classes, or later its own copies of them.
+_NO_SUCH_OPTION: type[Exception] = vars(sys.modules[typer.BadParameter.__module__])["NoSuchOption"]
+
+
+class Verb(TyperCommand):
+    """A command that names the nearest of its options where one is typed that it has not."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the command line, as click does."""
+        try:
+            return super().parse_args(ctx, args)
+        except _NO_SUCH_OPTION as error:
+            given = str(getattr(error, "option_name", ""))
+            fault: Any = error
+            fault.message = f"No such option: {given}.{self._meant(given)}"
+            fault.possibilities = None
+            raise
+
+    def _meant(self, given: str) -> str:
+        """Return which option, key of a recipe or parameter was meant, as far as one can tell."""
+        options = {
+            name.removeprefix("--"): name
+            for parameter in self.params
+            for name in (*parameter.opts, *parameter.secondary_opts)
+            if name.startswith("--")
+        }
+        word = given.lstrip("-")
+        if (near := nearest(word, [*options, "help"])) is not None:
+            return f" Did you mean {options.get(near, '--help')}?"
+        plain = word.replace("-", "_")
+        if "param" in options and plain in _parameters():
+            return f" It is a parameter of a method: --param {plain}=VALUE"
+        if "set" in options and (key := nearest(word, _keys())) is not None:
+            return f" It is a key of recipes: --set {key}=VALUE"
+        return f" {self.name} --help lists all." if self.name else ""
+
+
+def _parameters() -> set[str]:
+    from eutectic.methods import all_methods
+
+    return {f.name for method in all_methods().values() for f in fields(method.parameters)}
+
+
+def _keys() -> list[str]:
+    from eutectic.recipes.schema import Recipe
+
+    return list(Recipe.model_fields)
+
+
+# Key of a recipe -> the option that says it.
+_OPTIONS: Mapping[str, str] = {
+    "base": "--base",
+    "method": "--method",
+    "scale": "--scale",
+    "fallback": "--fallback",
+    "shard_size": "--shard-size",
+    "vocabulary": "--vocabulary",
+    "chat_template": "--chat-template",
+    "adapter.rank": "--rank",
+    "adapter.energy": "--energy",
+    "adapter.others": "--others",
+    "adapter.tables": "--tables",
+    "adapter.dtype": "--dtype",
+    "scale.search": "--search",
+    "scale.tasks": "--tasks",
+    "scale.range": "--range",
+    "scale.points": "--points",
+    "scale.tolerance": "--tolerance",
+}
+_OF_EXPERT = {"weight": "--weight", "statistics": "--statistics"}
+
+
+_SEARCH_KEYS = re.compile(r"\b(search: |tasks|range|points|tolerance)\b")
+
+
+_OF_ADAPTER = re.compile(r"\b(others|tables): (drop|save|low_rank)")
+
+
+def _as_option(found: re.Match[str]) -> str:
+    return f"--{found[1].replace(':', '')}"
+
+
+@contextmanager
+def options_in_faults(stated: Mapping[str, Any], further: Mapping[str, str] = {}) -> Iterator[None]:
+    """Name options, not keys of recipes, in the faults of what a command line says.
+
+    Args:
+        stated: the keys that options gave, as a recipe would have them; faults of a recipe's own
+            lines stay as they are.
+        further: key -> option, besides or instead of the usual ones.
+    """
+    try:
+        yield
+    except RecipeError as error:
+        known = {**_OPTIONS, **further}
+        faults = [_of_options(fault, stated, known) for fault in error.faults]
+        if faults == error.faults:
+            raise
+        raise type(error)(faults, error.where) from None
+
+
+def _of_options(fault: Fault, stated: Mapping[str, Any], known: Mapping[str, str]) -> Fault:
+    if "adapter" in stated:
+        fault = replace(fault, next=_OF_ADAPTER.sub(r"--\1 \2", fault.next))
+    if fault.line:
+        return fault
+    head, _, rest = fault.where.partition(": ")
+    if head.startswith("method '") and rest.split(".")[0] in (stated.get("parameters") or {}):
+        return replace(fault, where=f"--param {rest}")
+    parts = fault.where.split(".")
+    if parts[0] == "experts" and len(parts) > 2 and parts[1] in (stated.get("experts") or {}):
+        name, key = ".".join(parts[1:-1]), parts[-1]
+        where = f"{_OF_EXPERT[key]} {name}" if key in _OF_EXPERT else fault.where
+        return replace(fault, where=where)
+    if fault.kind == "unknown_key" or parts[0] not in stated:
+        return fault
+    if parts[0] == "scale" and known is not _OPTIONS and "scale" in known:
+        what = _SEARCH_KEYS.sub(_as_option, fault.what)
+        if what.startswith("--"):
+            return replace(fault, what=what, where="")
+        fault = replace(fault, what=what)
+    if fault.where in known:
+        return replace(fault, where=known[fault.where])
+    return replace(fault, where=f"--set {fault.where}") if fault.where else fault
