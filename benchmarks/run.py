@@ -24,7 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE)]
 
-from table.merging import ROWS
+from table.merging import ALL_ROWS, ROWS
 from table.routing import BASES, add_row_options
 
 PROCESSES = min(2, os.cpu_count() or 1)
@@ -79,16 +79,17 @@ def make_table(arguments: argparse.Namespace, others: Sequence[str], seeds: int)
         words = ["--rows", *names, "--bases", *bases, "--threads", str(threads)]
         return python("table/run.py", *suite, *words)
 
-    asked = set(arguments.rows or [*(n for n in ROWS if not n.endswith("_100")), "routed"])
+    known = ALL_ROWS if arguments.regime.startswith("lora") else ROWS
+    asked = set(arguments.rows or [*(n for n in known if not n.endswith("_100")), "routed"])
     asked |= set(arguments.bases if "routed" in asked else ())
-    asked |= {init for name, row in ROWS.items() if name in asked and (init := row.init)}
-    kept = [name for name in ROWS if name in asked and (seeds == 1 or ROWS[name].seeded)]
-    initial = [name for name in kept if any(row.init == name for row in ROWS.values())]
+    asked |= {init for name, row in known.items() if name in asked and (init := row.init)}
+    kept = [name for name in known if name in asked and (seeds == 1 or known[name].seeded)]
+    initial = [name for name in kept if any(row.init == name for row in known.values())]
     # The last rows of the list take the longest, so they begin first.
     later = [name for name in reversed(kept) if name not in initial]
     names = names_of(arguments.suite, arguments.tasks)
     samples = "one proxy sample" if seeds == 1 else f"{seeds} proxy samples"
-    if arguments.regime == "lora":
+    if arguments.regime.startswith("lora"):
         share([[*rows(), "--collect"]], "adapters made dense")
     share([[*rows(), "--collect", *names[k::PROCESSES]] for k in range(PROCESSES)], "statistics")
     share([rows()], "base and experts")
@@ -109,7 +110,9 @@ def main() -> None:
     )
     parser.add_argument("suite", choices=["text", "glyphs"])
     parser.add_argument("--work", type=Path, required=True, help="folder of everything it makes")
-    parser.add_argument("--regime", default="hard", choices=["kind", "hard", "lora"])
+    parser.add_argument(
+        "--regime", default="hard", choices=["kind", "hard", "lora", "lora-unequal"]
+    )
     parser.add_argument("--tasks", type=int, default=8, help="the first so many")
     parser.add_argument("--seeds", type=int, default=1, help="proxy samples")
     add_row_options(parser, "all but MaTS at 100 plain steps")

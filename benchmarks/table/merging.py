@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import eutectic
 from eutectic.reporting import subspace_alignment_ratio
+from eutectic.statistics import CoreRows, core_rows
 
 PROXIES = 128
 TIE = 1e-5  # of ΣΔ added to a merged matrix: enough to order equal singular values
@@ -39,6 +40,8 @@ class Row:
         init: name of the row whose α and method are the initial merge of a linear system, or
             whose merge at that α is calibrated.
         calibrated: that is what the row is: the same method calibrated on the proxies.
+        core: statistics are those that `eutectic collect --for` keeps for the adapters alone.
+        adapter: keys of an adapter that is the output, such as its rank; None for a checkpoint.
     """
 
     method: str
@@ -48,6 +51,8 @@ class Row:
     fixed: bool = False
     init: str | None = None
     calibrated: bool = False
+    core: bool = False
+    adapter: Mapping[str, Any] | None = None
 
     @property
     def needs_statistics(self) -> bool:
@@ -87,6 +92,45 @@ ROWS: dict[str, Row] = {
     "iso_a_calibrated": Row("iso_a", seeded=True, fixed=True, init="iso_a", calibrated=True),
 }  # fmt: skip
 
+# Rows that adapters alone have: through their core, and cut to a rank.
+ADAPTER_ROWS: dict[str, Row] = {
+    "knots_ties": Row("knots_ties", {"density": 0.2}, start=0.5),
+    "knots_dare_linear": Row("knots_dare_linear", {"density": 0.2}, seeded=True, start=0.2),
+    "knots_dare_ties": Row("knots_dare_ties", {"density": 0.2}, seeded=True, start=0.5),
+    "core_ties": Row("core_ties", {"density": 0.2}, start=0.5),
+    "core_dare_linear": Row("core_dare_linear", {"density": 0.2}, seeded=True, start=0.2),
+    "core_dare_ties": Row("core_dare_ties", {"density": 0.2}, seeded=True, start=0.5),
+    "iso_a_core": Row("iso_a", seeded=True, start=0.7, core=True),
+    "esm_roberta_core": Row("esm", {"preset": "roberta"}, seeded=True, start=0.4, core=True),
+    "esm_vit_core": Row("esm", {"preset": "vit"}, seeded=True, start=0.1, core=True),
+    "regmean_whole": Row("regmean", {"off_diagonal": 1.0}, seeded=True),
+    "regmean_core": Row("regmean", {"off_diagonal": 1.0}, seeded=True, core=True),
+    "mats_gram_10": Row(
+        "mats", {"operator": "gram", "iterations": 10}, seeded=True, init="iso_c"
+    ),
+    "mats_gram_10_core": Row(
+        "mats", {"operator": "gram", "iterations": 10}, seeded=True, init="iso_c", core=True
+    ),
+    **{
+        f"{name}_{when}_{rank}": Row(
+            method,
+            start=start,
+            seeded=core,
+            core=core,
+            adapter={"rank": rank} | ({"compress": "before"} if when == "before" else {}),
+        )
+        for name, method, start, core in (
+            ("iso_a_core", "iso_a", 0.7, True),
+            ("iso_c", "iso_c", 0.7, False),
+            ("task_arithmetic", "task_arithmetic", 0.2, False),
+            ("tsv_m", "tsv_m", 0.3, False),
+        )
+        for rank in (16, 32)
+        for when in ("after", "before")
+    },
+}  # fmt: skip
+ALL_ROWS = ROWS | ADAPTER_ROWS
+
 
 def dense_expert(base: Path, adapter: Path, folder: Path) -> Path:
     """Make an adapter dense by merging it alone into the base, once."""
@@ -105,13 +149,20 @@ def _merge(*arguments: str) -> dict[str, Any]:
 
 
 def collect_statistics(
-    suite: Suite, work: Path, seed: int, count: int = PROXIES, fisher: bool = True
+    suite: Suite,
+    work: Path,
+    seed: int,
+    count: int = PROXIES,
+    fisher: bool = True,
+    core: bool = False,
 ) -> dict[str, Path]:
     """Collect every expert's statistics on its proxies, labels sampled: unlabelled data suffice.
 
-    The diagonal Fisher takes a pass for every example; `fisher=False` leaves it out.
+    The diagonal Fisher takes a pass for every example; `fisher=False` leaves it out. `core` keeps
+    what the suite's adapters see of the inputs, and nothing else.
     """
-    kind = "" if fisher else "-kfac"
+    kind = "-core" if core else "" if fisher else "-kfac"
+    rows = core_rows(suite.model, suite.adapters, suite.base) if core else None
     files: dict[str, Path] = {}
     for task, folder in suite.experts.items():
         sample = f"{folder.parent.name}-{count}-{seed}{kind}"
@@ -121,13 +172,15 @@ def collect_statistics(
             weights = load_file(folder / "model.safetensors")
             set_weights(suite.model, weights)
             proxies = suite.proxies(task, seed, count)
-            collect_on(suite, task, proxies, file, gradients=True, fisher=fisher)
+            own = {"gradients": rows is None, "fisher": fisher and rows is None, "core": rows}
+            collect_on(suite, task, proxies, file, **own)
     return files
 
 
 def collect_on(
-    suite: Suite, task: str, batches: Batches, file: Path, gradients: bool, fisher: bool = False
-) -> None:
+    suite: Suite, task: str, batches: Batches, file: Path, gradients: bool, fisher: bool = False,
+    core: CoreRows | None = None,
+) -> None:  # fmt: skip
     """Run the suite's model, as it is, over one task's proxies."""
 
     def log_likelihoods(outputs: Any, batch: Any) -> Tensor:
@@ -146,6 +199,7 @@ def collect_on(
         fisher=fisher,
         objective=log_likelihoods if gradients else "auto",
         layers=suite.layers,
+        core=core,
     )
 
 
@@ -194,10 +248,14 @@ def merge_row(
         "seed": seed,
         "dtype": "float32",
     }  # fmt: skip
+    if row.adapter is not None:
+        recipe |= {"output": "adapter", "adapter": dict(row.adapter)}
     file = folder / "recipe.json"
     file.write_text(json.dumps(recipe))
     report = _merge(str(file), "-o", str(folder / "out"))
     out = folder / "out"
+    if row.adapter is not None:
+        out = dense_expert(suite.base, out, folder / "dense")
     if row.calibrated:
         out = folder / "calibrated"
         data = {task: suite.proxies(task, seed, PROXIES).inputs for task in suite.tasks}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from table.merging import PROXIES, ROWS, collect_on, collect_statistics, merge_row
+from table.merging import ALL_ROWS, PROXIES, ROWS, collect_on, collect_statistics, merge_row
 from table.outcomes import keep
 from table.suite import Suite, correct, set_parameters
 from torch import Tensor
@@ -31,7 +31,7 @@ def add_row_options(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--rows",
         nargs="*",
-        choices=[*ROWS, "routed"],
+        choices=[*ALL_ROWS, "routed"],
         metavar="ROW",
         help=f"default: {default}; 'routed' for the routed models",
     )

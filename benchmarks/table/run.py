@@ -31,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
 from table.merging import (
+    ALL_ROWS,
     ROWS,
     MergedRow,
     Row,
@@ -215,7 +216,7 @@ def initial_merge(row: Row, results: Path) -> tuple[str, float] | None:
     if row.init is None:
         return None
     chosen = json.loads((results / f"{row.init}-0.json").read_text())["scale"]
-    return ROWS[row.init].method, chosen
+    return ALL_ROWS[row.init].method, chosen
 
 
 def static_row(
@@ -228,14 +229,15 @@ def static_row(
     aligned: bool,
 ) -> dict[str, Any]:
     """One static method for one proxy sample: what its record does not hold yet."""
-    row, file = ROWS[name], results / f"{name}-{seed}.json"
+    row, file = ALL_ROWS[name], results / f"{name}-{seed}.json"
     record: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     if record and record["parameters"] != dict(row.parameters):
         raise SystemExit(f"{file}: measured with other parameters; move it away to measure anew.")
     init = initial_merge(row, results)
     fisher = row.method == "fisher"
     reads = "grams" in kinds or row.needs_statistics
-    files = collect_statistics(suite, work, seed, fisher=fisher) if reads else {}
+    asked = {"fisher": fisher, "core": row.core}
+    files = collect_statistics(suite, work, seed, **asked) if reads else {}
     merged = merge_row(suite, row, work, seed, files if row.needs_statistics else None, init)
     if aligned:
         cached(results / "alignment" / f"{name}.json", lambda: alignments(suite, merged))
@@ -289,7 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make a suite's table of methods.")
     parser.add_argument("suite", choices=["text", "glyphs", "adapters"])
     parser.add_argument("--work", type=Path, required=True, help="folder of the suite's experts")
-    parser.add_argument("--regime", default="hard", help="kind or hard (text)")
+    parser.add_argument("--regime", default="hard", help="kind, hard, lora or lora-unequal (text)")
     parser.add_argument(
         "--tasks", type=int, default=8, help="the first so many tasks; 6: the miniature"
     )
@@ -327,19 +329,25 @@ def main() -> None:
             raise SystemExit(f"No validation data are left to be held out: {', '.join(lacking)}.")
     if arguments.collect is not None:
         own = {task: folder for task, folder in suite.experts.items() if task in arguments.collect}
+        part = replace(suite, experts=own)
         for seed, fisher in product(range(arguments.seeds), (False, True)):
-            collect_statistics(replace(suite, experts=own), arguments.work, seed, fisher=fisher)
+            collect_statistics(part, arguments.work, seed, fisher=fisher)
+        for seed in range(arguments.seeds if suite.adapters else 0):
+            collect_statistics(part, arguments.work, seed, core=True)
         return
     results = arguments.work / "results" / suite.name
     check_settings(suite, results)
     fixed = fixed_models(suite, results)
     print(f"base {mean(fixed['base']):.1f}, experts {mean(fixed['experts']):.1f}", flush=True)
-    chosen = arguments.rows if arguments.rows is not None else [*ROWS, "routed"]
-    for name in (n for n in ROWS if n in chosen):
-        for seed in range(arguments.seeds if ROWS[name].seeded else 1):
+    known = ALL_ROWS if suite.adapters else ROWS
+    chosen = arguments.rows if arguments.rows is not None else [*known, "routed"]
+    for name in (n for n in known if n in chosen):
+        for seed in range(arguments.seeds if known[name].seeded else 1):
             start = time.monotonic()
             file = results / f"{name}-{seed}.json"
-            kinds = () if seed or ROWS[name].fixed else tuple(arguments.label_free)
+            kinds = () if seed or known[name].fixed else tuple(arguments.label_free)
+            if known[name].core:  # whose Grams are those of the core
+                kinds = tuple(kind for kind in kinds if kind != "grams")
             aligned = seed == 0 and not arguments.no_alignment
             compute = partial(
                 static_row, suite, name, arguments.work, results, seed, kinds, aligned
