@@ -21,7 +21,7 @@ from eutectic.errors import EutecticError
 from eutectic.recipes.load import load_recipe
 from eutectic.routed.routed_folder import load_routed
 from eutectic.statistics.statistics_file import write_tensors
-from eutectic.storage import folder_aside
+from eutectic.storage import announce, folder_aside
 
 from .test_checkpoints import CONFIG, WEIGHTS
 
@@ -254,7 +254,9 @@ def test_marks_of_folders_aside(place: Path, mark: bytes, begun: bool) -> None:
     def take_up() -> None:
         with folder_aside(output, {"a": 1}, "last") as aside:
             if begun:
-                (aside.begin() / "last").write_text("x")
+                with aside.writing() as folder:
+                    announce(folder / "last")
+                    (folder / "last").write_text("x")
                 raise EutecticError("stopped")
 
     outcome(take_up)

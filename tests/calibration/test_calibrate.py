@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import eutectic
 from calibration.world import inputs, load, make, outputs, save_world
 from eutectic.errors import CheckpointError, NumericalError, RequestError, ResumeError
+from eutectic.storage.local_disk import LocalDisk
 from helpers.folders import digests
 
 NAMES = "ab"
@@ -126,6 +127,25 @@ def test_what_no_calibration_has_made_is_not_deleted(world: Path, tmp_path: Path
         (work / name).unlink()
         if name == "model/x":
             (work / "model").rmdir()
+
+
+def killed(*_: Any) -> None:
+    raise _Killed
+
+
+def test_a_strangers_file_in_the_unfinished_model(world: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalDisk, "commit", killed)
+        with pytest.raises(_Killed):
+            run(world, tmp_path / "out")
+    mine = tmp_path / "out.partial/model/mine.txt"
+    mine.write_text("mine")
+    for restart in (False, True):
+        with pytest.raises(ResumeError, match=r"holds mine\.txt, which no run wrote"):
+            run(world, tmp_path / "out", restart=restart)
+    mine.rename(tmp_path / "mine.txt")
+    assert run(world, tmp_path / "out").resumed
+    assert not (tmp_path / "out/mine.txt").exists() and not mine.parent.parent.exists()
 
 
 def test_a_checkpoint_that_changes_is_named(world: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from eutectic.errors import OutputError, RequestError, ResumeError
-from eutectic.storage import FolderAside, folder_aside
+from eutectic.storage import FolderAside, announce, folder_aside
 from eutectic.storage.local_disk import LocalDisk
 
 ASKED = {"experts": ["a", "b"]}
@@ -22,17 +22,22 @@ def opened(tmp_path: Path, asked: dict[str, Any] = ASKED) -> FolderAside:
     return folder_aside(tmp_path / "out", asked, "last.json")
 
 
+def put(file: Path) -> None:
+    announce(file)
+    file.write_text("1")
+
+
 def write(tmp_path: Path, kill: str = "") -> None:
     with opened(tmp_path) as aside:
         if not aside.finished:
-            folder = aside.begin()
-            assert not list(folder.iterdir())
-            (folder / "first.json").write_text("1")
-            if kill == "while writing":
-                raise Killed
-            (folder / "last.json").write_text("2")
-            if kill == "before the name":
-                raise Killed
+            with aside.writing() as folder:
+                assert not list(folder.iterdir())
+                put(folder / "first.json")
+                if kill == "while writing":
+                    raise Killed
+                put(folder / "last.json")
+                if kill == "before the name":
+                    raise Killed
             aside.commit()
         if kill == "after it":
             raise Killed
@@ -70,7 +75,8 @@ def test_the_finished_folder_of_another_request_is_not_taken_for_ones_own(tmp_pa
 def test_a_kill_while_the_mark_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(self: LocalDisk, folder: Path, names: Any) -> Any:
         if (folder / names[-1]).exists():
-            (folder / names[-1]).unlink()
+            for name in names:
+                (folder / name).unlink()
             raise Killed
         return discard(self, folder, names)
 
@@ -94,7 +100,8 @@ def write_both(tmp_path: Path, kill: Path | None = None) -> None:
     ):
         both = [aside for aside in (first, second) if not aside.finished]
         for aside in both:
-            (aside.begin() / "last.json").write_text("1")
+            with aside.writing() as folder:
+                put(folder / "last.json")
         for aside in both:
             aside.commit()
         for aside in (first, second):
@@ -116,8 +123,8 @@ def test_of_two_folders_an_empty_work_folder_is_left(left: str, tmp_path: Path) 
 
 
 def test_an_error_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(OutputError), opened(tmp_path) as aside:
-        (aside.begin() / "first.json").write_text("1")
+    with pytest.raises(OutputError), opened(tmp_path) as aside, aside.writing() as folder:
+        put(folder / "first.json")
         raise OutputError("full")
     assert not list(tmp_path.iterdir())
 
@@ -164,6 +171,53 @@ def test_a_strangers_file_beside_what_a_killed_run_left(tmp_path: Path) -> None:
     with pytest.raises(ResumeError, match=r"notes\.txt"):
         write(tmp_path)
     assert (tmp_path / "out.partial/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kill", ["while writing", "before the name"])
+@pytest.mark.parametrize("held", ["notes.txt", "below/notes.txt", "first.json.old"])
+def test_a_strangers_file_in_the_unfinished_folder_is_neither_deleted_nor_published(
+    kill: str, held: str, tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        write(tmp_path, kill)
+    file = tmp_path / "out.partial/folder" / held
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    with pytest.raises(ResumeError, match=f"holds {held}, which no run wrote"):
+        write(tmp_path)
+    assert file.read_text() == "mine"
+    file.rename(tmp_path / "moved")
+    write(tmp_path)
+    assert names(tmp_path) == ["moved", "out/first.json", "out/last.json"]
+
+
+def test_a_strangers_file_that_comes_while_the_folder_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ResumeError, match="mine.txt"), opened(tmp_path) as aside:
+        with aside.writing() as folder:
+            put(folder / "last.json")
+            (folder / "mine.txt").write_text("mine")
+        aside.commit()
+    assert names(tmp_path) == [
+        "out.partial/folder/mine.txt", "out.partial/unfinished.json", "out.partial/written.jsonl",
+    ]  # fmt: skip
+
+
+def test_a_strangers_file_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(ResumeError, match="last.json"), opened(tmp_path) as aside:
+        with aside.writing() as folder:
+            (folder / "last.json").write_text("mine")
+            put(folder / "last.json")
+    assert (tmp_path / "out.partial/folder/last.json").read_text() == "mine"
+
+
+def test_a_list_leads_nowhere_else(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        write(tmp_path, "while writing")
+    (tmp_path / "mine").write_text("mine")
+    with (tmp_path / "out.partial/written.jsonl").open("a") as listed:
+        listed.write('"../../mine"\n"/etc/hosts"\n"."\n""\n[1]\n{\n')
+    write(tmp_path)
+    assert names(tmp_path) == ["mine", "out/first.json", "out/last.json"]
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:

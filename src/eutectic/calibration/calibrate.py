@@ -485,14 +485,16 @@ def _record(run: _Run, proxies: Mapping[str, Proxies], identity: str) -> dict[st
 
 def _finish(run: _Run, output: Path, record: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Write the output aside and give it its name, unless a checkpoint is not what it was."""
-    new, unfinished = run.new, run.unfinished
+    new, unfinished, written = run.new, run.unfinished, run.unfinished.written
     try:
-        write_calibrated(
-            run.models.merged,
-            unfinished.model,
-            lambda key: new[key][key] if key in new else None,
-            record,
-        )
+        with written.writing():
+            write_calibrated(
+                run.models.merged,
+                unfinished.model,
+                lambda key: new[key][key] if key in new else None,
+                record,
+            )
+        written.check()
         now = run.models.identity()
         if changed := [name for name in known if now.get(name) != known[name]]:
             raise CheckpointError(

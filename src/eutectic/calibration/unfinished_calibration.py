@@ -16,9 +16,10 @@ from eutectic.errors import (
     why_failed,
 )
 from eutectic.statistics.statistics_file import TensorFile, write_tensors
-from eutectic.storage import Lock, storage_of
+from eutectic.storage import Lock, WrittenFiles, storage_of
 
 MODEL = "model"  # the folder of the output, in the work folder until it is complete
+_LIST = "written.jsonl"  # of that folder's files
 _KEY = "eutectic_calibration"
 _LAYER = "layer-{:05d}.safetensors"
 _A_LAYER = re.compile(r"layer-\d{5,}\.safetensors")
@@ -41,6 +42,11 @@ class Unfinished:
         """Where the output is written before it gets its name."""
         return self.folder / MODEL
 
+    @property
+    def written(self) -> WrittenFiles:
+        """Which of its files calibrations have made."""
+        return _written(self.folder)
+
     def add(self, place: str, tensors: Mapping[str, Tensor], record: dict[str, Any]) -> None:
         """Keep a finished layer; it outlives the process when this returns."""
         path = self.folder / _LAYER.format(len(self.layers))
@@ -60,7 +66,12 @@ def _discard(folder: Path) -> None:
     storage = storage_of(folder)
     # The first layer goes last: by it, the rest is known to be a calibration's.
     layers = [name for name in storage.list(folder) if _A_LAYER.fullmatch(name)]
-    storage.discard(folder, (MODEL, *reversed(layers)))
+    if not _written(folder).discard():
+        storage.discard(folder, (_LIST, *reversed(layers)))
+
+
+def _written(folder: Path) -> WrittenFiles:
+    return WrittenFiles(folder / MODEL, folder / _LIST, storage_of(folder))
 
 
 def _is_own(folder: Path) -> bool:
@@ -68,7 +79,7 @@ def _is_own(folder: Path) -> bool:
     names = storage_of(folder).list(folder)
     if not names:
         return True
-    if any(name != MODEL and not _A_LAYER.fullmatch(name) for name in names):
+    if any(name not in (MODEL, _LIST) and not _A_LAYER.fullmatch(name) for name in names):
         return False
     try:  # the output is begun when all layers are there
         TensorFile(folder / _LAYER.format(0), _KEY)
@@ -88,12 +99,14 @@ def open_unfinished(folder: Path, identity: str, *, restart: bool) -> Unfinished
             )
         lock = storage.lock(folder)
         try:
+            _written(folder).check()
             if restart:
                 _discard(folder)
             folder.mkdir(parents=True, exist_ok=True)
             found = Unfinished(folder, identity, lock)
             _read(found)
             storage.remove(found.model)  # quickly written again
+            storage.remove(folder / _LIST)
             return found
         except BaseException:
             lock.release()

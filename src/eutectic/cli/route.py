@@ -195,13 +195,13 @@ def _build(
         report[name] = str(aside.output)
         if aside.finished:
             continue
-        folder = aside.begin()
-        if name == "export":
-            write_adapters(routed, folder, aside.output, merged)
-        else:
-            write_routed(routed, folder)
-            own = {path.name for path in folder.iterdir()}
-            copy_side_files(merged, folder, [name for name in beside if name not in own])
+        with aside.writing() as folder:
+            if name == "export":
+                write_adapters(routed, folder, aside.output, merged)
+            else:
+                write_routed(routed, folder)
+                own = {path.name for path in folder.iterdir()}
+                copy_side_files(merged, folder, [name for name in beside if name not in own])
     _put_in_place(asides)
     _report(report, json, quality)
 

@@ -12,6 +12,7 @@ from eutectic.conventions import PEFT_ROOT
 from eutectic.models.arguments import TEXTS, signature_of
 from eutectic.models.loading import transformers_for
 from eutectic.routed.routed_modules import Experts, RoutedLinear
+from eutectic.storage import announce
 
 # PEFT's kinds of task, and the class of transformers that loads the base of each.
 _TASKS = (
@@ -69,6 +70,8 @@ def write_adapter(
         for name, tensor in module.state_dict().items()
     }
     target.mkdir(parents=True, exist_ok=True)
+    for written in ("adapter_model.safetensors", "adapter_config.json"):
+        announce(target / written)
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
     (target / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 

@@ -21,6 +21,7 @@ from eutectic.errors import CheckpointError
 from eutectic.models.loading import in_words, load_config
 from eutectic.models.task_models import EXPERTS
 from eutectic.routed.heads import StoredHead
+from eutectic.storage import announce
 from eutectic.storage.small_files import check_regular, read_bytes
 
 HEADS = "heads"  # the folder of a routed model that holds one per expert
@@ -93,6 +94,8 @@ def write_heads(path: Path, heads: Mapping[str, StoredHead]) -> None:
     for name, head in heads.items():
         folder = path / HEADS / name
         folder.mkdir(parents=True)
+        for written in ("config.json", HEAD_FILE):
+            announce(folder / written)
         head.config.save_pretrained(folder)
         tensors = {key: values.contiguous().clone() for key, values in head.tensors.items()}
         save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt"})

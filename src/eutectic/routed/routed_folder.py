@@ -26,7 +26,7 @@ from eutectic.routed.routed_modules import Experts, RoutedLinear, install
 from eutectic.routed.router import ROUTERS, RouterKind
 from eutectic.routed.routing_modes import routing_of
 from eutectic.serving import ROUTER_FORMAT, ROUTER_JSON
-from eutectic.storage import folder_aside
+from eutectic.storage import announce, folder_aside, storage_of
 from eutectic.storage.small_files import check_regular, read_bytes
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -35,6 +35,7 @@ DESCRIPTION = "routed.json"
 FACTORS = "routed.safetensors"
 PLAIN_WEIGHTS = "model.safetensors"  # of models that do not come from transformers
 ROUTERS_FILE = "prototypes.safetensors"
+_SAVING = "saving"  # a folder, while a model saves itself
 FORMAT = 1
 
 
@@ -84,7 +85,8 @@ def save_routed(routed: nn.Module, folder: str | Path, **options: Any) -> None:
     """
     with folder_aside(Path(folder), _identity(routed), DESCRIPTION) as aside:
         if not aside.finished:
-            write_routed(routed, aside.begin(), **options)
+            with aside.writing() as path:
+                write_routed(routed, path, **options)
             aside.commit()
         aside.clear()
 
@@ -106,18 +108,40 @@ def write_routed(routed: nn.Module, path: Path, **options: Any) -> None:
         raise RequestError(f"{kind} takes no options for saving: {options}.")
     try:
         if own is not None:
-            own(routed, path, state_dict=weights, **options)
+            _save_model(own, routed, path, weights, options)
         else:
+            announce(path / PLAIN_WEIGHTS)
             save_file({n: t.contiguous().clone() for n, t in weights.items()}, path / PLAIN_WEIGHTS)
+        announce(path / FACTORS)
         save_file(tensors, path / FACTORS)
         write_heads(path, heads)
         # Last: a folder without it is no finished routed model.
         text = json.dumps(description.model_dump(), indent=1)
+        announce(path / DESCRIPTION)
         (path / DESCRIPTION).write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"{path}: the routed model cannot be written: {why_failed(error)}."
         ) from error
+
+
+def _save_model(
+    own: Any,
+    routed: nn.Module,
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+) -> None:
+    """Save a model's own way, whose files nobody knows beforehand, and move them to the folder."""
+    aside = folder / _SAVING
+    announce(aside)
+    aside.mkdir(parents=True)
+    own(routed, aside, state_dict=weights, **options)
+    for name in storage_of(aside).files_below(aside):
+        announce(folder / name)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (aside / name).rename(folder / name)
+    storage_of(aside).remove(aside)
 
 
 def load_routed(folder: str | Path, model: nn.Module | type[Any] | None = None) -> Any:
@@ -236,7 +260,8 @@ def export_lora(routed: nn.Module, folder: str | Path, beside: str | Path | None
     source = None if beside is None else Path(beside)
     with folder_aside(Path(folder), _identity(routed), ROUTERS_FILE) as aside:
         if not aside.finished:
-            write_adapters(routed, aside.begin(), aside.output, source)
+            with aside.writing() as path:
+                write_adapters(routed, path, aside.output, source)
             aside.commit()
         aside.clear()
 
@@ -254,7 +279,7 @@ def write_adapters(routed: nn.Module, path: Path, output: Path, beside: Path | N
         )
     _check_folders(handle.experts)
     try:
-        own(routed, path / "merged", state_dict=_base_state_dict(routed))
+        _save_model(own, routed, path / "merged", _base_state_dict(routed), {})
         if beside is not None:
             copy_side_files(beside, path / "merged", feeding_files(beside))
         for t, name in enumerate(handle.experts):

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eutectic.storage.announcing import announced_to
+from eutectic.storage.announcing import announce, announced_to
 from eutectic.storage.folder_aside import FolderAside
 from eutectic.storage.interface import AppendedFile, Lock, OpenedFile, StagedFile, Storage
 from eutectic.storage.local_disk import LocalDisk
+from eutectic.storage.written_files import WrittenFiles
 
 __all__ = [
     "AppendedFile",
@@ -16,6 +17,8 @@ __all__ = [
     "OpenedFile",
     "StagedFile",
     "Storage",
+    "WrittenFiles",
+    "announce",
     "announced_to",
     "folder_aside",
     "storage_of",

@@ -1,23 +1,27 @@
 """A folder that is written aside and gets its name when it is complete, in one step.
 
 For verbs that keep nothing of an unfinished run. In `<output>.partial` lie a mark, by which the
-folder is known to be a run's own, and what is written.
+folder is known to be a run's own, what is written, and a list of it: files that somebody else has
+put there are neither deleted nor published.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from eutectic.errors import OutputError, RequestError, ResumeError, why_failed
 from eutectic.storage.interface import Storage
+from eutectic.storage.written_files import WrittenFiles
 
 _MARK = "unfinished.json"
 _CONTENT = "folder"
+_LIST = "written.jsonl"
 _KEY = "eutectic_unfinished"
 
 
@@ -54,12 +58,14 @@ class FolderAside:
             raise RequestError(obstacle)
         self.output, self._storage = output, storage
         self._work = _work(output)
+        self._content = self._work / _CONTENT
         described = json.dumps(request, sort_keys=True, default=str)
         identity = hashlib.sha256(described.encode()).hexdigest()
         self._mark = json.dumps({_KEY: identity}).encode()
         try:
             self._lock = storage.lock(self._work)
             try:
+                self._written = self._list()
                 self.finished = self._finished_before(last, together)
             except BaseException:
                 self._lock.release()
@@ -71,7 +77,7 @@ class FolderAside:
 
     def _finished_before(self, last: str, together: Path | None) -> bool:
         held = self._storage.list(self._work)
-        strangers = [name for name in held if name not in (_MARK, _CONTENT)]
+        strangers = [name for name in held if name not in (_MARK, _CONTENT, _LIST)]
         found = _mark(self._work)
         begun = f'{{"{_KEY}":'.encode()
         if held and (strangers or not found.startswith(begun)):
@@ -80,6 +86,7 @@ class FolderAside:
                 f"{self._work} exists and is not left by a run that was killed.{why}\n"
                 "Move it away, or choose another output."
             )
+        self._written.check()
         if not self._storage.list(self.output):
             return False
         # A folder that was moved leaves its work folder, and at last that without its mark.
@@ -90,34 +97,45 @@ class FolderAside:
             return True
         raise RequestError(f"{self.output}: not empty; name a new folder.")
 
-    def begin(self) -> Path:
-        """Return the empty folder to write into."""
-        folder = self._work / _CONTENT
+    @contextmanager
+    def writing(self) -> Iterator[Path]:
+        """Give the empty folder to write into; what the block writes is the run's own."""
         try:
-            self._storage.discard(self._work, (_CONTENT, _MARK))
+            self._discard()
             self._work.mkdir(parents=True, exist_ok=True)
             with self._storage.replacing(self._work / _MARK) as file:
                 file.write(self._mark)
-            folder.mkdir()
+            self._content.mkdir()
+            self._written = self._list()
         except OSError as error:
             raise self._failure(error) from error
-        return folder
+        with self._written.writing():
+            yield self._content
 
     def commit(self) -> None:
         """Give the folder its name."""
+        self._written.check()
         try:
-            self._storage.commit(self._work / _CONTENT, self.output)
+            self._storage.commit(self._content, self.output)
         except OSError as error:
             raise self._failure(error) from error
+
+    def _list(self) -> WrittenFiles:
+        return WrittenFiles(self._content, self._work / _LIST, self._storage)
+
+    def _discard(self) -> None:
+        """Remove what runs have made; the mark goes last, for it says whose the rest is."""
+        if not self._written.discard():
+            self._storage.discard(self._work, (_LIST, _MARK))
 
     def clear(self) -> None:
         """Remove what lies beside the finished folder."""
         self._lock.leave_nothing()
         try:
             try:
-                self._storage.discard(self._work, (_CONTENT, _MARK))
+                self._discard()
             except OSError:  # what failed once need not fail again
-                self._storage.discard(self._work, (_CONTENT, _MARK))
+                self._discard()
         except OSError as error:
             raise OutputError(
                 f"{self.output} is complete, but {self._work} cannot be removed "
@@ -138,7 +156,7 @@ class FolderAside:
         try:
             # Once the folder has its name, the mark says whose it is.
             if isinstance(error, Exception) and not self._storage.list(self.output):
-                self._storage.discard(self._work, (_CONTENT, _MARK))
+                self._discard()
         except OSError:
             pass  # the next run does it; what matters is the first error
         finally:
