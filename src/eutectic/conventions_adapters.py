@@ -13,6 +13,7 @@ PART_NAMES = (
     r"|vera_lambda_[bd]|vera_[AB]|vblora_logits_[AB]|vblora_vector_bank|fourierft_spectrum|c3a_kernel|miss_block"
     r"|shira_(?:weight|indices)|trainable_tokens_delta|ia3_l"
 )
+VERA_PROJECTIONS = frozenset({"vera_A", "vera_B"})  # common to all layers
 _PART = re.compile(rf"(?P<module>.+)\.(?P<part>{PART_NAMES})(?P<bias>\.bias)?(?:\.weight)?")
 # A bare parameter of a module is adapted by a wrapper, several of them by one in another.
 _NESTED = re.compile(r"(?P<module>.+?)(?P<depth>(?:\.base_layer)+)(?P<part>\.lora_[AB](?:\..+)?)")

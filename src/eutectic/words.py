@@ -476,6 +476,10 @@ SENTENCES: dict[str, Template] = {
         "expert '{0}' is an adapter that was trained on '{trained_on}', quantised by its name: its "
         "change is added to the weights of this base, which are not quite those it was trained on"
     ),
+    "projections_drawn": (
+        "expert '{0}' is a VeRA adapter without its projections: they are drawn again from its "
+        "seed {seed}, as PEFT does, and are right if the base has the layers it was trained on"
+    ),
     "adapter_on_quantised": (
         "expert '{0}' is an adapter on a quantised base: its change is added to the dequantised "
         "weights, as peft's merge_and_unload does after dequantising"

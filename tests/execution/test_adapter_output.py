@@ -396,6 +396,58 @@ def test_heads_of_one_expert_go_along_and_those_of_two_are_refused(tmp_path: Pat
     torch.testing.assert_close(answer(wrapped), answer(wanted), rtol=1e-5, atol=1e-5)
 
 
+def test_a_plan_says_what_the_adapter_will_hold(tmp_path: Path, experts: dict[str, str]) -> None:
+    from eutectic.planning.adapter_outlook import outlook_in_words
+
+    common: dict[str, Any] = {"base": str(tmp_path / "base"), "method": "average"}
+    held = eutectic.plan(**common, experts=experts, adapter={}).adapter
+    assert held is not None
+    assert (held["layers"], held["ranks"]) == (8, {"2": 4, "3": 2, "5": 2})
+    assert (held["modules_to_save"], held["not_held"], held["certain"]) == ([], [], True)
+    assert outlook_in_words(held) == ["thin factors of 8 layers of ranks 2 to 5"]
+    report = eutectic.merge(**common, experts=experts, adapter={}, output=tmp_path / "out")
+    found = [own["adapter"]["rank"] for own in report.records.values()]
+    assert {str(rank): found.count(rank) for rank in set(found)} == held["ranks"]
+    moved(llama(), 3).save_pretrained(tmp_path / "full")  # type: ignore[operator]
+    both = {"a": experts["a"], "full": str(tmp_path / "full")}
+    made = eutectic.plan(**common, experts=both, adapter={"rank": 20, "compress": "before"})
+    held = made.adapter
+    assert held is not None
+    assert held["ranks"] == {"8": 4, "16": 10}
+    assert held["modules_to_save"] == ["lm_head", "model.embed_tokens"]
+    said = outlook_in_words(held)
+    assert said[0].endswith("ranks 8 to 16, to which the experts are brought before")
+    assert "5 norms and biases" in said[2]
+    assert "refused (others: drop" in said[2]
+    assert said[2].endswith("if they change")
+    assert "thin factors of 14 layers" in repr(made)
+    held = eutectic.plan(**common, experts=both, adapter={"rank": "auto", "others": "drop"}).adapter
+    assert held is not None
+    assert held["ranks"] == {"energy": 14}
+    said = outlook_in_words(held)
+    assert said[0] == "thin factors of 14 layers of the ranks that keep 0.99 of each change"
+    assert "which are left as in the base (others: drop) if they change" in said[2]
+    assert eutectic.plan(**common, experts=experts).adapter is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_plan_says_which_projections_are_drawn_again(tmp_path: Path) -> None:
+    import peft
+
+    llama().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    for stored in (True, False):
+        config = peft.VeraConfig(
+            target_modules=["q_proj"], r=4, save_projection=stored, projection_prng_key=7
+        )
+        folder = tmp_path / str(stored)
+        peft.get_peft_model(llama(), config).save_pretrained(str(folder))  # type: ignore[arg-type]
+        made = eutectic.plan(
+            base=str(tmp_path / "base"), experts={"v": str(folder)}, method="average"
+        )
+        told = [n for n in made.note_records if n.kind == "projections_drawn"]
+        assert [n.numbers["seed"] for n in told] == ([] if stored else [7])
+
+
 @pytest.mark.parametrize(
     ("stated", "message"),
     [

@@ -85,6 +85,7 @@ def _plan(checked: "Recipe", source: "Source", shown: _Shown) -> dict[str, Any]:
     """Make a plan, show it, and return it as JSON has it."""
     from eutectic.execution.executors import limits_of
     from eutectic.execution.planned import alpha_of, planned, shape_of
+    from eutectic.planning.adapter_outlook import outlook_in_words
 
     doing("reading headers")
     allowed = limits_of(shown.limits.threads, shown.limits.memory)
@@ -97,6 +98,7 @@ def _plan(checked: "Recipe", source: "Source", shown: _Shown) -> dict[str, Any]:
             **{name: getattr(made, name) for name in (*said, "merged_by", "shares")},
             **notes_as_json(made.note_records),
             "heads": made.heads,
+            **({} if made.adapter is None else {"adapter": made.adapter}),
             "tensors": rows,
         }
     listed = rows if shown.every else made.grouped()
@@ -112,6 +114,8 @@ def _plan(checked: "Recipe", source: "Source", shown: _Shown) -> dict[str, Any]:
         for text in dict.fromkeys(row["route"] for row in rows if row["route"]):
             tell("route", text)
     tell_notes(made.note_records)
+    for text in outlook_in_words(made.adapter) if made.adapter else ():
+        tell("adapter", text)
     tell("shares", shares(made.shares))
     cost, files = made.cost, made.files
     scale = f"{made.scale:g}" if made.search is None else f"by {made.search['search']}"

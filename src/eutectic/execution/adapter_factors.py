@@ -37,6 +37,7 @@ from eutectic.execution.tensor_values import block_ranges, read_base
 from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.linalg.range_finder import Compressed, compressed
 from eutectic.methods import get_method
+from eutectic.planning.adapter_outlook import thin_rank
 from eutectic.planning.adapter_plan import Carried
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensor_plan import TensorPlan
@@ -214,15 +215,6 @@ def _cut(
             "Choose a rank, or rank: auto with an energy."
         )
     return found
-
-
-def thin_rank(planned: TensorPlan, inputs: Inputs) -> int:
-    """Return how many directions the experts' thin factors have together."""
-    total = 0
-    for source in planned.experts:
-        factors = inputs.owner(source).factored.get(source.tensor or "")
-        total += 0 if factors is None else factors.a.shape[0]
-    return max(1, min(total, min(planned.shape)))
 
 
 def _whole(

@@ -12,6 +12,7 @@ from eutectic.errors import Note, RequestError
 from eutectic.execution.executors import Limits, limits_of
 from eutectic.execution.run import recipe_from
 from eutectic.methods import get_method
+from eutectic.planning.adapter_outlook import adapter_outlook, outlook_in_words
 from eutectic.planning.cost import check_memory, merged_by, plan_cost, tensor_cost
 from eutectic.planning.inputs import open_inputs
 from eutectic.planning.plan import make_plan, output_layout
@@ -42,6 +43,8 @@ class PlanReport:
         tensors: for every tensor of the output `name`, `shape`, `dtype`, `treatment`, `method`,
             `scale`, `why`, its costs, and the `route` through linear algebra, if asked for.
         note_records: the notes as records, for programs.
+        adapter: where the output is one: `layers` and `ranks` of thin factors, `modules_to_save`,
+            and what it does not hold (`not_held`, `loose`, `others`).
     """
 
     method: str
@@ -57,6 +60,7 @@ class PlanReport:
     notes: tuple[str, ...]
     tensors: tuple[Mapping[str, Any], ...] = field(repr=False)
     note_records: tuple[Note, ...] = field(default=(), repr=False)
+    adapter: Mapping[str, Any] | None = None
 
     def grouped(self) -> list[dict[str, Any]]:
         """Return the tensors with like layers in one row (`layer.*.weight ×12`).
@@ -93,8 +97,10 @@ class PlanReport:
             "merged by": ", ".join(f"{name} {n}" for name, n in self.merged_by.items()),
             "shares": in_words(self.shares),
             "costs": f"{cost['read']} read, {cost['write']} written, peak about {cost['peak']}",
+            "adapter": "\n".join(outlook_in_words(self.adapter)) if self.adapter else "",
             "notes": "\n".join(self.notes),
         }
+        known = {key: text for key, text in known.items() if text or key != "adapter"}
         headers = ["tensor", "shape", "treatment", "method", "α"]
         return f"{facts('PlanReport', known)}\n\n{table(headers, rows)}"
 
@@ -158,7 +164,8 @@ def planned(
         check_memory(made, inputs, limit)
         total = plan_cost(made, inputs, count)
         costs = {t.name: tensor_cost(t, inputs) for t in made.tensors}
-        files = len(output_layout(made, inputs).files)
+        files = len(output_layout(made, inputs).files) if made.adapter is None else 1
+        held = None if made.adapter is None else adapter_outlook(made, inputs)
     searched = made.search
     return PlanReport(
         made.method.name,
@@ -174,6 +181,7 @@ def planned(
         tuple(map(str, made.notes)),
         tuple(_row(t, costs[t.name], explain, searched is not None) for t in made.tensors),
         tuple(made.notes),
+        held,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, cast
 from eutectic.checkpoint.folder import survey
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.conventions import classification_head
+from eutectic.conventions_adapters import VERA_PROJECTIONS, adapter_part
 from eutectic.conventions_patterns import fits
 from eutectic.conventions_quantised import is_called_quantised
 from eutectic.errors import Note
@@ -126,6 +127,7 @@ def notes_on(
             notes.append(Note("repeated", copies, {"expert": name}))
 
     notes += _on_quantised(inputs)
+    notes += _drawn_again(inputs)
     notes += request.ties.notes
 
     def tell(kind: str, subject: Iterable[str], numbers: Mapping[str, Any] | None = None) -> None:
@@ -203,6 +205,18 @@ def _on_quantised(inputs: Inputs) -> list[Note]:
             if isinstance(trained_on, str) and is_called_quantised(trained_on):
                 numbers = {"trained_on": trained_on}
                 notes.append(Note("adapter_of_quantised", (name,), numbers))
+    return notes
+
+
+def _drawn_again(inputs: Inputs) -> list[Note]:
+    """Return which adapters have projections that are drawn from a seed, since no file has them."""
+    notes: list[Note] = []
+    for name, expert in inputs.experts.items():
+        if expert.is_delta and expert.config.get("peft_type") == "VERA":
+            held = {part[1] for key in expert.source.entries if (part := adapter_part(key))}
+            if not held & VERA_PROJECTIONS:
+                seed = expert.config.get("projection_prng_key", 0)
+                notes.append(Note("projections_drawn", (name,), {"seed": seed}))
     return notes
 
 
