@@ -141,6 +141,26 @@ def test_metrics_are_drawn_as_shares_of_the_experts(tmp_path, monkeypatch, metri
         "experts": {"a": 40.0}, "tasks": {"a": {"metric": metric}},
     }  # fmt: skip
     curves.plot_curve(search, tmp_path / "curve.png")
-    lines = {line.get_label(): list(line.get_ydata()) for line in drawn[0].axes[0].lines}
+    axes = drawn[0].axes
+    lines = {line.get_label(): list(line.get_ydata()) for one in axes for line in one.lines}
     assert lines["a"] == pytest.approx(expected) and lines["objective"] == [1.0, 1.0]
     assert json.loads((tmp_path / "curve.json").read_text())["points"] == points
+
+
+def test_one_bad_value_does_not_flatten_the_curve(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(curves, "save_figure", lambda figure, path, dpi: drawn.append(figure))
+    values = {0.1: 0.62, 0.2: 0.55, 0.4: 0.48, 0.8: 0.45, 1.0: 0.453, 1.5: 0.5, 3.0: 40.0}
+    points = [{"scale": s, "value": v, "parts": {"a": v, "b": 2 * v}} for s, v in values.items()]
+    search = {"scale": 0.8, "objective": "of a test", "points": points, "method": "iso_c"}
+    curves.plot_curve(search, tmp_path / "curve.png")
+    upper, lower = drawn[0].axes
+    low, high = upper.get_ylim()
+    assert low < 0.45 and 0.5 < high < 2  # the valley fills the frame
+    assert lower.get_ylim()[1] < 4
+    assert [text.get_text() for text in upper.texts][-1] == "40"  # what lies outside has its number
+    assert upper.get_title() == "iso_c: α = 0.8 is best (0.45)\nwithin 1 % of it: α from 0.8 to 1"
+    # Where the best one is the last that was tried, the title says so.
+    curves.plot_curve({**search, "scale": 3.0, "maximise": True}, tmp_path / "edge.png")
+    assert "at the edge of what was tried" in drawn[1].axes[0].get_title()

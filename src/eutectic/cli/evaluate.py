@@ -50,6 +50,9 @@ def evaluate(
         None, "An expert, for its own tasks.", "--expert", "-e", metavar="[NAME=]EXPERT"
     ),
     output: Path | None = option(None, "results.json to write.", "--output", "-o"),
+    plot: Path | None = option(
+        None, "Draw models with their intervals, and tasks, into a .png, .svg or .pdf file."
+    ),
     measures: MeasureOptions,
     json: Json = False,
 ) -> None:
@@ -67,6 +70,10 @@ def evaluate(
     """
     from eutectic.evaluation.run import evaluate as run
 
+    if plot is not None:
+        from eutectic.reporting.result_plots import check_plot
+
+        check_plot(plot)
     measured: dict[str, Any] = {**vars(measures), "proxy": grouped_proxy(measures.proxy)}
     with progress_bar("evaluating", "reading tasks") as report:
         results = run(
@@ -78,11 +85,16 @@ def evaluate(
             progress=report,
             **measured,
         )
+    if plot is not None:
+        from eutectic.reporting.result_plots import draw_results
+
+        draw_results(results, plot)
     if json:
         print_json(encoding.loads(results.model_dump_json()))
         return
     show(results)
     tell_done("written", output)
+    tell_done("drawn", plot)
 
 
 def grouped_proxy(words: list[str] | None) -> dict[str, list[str]]:

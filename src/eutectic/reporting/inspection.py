@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from eutectic.checkpoint.experts import Expert, open_expert
 from eutectic.checkpoint.locating import resolve
 from eutectic.checkpoint.writer import check_replaced, write_atomically
+from eutectic.conventions_order import in_model_order
 from eutectic.errors import EutecticError, Note, RequestError, suggest
 from eutectic.execution.executors import limits_of
 from eutectic.execution.norms import explosion, summary_of
@@ -168,7 +169,8 @@ def _measure(
         matrices = stream_matrices(planned, inputs, models)
         measured += [measure_layer(m, asked.error, asked.rank) for m in matrices]
     advance(sum(work), sum(work), "")
-    return measured
+    named = {layer.name: layer for layer in measured}
+    return [named[name] for name in in_model_order(named)]
 
 
 def _recipe(

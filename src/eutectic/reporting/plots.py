@@ -14,6 +14,8 @@ from eutectic.storage.small_files import read_bytes
 PANELS = 6
 NUMBERED = 10  # pair tables of up to so many experts carry their numbers
 ROW_INCHES = 0.2
+WIDEST, TALLEST = 14.0, 18.0  # inches: what a printed page can show
+MOST_TICKS = 80
 _NAMES = ("spectra", "norms", "interference", "alignment", "sar_nai")
 _MAKER = "eutectic, with matplotlib"  # in the file, by which it is known again
 _MOST_BYTES = 64 << 20  # of a picture
@@ -103,9 +105,7 @@ def _spectra(found: Inspection) -> Any:
         axes.set_title(f"{_short(layer.name)}  [{layer.shape[0]}×{layer.shape[1]}]", fontsize=8)
         axes.grid(alpha=0.25)
         axes.tick_params(labelsize=7)
-    figure.suptitle(
-        "Singular values of task matrices and merged deltas (scale included)", fontsize=11
-    )
+    figure.suptitle(_spectra_finding(found), fontsize=11)
     figure.supxlabel("index i of the singular value", fontsize=9)
     figure.supylabel("singular value σᵢ (units of the weights)", fontsize=9)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), **_LEGEND)
@@ -114,7 +114,7 @@ def _spectra(found: Inspection) -> Any:
 
 def _norms(found: Inspection) -> Any:
     """Norm of each expert's update per layer, in units of the base's norm."""
-    figure = new_figure(max(7.0, 0.17 * len(found.layers) + 2.5), 5.0)
+    figure = new_figure(min(max(7.0, 0.17 * len(found.layers) + 2.5), WIDEST), 5.0)
     axes = figure.add_subplot()
     positions = range(len(found.layers))
 
@@ -129,10 +129,11 @@ def _norms(found: Inspection) -> Any:
         own = [layer.merged[name] for layer in found.layers]
         curve(own, marker="s", color=_dark(index), linewidth=1.8, linestyle="--", label=name)
     _log_where_positive(axes)
-    axes.set_ylabel("‖Δ‖_F / ‖W₀‖_F")
+    axes.set_ylabel("‖Δ‖_F / ‖W₀‖_F (share of the base's norm)")
+    axes.set_xlabel("matrices, from the model's input to its output", fontsize=9)
     _layer_ticks(axes, found.layers, axis="x")
     axes.grid(alpha=0.25)
-    axes.set_title("Size of updates per layer, relative to the base's weights", fontsize=11)
+    axes.set_title(_norms_finding(found), fontsize=11)
     figure.legend(**_LEGEND)
     return figure
 
@@ -158,14 +159,14 @@ def _interference(found: Inspection) -> Any:
         image = _heat(axes, table, names, colours, low, high)
         axes.set_title(title, fontsize=9)
         figure.colorbar(image, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
-    figure.suptitle("Interference between experts, over the inspected layers", fontsize=11)
+    figure.suptitle(_interference_finding(found), fontsize=11)
     return figure
 
 
 def _alignment(found: Inspection) -> Any:
     """SAR per layer and task, one panel per merged model."""
     names, models = list(found.experts), list(found.merged)
-    height = min(60.0, max(3.6, ROW_INCHES * len(found.layers) + 1.6))
+    height = min(TALLEST, max(3.6, ROW_INCHES * len(found.layers) + 1.6))
     figure = new_figure(2.6 + len(models) * max(1.8, 0.34 * len(names) + 0.5), height)
     panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
     tables = {
@@ -183,7 +184,7 @@ def _alignment(found: Inspection) -> Any:
     bar = figure.colorbar(panels[-1].images[0], ax=list(panels), shrink=min(1.0, 4 / height))
     bar.set_label(f"SAR at relative error {found.error:g}", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    figure.suptitle("Subspace alignment per layer and task", fontsize=11)
+    figure.suptitle(_alignment_finding(found), fontsize=11)
     return figure
 
 
@@ -206,15 +207,77 @@ def _scatter(found: Inspection) -> Any:
         axes.axhline(nai, color="grey", linewidth=0.8, linestyle=":")
     overall = found.summary.correlation.overall
     axes.set_title(
-        f"Alignment and accuracy: Pearson {_text(overall.pearson)}, Spearman "
+        f"{_relation(overall.spearman)}\nPearson {_text(overall.pearson)}, Spearman "
         f"{_text(overall.spearman)}, {overall.count} points",
         fontsize=10,
     )
-    axes.set_xlabel("SAR, mean over layers")
+    axes.set_xlabel("SAR, mean over layers (share of the expert's update, 0 to 1)")
     axes.set_ylabel("NAI (0: the base, 1: the expert)")
     axes.grid(alpha=0.25)
     figure.legend(**_LEGEND)
     return figure
+
+
+def _spectra_finding(found: Inspection) -> str:
+    """Say how many directions the experts change, and their sum."""
+    tasks = [t.effective_rank for t in found.summary.tasks.values() if t.effective_rank is not None]
+    what = "Singular values of task matrices and merged deltas (scale included)"
+    if not tasks:
+        return what
+    low, high = min(tasks), max(tasks)
+    of = f"{low:.0f}" if round(low) == round(high) else f"{low:.0f} to {high:.0f}"
+    return f"An expert changes about {of} directions of a matrix (effective rank)\n{what}"
+
+
+def _norms_finding(found: Inspection) -> str:
+    """Say whose change is largest over the whole model, and by how much the smallest is less."""
+    what = "Size of updates per layer, relative to the base's weights"
+    known = {n: t.relative_norm for n, t in found.summary.tasks.items() if t.relative_norm}
+    if len(known) < 2:
+        return what
+    largest, smallest = max(known, key=known.__getitem__), min(known, key=known.__getitem__)
+    times = known[largest] / known[smallest]
+    said = f"{largest}'s change is the largest: {100 * known[largest]:.2g} % of the base's norm"
+    return f"{said}, {times:.1f} times {smallest}'s\n{what}"
+
+
+def _interference_finding(found: Inspection) -> str:
+    """Name the pair that interferes most."""
+    what = "Interference between experts, over the inspected layers"
+    names, pairs = list(found.experts), found.summary.interference.singular
+    known = {
+        (names[s], names[t]): value
+        for s, row in enumerate(pairs)
+        for t, value in enumerate(row)
+        if s < t and value is not None
+    }
+    if not known:
+        return what
+    first, second = max(known, key=known.__getitem__)
+    value = known[first, second]
+    return f"{first} and {second} interfere most (singular interference {value:.3f})\n{what}"
+
+
+def _alignment_finding(found: Inspection) -> str:
+    """Name the merged model whose subspace holds most of the experts' updates, and its worst."""
+    what = "Subspace alignment (SAR) per matrix and task, from input to output"
+    means = {name: own.sar for name, own in found.summary.merged.items() if own.sar is not None}
+    if not means:
+        return what
+    best = max(means, key=means.__getitem__)
+    tasks = {n: v for n, v in found.summary.merged[best].task_sar.items() if v is not None}
+    worst = min(tasks, key=tasks.__getitem__)
+    said = f"{best} holds {100 * means[best]:.0f} % of the experts' updates"
+    return f"{said}; least of {worst}: {100 * tasks[worst]:.0f} %\n{what}"
+
+
+def _relation(spearman: float | None) -> str:
+    """Say in words whether alignment and accuracy rise together."""
+    if spearman is None:
+        return "Alignment and accuracy"
+    if abs(spearman) < 0.3:
+        return "Alignment says little of accuracy here"
+    return "Better aligned models are " + ("more accurate" if spearman > 0 else "less accurate")
 
 
 def _curve(axes: Any, spectrum: Spectrum, **style: Any) -> None:
@@ -253,7 +316,7 @@ def _image(axes: Any, table: Sequence[Sequence[float | None]], colours: str, *li
 
 
 def _layer_ticks(axes: Any, layers: Sequence[Layer], axis: str) -> None:
-    step = math.ceil(len(layers) / 120)
+    step = math.ceil(len(layers) / MOST_TICKS)
     places = list(range(0, len(layers), step))
     names = [_short(layers[i].name) for i in places]
     if axis == "x":

@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -227,32 +228,117 @@ def numbers_of(path: Path) -> Path:
 
 
 def plot_curve(search: Mapping[str, Any], path: Path) -> None:
-    """Draw the objective, and each task's part of it, against α on a logarithmic axis.
+    """Draw the objective against α on a logarithmic axis, and each task's part of it below.
 
-    Metrics are drawn as shares of the experts', as the objective means them; the JSON has them raw.
-    `search` itself, of a report or of `eutectic.json`, is written as JSON beside the picture:
-    `curve.json` for `curve.png`.
+    The frame shows the values near the best one; values far from it are marked at its edge with
+    their numbers. Metrics are drawn as shares of the experts', as the objective means them; the
+    JSON has them raw. `search` itself, of a report or of `eutectic.json`, is written as JSON beside
+    the picture: `curve.json` for `curve.png`.
     """
     check_plot(path)
-    figure = new_figure(6.4, 4.0)
-    axes = figure.add_subplot()
     points = search["points"]
+    parts = list(points[0]["parts"])
+    figure = new_figure(6.4, 5.8 if parts else 3.8)
+    panels = figure.subplots(1 + bool(parts), 1, sharex=True, squeeze=False)[:, 0]
     scales = [p["scale"] for p in points]
-    for name in points[0]["parts"]:
-        # None, where a value was not finite, leaves a gap.
-        values = [_share(search, name, _number(p["parts"].get(name))) for p in points]
-        axes.plot(scales, values, linewidth=0.8, alpha=0.6, label=name)
     mean = [_number(p["value"]) for p in points]
-    axes.plot(scales, mean, "o-", color="black", markersize=3, label="objective")
-    axes.axvline(search["scale"], color="tab:red", linestyle="--", linewidth=1)
-    axes.set_xscale("log")
-    axes.set_xlabel(f"α (best: {search['scale']:g})")
-    axes.set_ylabel(search["objective"], fontsize="small", wrap=True)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small")
+    panels[0].plot(scales, mean, "o-", color="black", markersize=3, label="objective")
+    _frame(panels[0], scales, [mean], mean.index(_best_of(search)))
+    better = "higher" if search.get("maximise") else "lower"
+    label = textwrap.fill(f"{search['objective']} ({better} is better)", 42)
+    panels[0].set_ylabel(label, fontsize=7)
+    panels[0].set_title(_finding(search), fontsize=10)
+    if parts:
+        # None, where a value was not finite, leaves a gap.
+        values = [
+            [_share(search, name, _number(p["parts"].get(name))) for p in points] for name in parts
+        ]
+        for index, (name, own) in enumerate(zip(parts, values, strict=True)):
+            style = ("-", "--", ":")[index // 10 % 3]
+            panels[1].plot(scales, own, style, linewidth=1, label=name, color=f"C{index % 10}")
+        _frame(panels[1], scales, values, scales.index(search["scale"]))
+        shares = "share of the expert's metric" if "experts" in search else "part of the objective"
+        panels[1].set_ylabel(f"{shares}, task by task", fontsize=7)
+        panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    for axes in panels:
+        axes.axvline(search["scale"], color="tab:red", linestyle="--", linewidth=1)
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=8)
+    ticks = [t for t in _TICKS if min(scales) <= t <= max(scales)]
+    if len(ticks) > 1:
+        panels[-1].set_xticks(ticks, [f"{t:g}" for t in ticks])
+        panels[-1].set_xticks([], minor=True)
+    panels[-1].set_xlabel("scale α of the merged change (no unit)", fontsize=9)
     text = json.dumps(dict(search), indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(numbers_of(path), (text + "\n").encode())
     save_figure(figure, path, dpi=150)
+
+
+_TICKS = [m * 10.0**e for e in range(-4, 4) for m in (1, 2, 5)]
+_NEAR = 0.01  # of the best value
+
+
+def _best_of(search: Mapping[str, Any]) -> float:
+    """Return the objective's value at the chosen α."""
+    found = (p["value"] for p in search["points"] if p["scale"] == search["scale"])
+    return _number(next(found))
+
+
+def _finding(search: Mapping[str, Any]) -> str:
+    """Say which α is best, and which neighbours are as good within one percent."""
+    points, chosen, best = search["points"], search["scale"], _best_of(search)
+    name = f"{search['method']}: " if search.get("method") else ""
+    said = f"{name}α = {chosen:.3g} is best ({best:.4g})"
+    if chosen in (points[0]["scale"], points[-1]["scale"]) and len(points) > 1:
+        return f"{said}\nat the edge of what was tried: a wider range may hold a better one"
+    place = [p["scale"] for p in points].index(chosen)
+    near = [abs(_number(p["value"]) - best) <= _NEAR * abs(best) for p in points]
+    low = high = place
+    while low > 0 and near[low - 1]:
+        low -= 1
+    while high < len(points) - 1 and near[high + 1]:
+        high += 1
+    if low == high:
+        return said
+    ends = f"{points[low]['scale']:.2g} to {points[high]['scale']:.2g}"
+    return f"{said}\nwithin 1 % of it: α from {ends}"
+
+
+def _frame(axes: Any, scales: Sequence[float], curves: Sequence[Sequence[float]], at: int) -> None:
+    """Limit the axis to what lies near the values at one α, and mark what lies outside.
+
+    One bad α at the edge of the range would make the rest a flat line.
+    """
+    off = sorted(
+        abs(value - curve[at])
+        for curve in curves
+        for place, value in enumerate(curve)
+        if place != at and math.isfinite(value) and math.isfinite(curve[at])
+    )
+    if not off or off[-1] <= 4 * off[len(off) // 2]:
+        return
+    reach = 3 * off[len(off) // 2] or off[-1]
+    centres = [curve[at] for curve in curves if math.isfinite(curve[at])]
+    low, high = min(centres) - reach, max(centres) + reach
+    shown = [v for curve in curves for v in curve if low <= v <= high]
+    margin = 0.06 * (max(shown) - min(shown)) or 1.0
+    low, high = min(shown) - margin, max(shown) + margin
+    axes.set_ylim(low, high)
+    for curve in curves:
+        for scale, value in zip(scales, curve, strict=True):
+            if math.isfinite(value) and not low <= value <= high:
+                edge, mark, lift = (low, "v", 7) if value < low else (high, "^", -11)
+                axes.plot([scale], [edge], mark, color="grey", markersize=5, clip_on=False)
+                if len(curves) == 1:
+                    axes.annotate(
+                        f"{value:.3g}",
+                        (scale, edge),
+                        (0, lift),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize=6,
+                    )
 
 
 def _share(search: Mapping[str, Any], task: str, value: float) -> float:
