@@ -45,7 +45,7 @@ class RequestRouter:
         tensors = load_file(self.folder / self.stated["file"])
         paths: list[str] = self.stated["layers"] if layer is None else _until(self.stated, layer)
         modules = dict(model.named_modules())
-        self.layers = {p: m for p in paths if (m := modules.get(p) or modules.get(PEFT_ROOT + p))}
+        self.layers = {p: m for p in paths if (m := _layer(modules, p)) is not None}
         if len(self.layers) != len(paths):
             lacking = [p for p in paths if p not in self.layers]
             raise RequestError(f"the model has no layer '{lacking[0]}': is it the router's base?")
@@ -90,6 +90,13 @@ class RequestRouter:
         finally:
             for handle in held:
                 handle.remove()
+
+
+def _layer(modules: dict[str, nn.Module], path: str) -> nn.Module | None:
+    """Return the layer of a path, below PEFT's root or in a model that has another head around."""
+    found = modules.get(path) or modules.get(PEFT_ROOT + path)
+    inside = [m for own, m in modules.items() if own.endswith(f".{path}")]
+    return found or (inside[0] if len(inside) == 1 else None)
 
 
 def _stated(folder: Path) -> dict[str, Any]:

@@ -279,3 +279,60 @@ def test_a_tokenizer_of_the_experts_own_goes_with_its_head(tmp_path: Path):
     spec = {"kind": "text-classification", "data": str(jsonl(tmp_path / "rows.jsonl", rows))}
     found = eutectic.evaluate(tasks(tmp_path / "t.yaml", a=spec), models=[tmp_path / "routed"])
     assert found.results[0].n == 9
+
+
+def exported(folder: Path, target: Path, **loaded: Any) -> dict[str, Any]:
+    """Export a family's routed model by the command line, and load every adapter with peft."""
+    peft: Any = pytest.importorskip("peft")
+    assert route(folder, "-o", target / "routed", "--export", target / "adapters").code == 0
+    found: dict[str, Any] = {}
+    for name, loader in loaded.items():
+        load = getattr(peft, loader).from_pretrained
+        found[name] = load(target / "adapters/experts" / name).eval()
+    return found
+
+
+@pytest.mark.parametrize("around", ["body", "classifier"])
+@pytest.mark.filterwarnings("ignore")
+def test_exported_adapters_answer_with_their_own_heads(around: str, tmp_path: Path):
+    """On a bare body, and on a merged classifier of other classes."""
+    base = tiny_model("BertModel") if around == "body" else None
+    rules: dict[str, Any] = {}
+    if base is None:
+        base = tiny_model("BertForSequenceClassification", num_labels=2)
+        rules = {"tensors": [{"match": "*classifier*", "treatment": "head"}]}
+    folder = family(tmp_path, moved(base, 1), "BertForSequenceClassification", tokens, **rules)
+    loader = "AutoPeftModelForSequenceClassification"
+    served = exported(folder, tmp_path, a=loader, b=loader)
+    routed = load_routed(tmp_path / "routed")
+    batch = tokens(3)
+    for name, classes in CLASSES.items():
+        with torch.no_grad(), routing(routed, mode="oracle", expert=name):
+            expected = routed.expert_heads[name](**batch).logits
+            found = served[name](**batch).logits
+        assert found.shape[1] == classes
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        labels = served[name].get_base_model().config.id2label
+        assert labels == {i: f"{name}{i}" for i in range(classes)}
+    one, other = (tmp_path / "adapters" / f for f in ("merged", "bases/b"))
+    if around == "body":  # one file under two names
+        weights = [f / "model.safetensors" for f in (one, other)]
+        assert weights[0].samefile(weights[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_exported_adapters_of_pictures_have_their_heads(vit: Path, tmp_path: Path):
+    from eutectic.serving import RequestRouter
+
+    served = exported(vit, tmp_path, a="AutoPeftModel", b="AutoPeftModel")
+    routed = load_routed(tmp_path / "routed")
+    batch = pixels(1)
+    for name in CLASSES:
+        with torch.no_grad(), routing(routed, mode="oracle", expert=name):
+            expected = routed.expert_heads[name](**batch).logits
+            torch.testing.assert_close(served[name](**batch).logits, expected, atol=1e-5, rtol=1e-4)
+    with torch.no_grad(), routing(routed, mode="vote", record=True) as decisions:
+        routed(**batch)
+    votes = next(iter(decisions.values())).tolist()
+    choose = RequestRouter(tmp_path / "adapters", served["a"])
+    assert choose(**batch) == [routed.routing.experts[t] for t in votes]

@@ -71,6 +71,10 @@ class RoutedHeads(Mapping[str, Any]):
         listed = ", ".join(f"{n}: {h.config.architectures[0]}" for n, h in self.stored.items())
         return f"RoutedHeads({listed})"
 
+    def own_names(self, name: str) -> frozenset[str]:
+        """Return the names of the head's tensors in the model that has it."""
+        return self._models[name][1]
+
     def fingerprints(self) -> dict[str, str]:
         """Return the identity of every head's tensors."""
         return {n: StateDictReader(h.tensors).fingerprint() for n, h in self.stored.items()}

@@ -18,7 +18,7 @@ from eutectic.checkpoint.writer import CheckpointWriter, OutputFile, write_atomi
 from eutectic.errors import CheckpointError, OutputError, RequestError, why_failed
 from eutectic.models.loading import load_stored
 from eutectic.models.sites import Site, routable_sites
-from eutectic.routed.adapter_folders import write_adapter
+from eutectic.routed.adapter_folders import Export, write_expert
 from eutectic.routed.forward_pass import Routing, install_hooks
 from eutectic.routed.head_files import read_heads, write_heads
 from eutectic.routed.heads import RoutedHeads, StoredHead, heads_of
@@ -244,8 +244,13 @@ def export_lora(routed: nn.Module, folder: str | Path, beside: str | Path | None
     per layer `<path>.weight` `[T, in]` and `<path>.bias` `[T]`: scores are linear in the mean
     input of the layer's unmasked tokens (of norm 1 for the prototype router); its metadata names
     the experts in order and the router. `router.json` says the same in words and numbers, which
-    `eutectic.serving.RequestRouter` reads. The adapters name `merged/` by its whole path, and load
-    with PEFT's `AutoPeftModelFor…` of their kind, or with `AutoPeftModel`.
+    `eutectic.serving.RequestRouter` reads.
+
+    An expert's own head goes along whole in its adapter. Where it has another class than the merged
+    model, or other classes to choose from, PEFT loads that class from `bases/<name>/`: the merged
+    model's files (hard links) beside the head's configuration. The adapters name their base by its
+    whole path, and load with PEFT's `AutoPeftModelFor…` of their kind, or with `AutoPeftModel`.
+    Heads that are no modules of their own, such as a tower of texts, stay behind.
 
     Args:
         routed: a routed transformers model.
@@ -278,15 +283,16 @@ def write_adapters(routed: nn.Module, path: Path, output: Path, beside: Path | N
             else f"{type(routed).__name__} has no save_pretrained, so PEFT could not load it."
         )
     _check_folders(handle.experts)
+
+    def save(model: Any, folder: Path) -> None:
+        _save_model(type(model).save_pretrained, model, folder, _base_state_dict(model), {})
+
     try:
-        _save_model(own, routed, path / "merged", _base_state_dict(routed), {})
+        save(routed, path / "merged")
         if beside is not None:
             copy_side_files(beside, path / "merged", feeding_files(beside))
-        for t, name in enumerate(handle.experts):
-            target = path / "experts" / name
-            write_adapter(routed, layers, t, target, output / "merged")
-            if beside is not None:
-                copy_side_files(beside, target, feeding_files(beside))
+        for expert in enumerate(handle.experts):
+            write_expert(routed, layers, expert, Export(path, output, beside, save))
         routers = {
             f"{p}.{key}": tensor.contiguous()
             for p, experts in layers.items()
