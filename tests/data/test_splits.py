@@ -76,7 +76,7 @@ def test_classes_are_no_splits(tmp_path: Path, names: tuple[str, ...]):
         ({"en": "a"}, "holds a dict, no text"),
         (b"a", "holds a bytes, no text"),
         ([{"role": "user", "content": "a"}], "apply_chat_template"),
-        ([{"from": "human", "value": "a"}], "Messages of chats are not read"),
+        ([{"from": "human", "value": "a"}], "Messages of chats are not read as texts"),
     ],
 )
 def test_what_is_no_text_is_refused_with_its_column_and_type(value: Any, said: str):

@@ -40,7 +40,7 @@ class ExpertOptions:
     )
     data: str | None = option(
         None,
-        "Proxy data: jsonl, csv, tsv, parquet, folder of images, `datasets` folder, or "
+        "Proxy data: jsonl, csv, tsv, parquet, txt, folder of images, `datasets` folder, or "
         "module:function.",
     )
     base: Path | None = option(None, "The base of an adapter.")

@@ -144,6 +144,14 @@ class DataOptions:
     source_column: str = option("source", "Column of source texts.")
     target_column: str = option("target", "Column of target texts.")
     image_column: str = option("image", "Column of images.")
+    prompt_column: str = option("prompt", "Column of prompts.")
+    completion_column: str = option("completion", "Column of their completions.")
+    messages_column: str = option("messages", "Column of chats: lists of {role, content}.")
+    chat_template: str | None = option(
+        None,
+        "Of messages: chatml, llama3, …, Jinja, or a model's folder (default: the checkpoint's).",
+        metavar="TEMPLATE",
+    )
 
     def how(self, **further: Any) -> BatchOptions:
         """Return how rows become batches."""
@@ -155,7 +163,7 @@ class DataOptions:
             for name, value in vars(self).items()
             if name.endswith("_column")
         }
-        read = ("batch_size", "max_length", "split", "trust_code")
+        read = ("batch_size", "max_length", "split", "trust_code", "chat_template")
         options: dict[str, Any] = {key: getattr(self, key) for key in read}
         return BatchOptions(columns=Columns(**named), **options | further)
 

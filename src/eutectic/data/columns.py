@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from pydantic import BaseModel, ConfigDict
 
 from eutectic.errors import RequestError, StatisticsError
-from eutectic.models.task_kinds import LABELLED, PICTURES, TaskKind
+from eutectic.models.task_kinds import GENERATIVE, LABELLED, PICTURES, TaskKind
 
 Row = Mapping[str, Any]
 
@@ -24,6 +24,9 @@ class Columns(BaseModel):
     source: str = "source"
     target: str = "target"
     image: str = "image"
+    prompt: str = "prompt"
+    completion: str = "completion"
+    messages: str = "messages"
 
 
 class RowsOfTask(Protocol):
@@ -40,6 +43,10 @@ class RowsOfTask(Protocol):
         ...
 
 
+# The forms that rows of language models have, by the fields of `Columns`: a text, whose tokens all
+# count, a prompt with its completion, or a chat. The first whose column a row has; one whose
+# column has a name of its own comes before.
+_LANGUAGE_FORMS = (("text",), ("messages",), ("prompt", "completion"))
 # Inputs of each kind by the fields of `Columns`; kinds that read rows themselves have none.
 INPUTS: Mapping[str, tuple[str, ...]] = {
     "text-classification": ("text", "text_pair"),
@@ -58,12 +65,101 @@ _TEXTS = ("text", "text_pair", "source", "target")
 _PAIRS_ALLOWED = ("text-classification", "regression", "feature-extraction")
 
 
-def required_inputs(task: RowsOfTask) -> list[str]:
-    """Return the inputs that every row must have.
+def inputs_of(task: RowsOfTask, row: Row) -> tuple[str, ...]:
+    """Return the inputs of a row, as fields of `Columns`; none of kinds that read rows themselves.
+
+    Language models take texts, prompts with completions, or messages of chats; models of sequence
+    to sequence a prompt in place of a source.
+    """
+    columns = task.columns
+    if task.kind == "language-model":
+        named = [
+            form
+            for form in _LANGUAGE_FORMS
+            if any(getattr(columns, field) != field for field in form)
+        ]
+        for form in (*named, *_LANGUAGE_FORMS):
+            if getattr(columns, form[0]) in row:
+                return form
+        return (named or _LANGUAGE_FORMS)[0]
+    if task.kind == "sequence-to-sequence" and columns.source not in row and columns.prompt in row:
+        return ("prompt",)
+    return INPUTS.get(task.kind, ())
+
+
+def answer_of(task: RowsOfTask, row: Row) -> str | None:
+    """Return the field of `Columns` that holds a row's answer; None where it is no column."""
+    if inputs_of(task, row) == ("prompt",):
+        return "completion"
+    return ANSWERS.get(task.kind)
+
+
+def is_spoken(task: RowsOfTask, row: Row) -> bool:
+    """Tell whether a row holds messages, which a chat template writes."""
+    if task.kind != "language-model":
+        return False
+    values = [row.get(getattr(task.columns, name)) for name in inputs_of(task, row)]
+    return any(isinstance(value, list | tuple) for value in values)
+
+
+def check_forms(rows: Sequence[Row], task: RowsOfTask, where: str = "") -> None:
+    """Refuse (RequestError) data whose rows are of several forms, such as texts and chats."""
+    if task.kind not in GENERATIVE:
+        return
+    forms = [inputs_of(task, row) for row in rows]
+    other = next((number for number, form in enumerate(forms) if form != forms[0]), None)
+    if other is not None:
+        raise RequestError(
+            f"{where}row {other + 1} has {' and '.join(forms[other])}, row 1 has "
+            f"{' and '.join(forms[0])}.\nPut them into two files, one for each."
+        )
+
+
+def messages_of(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return the messages of a chat, each with a `role` and `content`.
+
+    `from` and `value` are read as these, as are human and gpt as user and assistant; parts of a
+    content that are all texts are joined. RequestError for anything else.
+    """
+    if not isinstance(value, list | tuple) or not value:
+        raise RequestError(
+            f"{where}: messages are a list of {{role, content}}, got {type(value).__name__}"
+            f"{' without any' if isinstance(value, list | tuple) else ''}.\n"
+            "In csv and tsv there are none: write json lines."
+        )
+    return [_message(turn, f"{where}, message {number}") for number, turn in enumerate(value, 1)]
+
+
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
+
+
+def _message(turn: Any, where: str) -> dict[str, Any]:
+    if not isinstance(turn, Mapping):
+        raise RequestError(f"{where}: is a {type(turn).__name__}, not {{role, content}}.")
+    known = {str(key): value for key, value in turn.items()}
+    if "role" not in known and "from" in known:
+        role = str(known.pop("from"))
+        known = {"role": _ROLES.get(role, role), "content": known.pop("value", None), **known}
+    content = known.get("content")
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        texts = [part.get("text") for part in content if part.get("type", "text") == "text"]
+        if len(texts) == len(content) and all(isinstance(text, str) for text in texts):
+            content = known["content"] = "".join(texts)
+    spoken = isinstance(content, str) or (content is None and known.get("tool_calls"))
+    if not isinstance(known.get("role"), str) or not spoken:
+        raise RequestError(
+            f"{where}: a message has a role and a content, both texts; this one has "
+            f"{', '.join(known) or 'nothing'}."
+        )
+    return known
+
+
+def required_inputs(task: RowsOfTask, row: Row | None = None) -> list[str]:
+    """Return the inputs that every row must have, of rows that are of one form with `row`.
 
     A second text may be absent, unless its column has a name of its own: that is meant to be there.
     """
-    inputs = INPUTS.get(task.kind, ())
+    inputs = inputs_of(task, row or {})
     optional = task.kind in _PAIRS_ALLOWED and task.columns.text_pair == "text_pair"
     return [name for name in inputs if not (optional and name == "text_pair")]
 
@@ -90,6 +186,10 @@ def check_columns(
                 raise RequestError(f"{where}row {number} is empty in the column '{name}'.")
             if field in _TEXTS:
                 check_text(row[name], name, f"{where}row {number}")
+            elif field == "messages" or (
+                field in ("prompt", "completion") and not isinstance(row[name], str | int | float)
+            ):
+                messages_of(row[name], f"{where}row {number}, column '{name}'")
 
 
 def check_text(value: Any, column: str, where: str) -> None:
@@ -100,8 +200,9 @@ def check_text(value: Any, column: str, where: str) -> None:
     inside = f" of {type(first).__name__}" if first is not None else ""
     turns = isinstance(first, Mapping) and {"role", "from"} & set(first)
     advice = (
-        "Messages of chats are not read: write what the tokenizer's apply_chat_template makes of "
-        "them into a column."
+        "Messages of chats are not read as texts: of language models name that column with "
+        f"--messages-column (in a task: columns: {{messages: {column}}}), for others write what "
+        "the tokenizer's apply_chat_template makes of them into a column."
         if turns
         else "Name a column of texts, or write one."
     )

@@ -9,18 +9,23 @@ import torch
 from torch import Tensor
 
 from eutectic.data.columns import (
-    INPUTS,
     ClassLabels,
     Columns,
     Row,
     RowsOfTask,
+    answer_of,
     check_columns,
+    check_forms,
     check_pairs,
     check_text,
+    inputs_of,
+    is_spoken,
     required_inputs,
 )
+from eutectic.data.conversations import answered_ids
 from eutectic.data.images import image_inputs, locate_images
 from eutectic.data.row_files import read_rows
+from eutectic.errors import RequestError
 from eutectic.models.batches import IGNORED_LABEL, Batch
 from eutectic.models.loading import LoadedModel, image_mode, longest_input, padding_id, takes_images
 from eutectic.models.task_kinds import GENERATIVE, PICTURES, TaskKind
@@ -30,13 +35,21 @@ from eutectic.models.task_kinds import GENERATIVE, PICTURES, TaskKind
 class TokenIds:
     """Token ids of rows, one list each, not yet padded; `padding` is what fills shorter ones (0).
 
-    Targets are those of sequence to sequence; language models predict their inputs.
+    Targets are those of sequence to sequence; language models predict their inputs, of prompts with
+    completions and of chats the `answers` alone.
     """
 
     inputs: Mapping[str, Sequence[Sequence[int]]]
     padding: Mapping[str, int]
     targets: Sequence[Sequence[int]] | None = None
     predicts_inputs: bool = False
+    answers: Sequence[Sequence[bool]] | None = None
+
+    @property
+    def predicted(self) -> list[int]:
+        """How many tokens of each row a language model predicts: those after the first."""
+        lengths = [max(len(ids) - 1, 0) for ids in self.inputs["input_ids"]]
+        return lengths if self.answers is None else [sum(marks[1:]) for marks in self.answers]
 
     def batch(self, chosen: Sequence[int]) -> dict[str, Tensor]:
         """Return the chosen rows, padded to the longest; labels are -100 where padded."""
@@ -47,22 +60,35 @@ class TokenIds:
         if self.targets is not None:
             batch["labels"] = padded([self.targets[i] for i in chosen], IGNORED_LABEL)
         elif self.predicts_inputs:
-            padding = batch["attention_mask"] == 0
-            batch["labels"] = batch["input_ids"].masked_fill(padding, IGNORED_LABEL)
+            ignored = batch["attention_mask"] == 0
+            if self.answers is not None:
+                ignored |= padded([self.answers[i] for i in chosen], 0) == 0
+            batch["labels"] = batch["input_ids"].masked_fill(ignored, IGNORED_LABEL)
         return batch
 
 
-def token_ids(task: RowsOfTask, rows: Sequence[Row], tokenizer: Any, max_length: int) -> TokenIds:
-    """Return the token ids of rows whose columns were checked, cut to `max_length`."""
+def token_ids(
+    task: RowsOfTask, rows: Sequence[Row], tokenizer: Any, max_length: int, number: int = 1
+) -> TokenIds:
+    """Return the token ids of rows whose columns were checked, cut to `max_length`.
+
+    The first row's `number` is for messages.
+    """
     columns = task.columns
-    first, *second = INPUTS[task.kind]
+    first, *second = inputs_of(task, rows[0])
+    if task.kind == "language-model" and first != "text":
+        found = answered_ids(task, rows, tokenizer, max_length, number)
+        read = {"input_ids": found.ids, "attention_mask": [[1] * len(ids) for ids in found.ids]}
+        if "token_type_ids" in tokenizer.model_input_names:
+            read["token_type_ids"] = [[0] * len(ids) for ids in found.ids]
+        return TokenIds(read, {"input_ids": padding_id(tokenizer)}, None, True, found.answers)
     texts: dict[str, Any] = {"text": _texts(rows, getattr(columns, first))}
     if second and rows[0].get(columns.text_pair) is not None:
         texts["text_pair"] = _texts(rows, columns.text_pair)
     inputs = dict(tokenizer(**texts, truncation=True, max_length=max_length))
     targets = None
     if task.kind == "sequence-to-sequence":
-        answers = _texts(rows, columns.target)
+        answers = _texts(rows, _target(task, rows[0]))
         encoded = tokenizer(text_target=answers, truncation=True, max_length=max_length)
         targets = encoded["input_ids"]
     padding = {
@@ -76,9 +102,14 @@ def longest_target(task: RowsOfTask, rows: Sequence[Row], tokenizer: Any) -> int
     """Return the tokens of the longest target, uncut; 0 for tasks without texts to generate."""
     if task.kind != "sequence-to-sequence":
         return 0
-    answers = _texts(rows, task.columns.target)
+    answers = _texts(rows, _target(task, rows[0]))
     uncut = tokenizer(text_target=answers, truncation=False, verbose=False)["input_ids"]
     return max(map(len, uncut))
+
+
+def _target(task: RowsOfTask, row: Row) -> str:
+    """Return the column of the texts that a model of sequence to sequence is to generate."""
+    return str(getattr(task.columns, answer_of(task, row) or "target"))
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
@@ -103,6 +134,7 @@ class BatchOptions:
     max_examples: int | None = None
     split: str | None = None  # of a `datasets` folder that has several
     trust_code: bool = False  # `module:function` may be data
+    chat_template: str | None = None  # a known one, Jinja or a model's folder; None: the own
 
 
 @dataclass(frozen=True)
@@ -121,11 +153,18 @@ class EncodedRows:
     max_length: int
     labels: ClassLabels | None = None
     image_mode: str | None = None
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse data of which some rows are pairs."""
+        """Refuse data of which some rows are pairs, or of another form."""
         if self.image_mode is None:
             check_pairs(self.rows, self)
+            check_forms(self.rows, self)
+        if self.chat_template is not None and not any(is_spoken(self, r) for r in self.rows[:1]):
+            raise RequestError(
+                "a chat template is named, and the rows hold no messages.\n"
+                "Leave it out, or name their column with --messages-column."
+            )
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
@@ -138,9 +177,9 @@ class EncodedRows:
 
     def _encode(self, rows: Sequence[Row], first: int) -> dict[str, Tensor]:
         """Return one batch; `first` is the number of its first row, for messages."""
-        wanted = ["image"] if self.image_mode is not None else required_inputs(self)
+        wanted = ["image"] if self.image_mode is not None else required_inputs(self, rows[0])
         if self.kind == "sequence-to-sequence":
-            wanted.append("target")
+            wanted.append(answer_of(self, rows[0]) or "target")
         labelled = self.kind not in GENERATIVE and self.columns.label in rows[0]
         labels = self.labels if labelled else None
         if labels is not None:
@@ -151,7 +190,7 @@ class EncodedRows:
             where = f"rows {first} to {first + len(rows) - 1}"
             batch = image_inputs(images, self.processor, self.image_mode, where)
         else:
-            encoded = token_ids(self, rows, self.processor, self.max_length)
+            encoded = token_ids(self, rows, self.processor, self.max_length, first)
             batch = encoded.batch(range(len(rows)))
         if labels is not None:
             numbered = enumerate((row[self.columns.label] for row in rows), first)
@@ -195,6 +234,7 @@ def open_batches(
         options.max_length or longest_input(loaded.processor, config),
         labels if needs_labels else None,
         image_mode(config) if images else None,
+        options.chat_template,
     )
 
 

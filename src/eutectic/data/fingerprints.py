@@ -2,13 +2,13 @@
 
 import hashlib
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eutectic.data.columns import ANSWERS, INPUTS, Row, RowsOfTask
+from eutectic.data.columns import INPUTS, Row, RowsOfTask, answer_of, inputs_of, messages_of
 from eutectic.data.images import open_image
 from eutectic.errors import RequestError, StatisticsError
 from eutectic.models.batches import (
@@ -37,10 +37,10 @@ def row_key(task: RowsOfTask, row: Row) -> bytes:
 def data_hash(task: RowsOfTask, rows: Sequence[Row]) -> str:
     """Return the identity of rows in order, with the inputs as they stand and the answers."""
     digest = hashlib.sha256()
-    answer = ANSWERS.get(task.kind)
     for row in rows:
         digest.update(row_key(task, row))
-        texts = [c for c in INPUTS.get(task.kind, ()) if c != "image"]
+        answer = answer_of(task, row)
+        texts = [c for c in inputs_of(task, row) if c != "image"]
         columns = [getattr(task.columns, c) for c in (*texts, *([answer] if answer else []))]
         if task.kind == "function":  # it may read anything
             columns = sorted(set(row) - {task.columns.image})
@@ -94,7 +94,7 @@ def _number(digest: Any) -> int:
 
 
 def _inputs(task: RowsOfTask, row: Row) -> list[bytes]:
-    columns = INPUTS.get(task.kind, _CONTENT)
+    columns = inputs_of(task, row) if task.kind in INPUTS else _CONTENT
     values = {column: row.get(getattr(task.columns, column)) for column in columns}
     content = {column: value for column, value in values.items() if value is not None}
     if task.kind == "function" and not content:
@@ -124,6 +124,9 @@ def _pixels(task: RowsOfTask, value: Any) -> list[bytes]:
 
 def _compared(value: Any) -> str:
     """Return a text as it is compared; what stood apart is composed after all is removed."""
+    if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
+        turns = messages_of(value, "a row")
+        value = "\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in turns)
     text = unicodedata.normalize("NFKC", str(value)).casefold()
     if not text.isascii():
         text = unicodedata.normalize("NFKC", "".join(c for c in text if not _invisible(c)))

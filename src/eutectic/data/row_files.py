@@ -1,4 +1,4 @@
-"""Rows of files: JSON, CSV, TSV, parquet, image folders, `datasets` folders, Python functions."""
+"""Rows of files: JSON, CSV, TSV, parquet, lines of text, images, `datasets`, Python functions."""
 
 import csv
 import io
@@ -23,7 +23,8 @@ _SPLIT_NAMES = (
 )
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _KNOWN = (
-    "*.jsonl, *.json, *.csv, *.tsv, *.parquet, a folder of images, a folder written by `datasets`"
+    "*.jsonl, *.json, *.csv, *.tsv, *.parquet, *.txt (a text in each line), a folder of images, "
+    "a folder written by `datasets`"
 )
 
 
@@ -51,6 +52,7 @@ def read_rows(source: str, *, split: str | None = None, trust_code: bool = False
         ".csv": lambda p: _csv(p, ","),
         ".tsv": lambda p: _csv(p, "\t"),
         ".parquet": _parquet,
+        ".txt": _lines,
     }
     if path.suffix.lower() not in readers:
         raise RequestError(f"{source}: unknown kind of data '{path.suffix}'.\nKnown: {_KNOWN}.")
@@ -99,6 +101,12 @@ def _jsonl(path: Path) -> list[Row]:
             raise StatisticsError(f"{path}, line {number}: not a JSON object.")
         rows.append(row)
     return rows
+
+
+def _lines(path: Path) -> list[Row]:
+    """Return a row for every line that is not blank: its text, without space around it."""
+    lines = (line.strip() for line in _text(path).split("\n"))
+    return [{"text": line} for line in lines if line]
 
 
 def _json(path: Path) -> list[Row]:

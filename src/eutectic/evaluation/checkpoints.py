@@ -23,12 +23,14 @@ from eutectic.models.task_kinds import ARCHITECTURES, CLASSIFICATION, PICTURES, 
 from eutectic.models.task_models import EXPERTS, GENERATION, borrows_head, completing, load_model
 from eutectic.models.zero_shot import embed_pictures
 from eutectic.storage.small_files import open_regular
+from eutectic.vocabulary.chat_templates import template_of
 
 _PROCESSOR_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
     *("tokenizer.model", "source.spm", "target.spm"),
     *("preprocessor_config.json", "processor_config.json"),
+    *("chat_template.jinja", "chat_template.json"),
 )
 ROUTED = "routed.json"
 _ROUTED_HEADS = "heads"  # the folder of a routed model that holds the experts' heads
@@ -100,6 +102,16 @@ class Checkpoints:
             f"image processor for task '{task.name}'.\nCopy the tokenizer's files into one of them."
         )
 
+    def with_template(self, checkpoint: Checkpoint, task: Task) -> Task:
+        """Return the task with the expert's or the base's chat template where the own lacks one."""
+        if task.kind != "language-model" or task.chat_template is not None:
+            return task
+        if template_of(self.processor(checkpoint, task)) is not None:
+            return task
+        others = (self.experts.get(task.expert_name), self.base)
+        found = next((f for f in others if f is not None and template_of(f) is not None), None)
+        return task if found is None else task.model_copy(update={"chat_template": str(found)})
+
     def label_ids(self, checkpoint: Checkpoint, task: Task) -> dict[str, int]:
         """Return class name -> index in the outputs of the head that a checkpoint runs with.
 
@@ -161,8 +173,16 @@ class Checkpoints:
             "labels": sorted(self.label_ids(checkpoint, task).items()),
             "processor": processor_hash(encoder),
             **({"tokenizers": tokenizers} if task.kind == ZERO_SHOT else {}),
+            **self._template(checkpoint, task),
             "generation": [file_hash(f) if f.is_file() else None for f in generation],
         }
+
+    def _template(self, checkpoint: Checkpoint, task: Task) -> dict[str, Any]:
+        """Return the identity of a chat template that lies in another folder than the tokenizer."""
+        named = self.with_template(checkpoint, task).chat_template
+        if named is None or not Path(named).is_dir():
+            return {}
+        return {"template": digest_of(template_of(Path(named)))}
 
     def pair_identity(
         self, checkpoint: Checkpoint, task: Task, data_hash: str, settings: Any

@@ -219,7 +219,7 @@ class Pairs:
         if key not in self._prepared:
             try:
                 self._prepared[key] = prepare(
-                    task,
+                    self.checkpoints.with_template(checkpoint, task),
                     self.settings.split,
                     folder,
                     batch_size=self.settings.batch_size,

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from eutectic.data.columns import (
-    ANSWERS,
     INPUTS,
     Row,
+    answer_of,
     check_columns,
+    check_forms,
     check_pairs,
     class_index,
     finite_number,
+    inputs_of,
+    is_spoken,
     names_of_classes,
     required_inputs,
 )
@@ -97,6 +100,9 @@ def check_disjoint(
         rows = _read(task, path, trust_code=trust_code)
         found["proxy"].update({row_key(task, row): row for row in rows})
     faults: list[Fault] = []
+    every = [row for rows in found.values() for row in rows.values()]
+    if task.chat_template is not None and not any(is_spoken(task, row) for row in every):
+        faults.append(Fault("no_messages", "chat_template: its rows hold no messages."))
     for first, second in combinations(SPLITS, 2):
         if shared := found[first].keys() & found[second].keys():
             example = _shown(task, found[second][min(shared)])
@@ -132,12 +138,15 @@ def _read(
     rows = read_rows(path, split=subset, trust_code=trust_code)
     if task.kind in PICTURES:
         rows = locate_images(rows, task.columns.image, path)
-    wanted = required_inputs(task)
-    splits = {split for split, part in task.data.items() if part.path == path} or {"proxy"}
-    if task.kind in ANSWERS and "proxy" not in splits:
-        wanted.append(ANSWERS[task.kind])
     listed = list(rows)
     where = f"task '{task.name}': {path}, "
+    check_forms(listed, task, where)
+    example: Row = listed[0] if listed else {}
+    wanted = required_inputs(task, example)
+    splits = {split for split, part in task.data.items() if part.path == path} or {"proxy"}
+    answer = answer_of(task, example)
+    if answer is not None and "proxy" not in splits:
+        wanted.append(answer)
     check_pairs(listed, task, where)
     advice = "Name the right one in the task: columns: {{{}: NAME}}.".format
     check_columns(listed, task.columns, wanted, where=where, advice=advice)
@@ -145,8 +154,8 @@ def _read(
 
 
 def _shown(task: Task, row: Row) -> str:
-    columns = INPUTS.get(task.kind)
-    names = [getattr(task.columns, c) for c in columns] if columns else list(row)
+    known = task.kind in INPUTS
+    names = [getattr(task.columns, c) for c in inputs_of(task, row)] if known else list(row)
     text = " / ".join(str(row[name]) for name in names if row.get(name) is not None)
     return repr(text if len(text) <= 80 else f"{text[:79]}…")
 
@@ -220,7 +229,8 @@ def prepare(
             "Outputs of such models are compared and scored along their targets; name the column "
             "(columns: {target: NAME}) or add it."
         )
-        check_columns(rows, task.columns, ["target"], where=where, advice=lambda _: advice)
+        target = answer_of(task, rows[0]) or "target"
+        check_columns(rows, task.columns, [target], where=where, advice=lambda _: advice)
     classes, texts = _class_texts(task, Path(folder), base) if task.kind == ZERO_SHOT else ((), {})
     named = {name: i for i, name in enumerate(classes)} or label_ids
     references = references_of(task, rows, named or config.label2id or {}) if answers else ()
@@ -233,7 +243,8 @@ def prepare(
         max_length = task.max_length or longest_input(processor, config)
         encoded = token_ids(task, rows, processor, max_length)
         lengths = [len(ids) for ids in encoded.inputs["input_ids"]]
-        _check_tokens(task, split, lengths)
+        if task.kind == "language-model":
+            _check_predicted(task, split, encoded.predicted)
         # The longest first: if memory is short, that shows at once.
         order.sort(key=lambda i: -lengths[i])
         chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -245,13 +256,14 @@ def prepare(
     return Prepared(task, split, batches, *read, classes, texts)
 
 
-def _check_tokens(task: Task, split: Split, lengths: Sequence[int]) -> None:
+def _check_predicted(task: Task, split: Split, predicted: Sequence[int]) -> None:
     """Refuse a split of a language model without a predicted token; single rows may have none."""
-    if task.kind == "language-model" and max(lengths) < 2:
+    if not any(predicted):
         raise RequestError(
-            f"task '{task.name}', split '{split}': none of the {counted(len(lengths), 'text')} has "
-            "a token that is predicted from others, so there is nothing to measure.\n"
-            "Is it the right file, and the right column?"
+            f"task '{task.name}', split '{split}': none of the {counted(len(predicted), 'text')} "
+            "has a token that is predicted from others, so there is nothing to measure.\n"
+            "Is it the right file, and the right column? Of prompts and chats the answers count, "
+            "as far as max_length leaves them."
         )
 
 
@@ -305,7 +317,8 @@ def references_of(
     if task.kind in ("language-model", "function"):
         return ()
     if task.kind == "sequence-to-sequence":
-        return tuple(normal_text(str(row[task.columns.target])) for row in rows)
+        column: str = getattr(task.columns, answer_of(task, rows[0]) or "target")
+        return tuple(normal_text(str(row[column])) for row in rows)
     values: list[Any] = [row.get(task.columns.label) for row in rows]
     if all(value is None for value in values):
         return ()  # a proxy split needs no labels

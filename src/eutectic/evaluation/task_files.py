@@ -26,6 +26,7 @@ from eutectic.recipes.document import (
     schema_fault,
 )
 from eutectic.recipes.schema import Name
+from eutectic.vocabulary.chat_templates import is_template, template_fault
 
 Split = Literal["proxy", "validation", "test"]
 MOST_LABELS = 50_000  # twice as many as the largest sets of pictures have
@@ -80,6 +81,9 @@ class TaskSpec(_Strict):
     prompts: Annotated[tuple[str, ...], Field(min_length=1, max_length=MOST_PROMPTS)] | None = None
     # The whole model that completes towers of pictures alone; None: the base.
     text_model: str | None = None
+    # Of messages: a known template (chatml, …), Jinja, or the folder of a model that has one; None:
+    # the checkpoint's own, else the expert's.
+    chat_template: Annotated[str, Field(min_length=1, max_length=200_000)] | None = None
     function: str | None = None  # `module:function` or `file.py:function`, of the kind `function`
     options: dict[str, Any] = Field(default_factory=dict)  # keyword arguments of the function
     harness: HarnessOptions | None = None  # for `lm-eval`, which brings its rows and metrics
@@ -115,6 +119,13 @@ class TaskSpec(_Strict):
         for text in value or ():
             if text.count("{}") != 1:
                 raise ValueError(f"a prompt has one {{}} for the class name, got '{text}'")
+        return value
+
+    @field_validator("chat_template")
+    @classmethod
+    def _template(cls, value: str | None) -> str | None:
+        if value is not None and is_template(value) and (fault := template_fault(value)):
+            raise ValueError(fault.what)
         return value
 
     @field_validator("data", mode="before")
@@ -157,6 +168,8 @@ class TaskSpec(_Strict):
             raise ValueError(f"`max_length` is not for the kind '{self.kind}'")
         if self.kind == "language-model" and self.max_length == 1:
             raise ValueError("max_length must be at least 2: each token is predicted from others")
+        if self.chat_template is not None and self.kind != "language-model":
+            raise ValueError("`chat_template` is for the kind 'language-model'")
         if self.head is not None and self.kind not in WITH_HEAD:
             raise ValueError(f"`head` is not for the kind '{self.kind}'")
         shares: dict[tuple[str, str | None], list[float | None]] = {}
@@ -247,6 +260,8 @@ def _resolved(name: str, spec: TaskSpec, source: Source) -> tuple[dict[str, Any]
     ]
     places += [(values, key, (key,)) for key in ("head", "base_head", "text_model")]
     places.append((harness, "include_path", ("harness", "include_path")))
+    if spec.chat_template is not None and not is_template(spec.chat_template):
+        places.append((values, "chat_template", ("chat_template",)))  # it is a folder then
     if spec.function is not None and ".py:" in spec.function:
         places.append((values, "function", ("function",)))
     faults: list[Fault] = []

@@ -164,7 +164,8 @@ def _encoded(task: Task, split: Split, inputs: Inputs) -> tuple[Prepared, str]:
         )
     folder = sources.processor(body, task)
     answers = split == "validation"
-    prepared = prepare(task, split, folder, label_ids=labels, answers=answers, base=base)
+    spoken = sources.with_template(body, task)
+    prepared = prepare(spoken, split, folder, label_ids=labels, answers=answers, base=base)
     read = [sources.reading(body, task), sources.reading(own, task)]
     return prepared, hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 

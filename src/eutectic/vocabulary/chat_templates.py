@@ -56,6 +56,11 @@ BUILT_IN: Mapping[str, str] = {
 }
 
 
+def is_template(text: str) -> bool:
+    """Tell whether a text is a template, or the name of a known one; else it may be a folder."""
+    return text in BUILT_IN or "{" in text
+
+
 def template_of(folder: Path) -> str | None:
     """Return the chat template of a model's folder, None where it has none.
 
