@@ -29,8 +29,9 @@ from eutectic.checkpoint.odd_adapters import other_adapter
 from eutectic.checkpoint.packed_adapters import BareAdapter, MetBase, meet_bare
 from eutectic.checkpoint.peft_kinds.formulas import AdapterSettings, Layer, settings_of
 from eutectic.checkpoint.peft_kinds.kinds import KINDS, LORA_PARTS, Kind
-from eutectic.checkpoint.peft_kinds.low_rank import lora_scaling
+from eutectic.checkpoint.peft_kinds.low_rank import has_residual, lora_scaling
 from eutectic.checkpoint.reader import CheckpointReader
+from eutectic.checkpoint.single_experts import SingleExperts, meet_single_experts
 from eutectic.conventions_layouts import packing
 from eutectic.conventions_ties import is_output_table, is_token_table
 from eutectic.errors import CheckpointError
@@ -74,7 +75,8 @@ def open_adapter(
     bare = _bare_adapter(adapter, reader, found, label)
     stacks = [own for module in found.bare for own in bare.candidates(module)]
     mapping, alignment = meet_names(base, [*found.parameters, *stacks], label, [config])
-    met = meet_bare(bare, MetBase(base, config, mapping, alignment))
+    met_base = MetBase(base, config, mapping, alignment)
+    met = meet_bare(bare, met_base)
     groups = dict(met.pairs)
     owns = {name: own for own, name in mapping.items()}
     groups |= {name: found.parameters[own] for name, own in owns.items() if own in found.parameters}
@@ -84,6 +86,9 @@ def open_adapter(
         adapter.settings, adapter.kind, adapter.fields, reader, found.shared, label
     )
     rest = [own for own in found.parameters if own not in mapping]
+    left = {own: found.parameters[own] for own in rest}
+    singles = _single_experts(adapter, reader, left, met_base, label)
+    rest = [own for own in rest if own not in singles.met]
     called = named_like_base(rest, mapping, alignment, base)
     for own in rest:
         group, name = found.parameters[own], called[own]
@@ -104,8 +109,9 @@ def open_adapter(
     held = weights or BaseWeights(None)
     factored, changes = layer_changes(opened, groups, modules, shapes, held, tied)
     stored = {n: g["full"] for n, g in groups.items() if "full" in g and n not in changes}
-    changes |= met.changes
-    groups |= {name: {str(i): e for i, e in enumerate(read)} for name, read in met.read.items()}
+    changes |= {**met.changes, **singles.changes}
+    for parts in (met.read, singles.read):
+        groups |= {name: {str(i): e for i, e in enumerate(read)} for name, read in parts.items()}
     return Expert(
         label,
         reader,
@@ -275,6 +281,27 @@ def _bare_adapter(
     ranks = {own: adapter.settings.rank(own, adapter.fields.r) for own in owns}
     scalings = {own: lora_scaling(adapter.fields, layer) for own, layer in layers.items()}
     return replace(bare, ranks=ranks, scalings=scalings)
+
+
+def _single_experts(
+    adapter: _Adapter,
+    reader: CheckpointReader,
+    groups: Mapping[str, Group],
+    base: MetBase,
+    label: str,
+) -> SingleExperts:
+    """Return the changes by factors of matrices that the base keeps beside others."""
+    if adapter.fields is None:
+        return SingleExperts({}, {}, frozenset())
+    init = adapter.settings.raw.get("init_lora_weights")
+    plain: dict[str, Group] = {}
+    scalings: dict[str, float] = {}
+    for own, group in groups.items():
+        parts = {part: entry.shape for part, entry in group.items()}
+        layer = Layer(_module(own), (0, 0), parts, adapter.settings)
+        if not has_residual(layer, init):  # else a part of the base's matrix is in the factors
+            plain[own], scalings[own] = group, lora_scaling(adapter.fields, layer)
+    return meet_single_experts(reader, plain, scalings, base, label)
 
 
 def _entry(base: TensorEntry, group: Group) -> TensorEntry:
