@@ -178,9 +178,12 @@ def explained(method: str, shape=(8, 768, 3072), precision="fast", **options) ->
 
 @pytest.mark.parametrize("precision", ["fast", "exact"])
 def test_plan_names_the_eigenproblems_of_iso_a(precision):
-    sentence = explained("iso_a", precision=precision)
+    sentence = explained("iso_a", precision=precision, metric_rank="full")
     assert "9 float64 eigenproblems of side 3072" in sentence
     assert "polar factor" in sentence
+    few = explained("iso_a", precision=precision, metric_rank=32)
+    assert "32 of 3072 directions of the 8 input metrics" in few and "side 256" in few
+    assert "side 3072" in explained("iso_a", precision=precision, metric_rank=1000)
 
 
 def test_plan_counts_the_parts_of_iso_cts():

@@ -24,19 +24,22 @@ class CoreSpace:
         left: U `[out, m]`, orthonormal columns.
         right: V `[in, n]`, orthonormal columns.
         cores: `[T, m, n]`.
+        beside: other rows `[k, in]` in the coordinates of V, `[k, n]` each.
     """
 
     left: Tensor
     right: Tensor
     cores: Tensor
+    beside: tuple[Tensor, ...] = ()
 
     def expand(self, core: Tensor) -> LowRank:
         """Return U·core·Vᵀ `[out, in]` as thin factors."""
         return LowRank(self.left @ core.double(), self.right.mT)
 
 
-# Of a row's length: what lies beyond a span by less is the rounding of a projection in float64.
-WITHIN = 1e-9
+# Of a row's length: what lies beyond a span by less no float32 shows. It is seen by the difference
+# of squares, whose own rounding in float64 is below it.
+WITHIN = 1e-7
 
 
 def beyond(stack: LowRankStack, rows: Sequence[Tensor]) -> list[Tensor]:
@@ -75,6 +78,45 @@ def core_space(stack: LowRankStack, beside: Sequence[Tensor] = ()) -> CoreSpace:
         for start, rank in zip(starts, ranks, strict=True)
     ]
     return CoreSpace(U, V, torch.stack(cores) * (left_unit * right_unit))
+
+
+def core_space_beside(stack: LowRankStack, rows: Sequence[Tensor]) -> CoreSpace | None:
+    """Return a core whose V spans some other rows too, with these in its coordinates.
+
+    Args:
+        stack: as for `core_space`.
+        rows: blocks `[k, in]`, such as the rows of input metrics.
+
+    Returns:
+        n = Σ r_t and as many as there are rows beyond the right factors' span; None where that is
+        no small core (`stays_thin`). Every row is multiplied once.
+    """
+    U, left, left_unit = _basis([factor.mT for factor in stack.left])
+    basis, right, right_unit = _basis(stack.right)
+    blocks = [block.double() for block in rows]
+    seen = [block @ basis for block in blocks]
+    rest: list[Tensor] = []
+    for block, own in zip(blocks, seen, strict=True):
+        whole = block.square().sum(1)
+        apart = whole - own.square().sum(1) > WITHIN**2 * whole
+        if bool(apart.any()):
+            rest.append(block[apart] - own[apart] @ basis.mT)
+    if not stays_thin(stack, sum(map(len, rest))):
+        return None
+    if rest:
+        more = lapack.orthonormal(torch.cat(rest).mT)
+        # Once more: what rounding left of V in short remainders would be made long.
+        more = lapack.orthonormal(more - basis @ (basis.mT @ more))
+        basis = torch.cat([basis, more], 1)
+        seen = [torch.cat([own, block @ more], 1) for block, own in zip(blocks, seen, strict=True)]
+    ranks = [factor.shape[1] for factor in stack.left]
+    starts = [sum(ranks[:t]) for t in range(len(ranks))]
+    unit = left_unit * right_unit
+    cores = torch.zeros(len(ranks), U.shape[1], basis.shape[1], dtype=U.dtype, device=U.device)
+    for core, start, rank in zip(cores, starts, ranks, strict=True):
+        own = right[:, start : start + rank]
+        core[:, : len(own)] = left[:, start : start + rank] @ own.mT * unit
+    return CoreSpace(U, basis, cores, tuple(seen))
 
 
 def singular_core(

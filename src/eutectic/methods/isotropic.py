@@ -2,23 +2,24 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from eutectic.linalg.core import beyond, core_space, stays_thin
+from eutectic.linalg.core import core_space, core_space_beside, stays_thin
 from eutectic.linalg.gram import explain_routes
 from eutectic.linalg.leading import explain_leading, leading_singular, leading_singular_stack
 from eutectic.linalg.lowrank import LowRank, LowRankStack
-from eutectic.linalg.metric import InputMetric, mean_metric
+from eutectic.linalg.metric import InputMetric, mean_metric, truncates
 from eutectic.linalg.polar import Precision, Support, explain_polar, polar
 from eutectic.linalg.svd import default_tolerance, dependence_tolerance
+from eutectic.methods.input_metrics import input_metric
 from eutectic.methods.linear import weighted_sum
 from eutectic.methods.registry import Context, Cost, Parameters, Rules, Takes, always, register
-from eutectic.types import LayerStatistics
 
+METRIC_RANK: int | Literal["full"] = "full"
 PAPER = "No task left behind: isotropic model merging, arXiv 2502.04959"
 
 
@@ -56,9 +57,17 @@ class IsoAParameters(IsoCParameters):
         support: as in `iso_c`.
         rank_tolerance: as in `iso_c`.
         ridge: ε, the share of the mean input energy added to every input direction.
+        metric_rank: k, the leading directions of each input metric that are kept as they are,
+            beside an even rest of the same energy; "full" keeps all. Widths below 4k are taken
+            whole, and of Grams that come in at most 4k rows all rows count.
     """
 
     ridge: Annotated[float, Gt(0)] = 0.1
+    metric_rank: Annotated[int, Ge(1)] | Literal["full"] = METRIC_RANK
+
+    def kept(self) -> int | None:
+        """Return how many directions are kept; None for all."""
+        return None if self.metric_rank == "full" else self.metric_rank
 
 
 def _by_count(to_8: float, to_14: float, beyond: float) -> Callable[[int], float]:
@@ -86,12 +95,19 @@ def _explain_iso_cts(
     return explain_routes(parts, precision)
 
 
-def _explain_iso_a(shape: tuple[int, ...], parameters: Any, precision: Precision) -> str:
+def _explain_iso_a(shape: tuple[int, ...], parameters: IsoAParameters, precision: Precision) -> str:
     experts, _, inner = shape
+    rank = parameters.kept()
     roots = (
         f"roots of the {experts} input metrics and of their mean by {experts + 1} float64 "
         f"eigenproblems of side {inner}, the main cost"
     )
+    if rank is not None and truncates(rank, inner):
+        side = min(experts * rank, inner)
+        roots = (
+            f"{rank} of {inner} directions of the {experts} input metrics by subspace iteration, "
+            f"the root of their mean by one float64 eigenproblem of side {side}"
+        )
     return explain_routes([roots, explain_polar(shape[1:], precision=precision)], precision)
 
 
@@ -295,11 +311,16 @@ def iso_a(deltas: Tensor | LowRankStack, parameters: IsoAParameters, context: Co
     the layer in expert t, C̄ their mean: directions count by how much they shift the output. With
     C_t = I this is Iso-C.
 
-    Shapes: `[T, out, in]` and T Grams `[in, in]` -> `[out, in]`. Cost: T + 1 float64
-    eigenproblems of side `in` and one polar factor. Grams given as few rows (below in/2, nothing
-    or the same on the diagonal beside them) take eigenproblems of their number of rows, with the
-    same result up to rounding. An expert without inputs (n_t = 0 or a zero Gram) enters with
-    C_t = I. Zero deltas give zero; rank deficiency as in `iso_c`.
+    Of each C_t the first k = `metric_rank` eigenvalues and vectors are kept, and the others are
+    replaced by their mean, so that the trace stays. `metric_rank="full"`, or a width below 4k,
+    keeps them all. A Gram in at most 4k rows (few tokens, `collect --rank` with an even rest,
+    `collect --for`) is taken as it is.
+
+    Shapes: `[T, out, in]` and T Grams `[in, in]` -> `[out, in]`. Cost: beside one polar factor, T
+    subspace iterations of O(in²·k) in the Grams' dtype (O(in·k·n) for n rows), and one float64
+    eigenproblem of side min(T·k, in) for the mean. Of whole metrics T + 1 float64 eigenproblems
+    of side `in`. An expert without inputs (n_t = 0 or a zero Gram) enters with C_t = I. Zero
+    deltas give zero; rank deficiency as in `iso_c`.
 
     Thin factors: with Grams of few rows all happens between bases of the factors and these rows,
     of side Σ r_t and Σ r_t + Σ k_t, in float64, and is multiplied out once. Otherwise, and where
@@ -307,14 +328,19 @@ def iso_a(deltas: Tensor | LowRankStack, parameters: IsoAParameters, context: Co
     """
     size = deltas.shape[2]
     entries = context.statistics or (None,) * len(deltas)
-    metrics = [_metric(entry, parameters.ridge, size, deltas.device) for entry in entries]
+    how = (parameters.ridge, parameters.kept(), size, deltas.device)
+    metrics = [input_metric(entry, *how) for entry in entries]
     tolerance = _tolerance(deltas, parameters)
     if isinstance(deltas, LowRankStack):
-        rows = beyond(deltas, [m.rows for m in metrics if m.rows is not None])
-        beside = sum(map(len, rows))
-        if all(m.matrix is None for m in metrics) and _stays_thin(deltas, parameters, beside):
-            space = core_space(deltas, rows)
-            inside = [metric.projected(space.right) for metric in metrics]
+        thin = all(m.matrix is None for m in metrics) and _stays_thin(deltas, parameters)
+        held = [m.rows for m in metrics if m.rows is not None]
+        space = core_space_beside(deltas, held) if thin else None
+        if space is not None:
+            seen = iter(space.beside)
+            inside = [
+                m.between(space.right.shape[1], None if m.rows is None else next(seen))
+                for m in metrics
+            ]
             own = _flat_in_metrics(space.cores, inside, parameters, context, tolerance)
             return space.expand(own).dense().to(deltas.dtype)
         deltas = deltas.dense()
@@ -340,31 +366,6 @@ def _flat_in_metrics(
     )
     merged = flat.factor.double() * flat.mean_singular_value
     return mean_metric(metrics, total).times(merged, -0.5)
-
-
-def _metric(
-    entry: LayerStatistics | None, ridge: float, size: int, device: torch.device
-) -> InputMetric:
-    """Return A/n + ε·tr(A/n)/in·I of one expert's inputs; the identity where there are none."""
-    identity = InputMetric(size, 1.0)
-    if entry is None or not entry.count or not entry.has("gram"):
-        return identity
-    rest = entry.gram_diagonal
-    if entry.gram is None and (rest is None or bool((rest == rest[0]).all())):
-        assert entry.gram_factor is not None
-        rows = entry.gram_factor.to(device, torch.float64) / entry.count**0.5
-        even = 0.0 if rest is None else float(rest[0]) / entry.count
-        energy = float(rows.square().sum()) / size + even
-        if InputMetric(size, rows=rows).thin:
-            return InputMetric(size, ridge * energy + even, rows) if energy else identity
-    moment = entry.dense_gram()
-    assert moment is not None
-    moment = moment.to(device) / entry.count
-    energy = float(moment.trace()) / size
-    if not energy:
-        return identity
-    moment.diagonal().add_(ridge * energy)
-    return InputMetric(size, matrix=moment)
 
 
 def _tolerance(deltas: Tensor | LowRankStack, parameters: IsoCParameters) -> float | None:

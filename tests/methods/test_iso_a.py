@@ -1,0 +1,137 @@
+"""Iso-A from few directions of the input metrics."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from eutectic import merge_matrices
+from eutectic.errors import MethodError
+from eutectic.linalg.polar import polar
+from eutectic.types import LayerStatistics
+
+OUT, IN, EXPERTS, RIDGE = 24, 80, 3, 0.1
+
+
+def grams(power: float = 1.0, dtype: torch.dtype = torch.float64) -> list[LayerStatistics]:
+    generator = torch.Generator().manual_seed(7)
+    found: list[LayerStatistics] = []
+    for _ in range(EXPERTS):
+        turned = torch.linalg.qr(torch.randn(IN, IN, generator=generator, dtype=dtype)).Q
+        X = torch.randn(300, IN, generator=generator, dtype=dtype)
+        X = (X * torch.arange(1, IN + 1) ** -power) @ turned
+        found.append(LayerStatistics(gram=X.mT @ X, count=300))
+    return found
+
+
+def deltas(dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(8)
+    return torch.randn(EXPERTS, OUT, IN, generator=generator, dtype=dtype)
+
+
+def textbook(stack: Tensor, moments: list[Tensor], rank: int) -> Tensor:
+    """The formula, with all but the leading eigenvalues of every A_t/n_t at their mean."""
+
+    def power(C: Tensor, p: float) -> Tensor:
+        values, vectors = torch.linalg.eigh(C)
+        return (vectors * values**p) @ vectors.mT
+
+    metrics: list[Tensor] = []
+    for C in moments:
+        values, vectors = torch.linalg.eigh(C)
+        values = values.clone()
+        values[:-rank] = values[:-rank].mean()
+        metrics.append((vectors * (values + RIDGE * C.trace() / IN)) @ vectors.mT)
+    total = sum(d @ power(C, 0.5) for d, C in zip(stack, metrics, strict=True))
+    flat = polar(total, precision="exact")
+    return flat.factor * flat.mean_singular_value @ power(sum(metrics) / EXPERTS, -0.5)
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_few_directions_are_the_formula_with_an_even_rest(dtype: torch.dtype):
+    entries, stack = grams(), deltas()
+    moments = [e.gram / e.count for e in entries if e.gram is not None]
+    stored = [LayerStatistics(gram=e.gram.to(dtype), count=e.count) for e in entries]
+    ours = merge_matrices("iso_a", stack.to(dtype), statistics=stored, metric_rank=6)
+    # As near as the subspace iteration goes: far nearer than to any other rank.
+    assert apart(ours.double(), textbook(stack, moments, 6)) < 1e-2
+    assert apart(ours.double(), textbook(stack, moments, 7)) > 2e-2
+
+
+@pytest.mark.parametrize("rank", [IN // 4 + 1, IN, 10 * IN])
+def test_as_many_directions_as_the_width_are_the_whole(rank: int):
+    whole = merge_matrices("iso_a", deltas(), statistics=grams(), metric_rank="full")
+    assert torch.equal(
+        merge_matrices("iso_a", deltas(), statistics=grams(), metric_rank=rank), whole
+    )
+
+
+@pytest.mark.parametrize("power", [0.3, 1.0])
+def test_more_directions_are_nearer_to_the_whole(power: float):
+    whole = merge_matrices("iso_a", deltas(), statistics=grams(power), metric_rank="full")
+    ranks = (2, 5, 10, 20)
+    found = [
+        merge_matrices("iso_a", deltas(), statistics=grams(power), metric_rank=k) for k in ranks
+    ]
+    errors = [apart(one, whole) for one in found]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_even_inputs_give_iso_c():
+    even = [LayerStatistics(gram=float(n) * torch.eye(IN), count=n) for n in (10, 10, 10)]
+    ours = merge_matrices("iso_a", deltas(torch.float32), statistics=even, metric_rank=5)
+    assert apart(ours, merge_matrices("iso_c", deltas(torch.float32))) < 1e-5
+
+
+def test_turned_inputs_turn_the_result():
+    generator = torch.Generator().manual_seed(5)
+    P, Q = (torch.linalg.qr(torch.randn(n, n, generator=generator).double()).Q for n in (OUT, IN))
+    stack, entries = deltas(), grams()
+    turned = [LayerStatistics(gram=Q.mT @ e.gram @ Q, count=e.count) for e in entries]
+    ours = merge_matrices("iso_a", P @ stack @ Q, statistics=turned, metric_rank=6)
+    assert (
+        apart(ours, P @ merge_matrices("iso_a", stack, statistics=entries, metric_rank=6) @ Q)
+        < 1e-2
+    )
+
+
+def test_a_stored_factor_with_an_uneven_rest_is_cut_as_its_gram():
+    generator = torch.Generator().manual_seed(2)
+    factored: list[LayerStatistics] = []
+    dense: list[LayerStatistics] = []
+    for _ in range(EXPERTS):
+        rows = torch.randn(30, IN, generator=generator).double() * 0.8 ** torch.arange(30)[:, None]
+        rest = torch.rand(IN, generator=generator).double() * 0.01
+        factored.append(LayerStatistics(gram_factor=rows, gram_diagonal=rest, count=50))
+        dense.append(LayerStatistics(gram=rows.mT @ rows + torch.diag(rest), count=50))
+    one, other = (
+        merge_matrices("iso_a", deltas(), statistics=s, metric_rank=6) for s in (factored, dense)
+    )
+    assert apart(one, other) < 1e-9
+
+
+def test_an_expert_without_inputs_enters_evenly():
+    entries = grams()
+    entries[1] = LayerStatistics(gram=torch.zeros(IN, IN).double(), count=4)
+    ours = merge_matrices("iso_a", deltas(), statistics=entries, metric_rank=6)
+    assert bool(ours.isfinite().all()) and bool(ours.any())
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_the_size_of_inputs_does_not_matter(scale: float):
+    entries = grams(dtype=torch.float32)
+    sized = [LayerStatistics(gram=e.gram * scale, count=e.count) for e in entries]
+    one, other = (
+        merge_matrices("iso_a", deltas(torch.float32), statistics=s, metric_rank=6)
+        for s in (entries, sized)
+    )
+    assert apart(one, other) < 1e-4
+
+
+@pytest.mark.parametrize("bad", [0, -3, "all"])
+def test_a_rank_is_a_number_or_full(bad: object):
+    with pytest.raises(MethodError, match="metric_rank"):
+        merge_matrices("iso_a", deltas(), statistics=grams(), metric_rank=bad)
