@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from eutectic.words import SYNONYMS, few, sentence
+from eutectic.words import SYNONYMS, few, sentence, with_urls
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,9 @@ class EutecticError(Exception):
     """The root of all errors raised on purpose."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return with_urls(super().__str__())
 
 
 class CheckpointError(EutecticError):

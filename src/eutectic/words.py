@@ -5,6 +5,7 @@ with a count of the others (`{few}`), and every number by its name: `{count:n te
 in the singular or the plural, `{count:n matrix/matrices}` an irregular one.
 """
 
+import re
 import string
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +18,9 @@ def sentence(kind: str, subject: Sequence[str], numbers: Mapping[str, Any]) -> s
     """Return the text of one record."""
     template = SENTENCES[kind]
     if not isinstance(template, str):
-        return template(subject, numbers)
-    return _FORMATTER.format(
-        template, *subject, all=", ".join(subject), few=few(subject), **numbers
-    )
+        return with_urls(template(subject, numbers))
+    named: dict[str, Any] = {"all": ", ".join(subject), "few": few(subject), **numbers}
+    return with_urls(_FORMATTER.format(template, *subject, **named))
 
 
 class _Formatter(string.Formatter):
@@ -85,6 +85,24 @@ def between(low: float, high: float) -> str:
     ('8', '4 to 64')
     """
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+_shown_below: list[str] = []
+
+
+def show_below(root: str) -> None:
+    """Take note that what lies in object stores is shown below a folder, as `scheme/bucket/…`."""
+    if root not in _shown_below:
+        _shown_below.append(root)
+
+
+def with_urls(text: str) -> str:
+    """Return a text with the URLs of what is shown below such a folder in place of its paths."""
+    for root in _shown_below:
+        if root in text:
+            found = re.escape(root) + r"[/\\](\w+)[/\\]"
+            text = re.sub(found, lambda match: f"{match[1]}://", text)
+    return text
 
 
 def few(names: Sequence[str], limit: int = 4) -> str:

@@ -15,7 +15,7 @@ from eutectic.checkpoint.changes import BaseWeights, Change
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.meeting import meet
 from eutectic.checkpoint.names import Alignment
-from eutectic.checkpoint.reader import TensorSource, file_identity
+from eutectic.checkpoint.reader import TensorSource, expect, file_identity
 from eutectic.checkpoint.weight_files import ADAPTER_CONFIG as ADAPTER_CONFIG
 from eutectic.conventions import lora_factor, original_llama_key
 from eutectic.conventions_names import without_adapter_name
@@ -109,6 +109,11 @@ class Expert:
         if base is None:
             raise ValueError(f"'{name}': an adapter's weight needs the base")
         return base + self.delta(name, start, stop, base=base, dtype=dtype)
+
+    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        """Be told of (tensor, start, stop) of stored tensors that are about to be read."""
+        known = [(self.stored[n].name, a, b) for n, a, b in ranges if n in self.stored]
+        expect(self.source, known)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return elements of a full tensor as stored, 1-D in the file's dtype."""

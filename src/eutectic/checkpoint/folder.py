@@ -214,7 +214,8 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 def _fits(folder: Path, name: str, count: int) -> bool:
     """Tell whether a file that nobody is known to need may come along."""
     try:
-        return check_inside(folder, name).stat().st_size <= _MAX_BYTES and count < _MAX_FILES
+        size, _ = storage_of(folder).identity(check_inside(folder, name)) or (0, 0)
+        return size <= _MAX_BYTES and count < _MAX_FILES
     except (CheckpointError, OSError):
         return False
 

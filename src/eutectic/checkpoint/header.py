@@ -135,7 +135,7 @@ def looks_like_safetensors(path: Path) -> bool:
     """Tell whether a file begins as safetensors do, whatever its name is."""
     try:
         start = start_of(path)
-        size = path.stat().st_size
+        size = (storage_of(path).identity(path) or (0, 0))[0]
     except OSError:
         return False
     return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= min(size, MAX_HEADER_BYTES)

@@ -1,5 +1,6 @@
 """Models of the Hugging Face hub: how they are named, and their files in the hub's own cache."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -59,6 +60,11 @@ def hub_id(text: str, revision: str | None = None) -> HubId | None:
     if match is None:
         return None
     return HubId(match["model"], match["revision"] or revision, match["folder"])
+
+
+def is_offline() -> bool:
+    """Tell whether the hub may not be asked, by its own environment variable."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def download(wanted: HubId) -> Path:

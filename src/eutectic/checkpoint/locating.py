@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eutectic.checkpoint.gguf_file import SUFFIX as GGUF_SUFFIX
-from eutectic.checkpoint.hub import HubId, download, hub_id, listed_on_hub, no_folder
+from eutectic.checkpoint.hub import HubId, download, hub_id, is_offline, listed_on_hub, no_folder
 from eutectic.checkpoint.module_folders import MODULES_NAME
 from eutectic.checkpoint.odd_files import command
 from eutectic.checkpoint.odd_folders import by_names, unfinished
@@ -24,6 +24,7 @@ from eutectic.checkpoint.weight_files import (
     names_in,
 )
 from eutectic.errors import CheckpointError, Note
+from eutectic.storage import Url, is_url, url_of, view
 from eutectic.words import few
 
 # Other formats of the weights, and what is no model: never descended into unasked.
@@ -59,11 +60,17 @@ def resolve(path_or_id: str | Path, *, revision: str | None = None) -> Path:
 def locate(path_or_id: str | Path, *, revision: str | None = None, full: bool = False) -> Located:
     """Return where a model lies: a path, or a name on the hub as `hub_id` understands it.
 
-    An existing path wins over an id. A folder that holds nothing to read stands for the one folder
-    below it that does (with `full`, the one that holds a full checkpoint); CheckpointError lists
-    them where there are several.
+    A URL of a store is looked at there; only small files are fetched (`storage.view`). An existing
+    path wins over an id. A folder that holds nothing to read stands for the one folder below it
+    that does (with `full`, the one that holds a full checkpoint); CheckpointError lists them where
+    there are several.
     """
     text = str(path_or_id)
+    url = url_of(path_or_id)
+    if url is not None and url.scheme == "hf" and is_offline():
+        text, url = url.path, None  # what the hub's own cache holds
+    if url is not None or is_url(text):
+        return _in_store(url, text, full)
     path = Path(text).expanduser()
     if text and path.exists():
         return _in_folder(path, text, full) if path.is_dir() else _of_file(path)
@@ -83,6 +90,19 @@ def locate(path_or_id: str | Path, *, revision: str | None = None, full: bool = 
     if not folder.is_dir():
         raise no_folder(found)
     return _in_folder(folder, str(found), full)
+
+
+def _in_store(url: Url | None, text: str, full: bool) -> Located:
+    path = view(text if url is None else str(url))
+    shown = str(path) if url is None else str(url)
+    if not path.exists():
+        raise CheckpointError(f"{shown}: there is nothing of that name.\nCheck the spelling.")
+    if not path.is_dir():
+        return _of_file(path)
+    found = _in_folder(path, shown, full)
+    if found.path != path:
+        view(found.path)  # less is fetched of a folder below than of one that is named
+    return found
 
 
 def _of_file(path: Path) -> Located:

@@ -6,7 +6,8 @@ import errno
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -38,10 +39,14 @@ def sampled_fingerprint(
     digest = hashlib.sha256()
     for name, entry in sorted(entries.items()):
         digest.update(f"{name}\0{entry.dtype}\0{entry.shape}\0".encode())
-        width = _WINDOW_BYTES // entry.dtype.itemsize
-        for start, stop in _windows(entry.numel, width, range(3), 2):
+        for start, stop in _sampled(entry):
             digest.update(read(name, start, stop).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _sampled(entry: TensorEntry) -> list[tuple[int, int]]:
+    width = _WINDOW_BYTES // entry.dtype.itemsize
+    return _windows(entry.numel, width, range(3), 2)
 
 
 def _windows(count: int, width: int, places: range, parts: int) -> list[tuple[int, int]]:
@@ -174,8 +179,26 @@ class CheckpointReader:
             )
         return buffer.view(entry.dtype)
 
+    def expect(self, ranges: Iterable[tuple[str, int, int]]) -> None:
+        """Be told of (tensor, start, stop) that are about to be read.
+
+        An object store is asked for neighbours at once, and for many side by side.
+        """
+        found: dict[str, list[tuple[int, int]]] = {}
+        for name, start, stop in ranges:
+            entry = self.entries[name]
+            if entry.offset >= 0:
+                width, begin = entry.dtype.itemsize, entry.offset
+                place = (begin + start * width, begin + stop * width)
+                found.setdefault(entry.file, []).append(place)
+        for file, places in found.items():
+            # What fails is told where it is read.
+            with suppress(OSError):
+                self._files.expect(file, places)
+
     def fingerprint(self) -> str:
         """Return the sampled identity of the content; see `content.sampled_fingerprint`."""
+        self.expect([(n, *r) for n, e in self.entries.items() for r in _sampled(e)])
         return sampled_fingerprint(self.entries, self.read)
 
     def identity(self) -> list[tuple[str, int, int]]:
@@ -212,6 +235,12 @@ class CheckpointReader:
             return kept
 
 
+def expect(source: object, ranges: Iterable[tuple[str, int, int]]) -> None:
+    """Tell a reader of files of (tensor, start, stop) that are about to be read; others nothing."""
+    if isinstance(source, CheckpointReader):
+        source.expect(r for r in ranges if r[0] in source.entries)
+
+
 class _OpenFiles:
     """Files opened on demand; the least recently used idle one is closed when many are open."""
 
@@ -230,6 +259,16 @@ class _OpenFiles:
 
         OSError where it cannot be read, ends early, or is another one than before.
         """
+        with self._using(name) as file:
+            file.read_into(buffer, offset)
+
+    def expect(self, name: str, ranges: Sequence[tuple[int, int]]) -> None:
+        """Be told of ranges that are about to be read."""
+        with self._using(name) as file:
+            file.expect(ranges)
+
+    @contextmanager
+    def _using(self, name: str) -> Iterator[OpenedFile]:
         with self._lock:
             if name in self._busy:
                 file, users = self._busy[name]
@@ -237,7 +276,7 @@ class _OpenFiles:
                 file, users = self._idle.pop(name, None) or self._open(name), 0
             self._busy[name] = (file, users + 1)
         try:
-            file.read_into(buffer, offset)
+            yield file
         finally:
             most = min(_MAX_OPEN_FILES, _allowed_files() // 2 // max(1, len(self._all)))
             with self._lock:
@@ -322,6 +361,5 @@ class StateDictReader:
 
 def file_identity(folder: Path, names: list[str]) -> list[tuple[str, int, int]]:
     """Return (name, bytes, mtime in ns) of those files in `folder` that exist, links followed."""
-    storage = storage_of(folder)
-    found = ((name, storage.identity(folder / name)) for name in names)
-    return [(name, *identity) for name, identity in found if identity is not None]
+    found = storage_of(folder).identities(folder, names)
+    return [(name, *found[name]) for name in names if name in found]

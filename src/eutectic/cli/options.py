@@ -63,8 +63,24 @@ def call_with_records(owner: Callable[..., Any], values: Mapping[str, Any]) -> A
     given: dict[str, Any] = {}
     for name in signature(owner).parameters:
         kind = _hints(owner)[name]
-        given[name] = call_with_records(kind, values) if _is_record(kind) else values[name]
+        given[name] = (
+            call_with_records(kind, values) if _is_record(kind) else _place(name, values[name])
+        )
     return owner(**given)
+
+
+_WRITTEN = frozenset({"output", "best", "export", "plot", "work"})
+
+
+def _place(name: str, value: Any) -> Any:
+    """Return a path that was typed; of a URL where what lies there is shown (`storage.view`)."""
+    if isinstance(value, list):
+        return [_place(name, item) for item in value]
+    if not isinstance(value, Path) or ":" not in str(value):
+        return value
+    from eutectic.storage import local_path, view
+
+    return local_path(value) if name in _WRITTEN else view(value)
 
 
 @cache

@@ -20,7 +20,7 @@ from eutectic.execution.norms import Squares
 from eutectic.execution.tasks import Finished
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
-from eutectic.storage import AppendedFile, storage_of
+from eutectic.storage import AppendedFile, local_path, storage_of
 from eutectic.storage.small_files import parse_json
 from eutectic.words import few
 
@@ -107,7 +107,8 @@ def weight_identities(plan: Plan, inputs: Inputs) -> dict[str, Any]:
     if inputs.initial is not None:
         found["init"] = [inputs.initial.fingerprint(), inputs.initial.identity()]
     for name, path in plan.request.statistics_files.items():
-        found[f"the statistics of '{name}'"] = storage_of(Path(path)).identity(Path(path))
+        file = local_path(path)
+        found[f"the statistics of '{name}'"] = file_identity(file.parent, [file.name])
     return found
 
 

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from eutectic.checkpoint.adapter_config import named_modules
 from eutectic.checkpoint.adapters import check_adapter
 from eutectic.checkpoint.experts import fingerprint_of, is_adapter
-from eutectic.checkpoint.index import read_json_object
+from eutectic.checkpoint.index import open_index, read_json_object
 from eutectic.checkpoint.locating import locate, resolve
 from eutectic.checkpoint.opening import is_stated_quantised, open_reader
 from eutectic.checkpoint.reader import StateDictReader
+from eutectic.checkpoint.weight_files import names_in
 from eutectic.conventions import canonical_name
 from eutectic.errors import (
     CheckpointError,
@@ -51,6 +52,7 @@ from eutectic.models.task_kinds import (
     task_kind,
 )
 from eutectic.on_first_use import quick_imports
+from eutectic.storage import make_all_whole, url_of
 from eutectic.words import shown
 
 LOCAL: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -206,6 +208,7 @@ def _with_adapter(model: nn.Module, adapter: Path) -> nn.Module:
         ) from error
     options: dict[str, Any] = {"local_files_only": True}
     check_adapter(adapter)
+    make_all_whole(adapter, [n for n in names_in(adapter) if n.startswith("adapter_model.")])
     try:
         with warnings.catch_warnings():
             # peft asks transformers by names that are going away.
@@ -260,9 +263,16 @@ def pretrained(
         options |= {"config": config, "state_dict": dict(state), "ignore_mismatched_sizes": True}
     if folder is not None:
         check_named_classes(folder, transformers)
+        _fetch_weights(folder)
     with quietly(transformers):
         loaded = chosen.from_pretrained(folder, **options)
     return loaded if isinstance(loaded, tuple) else (loaded, {})  # classes of others may not report
+
+
+def _fetch_weights(folder: Path) -> None:
+    """Fetch the files that transformers is about to open by itself from an object store."""
+    if url_of(folder) is not None:
+        make_all_whole(folder, open_index(folder).files)
 
 
 def _dequantised(folder: Path) -> dict[str, Tensor]:

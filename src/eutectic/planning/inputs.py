@@ -31,6 +31,7 @@ from eutectic.planning.ties import Ties
 from eutectic.recipes.document import Source as Document
 from eutectic.recipes.schema import Recipe
 from eutectic.recipes.script import Place, Script
+from eutectic.storage import is_url, view_once
 from eutectic.types import LayerStatistics, Statistics, as_statistics
 
 
@@ -47,6 +48,21 @@ class InputPaths:
     # models that only lend layers to the base of an output of several models' layers
     bases: Mapping[str, Path] = field(default_factory=dict[str, Path])
     rows: Rows = field(default_factory=dict[str, Row])  # of such an output; empty for others
+
+    def here(self) -> InputPaths:
+        """Return the same on this machine, where object stores are looked at for the first time."""
+
+        def shown(paths: Mapping[str, Path]) -> dict[str, Path]:
+            return {name: view_once(path) for name, path in paths.items()}
+
+        return replace(
+            self,
+            base=view_once(self.base),
+            experts=shown(self.experts),
+            initial=None if self.initial is None else view_once(self.initial),
+            adapters=shown(self.adapters),
+            bases=shown(self.bases),
+        )
 
 
 @dataclass(frozen=True)
@@ -234,6 +250,7 @@ def open_inputs(recipe: Recipe, document: Document | None = None) -> Inputs:
 
 def reopen(paths: InputPaths) -> Inputs:
     """Open inputs that were opened before, in this process or another."""
+    paths = paths.here()
     with ExitStack() as stack:
         opened = open_adapted(paths.base, paths.adapters.get("base"))
         stack.callback(opened.close)
@@ -345,7 +362,7 @@ def _initial_path(recipe: Recipe, document: Document, faults: list[Fault]) -> Pa
     init = recipe.parameters.get("init")
     if not isinstance(init, str) or init == ZERO or init in all_methods():
         return None
-    if Path(init).exists():
+    if is_url(init) or Path(init).exists():
         try:
             return locate(init).path
         except CheckpointError as error:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from eutectic.checkpoint.reader import expect
 from eutectic.errors import EutecticError, Note
 from eutectic.planning.inputs import MergeRequest
 from eutectic.planning.tensor_plan import TensorPlan
@@ -50,11 +51,11 @@ def _samples(
 ) -> Iterator[Tensor]:
     """Yield `[1 + T, n]`: values of the base, and the experts' changes of them."""
     known = [t for t in tensors if _is_plain(t)]
-    for planned in known[:: max(1, len(known) // MATRICES)]:
+    chosen = known[:: max(1, len(known) // MATRICES)]
+    _expect(chosen, request)
+    for planned in chosen:
         assert planned.base is not None and planned.base.tensor is not None
-        step = max(planned.elements // WINDOWS, WIDTH)
-        for start in range(0, planned.elements, step):
-            stop = min(planned.elements, start + WIDTH)
+        for start, stop in _windows(planned):
             try:
                 base = request.inputs.base.read(planned.base.tensor, start, stop).float()
                 rows = {"": base}
@@ -68,6 +69,26 @@ def _samples(
                 break  # told where the tensor is read in full
             absent = torch.zeros_like(base)
             yield torch.stack([rows.get(name, absent) for name in ("", *names)])
+
+
+def _windows(planned: TensorPlan) -> list[tuple[int, int]]:
+    step = max(planned.elements // WINDOWS, WIDTH)
+    starts = range(0, planned.elements, step)
+    return [(start, min(planned.elements, start + WIDTH)) for start in starts]
+
+
+def _expect(chosen: Sequence[TensorPlan], request: MergeRequest) -> None:
+    """Tell all inputs which windows are about to be read; an object store is asked at once."""
+    wanted: dict[str, list[tuple[str, int, int]]] = {}
+    for planned in chosen:
+        for source in (planned.base, *planned.experts):
+            if source is not None and source.tensor is not None:
+                own = [(source.tensor, *window) for window in _windows(planned)]
+                wanted.setdefault(source.owner, []).extend(own)
+    expect(request.inputs.base, wanted.pop("base", []))
+    for name, ranges in wanted.items():
+        if name in request.inputs.experts:
+            request.inputs.experts[name].expect(ranges)
 
 
 def _is_plain(planned: TensorPlan) -> bool:

@@ -10,6 +10,7 @@ import yaml
 
 from eutectic.errors import Fault, RecipeError, suggest
 from eutectic.recipes.plain_yaml import UNREADABLE, YAML_BYTES, compose_all, described, values_of
+from eutectic.storage import is_url, local_path, url_of, view
 from eutectic.storage.small_files import decoded, read_bytes
 
 Location = tuple[str | int, ...]
@@ -56,7 +57,7 @@ def read_documents(
     path: str | Path, what: str, holds: str, error: type[RecipeError] = RecipeError
 ) -> list[Document]:
     """Return every document of a YAML file, at least one, as `read_document` returns one."""
-    path = Path(path)
+    path = view(path)
     noun = what.removeprefix("a ")
     try:
         raw = read_bytes(path, YAML_BYTES)
@@ -121,7 +122,9 @@ def schema_fault(item: Any, source: Source, known_keys: Callable[[Location], lis
 
 
 def inside(path: str, source: Source) -> Path:
-    """Return a path of a document, which starts at its folder."""
+    """Return a path of a document, which starts at its folder; that of a URL shows its place."""
+    if is_url(path):
+        return local_path(path)
     try:
         return source.folder / Path(path).expanduser()
     except RuntimeError:  # `~nobody`: no such user, so no such folder
@@ -131,7 +134,7 @@ def inside(path: str, source: Source) -> Path:
 def exists(path: Path) -> bool:
     """Tell whether something is there, whatever the path is."""
     try:
-        return path.exists()
+        return (path if url_of(path) is None else view(path)).exists()
     except (OSError, ValueError):  # too long, not ours to look at, or not a name at all
         return False
 

@@ -23,7 +23,7 @@ from eutectic.recipes.document import (
 from eutectic.recipes.mergekit import check_mergekit
 from eutectic.recipes.mergekit_document import is_mergekit
 from eutectic.recipes.particular import layer_faults, rule_faults, scripted, variants
-from eutectic.recipes.paths import is_local, resolve
+from eutectic.recipes.paths import is_local, named, resolve
 from eutectic.recipes.schema import (
     SCALE_TAGS,
     SPREAD_TAGS,
@@ -33,6 +33,7 @@ from eutectic.recipes.schema import (
     ScaleSearch,
     TensorRule,
 )
+from eutectic.storage import is_url
 
 _TAGS = {*SCALE_TAGS, *SPREAD_TAGS}
 
@@ -85,7 +86,7 @@ def _paths_as_text(value: object) -> object:
     if isinstance(value, Mapping):
         items = cast("Mapping[object, object]", value).items()
         return {key: _paths_as_text(inner) for key, inner in items}
-    return str(value) if isinstance(value, Path) else value
+    return named(value) if isinstance(value, Path) else value
 
 
 def _method_faults(values: Mapping[str, Any], source: Source) -> list[Fault]:
@@ -146,6 +147,7 @@ def _path_faults(values: Mapping[str, Any], source: Source) -> list[Fault]:
         no_file(where, path, source)
         for where, path in paths.items()
         if isinstance(path, str) and (is_local(path, source, where[-1]) or where == tasks)
+        if not is_url(path)  # told when it is opened
         if not exists(inside(path, source))
     ]
 
@@ -171,7 +173,7 @@ def _resolve_paths(recipe: Recipe, source: Source) -> Recipe:
     if isinstance(init, str) and init != ZERO and init not in all_methods():
         update["parameters"] = {**recipe.parameters, "init": resolve(init, source)}
     if isinstance(recipe.scale, ScaleSearch) and recipe.scale.tasks is not None:
-        tasks = str(inside(recipe.scale.tasks, source))
+        tasks = named(inside(recipe.scale.tasks, source))
         update["scale"] = recipe.scale.model_copy(update={"tasks": tasks})
     return recipe.model_copy(update=update)
 

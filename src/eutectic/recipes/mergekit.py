@@ -44,6 +44,7 @@ from eutectic.recipes.mergekit_tokenizer import vocabulary_fields
 from eutectic.recipes.schema import ExpertSpec, Recipe
 from eutectic.recipes.script import Band, Direction, Place, Script
 from eutectic.recipes.settings import Scalar, Setting, Settings, first_value
+from eutectic.storage import is_url
 
 # Keys of our own recipes that a command may add to a configuration: none says what is merged.
 OPTIONS = (
@@ -223,7 +224,7 @@ def _check_paths(document: MergekitDocument, reading: Reading) -> None:
         for path in (model.path, model.adapter):
             if path is None or path in reading.stages.values():
                 continue
-            if hub_id(path) is None and not exists(Path(path)):
+            if hub_id(path) is None and not is_url(path) and not exists(Path(path)):
                 reading.faults.append(no_file(place, path, reading.source))
 
 

@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from eutectic.errors import Fault
 from eutectic.recipes.document import Source, exists, inside
-from eutectic.recipes.paths import is_local
+from eutectic.recipes.paths import is_local, named
+from eutectic.storage import is_url
 
 _UNFIT = re.compile(r"[^A-Za-z0-9_.-]+")
 
@@ -71,7 +72,7 @@ def _with_revision(value: object) -> str | None | Fault:
 def _of_text(text: str, source: Source) -> MergekitModel | Fault:
     if not text.strip():
         return Fault("model", "is empty.")
-    if "+" not in text or exists(inside(text, source)) or exists(Path(text)):
+    if "+" not in text or is_url(text) or exists(inside(text, source)) or exists(Path(text)):
         return _located(text, None, source)
     parts = text.split("+")
     if len(parts) != 2 or not all(parts):
@@ -87,12 +88,12 @@ def _located(path: str, adapter: str | None, source: Source) -> MergekitModel:
 
 def _located_path(text: str, source: Source) -> str:
     beside = inside(text, source)
-    if exists(beside):
-        return str(beside)
+    if is_url(text) or exists(beside):
+        return named(beside)
     here = Path(text).expanduser() if not text.startswith("~") else beside
     if exists(here):
         return str(here)
-    return str(beside) if is_local(text, source) else text
+    return named(beside) if is_local(text, source) else text
 
 
 def names_of(models: Sequence[MergekitModel]) -> dict[MergekitModel, str]:

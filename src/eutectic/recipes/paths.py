@@ -1,4 +1,4 @@
-"""Paths in recipes, which start at the recipe's folder, and names of models on the hub."""
+"""Paths in recipes, which start at the recipe's folder, URLs, and names of models on the hub."""
 
 from pathlib import Path
 
@@ -6,10 +6,13 @@ from eutectic.checkpoint.gguf_file import SUFFIX as GGUF_SUFFIX
 from eutectic.checkpoint.hub import hub_id
 from eutectic.checkpoint.weight_files import WEIGHT_SUFFIXES
 from eutectic.recipes.document import Source, exists, inside
+from eutectic.storage import is_url, url_of
 
 
 def is_local(path: str, source: Source, key: object = "path") -> bool:
-    """Tell a path from what may name a model of the hub, which no file of statistics is."""
+    """Tell a path, or a URL, from what may name a model of the hub, which no statistics do."""
+    if is_url(path):
+        return True
     found = hub_id(path)
     endings = (*WEIGHT_SUFFIXES, GGUF_SUFFIX)
     if found is None or Path(path).suffix in endings:
@@ -25,4 +28,9 @@ def is_local(path: str, source: Source, key: object = "path") -> bool:
 def resolve(path: str, source: Source, key: object = "path") -> str:
     """Return a path as it is from here, and what names a model of the hub as it stands."""
     place = inside(path, source)
-    return str(place) if is_local(path, source, key) or exists(place) else path
+    return named(place) if is_local(path, source, key) or exists(place) else path
+
+
+def named(place: Path) -> str:
+    """Return a path as a text, and as a URL where it shows what lies in an object store."""
+    return str(url_of(place) or place)

@@ -38,7 +38,7 @@ from eutectic.errors import (
     why_failed,
 )
 from eutectic.statistics.record import check_record
-from eutectic.storage import Lock, storage_of
+from eutectic.storage import Lock, storage_of, view
 from eutectic.storage.small_files import parse_json
 from eutectic.tables import data_frame, facts
 from eutectic.types import LayerStatistics
@@ -250,7 +250,11 @@ def load_statistics(path: str | Path) -> StatisticsFile:
     Raises:
         StatisticsError: the file is missing, damaged, of a newer format, or not a statistics file.
     """
-    tensors = TensorFile(Path(path), RECORD_KEY)
+    try:
+        place = view(path)
+    except CheckpointError as error:
+        raise StatisticsError(str(error)) from None
+    tensors = TensorFile(place, RECORD_KEY)
     _check(tensors.path, tensors)
     return StatisticsFile(tensors.record, tensors, tensors.path)
 

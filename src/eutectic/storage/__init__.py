@@ -1,4 +1,4 @@
-"""Where files lie: what every room above does to them, and the local disk that does it."""
+"""Where files lie: what every room above does to them, and the local disk and stores that do it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +8,9 @@ from eutectic.storage.announcing import announce, announced_to
 from eutectic.storage.folder_aside import FolderAside
 from eutectic.storage.interface import AppendedFile, Lock, OpenedFile, StagedFile, Storage
 from eutectic.storage.local_disk import LocalDisk
+from eutectic.storage.mirror import make_all_whole, view, view_once
+from eutectic.storage.object_store import ObjectStore
+from eutectic.storage.remote_urls import MARK, Url, is_url, local_path, url_of
 from eutectic.storage.written_files import WrittenFiles
 
 __all__ = [
@@ -17,20 +20,27 @@ __all__ = [
     "OpenedFile",
     "StagedFile",
     "Storage",
+    "Url",
     "WrittenFiles",
     "announce",
     "announced_to",
     "folder_aside",
+    "is_url",
+    "local_path",
+    "make_all_whole",
     "storage_of",
+    "url_of",
+    "view",
+    "view_once",
 ]
 
 _LOCAL_DISK = LocalDisk()
+_OBJECT_STORE = ObjectStore()
 
 
 def storage_of(location: Path) -> Storage:
     """Return the storage that holds a location; the one place where another kind is told apart."""
-    del location  # all are on the local disk so far
-    return _LOCAL_DISK
+    return _OBJECT_STORE if MARK in str(location) and url_of(location) else _LOCAL_DISK
 
 
 def folder_aside(

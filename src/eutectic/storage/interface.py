@@ -8,7 +8,7 @@ become visible by one `commit`.
 All methods raise `OSError`, which callers turn into errors that say what they were doing.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -27,6 +27,9 @@ class OpenedFile(Protocol):
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill `buffer` with the bytes from `offset` on; OSError where the file ends early."""
+
+    def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Be told of ranges (start, stop) that are about to be read, which may be fetched now."""
 
     def close(self) -> None:
         """Release the file."""
@@ -82,6 +85,10 @@ class Storage(Protocol):
 
     def identity(self, file: Path) -> tuple[int, int] | None:
         """Return bytes and time of change (ns) of a file, links followed; None if it is absent."""
+        ...
+
+    def identities(self, folder: Path, names: Sequence[str]) -> Mapping[str, tuple[int, int]]:
+        """Return the same of those files of a folder that exist, asked anew."""
         ...
 
     def open(self, file: Path) -> OpenedFile:

@@ -6,14 +6,15 @@ import errno
 import os
 import shutil
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from eutectic.storage.announcing import announce
-from eutectic.storage.interface import Lock, Storage
-from eutectic.storage.small_files import open_regular
+from eutectic.storage.interface import Lock, OpenedFile, Storage
+from eutectic.storage.placeholders import placeholder
+from eutectic.storage.small_files import check_regular, open_regular
 
 _CLOSED_ON_EXEC = getattr(os, "O_CLOEXEC", 0)
 _BYTES = getattr(os, "O_BINARY", 0)  # Windows would translate line ends
@@ -36,7 +37,11 @@ class LocalDisk(Storage):
         status = file.stat()
         return status.st_size, status.st_mtime_ns
 
-    def open(self, file: Path) -> PositionedFile:
+    def identities(self, folder: Path, names: Sequence[str]) -> Mapping[str, tuple[int, int]]:
+        found = ((name, self.identity(folder / name)) for name in names)
+        return {name: known for name, known in found if known is not None}
+
+    def open(self, file: Path) -> OpenedFile:
         return PositionedFile(open_regular(file))
 
     def free_bytes(self, folder: Path) -> int | None:
@@ -95,6 +100,8 @@ class LocalDisk(Storage):
         if target.exists() and not target.is_file():
             raise OSError(errno.EINVAL, "exists and is no regular file", str(target))
         target.parent.mkdir(parents=True, exist_ok=True)
+        if placeholder(source) is not None:
+            check_regular(source)
         if share:
             target.unlink(missing_ok=True)
             with suppress(OSError):  # other file system, or one without hard links
@@ -186,6 +193,9 @@ class PositionedFile:
             if count == 0:
                 raise OSError(errno.EIO, "the file ends early; it changed since it was opened")
             done += count
+
+    def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Do nothing: the system reads ahead."""
 
     def write(self, data: memoryview, offset: int) -> None:
         self._check_whole()

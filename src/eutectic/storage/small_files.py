@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+from eutectic.storage.placeholders import placeholder
+
 CONFIG_BYTES = 16 << 20  # of a configuration; id2label of 20,000 classes takes two of them
 INDEX_BYTES = 100_000_000  # of what lists tensors, such as a safetensors header may have
 JOURNAL_BYTES = 4 << 30  # of what this program wrote itself
@@ -52,8 +54,15 @@ def open_regular(path: Path) -> int:
 
 
 def check_regular(path: Path) -> None:
-    """Raise OSError unless a path leads to a regular file; for files that a library opens."""
+    """Raise OSError unless a path leads to a regular file; for files that a library opens.
+
+    A file of an object store is fetched in whole.
+    """
     _check_regular(path.stat().st_mode, path)
+    if placeholder(path) is not None:
+        from eutectic.storage.mirror import make_whole
+
+        make_whole(path)
 
 
 def _check_regular(mode: int, path: Path) -> None:
@@ -63,7 +72,14 @@ def _check_regular(mode: int, path: Path) -> None:
 
 
 def read_start(path: Path, count: int) -> bytes:
-    """Return the first bytes of a regular file."""
+    """Return the first bytes of a regular file; of one of an object store no more are fetched."""
+    held = placeholder(path)
+    if held is not None:
+        from eutectic.storage.ranged_files import RangedFile
+
+        content = bytearray(min(count, held.size))
+        RangedFile(held).read_into(memoryview(content), 0)
+        return bytes(content)
     with os.fdopen(open_regular(path), "rb") as file:
         return file.read(count)
 
