@@ -18,13 +18,14 @@ RELEASE := build/release-venv
 INSTALLED_RELEASE := $(RELEASE)/.installed
 pinned = $(shell sed -n '/^$(1)==/p' $(CONSTRAINTS))
 
-.PHONY: help demo test test-quick test-kills test-transformers transformers-newer check format bench-kernels release audit docs clean
+.PHONY: help demo test test-quick test-kills test-ray test-transformers transformers-newer check format bench-kernels release audit docs clean
 
 help:
 	@echo "make demo           merge real experts and compare the methods (one to two minutes)"
 	@echo "make test           run every test; JOBS=$(JOBS) processes"
 	@echo "make test-quick     those that are quick and run no models: under a minute"
 	@echo "make test-kills     end or fail each verb at each of its system calls: an hour"
+	@echo "make test-ray       those on a real cluster of three nodes: a minute"
 	@echo "make test-transformers  those marked so, with the oldest and the newest transformers"
 	@echo "make check          ruff, pyright, import-linter"
 	@echo "make format         rewrite the code as ruff wants it"
@@ -53,7 +54,11 @@ demo: $(INSTALLED)
 	$(BIN)/eutectic demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest -m "not ray" --numprocesses $(JOBS) --dist worksteal $(PYTEST_OPTIONS)
+
+# In one process, since the cluster that they share has three nodes.
+test-ray: $(INSTALLED)
+	$(BIN)/python -m pytest -m ray tests/cluster $(PYTEST_OPTIONS)
 
 test-quick: $(INSTALLED)
 	$(BIN)/python -m pytest --quick --numprocesses $(JOBS) --dist worksteal $(PYTEST_OPTIONS)

@@ -60,6 +60,9 @@ class TensorSink(Protocol):
         """Return elements [start, stop) of a tensor as they are stored."""
         ...
 
+    def sync(self) -> None:
+        """Force all that was written into the storage."""
+
 
 class TensorFiles(TensorSink, Protocol):
     """Files that are being filled."""
@@ -68,9 +71,6 @@ class TensorFiles(TensorSink, Protocol):
     def laid_out(self) -> tuple[str, ...]:
         """The files that were not there when these were opened, and have been made."""
         ...
-
-    def sync(self) -> None:
-        """Force all that was written into the storage."""
 
 
 class OutputFormat(ABC):

@@ -98,7 +98,7 @@ class CheckpointWriter:
     @property
     def reopening(self) -> Callable[[], CheckpointWriter]:
         """What takes up the same files in another process."""
-        return partial(CheckpointWriter, self.folder, self.files, resume=True)
+        return partial(_taken_up, self.folder.absolute(), self.files)
 
     def write(self, name: str, start: int, values: Tensor) -> Tensor:
         """Write `values` over elements [start, start + n) of the flattened tensor `name`.
@@ -198,6 +198,23 @@ class CheckpointWriter:
         return OutputError(f"{where}: cannot be written ({why_failed(error)}).")
 
 
+def _taken_up(folder: Path, files: Sequence[OutputFile]) -> CheckpointWriter:
+    """Open files that another process has laid out; OutputError where they are not seen."""
+    storage = storage_of(folder)
+    missing = [file.name for file in files if storage.identity(folder / file.name) is None]
+    if missing:  # laying them out anew would write where nobody looks
+        raise unseen_output(folder / missing[0])
+    return CheckpointWriter(folder, files, resume=True)
+
+
+def unseen_output(location: Path) -> OutputError:
+    """Return the error of a worker that does not see where the output is written."""
+    return OutputError(
+        f"{location} is not there.\nEvery machine that takes part must see the output's folder "
+        "under the same path: use a shared file system."
+    )
+
+
 class MemoryWriter:
     """Tensors in memory with the surface of `CheckpointWriter`."""
 
@@ -214,6 +231,9 @@ class MemoryWriter:
     def read_back(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return elements [start, stop) of a tensor, 1-D."""
         return self.tensors[name].view(-1)[start:stop]
+
+    def sync(self) -> None:
+        """Do nothing: it is there."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -10,12 +10,14 @@ from dataclasses import MISSING, Field, dataclass, field, is_dataclass
 from functools import cache
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
 from eutectic.cli.named_words import named_experts, pairs, split_recipe
 from eutectic.errors import RequestError, suggest
+
+ExecutorName = Literal["threads", "ray"]
 
 if TYPE_CHECKING:
     from eutectic.data.encoded_rows import BatchOptions
@@ -137,6 +139,16 @@ class LimitOptions:
         None, "Tensors merged side by side (default: one per core).", min=1
     )
     memory: str | None = option(None, "Limit, such as 4GB (default: 60 % of what is available).")
+    executor: ExecutorName = option(
+        "threads",
+        "Who merges: threads of this process, or the workers of a Ray cluster.",
+        metavar="threads | ray",
+    )
+    ray_address: str | None = option(
+        None,
+        "The cluster's head node (default: RAY_ADDRESS, or a cluster is started here).",
+        metavar="HOST:PORT | auto",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,7 +88,7 @@ def _plan(checked: "Recipe", source: "Source", shown: _Shown) -> dict[str, Any]:
     from eutectic.planning.adapter_outlook import outlook_in_words
 
     doing("reading headers")
-    allowed = limits_of(shown.limits.threads, shown.limits.memory)
+    allowed = limits_of(**vars(shown.limits))
     made = planned(checked, source, allowed, explain=shown.explain)
     rows = made.tensors
     if shown.json:
@@ -124,7 +124,7 @@ def _plan(checked: "Recipe", source: "Source", shown: _Shown) -> dict[str, Any]:
         f"{made.method}, scale {scale}: reads {format_bytes(cost['read_bytes'])}, writes "
         f"{written}, peak about {format_bytes(cost['peak_bytes'])} of "
         f"{format_bytes(made.memory_limit_bytes)} allowed, about {_duration(cost['seconds'])} on "
-        f"{counted(made.threads, 'thread')}.",
+        f"{counted(made.threads, 'Ray worker' if allowed.executor == 'ray' else 'thread')}.",
         highlight=False,
     )
     return {}

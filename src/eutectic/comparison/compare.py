@@ -20,7 +20,7 @@ from eutectic.evaluation.pairs import EvaluationSettings, Pairs, open_journal
 from eutectic.evaluation.results import Results
 from eutectic.evaluation.run import EvaluationOptions, check_trust, checked_splits
 from eutectic.evaluation.task_files import Task, load_tasks
-from eutectic.execution.executors import limits_of
+from eutectic.execution.executors import limits_of, taken_where
 from eutectic.execution.run import recipe_from
 from eutectic.options import options_from
 from eutectic.recipes.schema import Recipe
@@ -76,8 +76,8 @@ def compare(
             `divergence`, `auto`, `norm` that the data allow); `search`: keys of searches (`range`,
             `points`, `tolerance`, `compare`); `models`: name -> folder of models to measure
             beside, sweeps and routed ones among them; settings and `proxy` of
-            `eutectic.evaluate` (`seed` is that of the bootstrap); keys of a recipe (`base`,
-            `experts`, `dtype`, …).
+            `eutectic.evaluate` (`seed` is that of the bootstrap); `executor` and `ray_address` of
+            `eutectic.merge`; keys of a recipe (`base`, `experts`, `dtype`, …).
 
     Returns:
         The table, the best row first.
@@ -91,8 +91,8 @@ def compare(
         >>> eutectic.compare("recipe.yaml", tasks="tasks.yaml", output="comparison",
         ...                  methods=["iso_c", "ties:density=0.3"])  # doctest: +SKIP
     """
+    limits = limits_of(threads, memory, **taken_where(options))
     asked, settings, options = _sorted(options)
-    limits = limits_of(threads, memory)
     folder = Path(output)
     check_folder(folder)
     known = dict(tasks) if isinstance(tasks, Mapping) else load_tasks(tasks)

@@ -88,7 +88,7 @@ def planned(
             checked = check_recipe(values)
             with open_inputs(checked) as inputs:
                 plan = make_plan(checked, inputs)
-                check_memory(plan, inputs, limits.memory)
+                check_memory(plan, inputs, limits.of_one_task)
                 usable: list[Way] = []
                 for way in ways:
                     name = f"{candidate.name}@{way.name}"

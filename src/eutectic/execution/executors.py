@@ -9,12 +9,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypedDict, TypeVar, cast, get_args
 
 import psutil
 import torch
 
-from eutectic.errors import EutecticError, RequestError
+from eutectic.errors import EutecticError, RequestError, suggest
 from eutectic.execution.tasks import Finished, Task, Workplace, carry_out
 from eutectic.planning.cost import PROCESS_BYTES
 from eutectic.recipes.units import parse_bytes
@@ -57,6 +57,7 @@ def peak_bytes() -> int:
     return int(getattr(memory, "peak_wset", memory.rss))  # the former on Windows
 
 
+ExecutorName = Literal["threads", "ray"]
 Progress = Callable[[float, float, str], None]  # seconds done and in all, estimated; tensor
 
 
@@ -68,23 +69,72 @@ class Limits:
     memory: int  # bytes of the whole process
     progress: Progress | None = None
     device: Literal["cpu"] = "cpu"
-    executor: Literal["threads"] = "threads"  # who carries out the tasks; see `executors`
+    executor: ExecutorName = "threads"  # who carries out the tasks
+    machine: int | None = None  # bytes for tasks of the largest machine, where there are several
+
+    @property
+    def of_one_task(self) -> int:
+        """The memory that one task can have at most, with its process."""
+        return self.memory if self.machine is None else min(self.memory, self.machine)
 
 
 MOST_THREADS = 1024
 
 
+class Where(TypedDict, total=False):
+    """Keywords of the public entries that say where tasks are carried out."""
+
+    executor: ExecutorName
+    ray_address: str | None
+
+
+def taken_where(options: dict[str, Any]) -> Where:
+    """Take those keywords out of others, such as keys of a recipe."""
+    return cast("Where", {key: options.pop(key) for key in Where.__annotations__ if key in options})
+
+
 def limits_of(
-    threads: int | None = None, memory: str | int | None = None, progress: Progress | None = None
+    threads: int | None = None,
+    memory: str | int | None = None,
+    progress: Progress | None = None,
+    *,
+    executor: ExecutorName = "threads",
+    ray_address: str | None = None,
 ) -> Limits:
-    """Return what to use where a caller says nothing: the cores, and 60 % of the free memory."""
-    count = default_threads() if threads is None else threads
-    size = default_memory() if memory is None else parse_bytes(memory)
-    if count < 1 or size < 1:
+    """Return what to use where a caller says nothing.
+
+    On threads, that is the cores of this process and 60 % of the free memory. With Ray, it is what
+    the cluster has, which is joined or started here (see `cluster.connect`): `threads` tasks run
+    side by side and together take `memory`, over all machines.
+    """
+    if executor not in get_args(ExecutorName):
+        near = suggest(str(executor), get_args(ExecutorName))
+        raise RequestError(f"executor is threads or ray, got '{executor}'.{near}")
+    if ray_address is not None and executor != "ray":
+        raise RequestError(
+            f"the address {ray_address} is that of a Ray cluster, and the executor is {executor}."
+            "\nChoose the executor ray, or leave the address out."
+        )
+    size = None if memory is None else parse_bytes(memory)
+    if (threads is not None and threads < 1) or (size is not None and size < 1):
         raise RequestError(f"threads and memory must be positive, got {threads} and {memory}.")
-    if count > MOST_THREADS:
-        raise RequestError(f"threads must be at most {MOST_THREADS:,}, got {count:,}.")
-    return Limits(count, size, progress)
+    if threads is not None and threads > MOST_THREADS:
+        raise RequestError(f"threads must be at most {MOST_THREADS:,}, got {threads:,}.")
+    if executor == "threads":
+        return Limits(threads or default_threads(), size or default_memory(), progress)
+    from eutectic.cluster.connection import Share, connect
+
+    def share() -> Share:
+        return Share(threads or default_threads(), size or default_memory())
+
+    found = connect(ray_address, wanted=(threads, size), share=share)
+    return Limits(
+        threads or found.cpus,
+        size or found.memory,
+        progress,
+        executor=executor,
+        machine=found.largest,
+    )
 
 
 class Executor(Protocol):
@@ -174,7 +224,7 @@ def run_jobs(
             except _Stopped:
                 pass
             except BaseException as error:
-                fail(_named(error, job))
+                fail(named(error, job))
             finally:
                 with state:
                     held -= job.peak_bytes
@@ -206,8 +256,8 @@ def run_jobs(
         raise failures[0]
 
 
-def _named(error: BaseException, job: _Job) -> BaseException:
-    """Say which tensor failed, unless the message does already."""
+def named(error: BaseException, job: _Job) -> BaseException:
+    """Return an error that says which tensor failed, unless its message does already."""
     if isinstance(error, EutecticError):
         if job.name not in str(error):
             error.args = (f"{job.name}: {error}",)

@@ -9,7 +9,7 @@ from typing import Any
 
 from eutectic.conventions import layer_group
 from eutectic.errors import Note, RequestError
-from eutectic.execution.executors import Limits, limits_of
+from eutectic.execution.executors import Limits, limits_of, taken_where
 from eutectic.execution.run import recipe_from
 from eutectic.methods import get_method
 from eutectic.planning.adapter_outlook import adapter_outlook, outlook_in_words
@@ -132,7 +132,8 @@ def plan(
         threads: jobs side by side (default: the cores of this process).
         memory: limit, such as "4GB" (default: 60 % of what is available).
         explain: say which linear algebra each matrix would take, and why.
-        **options: keys of a recipe and parameters of the method, as for `eutectic.merge`.
+        **options: `executor` and `ray_address`, keys of a recipe and parameters of the method, as
+            for `eutectic.merge`.
 
     Returns:
         A report, which shows like layers in one row; `.to_pandas()` has every tensor.
@@ -144,6 +145,7 @@ def plan(
         >>> eutectic.plan(base="base", experts={"a": "a", "b": "b"}, method="iso_c")
         ... # doctest: +SKIP
     """
+    where = taken_where(options)
     stages = read_stages(recipe) if isinstance(recipe, (str, Path)) else ()
     if stages:
         raise RequestError(
@@ -151,7 +153,7 @@ def plan(
             "See them one by one with `eutectic plan`, or plan each as a recipe of its own."
         )
     checked, source = recipe_from(recipe, options)
-    return planned(checked, source, limits_of(threads, memory), explain=explain)
+    return planned(checked, source, limits_of(threads, memory, **where), explain=explain)
 
 
 def planned(
@@ -161,7 +163,7 @@ def planned(
     count, limit = limits.threads, limits.memory
     with open_inputs(checked, source) as inputs:
         made = make_plan(checked, inputs, source)
-        check_memory(made, inputs, limit)
+        check_memory(made, inputs, limits.of_one_task)
         total = plan_cost(made, inputs, count)
         costs = {t.name: tensor_cost(t, inputs) for t in made.tensors}
         files = len(output_layout(made, inputs).files) if made.adapter is None else 1

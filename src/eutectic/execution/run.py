@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eutectic.checkpoint.writer import MemoryWriter
 from eutectic.errors import MergeWarning, Note, OutputError, RequestError, why_failed
-from eutectic.execution.executors import Limits, Progress, limits_of, peak_bytes
+from eutectic.execution.executors import Limits, Progress, limits_of, peak_bytes, taken_where
 from eutectic.execution.journal import Ledger, request_identity, squares_in
 from eutectic.execution.model_folder import PROVENANCE, read_provenance
 from eutectic.execution.norms import measured, new_norm_notes
@@ -141,7 +141,7 @@ def merge(
 
     Without `choose`, a recipe that asks for a search is refused.
     """  # noqa: D417 - described there
-    run = _Run(limits_of(threads, memory, progress), restart, choose)
+    run = _Run(limits_of(threads, memory, progress, **taken_where(options)), restart, choose)
     stages = read_stages(recipe) if isinstance(recipe, (str, Path)) else ()
     if stages:
         return _merge_stages(stages, Path(output), run, options)
@@ -166,7 +166,7 @@ def _merge_one(checked: Recipe, source: Source, output: Path, run: _Run) -> Merg
     check_output(output, work)
     with open_inputs(checked, source) as inputs:
         plan = make_plan(checked, inputs, source)
-        check_memory(plan, inputs, limits.memory)
+        check_memory(plan, inputs, limits.of_one_task)
         find = None if plan.search is None or choose is None else choose(plan, inputs)
         if find is None:
             refuse_search(plan)
@@ -305,6 +305,7 @@ def sweep(
     the same request are kept, and left out of what is returned, so a killed sweep continues.
     Where the recipe asks for a search of α, `choose` finds one for every λ.
     """
+    where = taken_where(options)
     checked, _ = recipe_from(recipe, options)
     if len(checked.experts) != 2:
         raise RequestError(f"a sweep mixes exactly two experts, got {len(checked.experts)}.")
@@ -331,6 +332,7 @@ def sweep(
                 memory=memory,
                 restart=restart,
                 choose=choose,
+                **where,
             )
     return reports
 

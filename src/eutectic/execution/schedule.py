@@ -22,6 +22,7 @@ from eutectic.execution.merging import (
     range_factor,
     stream_chunks,
 )
+from eutectic.execution.ray_executor import on_ray
 from eutectic.execution.tasks import Finished, Stage, Task, Workplace
 from eutectic.execution.tensor_values import block_ranges, read_base
 from eutectic.planning.adapter_plan import AdapterPlan
@@ -81,7 +82,7 @@ def refuse_search(plan: Plan) -> None:
         )
 
 
-EXECUTORS: Mapping[str, Executor] = {"threads": on_threads}
+EXECUTORS: Mapping[str, Executor] = {"threads": on_threads, "ray": on_ray}
 CHOSEN = "chosen"  # stage of a search's note in the ledger
 
 Tell = Callable[[Task], None]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eutectic.checkpoint.output_format import TensorSink
+from eutectic.checkpoint.writer import unseen_output
 from eutectic.execution.adapter_factors import hash_of_part, part_name, write_part
 from eutectic.execution.merging import (
     Emit,
@@ -85,16 +86,18 @@ class Workplace:
         if self.inputs.paths is None:
             return None
         return Site(
-            self.inputs.paths,
+            self.inputs.paths.absolute(),
             None if self.output is None else self.output.reopening,
             None if self.deltas is None else self.deltas.reopening,
-            self.parts,
+            None if self.parts is None else self.parts.absolute(),
         )
 
 
 @contextmanager
 def open_site(site: Site) -> Iterator[Workplace]:
     """Open the files of a run that were laid out before, in this process or another."""
+    if site.parts is not None and not site.parts.parent.is_dir():
+        raise unseen_output(site.parts.parent)
     with ExitStack() as stack:
         inputs = stack.enter_context(reopen(site.inputs))
         output, deltas = (
@@ -114,7 +117,7 @@ def carry_out(task: Task, place: Workplace, check: Callable[[], None] = lambda: 
         return _write_part(task, place, check)
     planned, sink = task.tensor, place.deltas if task.stage == "delta" else place.output
     assert sink is not None
-    if task.before is not None and _hash_of(sink, planned) == task.before.sha256:
+    if task.before is not None and stored_hash(task, place) == task.before.sha256:
         return task.before
     digest = hashlib.sha256()
 
@@ -153,7 +156,7 @@ def _write_part(task: Task, place: Workplace, check: Callable[[], None]) -> Fini
     assert folder is not None
     assert carried is not None
     if task.before is not None:
-        kept = hash_of_part(folder / part_name(planned.name))
+        kept = stored_hash(task, place)
         if kept and kept == task.before.sha256:
             return task.before
     check()
@@ -166,6 +169,16 @@ def _write_part(task: Task, place: Workplace, check: Callable[[], None]) -> Fini
 
 def _bytes_of(values: Tensor) -> memoryview:
     return values.view(torch.uint8).numpy().data
+
+
+def stored_hash(task: Task, place: Workplace) -> str:
+    """Return the hash of what is stored of a finished task; empty where there is nothing."""
+    if task.stage == "part":
+        assert place.parts is not None
+        return hash_of_part(place.parts / part_name(task.name))
+    sink = place.deltas if task.stage == "delta" else place.output
+    assert sink is not None
+    return _hash_of(sink, task.tensor)
 
 
 def _hash_of(sink: TensorSink, planned: TensorPlan) -> str:

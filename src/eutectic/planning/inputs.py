@@ -64,6 +64,25 @@ class InputPaths:
             bases=shown(self.bases),
         )
 
+    def absolute(self) -> InputPaths:
+        """Return the same for a process that works in another folder."""
+
+        def each(paths: Mapping[str, Path]) -> dict[str, Path]:
+            return {name: path.absolute() for name, path in paths.items()}
+
+        return replace(
+            self,
+            base=self.base.absolute(),
+            experts=each(self.experts),
+            statistics={
+                name: path if "://" in path else str(Path(path).absolute())
+                for name, path in self.statistics.items()
+            },
+            initial=None if self.initial is None else self.initial.absolute(),
+            adapters=each(self.adapters),
+            bases=each(self.bases),
+        )
+
 
 @dataclass(frozen=True)
 class Inputs:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from eutectic.errors import Note, RequestError
 from eutectic.execution import run
-from eutectic.execution.executors import Progress, limits_of
+from eutectic.execution.executors import Progress, Where, limits_of
 from eutectic.execution.output_folder import unscaled_folder
 from eutectic.execution.run import MergeReport, recipe_from
 from eutectic.execution.schedule import Choice, Choose, Chooser
@@ -23,7 +23,7 @@ from eutectic.tables import data_frame, facts, number, table
 if TYPE_CHECKING:
     from eutectic.tuning.objectives import Opened
 
-_RUN = ("threads", "memory", "restart", "progress")
+_RUN = ("threads", "memory", "restart", "progress", *Where.__annotations__)
 
 
 def choose_scale(plan: Plan, inputs: Inputs, opened: "Opened | None" = None) -> Choose:
@@ -76,7 +76,11 @@ def merge(
         progress: called with (seconds done, seconds in all, tensor), both estimates.
         choose: chooses α where the recipe asks for a search.
         **options: keys of a recipe (`base`, `experts`, `method`, `scale`, `dtype`, …), which win
-            over those of `recipe`; other keys are the method's parameters.
+            over those of `recipe`; other keys are the method's parameters. Besides, `executor`:
+            "threads" of this process (the default) or "ray", whose workers read, compute and write
+            with the same bytes as result; and `ray_address`, `HOST:PORT` of a cluster that every
+            input and the output is visible to (default: `RAY_ADDRESS`, or one is started here).
+            With Ray, `threads` and `memory` count over all machines.
 
     Returns:
         A report. The same facts, without times, are in the output's `eutectic.json`.
@@ -167,8 +171,9 @@ def tune(
         output: folder for the model at the best α (default: none is written).
         work: without `output`, a folder that keeps the deltas and what was measured, so that
             another search begins at once (default: a temporary one).
-        **options: `threads`, `memory`, `restart`, `progress` (while searching, called with numbers
-            of values), keys of a recipe and parameters of the method, as for `eutectic.merge`.
+        **options: `threads`, `memory`, `restart`, `executor`, `ray_address`, `progress` (while
+            searching, called with numbers of values), keys of a recipe and parameters of the
+            method, as for `eutectic.merge`.
 
     Returns:
         The best α and the curve.
@@ -206,7 +211,7 @@ def tune(
         if work is None:
             work = stack.enter_context(tempfile.TemporaryDirectory(prefix="eutectic-tune-"))
         plan = make_plan(checked, inputs, source)
-        check_memory(plan, inputs, limits.memory)
+        check_memory(plan, inputs, limits.of_one_task)
         find = choose_scale(plan, inputs)
         with unscaled_folder(Path(work), plan, inputs, limits, restart) as unscaled:
             choice: Choice = find(unscaled)

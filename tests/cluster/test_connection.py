@@ -1,0 +1,72 @@
+"""What is told where there is no cluster, or no Ray; no cluster is needed for it."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from typing import Any
+
+import pytest
+
+from eutectic.cluster.connection import Share, connect
+from eutectic.cluster.workers import Answer, answer, versions
+from eutectic.errors import MissingExtraError, RequestError
+from eutectic.execution.executors import limits_of
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'eutectic\[ray\]'"):
+        limits_of(executor="ray")
+
+
+@pytest.mark.parametrize("address", ["10.0.0.5", "host:port", ":6379", "host:70000"])
+def test_an_address_has_a_host_and_a_port(address: str) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(RequestError, match=r"must be HOST:PORT"):
+        limits_of(executor="ray", ray_address=address)
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
+    pytest.importorskip("ray")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(RequestError, match=rf"nobody answers at the Ray address {address}"):
+            connect(address, share=lambda: Share(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"ray_address": "10.0.0.5:6379"}, "the executor is threads"),
+        ({"executor": "rey"}, "executor is threads or ray, got 'rey'. Did you mean 'ray'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: Any, text: str) -> None:
+    with pytest.raises(RequestError, match=text):
+        limits_of(**options)
+
+
+def test_a_worker_with_other_versions_is_refused() -> None:
+    assert answer(abs, -1, versions(), "10.0.0.7").value == 1
+    found = answer(abs, -1, {**versions(), "torch": "0.1"}, "10.0.0.7")
+    assert found.kind is RequestError
+    assert "worker 10.0.0.7 has torch" in str(found.error())
+    assert "this process has torch 0.1" in str(found.error())
+
+
+@pytest.mark.parametrize(
+    ("error", "memory"),
+    [
+        (MemoryError, True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("shapes differ"), False),
+    ],
+)
+def test_memory_is_told_apart_from_other_errors(error: Any, memory: bool) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    found: Answer = answer(fail, None, versions(), "n")
+    assert found.out_of_memory is memory
