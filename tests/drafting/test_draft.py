@@ -239,3 +239,96 @@ def test_a_folder_of_models_beside_files_of_heads(world: Path) -> None:
     for name in ("a", "b"):
         save_file({"weight": torch.ones(2, 2)}, world / "runs" / f"{name}.head.safetensors")
     assert [Path(one.typed).name for one in find_models([str(world / "runs")])] == ["mnli", "sst2"]
+
+
+def of_splits(tasks: str) -> dict[str, dict[str, Any]]:
+    found = yaml.safe_load(tasks)["tasks"]
+    return {
+        name: {s: Path(p["path"] if isinstance(p, dict) else p).as_posix() for s, p in data.items()}
+        for name, task in found.items()
+        for data in [task["data"]]
+    }
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "txt"])
+@pytest.mark.parametrize("how", ["found", "positional", "option"])
+def test_a_folder_of_data_of_each_task(world: Path, how: str, ending: str) -> None:
+    where = world / ("data" if how == "found" else "elsewhere/rows")
+    for name in ("sst2", "mnli"):
+        for split in ("proxy", "validation", "test"):
+            file = jsonl(where / name / f"{split}.{ending}", {"text": "a", "label": 1})
+            assert file.is_file()
+        (where / name / "README.txt").write_text("no rows")
+    words = ["init", world / "base", world / "runs", "-o", world / "study"]
+    words += {"found": [], "positional": [where], "option": ["--data", where]}[how]
+    told = invoke(*words)
+    assert told.code == 0, told.err
+    found = of_splits((world / "study" / "tasks.yaml").read_text())
+    for name in ("sst2", "mnli"):
+        for split in ("proxy", "validation", "test"):
+            assert found[name][split].endswith(f"/{name}/{split}.{ending}")
+    load_tasks(world / "study" / "tasks.yaml")
+
+
+def test_a_folder_of_data_may_hold_other_tasks(world: Path) -> None:
+    for name in ("sst2", "mnli", "cola", "rte"):
+        jsonl(world / "rows" / name / "test.jsonl", {"text": "a", "label": 1})
+    found = draft([world / "base", world / "runs" / "sst2", world / "rows"], world)
+    assert of_splits(found.tasks)["sst2"]["test"].endswith("sst2/test.jsonl")
+    with_two = draft([world / "base", world / "runs", world / "rows"], world)
+    (stray,) = [line for line in with_two.open if "no expert" in line]
+    assert "cola" in stray and "rte" in stray and "sst2" not in stray
+    (world / "void").mkdir()
+    nothing = draft([world / "base", world / "runs"], world, data=[world / "void"])
+    assert any("void: holds no file of rows" in line for line in nothing.open)
+
+
+def test_models_of_pictures_and_texts_are_zero_shot(world: Path) -> None:
+    for task in ("cars", "dtd"):
+        for split in ("validation", "test"):
+            for label in ("red", "blue"):
+                folder = world / "photos" / task / split / label
+                folder.mkdir(parents=True)
+                Image.new("RGB", (2, 2)).save(folder / "1.png")
+    config = {"architectures": ["CLIPModel"], "text_config": {}, "vision_config": {}}
+    for name in ("cars", "dtd"):
+        save(world / "clips" / name, make_expert(BASE, 3), config)
+    found = draft([world / "base", world / "clips", world / "photos"], world)
+    tasks = yaml.safe_load(found.tasks)["tasks"]
+    assert {task["kind"] for task in tasks.values()} == {"zero-shot-image-classification"}
+    assert tasks["cars"]["data"]["test"] == {"path": "./photos/cars", "subset": "test"}
+    assert not any("kind" in line for line in found.open)
+    (world / "tasks.yaml").write_text(found.tasks)
+    load_tasks(world / "tasks.yaml")
+    tower = {"architectures": ["CLIPVisionModel"], "image_size": 8, "num_channels": 3}
+    save(world / "towers" / "a", make_expert(BASE, 3), tower)
+    save(world / "towers" / "b", make_expert(BASE, 4), tower)
+    bare = draft([world / "base", world / "towers"], world)
+    kinds = {task["kind"] for task in yaml.safe_load(bare.tasks)["tasks"].values()}
+    assert kinds == {"image-classification"}
+    assert "tasks.yaml: a: kind" in bare.open  # its head is to be named
+
+
+def test_steps_beside_other_models_keep_their_names(world: Path) -> None:
+    save(world / "runs" / "last", make_expert(BASE, 5), CLASSES)
+    experts = yaml.safe_load(draft([world / "base", world / "runs"], world).recipe)["experts"]
+    assert list(experts) == ["last", "mnli", "sst2"]
+    for name in ("checkpoint-500", "checkpoint-900"):
+        save(world / "steps" / name, make_expert(BASE, 6), CLASSES)
+    steps = [world / "steps" / name for name in ("checkpoint-500", "checkpoint-900")]
+    of_steps = yaml.safe_load(draft([world / "base", *steps], world).recipe)["experts"]
+    assert list(of_steps) == ["checkpoint-500", "checkpoint-900"]
+
+
+@pytest.mark.parametrize(
+    ("present", "renamed", "lacking"),
+    [
+        (["messages"], {}, []),
+        (["conversations", "id"], {"messages": "conversations"}, []),
+        (["prompt", "completion"], {}, []),
+        (["instruction", "output"], {"prompt": "instruction", "completion": "output"}, []),
+        (["text", "messages"], {}, []),
+    ],
+)
+def test_forms_of_language_models(present: list[str], renamed: Any, lacking: list[str]) -> None:
+    assert columns_for("language-model", present) == (renamed, lacking)

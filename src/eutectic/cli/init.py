@@ -16,11 +16,15 @@ RECIPE, TASKS = "recipe.yaml", "tasks.yaml"
 def init(
     *,
     what: list[str] = argument(
-        ..., "Checkpoints, adapters, folders that hold several, files of rows.", metavar="FOLDER…"
+        ...,
+        "Checkpoints, adapters, folders that hold several, files and folders of rows.",
+        metavar="FOLDER…",
     ),
     base: str | None = option(None, "The model that all started from (default: found out)."),
     data: list[Path] | None = option(
-        None, "A file of rows; those called like an expert are found beside it. Repeatable."
+        None,
+        "A file of rows, or a folder of such; those called like an expert, as in "
+        "data/NAME/test.jsonl, are found beside the experts. Repeatable.",
     ),
     output: Path = option(Path(), "Folder for both files.", "--output", "-o"),
     json: Json = False,
@@ -33,6 +37,8 @@ def init(
     Examples:
 
       eutectic init ./base ./sst2 ./mnli
+
+      eutectic init ./base ./sst2 ./mnli data/
 
       eutectic init runs/ --base org/model --data data/sst2.jsonl -o study/
     """

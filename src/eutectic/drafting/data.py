@@ -12,10 +12,15 @@ from pathlib import Path
 
 from eutectic.data.row_files import IMAGES, image_splits
 from eutectic.errors import CheckpointError
-from eutectic.models.task_kinds import TaskKind
+from eutectic.models.task_kinds import PICTURES, TaskKind
 from eutectic.storage.small_files import open_regular, read_json
 
-ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+# Texts that lie beside models and data and are neither.
+_NO_ROWS = re.compile(
+    r"(?i)(vocab|merges|added_tokens|readme|licen[cs]e|notice|requirements|copying).*"
+)
+_DATA_FOLDERS = re.compile(r"(?i)(data|datasets?|tasks|evals?|proxies|proxy)")
 _HEAD_BYTES = 1 << 20  # of a file, of which the names of columns are read
 _SPLITS: Mapping[str, tuple[str, ...]] = {
     "proxy": ("proxy", "calibration", "calib", "unlabelled", "unlabeled", "train", "training"),
@@ -30,12 +35,15 @@ _CALLED: Mapping[str, tuple[str, ...]] = {
     "source": ("source", "src", "input", "inputs", "question", "document", "article", "prompt"),
     "target": ("target", "tgt", "output", "outputs", "answer", "summary", "completion"),
     "image": ("image", "img", "file_name", "path", "file"),
+    "messages": ("messages", "conversations", "conversation", "chat"),
+    "prompt": ("prompt", "instruction", "question"),
+    "completion": ("completion", "response", "output", "answer"),
 }
 _FIELDS: Mapping[TaskKind, tuple[str, ...]] = {
     "text-classification": ("text", "text_pair", "label"),
     "pair-classification": ("text", "text_pair", "label"),
     "regression": ("text", "text_pair", "label"),
-    "image-classification": ("image", "label"),
+    **dict.fromkeys(PICTURES, ("image", "label")),
     "sequence-to-sequence": ("source", "target"),
     "language-model": ("text",),
 }
@@ -56,7 +64,7 @@ def is_data(path: Path) -> bool:
     if path.is_dir():
         marks = ("dataset_dict.json", "dataset_info.json")
         return any((path / mark).is_file() for mark in marks) or _holds_images(path)
-    return path.suffix.lower() in ENDINGS
+    return path.suffix.lower() in ENDINGS and not _NO_ROWS.fullmatch(path.stem)
 
 
 def _holds_images(folder: Path) -> bool:
@@ -99,6 +107,8 @@ def _columns(path: Path) -> list[str]:
             return [str(name) for name in parquet.read_schema(path).names]
         with open(open_regular(path), "rb") as file:  # noqa: PTH123 - a descriptor
             head = file.read(_HEAD_BYTES).decode("utf-8-sig", errors="ignore")
+        if ending == ".txt":
+            return ["text"]
         if ending in (".csv", ".tsv"):
             rows = csv.reader(head.splitlines(), delimiter="," if ending == ".csv" else "\t")
             return next(rows)
@@ -120,20 +130,47 @@ def belongs_to(rows: Rows, names: Sequence[str]) -> str | None:
 
 
 def beside(names: Sequence[str], folders: Sequence[Path]) -> list[Path]:
-    """Return files of rows that are called like an expert, in or one level below some folders."""
+    """Return files of rows that are called like an expert, in or one level below some folders.
+
+    Two levels below where the first is called like one of data: `data/<expert>/test.jsonl`.
+    """
     found: list[Path] = []
     for folder in dict.fromkeys(folders):
-        inner = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
+        inner = _listed(folder)
         deeper = [q for p in inner if p.is_dir() and not _is_known(p) for q in _listed(p)]
+        called = [p for p in inner if p.is_dir() and _DATA_FOLDERS.fullmatch(p.name)]
         # A .json may be anything; such a file of rows has to be named.
         rows = [p for p in (*inner, *deeper) if p.suffix.lower() != ".json" and is_data(p)]
+        rows += [p for one in called for p in within(one, names)]
         found += [p for p in rows if belongs_to(look(p), names)]
     return list(dict.fromkeys(found))
 
 
+def within(path: Path, names: Sequence[str]) -> list[Path]:
+    """Return the files and folders of rows at a path, or at most two levels below a folder.
+
+    A folder of folders of images is one data set, unless these are called like experts.
+    """
+    if not path.is_dir() or (is_data(path) and not _holds_experts(path, names)):
+        return [path]
+    inner = [p for p in _listed(path) if not _is_model(p)]
+    deeper = [q for p in inner if p.is_dir() and not is_data(p) for q in _listed(p)]
+    return [p for p in (*inner, *deeper) if p.suffix.lower() != ".json" and is_data(p)]
+
+
+def _holds_experts(folder: Path, names: Sequence[str]) -> bool:
+    """Tell whether a folder is of several data sets, each called like an expert."""
+    called = {p.name.lower() for p in _listed(folder) if p.is_dir()}
+    return bool(called & {name.lower() for name in names})
+
+
 def _is_known(folder: Path) -> bool:
     """Tell whether a folder is rows or a model as a whole, and not looked into."""
-    return is_data(folder) or any(p.name.endswith("config.json") for p in _listed(folder))
+    return is_data(folder) or _is_model(folder)
+
+
+def _is_model(folder: Path) -> bool:
+    return folder.is_dir() and any(p.name.endswith("config.json") for p in _listed(folder))
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -141,6 +178,15 @@ def _listed(folder: Path) -> list[Path]:
         return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     except OSError:
         return []
+
+
+def _fields(kind: TaskKind, present: Sequence[str]) -> tuple[str, ...]:
+    """Return the fields that rows with such columns fill; language models have three forms."""
+    if kind == "language-model" and "text" not in present:
+        for form in (("messages",), ("prompt", "completion")):
+            if all(any(c.lower() in _CALLED[field] for c in present) for field in form):
+                return form
+    return _FIELDS.get(kind, ())
 
 
 def columns_for(kind: TaskKind, present: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -151,7 +197,7 @@ def columns_for(kind: TaskKind, present: Sequence[str]) -> tuple[dict[str, str],
     renamed: dict[str, str] = {}
     lacking: list[str] = []
     taken: set[str] = set()
-    for field in _FIELDS.get(kind, ()):
+    for field in _fields(kind, present):
         exact = [c for c in present if c == field]
         near = [c for name in _CALLED[field] for c in present if c.lower() == name]
         found = next((c for c in (*exact, *near) if c not in taken), None)

@@ -9,20 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eutectic.checkpoint.hub import hub_id
-from eutectic.drafting.data import Rows, belongs_to, beside, columns_for, is_data, look
+from eutectic.drafting.data import Rows, belongs_to, beside, columns_for, is_data, look, within
 from eutectic.drafting.models import (
     Base,
     Found,
     choose_base,
     classes_of,
+    config_of,
     expert_names,
     find_models,
+    holds_models,
     kind_of,
+    takes_pictures,
 )
 from eutectic.errors import EutecticError, RequestError
 from eutectic.evaluation.metrics import METRICS_OF_KIND
-from eutectic.models.task_kinds import TaskKind
+from eutectic.models.task_kinds import ZERO_SHOT, TaskKind
 from eutectic.statistics import load_statistics
+from eutectic.words import few
 
 HERE_GOES = "PATH-OR-HUB-ID"  # stands for what was not found
 
@@ -66,11 +70,12 @@ def draft(
         RequestError: what is neither a model nor data, no expert.
     """
     texts = [str(item) for item in named]
-    rows = [Path(t) for t in texts if is_data(Path(t))] + [Path(d) for d in data]
-    for path in rows:
+    places = [Path(t) for t in texts if _is_of_data(Path(t))]
+    places += [Path(d) for d in data]
+    for path in places:
         if not path.exists():
-            raise RequestError(f"{path}: no such file of rows.")
-    models = find_models([t for t in texts if not is_data(Path(t))])
+            raise RequestError(f"{path}: no such file or folder of rows.")
+    models = find_models([t for t in texts if Path(t) not in places])
     chosen = choose_base(models, base)
     own = None if chosen.found is None else chosen.found.path.resolve()
     experts = [one for one in models if one.path.resolve() != own]
@@ -79,13 +84,16 @@ def draft(
             "no expert was found: a recipe merges checkpoints or adapters that were fine-tuned "
             "from a base.\nName their folders: eutectic init ./base ./a ./b"
         )
-    names = expert_names(experts)
+    names = expert_names(experts, chosen.found)
+    rows = [row for path in places for row in within(path, names)]
+    empty = [path for path in places if not within(path, names)]
     parents = [(one.path if one.path.is_dir() else one.path.parent).parent for one in experts]
     parents += [p.parent for p in parents if p.parent != p][:1]
     looked = [look(p) for p in dict.fromkeys([*rows, *beside(names, parents)])]
     of: dict[str, list[Rows]] = {name: [] for name in names}
+    is_named = any(belongs_to(one, names) for one in looked)
     for one in looked:
-        owner = names[0] if len(names) == 1 else belongs_to(one, names)
+        owner = names[0] if len(names) == 1 and not is_named else belongs_to(one, names)
         if owner is not None:
             of[owner].append(one)
     place = Path(folder)
@@ -100,10 +108,20 @@ def draft(
         parts.append(text)
         left += [f"tasks.yaml: {name}: {what}" for what in missing]
     strays = [o.path for o in looked if not any(o in own for own in of.values())]
-    left += [f"{path}: belongs to no expert by its name" for path in strays if path in rows]
+    if given := [str(path) for path in strays if path in rows]:
+        verb = (
+            "belongs to no expert by its name" if len(given) == 1 else "belong to no expert by name"
+        )
+        left.append(f"{few(given)}: {verb}")
+    left += [f"{path}: holds no file of rows" for path in empty]
     found = [f"base {chosen.typed} ({chosen.why})"] if chosen.typed else []
     found += [f"{n}: {_described(e)}" for n, e in zip(names, experts, strict=True)]
     return Draft(recipe, _TASKS_HEAD + "".join(parts), tuple(found), tuple(left))
+
+
+def _is_of_data(path: Path) -> bool:
+    """Tell whether a path is rows, or a folder that holds rows and no model."""
+    return is_data(path) or (path.is_dir() and bool(within(path, ())) and not holds_models(path))
 
 
 def _described(expert: Found) -> str:
@@ -229,12 +247,18 @@ def _task(
     shown: TaskKind = "text-classification"
     if kind is not None and not bare:
         shown = kind
+    elif takes_pictures(config_of(expert, base)):
+        shown = "image-classification"
+    if kind == ZERO_SHOT:
+        told = "by its architecture: the texts of the classes are its head"
     if shown == "text-classification" and not columns_for("pair-classification", present)[1]:
         shown, told = "pair-classification", "by the columns of its data"
     folder = expert.path if expert.path.is_dir() else expert.path.parent
     head = folder / "head.safetensors"
     if bare:
         told = "EDIT: its configuration does not tell"
+        if shown == "image-classification":
+            told = "EDIT: it takes pictures, and its configuration names no head"
         missing.append("kind")
     lines = [f"  {_quoted(name)}:", f"    kind: {shown}  # {told}"]
     if bare and head.is_file():
@@ -248,6 +272,8 @@ def _task(
     if classes := classes_of(expert):
         listed = ", ".join(classes[:6]) + (", …" if len(classes) > 6 else "")
         lines.append(f"    # its classes: {' '.join(listed.split())}")
+    if kind == ZERO_SHOT:
+        lines.append("    # prompts: [a photo of a {}.]  # texts with {} for the name of a class")
     metrics = METRICS_OF_KIND[shown]
     lines.append(f"    # metric: {metrics[0]}  # {' | '.join(metrics)}")
     given, lacking = _data_lines(name, rows, place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,12 @@ from eutectic.checkpoint.opening import open_reader
 from eutectic.checkpoint.reader import CheckpointReader, sample_ranges
 from eutectic.checkpoint.weight_files import ADAPTER_CONFIG, holds_adapter, holds_weights, names_in
 from eutectic.errors import EutecticError, RequestError
-from eutectic.models.task_kinds import TaskKind, kind_of_architectures
+from eutectic.models.task_kinds import (
+    ARCHITECTURES,
+    ZERO_SHOT,
+    TaskKind,
+    kind_of_architectures,
+)
 
 _STEPS = re.compile(r"(checkpoint|step|epoch)[-_]?\d*|final|best|last|adapter|model|merged|output")
 _BASES = ("base", "pretrained", "pretrained-model", "base-model", "base_model", "init")
@@ -70,6 +76,14 @@ def find_models(named: Sequence[str]) -> list[Found]:
     return list(unique.values())
 
 
+def holds_models(folder: Path) -> bool:
+    """Tell whether a folder is a model, or holds some."""
+    try:
+        return bool(find_models([str(folder)]))
+    except RequestError:
+        return False
+
+
 def _holds_model(folder: Path) -> bool:
     """Tell whether a folder is a model itself: files of heads may lie beside folders of models."""
     names = names_in(folder)
@@ -103,17 +117,21 @@ def _look(text: str) -> Found:
     return Found(text, path, values, adapter, ia3=is_ia3(folder))
 
 
-def expert_names(experts: Sequence[Found]) -> list[str]:
+def expert_names(experts: Sequence[Found], base: Found | None = None) -> list[str]:
     """Return a name for every expert: of its folder, or of the one above `checkpoint-500` and like.
 
-    Names that would be equal get the folder above in front, then a number.
+    Beside other models, such a folder keeps its own name. Names that would be equal get the folder
+    above in front, then a number.
     """
     names: list[str] = []
+    models = [*experts, *([] if base is None else [base])]
+    places = Counter(Path(one.typed).absolute().parent for one in models)
     for one in experts:
-        parts = [p for p in Path(one.typed).absolute().parts if p not in ("/", "")]
+        place = Path(one.typed).absolute()
+        parts = [p for p in place.parts if p not in ("/", "")]
         if one.path.is_file():
             parts[-1] = Path(parts[-1]).stem
-        while len(parts) > 1 and _STEPS.fullmatch(parts[-1]):
+        while places[place.parent] < 2 and len(parts) > 1 and _STEPS.fullmatch(parts[-1]):
             parts.pop()
         name = _plain(parts[-1])
         if name in names and len(parts) > 1:
@@ -206,21 +224,37 @@ def _nearest(models: Sequence[Found]) -> Found | None:
     return models[order[0]] if sums[order[0]] < 0.9 * sums[order[1]] else None
 
 
+def config_of(expert: Found, base: Found | None) -> Mapping[str, Any]:
+    """Return an expert's configuration; an adapter's is the base's."""
+    return expert.config or ({} if base is None else base.config)
+
+
 def kind_of(expert: Found, base: Found | None) -> TaskKind | None:
     """Return what an expert does, as far as its configuration tells."""
     if expert.adapter is not None:
         found = _TASK_TYPES.get(str(expert.adapter.get("task_type")))
         if found is not None:
             return found
-    config = expert.config or ({} if base is None else base.config)
+    config = config_of(expert, base)
     stated: Any = config.get("architectures")
-    found = kind_of_architectures([str(a) for a in stated] if isinstance(stated, list) else [])
+    names_of = [str(a) for a in stated] if isinstance(stated, list) else []
+    if any(name.endswith(ARCHITECTURES[ZERO_SHOT]) for name in names_of):
+        return ZERO_SHOT
+    found = kind_of_architectures(names_of)
     if found == "text-classification":
         names: Any = config.get("id2label")
         labels = config.get("num_labels", len(names) if isinstance(names, dict) and names else 2)
         if config.get("problem_type") == "regression" or labels == 1:
             return "regression"
     return found
+
+
+def takes_pictures(config: Mapping[str, Any]) -> bool:
+    """Tell whether a configuration is that of a model whose inputs are pictures alone."""
+    seen = config.get("vision_config")
+    if isinstance(seen, Mapping):
+        return not isinstance(config.get("text_config"), Mapping)
+    return any(key in config for key in ("image_size", "patch_size", "num_channels"))
 
 
 def classes_of(expert: Found) -> list[str]:
