@@ -35,6 +35,7 @@ NAMES = [
     "merge_state_dicts",
     "methods",
     "plan",
+    "report",
     "routing",
     "tune",
 ]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from eutectic.evaluation import evaluate
     from eutectic.execution import MergeReport, PlanReport, extract, merge_state_dicts, plan
     from eutectic.methods import merge_matrices, methods
-    from eutectic.reporting import inspect
+    from eutectic.reporting import inspect, report
     from eutectic.routed import build_routed, load_routed, routing
     from eutectic.statistics import collect, load_statistics
     from eutectic.tuning import merge, tune
@@ -42,7 +42,7 @@ _ROOMS = {
     "evaluation": ("evaluate",),
     "execution": ("PlanReport", "plan", "MergeReport", "extract", "merge_state_dicts"),
     "methods": ("merge_matrices", "methods"),
-    "reporting": ("inspect",),
+    "reporting": ("inspect", "report"),
     "routed": ("build_routed", "load_routed", "routing"),
     "statistics": ("collect", "load_statistics"),
     "tuning": ("merge", "tune"),
@@ -74,6 +74,7 @@ __all__ = [
     "merge_state_dicts",
     "methods",
     "plan",
+    "report",
     "routing",
     "tune",
 ]

@@ -20,6 +20,7 @@ from eutectic.cli.inspect import inspect
 from eutectic.cli.merge import merge
 from eutectic.cli.methods import methods
 from eutectic.cli.plan import plan
+from eutectic.cli.report import report
 from eutectic.cli.route import route
 from eutectic.cli.tune import tune
 
@@ -47,6 +48,7 @@ for command in (
     calibrate,
     route,
     evaluate,
+    report,
     methods,
     demo,
 ):

@@ -1,0 +1,64 @@
+"""`eutectic report`."""
+
+from __future__ import annotations
+
+import json as encoding
+import webbrowser
+from pathlib import Path
+
+from eutectic.cli.console import doing, err, out, print_json, tell_done, verb
+from eutectic.cli.options import Json, argument, option
+from eutectic.errors import RequestError
+
+
+@verb
+def report(
+    *,
+    sources: list[str] | None = argument(
+        None,
+        "Folders of merged or routed models or of a comparison, results.json, files of `inspect "
+        "-o`, `plan --json` and `tune --json`, a recipe, statistics.",
+        metavar="[NAME=]SOURCE…",
+    ),
+    output: Path = option(Path("report.html"), "File to write.", "--output", "-o"),
+    format: str | None = option(
+        None, "Default: by the ending of the file.", "--format", "-f", metavar="html | md | json"
+    ),
+    title: str | None = option(None, "Title of the page (default: the sources' names)."),
+    open: bool = option(False, "Open the page in the browser.", "--open"),
+    json: Json = False,
+) -> None:
+    """Tell what merges did on one page: verdict, figures, layers, tensors, provenance.
+
+    The page is one file that needs no network. Of several merges it says which is best, and which
+    cannot be told from it. A folder that is none of the sources is looked through for them.
+
+    Examples:
+
+      eutectic report merged/ results.json -o report.html --open
+
+      eutectic report comparison/ inspection.json iso=merged/ routed/
+
+      eutectic report recipe.yaml -o plan.md
+    """
+    from eutectic.reporting.page.build import report as run
+
+    if not sources:
+        from eutectic.reporting.page.page_sources import KNOWN
+
+        raise RequestError(
+            f"nothing to report on.\nName {KNOWN}.\n"
+            "Example: eutectic report merged/ results.json -o report.html"
+        )
+    doing("reading sources")
+    found = run(*sources, output=output, format=format, title=title)
+    doing("")
+    if json:
+        print_json(encoding.loads(found.json_text()))
+    else:
+        for finding in found.verdict:
+            style = {"headline": "bold", "bad": "yellow", "good": "green"}.get(finding.level)
+            out.print(finding.text, style=style, markup=False, highlight=False)
+        tell_done("written", output)
+    if open and not webbrowser.open(output.absolute().as_uri()):
+        err.print(f"no browser could be started; open {output} yourself.", markup=False)

@@ -1,0 +1,429 @@
+"""What the numbers say, in sentences: the best model, what is level with it, what to try next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from eutectic.reporting.page.page_record import (
+    Curve,
+    Finding,
+    LayerMap,
+    Level,
+    Merge,
+    ModelScore,
+    Residuals,
+    Routing,
+    Scores,
+)
+from eutectic.reporting.page.shown_numbers import (
+    format_share,
+    format_value,
+    points,
+    with_interval,
+)
+from eutectic.reporting.page.source_views import ClosedFormView
+from eutectic.words import few, percent
+
+POOR = 0.9  # of the expert: a task below it is worth another try
+FAIR = 0.97  # of the experts: a merge below it leaves something to gain
+SOLVED = 1e-2  # a relative residual above it is not solved
+WEAK = 0.6  # of what lies between chance and 1, a router's decisions
+_MOST = 3
+_UNPAIRED = (
+    " The results hold no paired differences, so that this is cautious: models that were scored on "
+    "the same rows differ more surely than their intervals say."
+)
+
+
+def _finding(
+    kind: str,
+    level: Level,
+    text: str,
+    subject: Sequence[str] = (),
+    *,
+    command: str = "",
+    **numbers: Any,
+) -> Finding:
+    return Finding(
+        kind=kind, level=level, text=text, subject=tuple(subject), numbers=numbers, command=command
+    )
+
+
+def verdict(
+    scores: Sequence[Scores],
+    curves: Sequence[Curve],
+    merges: Sequence[Merge],
+    rest: Mapping[str, Any],
+) -> list[Finding]:
+    """Return the sentences, the headline first and what to try next last.
+
+    `rest` holds `routing`, `residuals`, `maps` and `statistics` (whether there are any).
+    """
+    routing: Sequence[Routing] = rest["routing"]
+    maps: Sequence[LayerMap] = rest["maps"]
+    found: list[Finding] = []
+    for own in scores:
+        found += _of_scores(own)
+    found += _of_merges(merges, bool(scores))
+    found += _of_curves(curves)
+    found += [_closed(name, own) for name, own in rest["closed"]]
+    found += _of_residuals(rest["residuals"])
+    for routed in routing:
+        found += _of_routing(routed)
+    found += _of_maps(maps)
+    found += _what_next(scores, merges, curves, rest)
+    order: dict[str, int] = {"headline": 0, "bad": 1, "good": 2, "info": 3, "next": 4}
+    return sorted(found, key=lambda finding: order[finding.level])
+
+
+def _of_scores(own: Scores) -> Iterator[Finding]:
+    models = {m.name: m for m in own.models}
+    merged = [m for m in own.models if m.role == "model"]
+    if own.best is None:
+        yield _finding(
+            "no_model", "headline",
+            "Only the base and the experts were measured: no merged model is among these results.",
+        )  # fmt: skip
+        return
+    best = models[own.best]
+    yield _finding(
+        "best", "headline", _headline(own, best, len(merged)), (best.name,),
+        share=best.share.value, mean=best.mean.value, models=len(merged),
+    )  # fmt: skip
+    yield from _of_level(own, best, [m for m in merged if m is not best])
+    yield from _of_tasks(own, best)
+
+
+def _headline(own: Scores, best: ModelScore, count: int) -> str:
+    metric, higher = _metric(own)
+    text = f"{best.name} is the best of {count} models" if count > 1 else f"{best.name}"
+    mean = f"a mean {metric} of {with_interval(best.mean, metric)}"
+    joined = "with" if count > 1 else "has"
+    if best.share.value is not None:
+        text += f" {'with' if count > 1 else 'reaches'} {with_interval(best.share, 'share')} of " \
+            "the experts' figures"  # fmt: skip
+        text += f", {mean}" if best.mean.value is not None else ""
+    else:
+        text += f" {joined} {mean}"
+    references = [
+        f"{name} {format_value(m.mean.value, metric)}"
+        for name, m in (("base", _named(own, "base")), ("experts", _named(own, "experts")))
+        if m is not None and m.mean.value is not None
+    ]
+    beside = f" ({', '.join(references)})" if references else ""
+    lower = "" if higher else "; lower is better"
+    tasks = "one task" if len(own.tasks) == 1 else f"{len(own.tasks)} tasks"
+    return f"{text}{beside}, on {tasks}, {own.split} rows{lower}."
+
+
+def _metric(own: Scores) -> tuple[str, bool]:
+    """Return the metric that all tasks share, or the word for several, and its direction."""
+    names = list(dict.fromkeys(task.metric for task in own.tasks))
+    return (names[0] if len(names) == 1 else "metric"), all(t.higher_is_better for t in own.tasks)
+
+
+def _named(own: Scores, name: str) -> ModelScore | None:
+    return next((m for m in own.models if m.name == name), None)
+
+
+def _of_level(own: Scores, best: ModelScore, others: Sequence[ModelScore]) -> Iterator[Finding]:
+    if not others:
+        return
+    level = [m for m in others if m.level]
+    known = [m for m in others if m.behind.value is not None and m.behind.interval is not None]
+    paired = all(m.paired for m in known)
+    how = "" if paired else _UNPAIRED
+    if level:
+        names = few([m.name for m in level])
+        verb = "is" if len(level) == 1 else "are"
+        yield _finding(
+            "level", "info",
+            f"{names} {verb} not distinguishable from it: the 95 % interval of the difference "
+            f"holds 0.{how} Take the one that is cheapest to make.",
+            [m.name for m in level], count=len(level),
+        )  # fmt: skip
+        return
+    if not known:
+        return
+    next_best = known[0]
+    shown = _difference(own, next_best)
+    yield _finding(
+        "ahead", "good",
+        f"It is ahead of every other model; the closest, {next_best.name}, is {shown} behind.{how}",
+        (next_best.name,), behind=next_best.behind.value,
+    )  # fmt: skip
+
+
+def _difference(own: Scores, model: ModelScore) -> str:
+    value, interval = model.behind.value, model.behind.interval
+    assert value is not None and interval is not None
+    if own.by == "share" or _metric(own)[0] in ("accuracy", "macro_f1", "exact_match"):
+        low, high = sorted(abs(v) for v in interval)
+        return f"{points(abs(value))} points [{points(low)}, {points(high)}]"
+    return f"{abs(value):.3g} [{interval[0]:.3g}, {interval[1]:.3g}]"
+
+
+def _of_tasks(own: Scores, best: ModelScore) -> Iterator[Finding]:
+    mine = {s.task: s for s in own.scores if s.model == best.name}
+    below = {s.task: s for s in own.scores if s.model == "base"}
+    shares = {t: s.share.value for t, s in mine.items() if s.share.value is not None}
+    if len(shares) > 1:
+        worst = min(shares, key=lambda t: shares[t])
+        figure = mine[worst].share
+        poor = shares[worst] < POOR
+        yield _finding(
+            "worst_task", "bad" if poor else "info",
+            f"Its weakest task is {worst}, with {with_interval(figure, 'share')} of its expert's "
+            "figure.",
+            (worst,), share=shares[worst],
+        )  # fmt: skip
+    lost = [
+        task.name
+        for task in own.tasks
+        if (one := _quality(mine.get(task.name), task.higher_is_better)) is not None
+        and (other := _quality(below.get(task.name), task.higher_is_better)) is not None
+        and one < other
+    ]
+    if lost:
+        yield _finding(
+            "below_base", "bad",
+            f"On {few(lost)} it is below the base itself: there, merging lost what was known.",
+            lost, count=len(lost),
+        )  # fmt: skip
+    beats = [t for t, share in shares.items() if share > 1]
+    if beats:
+        text = "one task" if len(beats) == 1 else f"{len(beats)} of {len(shares)} tasks"
+        yield _finding(
+            "above_expert", "good", f"It is above the task's own expert on {text} ({few(beats)}).",
+            beats, count=len(beats),
+        )  # fmt: skip
+
+
+def _quality(score: Any, higher: bool) -> float | None:
+    if score is None or score.value.value is None:
+        return None
+    return score.value.value if higher else -score.value.value
+
+
+def _of_merges(merges: Sequence[Merge], measured: bool) -> Iterator[Finding]:
+    level: Level = "info" if measured else "headline"
+    if len(merges) > _MOST:
+        done = sum(not merge.planned for merge in merges)
+        plans = len(merges) - done
+        parts = [f"{done} merged models"] if done else []
+        parts += [f"{plans} plan{'s' if plans > 1 else ''}"] if plans else []
+        names = few([merge.name for merge in merges])
+        yield _finding(
+            "merges", level, f"{' and '.join(parts)}: {names}.", [m.name for m in merges],
+            merged=done, planned=plans,
+        )  # fmt: skip
+    else:
+        for merge in merges:
+            text = _merge_text(merge)
+            yield _finding("merge", level, text, (merge.name,), growth=merge.growth)
+    for merge in merges:
+        yield from _faults_of(merge)
+
+
+def _merge_text(merge: Merge) -> str:
+    many = sum(merge.treatments.values())
+    copied = merge.merged_by.get("copy", 0)
+    scale = "" if merge.scale is None else f" at α = {merge.scale:.3g}"
+    would = "would merge" if merge.planned else "merged"
+    experts = len([p for p in merge.parents if p.role not in ("base", "initial")])
+    of = f" of {experts} experts" if experts else ""
+    rest = f"; {copied:,} are copied from the base" if copied else ""
+    size = ""
+    if merge.growth is not None:
+        size = f" The change is {merge.growth:.3g} times the experts' mean norm."
+    name = "" if merge.name == merge.method else f"{merge.name}: "
+    taken = f"{many - copied:,} of {many:,} tensors{of}{scale}"
+    return f"{name}{merge.method} {would} {taken}{rest}.{size}"
+
+
+def _faults_of(merge: Merge) -> Iterator[Finding]:
+    if merge.growth is not None and merge.bound is not None and merge.growth > merge.bound:
+        yield _finding(
+            "exploded", "bad",
+            f"{merge.name}: the change is {merge.growth:.3g} times the experts' mean norm, above "
+            f"the bound of {merge.bound:.3g}: α is most likely too large.",
+            (merge.name,), growth=merge.growth,
+        )  # fmt: skip
+    left = merge.shares.get("left", 0.0)
+    if left > 0:
+        yield _finding(
+            "left", "bad",
+            f"{merge.name}: {percent(left)} of the experts' numbers were left behind; the table "
+            "of tensors says which.",
+            (merge.name,), share=left,
+        )  # fmt: skip
+    if merge.fallback:
+        by = "" if merge.mostly_by == merge.method else f" to {merge.mostly_by}"
+        yield _finding(
+            "fallback", "bad",
+            f"{merge.name}: {percent(merge.fallback)} of what {merge.method} is for fell back{by}.",
+            (merge.name,), share=merge.fallback,
+        )  # fmt: skip
+
+
+def _of_curves(curves: Sequence[Curve]) -> Iterator[Finding]:
+    for curve in curves:
+        if curve.at_edge:
+            side = "smallest" if curve.chosen == curve.points[0].scale else "largest"
+            yield _finding(
+                "edge", "bad",
+                f"{curve.name}: α = {curve.chosen:.3g} is the {side} value that was tried; the "
+                "optimum may lie outside.",
+                (curve.name,), scale=curve.chosen,
+            )  # fmt: skip
+    inside = [curve for curve in curves if not curve.at_edge]
+    if not inside:
+        return
+    if len(inside) <= _MOST:
+        for curve in inside:
+            by = f" by {curve.search}" if curve.search else ""
+            yield _finding(
+                "scale", "info",
+                f"{curve.name}: α = {curve.chosen:.3g} was chosen{by} among {len(curve.points)} "
+                "values.",
+                (curve.name,), scale=curve.chosen,
+            )  # fmt: skip
+        return
+    chosen = ", ".join(f"{curve.name} {curve.chosen:.3g}" for curve in inside[:12])
+    more = f" and {len(inside) - 12} more" if len(inside) > 12 else ""
+    yield _finding(
+        "scales", "info", f"α was searched for {len(inside)} merges: {chosen}{more}.",
+        [curve.name for curve in inside], count=len(inside),
+    )  # fmt: skip
+
+
+def _closed(name: str, own: ClosedFormView) -> Finding:
+    text = f"{name}: α = {own.scale:.3g} was computed by {own.search}, without trying values."
+    return _finding("closed_form", "info", text, (name,), scale=own.scale)
+
+
+def _of_residuals(residuals: Sequence[Residuals]) -> Iterator[Finding]:
+    ends = {f"{r.model}, {r.tensor}": r.residuals[-1] for r in residuals}
+    bad = {n: v for n, v in ends.items() if v is None or v > SOLVED}
+    if bad:
+        sizes = {n: math.inf if v is None else v for n, v in bad.items()}
+        worst = max(sizes, key=lambda n: sizes[n])
+        value = bad[worst]
+        shown = "not finite" if value is None else f"{value:.1e}"
+        yield _finding(
+            "unsolved", "info",
+            f"{len(bad)} of {len(ends)} linear systems stopped at a relative residual above "
+            f"{SOLVED:g}, the worst at {shown} ({worst}). Matching stops early on purpose: see "
+            "the curves.",
+            (worst,), count=len(bad),
+        )  # fmt: skip
+
+
+def _of_routing(own: Routing) -> Iterator[Finding]:
+    if not own.decisions or own.chance is None:
+        return
+    mean = sum(own.decisions.values()) / len(own.decisions)
+    weakest = min(own.decisions, key=lambda t: own.decisions[t])
+    bound = own.chance + WEAK * (1 - own.chance)
+    how = "measured on data" if own.measured else "estimated from statistics"
+    low = own.decisions[weakest] < bound
+    yield _finding(
+        "routing", "bad" if low else "good",
+        f"{own.name}: routers send {format_share(mean)} of the samples to the right expert on "
+        f"average ({how}, by chance {format_share(own.chance)}); weakest is {weakest} with "
+        f"{format_share(own.decisions[weakest])}.",
+        (own.name, weakest), mean=mean, weakest=own.decisions[weakest],
+    )  # fmt: skip
+
+
+def _of_maps(maps: Sequence[LayerMap]) -> Iterator[Finding]:
+    for own in maps:
+        for measure in own.measures:
+            if not measure.key.startswith("growth "):
+                continue
+            cells = [
+                (value, row, column)
+                for row, line in zip(own.rows, measure.values, strict=True)
+                for column, value in zip(own.columns, line, strict=True)
+                if value is not None
+            ]
+            value, row, column = max(cells)
+            if value > _MOST:
+                model = measure.key.removeprefix("growth ")
+                yield _finding(
+                    "large_layer", "bad",
+                    f"{model}: the largest change is {value:.3g} times the experts' mean, at {row}"
+                    f" {column}; see the map.",
+                    (model, row), growth=value,
+                )  # fmt: skip
+
+
+def _what_next(
+    scores: Sequence[Scores],
+    merges: Sequence[Merge],
+    curves: Sequence[Curve],
+    rest: Mapping[str, Any],
+) -> Iterator[Finding]:
+    for curve in curves:
+        if curve.at_edge:
+            low, high = curve.points[0].scale, curve.points[-1].scale
+            wider = f"{low / 10:g}:{low:g}" if curve.chosen == low else f"{high:g}:{10 * high:g}"
+            yield _next("widen", f"Search α of {curve.name} beyond the edge.",
+                        f"eutectic tune recipe.yaml --range {wider}")  # fmt: skip
+    exploded = [m for m in merges if m.growth and m.bound and m.growth > m.bound]
+    if exploded:
+        yield _next("smaller", f"Choose a smaller α for {few([m.name for m in exploded])}.",
+                    "eutectic merge recipe.yaml --scale norm -o merged/")  # fmt: skip
+    if any(m.planned for m in merges):
+        yield _next("merge", "Carry the plan out.",
+                    "eutectic merge recipe.yaml -o merged/ --report report.html")  # fmt: skip
+    done = [m for m in merges if not m.planned]
+    if not scores and done:
+        yield _next("evaluate", "Nobody has measured the model yet: score it, the base and the "
+                    "experts on rows that nothing was chosen on.",
+                    "eutectic evaluate merged/ --tasks tasks.yaml --base BASE -e NAME=EXPERT "
+                    "-o results.json")  # fmt: skip
+    for own in scores:
+        yield from _next_of_scores(own, rest)
+    weak = [r for r in rest["routing"] if r.decisions and r.chance is not None
+            and min(r.decisions.values()) < r.chance + WEAK * (1 - r.chance)]  # fmt: skip
+    if weak:
+        yield _next("router", "Give the routers statistics of the merged model itself "
+                    f"({weak[0].name}): they are what routing sees.",
+                    "eutectic route MERGED … --router-data NAME=FILE")  # fmt: skip
+    if done and not curves and not exploded:
+        yield _next("tune", "Nothing chose α here: search it, without labels if you have none.",
+                    "eutectic tune recipe.yaml --search divergence --tasks tasks.yaml")  # fmt: skip
+
+
+def _next_of_scores(own: Scores, rest: Mapping[str, Any]) -> Iterator[Finding]:
+    best = _named(own, own.best) if own.best else None
+    if best is None:
+        yield _next("compare", "Merge, and compare methods on the same rows.",
+                    "eutectic compare recipe.yaml --tasks tasks.yaml -o comparison/")  # fmt: skip
+        return
+    mine = [s for s in own.scores if s.model == best.name and s.share.value is not None]
+    poor = [s.task for s in mine if s.share.value is not None and s.share.value < POOR]
+    if poor and not rest["routing"]:
+        yield _next("route", f"{few(poor)} lost more than {1 - POOR:.0%} of the expert: thin "
+                    "experts beside the merge, chosen per input, keep such tasks.",
+                    "eutectic route MERGED NAME=EXPERT… -s NAME=FILE… -o routed/")  # fmt: skip
+    if best.share.value is not None and best.share.value < FAIR and not rest["statistics"]:
+        text = (
+            "A few unlabelled inputs a task allow methods that use data (iso_a, regmean, esm), "
+            "which usually gain where merges without data stop."
+        )
+        command = "eutectic collect EXPERT --data inputs.jsonl -o NAME.stats.safetensors"
+        yield _next("collect", text, command)
+    level = [m for m in own.models if m.level]
+    if len(level) > 1:
+        rows = min((task.rows for task in own.tasks), default=0)
+        yield _next("rows", f"More test rows tell the {len(level) + 1} models apart that are level "
+                    f"now; the smallest task has {rows:,}. Four times as many halve an interval.",
+                    "")  # fmt: skip
+
+
+def _next(kind: str, text: str, command: str) -> Finding:
+    return _finding(kind, "next", text, command=command)
