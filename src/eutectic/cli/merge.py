@@ -13,6 +13,7 @@ from rich.table import Table
 from eutectic.cli.console import out, print_json, progress_bar, tell_done, tell_notes, verb
 from eutectic.cli.corrections import options_in_faults
 from eutectic.cli.options import Json, LimitOptions, RecipeOptions, option, request
+from eutectic.cli.report import page_beside, write_page
 from eutectic.cli.tune import known_scale
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes
@@ -33,6 +34,9 @@ def merge(
         None,
         "Two experts only: merge with weights λ and 1−λ into OUTPUT/λ for each λ.",
         metavar="λ,λ,… | START:STOP:COUNT",
+    ),
+    report: bool = option(
+        False, "Tell what the merge did on a page beside OUTPUT, OUTPUT.html.", "--report"
     ),
     json: Json = False,
 ) -> None:
@@ -56,12 +60,19 @@ def merge(
 
     recipe, options = request(asked)
     options.update(vars(limits), output=output, restart=restart)
+    page = page_beside(output) if report else None
     if sweep is not None:
         with options_in_faults(options):
             _sweep(recipe, _mixtures(sweep), options, json)
+        write_page(page, output, quiet=json)
         return
     with options_in_faults(options), progress_bar("merging") as tell:
-        report = run(recipe, progress=tell, **options)
+        made = run(recipe, progress=tell, **options)
+    _show(made, json)
+    write_page(page, output, quiet=json)
+
+
+def _show(report: "MergeReport", json: bool) -> None:
     if json:
         tell_notes(report.note_records, warnings_only=True)
         print_json(dataclasses.asdict(report))

@@ -62,3 +62,26 @@ def report(
         tell_done("written", output)
     if open and not webbrowser.open(output.absolute().as_uri()):
         err.print(f"no browser could be started; open {output} yourself.", markup=False)
+
+
+def page_beside(output: Path) -> Path:
+    """Return the page beside a model's folder; refuse, before any work, where it cannot be."""
+    from eutectic.reporting.page.build import check_target
+    from eutectic.reporting.page.html_page import check_templates
+
+    page = output.with_name(output.name + ".html")
+    check_templates()
+    if page.parent.is_dir():  # else the work itself makes it, or says why not
+        check_target(page, "html")
+    return page
+
+
+def write_page(page: Path | None, source: Path, *, quiet: bool = False) -> None:
+    """Write the page of a model's folder, if one was asked for."""
+    if page is None:
+        return
+    from eutectic.reporting.page.build import report as run
+
+    run(source, output=page)
+    if not quiet:
+        tell_done("page", page)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from eutectic.checkpoint.writer import check_replaced, write_atomically
 from eutectic.errors import RequestError, suggest
 from eutectic.reporting.page import layer_maps, origins
+from eutectic.reporting.page.html_page import check_templates
 from eutectic.reporting.page.markdown_page import MARK as MARK_MD
 from eutectic.reporting.page.page_record import Report, Source
 from eutectic.reporting.page.page_sources import Document, documents
@@ -64,6 +65,8 @@ def report(
     form = _form(target, format)
     if target is not None:
         check_target(target, form)
+        if form == "html":
+            check_templates()
     found = made_of(documents(sources), title)
     if target is not None:
         text = {"html": found.html, "md": found.markdown, "json": found.json_text}[form]()

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ from eutectic.reporting.page.page_record import Report
 from eutectic.words import plain
 
 ASSETS = Path(__file__).with_name("assets")
+
+
+def check_templates() -> None:
+    """Raise MissingExtraError where jinja2, which makes the page, is not installed."""
+    if find_spec("jinja2") is None:
+        raise MissingExtraError("jinja2", "report", "Writing a report as HTML")
 
 
 def html_page(report: Report) -> str:
@@ -32,11 +39,10 @@ def html_page(report: Report) -> str:
     Raises:
         MissingExtraError: jinja2 is not installed.
     """
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-        from markupsafe import Markup
-    except ImportError as error:
-        raise MissingExtraError("jinja2", "report", "Writing a report as HTML") from error
+    check_templates()
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
     from eutectic.reporting.page.page_sections import sections
 
     def shown(value: Any) -> Any:

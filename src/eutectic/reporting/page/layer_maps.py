@@ -15,6 +15,7 @@ from eutectic.reporting.page.page_record import (
     PairTable,
     Spectra,
 )
+from eutectic.reporting.page.public_texts import without_private_paths
 from eutectic.reporting.page.source_views import ProvenanceView, RoutedView
 from eutectic.reporting.schema import Inspection, Layer, Pairs, Spectrum
 
@@ -121,12 +122,16 @@ class Grid:
             )
         )  # fmt: skip
 
-    def as_map(self) -> LayerMap | None:
+    def as_map(self, notes: Sequence[str] = ()) -> LayerMap | None:
         """Return the map, None where nothing was measured."""
         if not self.measures:
             return None
         return LayerMap(
-            name=self.name, rows=self.rows, columns=self.columns, measures=self.measures
+            name=self.name,
+            rows=self.rows,
+            columns=self.columns,
+            measures=self.measures,
+            notes=[without_private_paths(note) for note in notes],
         )
 
 
@@ -217,7 +222,7 @@ def inspected_map(name: str, found: Inspection) -> LayerMap | None:
             over(lambda own, m=m: own.merged[m].effective_rank),
             unit="directions", meaning="exp of the entropy of σ/Σσ of the merged update.",
         )  # fmt: skip
-    return grid.as_map()
+    return grid.as_map(found.notes)
 
 
 def _percent(share: float | None) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -24,22 +23,13 @@ from eutectic.reporting.page.page_record import (
     Routing,
     TensorRow,
 )
+from eutectic.reporting.page.public_texts import without_private_paths
 from eutectic.reporting.page.source_views import CurveView, PlanView, ProvenanceView, RoutedView
 from eutectic.statistics import StatisticsFile
 from eutectic.words import public_path
 
-_PRIVATE = re.compile(r"(?<![\w.:/])(?:/|~/|[A-Za-z]:\\)(?:[^\s/\\'\",;:]+[/\\])+([^\s/\\'\",;:]*)")
 _MOST_LAYERS = 1_000
 _WEIGHTS = (".safetensors", ".bin", ".pt")
-
-
-def without_private_paths(text: str) -> str:
-    """Return a text with the last part only of every absolute path in it.
-
-    >>> without_private_paths("statistics of /home/me/runs/a.safetensors, see https://x.org/a/b")
-    'statistics of a.safetensors, see https://x.org/a/b'
-    """
-    return _PRIVATE.sub(r"\1", text)
 
 
 def merge_of(name: str, made: ProvenanceView) -> Merge:

@@ -144,6 +144,7 @@ class LayerMap(_Strict):
     rows: list[str]
     columns: list[str]
     measures: list[Measure]
+    notes: list[str] = Field(default_factory=list)
 
 
 class Line(_Strict):

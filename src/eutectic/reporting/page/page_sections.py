@@ -94,7 +94,7 @@ def sections(report: Report) -> Sections:
     known: list[tuple[str, str, Any]] = [
         ("models", "How good the models are", [_scores(s, i) for i, s in enumerate(report.scores)]),
         ("alpha", "The scale α", [_curve(c, i) for i, c in enumerate(report.curves)]),
-        ("layers", "Layer by layer", map_panels(report.maps)),
+        ("layers", "Layer by layer", _layers(report)),
         ("spectra", "Spectra of the updates", _spectra(report.spectra, data)),
         ("pairs", "How the experts interfere", [pair_panel(p) for p in report.pairs]),
         ("residuals", "How the linear systems were solved", _residuals(report.residuals)),
@@ -282,6 +282,14 @@ def _parts(curve: Curve, names: Sequence[str], key: str) -> Any:
     axes = (scale_axis([x for x, _ in every]), axes_of(every)[1])
     title = f"{curve.name}: each task's figure, less its own at the chosen α"
     return line_chart(title, series, axes, ("scale α", "change from the chosen α"), key)
+
+
+# --- layers ---
+
+
+def _layers(report: Report) -> dict[str, Any] | None:
+    notes = [note for own in report.maps for note in own.notes]
+    return {"panels": map_panels(report.maps), "notes": notes} if report.maps else None
 
 
 # --- spectra ---

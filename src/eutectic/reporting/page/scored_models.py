@@ -14,6 +14,7 @@ from eutectic.reporting.page.page_record import (
     Scores,
     TaskInfo,
 )
+from eutectic.reporting.page.public_texts import without_private_paths
 from eutectic.reporting.page.source_views import ComparisonView
 
 _EXPERTS = "experts"  # the mean of the experts, each on its own tasks
@@ -79,8 +80,17 @@ def scores_of(results: Results, name: str, compared: ComparisonView | None = Non
         best=best,
         resamples=results.resamples,
         by="share" if shares else "mean",
-        notes=list(results.notes),
+        notes=[without_private_paths(note) for note in _all_notes(results, compared)],
     )
+
+
+def _all_notes(results: Results, compared: ComparisonView | None) -> list[str]:
+    """Return the notes of results and of the comparison that they are of, each once."""
+    if compared is None:
+        return list(results.notes)
+    failed = [f"{row.name} has no figures: {row.error}" for row in compared.rows if row.error]
+    left = [f"{name} was left out: {why}" for name, why in compared.left_out.items()]
+    return list(dict.fromkeys([*compared.notes, *results.notes, *failed, *left]))
 
 
 def _notes(compared: ComparisonView) -> dict[str, str]:

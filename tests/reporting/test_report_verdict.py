@@ -1,0 +1,128 @@
+"""What the report says of numbers whose meaning is known."""
+
+from __future__ import annotations
+
+import pytest
+
+import eutectic
+from helpers.reports import curve, results, routed
+
+EXPERTS = {"a": 0.8, "b": 0.5}
+BASE = {"a": 0.6, "b": 0.4}
+
+
+def kinds(report, level=None):
+    return [f.kind for f in report.verdict if level in (None, f.level)]
+
+
+def finding(report, kind):
+    (found,) = [f for f in report.verdict if f.kind == kind]
+    return found
+
+
+def test_the_best_model_and_what_is_level_with_it():
+    models = {
+        "low": {"a": 0.64, "b": 0.40},
+        "near": {"a": 0.76, "b": 0.46},
+        "top": {"a": 0.76, "b": 0.476},
+    }
+    told = results(
+        models, EXPERTS, BASE,
+        differences=[("near", "top", -0.01, 0.02), ("low", "top", -0.15, 0.02),
+                     ("top", "near", 0.01, 0.02), ("base", "top", -0.2, 0.01)],
+    )  # fmt: skip
+    report = eutectic.report(told)
+    (scores,) = report.scores
+    assert [m.name for m in scores.models] == ["base", "experts", "top", "near", "low"]
+    assert scores.best == "top" and scores.by == "share"
+    best = next(m for m in scores.models if m.name == "top")
+    assert best.share.value == pytest.approx((0.76 / 0.8 + 0.476 / 0.5) / 2)
+    assert {m.name: m.level for m in scores.models if m.role == "model"} == {
+        "top": False, "near": True, "low": False,
+    }  # fmt: skip
+    headline = finding(report, "best").text
+    assert headline.startswith("top is the best of 3 models with 95.1 % [93.1, 97.1] of the")
+    assert "61.8 % [59.8, 63.8] (base 50.0 %, experts 65.0 %), on 2 tasks" in headline
+    assert finding(report, "level").subject == ("near",)
+    assert finding(report, "worst_task").numbers["share"] == pytest.approx(0.95)
+
+
+def test_a_model_that_is_ahead_of_all_others():
+    models = {"x": {"a": 0.5, "b": 0.3}, "y": {"a": 0.8, "b": 0.55}}
+    told = results(models, EXPERTS, BASE, differences=[("x", "y", -0.4, 0.05)])
+    report = eutectic.report(told)
+    assert finding(report, "ahead").text == (
+        "It is ahead of every other model; the closest, x, is 40.0 points [35.0, 45.0] behind."
+    )
+    assert finding(report, "above_expert").subject == ("b",)
+    assert "below_base" not in kinds(report)
+
+
+def test_a_loss_below_the_base_and_a_poor_task_are_told():
+    report = eutectic.report(results({"x": {"a": 0.7, "b": 0.3}}, EXPERTS, BASE))
+    assert finding(report, "below_base").subject == ("b",)
+    worst = finding(report, "worst_task")
+    assert worst.subject == ("b",) and worst.level == "bad"
+    assert {"route", "collect"} <= set(kinds(report, "next"))
+
+
+def test_without_paired_differences_the_intervals_decide():
+    # Half widths of 0.02 each: a difference of 0.02 holds 0 and one of 0.2 does not.
+    models = {"x": {"a": 0.8, "b": 0.5}, "y": {"a": 0.784, "b": 0.49}, "z": {"a": 0.64, "b": 0.4}}
+    (scores,) = eutectic.report(results(models, EXPERTS, BASE)).scores
+    by_name = {m.name: m for m in scores.models}
+    assert by_name["y"].level and not by_name["z"].level
+    assert not by_name["y"].paired
+    half = (2 * 0.02**2) ** 0.5
+    assert by_name["y"].behind.interval == pytest.approx((-0.02 - half, -0.02 + half))
+
+
+def test_where_lower_is_better_the_lowest_is_best():
+    models = {"x": {"a": 12.0, "b": 9.0}, "y": {"a": 10.5, "b": 8.5}}
+    told = results(models, {"a": 10.0, "b": 8.0}, {"a": 20.0, "b": 15.0}, metric="perplexity",
+                   higher=False)  # fmt: skip
+    report = eutectic.report(told)
+    assert report.scores[0].best == "y"
+    assert "lower is better" in finding(report, "best").text
+    assert "below_base" not in kinds(report)
+
+
+def test_without_experts_models_are_ranked_by_their_mean():
+    told = results({"x": {"a": 0.5, "b": 0.3}, "y": {"a": 0.8, "b": 0.5}}, EXPERTS, BASE)
+    for row in [*told["results"], *told["means"]]:
+        row |= {"normalized": None, "normalized_interval": None, "nai": None, "nai_interval": None}
+    (scores,) = eutectic.report(told).scores
+    assert (scores.by, scores.best) == ("mean", "y")
+
+
+def test_results_of_base_and_experts_alone():
+    report = eutectic.report(results({}, EXPERTS, BASE))
+    assert kinds(report, "headline") == ["no_model"]
+    assert "compare" in kinds(report, "next")
+
+
+def test_an_alpha_at_the_edge_is_told_and_a_wider_range_named():
+    report = eutectic.report(curve({0.1: 0.5, 0.5: 0.7, 1.0: 0.8}, 1.0))
+    assert report.curves[0].at_edge
+    assert finding(report, "widen").command == "eutectic tune recipe.yaml --range 1:10"
+    report = eutectic.report(curve({0.1: 0.5, 0.5: 0.9, 1.0: 0.8}, 0.5))
+    assert not report.curves[0].at_edge and "edge" not in kinds(report)
+
+
+def test_weak_routers_are_told(tmp_path):
+    import json
+
+    folder = tmp_path / "routed"
+    folder.mkdir()
+    weak = routed(["a", "b", "c", "d"], decisions={"a": 0.9, "b": 0.9, "c": 0.9, "d": 0.3})
+    (folder / "routed.json").write_text(json.dumps(weak))
+    report = eutectic.report(folder)
+    told = finding(report, "routing")
+    assert told.level == "bad" and told.subject == ("routed", "d")
+    assert told.numbers["mean"] == pytest.approx(0.75)
+    assert "router" in kinds(report, "next")
+    (own,) = report.routing
+    assert [d.block for d in own.depth] == [f"encoder.layer.{i}" for i in range(4)]
+    assert own.depth[3].shares["a"] == pytest.approx(0.8)
+    (layers,) = report.maps
+    assert layers.measures[0].values[0] == [50.0]
