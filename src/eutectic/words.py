@@ -494,6 +494,16 @@ SENTENCES: dict[str, Template] = {
         "expert '{0}' is an adapter that was trained on '{trained_on}', quantised by its name: its "
         "change is added to the weights of this base, which are not quite those it was trained on"
     ),
+    "scaled_by_zero": (
+        "expert '{0}' is an adapter whose scaling is 0 (lora_alpha): its factors change nothing"
+    ),
+    "rank_above_layer": (
+        "expert '{0}' has factors of rank {rank} for {1}, which has {side} directions: the change "
+        "is what the factors make, and no adapter needs more than {side} for it"
+    ),
+    "rank_above_layers": (
+        "rank {rank} is more than any layer has ({side} at most): each gets what it has"
+    ),
     "projections_drawn": (
         "expert '{0}' is a VeRA adapter without its projections: they are drawn again from its "
         "seed {seed}, as PEFT does, and are right if the base has the layers it was trained on"

@@ -24,7 +24,6 @@ from eutectic.checkpoint.changes import BaseWeights
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG, Expert
 from eutectic.checkpoint.index import TensorEntry, open_adapter_index, read_json_object
 from eutectic.checkpoint.meeting import meet_names, named_like_base
-from eutectic.checkpoint.names import Alignment
 from eutectic.checkpoint.odd_adapters import other_adapter
 from eutectic.checkpoint.packed_adapters import BareAdapter, MetBase, meet_bare
 from eutectic.checkpoint.peft_kinds.formulas import AdapterSettings, Layer, settings_of
@@ -68,6 +67,11 @@ def open_adapter(
     label, config = str(folder), base_config or {}
     adapter = _read_config(folder)
     reader = CheckpointReader(open_adapter_index(adapter_weights(folder)))
+    if not reader.entries:
+        raise CheckpointError(
+            f"{adapter_weights(folder)}: holds no tensors, so that it changes nothing.\n"
+            "Save the adapter again with save_pretrained."
+        )
     found = grouped(reader.entries, adapter.parts, adapter.shared, adapter.bare, label)
     _check_stated(found, adapter, label)
     for own, group in found.parameters.items():
@@ -100,7 +104,7 @@ def open_adapter(
         if table is None:
             raise CheckpointError(
                 f"{label}: acts on '{own}', which the base does not have ({alignment}).\n"
-                f"The base's tensors: {', '.join(list(base)[:3])} …\n{_advice(own, alignment)}"
+                f"The base's tensors: {', '.join(list(base)[:3])} …\n{_advice(own, met_base)}"
             )
         tied[name] = table
         extra[name] = replace(_entry(base[table], group), name=name)
@@ -147,9 +151,10 @@ def _tied_table(
     return next((n for n in tables if acts_on(opened, _module(own), group, base[n].shape)), None)
 
 
-def _advice(own: str, alignment: Alignment) -> str:
+def _advice(own: str, base: MetBase) -> str:
     """Return what to do where the base lacks what an adapter acts on."""
-    if packing(alignment.form_of_key(own).name, 2) is None:
+    how = packing(base.alignment.form_of_key(own).name, 2)
+    if how is None or how.group not in base.mixtures:
         return "The adapter belongs to another base."
     return (
         "The base may keep these matrices packed otherwise: merge the adapter with peft "

@@ -13,7 +13,7 @@ import torch
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.meeting import meet_names
 from eutectic.conventions_ties import is_output_table, is_tied, is_token_table, output_name
-from eutectic.errors import Fault, RecipeError
+from eutectic.errors import Fault, Note, RecipeError
 from eutectic.models.outline import Kind, Outline, outline_of
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensor_plan import TensorPlan
@@ -119,6 +119,15 @@ def adapter_plan(
     if faults:
         return faults
     return AdapterPlan(options, carried, names, outline, twins, next(iter(heads), None))
+
+
+def rank_notes(tensors: Sequence[TensorPlan], adapter: AdapterPlan) -> list[Note]:
+    """Return that a rank is asked for which no layer has."""
+    held = [t for t in tensors if t.name in adapter.carried]
+    sides = [min(t.shape[:2]) for t in held if adapter.carried[t.name].form in ("factors", "table")]
+    if adapter.options.most is None or adapter.options.most <= max(sides, default=0) or not sides:
+        return []
+    return [Note("rank_above_layers", (), {"rank": adapter.options.most, "side": max(sides)})]
 
 
 def _not_thin(

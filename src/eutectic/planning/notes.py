@@ -128,6 +128,7 @@ def notes_on(
 
     notes += _on_quantised(inputs)
     notes += _drawn_again(inputs)
+    notes += _odd_factors(inputs)
     notes += request.ties.notes
 
     def tell(kind: str, subject: Iterable[str], numbers: Mapping[str, Any] | None = None) -> None:
@@ -220,6 +221,22 @@ def _drawn_again(inputs: Inputs) -> list[Note]:
     return notes
 
 
+def _odd_factors(inputs: Inputs) -> list[Note]:
+    """Return which adapters are scaled by 0, and which have more directions than a layer has."""
+    notes: list[Note] = []
+    for name, expert in inputs.experts.items():
+        factored = expert.factored
+        if factored and all(own.scaling == 0 for own in factored.values()):
+            notes.append(Note("scaled_by_zero", (name,), level="warning"))
+        sides = {n: min(expert.entries[n].shape[:2]) for n in factored if n in expert.entries}
+        above = {n: r for n in sides if (r := factored[n].a.shape[0]) > sides[n]}
+        if above:
+            first, rank = next(iter(above.items()))
+            numbers = {"rank": rank, "side": sides[first], "count": len(above)}
+            notes.append(Note("rank_above_layer", (name, first), numbers))
+    return notes
+
+
 def _untaken(tensors: Sequence[TensorPlan], request: MergeRequest) -> list[Note]:
     """Return a warning where no tensor takes the method that was asked for."""
     merged_by = Counter(t.method for t in tensors if t.merged)
@@ -244,7 +261,7 @@ def named_bases(recipe: Recipe, inputs: Inputs) -> list[Note]:
         if not stated or _last(stated) in known:
             continue
         numbers = {"stated": stated, "base": _last(recipe.reference)}
-        notes.append(Note("other_base_named", (name,), numbers))
+        notes.append(Note("other_base_named", (name,), numbers, level="warning"))
     return notes
 
 

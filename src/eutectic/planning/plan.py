@@ -28,7 +28,7 @@ from eutectic.conventions_stacks import stack_depths
 from eutectic.errors import CheckpointError, Fault, MethodError, Note, RecipeError, RequestError
 from eutectic.methods import Method, get_method
 from eutectic.models.task_kinds import GENERATIVE, kind_of_architectures
-from eutectic.planning.adapter_plan import AdapterPlan, adapter_plan
+from eutectic.planning.adapter_plan import AdapterPlan, adapter_plan, rank_notes
 from eutectic.planning.collector import collector_paused
 from eutectic.planning.compression import compressed_before, compression_faults
 from eutectic.planning.coverage import coverage_faults, unmatched
@@ -214,7 +214,11 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         shares=shares,
         mostly_by=merged_mostly_by(tensors, request),
         fallback=fallen_share(tensors, request),
-        notes=(*found.notes, *notes_on(tensors, heads, left_out, shares, request)),
+        notes=(
+            *found.notes,
+            *notes_on(tensors, heads, left_out, shares, request),
+            *(() if adapter is None else rank_notes(tensors, adapter)),
+        ),
         adapter=adapter,
     )
 
