@@ -69,7 +69,7 @@ def test_another_base_by_name_is_a_warning(base: Path, tmp_path: Path) -> None:
 
 
 def test_more_layers_than_the_base_has_are_of_another_base(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="does not have(.|\n)*The adapter belongs to another base"):
+    with pytest.raises(RequestError, match="does not have(.|\n)*adapter belongs to another base"):
         notes(base, adapter(tmp_path / "a", layers=3))
 
 

@@ -186,7 +186,7 @@ def test_an_adapter_of_another_base_by_name_is_told(
     recipe = check_recipe(values)
     with open_inputs(recipe) as inputs:
         notes = named_bases(recipe, inputs)
-    assert [note.level for note in notes] == (["note"] if told else [])
+    assert [note.level for note in notes] == (["warning"] if told else [])
     if told:
         report = eutectic.merge(**values, output=tmp_path / "out")
         assert any(f"adapter 'a' says that it was trained on '{stated}'" in n for n in report.notes)
