@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eutectic.linalg.cg import (
+    Trust,
     conjugate_gradients,
     conjugate_gradients_by_eigenbasis,
     eigenbasis_pays,
@@ -77,6 +78,45 @@ def test_iterates_are_those_of_scipy(steps, preconditioned):
     assert relative(ours.solution, torch.from_numpy(theirs)[None]) < 1e-10
     assert ours.iterations == steps and ours.status == "iteration_limit"
     assert len(ours.residuals) == steps + 1
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_step_that_leaves_the_trusted_ball_ends_on_it(centred):
+    A, b, start = spd(20, 1, 1e4), randn(1, 20, seed=2), randn(1, 20, seed=3)
+    center = randn(1, 20, seed=4) if centred else torch.zeros(1, 20, dtype=torch.float64)
+    free = [
+        conjugate_gradients(lambda x: x @ A, b, initial=start, iterations=k, tolerance=0).solution
+        for k in range(12)
+    ]
+    distances = [norm(x - center) for x in free]
+    radius = (distances[8] + distances[9]) / 2
+    first = next(k for k, distance in enumerate(distances) if distance > radius)
+    assert max(distances[0], distances[1]) < radius and first > 1
+    trust = Trust(radius, center if centred else None)
+    result = conjugate_gradients(
+        lambda x: x @ A, b, initial=start, iterations=12, tolerance=0, trust=trust
+    )
+    assert (result.status, result.iterations) == ("trust_limit", first)
+    assert norm(result.solution - center) == pytest.approx(radius, rel=1e-12)
+    # It lies between the two iterates of the free run.
+    before, after = free[first - 1], free[first]
+    share = norm(result.solution - before) / norm(after - before)
+    assert relative(result.solution, before + share * (after - before)) < 1e-10
+    assert result.residuals[-1] == pytest.approx(norm(b - result.solution @ A) / norm(b), rel=1e-9)
+
+
+def test_a_ball_that_no_step_leaves_changes_no_bit():
+    A, b, start = spd(20, 1, 300.0), randn(1, 20, seed=2), randn(1, 20, seed=3)
+    far = conjugate_gradients(lambda x: x @ A, b, initial=start)
+    near = conjugate_gradients(lambda x: x @ A, b, initial=start, trust=Trust(1e6))
+    assert torch.equal(far.solution, near.solution) and far.status == near.status == "converged"
+
+
+def test_a_guess_outside_the_trusted_ball_widens_it():
+    A, b, start = spd(20, 1, 300.0), randn(1, 20, seed=2), randn(1, 20, seed=3)
+    start *= 1e5
+    result = conjugate_gradients(lambda x: x @ A, b, initial=start, trust=Trust(1e-3))
+    assert result.status == "converged"
 
 
 def test_ends_after_as_many_steps_as_there_are_eigenvalues():

@@ -43,7 +43,7 @@ def mats(deltas: Tensor, statistics: object = None, **options: object) -> Merged
 
 
 def converged(deltas: Tensor, statistics: object = None, **options: object) -> Tensor:
-    options = {"damping": 0.0, **options}
+    options = {"damping": 0.0, "trust": 1e9, **options}
     merged = mats(deltas, statistics, iterations=3000, tolerance=1e-7, **options)
     assert merged.record["status"] == "converged"
     return merged.delta

@@ -454,6 +454,7 @@ def test_the_kronecker_preconditioner_needs_a_quarter_of_the_applications(power,
             operator="kfac",
             preconditioner=preconditioner,
             damping=0.0,
+            trust=1e9,
             iterations=4000,
             tolerance=1e-5,
         ).record

@@ -10,6 +10,7 @@ import torch
 
 from eutectic.errors import MethodError, NumericalError
 from eutectic.methods import merge_matrices
+from eutectic.methods.registry import get_method
 from eutectic.types import LayerStatistics
 
 from .matching_cases import (
@@ -213,3 +214,30 @@ def test_inputs_are_left_alone():
     merge_matrices("regmean", deltas, statistics=statistics)
     for before, after in zip(kept, [deltas, *(s.gram for s in statistics)], strict=True):
         assert torch.equal(before, after)
+
+
+# --- steps that would leave the experts behind ----------------------------------------------------
+
+
+@pytest.mark.parametrize("space", ["delta", "weight"])
+@pytest.mark.parametrize("preconditioner", ["none", "jacobi", "kronecker"])
+def test_kfac_steps_end_where_the_merge_would_outgrow_its_experts(preconditioner, space):
+    deltas, base = randn(EXPERTS, OUT, IN), randn(OUT, IN, seed=8)
+    statistics = collect(rows=2)  # so few that most directions have hardly any curvature
+    options = {"operator": "kfac", "preconditioner": preconditioner, "damping": 0.0}
+    options |= {"space": space, "init": "zero", "iterations": 500, "tolerance": 0.0}
+    largest = float(max(delta.norm() for delta in deltas))
+    free = mats(deltas, statistics, base=base, trust=1e9, **options).delta
+    bound = 0.5 * float(free.norm()) / largest
+    merged = mats(deltas, statistics, base=base, trust=bound, **options)
+    assert merged.record["status"] == "trust_limit"
+    assert float(merged.delta.norm()) == pytest.approx(bound * largest, rel=1e-5)
+
+
+def test_the_bound_of_kfac_is_twice_the_largest_expert():
+    parse = get_method("mats").parse
+    deltas = torch.stack([torch.eye(3), 2 * torch.eye(3)])
+    assert parse({"operator": "kfac"}).largest(deltas) == pytest.approx(4 * 3**0.5)
+    assert parse({"operator": "kfac", "trust": 5}).largest(deltas) == pytest.approx(10 * 3**0.5)
+    assert parse({"operator": "gram"}).largest(deltas) is None
+    assert parse({"trust": 1}).largest(deltas) == pytest.approx(2 * 3**0.5)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from eutectic.linalg import lapack
 
-Status = Literal["converged", "iteration_limit", "stagnated", "breakdown", "non_finite"]
+Status = Literal[
+    "converged", "iteration_limit", "trust_limit", "stagnated", "breakdown", "non_finite"
+]
 LinearMap = Callable[[Tensor], Tensor]
 
 ROUNDING_ERRORS = 10  # eigenvalues below so many say nothing
@@ -32,6 +34,7 @@ class CGResult:
         status: why it stopped.
             converged: the recomputed residual is at most the tolerance.
             iteration_limit: the steps ran out, which is early stopping.
+            trust_limit: the next step would have left the trusted ball; the solution lies on it.
             stagnated: the recurrence reached the tolerance but the recomputed residual does not
                 follow: the dtype is too narrow for the condition of the operator.
             breakdown: a direction without positive curvature: the operator (or the
@@ -47,6 +50,22 @@ class CGResult:
     status: Status
 
 
+@dataclass(frozen=True)
+class Trust:
+    """The ball around `center` that no iterate leaves.
+
+    Steps along directions of hardly any curvature are long: where the operator is estimated from
+    few data, they follow its noise.
+
+    Attributes:
+        radius: in the Frobenius norm. An initial guess further out widens the ball to itself.
+        center: None for zero.
+    """
+
+    radius: float
+    center: Tensor | None = None
+
+
 def conjugate_gradients(
     operator: LinearMap,
     right_side: Tensor,
@@ -55,6 +74,7 @@ def conjugate_gradients(
     iterations: int = 100,
     tolerance: float = 1e-5,
     preconditioner: LinearMap | None = None,
+    trust: Trust | None = None,
 ) -> CGResult:
     """Solve C(x) = b for a symmetric positive semidefinite linear map C on tensors.
 
@@ -70,12 +90,15 @@ def conjugate_gradients(
         iterations: the most steps to take.
         tolerance: relative residual at which to stop.
         preconditioner: r -> M⁻¹(r), symmetric positive definite.
+        trust: where to end: the first step that would leave this ball is cut off at its surface
+            (Steihaug, SIAM J. Numer. Anal. 20, 1983).
 
     Returns:
         The result record. It never raises: the caller decides what a status means. b = 0 gives
         x = 0. On a rank-deficient consistent system x keeps x₀'s part in the null space.
 
-    Cost: one application of C (and of M⁻¹) a step and at most two besides; five tensors of memory.
+    Cost: one application of C (and of M⁻¹) a step and at most two besides; five tensors of memory,
+        six with a trusted ball around another point than zero.
     """
     b_norm = norm(right_side)
     x = torch.zeros_like(right_side) if initial is None else initial.to(right_side, copy=True)
@@ -89,6 +112,8 @@ def conjugate_gradients(
     p: Tensor | None = None
     rho = 0.0
     steps = 0
+    if trust is not None:
+        trust = replace(trust, radius=max(trust.radius, norm(_from_center(x, trust))))
     best_recomputed = math.inf
     status: Status
     while True:
@@ -126,11 +151,28 @@ def conjugate_gradients(
             status = "breakdown"
             break
         step = rho / curvature
-        x.add_(p, alpha=step)
-        r.sub_(q, alpha=step)
+        longest = math.inf if trust is None else _longest_step(x, p, trust)
+        x.add_(p, alpha=min(step, longest))
+        r.sub_(q, alpha=min(step, longest))
         steps += 1
         curve.append(norm(r) / b_norm)
+        if step > longest and curve[-1] > tolerance:
+            status = "trust_limit"
+            break
     return CGResult(x, steps, applications, tuple(curve), status)
+
+
+def _longest_step(x: Tensor, direction: Tensor, trust: Trust) -> float:
+    """Return the largest t ≥ 0 with ‖x + t·direction − center‖ ≤ radius."""
+    from_center = _from_center(x, trust)
+    square = inner(direction, direction)
+    along = inner(from_center, direction)
+    inside = max(trust.radius**2 - inner(from_center, from_center), 0.0)
+    return max((math.sqrt(along**2 + square * inside) - along) / square, 0.0)
+
+
+def _from_center(x: Tensor, trust: Trust) -> Tensor:
+    return x if trust.center is None else x - trust.center
 
 
 def conjugate_gradients_by_eigenbasis(

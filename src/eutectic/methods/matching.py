@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
 from eutectic.errors import MethodError
-from eutectic.linalg.cg import eigenbasis_pays
+from eutectic.linalg.cg import eigenbasis_pays, norm
 from eutectic.linalg.lowrank import LowRankStack
 from eutectic.methods.core_matching import core_of, in_core
 from eutectic.methods.grams import participants
@@ -39,6 +39,7 @@ from eutectic.methods.solving import (
 )
 from eutectic.types import Merged
 
+KFAC_TRUST = 2.0  # of the largest expert: where undamped steps ruin a model, the best bound tried
 KFAC_DAMPING = 0.01  # of a system whose preconditioner inverts its smallest eigenvalues too
 
 
@@ -63,6 +64,10 @@ class MatsParameters(Parameters):
             for "kfac" with a preconditioner, which else reaches directions that hardly any data
             excite within a few steps, and may leave them many times too large; 0 otherwise, as
             published.
+        trust: the largest ‖Δ‖_F, as a multiple of the largest ‖Δ_t‖_F; the step that would exceed
+            it is cut off there and is the last one, unless the initial guess is larger itself.
+            None: 2 for "kfac", whose curvature is estimated from few gradients and leaves
+            directions in which an undamped step has no bound; no limit otherwise, as published.
         space: solve for the delta, or for the weight as published.
         solver: conjugate gradients, or the closed form in float64 where there is one.
         rest: what a tensor without statistics takes: the experts' average, or the initial guess.
@@ -77,6 +82,7 @@ class MatsParameters(Parameters):
     preconditioner: Preconditioner = "none"
     off_diagonal: Annotated[float, Ge(0), Le(1)] = 1.0
     damping: Annotated[float, Ge(0)] | None = None
+    trust: Annotated[float, Gt(0)] | None = None
     space: Unknown = "delta"
     solver: Literal["cg", "direct"] = "cg"
     rest: Literal["average", "init"] = "average"
@@ -94,6 +100,13 @@ class MatsParameters(Parameters):
             return self.damping
         steep = self.operator == "kfac" and self.preconditioner != "none"
         return KFAC_DAMPING if steep else 0.0
+
+    def largest(self, deltas: Tensor) -> float | None:
+        """Return the norm that no iterate exceeds, or None."""
+        trust = self.trust
+        if trust is None and self.operator == "kfac":
+            trust = KFAC_TRUST
+        return None if trust is None else trust * max(norm(delta) for delta in deltas)
 
 
 def _needs(parameters: MatsParameters) -> set[str]:
@@ -221,6 +234,7 @@ def mats(deltas: Tensor | LowRankStack, parameters: MatsParameters, context: Con
         tolerance=parameters.tolerance,
         preconditioner=parameters.preconditioner,
         damping=parameters.ridge(),
+        radius=parameters.largest(inputs[members]),
     )
     steps = parameters.steps()
     result = run(system, start, offset, steps=steps)

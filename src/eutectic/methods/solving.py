@@ -10,6 +10,7 @@ from eutectic.errors import MethodError, suggest
 from eutectic.linalg.cg import (
     CGResult,
     LinearMap,
+    Trust,
     conjugate_gradients,
     conjugate_gradients_by_eigenbasis,
     eigenbasis_pays,
@@ -84,10 +85,12 @@ def iterate(
     tolerance: float,
     preconditioner: Preconditioner,
     damping: float,
+    radius: float | None,
 ) -> CGResult:
     """Run conjugate gradients on the unknown offset + delta; system, start and result are deltas.
 
-    `offset` is W₀ when the weights are the unknown; for the others see `MatsParameters`.
+    `offset` is W₀ when the weights are the unknown; `radius` is the largest norm of the delta; for
+    the others see `MatsParameters`.
     """
     initial = start.to(system.right_side).reshape(system.right_side.shape)
     if offset is not None:
@@ -95,7 +98,7 @@ def iterate(
     system = damped(system, damping)
     b = system.right_side
     matrix = system.matrix if preconditioner == "none" else None
-    if matrix is not None and eigenbasis_pays(len(b), b.shape[-1], steps):
+    if radius is None and matrix is not None and eigenbasis_pays(len(b), b.shape[-1], steps):
         result = conjugate_gradients_by_eigenbasis(
             matrix, b, initial=initial, iterations=steps, tolerance=tolerance
         )
@@ -109,6 +112,7 @@ def iterate(
             iterations=steps,
             tolerance=tolerance,
             preconditioner=_approximate_inverse(system, preconditioner),
+            trust=None if radius is None else Trust(radius, offset),
         )
     return result if offset is None else replace(result, solution=result.solution - offset)
 
