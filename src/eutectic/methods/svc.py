@@ -1,0 +1,113 @@
+"""SVC: the singular values of a merge, divided by how often they count what experts share."""
+
+from collections.abc import Set
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from eutectic.errors import MethodError
+from eutectic.linalg.svd import default_tolerance, numerical_rank
+from eutectic.methods.grams import Sums, lack, participants
+from eutectic.methods.registry import (
+    Context,
+    Cost,
+    Parameters,
+    Takes,
+    all_methods,
+    always,
+    get_method,
+    register,
+)
+from eutectic.methods.solving import ZERO, initial_guess
+from eutectic.types import Merged
+
+
+@dataclass(frozen=True, kw_only=True)
+class SvcParameters(Parameters):
+    """Parameters of `svc`.
+
+    Attributes:
+        of: the method whose merge is calibrated, with its default parameters.
+        metric: inner products of rows, "plain" or those of the experts' "inputs".
+        directions: the left singular vectors u_r, of the "merge" or of the "sum" of the deltas.
+            A flat spectrum, such as Iso-C's, leaves the merge's own open: take the sum's there.
+    """
+
+    of: str = "task_arithmetic"
+    metric: Literal["plain", "inputs"] = "plain"
+    directions: Literal["merge", "sum"] = "merge"
+
+
+def _needs(parameters: SvcParameters) -> Set[str]:
+    if parameters.of not in all_methods():
+        return frozenset()  # the function refuses it, with a suggestion
+    entry = get_method(parameters.of)
+    metric = {"gram"} if parameters.metric == "inputs" else set[str]()
+    return {*entry.needs(entry.parse({})), *metric}
+
+
+@register(
+    "svc",
+    summary="Another method's merge with its singular values calibrated against the experts.",
+    paper="Singular value calibration after model merging, arXiv 2602.05536",
+    parameters=SvcParameters,
+    laws={"permutation", "homogeneous", "zero", "single", "absent", "rotation"},
+    takes=Takes(needs=_needs, fallback=always("svc")),
+    cost=Cost(workspace=lambda count: 2 + 24 / count, products=20.0),
+)
+def svc(deltas: Tensor, parameters: SvcParameters, context: Context) -> Merged:
+    """Return M with every direction u_r divided by γ_r = mean_t max(1/T, s_t^r).
+
+    M is the merge by `of` and s_t^r = ⟨u_rᵀM, u_rᵀΔ_t⟩/‖u_rᵀΔ_t‖² says how many times M has along
+    u_r what expert t has there: T where all experts agree and were added up, 1 where only t has
+    a part. With u_r the left singular vectors of M this is σ_r ← σ_r/γ_r. In the metric of the
+    inputs, ⟨x, y⟩ = x·A_t/n_t·yᵀ.
+
+    Shapes: `[T, out, in]` -> `[out, in]`; vectors are averaged. Cost: the merge by `of`, one
+    float64 SVD, T products `[r, out]·[out, in]`, with "inputs" 2T products with Grams. T = 1 and
+    `of: task_arithmetic` give the expert; zero deltas give zero. Rank deficiency: directions of M
+    below eps·max(out, in) of the first are left as they are. An expert without a part in u_r says
+    nothing of it and does not count in that mean; T counts experts of positive weight, which weigh
+    the mean. A tensor that lacks a Gram is calibrated in the plain metric, and the record says so.
+
+    The calibrated sum has the size of one expert where they agree: its best α is near 1.
+
+    Deviations from the source: weights; experts without a part are left out; `directions`.
+
+    Raises:
+        MethodError: `of` is no method, or one that starts from an initial guess itself.
+
+    Reference: arXiv 2602.05536 (ICML 2026).
+    """
+    members = participants(context)
+    if parameters.of == ZERO:
+        raise MethodError("of 'zero' is no method whose merge could be calibrated.")
+    merged, origin = initial_guess(deltas, parameters.of, 1.0, replace(context, initial=None))
+    record: dict[str, Any] = {"of": origin["from"], "metric": parameters.metric}
+    total = context.weigh(deltas).sum(0) if parameters.directions == "sum" else merged
+    left, S, _ = torch.linalg.svd(total.double(), full_matrices=False)
+    rank = numerical_rank(S, default_tolerance(deltas.dtype, deltas.shape[1:]))
+    if rank == 0:
+        return Merged(merged, record)
+    reason = lack(("gram",), context, True) if parameters.metric == "inputs" else None
+    if reason is not None:
+        record |= {"metric": "plain", "reason": reason}
+    U, wide = left[:, :rank], merged.double()
+    along = U.mT @ wide
+    sums = Sums(context, True, 1.0, wide) if record["metric"] == "inputs" else None
+    counted, mass = torch.zeros(rank).to(along), torch.zeros(rank).to(along)
+    floor = 1 / len(members)
+    for t in members:
+        own = U.mT @ deltas[t].double()
+        seen = own if sums is None else own @ sums.input_gram(t, own.shape[1], 1.0).dense()
+        square = (own * seen).sum(1)
+        there = square > torch.finfo(torch.float64).eps * float(square.max())
+        times = (along * seen).sum(1) / torch.where(there, square, 1)
+        counted += context.weights[t] * torch.where(there, times.clamp_min(floor), 0)
+        mass += context.weights[t] * there
+    gamma = torch.where(mass > 0, counted / torch.where(mass > 0, mass, 1), 1)
+    calibrated = wide + U @ (along * (1 / gamma - 1).unsqueeze(1))
+    record["mean_factor"] = float((1 / gamma).mean())
+    return Merged(calibrated.to(deltas), record)

@@ -1,0 +1,78 @@
+"""Guards SVC against a transcription, and what its factors mean."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eutectic.errors import MethodError
+from eutectic.methods import merge_matrices
+
+from .matching_cases import EXPERTS, IN, OUT, collect, randn
+
+STATISTICS = collect()
+DELTAS = randn(EXPERTS, OUT, IN).double()
+
+
+def naive(merged, directions, grams, weights):
+    U, S, Vh = torch.linalg.svd(directions, full_matrices=False)
+    members = [t for t, w in enumerate(weights) if w > 0]
+    result = merged.clone()
+    for r in range(len(S)):
+        u, times = U[:, r], []
+        for t in members:
+            own = u @ DELTAS[t]
+            times.append(float((u @ merged) @ grams[t] @ own / (own @ grams[t] @ own)))
+        share = [weights[t] * max(1 / len(members), s) for t, s in zip(members, times, strict=True)]
+        gamma = sum(share) / sum(weights[t] for t in members)
+        result += torch.outer(u, (u @ merged) * (1 / gamma - 1))
+    return result
+
+
+@pytest.mark.parametrize("of", ["task_arithmetic", "tsv_m", "ties"])
+@pytest.mark.parametrize("metric", ["plain", "inputs"])
+@pytest.mark.parametrize("directions", ["merge", "sum"])
+def test_against_the_transcription(of, metric, directions):
+    weights = [1.0, 0.5, *[2.0] * (EXPERTS - 2)]
+    grams = [torch.eye(IN, dtype=torch.float64)] * EXPERTS
+    if metric == "inputs":
+        grams = [entry.gram.double() / entry.count for entry in STATISTICS]
+    merged = merge_matrices(of, DELTAS, weights=weights)
+    total = sum(w * d for w, d in zip(weights, DELTAS, strict=True))
+    expected = naive(merged, total if directions == "sum" else merged, grams, weights)
+    found = merge_matrices(
+        "svc",
+        DELTAS,
+        weights=weights,
+        statistics=STATISTICS,
+        of=of,
+        metric=metric,
+        directions=directions,
+    )
+    assert float((found - expected).norm() / expected.norm()) < 1e-7  # Grams are float32
+
+
+def test_what_all_share_is_counted_once_and_what_one_has_is_kept():
+    shared, own = torch.zeros(2, 6, 6)
+    shared[0, 0], own[1, 1] = 1.0, 1.0
+    merged = merge_matrices("svc", torch.stack([shared, shared, shared + own]), full_output=True)
+    assert torch.allclose(merged.delta, shared + own, atol=1e-6)
+    assert merged.record["mean_factor"] == pytest.approx((1 / 3 + 1) / 2)
+
+
+def test_a_method_that_is_none_is_refused():
+    with pytest.raises(MethodError, match="isoc"):
+        merge_matrices("svc", DELTAS, of="isoc")
+    with pytest.raises(MethodError, match="no method"):
+        merge_matrices("svc", DELTAS, of="zero")
+    with pytest.raises(MethodError, match="initial guess"):
+        merge_matrices("svc", DELTAS, of="mats", statistics=STATISTICS)
+
+
+def test_a_lack_of_inputs_is_told():
+    merged = merge_matrices(
+        "svc", DELTAS, statistics=[None] * EXPERTS, metric="inputs", fallback="allow",
+        full_output=True,
+    )  # fmt: skip
+    assert merged.record["metric"] == "plain" and "no statistics" in merged.record["reason"]
+    assert torch.equal(merged.delta, merge_matrices("svc", DELTAS))
