@@ -5,6 +5,7 @@ with a count of the others (`{few}`), and every number by its name: `{count:n te
 in the singular or the plural, `{count:n matrix/matrices}` an irregular one.
 """
 
+import html
 import re
 import string
 import unicodedata
@@ -151,6 +152,14 @@ def public_path(path: object) -> str:
     text = plain(str(path), kept="").replace("\\", "/")
     private = text.startswith(("/", "~", "..")) or text[1:2] == ":"
     return text.rstrip("/").rpartition("/")[2] or text if private else text
+
+
+_MARKS = re.compile(r"([\\`*\[\]|~])")  # Markdown that reaches beyond one word
+
+
+def as_markdown(text: object) -> str:
+    """Return a text from elsewhere for a card: one line, without Markdown and HTML of its own."""
+    return _MARKS.sub(r"\\\1", html.escape(plain(str(text), kept=""), quote=False))
 
 
 def percent(share: float) -> str:

@@ -36,7 +36,7 @@ from eutectic.conventions import is_packed
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes
 from eutectic.storage import FolderAside, folder_aside
-from eutectic.words import counted, few
+from eutectic.words import between, counted, few
 
 if TYPE_CHECKING:
     from eutectic.routed.router_quality import RouterQuality
@@ -157,13 +157,16 @@ def _build(
         _report({name: str(aside.output) for name, aside in asides.items()}, json)
         return
     from eutectic.checkpoint.folder import copy_side_files, side_files
+    from eutectic.checkpoint.writer import write_atomically
+    from eutectic.execution.model_card import UNKNOWN, licence_of
     from eutectic.models.loading import load_stored
     from eutectic.routed import build_routed, routed_costs
     from eutectic.routed.build import expert_statistics as check_statistics
     from eutectic.routed.build import open_experts
     from eutectic.routed.head_files import find_heads
+    from eutectic.routed.routed_card import CARD, routed_card
     from eutectic.routed.routed_folder import write_adapters, write_routed
-    from eutectic.routed.routed_layers import routed_layers
+    from eutectic.routed.routed_layers import routed_layers, unrouted_layers
 
     doing("loading the merged model")
     beside = side_files(merged)
@@ -171,8 +174,9 @@ def _build(
     of_experts = _open(statistics.statistics, "--statistics")
     chosen, left_out = routed_layers(model, build.layers, of_experts)
     costs = asdict(routed_costs(model, len(named), build.rank, build.layers, of_experts))
+    places = {"routed": [s.name for s in chosen], "not_routed": unrouted_layers(model, chosen)}
     if not asides:
-        _report({"costs": costs, "left_out": left_out}, json)
+        _report({"costs": costs, **places, "left_out": left_out}, json)
         return
     if not json:
         _report({"costs": costs}, json)
@@ -185,10 +189,12 @@ def _build(
     doing("building thin experts")
     routed: Any = build_routed(model, named, of_experts, of_router, **vars(build), heads=heads)
     quality = _quality(routed, of_router or of_experts, data, reading)
+    routed.routing.quality = None if quality is None else quality.record()
     report: dict[str, Any] = {
         **({"costs": costs} if json else {}),
+        **places,
         **_described(routed),
-        "router_quality": None if quality is None else quality.record(),
+        "router_quality": routed.routing.quality,
     }
     doing("writing")
     for name, aside in asides.items():
@@ -200,6 +206,9 @@ def _build(
                 write_adapters(routed, folder, aside.output, merged)
             else:
                 write_routed(routed, folder)
+                licence = licence_of(merged)
+                card = routed_card(routed, None if licence == UNKNOWN else licence)
+                write_atomically(folder / CARD, card.encode())
                 own = {path.name for path in folder.iterdir()}
                 copy_side_files(merged, folder, [name for name in beside if name not in own])
     _put_in_place(asides)
@@ -259,20 +268,25 @@ def _described(routed: Any) -> dict[str, Any]:
 
 
 def _show(folder: Path, export: Path | None, json: bool) -> None:
-    from eutectic.routed import export_lora, load_routed
+    from eutectic.routed import RouterQuality, export_lora, load_routed
     from eutectic.routed.routed_folder import experts_of
+    from eutectic.routed.routed_layers import unrouted_layers
 
     doing("loading the routed model")
     routed = load_routed(folder)
+    held, kept = experts_of(routed), routed.routing.quality
     report: dict[str, Any] = {
+        "routed": [experts.name for experts in held.values()],
+        "not_routed": unrouted_layers(routed),
         **_described(routed),
         "accumulate": routed.routing.accumulate,
-        "layers": {path: experts.up.shape[2] for path, experts in experts_of(routed).items()},
+        "layers": {path: experts.up.shape[2] for path, experts in held.items()},
+        "router_quality": kept,
     }
     if export is not None:
         export_lora(routed, export, folder)
         report["export"] = str(export)
-    _report(report, json)
+    _report(report, json, None if kept is None else RouterQuality.from_record(kept))
 
 
 def _open_folders(
@@ -376,14 +390,20 @@ def _report(report: Mapping[str, Any], json: bool, quality: RouterQuality | None
     if report.get("heads"):
         kinds = dict.fromkeys(report["heads"].values())
         table.add_row("heads", escape(f"of {', '.join(report['heads'])} ({', '.join(kinds)})"))
-    for path, rank in report.get("layers", {}).items():
-        table.add_row(path, f"rank {rank}")
+    if ranks := sorted(set(report.get("layers", {}).values())):
+        table.add_row("rank", between(ranks[0], ranks[-1]))
     alike: dict[str, list[str]] = {}
     left_out: list[str] = report.get("left_out", [])
     for name in left_out:
         alike.setdefault(_why_left_out(name, left_out), []).append(name)
     for reason, names in alike.items():
         table.add_row("left out", escape(f"{few(names)}: {reason}"))
+    if others := [name for name in report.get("not_routed", []) if name not in left_out]:
+        count = counted(len(others), "matrix", "matrices")
+        text = (
+            f"{count}: merged only, whichever expert is chosen, at any rank; so are biases, norms "
+        )
+        table.add_row("not routed", text + "and tables (--layers GLOB routes others)")
     if report.get("short"):
         table.add_row(
             "note",
@@ -391,11 +411,28 @@ def _report(report: Mapping[str, Any], json: bool, quality: RouterQuality | None
             "rank: too few tokens, or nothing left to add",
         )
     out.print(table)
+    _show_places(report)
     if quality is not None:
         show_quality(quality)
         tell_notes([note] if note else [])
     tell_done("written", report.get("output"))
     tell_done("written", report.get("export"))
+
+
+def _show_places(report: Mapping[str, Any]) -> None:
+    """Print which kinds of layers are routed and which are not, in the model's order."""
+    from eutectic.routed.routed_layers import layer_kinds
+
+    found = {key: layer_kinds(report.get(key, [])) for key in ("routed", "not_routed")}
+    names = [*dict.fromkeys(name for kinds in found.values() for name in kinds)]
+    if not names:
+        return
+    cells = {
+        key: [str(found[key].get(name, "–")) for name in names] for key in ("routed", "not_routed")
+    }
+    columns = [("routed", cells["routed"]), ("not", cells["not_routed"])]
+    out.print()
+    print_named(names, [columns], title="matrices")
 
 
 def show_quality(quality: RouterQuality) -> None:

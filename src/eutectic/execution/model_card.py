@@ -1,6 +1,5 @@
 """The card of a merged model, and what is read of those of others."""
 
-import html
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,14 +11,14 @@ from eutectic.checkpoint.hub import hub_id
 from eutectic.planning.tensor_plan import COPY
 from eutectic.recipes.plain_yaml import UNREADABLE, YAML_BYTES, load_plain
 from eutectic.storage.small_files import read_text
-from eutectic.words import counted, is_plain, percent, plain, shares
+from eutectic.words import as_markdown as written
+from eutectic.words import counted, is_plain, percent, shares
 
 PROVENANCE = "eutectic.json"
 UNKNOWN = "unknown"  # a licence that no card states
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 _LONGEST_LICENCE = 100
 _FENCE = re.compile("`+")
-_MARKS = re.compile(r"([\\`*\[\]|~])")  # Markdown that reaches beyond one word
 
 
 def card(provenance: Mapping[str, Any]) -> str:
@@ -69,11 +68,6 @@ def _merged_by(provenance: Mapping[str, Any]) -> str:
         others = ", ".join(f"`{name}`" for name in taken if name != COPY)
         return f"{others} (asked for: `{method}`, which no tensor takes)"
     return f"`{method}`"
-
-
-def written(text: object) -> str:
-    """Return a text from elsewhere for a card: one line, without Markdown and HTML of its own."""
-    return _MARKS.sub(r"\\\1", html.escape(plain(str(text), kept=""), quote=False))
 
 
 def licence_of(folder: Path | None) -> str:

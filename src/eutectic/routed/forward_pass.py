@@ -117,6 +117,8 @@ class Routing:
     # Layer -> expert -> directions, where those are fewer than the rank.
     short: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
     left_out: list[str] = field(default_factory=list[str])  # default layers that are not routed
+    # `RouterQuality.record()` of what was measured or estimated, kept with the model.
+    quality: dict[str, Any] | None = None
 
     def settings(self) -> Settings:
         """Return the settings in force in this context."""

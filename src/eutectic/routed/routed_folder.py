@@ -61,6 +61,7 @@ class Description(BaseModel):
     left_out: list[str] = []  # absent in files of earlier versions
     layers: list[RoutedLayer]
     heads: tuple[str, ...] = ()  # experts that have one in `heads/`
+    quality: dict[str, Any] | None = None  # `RouterQuality.record()`, if it is known
 
 
 def finish(model: Model, routing: Routing, heads: Mapping[str, StoredHead] | None = None) -> Model:

@@ -1,12 +1,13 @@
 """Which layers of a model can be routed, which are by default, and what that costs."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
-from eutectic.conventions import PARTS, is_attention_or_mlp_input
+from eutectic.conventions import PARTS, is_attention_or_mlp_input, layer_group
 from eutectic.errors import RequestError
 from eutectic.models.sites import Site, routable_sites, selected
 from eutectic.routed.routed_modules import RoutedAttention, RoutedLinear
@@ -83,6 +84,20 @@ def routed_layers(
     unseen = _unseen_tower(chosen, statistics or {})
     left_out = [s.name for s in chosen if s.path in crossed or s.role == unseen]
     return [s for s in chosen if s.path not in crossed and s.role != unseen], left_out
+
+
+def layer_kinds(names: Iterable[str]) -> dict[str, int]:
+    """Return kind of layer -> how many there are: names with `*` for numbers, in their order."""
+    return dict(Counter(map(layer_group, names)))
+
+
+def unrouted_layers(model: nn.Module, chosen: Iterable[Site] = ()) -> list[str]:
+    """Return the layers of a model that could be routed, and are not nor will be (`chosen`).
+
+    In them, as in everything that is no layer, a routed model stays the merged one at any rank.
+    """
+    paths = {layer.path for layer in chosen}
+    return [site.name for site in routable_sites(model) if site.path not in paths]
 
 
 def _unseen_tower(layers: Sequence[Site], statistics: Mapping[str, Iterable[str]]) -> str | None:

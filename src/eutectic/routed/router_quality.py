@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ class RouterQuality:
         layers: layer -> task -> share.
         decisions: task -> share by the decision for the whole network, which `predict` takes; of an
             estimate, which knows each layer alone, the mean over the layers.
+        confusion: task -> expert -> share of the task's samples by that decision; empty of an
+            estimate.
     """
 
     measured: bool
@@ -45,6 +47,12 @@ class RouterQuality:
     samples: Mapping[str, int]
     layers: Mapping[str, Mapping[str, float]]
     decisions: Mapping[str, float]
+    confusion: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> RouterQuality:
+        """Return what `record` was made of."""
+        return cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record})
 
     @property
     def bound(self) -> float:
@@ -91,6 +99,7 @@ class RouterQuality:
             "samples": dict(self.samples),
             "decisions": dict(self.decisions),
             "layers": {layer: dict(shares) for layer, shares in self.layers.items()},
+            "confusion": {task: dict(shares) for task, shares in self.confusion.items()},
         }
 
 
@@ -117,6 +126,7 @@ def router_quality(
     layers: dict[str, dict[str, float]] = {}
     decisions: dict[str, float] = {}
     samples: dict[str, int] = {}
+    confusion: dict[str, dict[str, float]] = {}
     for name, own in batches.items():
         right = handle.index(name)
         with routing(routed, record=True) as votes, evaluating(routed):
@@ -130,7 +140,8 @@ def router_quality(
             layers.setdefault(layer, {})[name] = _share(chosen == right)
         elected = elect(list(votes.values()), handle)
         samples[name], decisions[name] = len(elected), _share(elected == right)
-    return RouterQuality(True, 1 / len(handle.experts), samples, layers, decisions)
+        confusion[name] = {e: _share(elected == t) for t, e in enumerate(handle.experts)}
+    return RouterQuality(True, 1 / len(handle.experts), samples, layers, decisions, confusion)
 
 
 def estimated_quality(
