@@ -56,7 +56,11 @@ class Variant:
 VARIANTS: dict[str, Variant] = {
     "iso_c": Variant("iso_c"),
     "iso_a": Variant("iso_a", {"metric_rank": "full"}),
-    **{f"iso_a-{k}": Variant("iso_a", {"metric_rank": k}) for k in (16, 64, 256)},
+    "iso_a-default": Variant("iso_a"),
+    **{
+        f"iso_a-even-{k}": Variant("iso_a", {"metric_rank": k, "metric_degree": 0})
+        for k in (16, 64, 256)
+    },
     **{f"iso_a-file-{k}": Variant("iso_a", {}, k) for k in (16, 64, 256)},
     "esm": Variant("esm", {"preset": "roberta"}),
     **{f"esm-file-{k}": Variant("esm", {"preset": "roberta"}, k) for k in (16, 64, 256)},

@@ -1,4 +1,4 @@
-"""Metrics of few directions against the eigendecomposition of the whole."""
+"""Powers of metrics against the eigendecomposition."""
 
 import pytest
 import torch
@@ -6,7 +6,14 @@ from torch import Tensor
 
 from eutectic.linalg.core import core_space, core_space_beside
 from eutectic.linalg.lowrank import LowRankStack
-from eutectic.linalg.metric import InputMetric, leading_pairs, mean_metric, truncates
+from eutectic.linalg.metric import (
+    InputMetric,
+    Metric,
+    WideMetric,
+    chebyshev,
+    leading_pairs,
+    mean_metric,
+)
 
 IN, RANK = 96, 8
 
@@ -17,88 +24,121 @@ def second_moment(seed: int = 0, size: int = IN, power: float = 1.5) -> Tensor:
     return (turned * torch.arange(1, size + 1) ** -power) @ turned.mT
 
 
-def textbook(matrix: Tensor, rank: int) -> Tensor:
-    """The leading eigenpairs as they are, all others at their mean."""
-    values, vectors = torch.linalg.eigh(matrix)
-    values = values.clone()
-    values[:-rank] = values[:-rank].mean()
-    return (vectors * values) @ vectors.mT
-
-
 def power_of(matrix: Tensor, exponent: float) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values**exponent) @ vectors.mT
 
 
-def truncated(matrix: Tensor, rank: int = RANK) -> InputMetric:
-    trace = float(matrix.trace())
-    found = leading_pairs(lambda x: matrix @ x, (len(matrix), rank), trace, like=matrix)
-    return InputMetric(len(matrix), found.even, found.rows)
+def wide(C: Tensor, degree: int, dtype: torch.dtype = torch.float64) -> WideMetric:
+    return WideMetric(IN, 0.02, matrix=5 * C.to(dtype), scale=0.2, rank=RANK, degree=degree)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 5e-3), (torch.float32, 5e-3)])
-def test_leading_directions_and_an_even_rest(dtype: torch.dtype, bound: float):
+def apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+def test_leading_pairs_are_the_eigenpairs_and_what_they_leave_is_exact():
     C = second_moment()
-    found = truncated(C.to(dtype)).dense(C)
-    expected = textbook(C, RANK)
-    assert float((found - expected).norm() / expected.norm()) < bound
-    assert float(found.trace()) == pytest.approx(float(C.trace()), rel=1e-6)
-
-
-def test_the_share_that_is_lost_is_the_traces():
-    C = second_moment()
-    found = leading_pairs(lambda x: C @ x, (IN, RANK), float(C.trace()), like=C)
-    values = torch.linalg.eigvalsh(C)
-    assert found.lost == pytest.approx(float(values[:-RANK].sum() / values.sum()), rel=1e-3)
-    assert found.rows.shape == (RANK, IN)
-    products = found.rows @ found.rows.mT
-    assert float((products - torch.diag(products.diagonal())).abs().max()) < 1e-10
+    found = leading_pairs(lambda x: x @ C, (IN, RANK), float(C.trace()), like=C)
+    values = torch.linalg.eigvalsh(C).flip(0)
+    assert found.values.tolist() == pytest.approx(values[:RANK].tolist(), rel=2e-2)
+    assert found.values.tolist()[:4] == pytest.approx(values[:4].tolist(), rel=1e-4)
+    assert found.next == pytest.approx(float(values[RANK]), rel=0.1)
+    assert found.lost == pytest.approx(float(values[RANK:].sum()), rel=1e-2)
+    identity = found.vectors.mT @ found.vectors
+    assert float((identity - torch.eye(RANK)).abs().max()) < 1e-12
+    kept = (found.vectors.mT @ C @ found.vectors).trace()
+    assert found.lost == pytest.approx(float(C.trace() - kept), rel=1e-9)
 
 
 def test_nothing_is_found_of_nothing():
     found = leading_pairs(lambda x: 0 * x, (IN, RANK), 0.0, like=torch.zeros(1).double())
-    assert not bool(found.rows.any()) and found.lost == 0
+    assert not bool(found.values.any()) and found.lost == 0
+
+
+@pytest.mark.parametrize("exponent", [0.5, -0.5, 0.3])
+def test_chebyshev_coefficients_are_the_functions(exponent: float):
+    weights = chebyshev(exponent, 2.0, 1.5, 20)
+    x = torch.linspace(-1, 1, 50).double()
+    series = sum(w * torch.cos(j * torch.arccos(x)) for j, w in enumerate(weights))
+    assert apart(torch.as_tensor(series), (2 + 1.5 * x) ** exponent) < 1e-6
+
+
+@pytest.mark.parametrize("exponent", [0.5, -0.5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_wide_power_nears_the_textbooks_with_its_degree(exponent: float, dtype: torch.dtype):
+    C = second_moment()
+    M = torch.randn(7, IN).double()
+    expected = M @ power_of(C + 0.02 * torch.eye(IN), exponent)
+    errors = [apart(wide(C, n, dtype).times(M, exponent), expected) for n in (0, 1, 2, 4, 8, 16)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[3] < 2e-2 and errors[-1] < 1e-4
+
+
+@pytest.mark.parametrize("degree", [0, 4])
+def test_an_even_metric_is_exact_at_any_degree(degree: int):
+    M = torch.randn(7, IN).double()
+    metric = WideMetric(IN, 0.5, matrix=torch.eye(IN).double(), rank=RANK, degree=degree)
+    assert apart(metric.times(M, -0.5), M / 1.5**0.5) < 1e-6
+    nothing = WideMetric(IN, 0.5, matrix=torch.zeros(IN, IN).double(), rank=RANK, degree=degree)
+    assert apart(nothing.times(M, -0.5), M / 0.5**0.5) < 1e-12
+
+
+def test_rows_with_a_diagonal_are_the_matrix_of_them():
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(30, IN, generator=generator).double() * 0.8 ** torch.arange(30)[:, None]
+    rest = torch.rand(IN, generator=generator).double()
+    M = torch.randn(7, IN, generator=generator).double()
+    one = WideMetric(IN, 0.1, rows=rows, diagonal=rest, scale=2.0, rank=RANK)
+    other = WideMetric(IN, 0.1, matrix=rows.mT @ rows + torch.diag(rest), scale=2.0, rank=RANK)
+    assert one.trace == pytest.approx(other.trace)
+    assert apart(one.times(M, 0.5), other.times(M, 0.5)) < 1e-9
 
 
 @pytest.mark.parametrize("exponent", [0.5, -0.5, -1.0])
-@pytest.mark.parametrize("form", ["truncated", "rows", "many rows", "matrix"])
+@pytest.mark.parametrize("form", ["rows", "many rows", "matrix"])
 def test_a_power_is_the_textbooks(form: str, exponent: float):
     C = second_moment(power=0.5)
-    if form == "matrix":
-        metric = InputMetric(IN, matrix=C)
-    elif form == "truncated":
-        metric = truncated(C)
-    else:
-        rows = torch.randn(5 if form == "rows" else IN, IN).double()
-        metric = InputMetric(IN, 0.3, rows)
+    rows = torch.randn(5 if form == "rows" else IN, IN).double()
+    metric = InputMetric(IN, matrix=C) if form == "matrix" else InputMetric(IN, 0.3, rows)
     M = torch.randn(7, IN).double()
-    expected = M @ power_of(metric.dense(C), exponent)
-    assert float((metric.times(M, exponent) - expected).norm() / expected.norm()) < 1e-10
-
-
-def test_many_rows_are_cut_and_few_are_not():
-    generator = torch.Generator().manual_seed(3)
-    rows = torch.randn(60, IN, generator=generator).double() * 0.8 ** torch.arange(60)[:, None]
-    metric = InputMetric(IN, 0.01, rows)
-    assert metric.leading(None) is metric
-    assert metric.leading(15) is metric  # 60 rows are no more than 4 · 15
-    assert metric.leading(25) is metric  # as wide as 4 · 25, nearly
-    cut = metric.leading(10)
-    assert cut.count == 10
-    rest = rows.mT @ rows
-    expected = textbook(rest, 10) + 0.01 * torch.eye(IN)
-    assert float((cut.dense(rows) - expected).norm() / expected.norm()) < 2e-3
-    assert truncates(24, 96) and not truncates(25, 96) and not truncates(10, 96, 40)
+    assert apart(metric.times(M, exponent), M @ power_of(metric.dense(C), exponent)) < 1e-10
 
 
 def test_the_mean_is_of_rows_while_they_are_few():
-    metrics = [truncated(second_moment(seed), 4) for seed in range(3)]
-    mean = mean_metric(metrics, metrics[0].rows)
-    assert mean.thin and mean.count == 12
-    expected = sum(m.dense(metrics[0].rows) for m in metrics) / 3
-    assert float((mean.dense(expected) - expected).norm()) < 1e-12
-    wide = mean_metric([truncated(second_moment(seed), 20) for seed in range(3)], expected)
-    assert wide.matrix is not None
+    metrics = [InputMetric(IN, 0.1 * n, torch.randn(4, IN).double()) for n in range(1, 4)]
+    mean = mean_metric(metrics, torch.zeros(1))
+    assert isinstance(mean, InputMetric) and mean.thin and mean.count == 12
+    expected = sum((m.dense(torch.zeros(1)) for m in metrics), torch.zeros(IN, IN)) / 3
+    assert apart(mean.dense(expected), expected) < 1e-12
+    many = [InputMetric(IN, 0.1, torch.randn(20, IN).double()) for _ in range(3)]
+    mean = mean_metric(many, torch.zeros(1))
+    assert isinstance(mean, InputMetric) and mean.matrix is not None
+
+
+@pytest.mark.parametrize("forms", ["matrices", "rows", "both", "few rows beside"])
+def test_the_mean_of_wide_metrics_is_that_of_their_matrices(forms: str):
+    rows = torch.randn(9, IN).double()
+    rest = torch.rand(IN).double()
+    held: list[Metric] = [
+        WideMetric(IN, 0.1, matrix=second_moment(1), scale=3.0, rank=RANK, degree=16),
+        WideMetric(IN, 0.2, rows=rows, diagonal=rest, scale=0.5, rank=RANK, degree=16),
+        InputMetric(IN, 1.0, rows[:2]),
+        InputMetric(IN, 0.3),
+    ]
+    eye = torch.eye(IN).double()
+    dense = [
+        0.1 * eye + 3 * second_moment(1),
+        0.2 * eye + 0.5 * (rows.mT @ rows + torch.diag(rest)),
+        eye + rows[:2].mT @ rows[:2],
+        0.3 * eye,
+    ]
+    chosen = {"matrices": [0, 0], "rows": [1, 1], "both": [0, 1, 2, 3], "few rows beside": [1, 2]}
+    mean = mean_metric([held[i] for i in chosen[forms]], rows)
+    expected = sum((dense[i] for i in chosen[forms]), 0 * eye) / len(chosen[forms])
+    M = torch.randn(5, IN).double()
+    assert isinstance(mean, WideMetric)
+    assert apart(mean.times(M, 0.5), M @ power_of(expected, 0.5)) < 2e-3
 
 
 def adapters(ranks: tuple[int, ...] = (2, 3, 0)) -> LowRankStack:

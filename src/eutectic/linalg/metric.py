@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -13,14 +14,17 @@ from eutectic.linalg import lapack
 
 # Rows below this share of the width are cheaper than the matrix, whose eigenproblem is the cost.
 FEW = 0.5
-# A width up to so many times the rank is decomposed whole: the rest that is left even has too few
-# directions to save anything. So many times the rank of rows are kept all, for the same reason.
+# Measured: below this width, and below so many times the rank, the eigenproblem costs less.
+WHOLE_WIDTH = 512
 WHOLE = 4
+FEW_ROWS = 1024  # up to so many rows, their own eigenproblem costs less
+EVEN = 1 - 1e-4  # of the largest eigenvalue: a mean above this is that of equal ones
+ABOVE = 1.1  # times the next Ritz value, where the rest of a spectrum begins
 STEPS = 12
 GAIN = 2e-3  # of what is lost, that a step of the subspace iteration may still gain
 NOTHING = 1e-12  # of the whole energy: so little is rounding
 
-Product = Callable[[Tensor], Tensor]
+Act = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,59 +99,39 @@ class InputMetric:
         """Return it between `size` orthonormal directions, of which the rows are `[k, size]`."""
         return InputMetric(size, self.isotropic, rows)
 
-    def leading(self, rank: int | None) -> InputMetric:
-        """Return C with `rank` directions and an even rest, where it has many rows; else itself.
-
-        The trace is kept.
-        """
-        rows = self.rows
-        if rank is None or rows is None or not truncates(rank, self.size, len(rows)):
-            return self
-        trace = float(rows.square().sum())
-        found = leading_pairs(lambda x: rows.mT @ (rows @ x), (self.size, rank), trace, like=rows)
-        return InputMetric(self.size, self.isotropic + found.even, found.rows)
-
 
 @dataclass(frozen=True, eq=False)
 class Leading:
-    """A ≈ even·I + rowsᵀ·rows, of the same trace.
+    """Leading Ritz pairs of a semidefinite A.
 
     Attributes:
-        rows: `[k, in]`, orthogonal, in float64.
-        even: the mean of what the leading directions leave.
-        lost: the share of the trace that they leave.
+        values: `[k]`, descending, in float64.
+        vectors: `[in, k]`, orthonormal columns, in float64.
+        next: the Ritz value after them: about where the rest of the spectrum begins.
+        lost: what they leave of tr A.
     """
 
-    rows: Tensor
-    even: float
+    values: Tensor
+    vectors: Tensor
+    next: float
     lost: float
 
 
-def truncates(rank: int, width: int, rows: int | None = None) -> bool:
-    """Tell whether `rank` directions and an even rest are less work than all of them.
-
-    Args:
-        rank: directions that would be kept.
-        width: inputs of the layer.
-        rows: in how many rows the metric is held; None for a matrix.
-    """
-    return width >= WHOLE * rank and (rows is None or rows > WHOLE * rank)
-
-
 def leading_pairs(
-    product: Product, shape: tuple[int, int], trace: float, *, like: Tensor
+    act: Act, shape: tuple[int, int], trace: float, *, like: Tensor, steps: int = 2
 ) -> Leading:
-    """Return the leading directions of a semidefinite A, and what is left of its trace, even.
+    """Return the leading eigenpairs of a semidefinite A, and what they leave of its trace.
 
     Subspace iteration from a seeded start (Halko, Martinsson and Tropp, arXiv 0909.4061), until a
-    step gains less than `GAIN` of what is lost, or for `STEPS` steps. The share that is lost is
-    exact, tr A less the Ritz values: A lies above what is kept, so it is the error in nuclear norm.
+    step gains less than `GAIN` of what is lost, or for `STEPS` steps. What is lost is exact, tr A
+    less the Ritz values: A lies above what is kept, so it is the error in nuclear norm.
 
     Args:
-        product: X `[in, s]` -> A·X.
+        act: X `[s, in]` -> X·A.
         shape: in, and the directions k that are kept.
         trace: tr A.
         like: the products' dtype and device; small matrices are in float64.
+        steps: the fewest steps.
 
     Cost: O(in²·k) per step for a matrix, O(in·k·n) for n rows.
     """
@@ -155,38 +139,180 @@ def leading_pairs(
     wide = min(size, rank + max(8, rank // 4))
     # The start is the same for all matrices of one size: layers that share a Gram share its root.
     generator = torch.Generator(device="cpu").manual_seed(0)
-    start = torch.randn(size, wide, generator=generator, dtype=like.dtype).to(like.device)
-    basis = lapack.orthonormal(product(start))
+    start = torch.randn(wide, size, generator=generator, dtype=like.dtype).to(like.device)
+    basis = lapack.orthonormal(act(start).mT)
     before, step = 0.0, 0
     while True:
-        image = product(basis)
+        image = act(basis.mT).mT
         exact = basis.double()
         small = exact.mT @ image.double()
         values, turned = lapack.eigh((small + small.mT) / 2)
-        captured = float(values[:rank].clamp_min(0).sum())
+        values = values.clamp_min(0)
+        captured = float(values[:rank].sum())
         lost = max(trace - captured, 0.0)
         step += 1
         settled = captured - before <= max(GAIN * lost, NOTHING * trace)
-        if step == STEPS or (step > 1 and settled):
-            even = lost / max(size - rank, 1)
-            gains = (values[:rank] - even).clamp_min(0).sqrt()
-            rows = (exact @ turned[:, :rank]).mT * gains[:, None]
-            return Leading(rows, even, lost / trace if trace else 0.0)
+        if step >= STEPS or (step >= max(steps, 2) and settled):
+            following = float(values[rank]) if len(values) > rank else 0.0
+            return Leading(values[:rank], exact @ turned[:, :rank], following, lost)
         before = captured
         basis = lapack.orthonormal(image)
 
 
-def mean_metric(metrics: Sequence[InputMetric], like: Tensor) -> InputMetric:
-    """Return the mean of metrics of one size: of rows if all of them together are few."""
-    size, count = metrics[0].size, len(metrics)
-    isotropic = sum(metric.isotropic for metric in metrics) / count
-    held = [m.rows / count**0.5 for m in metrics if m.rows is not None]
+@dataclass(frozen=True, eq=False)
+class WideMetric:
+    """A positive definite C of many inputs, of which only products are taken.
+
+    C = `isotropic`·I + `scale`·A, with A a matrix, or rowsᵀ·rows + diag(`diagonal`). Its powers are
+    exact on the `rank` leading directions; on the rest, whose spectrum is short once these are
+    gone, they are a Chebyshev polynomial of C.
+
+    Attributes:
+        size: in.
+        isotropic: the multiple of the identity, above 0.
+        matrix: A `[in, in]`, in its own dtype, or None.
+        rows: `[k, in]` where there is no matrix.
+        diagonal: `[in]` beside the rows, or None.
+        scale: of A.
+        rank: leading directions that are found.
+        degree: of the polynomial; 0 takes the rest of the spectrum as even, at its mean.
+    """
+
+    size: int
+    isotropic: float
+    matrix: Tensor | None = None
+    rows: Tensor | None = None
+    diagonal: Tensor | None = None
+    scale: float = 1.0
+    rank: int = 64
+    degree: int = 4
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the products' dtype and device."""
+        held = self.matrix if self.matrix is not None else self.rows
+        assert held is not None
+        return held
+
+    @property
+    def trace(self) -> float:
+        """The trace of A."""
+        if self.matrix is not None:
+            return float(self.matrix.diagonal().sum(dtype=torch.float64))
+        rest = 0.0 if self.diagonal is None else float(self.diagonal.sum(dtype=torch.float64))
+        return float(self.like.square().sum(dtype=torch.float64)) + rest
+
+    def ridged(self, ridge: float) -> WideMetric:
+        """Return C + ridge·I."""
+        return replace(self, isotropic=self.isotropic + ridge)
+
+    def _act(self, x: Tensor) -> Tensor:
+        """Return X·A."""
+        if self.matrix is not None:
+            return x @ self.matrix
+        product = (x @ self.like.mT) @ self.like
+        return product if self.diagonal is None else product + x * self.diagonal.to(x)
+
+    @cached_property
+    def _leading(self) -> Leading:
+        shape = (self.size, self.rank)
+        return leading_pairs(self._act, shape, self.trace, like=self.like, steps=self.degree)
+
+    def times(self, matrix: Tensor, exponent: float) -> Tensor:
+        """Return M·C^p for M `[n, in]`, in float64, from products in the Gram's dtype.
+
+        Cost: `degree` products with A beside the leading directions, which are found once.
+        """
+        found = self._leading
+        V = found.vectors
+        wide = matrix.double()
+        inside = wide @ V
+        powers = (self.isotropic + self.scale * found.values) ** exponent
+        result = (inside * powers) @ V.mT
+        rest = wide - inside @ V.mT
+        mean = found.lost / max(self.size - self.rank, 1)
+        if not self.degree or mean >= EVEN * found.next:
+            return result + rest * (self.isotropic + self.scale * mean) ** exponent
+        # A Ritz value lies below what it estimates.
+        above = self.isotropic + ABOVE * self.scale * found.next
+        narrow = V.to(self.like.dtype)
+        centre, half = (above + self.isotropic) / 2, (above - self.isotropic) / 2
+        shift = (self.isotropic - centre) / half
+
+        def step(x: Tensor) -> Tensor:
+            own = self._act(x) * (self.scale / half) + x * shift
+            return own - (own @ narrow) @ narrow.mT
+
+        first = rest.to(self.like.dtype)
+        second = step(first)
+        weights = chebyshev(exponent, centre, half, self.degree)
+        total = first.double() * weights[0] + second.double() * weights[1]
+        for weight in weights[2:]:
+            first, second = second, 2 * step(second) - first
+            total += second.double() * weight
+        return result + total
+
+
+def chebyshev(exponent: float, centre: float, half: float, degree: int) -> list[float]:
+    """Return the coefficients of the Chebyshev series of x^p around a centre."""
+    count = 8 * (degree + 8)
+    angles = (torch.arange(count, dtype=torch.float64) + 0.5) * (math.pi / count)
+    values = (centre + half * angles.cos()) ** exponent
+    return [
+        float((values * (j * angles).cos()).mean()) * (2 if j else 1) for j in range(degree + 1)
+    ]
+
+
+Metric = InputMetric | WideMetric
+
+
+def _mean_wide(metrics: Sequence[Metric], like: Tensor) -> WideMetric:
+    """Return the mean of metrics, some of them wide: a matrix if any of them has one."""
+    first = next(m for m in metrics if isinstance(m, WideMetric))
+    share = 1 / len(metrics)
+    isotropic = sum(m.isotropic for m in metrics) * share
+    scaled = [(m, share * (m.scale if isinstance(m, WideMetric) else 1.0)) for m in metrics]
+    dtype = first.like.dtype
     if all(m.matrix is None for m in metrics):
+        rows = [m.rows.to(dtype) * scale**0.5 for m, scale in scaled if m.rows is not None]
+        diagonals = [
+            m.diagonal.double() * scale
+            for m, scale in scaled
+            if isinstance(m, WideMetric) and m.diagonal is not None
+        ]
+        rest = sum(diagonals[1:], diagonals[0]) if diagonals else None
+        return replace(first, isotropic=isotropic, rows=torch.cat(rows), diagonal=rest, scale=1.0)
+    total = torch.zeros(first.size, first.size, dtype=dtype, device=like.device)
+    for m, scale in scaled:
+        if m.matrix is not None:
+            total.add_(m.matrix.to(dtype), alpha=scale)
+        elif m.rows is not None:
+            own = m.rows.to(dtype)
+            total.addmm_(own.mT, own, alpha=scale)
+            if isinstance(m, WideMetric) and m.diagonal is not None:
+                total.diagonal().add_(m.diagonal.to(dtype), alpha=scale)
+    return replace(first, isotropic=isotropic, matrix=total, rows=None, diagonal=None, scale=1.0)
+
+
+def is_wide(size: int, rank: int) -> bool:
+    """Tell whether leading directions and products are less work than an eigenproblem."""
+    return size >= max(WHOLE_WIDTH, WHOLE * rank)
+
+
+def mean_metric(metrics: Sequence[Metric], like: Tensor) -> Metric:
+    """Return the mean of metrics of one size: of rows if all of them together are few."""
+    own = [metric for metric in metrics if isinstance(metric, InputMetric)]
+    if len(own) < len(metrics):
+        return _mean_wide(metrics, like)
+    size, count = own[0].size, len(own)
+    isotropic = sum(metric.isotropic for metric in own) / count
+    held = [m.rows / count**0.5 for m in own if m.rows is not None]
+    if all(m.matrix is None for m in own):
         rows = torch.cat(held) if held else None
         together = InputMetric(size, isotropic, rows)
         if together.thin:
             return together
-    total = metrics[0].dense(like) / count
-    for metric in metrics[1:]:
+    total = own[0].dense(like) / count
+    for metric in own[1:]:
         total = total.add(metric.dense(like), alpha=1 / count)
     return InputMetric(size, matrix=total)
