@@ -206,16 +206,16 @@ def decoder(folder: Path) -> list[str | Path]:
     base = llama(folder / "base", None, 0)
     experts = [llama(folder / name, base, i + 1) for i, name in enumerate(EXPERTS)]
     named = [f"{path.name}={path}" for path in experts]
-    for method, scale in (("iso_c", 1.0), ("ties", 1.0), ("tsv_m", 1.0)):
+    for method, scale in (("ties", 1.0), ("tsv_m", 1.0), ("iso_c", 1.0)):
         target = folder / method
         eutectic("merge", "--base", base, "-m", method, "--scale", scale, "-o", target, *named,
                  output=target)  # fmt: skip
     inspection = folder / "inspection.json"
-    models = [word for m in ("iso_c", "ties", "tsv_m") for word in ("-m", f"{m}={folder / m}")]
+    models = [word for m in ("ties", "tsv_m", "iso_c") for word in ("-m", f"{m}={folder / m}")]
     eutectic("inspect", "--base", base, *models, *named, "-o", inspection, output=inspection)
     plan = folder / "plan.json"
     eutectic("plan", "--base", base, "-m", "iso_cts", *named, "--json", output=plan)
-    return [inspection, folder / "iso_c", folder / "ties", f"iso_cts={plan}"]
+    return [inspection, folder / "ties", folder / "iso_c", f"iso_cts={plan}"]
 
 
 def llama(folder: Path, base: Path | None, seed: int) -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 # What would run, break out of its place, or change the reading of what stands beside it.
@@ -124,3 +126,44 @@ def routed(experts: Sequence[str], layers: int = 4, **quality: Any) -> dict[str,
         "router": "discriminant", "accumulate": True, "batch_first": True, "short": {},
         "layers": [{"name": n, "path": n} for n in names], "quality": {**told, **quality},
     }  # fmt: skip
+
+
+def hostile_sources(folder: Path) -> list[object]:
+    """Return sources with hostile strings in every place that a text may stand."""
+    names = [f"{text} {i}" for i, text in enumerate(HOSTILE)]
+    told = results(
+        {n: {t: 0.5 + 0.01 * i for t in names} for i, n in enumerate(names)},
+        dict.fromkeys(names, 0.7), dict.fromkeys(names, 0.4), notes=names,
+    )  # fmt: skip
+    parts = [{"scale": s, "value": 0.1 * s, "parts": dict.fromkeys(names, s)} for s in (1.0, 2.0)]
+    curves = [
+        curve({}, 1.0, points=parts, objective=n, method=n, search=n) for n in names
+    ]  # fmt: skip
+    tensors = {
+        f"encoder.layer.{i}.{n}": {
+            "treatment": "matrix", "method": n, "scale": 1.0, "reason": n, "sha256": n,
+        }
+        for i, n in enumerate(names)
+    }  # fmt: skip
+    record = {"matrix": {"status": names[0], "residuals": [1.0, 0.5, 0.1]}}
+    made = {
+        "eutectic": names[0], "torch": names[1], "method": names[2], "mostly_by": names[3],
+        "scale": 1.0, "recipe": {n: n for n in names}, "notes": names,
+        "treatments": dict.fromkeys(names, 2), "merged_by": dict.fromkeys(names, 1),
+        "parents": {n: {"name": n, "licence": n, "fingerprint": n, "statistics": {n: n}}
+                    for n in names},
+        "tensors": tensors, "records": dict.fromkeys(tensors, record),
+        "norms": {"ratio": 5.0, "bound": 3.0}, "fallback": {"share": 0.5},
+        "calibration": {"calibrated": {names[0]: 1}, "data": {n: {"examples": 1} for n in names}},
+    }  # fmt: skip
+    merged = folder / "<b>merged"
+    merged.mkdir()
+    (merged / "eutectic.json").write_text(json.dumps(made), encoding="utf-8")
+    (merged / "routed.json").write_text(json.dumps(routed(names)), encoding="utf-8")
+    plan = {
+        "method": names[0], "scale": 1.0, "cost": {"seconds": 1.0}, "merged_by": {names[0]: 1},
+        "notes": names,
+        "tensors": [{"name": n, "shape": [1], "treatment": n, "method": n, "why": n}
+                    for n in names],
+    }  # fmt: skip
+    return [told, *curves, merged, plan]

@@ -17,7 +17,7 @@ from eutectic.reporting.page.page_record import Report, schema_text
 from helpers.cli import invoke
 from helpers.folders import load, make_base, make_expert
 from helpers.merging import save_inputs
-from helpers.reports import HOSTILE, curve, results, routed
+from helpers.reports import HOSTILE, curve, hostile_sources, results, routed
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "schemas" / "report-1.json"
 
@@ -219,47 +219,6 @@ def elements(html: str) -> list[tuple[str, dict[str, str | None]]]:
     parser = _Elements()
     parser.feed(html)
     return parser.found
-
-
-def hostile_sources(folder: Path) -> list[object]:
-    """Return sources with hostile strings in every place that a text may stand."""
-    names = [f"{text} {i}" for i, text in enumerate(HOSTILE)]
-    told = results(
-        {n: {t: 0.5 + 0.01 * i for t in names} for i, n in enumerate(names)},
-        dict.fromkeys(names, 0.7), dict.fromkeys(names, 0.4), notes=names,
-    )  # fmt: skip
-    parts = [{"scale": s, "value": 0.1 * s, "parts": dict.fromkeys(names, s)} for s in (1.0, 2.0)]
-    curves = [
-        curve({}, 1.0, points=parts, objective=n, method=n, search=n) for n in names
-    ]  # fmt: skip
-    tensors = {
-        f"encoder.layer.{i}.{n}": {
-            "treatment": "matrix", "method": n, "scale": 1.0, "reason": n, "sha256": n,
-        }
-        for i, n in enumerate(names)
-    }  # fmt: skip
-    record = {"matrix": {"status": names[0], "residuals": [1.0, 0.5, 0.1]}}
-    made = {
-        "eutectic": names[0], "torch": names[1], "method": names[2], "mostly_by": names[3],
-        "scale": 1.0, "recipe": {n: n for n in names}, "notes": names,
-        "treatments": dict.fromkeys(names, 2), "merged_by": dict.fromkeys(names, 1),
-        "parents": {n: {"name": n, "licence": n, "fingerprint": n, "statistics": {n: n}}
-                    for n in names},
-        "tensors": tensors, "records": dict.fromkeys(tensors, record),
-        "norms": {"ratio": 5.0, "bound": 3.0}, "fallback": {"share": 0.5},
-        "calibration": {"calibrated": {names[0]: 1}, "data": {n: {"examples": 1} for n in names}},
-    }  # fmt: skip
-    merged = folder / "<b>merged"
-    merged.mkdir()
-    (merged / "eutectic.json").write_text(json.dumps(made), encoding="utf-8")
-    (merged / "routed.json").write_text(json.dumps(routed(names)), encoding="utf-8")
-    plan = {
-        "method": names[0], "scale": 1.0, "cost": {"seconds": 1.0}, "merged_by": {names[0]: 1},
-        "notes": names,
-        "tensors": [{"name": n, "shape": [1], "treatment": n, "method": n, "why": n}
-                    for n in names],
-    }  # fmt: skip
-    return [told, *curves, merged, plan]
 
 
 def test_nothing_of_a_hostile_source_is_markup(tmp_path):

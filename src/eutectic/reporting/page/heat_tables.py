@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from eutectic.reporting.page.page_record import (
@@ -36,6 +36,7 @@ class Panel:
     label: str
     content: Any
     group: str = ""
+    chosen: bool = False  # shown first, and on paper; else the first is
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,22 @@ STEPS = 10  # colours, less one
 
 
 def map_panels(maps: Sequence[LayerMap]) -> list[Panel]:
-    """Return one panel per measure, grouped by the source that it is of."""
-    return [
+    """Return one panel per measure, grouped by the source that it is of.
+
+    The first that says different things of different layers is shown first.
+    """
+    panels = [
         Panel(f"m{i}-{j}", measure.label, _heat(own, measure), own.name)
         for i, own in enumerate(maps)
         for j, measure in enumerate(own.measures)
     ]
+    telling = (i for i, p in enumerate(panels) if len(_texts(p.content)) > 1)
+    first = next(telling, 0)
+    return [replace(panel, chosen=i == first) for i, panel in enumerate(panels)]
+
+
+def _texts(heat: Heat) -> set[str]:
+    return {cell.text for _, cells in heat.rows for cell in cells}
 
 
 def _heat(own: LayerMap, measure: Measure) -> Heat:
@@ -78,17 +89,20 @@ def _heat(own: LayerMap, measure: Measure) -> Heat:
             return Cell(f"{place + 1}", value, f"k{place % 8}", measure.states[place])
         letter = "d" if measure.scale == "diverging" else "q"
         color = _color(value, measure.low, measure.high)
-        return Cell(three_digits(value), value, f"{letter}{color}")
+        return Cell(fixed(value, measure.low, measure.high), value, f"{letter}{color}")
 
+    filled = [
+        (n, line)
+        for n, line in zip(own.rows, measure.values, strict=True)
+        if any(v is not None for v in line)
+    ]
+    kept = [i for i, _ in enumerate(own.columns) if any(line[i] is not None for _, line in filled)]
     return Heat(
         caption=measure.label,
         meaning=measure.meaning,
         unit=measure.unit,
-        columns=own.columns,
-        rows=[
-            (row, [cell(v) for v in line])
-            for row, line in zip(own.rows, measure.values, strict=True)
-        ],
+        columns=[own.columns[i] for i in kept],
+        rows=[(row, [cell(line[i]) for i in kept]) for row, line in filled],
         legend=legend,
         states=bool(measure.states),
     )
@@ -109,6 +123,20 @@ def three_digits(value: float) -> str:
     return text.replace("-", "−")
 
 
+def fixed(value: float, low: float, high: float) -> str:
+    """Return a number with as many decimals as tell two colours of its scale apart.
+
+    >>> fixed(-0.00001, -1, 1), fixed(0.9213, 0.9, 1), fixed(82.31, 0, 100)
+    ('0.00', '0.921', '82.3')
+    """
+    reach = high - low
+    if not 1e-4 < reach < 1e5:
+        return three_digits(value)
+    decimals = max(0, 2 - math.floor(math.log10(reach * (1 - 1e-9))))
+    text = f"{value:.{decimals}f}"
+    return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
+
+
 def pair_panel(table: PairTable) -> Panel:
     """Return a table of pairs; the diagonal is empty."""
     letter = "d" if table.scale == "diverging" else "q"
@@ -117,7 +145,7 @@ def pair_panel(table: PairTable) -> Panel:
         if value is None:
             return Cell("", None, "empty")
         color = _color(value, table.low, table.high)
-        return Cell(three_digits(value), value, f"{letter}{color}")
+        return Cell(fixed(value, table.low, table.high), value, f"{letter}{color}")
 
     heat = Heat(
         caption=table.label,
@@ -180,7 +208,7 @@ def _scale(
 ) -> list[tuple[str, str]]:
     """Return the colours of a scale with numbers at both ends and in the middle."""
     ends = {i: times * (low + (high - low) * i / STEPS) for i in (0, 5, STEPS)}
-    texts = {i: three_digits(value) for i, value in ends.items()}
+    texts = {i: fixed(value, ends[0], ends[STEPS]) for i, value in ends.items()}
     steps = range(STEPS + 1)
     return [(f"{kind}{STEPS - i if turned else i}", texts.get(i, "")) for i in steps]
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from eutectic.conventions import block_of, layer_group
+from eutectic.conventions import block_of, is_token_embedding, layer_group
 from eutectic.reporting.page.page_record import (
     LayerMap,
     Line,
@@ -31,17 +31,28 @@ _Scale = Literal["sequential", "diverging", "state"]
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Return names as a model has them: layer 2 before layer 10.
+    """Return names as a model has them: embeddings, layer 2 before layer 10, then what follows.
 
-    >>> in_order(["h.10.a", "h.2.b", "h.2.a"])
-    ['h.2.a', 'h.2.b', 'h.10.a']
+    >>> in_order(["lm_head.weight", "model.embed_tokens.weight", "h.10.b", "h.2.a", "h.10.a"])
+    ['model.embed_tokens.weight', 'h.2.a', 'h.10.a', 'h.10.b', 'lm_head.weight']
     """
+    held = list(names)
+    outside = [name for name in held if block_of(name) == name]
+    inside = {block_of(name) for name in held} - set(outside)
+    tables = [name for name in outside if is_token_embedding(name)]
+    # What stands beside the table of tokens, unless the layers do as well.
+    beside = {name.rpartition(".")[0].rpartition(".")[0] + "." for name in tables}
+    first = tuple(
+        own for own in beside if own != "." and not any(b.startswith(own) for b in inside)
+    )
+    early = {n for n in outside if n in tables or (first and n.startswith(first))}
 
-    def key(name: str) -> list[tuple[int, int, str]]:
+    def key(name: str) -> tuple[int, list[tuple[int, int, str]]]:
         parts = _DIGITS.split(name)
-        return [(0, int(p), "") if i % 2 else (1, 0, p) for i, p in enumerate(parts)]
+        place = 0 if name in early else 1 if block_of(name) in inside or name in inside else 2
+        return place, [(0, int(p), "") if i % 2 else (1, 0, p) for i, p in enumerate(parts)]
 
-    return sorted(names, key=key)
+    return sorted(held, key=key)
 
 
 def place_of(name: str, *, whole: bool = True) -> tuple[str, str]:
@@ -70,7 +81,7 @@ class Grid:
         places = {t: place_of(t) for t in tensors}
         if len({kind for _, kind in places.values()}) > _MOST_COLUMNS:
             places = {t: place_of(t, whole=False) for t in tensors}
-        self.rows = in_order({row for row, _ in places.values()})[:_MOST_ROWS]
+        self.rows = list(dict.fromkeys(places[t][0] for t in in_order(places)))[:_MOST_ROWS]
         kinds = list(dict.fromkeys(kind for _, kind in places.values()))
         self.columns = sorted(kinds, key=lambda kind: kind == OTHER)[:_MOST_COLUMNS]
         self._places = {
@@ -142,9 +153,10 @@ def _digits(value: float) -> float:
 def _round_ends(values: Sequence[float], ends: tuple[float, float]) -> tuple[float, float]:
     """Return the tenths of a range between which all values lie, so that differences show."""
     step = (ends[1] - ends[0]) / 10
-    low = ends[0] + step * math.floor((min(values) - ends[0]) / step + 1e-9)
-    high = ends[0] + step * math.ceil((max(values) - ends[0]) / step - 1e-9)
-    return _digits(low), _digits(high if high > low else low + step)
+    first = math.floor((min(values) - ends[0]) / step + 1e-9)
+    last = math.ceil((max(values) - ends[0]) / step - 1e-9)
+    first = min(first, last - 1) if last > 0 else 0
+    return _digits(ends[0] + step * first), _digits(ends[0] + step * max(last, first + 1))
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -326,7 +338,8 @@ def spectra_of(found: Inspection) -> list[Spectra]:
     names = names[:: math.ceil(len(names) / _MOST_SPECTRA)] if names else []
     lines = max(1, len(names) * (len(found.experts) + 1 + len(found.merged)))
     points = max(8, min(24, _POINTS // lines))
-    return [_spectra(layers[name], points) for name in names]
+    found = [_spectra(layers[name], points) for name in names]
+    return [own for own in found if own.lines]  # a layer that nobody changes has none
 
 
 def _spectra(layer: Layer, points: int) -> Spectra:

@@ -21,6 +21,7 @@ from eutectic.reporting.page.page_record import (
     Cost,
     Curve,
     Figure,
+    Line,
     ModelScore,
     Report,
     Residuals,
@@ -41,9 +42,9 @@ from eutectic.reporting.page.svg_charts import (
     Axis,
     axes_of,
     box,
+    clipped_path,
     curve_chart,
     line_chart,
-    path_of,
     radar,
     scale_axis,
     style_of,
@@ -303,18 +304,13 @@ def _spectra(spectra: Sequence[Spectra], data: _Data) -> dict[str, Any] | None:
         return None
     axes = axes_of(every, log_x=True, log_y=True)
     top = max(v for _, v in every)
-    x, y = axes[0], Axis(max(axes[1].low, top * 1e-6), top, axes[1].start, axes[1].stop, True)
+    x, y = axes[0], Axis(max(axes[1].low, top * 1e-4), top, axes[1].start, axes[1].stop, True)
     names = list(dict.fromkeys((line.name, line.role) for s in spectra for line in s.lines))
     kinds = {pair: _spectrum_kind(pair, i) for i, pair in enumerate(names)}
 
     def paths(own: Spectra) -> list[str]:
         held = {(line.name, line.role): line for line in own.lines}
-        return [
-            path_of((x.at(p), y.at(v)) for p, v in zip(line.positions, line.values, strict=True))
-            if (line := held.get(pair)) is not None
-            else ""
-            for pair in names
-        ]
+        return [_path(line, x, y) if (line := held.get(pair)) is not None else "" for pair in names]
 
     first = spectra[0]
     data.spectra = [paths(own) for own in spectra]
@@ -336,6 +332,11 @@ def _spectra(spectra: Sequence[Spectra], data: _Data) -> dict[str, Any] | None:
             for name, role in names
         ],
     }  # fmt: skip
+
+
+def _path(line: Line, x: Axis, y: Axis) -> str:
+    ends = [(x.at(p), y.beyond(v)) for p, v in zip(line.positions, line.values, strict=True)]
+    return clipped_path(ends * (2 if len(ends) == 1 else 1), y.stop, y.start)
 
 
 def _spectrum_kind(pair: tuple[str, str], index: int) -> str:

@@ -18,7 +18,7 @@ from eutectic.words import plain
 
 WIDTH, HEIGHT = 480, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 24, 44
-SERIES = 8  # colours; beyond, lines are dashed too
+SERIES = 5  # colours that stay apart; beyond, lines are dashed too
 
 
 def tag(name: str, *inside: object, **attributes: object) -> Markup:
@@ -43,7 +43,7 @@ def _short(value: object) -> str:
 
 
 def style_of(index: int) -> str:
-    """Return the classes of a line: a colour, and beyond eight lines a dash as well."""
+    """Return the classes of a line: a colour, and beyond five lines a dash as well."""
     return f"line s{index % SERIES} dash{index // SERIES % 4}"
 
 
@@ -91,7 +91,7 @@ def _ticks(low: float, high: float, about: int = 5) -> list[float]:
 def _log_ticks(low: float, high: float) -> list[float]:
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     every = max(1, math.ceil((last - first) / 6))
-    steps = (1, 2, 5) if last - first <= 2 else (1,)
+    steps = (1, 2, 5) if last - first <= 3 else (1,)
     found = [m * 10.0**e for e in range(first, last + 1, every) for m in steps]
     return [t for t in found if low * (1 - 1e-9) <= t <= high * (1 + 1e-9)]
 
@@ -109,7 +109,7 @@ def frame(x: Axis, y: Axis, labels: tuple[str, str], show: Callable[[float], str
     for value in y.ticks():
         height = y.at(value)
         parts.append(tag("line", x1=x.start, x2=x.stop, y1=height, y2=height, class_="grid"))
-        parts.append(tag("text", show(value), x=x.start - 6, y=height + 4, class_="tick end"))
+        parts.append(tag("text", show(value), x=x.start - 9, y=height + 4, class_="tick end"))
     for value in x.ticks():
         place = x.at(value)
         parts.append(tag("line", x1=place, x2=place, y1=y.start, y2=y.start + 4, class_="axis"))
@@ -258,9 +258,9 @@ def line_chart(
     x, y = axes
     parts = [frame(x, y, labels, number)]
     for name, points, kind in series:
-        line = [(x.at(a), y.at(b)) for a, b in points]
+        line = [(x.at(a), y.beyond(b)) for a, b in points]
         if len(line) != 1:
-            drawn = path_of(line) if line else "M0 0"
+            drawn = clipped_path(line, y.stop, y.start)
             parts.append(tag("path", tag("title", name), d=drawn, class_=kind))
         else:
             parts.append(

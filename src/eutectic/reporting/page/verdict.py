@@ -186,11 +186,19 @@ def _of_tasks(own: Scores, best: ModelScore) -> Iterator[Finding]:
         and (other := _quality(below.get(task.name), task.higher_is_better)) is not None
         and one < other
     ]
-    if lost:
+    surely = [t for t in lost if not _within(mine[t].value.interval, below[t].value.value)]
+    if surely:
         yield _finding(
             "below_base", "bad",
-            f"On {few(lost)} it is below the base itself: there, merging lost what was known.",
-            lost, count=len(lost),
+            f"On {few(surely)} it is below the base itself: there, merging lost what was known.",
+            surely, count=len(surely),
+        )  # fmt: skip
+    perhaps = [t for t in lost if t not in surely]
+    if perhaps:
+        yield _finding(
+            "perhaps_below_base", "info",
+            f"On {few(perhaps)} it is below the base, which still lies within its 95 % interval.",
+            perhaps, count=len(perhaps),
         )  # fmt: skip
     beats = [t for t, share in shares.items() if share > 1]
     if beats:
@@ -199,6 +207,10 @@ def _of_tasks(own: Scores, best: ModelScore) -> Iterator[Finding]:
             "above_expert", "good", f"It is above the task's own expert on {text} ({few(beats)}).",
             beats, count=len(beats),
         )  # fmt: skip
+
+
+def _within(interval: Sequence[float] | None, value: float | None) -> bool:
+    return interval is not None and value is not None and interval[0] <= value <= interval[1]
 
 
 def _quality(score: Any, higher: bool) -> float | None:
@@ -378,7 +390,7 @@ def _what_next(
                     "eutectic merge recipe.yaml --scale norm -o merged/")  # fmt: skip
     if any(m.planned for m in merges):
         yield _next("merge", "Carry the plan out.",
-                    "eutectic merge recipe.yaml -o merged/ --report report.html")  # fmt: skip
+                    "eutectic merge recipe.yaml -o merged/ --report")  # fmt: skip
     done = [m for m in merges if not m.planned]
     if not scores and done:
         yield _next("evaluate", "Nobody has measured the model yet: score it, the base and the "
