@@ -179,7 +179,7 @@ def test_the_keyboard_reaches_and_works_everything(opened, page_file):
     assert page.locator("#models .panel.chosen").first.get_attribute("id") == "s0m1"
     # Searching tensors.
     page.locator("#tensor-search").focus()
-    page.keyboard.type("LAYERS.3 weight")
+    page.keyboard.type("LAYERS.3 proj.weight")
     shown = page.locator("#tensor-table tbody tr:visible")
     assert shown.count() == 2  # of the merge and of the plan
     assert page.locator("#tensor-count").text_content().startswith("2 of ")

@@ -338,8 +338,8 @@ def spectra_of(found: Inspection) -> list[Spectra]:
     names = names[:: math.ceil(len(names) / _MOST_SPECTRA)] if names else []
     lines = max(1, len(names) * (len(found.experts) + 1 + len(found.merged)))
     points = max(8, min(24, _POINTS // lines))
-    found = [_spectra(layers[name], points) for name in names]
-    return [own for own in found if own.lines]  # a layer that nobody changes has none
+    every = [_spectra(layers[name], points) for name in names]
+    return [own for own in every if own.lines]  # a layer that nobody changes has none
 
 
 def _spectra(layer: Layer, points: int) -> Spectra:
