@@ -196,7 +196,8 @@ def test_html_needs_its_extra(tmp_path, monkeypatch):
 
 
 def test_names_of_layers_and_kinds():
-    assert in_order(["l.10.b", "l.9.b", "a.1", "l.9.a"]) == ["a.1", "l.9.a", "l.9.b", "l.10.b"]
+    names = ["lm_head.weight", "l.10.b", "l.9.b", "embed_tokens.weight", "l.9.a"]
+    assert in_order(names) == [names[3], "l.9.a", "l.9.b", "l.10.b", "lm_head.weight"]
     assert place_of("model.layers.3.mlp.experts.5.w1.weight") == (
         "model.layers.3", "mlp.experts.*.w1",
     )  # fmt: skip

@@ -71,7 +71,7 @@ def page_beside(output: Path) -> Path:
 
     page = output.with_name(output.name + ".html")
     check_templates()
-    if page.parent.is_dir():  # else the work itself makes it, or says why not
+    if page.exists():  # the folder is made by the work itself
         check_target(page, "html")
     return page
 

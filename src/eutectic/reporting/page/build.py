@@ -17,6 +17,7 @@ from eutectic.reporting.page.page_sources import Document, documents
 from eutectic.reporting.page.scored_models import scores_of
 from eutectic.reporting.page.source_views import ClosedFormView, CurveView
 from eutectic.reporting.page.verdict import verdict
+from eutectic.storage import local_path, url_of
 from eutectic.storage.small_files import read_start
 
 Format = Literal["html", "md", "json"]
@@ -61,7 +62,7 @@ def report(
         >>> eutectic.report("results.json", "iso_c=merged/", output="report.html")
         ... # doctest: +SKIP
     """
-    target = None if output is None else Path(output)
+    target = None if output is None else local_path(output)
     form = _form(target, format)
     if target is not None:
         check_target(target, form)
@@ -90,7 +91,8 @@ def _form(output: Path | None, format: str | None) -> Format:
 
 def check_target(path: Path, form: Format) -> None:
     """Refuse, before any work, a file in whose place a report must not be written."""
-    if path.is_dir() or not path.parent.is_dir():
+    remote = url_of(path) is not None  # folders of stores are not made
+    if path.is_dir() or not (remote or path.parent.is_dir()):
         raise RequestError(
             f"{path}: the report is written to a file in a folder that exists, such as report.html."
         )
@@ -183,8 +185,10 @@ def _costs(found: Sequence[Document]) -> list[Any]:
     for d in found:
         if d.kind == "plan":
             costs += origins.plan_costs(d.name, d.content)
-        elif d.folder is not None and d.kind in ("merged model", "routed model"):
+        elif d.folder is None or url_of(d.folder) is not None:
+            continue  # of a store only small files are here
+        elif d.kind in ("merged model", "routed model"):
             costs += origins.folder_costs(d.name, d.folder, f"{d.kind} on disk")
-        elif d.folder is not None and d.kind == "statistics":
+        elif d.kind == "statistics":
             costs += origins.folder_costs(d.name, d.folder, "statistics on disk")
     return costs

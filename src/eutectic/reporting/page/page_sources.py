@@ -24,6 +24,7 @@ from eutectic.reporting.page.source_views import (
 )
 from eutectic.reporting.schema import Inspection
 from eutectic.statistics import StatisticsFile, load_statistics
+from eutectic.storage import view
 from eutectic.storage.small_files import INDEX_BYTES, read_json
 from eutectic.words import public_path
 
@@ -96,10 +97,10 @@ def _of_path(source: str | Path) -> Iterator[Document]:
 
 def _named(source: str | Path) -> tuple[str, Path]:
     """Return name and path of `NAME=PATH`, or of a path whose name is its own."""
-    text, path = str(source), Path(source)
+    text, path = str(source), view(source)
     name, separator, rest = text.partition("=")
     if separator and name and rest and "/" not in name and not path.exists():
-        return name, Path(rest)
+        return name, view(rest)
     own = path.absolute()
     return (own.stem if own.is_file() else own.name) or "report", path
 
