@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from eutectic.cli.console import out, print_json, print_named, progress_bar, tell, tell_done, verb
 from eutectic.cli.named_words import named_paths, pair, unique
-from eutectic.cli.options import Json, argument, option
+from eutectic.cli.options import Json, WhereOptions, argument, option
 from eutectic.words import between
 
 if TYPE_CHECKING:
@@ -38,6 +38,11 @@ class MeasureOptions:
     trust_code: bool = option(False, "Allow tasks that run Python code of yours.", "--trust-code")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpreadMeasureOptions(MeasureOptions, WhereOptions):
+    """The same where pairs may be spread over a cluster."""
+
+
 @verb
 def evaluate(
     *,
@@ -53,7 +58,7 @@ def evaluate(
     plot: Path | None = option(
         None, "Draw models with their intervals, and tasks, into a .png, .svg or .pdf file."
     ),
-    measures: MeasureOptions,
+    measures: SpreadMeasureOptions,
     json: Json = False,
 ) -> None:
     """Measure a base, experts and merged models on tasks, with 95 % bootstrap intervals.

@@ -132,16 +132,12 @@ Base = Annotated[str | None, typer.Option(help="The model that all experts start
 
 
 @dataclass(frozen=True, kw_only=True)
-class LimitOptions:
-    """What a merge may use of the machine."""
+class WhereOptions:
+    """Where work is carried out."""
 
-    threads: int | None = option(
-        None, "Tensors merged side by side (default: one per core).", min=1
-    )
-    memory: str | None = option(None, "Limit, such as 4GB (default: 60 % of what is available).")
     executor: ExecutorName = option(
         "threads",
-        "Who merges: threads of this process, or the workers of a Ray cluster.",
+        "Who works: threads of this process, or the workers of a Ray cluster.",
         metavar="threads | ray",
     )
     ray_address: str | None = option(
@@ -149,6 +145,16 @@ class LimitOptions:
         "The cluster's head node (default: RAY_ADDRESS, or a cluster is started here).",
         metavar="HOST:PORT | auto",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitOptions(WhereOptions):
+    """What a merge may use of the machine."""
+
+    threads: int | None = option(
+        None, "Tensors merged side by side (default: one per core).", min=1
+    )
+    memory: str | None = option(None, "Limit, such as 4GB (default: 60 % of what is available).")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eutectic.checkpoint.writer import write_atomically
+from eutectic.cluster.where import taken_where
 from eutectic.comparison.candidates import Candidate, Way, candidates_of, has_statistics, ways_of
 from eutectic.comparison.folder import RESULTS, TABLE, WORK, check_folder, remove, write_recipes
 from eutectic.comparison.merging import Measured, Tell, measure, planned
@@ -20,7 +21,7 @@ from eutectic.evaluation.pairs import EvaluationSettings, Pairs, open_journal
 from eutectic.evaluation.results import Results
 from eutectic.evaluation.run import EvaluationOptions, check_trust, checked_splits
 from eutectic.evaluation.task_files import Task, load_tasks
-from eutectic.execution.executors import limits_of, taken_where
+from eutectic.execution.executors import limits_of
 from eutectic.execution.run import recipe_from
 from eutectic.options import options_from
 from eutectic.recipes.schema import Recipe

@@ -95,7 +95,7 @@ class Pairs:
 
     def __post_init__(self) -> None:
         """Count all rows; refuses tasks without the split."""
-        self._total = sum(self._count(task) for _, task in self)
+        self._total = sum(self.count(task) for _, task in self)
 
     def __iter__(self) -> Iterator[tuple[Checkpoint, Task]]:
         """Yield (checkpoint, task): experts are asked about their own tasks only."""
@@ -125,7 +125,8 @@ class Pairs:
         asked = [self.settings.split, self.settings.limit, self.settings.dtype]
         return self.checkpoints.pair_identity(checkpoint, task, self.hashes[task.name], asked)
 
-    def _count(self, task: Task) -> int:
+    def count(self, task: Task) -> int:
+        """Return how many rows of a task are scored; refuses one without the split."""
         split, limit = self.settings.split, self.settings.limit
         own = ("test",) if task.kind == "lm-eval" else tuple(task.data)
         if split not in own and task.kind != "function":
@@ -143,20 +144,42 @@ class Pairs:
         keys: Mapping[str, str] | None = None,
     ) -> Outcomes:
         self._tell(0, checkpoint, task)
-        limit, trust_code = self.settings.limit, self.settings.trust_code
-        if task.name not in self.hashes and task.kind == "lm-eval":
-            rows = self._harness[task.name] = read_harness(task, limit, trust_code=trust_code)
-            self.hashes[task.name] = rows.data_hash
-        elif task.name not in self.hashes:
-            self.hashes[task.name] = data_hash(task, self._split_rows(task))
+        self._see_rows(task)
         pair = self.identity(checkpoint, task) if keys is None else keys[task.name]
         if (found := journal.found.get(pair)) is None:
-            compute = {"function": self._by_function, "lm-eval": self._by_harness}
-            found = compute.get(task.kind, self._by_model)(checkpoint, task)
+            found = self.computed(checkpoint, task)
             journal.add(pair, checkpoint.name, task.name, found)
         else:
             self._tell(len(found.predictions), checkpoint, task)
         return found
+
+    def identified(self, checkpoint: Checkpoint, task: Task) -> str:
+        """Return the same of any task, whose rows are read if they were not yet."""
+        self._see_rows(task)
+        return self.identity(checkpoint, task)
+
+    def _see_rows(self, task: Task) -> None:
+        if task.name not in self.hashes and task.kind == "lm-eval":
+            self.hashes[task.name] = self._rows_of_harness(task).data_hash
+        elif task.name not in self.hashes:
+            self.hashes[task.name] = data_hash(task, self._split_rows(task))
+
+    def computed(self, checkpoint: Checkpoint, task: Task) -> Outcomes:
+        """Return a pair's outcomes, computed now."""
+        compute = {"function": self._by_function, "lm-eval": self._by_harness}
+        return compute.get(task.kind, self._by_model)(checkpoint, task)
+
+    def elsewhere(self) -> Pairs:
+        """Return the same for another process: without what is open here."""
+        return replace(
+            self, progress=None, _done=0, _prepared={}, _harness={}, _loaded=(None, None)
+        )
+
+    def _rows_of_harness(self, task: Task) -> HarnessRows:
+        if task.name not in self._harness:
+            limit, trust_code = self.settings.limit, self.settings.trust_code
+            self._harness[task.name] = read_harness(task, limit, trust_code=trust_code)
+        return self._harness[task.name]
 
     def _split_rows(self, task: Task) -> list[Any]:
         return split_rows(task, self.settings.split, self.settings.limit) if task.data else []
@@ -168,7 +191,7 @@ class Pairs:
         with self.checkpoints.routed_as_asked(model, checkpoint, task):
             found = run_harness(
                 task,
-                self._harness[task.name],
+                self._rows_of_harness(task),
                 model,
                 tokenizer,
                 batch_size=self.settings.batch_size,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from eutectic.checkpoint.writer import check_replaced, write_atomically
+from eutectic.cluster.where import ExecutorName, check_where, joined, taken_where
 from eutectic.data.python_functions import untrusted
 from eutectic.errors import RequestError, suggest
 from eutectic.evaluation.checkpoints import RoutingMode, named_checkpoints
@@ -14,6 +15,7 @@ from eutectic.evaluation.figures import results_of
 from eutectic.evaluation.pairs import EvaluationSettings, Pairs, Progress, open_journal
 from eutectic.evaluation.results import Results
 from eutectic.evaluation.splits import check_disjoint
+from eutectic.evaluation.spread_pairs import spread_pairs
 from eutectic.evaluation.task_files import Split, Task, load_tasks
 from eutectic.options import options_from
 
@@ -34,6 +36,8 @@ class EvaluationOptions(TypedDict, total=False):
     seed: int
     resamples: int
     trust_code: bool
+    executor: ExecutorName
+    ray_address: str | None
 
 
 def evaluate(
@@ -69,7 +73,9 @@ def evaluate(
             which runs models under autocast); `routing` of routed models (`route`, `oracle`: the
             task's expert, or `base`: experts off); `seed` (0) and `resamples` (1000) of the
             bootstrap; `trust_code` (allow tasks of the kind `function`, and harness tasks of the
-            user's own, which run Python code).
+            user's own, which run Python code); `executor` (`threads`, or `ray`: pairs of checkpoint
+            and task go to the workers of a cluster, each with a core and a model of its own) and
+            `ray_address`, as for `eutectic.merge`.
 
     Raises:
         TaskError: faults of the tasks; splits that share rows.
@@ -78,8 +84,10 @@ def evaluate(
         NumericalError: NaN or Inf in a model's outputs.
         MissingExtraError: transformers, or lm-eval where a task needs it, is not installed.
     """
-    settings = options_from(EvaluationSettings, options, "evaluate")
+    where = taken_where(rest := dict(options))
+    settings = options_from(EvaluationSettings, rest, "evaluate")
     settings.check()
+    check_where(where.get("executor", "threads"), where.get("ray_address"))
     if output is not None:
         check_replaced(Path(output), {"schema_version", "results"}, "results")
     known = dict(tasks) if isinstance(tasks, Mapping) else load_tasks(tasks)
@@ -88,6 +96,9 @@ def evaluate(
     counted = checked_splits(known, proxy or {}, settings.trust_code)
     pairs = Pairs(checkpoints, known, counted, settings, progress)
     with open_journal(None if output is None else Path(output)) as journal:
+        if where.get("executor") == "ray":
+            spread_pairs(pairs, journal, joined(where.get("ray_address")))
+            pairs.progress = None  # all of them have been told
         outcomes = pairs.outcomes(journal)
     results = results_of(pairs, outcomes)
     if output is not None:

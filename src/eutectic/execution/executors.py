@@ -1,45 +1,29 @@
 """Who carries out tasks, and with how much of a machine; threads are the first executor."""
 
-import os
 import re
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Literal, Protocol, TypedDict, TypeVar, cast, get_args
+from typing import Literal, Protocol, TypeVar
 
 import psutil
 import torch
 
-from eutectic.errors import EutecticError, RequestError, suggest
+from eutectic.cluster.where import (
+    ExecutorName,
+    check_where,
+    default_memory,
+    default_threads,
+    joined,
+)
+from eutectic.errors import EutecticError, RequestError
 from eutectic.execution.tasks import Finished, Task, Workplace, carry_out
 from eutectic.planning.cost import PROCESS_BYTES
 from eutectic.recipes.units import parse_bytes
-
-MEMORY_SHARE = 0.6
-
-
-def default_threads() -> int:
-    """Return the number of cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores or 1)
-
-
-def default_memory() -> int:
-    """Return 60 % of what is available to this process, cgroup limits included."""
-    available = psutil.virtual_memory().available
-    groups = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError):
-            free = int((groups / limit).read_text()) - int((groups / used).read_text())
-            available = min(available, max(free, 0))
-    return int(MEMORY_SHARE * available)
 
 
 def peak_bytes() -> int:
@@ -57,7 +41,6 @@ def peak_bytes() -> int:
     return int(getattr(memory, "peak_wset", memory.rss))  # the former on Windows
 
 
-ExecutorName = Literal["threads", "ray"]
 Progress = Callable[[float, float, str], None]  # seconds done and in all, estimated; tensor
 
 
@@ -81,18 +64,6 @@ class Limits:
 MOST_THREADS = 1024
 
 
-class Where(TypedDict, total=False):
-    """Keywords of the public entries that say where tasks are carried out."""
-
-    executor: ExecutorName
-    ray_address: str | None
-
-
-def taken_where(options: dict[str, Any]) -> Where:
-    """Take those keywords out of others, such as keys of a recipe."""
-    return cast("Where", {key: options.pop(key) for key in Where.__annotations__ if key in options})
-
-
 def limits_of(
     threads: int | None = None,
     memory: str | int | None = None,
@@ -107,14 +78,7 @@ def limits_of(
     the cluster has, which is joined or started here (see `cluster.connect`): `threads` tasks run
     side by side and together take `memory`, over all machines.
     """
-    if executor not in get_args(ExecutorName):
-        near = suggest(str(executor), get_args(ExecutorName))
-        raise RequestError(f"executor is threads or ray, got '{executor}'.{near}")
-    if ray_address is not None and executor != "ray":
-        raise RequestError(
-            f"the address {ray_address} is that of a Ray cluster, and the executor is {executor}."
-            "\nChoose the executor ray, or leave the address out."
-        )
+    check_where(executor, ray_address)
     size = None if memory is None else parse_bytes(memory)
     if (threads is not None and threads < 1) or (size is not None and size < 1):
         raise RequestError(f"threads and memory must be positive, got {threads} and {memory}.")
@@ -122,12 +86,7 @@ def limits_of(
         raise RequestError(f"threads must be at most {MOST_THREADS:,}, got {threads:,}.")
     if executor == "threads":
         return Limits(threads or default_threads(), size or default_memory(), progress)
-    from eutectic.cluster.connection import Share, connect
-
-    def share() -> Share:
-        return Share(threads or default_threads(), size or default_memory())
-
-    found = connect(ray_address, wanted=(threads, size), share=share)
+    found = joined(ray_address, threads, size)
     return Limits(
         threads or found.cpus,
         size or found.memory,

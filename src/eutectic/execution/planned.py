@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from eutectic.cluster.where import taken_where
 from eutectic.conventions import layer_group
 from eutectic.errors import Note, RequestError
-from eutectic.execution.executors import Limits, limits_of, taken_where
+from eutectic.execution.executors import Limits, limits_of
 from eutectic.execution.run import recipe_from
 from eutectic.methods import get_method
 from eutectic.planning.adapter_outlook import adapter_outlook, outlook_in_words

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from eutectic.checkpoint.writer import MemoryWriter
+from eutectic.cluster.where import taken_where
 from eutectic.errors import MergeWarning, Note, OutputError, RequestError, why_failed
-from eutectic.execution.executors import Limits, Progress, limits_of, peak_bytes, taken_where
+from eutectic.execution.executors import Limits, Progress, limits_of, peak_bytes
 from eutectic.execution.journal import Ledger, request_identity, squares_in
 from eutectic.execution.model_folder import PROVENANCE, read_provenance
 from eutectic.execution.norms import measured, new_norm_notes

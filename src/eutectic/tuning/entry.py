@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eutectic.cluster.where import Where
 from eutectic.errors import Note, RequestError
 from eutectic.execution import run
-from eutectic.execution.executors import Progress, Where, limits_of
+from eutectic.execution.executors import Progress, limits_of
 from eutectic.execution.output_folder import unscaled_folder
 from eutectic.execution.run import MergeReport, recipe_from
 from eutectic.execution.schedule import Choice, Choose, Chooser
