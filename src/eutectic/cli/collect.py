@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,15 @@ from rich.table import Table
 
 from eutectic.cli.console import doing, out, print_json, progress_bar, tell_done, verb
 from eutectic.cli.named_words import named_paths
-from eutectic.cli.options import DataOptions, Json, argument, given_options, option, refuse
+from eutectic.cli.options import (
+    DataOptions,
+    Json,
+    WhereOptions,
+    argument,
+    given_options,
+    option,
+    refuse,
+)
 from eutectic.errors import RequestError
 from eutectic.options import dtype_name
 from eutectic.recipes.units import format_bytes, parse_bytes
@@ -79,7 +88,7 @@ class GradientOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SumOptions:
+class SumOptions(WhereOptions):
     """What is summed, of which layers, and how it is stored."""
 
     max_examples: int | None = option(None, "Stop after so many (with gradients: 1000).", min=1)
@@ -97,6 +106,11 @@ class SumOptions:
     )
     dtype: str = option("float32", "Of the stored sums: float32 or float64.")
     memory: str | None = option(None, "Limit for the running sums, such as 4GB; more passes.")
+    shards: int | None = option(
+        None,
+        "With --executor ray: parts of the data, a worker each (default: cores).",
+        min=1,
+    )
 
 
 @verb
@@ -223,6 +237,15 @@ def _collected(
     memory, *_ = map(options.pop, ("memory", "prompt", *_WITH_HEAD))
     options["memory_bytes"] = None if memory is None else parse_bytes(memory)
     options.update(head=own, fingerprint=loaded.fingerprint)
+    if sums.executor == "ray":
+        options["open_model"] = partial(
+            _opened_elsewhere,
+            expert.checkpoint,
+            expert.base,
+            wanted,
+            reading.device,
+            str(Path.cwd()),
+        )
     if expert.adapters:
         options["core"] = core_rows(
             loaded.model, named_paths(expert.adapters, "--for"), expert.base or expert.checkpoint
@@ -236,6 +259,17 @@ def _collected(
             **options,
         )
     return result, loaded.randomly_initialised
+
+
+def _opened_elsewhere(
+    checkpoint: Path, base: Path | None, task: str | None, device: str, folder: str
+) -> Any:
+    """Open the model of a collection on a worker."""
+    from eutectic.cluster.workers import working_in
+    from eutectic.models.loading import load_model
+
+    with working_in(folder):
+        return load_model(checkpoint, base, task, device).model
 
 
 def _with_texts(

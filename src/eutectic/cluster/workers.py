@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -106,3 +108,15 @@ def _named(text: str, node: str) -> str:
     """Return the text of an error with the worker in its first line."""
     first, *others = text.split("\n")
     return "\n".join([first if node in first else f"{first} (on worker {node})", *others])
+
+
+@contextmanager
+def working_in(folder: str) -> Iterator[None]:
+    """Work in a folder, if it is there: paths that the user gave may begin there."""
+    before = Path.cwd()
+    if Path(folder).is_dir():
+        os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 from eutectic.checkpoint.experts import is_adapter
 from eutectic.cluster.connection import Cluster, import_ray
 from eutectic.cluster.spread import Bounds, Call, spread
-from eutectic.cluster.workers import kept
+from eutectic.cluster.workers import kept, working_in
 from eutectic.errors import RequestError
 from eutectic.evaluation.checkpoints import Checkpoint
 from eutectic.evaluation.metrics import Outcomes
@@ -76,7 +74,7 @@ def measured(asked: _Asked) -> Outcomes:
         return import_ray().get(asked.pairs), lambda: None
 
     pairs: Pairs = kept(asked.key, opened)
-    with _working_in(asked.folder):
+    with working_in(asked.folder):
         checkpoint, task = next(
             (c, t) for c, t in pairs if (c.name, t.name) == (asked.checkpoint, asked.task)
         )
@@ -100,15 +98,3 @@ def _memory(checkpoint: Checkpoint, base: Path | None) -> int:
         if file.is_file()
     )
     return int(_PROCESS_BYTES + _COPIES * held)
-
-
-@contextmanager
-def _working_in(folder: str) -> Iterator[None]:
-    """Work in a folder, if it is there: paths that the user gave may begin there."""
-    before = Path.cwd()
-    if Path(folder).is_dir():
-        os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)

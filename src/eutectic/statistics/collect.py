@@ -7,6 +7,7 @@ import json
 import time
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
 from itertools import chain
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.checkpoint.reader import StateDictReader
+from eutectic.cluster.where import check_where, joined, taken_where
 from eutectic.errors import RequestError, StatisticsError
 from eutectic.models.batches import Batch, mask_policy, sample_count
 from eutectic.models.names import saved_names
@@ -27,6 +29,7 @@ from eutectic.statistics.data_pass import Pass, run_pass
 from eutectic.statistics.least_tokens import check_least_tokens
 from eutectic.statistics.recorder import PassSums
 from eutectic.statistics.settings import CollectOptions, Settings
+from eutectic.statistics.sharded_pass import Saved, ShardedPass, Sharing, load_joined
 from eutectic.statistics.statistics_file import EXAMPLES, FORMAT, StatisticsFile, gram_names
 from eutectic.statistics.unfinished_collection import DataLog, Partial, Snapshot, open_partial
 
@@ -113,6 +116,11 @@ def collect(
             - `layers_per_pass`: limit for layers (groups with shared inputs) summed in one pass.
             - `fingerprint`: of the checkpoint; default that of the model's state dict.
             - `snapshot_seconds` (60): how often the unfinished state is saved.
+            - `executor` ("threads"): with "ray", the workers of a cluster run a copy of the model
+              each, and `ray_address` says where it is, as for `eutectic.merge`. Batch i goes to
+              worker i mod `shards` (default: one per core); the sums are added in the order of the
+              workers, so that the result depends on `shards` alone, and on that as on rounding.
+              `open_model` opens the same model on a worker, where it is too large to be sent.
 
     Returns:
         The statistics, a mapping from parameter name to `LayerStatistics` with `.provenance`. A
@@ -140,10 +148,13 @@ def collect(
         (tensor([[2., 1.],
                 [1., 2.]], dtype=torch.float64), 3)
     """
-    given = {"grams": grams, "output_gradients": output_gradients, **options}
+    given: dict[str, Any] = {"grams": grams, "output_gradients": output_gradients, **options}
+    sharing = _sharing(given)
     settings = options_from(Settings, given, "collect")
     settings.check()
     first, batches, once = _peek(batches)
+    if sharing is not None and once:  # they are gone through again for a worker that is lost
+        batches, once = list(batches), False
     plan = make_plan(model, first, settings)
     parts = plan.parts(settings)
     if once and len(parts) > 1:
@@ -176,7 +187,8 @@ def collect(
         for index, part in enumerate(parts):
             sums, tell = PassSums(part, settings), functools.partial(report, index)
             job = Pass(model, batches, part, settings, sums, log, 0, tell)
-            results.append(_one_pass(job, index, partial, keep=len(parts) > 1))
+            run = _Running(index, partial, len(parts) > 1, first, sharing)
+            results.append(_one_pass(job, run))
             log = job.log
         return _finish(path, partial, plan, record, log, results, settings.min_tokens)
     except BaseException:
@@ -188,12 +200,52 @@ def collect(
             partial.lock.release()
 
 
-def _one_pass(
-    job: Pass, index: int, partial: Partial | None, keep: bool
-) -> tuple[Mapping[str, Tensor], Counts]:
+@dataclass(frozen=True)
+class _Running:
+    """How one pass is run and kept."""
+
+    index: int
+    partial: Partial | None
+    keep: bool  # what it gave goes to a file: others follow
+    first: Batch
+    sharing: Sharing | None
+
+    def saved(self) -> Saved | None:
+        """Return what is kept of this pass, unfinished."""
+        snapshot = None if self.partial is None else self.partial.load()
+        if snapshot is None or snapshot.part != self.index:
+            return None
+        return snapshot.batches, snapshot.sums
+
+
+def _sharing(given: dict[str, Any]) -> Sharing | None:
+    """Take out of the options what says who collects; None for this process."""
+    where = taken_where(given)
+    shards, open_model = given.pop("shards", None), given.pop("open_model", None)
+    check_where(where.get("executor", "threads"), where.get("ray_address"))
+    if where.get("executor") != "ray":
+        if shards is not None or open_model is not None:
+            raise RequestError(
+                "shards and open_model are for the workers of a cluster.\n"
+                "Choose the executor ray, or leave them out."
+            )
+        return None
+    if shards is not None and shards < 1:
+        raise RequestError(f"shards must be at least 1, got {shards}.")
+    cluster = joined(where.get("ray_address"))
+    if shards is not None and shards > cluster.cpus:
+        raise RequestError(
+            f"{shards} shards need a core each, and the cluster has {cluster.cpus}.\n"
+            "Ask for fewer, or add machines."
+        )
+    return Sharing(cluster, shards or cluster.cpus, open_model)
+
+
+def _one_pass(job: Pass, run: _Running) -> tuple[Mapping[str, Tensor], Counts]:
     """Run one pass, or take up what a killed run left of it."""
+    partial, index = run.partial, run.index
     if partial is None:
-        run_pass(job)
+        _run(job, run)
         return job.sums.tensors(job.settings), job.sums.counts()
     snapshot = partial.load()
     if snapshot is not None:
@@ -201,23 +253,9 @@ def _one_pass(
     if (finished := partial.load_pass(index)) is not None:
         return finished
     if snapshot is not None and snapshot.part == index:
-        job.sums.load(snapshot.sums)
         job.start = snapshot.batches
-    report, saved, pause = job.after_batch, time.monotonic(), job.settings.snapshot_seconds
-
-    def after_batch(done: int) -> None:
-        nonlocal saved, pause
-        if done > job.start and (now := time.monotonic()) - saved >= pause:
-            partial.save(Snapshot(index, done, job.sums.state(), job.log))
-            saved = time.monotonic()
-            if job.settings.snapshot_seconds:
-                # Large sums take long to write: no more than a tenth of the time goes there.
-                pause = max(job.settings.snapshot_seconds, 10 * (saved - now))
-        report(done)
-
-    job.after_batch = after_batch
-    run_pass(job)
-    if not keep:
+    _run(job, run)
+    if not run.keep:
         return job.sums.tensors(job.settings), job.sums.counts()
     # The whole log first: later passes check the data against it.
     partial.save(Snapshot(index, len(job.log.batches), job.sums.state(), job.log))
@@ -225,6 +263,39 @@ def _one_pass(
     finished = partial.load_pass(index)
     assert finished is not None
     return finished
+
+
+def _run(job: Pass, run: _Running) -> None:
+    """Add up the data from where the pass stands, and save that now and then."""
+    saved, sharing = run.saved(), run.sharing
+    if sharing is None:
+        if saved is not None:
+            load_joined(job.sums, saved[1])
+        _save_now_and_then(job, run, job.sums.state)
+        run_pass(job)
+        return
+    shared = ShardedPass(job, run.index, run.first, sharing, run.saved)
+    _save_now_and_then(job, run, shared.state)
+    shared.run()
+
+
+def _save_now_and_then(job: Pass, run: _Running, state: Callable[[], Mapping[str, Tensor]]) -> None:
+    partial = run.partial
+    if partial is None:
+        return
+    report, saved, pause = job.after_batch, time.monotonic(), job.settings.snapshot_seconds
+
+    def after_batch(done: int) -> None:
+        nonlocal saved, pause
+        if done > job.start and (now := time.monotonic()) - saved >= pause:
+            partial.save(Snapshot(run.index, done, state(), job.log))
+            saved = time.monotonic()
+            if job.settings.snapshot_seconds:
+                # Large sums take long to write: no more than a tenth of the time goes there.
+                pause = max(job.settings.snapshot_seconds, 10 * (saved - now))
+        report(done)
+
+    job.after_batch = after_batch
 
 
 def _peek(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch], bool]:

@@ -1,6 +1,7 @@
 """One pass over the data: forward, backward where asked, add up."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -39,34 +40,54 @@ class Pass:
 
 def run_pass(job: Pass) -> None:
     """Add up the whole data."""
+    with adding(job) as add:
+        for index, batch, hashes in numbered_batches(job):
+            if index >= job.start:
+                add(index, batch, hashes)
+            job.after_batch(index + 1)
+
+
+def numbered_batches(job: Pass) -> Iterator[tuple[int, Batch, list[int]]]:
+    """Yield number, batch and its examples' hashes, to the limit; each is noted, or checked."""
+    done = seen = 0
+    for batch in job.batches:
+        count = sample_count(batch)
+        if job.settings.limit is not None and seen + count > job.settings.limit:
+            count = job.settings.limit - seen
+            batch = examples(batch, 0, count)
+        if count == 0:
+            continue
+        hashes = _log(job, batch, done)
+        seen += count
+        yield done, batch, hashes
+        done += 1
+        if seen == job.settings.limit:
+            break
+    if done < len(job.log.batches):
+        raise _changed(job, done)
+
+
+AddBatch = Callable[[int, Batch, list[int]], None]
+
+
+@contextmanager
+def adding(job: Pass) -> Iterator[AddBatch]:
+    """Let the block add batches to the sums, each with its number and its examples' hashes."""
     recorder = Recorder(job.plan.leaders, job.sums)
     weights = [site.weight for site in job.plan.gradient_sites]
-    done = seen = 0
+
+    def add(index: int, batch: Batch, hashes: list[int]) -> None:
+        step = 1 if job.plan.parameters else len(hashes)
+        for first in range(0, len(hashes), step):
+            part = batch if step == len(hashes) else examples(batch, first, first + step)
+            _add(job, recorder, part, index, hashes[first : first + step])
+
     with (
         evaluating(job.model),
         requiring_gradients([*weights, *job.plan.parameters]),
         observing(job.model, job.plan.leaders, recorder),
     ):
-        for batch in job.batches:
-            count = sample_count(batch)
-            if job.settings.limit is not None and seen + count > job.settings.limit:
-                count = job.settings.limit - seen
-                batch = examples(batch, 0, count)
-            if count == 0:
-                continue
-            hashes = _log(job, batch, done)
-            seen += count
-            if done >= job.start:
-                step = 1 if job.plan.parameters else count
-                for first in range(0, count, step):
-                    part = batch if step == count else examples(batch, first, first + step)
-                    _add(job, recorder, part, done, hashes[first : first + step])
-            done += 1
-            job.after_batch(done)
-            if seen == job.settings.limit:
-                break
-    if done < len(job.log.batches):
-        raise _changed(job, done)
+        yield add
 
 
 def _log(job: Pass, batch: Batch, index: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Sums of outer products, in as little memory as the number of rows allows."""
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -87,6 +88,15 @@ class GramSum:
         self._rows = [] if rows is None else [rows.to(device)]
         self._waiting = 0 if rows is None else len(rows)
         self._matrix = state["matrix"].to(device) if "matrix" in state else None
+
+    def join(self, state: Mapping[str, Tensor]) -> None:
+        """Add another sum of the same width, by its `state`."""
+        rows, matrix = state.get("rows"), state.get("matrix")
+        if matrix is not None:
+            self._matrix = matrix.clone() if self._matrix is None else self._matrix + matrix
+        self.count += int(state["count"]) - (0 if rows is None else len(rows))
+        if rows is not None:
+            self.add(rows)
 
     def _gather(self) -> Tensor:
         if not self._rows:

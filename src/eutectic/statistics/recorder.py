@@ -85,6 +85,14 @@ class PassSums:
         for key, total in self.totals.items():
             self.totals[key] = state[key].to(total.device)
 
+    def join(self, state: Mapping[str, Tensor]) -> None:
+        """Add the sums of other batches, by their `state`."""
+        for key, gram in self.grams.items():
+            parts = (part for part in ("count", "rows", "matrix") if f"{key}/{part}" in state)
+            gram.join({part: state[f"{key}/{part}"] for part in parts})
+        for key, total in self.totals.items():
+            total += state[key].to(total.device)
+
     def counts(self) -> dict[str, tuple[int, int]]:
         """Return (tokens, samples) for every layer that was summed over."""
         found: dict[str, tuple[int, int]] = {}

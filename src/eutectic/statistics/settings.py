@@ -1,11 +1,13 @@
 """What a collection is asked to do, checked before anything runs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 import torch
+from torch import nn
 
+from eutectic.cluster.where import ExecutorName
 from eutectic.errors import RequestError
 from eutectic.models.batches import TokenMask, Unmatched
 from eutectic.models.linear_head import Head
@@ -153,6 +155,10 @@ class CollectOptions(TypedDict, total=False):
     layers_per_pass: int | None
     fingerprint: str | None
     snapshot_seconds: float
+    executor: ExecutorName
+    ray_address: str | None
+    shards: int | None
+    open_model: Callable[[], nn.Module] | None
 
 
 def _choice(name: str, value: object, allowed: tuple[object, ...]) -> list[str]:
