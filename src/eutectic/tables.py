@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterable, Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
 from eutectic.errors import MissingExtraError
+from eutectic.words import counted, plain
+
+_LEFT = ' style="text-align:left"'
+
+
+class Shown(str):
+    """A text as a terminal shows it, and the same as HTML for notebooks."""
+
+    html: str
+
+    @classmethod
+    def of(cls, text: str, markup: str) -> Shown:
+        """Return a text with its HTML."""
+        found = cls(text)
+        found.html = markup
+        return found
+
+
+class InNotebooks:
+    """Objects that notebooks show as tables."""
+
+    def _parts(self) -> Sequence[Shown]:
+        """Return what is shown, from the top."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        """Return it as HTML, every text in it escaped."""
+        return "<div>" + "".join(part.html for part in self._parts()) + "</div>"
+
 
 _COLUMNS = 100
 MOST_ROWS = 40  # of a table in a repr
 
 
-def facts(title: str, known: Mapping[str, object]) -> str:
+def facts(title: str, known: Mapping[str, object]) -> Shown:
     """Return a title and, below it, one line per fact; those that are None or empty are left out.
 
     >>> print(facts("MergeReport", {"method": "iso_c", "heads": "", "took": "1 s"}))
@@ -26,14 +56,23 @@ def facts(title: str, known: Mapping[str, object]) -> str:
     for name, text in told.items():
         parts = [part for line in text.split("\n") for part in _wrapped(line, _COLUMNS - wide - 4)]
         lines += [f"  {name if i == 0 else '':<{wide}}  {part}" for i, part in enumerate(parts)]
-    return "\n".join([title, *lines])
+    rows = "".join(
+        f"<tr><th{_LEFT}>{_escaped(name)}</th><td{_LEFT}>{_escaped(text)}</td></tr>"
+        for name, text in told.items()
+    )
+    markup = f"<p><b>{_escaped(title)}</b></p>" + (f"<table>{rows}</table>" if rows else "")
+    return Shown.of("\n".join([title, *lines]), markup)
+
+
+def _escaped(text: str) -> str:
+    return html.escape(plain(text)).replace("\n", "<br>")
 
 
 def _wrapped(text: str, columns: int) -> list[str]:
     return wrap(text, columns, break_long_words=False, break_on_hyphens=False) or [""]
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[object]], most: int = MOST_ROWS) -> str:
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]], most: int = MOST_ROWS) -> Shown:
     """Return rows under headers, the first column on the left, the others on the right.
 
     >>> print(table(["task", "loss"], [["a", "1.5"], ["bc", "12"]]))
@@ -50,9 +89,23 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]], most: int = 
         ).rstrip()
         for row in (headers, *shown)
     ]
-    if len(rows) > most:
-        lines.append(f"… {len(rows) - most} more rows")
-    return "\n".join(lines)
+    more = f"… {counted(len(rows) - most, 'more row')}" if len(rows) > most else ""
+    lines += [more] if more else []
+    return Shown.of("\n".join(lines), _as_html(headers, shown, more))
+
+
+def _as_html(headers: Sequence[str], rows: Sequence[Sequence[str]], more: str) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
+        styles = [_LEFT, *[' style="text-align:right"'] * (len(cells) - 1)]
+        inner = "".join(
+            f"<{tag}{style}>{_escaped(cell)}</{tag}>"
+            for cell, style in zip(cells, styles, strict=True)
+        )
+        return f"<tr>{inner}</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    end = f"<p>{_escaped(more)}</p>" if more else ""
+    return f"<table><thead>{line(headers, 'th')}</thead><tbody>{body}</tbody></table>{end}"
 
 
 def number(value: float | None, digits: int = 4) -> str:

@@ -49,10 +49,11 @@ from eutectic.models.batches import Batch, call, examples, sample_count
 from eutectic.models.hooks import evaluating
 from eutectic.models.loading import load_model
 from eutectic.models.sites import is_encoder_decoder
+from eutectic.notebook import with_bar
 from eutectic.options import options_from
 from eutectic.storage import storage_of
 from eutectic.storage.small_files import JOURNAL_BYTES, read_json
-from eutectic.tables import data_frame, facts, number, table
+from eutectic.tables import InNotebooks, Shown, data_frame, facts, number, table
 from eutectic.words import few
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ Progress = Callable[[float, float, str], None]
 
 
 @dataclass(frozen=True)
-class CalibrationReport:
+class CalibrationReport(InNotebooks):
     """What a calibration did.
 
     Attributes:
@@ -92,6 +93,10 @@ class CalibrationReport:
 
     def __repr__(self) -> str:
         """Show what was calibrated, and the errors of the layers."""
+        return "\n\n".join(self._parts())
+
+    def _parts(self) -> Sequence[Shown]:
+        """Return the same for notebooks too."""
         known = {
             "calibrated": ", ".join(f"{n} {kind}" for kind, n in self.calibrated.items()),
             "as merged": "\n".join(f"{few(names)}: {why}" for why, names in self.left.items()),
@@ -104,10 +109,10 @@ class CalibrationReport:
             [name, number(own["before"], 3), number(own["after"], 3)]
             for name, own in self.layers.items()
         ]
-        shown = table(["layer", "before", "after"], rows)
-        return f"{facts('CalibrationReport', known)}\n\n{shown}"
+        return facts("CalibrationReport", known), table(["layer", "before", "after"], rows)
 
 
+@with_bar("calibrating")
 def calibrate(
     merged: str | Path,
     experts: Mapping[str, str | Path],

@@ -22,11 +22,13 @@ from eutectic.checkpoint.opening import open_reader
 from eutectic.checkpoint.reader import CheckpointReader, TensorSource
 from eutectic.checkpoint.weight_files import ADAPTER_CONFIG
 from eutectic.errors import CheckpointError, EutecticError, RequestError
+from eutectic.notebook import with_bar
 from eutectic.vocabulary.tokens import Tokens
 
 Progress = Callable[[float, float, str], None]
 
 
+@with_bar("reading")
 def check(
     *checkpoints: str | Path,
     base: str | Path | None = None,

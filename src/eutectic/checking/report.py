@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from eutectic.errors import EutecticError, Fault, Note, told
-from eutectic.tables import data_frame, facts
+from eutectic.tables import InNotebooks, Shown, data_frame, facts
 
 Finding = Fault | Note
 
@@ -70,7 +70,7 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class CheckReport:
+class CheckReport(InNotebooks):
     """What a check found in each of several checkpoints; iterates over them, in the given order."""
 
     checked: tuple[Checked, ...]
@@ -84,6 +84,10 @@ class CheckReport:
 
     def __repr__(self) -> str:
         """Show each checkpoint with what is wrong or unusual in it."""
+        return "\n".join(self._parts())
+
+    def _parts(self) -> Sequence[Shown]:
+        """Return the same for notebooks too."""
         told = [
             facts(
                 one.path,
@@ -96,7 +100,7 @@ class CheckReport:
             )
             for one in self
         ]
-        return "\n".join(["CheckReport: " + ("sound" if self.sound else "not sound"), *told])
+        return [facts("CheckReport: " + ("sound" if self.sound else "not sound"), {}), *told]
 
     @property
     def sound(self) -> bool:

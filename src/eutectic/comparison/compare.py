@@ -23,6 +23,7 @@ from eutectic.evaluation.run import EvaluationOptions, check_trust, checked_spli
 from eutectic.evaluation.task_files import Task, load_tasks
 from eutectic.execution.executors import limits_of
 from eutectic.execution.run import recipe_from
+from eutectic.notebook import with_bar
 from eutectic.options import options_from
 from eutectic.recipes.schema import Recipe
 from eutectic.tuning.objectives import Opened
@@ -41,6 +42,7 @@ class ComparisonOptions:
     proxy: Mapping[str, str | Path | Sequence[str | Path]] | None = None
 
 
+@with_bar("comparing")
 def compare(
     recipe: str | Path | Mapping[str, Any] | None = None,
     *,

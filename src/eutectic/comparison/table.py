@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eutectic.evaluation.results import Difference, Mean, Results
-from eutectic.tables import data_frame, facts, interval, number, table
+from eutectic.tables import InNotebooks, Shown, data_frame, facts, interval, number, table
 
 Interval = tuple[float, float]
 
@@ -61,7 +61,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(InNotebooks):
     """A finished comparison.
 
     Attributes:
@@ -108,6 +108,10 @@ class Comparison:
 
     def __repr__(self) -> str:
         """Show the rows, the best first, and what cannot be told from it."""
+        return "\n\n".join(self._parts())
+
+    def _parts(self) -> Sequence[Shown]:
+        """Return the same for notebooks too."""
         rows = [
             [row.name, number(row.scale, 3), interval(row.mean.value, row.mean.interval)]
             + [number(row.of_experts.value, 3), interval(row.behind.value, row.behind.interval)]
@@ -120,7 +124,7 @@ class Comparison:
             "notes": "\n".join(self.notes),
         }
         headers = ["row", "α", "mean [95 %]", "of experts", "behind the best [95 %]"]
-        return f"{facts('Comparison', known)}\n\n{table(headers, rows)}"
+        return facts("Comparison", known), table(headers, rows)
 
     def recipe(self, name: str | None = None) -> Path | None:
         """Return the recipe of a row (default: of the best), None where it has none."""

@@ -1,10 +1,11 @@
 """The results of an evaluation: the published schema of results.json."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from eutectic.tables import data_frame, facts, interval, number, table
+from eutectic.tables import InNotebooks, Shown, data_frame, facts, interval, number, table
 
 Interval = Annotated[
     tuple[float, float] | None, Field(description="Percentiles 2.5 and 97.5 of the bootstrap.")
@@ -87,7 +88,7 @@ class Difference(_Record):
     normalized_standard_error: float | None = Field(None, description="Of the normalised values.")
 
 
-class Results(_Record):
+class Results(InNotebooks, _Record):
     """A whole evaluation."""
 
     schema_version: Literal[1] = 1
@@ -112,6 +113,10 @@ class Results(_Record):
 
     def __repr__(self) -> str:
         """Show checkpoints as rows and tasks as columns, then the means."""
+        return "\n\n".join(self._parts())
+
+    def _parts(self) -> Sequence[Shown]:
+        """Return the same for notebooks too."""
         experts = {c.name for c in self.checkpoints if c.role == "expert"}
         cells = {
             ("experts" if r.checkpoint in experts else r.checkpoint, r.task): r.value
@@ -132,8 +137,7 @@ class Results(_Record):
             "notes": "\n".join(self.notes),
         }
         headers = ["", "mean [95 %]", "of the expert", "NAI [95 %] (0: base, 1: expert)"]
-        parts = (facts("Results", known), table(["", *tasks], rows), table(headers, means))
-        return "\n\n".join(parts)
+        return facts("Results", known), table(["", *tasks], rows), table(headers, means)
 
     __str__ = __repr__
 

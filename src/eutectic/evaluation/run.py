@@ -17,6 +17,7 @@ from eutectic.evaluation.results import Results
 from eutectic.evaluation.splits import check_disjoint
 from eutectic.evaluation.spread_pairs import spread_pairs
 from eutectic.evaluation.task_files import Split, Task, load_tasks
+from eutectic.notebook import with_bar
 from eutectic.options import options_from
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class EvaluationOptions(TypedDict, total=False):
     ray_address: str | None
 
 
+@with_bar("evaluating")
 def evaluate(
     tasks: Folder | Mapping[str, Task],
     *,

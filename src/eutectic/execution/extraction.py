@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eutectic.execution.run import MergeReport, merge
+from eutectic.notebook import with_bar
 
 NAME = "expert"  # what the one expert is called in records
 
 
+@with_bar("extracting")
 def extract(
     expert: str | Path,
     *,

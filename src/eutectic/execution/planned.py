@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,12 @@ from eutectic.recipes.load import Source
 from eutectic.recipes.mergekit_stages import read_stages
 from eutectic.recipes.schema import Recipe
 from eutectic.recipes.units import format_bytes
-from eutectic.tables import data_frame, facts, table
+from eutectic.tables import InNotebooks, Shown, data_frame, facts, table
 from eutectic.words import shares as in_words
 
 
 @dataclass(frozen=True)
-class PlanReport:
+class PlanReport(InNotebooks):
     """What a merge would do.
 
     Attributes:
@@ -87,6 +87,10 @@ class PlanReport:
 
     def __repr__(self) -> str:
         """Show the groups of tensors, what they cost, and the notes."""
+        return "\n\n".join(self._parts())
+
+    def _parts(self) -> Sequence[Shown]:
+        """Return the same for notebooks too."""
         rows = [
             [r["name"], shape_of(r), r["treatment"], r["method"], alpha_of(r)]
             for r in self.grouped()
@@ -103,7 +107,7 @@ class PlanReport:
         }
         known = {key: text for key, text in known.items() if text or key != "adapter"}
         headers = ["tensor", "shape", "treatment", "method", "α"]
-        return f"{facts('PlanReport', known)}\n\n{table(headers, rows)}"
+        return facts("PlanReport", known), table(headers, rows)
 
 
 def shape_of(row: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ from eutectic.recipes.mergekit_document import is_mergekit
 from eutectic.recipes.mergekit_stages import Stage, check_stages, read_stages
 from eutectic.recipes.schema import Recipe
 from eutectic.storage import storage_of
-from eutectic.tables import facts
+from eutectic.tables import InNotebooks, Shown, facts
 from eutectic.types import LayerStatistics
 from eutectic.words import shares as in_words
 
@@ -63,7 +63,7 @@ def _sorted_options(options: Mapping[str, Any], stated: Mapping[str, Any]) -> di
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(InNotebooks):
     """What a merge did.
 
     Attributes:
@@ -110,6 +110,10 @@ class MergeReport:
 
     def __repr__(self) -> str:
         """Show what was merged how, how large the change is, and the notes."""
+        return "\n\n".join(self._parts())
+
+    def _parts(self) -> Sequence[Shown]:
+        """Return the same for notebooks too."""
         how = "" if self.search is None else f", chosen by {self.search['search']}"
         ratio = self.norms.get("ratio")
         by = self.method if self.mostly_by == self.method else f"{self.mostly_by} ({self.method})"
@@ -124,7 +128,7 @@ class MergeReport:
             "took": f"{self.seconds:.1f} s{', continued' if self.resumed else ''}",
             "output": self.output,
         }
-        return facts("MergeReport", known)
+        return (facts("MergeReport", known),)
 
 
 def merge(

@@ -13,7 +13,7 @@ from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.methods.linear import finite
 from eutectic.methods.registry import Context, Method, all_methods, get_method
 from eutectic.methods.sound_statistics import check_statistics
-from eutectic.tables import data_frame
+from eutectic.tables import InNotebooks, Shown, data_frame, table
 from eutectic.types import LayerStatistics, Merged
 
 Deltas = Tensor | LowRankStack | Sequence[Tensor | LowRank | tuple[Tensor, Tensor]]
@@ -192,13 +192,18 @@ def needed(method: Method, parameters: Any) -> frozenset[str]:
     return frozenset(needs - {"base"})
 
 
-class MethodsTable(dict[str, dict[str, Any]]):
+class MethodsTable(InNotebooks, dict[str, dict[str, Any]]):
     """Name of a method -> what there is to know of it; shows the summaries."""
 
     def __repr__(self) -> str:
         """Show one line per method."""
         wide = max(map(len, self), default=0)
         return "\n".join(f"{name:<{wide}}  {entry['summary']}" for name, entry in self.items())
+
+    def _parts(self) -> Sequence[Shown]:
+        """Return the same for notebooks."""
+        rows = [[name, entry["family"], entry["summary"]] for name, entry in self.items()]
+        return (table(["method", "family", "summary"], rows, len(rows)),)
 
     def to_pandas(self) -> Any:
         """Return a data frame, one row per method."""

@@ -18,6 +18,7 @@ from eutectic.conventions_order import in_model_order
 from eutectic.errors import EutecticError, Note, RequestError, suggest
 from eutectic.execution.executors import limits_of
 from eutectic.execution.norms import explosion, summary_of
+from eutectic.notebook import with_bar
 from eutectic.options import options_from
 from eutectic.planning.inputs import Inputs, open_inputs
 from eutectic.planning.plan import Plan, make_plan
@@ -64,6 +65,7 @@ class _Options:
     progress: Progress | None = None
 
 
+@with_bar("inspecting")
 def inspect(
     recipe: str | Path | Mapping[str, Any] | None = None,
     *,

@@ -5,11 +5,12 @@ the order of `experts`.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from eutectic.tables import data_frame, facts, number, table
+from eutectic.tables import InNotebooks, Shown, data_frame, facts, number, table
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Size = Annotated[float, Field(ge=0)]
@@ -142,7 +143,7 @@ class Summary(_Strict):
     correlation: SarNai | None = Field(default=None, description="SAR against NAI, of results.")
 
 
-class Inspection(_Strict):
+class Inspection(InNotebooks, _Strict):
     """Everything that was measured."""
 
     schema_version: Literal[1] = Field(default=1, description="of this file's form.")
@@ -174,6 +175,10 @@ class Inspection(_Strict):
 
     def __repr__(self) -> str:
         """Show the experts and the merged models over all layers."""
+        return "\n\n".join(self._parts())
+
+    def _parts(self) -> Sequence[Shown]:
+        """Return the same for notebooks too."""
         tasks, merged = self.summary.tasks, self.summary.merged
         rows = [
             [name, number(t.norm), number(t.relative_norm, 3), number(t.stable_rank, 3)]
@@ -189,7 +194,7 @@ class Inspection(_Strict):
                 for name, m in merged.items()
             ]
             parts.append(table(["merged", "SAR", "‖Δ‖ / experts'", "NAI"], lines))
-        return "\n\n".join(parts)
+        return parts
 
     __str__ = __repr__
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -18,7 +18,7 @@ from eutectic.routed.routed_folder import experts_of
 from eutectic.routed.routed_modules import Experts
 from eutectic.routed.router import has_pooled
 from eutectic.routed.routing_modes import elect, routing, routing_of
-from eutectic.tables import data_frame, table
+from eutectic.tables import InNotebooks, Shown, data_frame, facts, table
 from eutectic.types import LayerStatistics
 
 MOST_SAMPLES = 1000  # of a task; shares are known to a few hundredths by then
@@ -28,7 +28,7 @@ NEAR_CHANCE = 0.25
 
 
 @dataclass(frozen=True)
-class RouterQuality:
+class RouterQuality(InNotebooks):
     """Shares of each task's samples that are sent to the task's own expert.
 
     Attributes:
@@ -85,11 +85,16 @@ class RouterQuality:
 
     def __repr__(self) -> str:
         """Show the shares of blocks and tasks."""
+        return "\n".join(self._parts())
+
+    def _parts(self) -> Sequence[Shown]:
+        """Return the same for notebooks too."""
         tasks = list(self.samples)
         rows = [[b, *(f"{own[t]:.1%}" for t in tasks)] for b, own in self.blocks().items()]
         rows.append(["decision", *(f"{self.decisions[t]:.1%}" for t in tasks)])
         how = "measured" if self.measured else "estimated from statistics"
-        return f"RouterQuality: {how}, by chance {self.chance:.0%}\n{table(['', *tasks], rows)}"
+        title = f"RouterQuality: {how}, by chance {self.chance:.0%}"
+        return facts(title, {}), table(["", *tasks], rows)
 
     def record(self) -> dict[str, Any]:
         """Return it as JSON-serialisable values."""

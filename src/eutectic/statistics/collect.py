@@ -23,6 +23,7 @@ from eutectic.errors import RequestError, StatisticsError
 from eutectic.models.batches import Batch, mask_policy, sample_count
 from eutectic.models.names import saved_names
 from eutectic.models.sites import is_encoder_decoder
+from eutectic.notebook import with_bar
 from eutectic.options import options_from
 from eutectic.statistics.collection_plan import Plan, describe_layers, make_plan, sample_weights
 from eutectic.statistics.data_pass import Pass, run_pass
@@ -40,6 +41,7 @@ Progress = Callable[[int, int | None], None]
 Counts = Mapping[str, Sequence[int]]
 
 
+@with_bar("collecting")
 def collect(
     model: nn.Module,
     batches: Iterable[Batch],

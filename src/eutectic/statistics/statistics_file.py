@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 from collections import ChainMap
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
@@ -40,7 +40,7 @@ from eutectic.errors import (
 from eutectic.statistics.record import check_record
 from eutectic.storage import Lock, storage_of, view
 from eutectic.storage.small_files import parse_json
-from eutectic.tables import data_frame, facts
+from eutectic.tables import InNotebooks, Shown, data_frame, facts
 from eutectic.types import LayerStatistics
 from eutectic.words import few, shown
 
@@ -63,7 +63,7 @@ def gram_names(statistic: str) -> tuple[str, str, str]:
     return statistic, f"{stem}_factor", f"{stem}_diagonal"
 
 
-class StatisticsFile(Mapping[str, LayerStatistics]):
+class StatisticsFile(InNotebooks, Mapping[str, LayerStatistics]):
     """Statistics of one expert: parameter name -> `LayerStatistics`, read when asked for.
 
     Grams of samples, of output gradients and of vectors are returned dense, whichever way they are
@@ -103,6 +103,10 @@ class StatisticsFile(Mapping[str, LayerStatistics]):
 
     def __repr__(self) -> str:
         """Show what was collected of what, without a tensor."""
+        return "\n\n".join(self._parts())
+
+    def _parts(self) -> Sequence[Shown]:
+        """Return the same for notebooks too."""
         made = self.provenance
         kinds = dict.fromkeys(key.rpartition("/")[2] for key in self.tensors)
         known = {
@@ -114,7 +118,7 @@ class StatisticsFile(Mapping[str, LayerStatistics]):
             "checkpoint": self.fingerprint,
             "file": self.path,
         }
-        return facts("StatisticsFile", known)
+        return (facts("StatisticsFile", known),)
 
     @property
     def names(self) -> tuple[str, ...]:

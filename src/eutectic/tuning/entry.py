@@ -1,7 +1,7 @@
 """The public entries: a merge whose scale may be a search, and the search alone."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +14,13 @@ from eutectic.execution.executors import Progress, limits_of
 from eutectic.execution.output_folder import unscaled_folder
 from eutectic.execution.run import MergeReport, recipe_from
 from eutectic.execution.schedule import Choice, Choose, Chooser
+from eutectic.notebook import with_bar
 from eutectic.planning.cost import check_memory
 from eutectic.planning.inputs import Inputs, open_inputs
 from eutectic.planning.plan import Plan, make_plan
 from eutectic.recipes.load import Source, check_recipe
 from eutectic.recipes.schema import NOT_TAKEN, Recipe, ScaleSearch
-from eutectic.tables import data_frame, facts, number, table
+from eutectic.tables import InNotebooks, Shown, data_frame, facts, number, table
 
 if TYPE_CHECKING:
     from eutectic.tuning.objectives import Opened
@@ -54,6 +55,7 @@ def choose_scale(plan: Plan, inputs: Inputs, opened: "Opened | None" = None) -> 
     return prepare_objective(search, plan, inputs, opened)
 
 
+@with_bar("merging")
 def merge(
     recipe: str | Path | Mapping[str, Any] | None = None,
     *,
@@ -107,7 +109,7 @@ def merge(
 
 
 @dataclass(frozen=True)
-class TuneReport:
+class TuneReport(InNotebooks):
     """What a search found.
 
     Attributes:
@@ -135,6 +137,10 @@ class TuneReport:
 
     def __repr__(self) -> str:
         """Show the best α, the curve, and the notes."""
+        return "\n\n".join(self._parts())
+
+    def _parts(self) -> Sequence[Shown]:
+        """Return the same for notebooks too."""
         known = {
             "method": self.method,
             "scale": f"{self.scale:g}",
@@ -150,9 +156,10 @@ class TuneReport:
             + [number(p["parts"].get(name)) for name in parts]
             for p in points
         ]
-        return f"{facts('TuneReport', known)}\n\n{table(['α', 'objective', *parts], rows)}"
+        return facts("TuneReport", known), table(["α", "objective", *parts], rows)
 
 
+@with_bar("tuning")
 def tune(
     recipe: str | Path | Mapping[str, Any] | None = None,
     *,
