@@ -34,6 +34,11 @@ class Change(Protocol):
         """Whether it is certain, from a part of it, that nothing changes."""
         ...
 
+    @property
+    def inner_rank(self) -> int | None:
+        """The inner size of the products that it is, the largest in a stack; None of others."""
+        ...
+
     def delta(self, start: int, stop: int, base: Tensor, dtype: torch.dtype) -> Tensor:
         """Return elements [start, stop) of Δ in `dtype`; `base` is that range of W₀ in it."""
         ...
@@ -123,6 +128,11 @@ class WholeChange:
         """Not known without computing it."""
         return False
 
+    @property
+    def inner_rank(self) -> int | None:
+        """None: it is no product of stored factors."""
+        return None
+
     def delta(self, start: int, stop: int, base: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a range of Δ; the whole is computed for the first one."""
         count = torch.Size(self.shape).numel()
@@ -183,6 +193,11 @@ class TokenRows:
         """Not known without comparing."""
         return False
 
+    @property
+    def inner_rank(self) -> int | None:
+        """None: it is no product of stored factors."""
+        return None
+
     def delta(self, start: int, stop: int, base: Tensor, dtype: torch.dtype) -> Tensor:
         """Return W_t − W₀ in rows that were trained; elsewhere 0, or what the full table says."""
         if self.whole is None:
@@ -233,6 +248,11 @@ class PackedProducts:
     def zero(self) -> bool:
         """Whether a factor is zero."""
         return not bool(self.source.read(self.b.name).any())
+
+    @property
+    def inner_rank(self) -> int | None:
+        """The rank of one matrix's factors."""
+        return self.a.shape[0] // self.experts
 
     def delta(self, start: int, stop: int, base: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a range of the stack, whose matrices are computed one by one."""
@@ -289,6 +309,14 @@ class ArrangedChange:
         """Not known without computing it."""
         return False
 
+    @property
+    def inner_rank(self) -> int | None:
+        """The ranks of the products that a matrix is made of, together."""
+        source = self.changes.source
+        assert isinstance(source, ChangedModel)
+        matrices = self.changes.views[self.name].matrices
+        return max(sum(map(source.inner_rank, {p.key for p in pieces})) for pieces in matrices)
+
     def delta(self, start: int, stop: int, base: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a range of Δ."""
         return self.changes.read(self.name, start, stop).to(dtype)
@@ -312,6 +340,11 @@ class ChangedModel:
         if change is None:
             return torch.zeros(stop - start, dtype=torch.float64)
         return change.read(start, stop, torch.float64)
+
+    def inner_rank(self, name: str) -> int:
+        """Return the rank of each matrix of a change; 0 where nothing changes."""
+        change = self._changes[name]
+        return 0 if change is None else change.inner_rank or 0
 
     def fingerprint(self) -> str:
         """Return nothing: the adapter's file has the identity."""

@@ -144,6 +144,18 @@ class Expert:
         """Tell whether an adapter changes a tensor, rather than replacing it or nothing."""
         return name in self.factored or name in self.changes
 
+    def inner_rank(self, name: str) -> int | None:
+        """Return the inner size of the products that a change is; None where it is none.
+
+        Of a stack, the largest of its matrices'.
+        """
+        if name in self.stored:
+            return None
+        if name in self.factored:
+            return self.factored[name].a.shape[0]
+        change = self.changes.get(name)
+        return None if change is None else change.inner_rank
+
     def held_bytes(self, name: str | None) -> int:
         """Return the bytes that reading the change of a tensor holds beside what it returns."""
         change = self.changes.get(name or "")

@@ -54,6 +54,11 @@ class ExpertProducts:
         every = (p for own in self.products.values() for p in own)
         return not any(bool(self.source.read(p.b.name).any()) for p in every)
 
+    @property
+    def inner_rank(self) -> int | None:
+        """The ranks of the products in a matrix together, the most of any."""
+        return max(sum(p.a.shape[0] for p in own) for own in self.products.values())
+
     def delta(self, start: int, stop: int, base: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a range of Δ; a matrix is computed for each range that reaches into it."""
         size = self.shape[0] * self.shape[1]

@@ -5,7 +5,7 @@ its change is: the adapter's one file is put together from them at the end.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,13 +32,13 @@ from eutectic.execution.merging import (
     with_factors,
 )
 from eutectic.execution.norms import Squares, squares_of
-from eutectic.execution.shared_merging import LOST, merge_shared
+from eutectic.execution.shared_merging import LOST, merge_shared_stack
 from eutectic.execution.tensor_values import block_ranges, read_base
 from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.linalg.range_finder import Compressed, compressed
 from eutectic.methods import get_method
 from eutectic.planning.adapter_outlook import thin_rank
-from eutectic.planning.adapter_plan import Carried
+from eutectic.planning.adapter_plan import THIN, Carried
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.storage import storage_of
@@ -46,6 +46,7 @@ from eutectic.storage import storage_of
 LEFT, RIGHT, WHOLE = "left", "right", "whole"  # names in a part's file
 LOSSLESS = 1e-7  # of the energy: so little is rounding where nothing may be lost be
 _READ = 1 << 22
+_NOTHING = torch.zeros(1)
 
 # Flat ranges of what `merge_unscaled` emitted; None where the tensor is merged on the way.
 ReadDelta = Callable[[int, int], Tensor]
@@ -81,9 +82,13 @@ def write_part(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / part_name(planned.name)
-    if carried.form in ("factors", "table"):
-        found, change = _change(planned, inputs, state, late)
-        part = _cut(planned, carried, inputs, change)
+    if carried.form in THIN:
+        found, changes = _changes(planned, inputs, state, late)
+        slot, layout = carried.slot, planned.layout
+        if slot is not None and layout.stacked and slot.turned != layout.transpose:
+            changes = [_transposed(change) for change in changes]  # as PEFT sees them
+        cut = [_cut(planned, carried, inputs, change) for change in changes]
+        part = _together(cut) if planned.layout.stacked else cut[0]
         sides = {LEFT: part.left, RIGHT: part.right}
         held = {n: narrow_finite(planned.name, t, carried.dtype) for n, t in sides.items()}
         told = {"changed": part.rank > 0, "rank": part.rank, "lost_energy": part.lost}
@@ -92,7 +97,7 @@ def write_part(
             found = replace(found, record={k: v for k, v in found.record.items() if k != LOST})
         with _opened(path, {name: (t.dtype, tuple(t.shape)) for name, t in held.items()}) as file:
             for name, tensor in held.items():
-                file.write(name, 0, tensor.cpu())
+                file.write(name, 0, tensor.contiguous().cpu())
     else:
         with _opened(path, {WHOLE: (planned.dtype, planned.shape)}) as file:
             found, changed = _whole(planned, inputs, state, late, file)
@@ -123,19 +128,42 @@ def open_part(folder: Path, tensor: str) -> Iterator[CheckpointReader]:
         reader.close()
 
 
-def _change(
+def _transposed(change: Tensor | LowRank) -> Tensor | LowRank:
+    if isinstance(change, LowRank):
+        return LowRank(change.right.mT, change.left.mT)
+    return change.mT
+
+
+def _together(cut: Sequence[Compressed]) -> Compressed:
+    """Return the factors of a stack's matrices, `[E, out, r]` and `[E, r, in]`, r their largest."""
+    rank = max(part.rank for part in cut)
+    first = cut[0]
+    left = first.left.new_zeros(len(cut), first.left.shape[0], rank)
+    right = first.right.new_zeros(len(cut), rank, first.right.shape[1])
+    kept = whole = 0.0
+    for number, part in enumerate(cut):
+        left[number, :, : part.rank], right[number, : part.rank] = part.left, part.right
+        own = sum(squares_of(LowRankStack((part.left,), (part.right,)), None, _NOTHING)[2:])
+        kept += own
+        whole += own / (1 - part.lost)
+    return Compressed(left, right, 1 - kept / whole if whole else 0.0)
+
+
+def _changes(
     planned: TensorPlan,
     inputs: Inputs,
     state: Any,
     late: tuple[ReadDelta, Mapping[str, float], Finished] | None,
-) -> tuple[Finished, Tensor | LowRank]:
-    """Return α·Δ as a map `[out, in]`, thin where the method keeps it so."""
+) -> tuple[Finished, list[Tensor | LowRank]]:
+    """Return α·Δ of each matrix as a map `[out, in]`, thin where the method keeps it so."""
     if late is None and planned.compress is not None:
-        return _shared_change(planned, inputs)
+        found = Finished()
+        changes, record = merge_shared_stack(planned, inputs, found.squares)
+        return replace(found, record=record), [_scaled(c, planned.scale) for c in changes]
     if late is None:
         thin = _thin_change(planned, inputs)
         if thin is not None:
-            return thin
+            return thin[0], [thin[1]]
     flat = torch.empty(planned.elements, dtype=planned.compute)
     weights = holds_weight(planned)
 
@@ -158,19 +186,15 @@ def _change(
             record=with_factors(before.record, planned, factors),
             squares=squares_with_factors(before.squares, planned, factors),
         )
-    matrix = flat.view(planned.shape[0], -1)
-    return found, matrix.mT if planned.layout.transpose else matrix
+    rows = planned.shape[1 if planned.layout.stacked else 0]
+    matrices = flat.view(planned.blocks[0], rows, -1)
+    return found, [m.mT if planned.layout.transpose else m for m in matrices]
 
 
-def _shared_change(planned: TensorPlan, inputs: Inputs) -> tuple[Finished, Tensor | LowRank]:
-    """Return the change that is merged at a rank."""
-    found = Finished()
-    merged, record = merge_shared(planned, inputs, found.squares)
-    if isinstance(merged, LowRank):
-        merged = LowRank(merged.left * planned.scale, merged.right)
-    else:
-        merged = merged * planned.scale
-    return replace(found, record=record), merged
+def _scaled(change: Tensor | LowRank, scale: float) -> Tensor | LowRank:
+    if isinstance(change, LowRank):
+        return LowRank(change.left * scale, change.right)
+    return change * scale
 
 
 def _thin_change(planned: TensorPlan, inputs: Inputs) -> tuple[Finished, LowRank] | None:
@@ -186,10 +210,9 @@ def _thin_change(planned: TensorPlan, inputs: Inputs) -> tuple[Finished, LowRank
         return None
     found = Finished(squares=Squares())
     near = read_base(planned, inputs, 0, planned.elements)
-    nothing = torch.zeros(1)
-    squares = squares_of(deltas, near, nothing)
+    squares = squares_of(deltas, near, _NOTHING)
     alone = LowRankStack((merged.left,), (merged.right,))
-    squares[0] = squares_of(alone, None, nothing)[2]
+    squares[0] = squares_of(alone, None, _NOTHING)[2]
     found.squares[""] = squares
     return found, LowRank(merged.left * planned.scale, merged.right)
 

@@ -24,6 +24,7 @@ from eutectic.checkpoint.writer import CheckpointWriter, OutputFile, write_atomi
 from eutectic.conventions import PEFT_ROOT
 from eutectic.conventions_heads import is_buffer
 from eutectic.execution.adapter_factors import LEFT, RIGHT, WHOLE, open_part
+from eutectic.execution.adapter_stacks import Piece, nested_keys, stack_rank, stack_rows
 from eutectic.execution.expert_folders import head_values
 from eutectic.execution.tensor_values import flat_ranges
 from eutectic.planning.adapter_plan import AdapterPlan
@@ -45,8 +46,9 @@ _HEADS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
-Read = Callable[[int, int], Tensor]
+STACKS_SINCE = "0.19.0"  # of PEFT: the order in which it takes the axes of stacks
 
+Read = Callable[[int, int], Tensor]
 
 _Row = tuple[torch.dtype, tuple[int, ...], Read]
 
@@ -62,6 +64,9 @@ class _Content:
     own_biases: dict[str, _Row] = field(default_factory=dict)  # of linear layers, by module
     tied: bool = False  # a saved table has several names
     left_out: list[str] = field(default_factory=list)
+    # stack of a mixture in memory -> the parts that lie in it
+    stacks: dict[str, list[Piece]] = field(default_factory=dict[str, list[Piece]])
+    stack_rank: int = 0  # of all of them: PEFT warns of patterns of ranks over parameters
 
 
 def write_adapter_folder(
@@ -78,6 +83,7 @@ def write_adapter_folder(
         told = records.get(planned.name, {}).get("adapter", {})
         if told.get("changed") and planned.name not in content.left_out:
             _add(content, adapter, planned.name, planned.layout.transpose, parts, told)
+    _add_stacks(content, adapter, parts)
     _add_heads(content, plan, adapter, inputs)
     for module, row in content.own_biases.items():
         inside = ".base_layer" if module in content.ranks else ""
@@ -101,7 +107,7 @@ def write_adapter_folder(
     write_atomically(model / ADAPTER_CONFIG, text.encode())
     _copy_tokenizer(plan, inputs, model)
     write_atomically(model / "README.md", card.encode())
-    ranks = Counter(content.ranks.values())
+    ranks = Counter([*content.ranks.values(), *[content.stack_rank] * len(content.stacks)])
     return {
         "ranks": {str(rank): count for rank, count in sorted(ranks.items())},
         "modules_to_save": sorted(content.saved),
@@ -120,6 +126,10 @@ def _add(
     """Add the part of one tensor."""
     own = adapter.carried[name]
     root = f"{PEFT_ROOT}{own.module}"
+    if own.slot is not None:
+        piece = Piece(name, own.slot, told["rank"])
+        content.stacks.setdefault(own.slot.parameter, []).append(piece)
+        return
     if own.form in ("factors", "table"):
         table = own.form == "table"
         for side, part in (("A", RIGHT), ("B", LEFT)):
@@ -143,6 +153,18 @@ def _add(
         return
     content.saved.add(own.module)
     content.rows[f"{root}.{own.parameter}"] = (entry.dtype, entry.shape, whole)
+
+
+def _add_stacks(content: _Content, adapter: AdapterPlan, parts: Path) -> None:
+    """Add the factors of stacks, as PEFT keeps those of bare parameters."""
+    if not content.stacks:
+        return
+    assert adapter.outline is not None
+    keys = nested_keys(content.stacks, list(adapter.outline.kinds), PEFT_ROOT)
+    content.stack_rank = rank = max(map(stack_rank, content.stacks.values()))
+    for own, pieces in content.stacks.items():
+        for side, row in zip("AB", stack_rows(parts, pieces, rank), strict=True):
+            content.rows[f"{keys[own]}.lora_{side}.weight"] = row
 
 
 def _read_part(parts: Path, name: str, part: str, start: int, stop: int) -> Tensor:
@@ -196,7 +218,7 @@ def _complete_modules(content: _Content, adapter: AdapterPlan, inputs: Inputs) -
 
 def _add_placeholder(content: _Content, adapter: AdapterPlan, inputs: Inputs) -> None:
     """Give an adapter without any factors a pair of zeros, which PEFT wants at least."""
-    if content.ranks:
+    if content.ranks or content.stacks:
         return
     for name, own in adapter.carried.items():
         if own.form != "factors" or own.module in content.saved:
@@ -232,8 +254,12 @@ def _add_twins(content: _Content, adapter: AdapterPlan) -> None:
 
 def _config(content: _Content, plan: Plan, inputs: Inputs) -> dict[str, Any]:
     """Return adapter_config.json."""
-    rank = Counter(content.ranks.values()).most_common(1)[0][0]
+    common = Counter(content.ranks.values()).most_common(1)
+    rank = content.stack_rank or (common[0][0] if common else 1)
     others = {module: r for module, r in content.ranks.items() if r != rank}
+    stacks: dict[str, Any] = {}
+    if content.stacks:  # in the order of axes that PEFT has had since
+        stacks = {"target_parameters": list(content.stacks), "peft_version": STACKS_SINCE}
     names = plan.request.names
     return {
         "peft_type": "LORA",
@@ -248,6 +274,7 @@ def _config(content: _Content, plan: Plan, inputs: Inputs) -> dict[str, Any]:
         "bias": "all" if content.own_biases.keys() - content.saved else "none",
         "fan_in_fan_out": content.turned,
         "target_modules": list(content.ranks),
+        **stacks,
         "modules_to_save": sorted(content.saved) or None,
         **({"ensure_weight_tying": True} if content.tied else {}),
         "inference_mode": True,

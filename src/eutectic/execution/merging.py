@@ -12,7 +12,7 @@ from eutectic.conventions import layer_group
 from eutectic.errors import EutecticError, NumericalError
 from eutectic.execution.matrix_merging import context_of, merge_matrices
 from eutectic.execution.norms import Squares, add_chunk, with_layer_factors
-from eutectic.execution.shared_merging import merge_shared
+from eutectic.execution.shared_merging import merge_shared_stack
 from eutectic.execution.tensor_values import (
     as_map,
     block_ranges,
@@ -237,13 +237,15 @@ def merge_unscaled(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any =
     """
     found = Finished()
     if planned.compress is not None:
-        merged, told = merge_shared(planned, inputs, found.squares)
-        matrix = merged.dense() if isinstance(merged, LowRank) else merged
+        changes, told = merge_shared_stack(planned, inputs, found.squares)
         found.record.update(told)
-        flat = (matrix.mT if planned.layout.transpose else matrix).flatten()
-        delta = flat.to(planned.compute).cpu()
-        found.norms.update(matrix_norms(planned, 0, delta))
-        emit(0, delta)
+        size = planned.blocks[1]
+        for block, change in enumerate(changes):
+            matrix = change.dense() if isinstance(change, LowRank) else change
+            flat = (matrix.mT if planned.layout.transpose else matrix).flatten()
+            delta = flat.to(planned.compute).cpu()
+            found.norms.update(matrix_norms(planned, block, delta))
+            emit(block * size, delta)
         return found
     if planned.in_chunks:
         for start, result, _ in merge_elementwise(planned, inputs, state, found.squares):

@@ -31,34 +31,40 @@ LOST = "lost_before"  # in a tensor's record: share of the experts' energy outsi
 
 
 def merge_shared(
-    planned: TensorPlan, inputs: Inputs, squares: Squares
+    planned: TensorPlan, inputs: Inputs, squares: Squares, block: int = 0
 ) -> tuple[Tensor | LowRank, dict[str, Any]]:
     """Return the merged change `[out, in]` before α, merged at the plan's rank, and a record.
+
+    `block` is the number of the matrix in a stack.
 
     Methods merge the cores PᵀΔ_tQ `[R, R]`. Those that look at statistics, at W₀ or at a guess,
     and those of fused matrices, merge PPᵀΔ_tQQᵀ `[out, in]`, to which these belong. Where the
     experts have no more than R directions together, only element-wise methods need any bases.
     """
     assert planned.compress is not None
-    base = read_base(planned, inputs, 0, planned.elements)
+    blocks, size = planned.blocks
+    span, label = (block * size, (block + 1) * size), f"[{block}]" if blocks > 1 else ""
+    base = read_base(planned, inputs, *span)
     deltas: Tensor | LowRankStack | None = thin_deltas(planned, inputs, base)
     if deltas is None:
-        stack = read_stack(planned, inputs, (0, planned.elements), base, weights=False)
+        stack = read_stack(planned, inputs, span, base, weights=False)
         deltas = _as_map(stack, planned).to(inputs.device)
     initial = None
     if planned.initial is not None:
-        flat = read_delta(inputs.owner(planned.initial), planned.initial, 0, base, inputs)
+        flat = read_delta(inputs.owner(planned.initial), planned.initial, span[0], base, inputs)
         initial = _as_map(flat, planned).to(inputs.device)
+    context = context_of(planned)
     context = dataclasses.replace(
-        context_of(planned),
+        context,
+        tensor=context.tensor + label,
         base=_as_map(base, planned).to(inputs.device),
         initial=initial,
         statistics=statistics_of(planned, inputs),
     )
-    merged, record = _merged(planned, inputs, deltas, context, planned.compress)
+    merged, record = _merged(planned, inputs, deltas, context, label)
     for part, rows in planned.row_parts(merged.shape[0]) if planned.base is not None else ():
         near = None if context.base is None else context.base[rows]
-        squares[part] = squares_of(some_rows(deltas, rows), near, _rows_of(merged, rows))
+        squares[label + part] = squares_of(some_rows(deltas, rows), near, _rows_of(merged, rows))
     return merged, record
 
 
@@ -67,9 +73,9 @@ def _merged(
     inputs: Inputs,
     deltas: Tensor | LowRankStack,
     context: Context,
-    rank: int,
+    label: str,
 ) -> tuple[Tensor | LowRank, dict[str, Any]]:
-    method = get_method(planned.method)
+    method, rank = get_method(planned.method), planned.compress or 0
     seen, record = deltas, {LOST: 0.0}
     if method.elementwise or _needs_cut(deltas, rank):
         shared = _shared(deltas, context, rank)
@@ -84,7 +90,7 @@ def _merged(
             cores = space.cores if method.elementwise else space.cores.to(narrow)
             inside = dataclasses.replace(context, base=None, statistics=None, initial=None)
             found = run_checked(planned, cores, inside)
-            told = {"matrix": found.record} if found.record else {}
+            told = {label or "matrix": found.record} if found.record else {}
             return space.expand(found.delta), {**told, **record}
         left = tuple((space.left @ core).to(narrow) for core in space.cores)
         seen = LowRankStack(left, (space.right.mT.to(narrow),) * len(left))
@@ -92,7 +98,7 @@ def _merged(
         merged = method.thin(seen, planned.parameters, context)
         if merged is not None:
             return merged, record
-    result, told = merge_parts(planned, inputs, seen, context, "")
+    result, told = merge_parts(planned, inputs, seen, context, label)
     return result, {**told, **record}
 
 
@@ -100,6 +106,21 @@ def _looks_at_nothing_else(planned: TensorPlan) -> bool:
     needs = needed(get_method(planned.method), planned.parameters)
     in_base = "base" in get_method(planned.method).needs(planned.parameters)
     return not (needs or in_base or planned.initial is not None or planned.layout.split)
+
+
+def merge_shared_stack(
+    planned: TensorPlan, inputs: Inputs, squares: Squares
+) -> tuple[list[Tensor | LowRank], dict[str, Any]]:
+    """Return the merged changes of all matrices of a tensor, and a record with their mean loss."""
+    merged: list[Tensor | LowRank] = []
+    record: dict[str, Any] = {}
+    lost = 0.0
+    for block in range(planned.blocks[0]):
+        change, told = merge_shared(planned, inputs, squares, block)
+        merged.append(change)
+        lost += told.pop(LOST)
+        record |= told
+    return merged, {**record, LOST: lost / max(len(merged), 1)}
 
 
 def _needs_cut(deltas: Tensor | LowRankStack, rank: int) -> bool:
@@ -120,7 +141,8 @@ def _shared(deltas: Tensor | LowRankStack, context: Context, rank: int) -> Share
 
 def _as_map(values: Tensor, planned: TensorPlan) -> Tensor:
     """Lay flat values, or `[T, n]`, out as `[out, in]`; of a table the rows are the outputs."""
-    shaped = values.reshape(*values.shape[:-1], planned.shape[0], -1)
+    rows = planned.shape[1 if planned.layout.stacked else 0]
+    shaped = values.reshape(*values.shape[:-1], rows, -1)
     return shaped.mT if planned.layout.transpose else shaped
 
 

@@ -39,7 +39,7 @@ class Compressed:
     @property
     def rank(self) -> int:
         """How many directions there are."""
-        return self.left.shape[1]
+        return self.left.shape[-1]
 
 
 def compressed(

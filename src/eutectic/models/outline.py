@@ -21,6 +21,7 @@ class Outline:
     tables: tuple[str, ...]  # weights of the tables of tokens, read and written
     shapes: Mapping[str, tuple[int, ...]]
     twins: Mapping[str, tuple[str, ...]]  # parameter -> its names in other modules
+    turned: frozenset[str] = frozenset()  # parameters of modules that keep inputs first
 
     def of_module(self, module: str) -> list[str]:
         """Return the parameters of a module, by their full names."""
@@ -63,6 +64,7 @@ def _outline(config: Mapping[str, Any], architecture: str) -> Outline | None:
     kinds: dict[str, Kind] = {}
     names: dict[int, list[str]] = {}
     leaves: set[str] = set()
+    turned: set[str] = set()
     shapes: dict[str, tuple[int, ...]] = {}
     classes: tuple[tuple[Any, Kind], ...] = (
         (nn.Linear, "linear"),
@@ -77,13 +79,16 @@ def _outline(config: Mapping[str, Any], architecture: str) -> Outline | None:
         for name, parameter in module.named_parameters(path, recurse=False):
             kinds[name] = kind
             shapes[name] = tuple(parameter.shape)
+            if getattr(module, "is_transposed", False) is True:
+                turned.add(name)
             names.setdefault(id(parameter), []).append(name)
     ends = [_end(getattr(model, f"get_{side}_embeddings")) for side in ("input", "output")]
     modules = {id(module): path for path, module in model.named_modules()}
     tables = [f"{modules[id(m)]}.weight" for m in ends if m is not None and id(m) in modules]
     twins = {n: tuple(o for o in own if o != n) for own in names.values() for n in own}
     tables = tuple(dict.fromkeys(tables))
-    return Outline(kinds, frozenset(leaves), tables, shapes, {n: o for n, o in twins.items() if o})
+    others = {n: o for n, o in twins.items() if o}
+    return Outline(kinds, frozenset(leaves), tables, shapes, others, frozenset(turned))
 
 
 def _end(asked: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from eutectic.conventions_heads import is_buffer
-from eutectic.planning.adapter_plan import AdapterPlan
+from eutectic.planning.adapter_plan import THIN, AdapterPlan
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.words import few
@@ -22,9 +22,9 @@ def thin_rank(planned: TensorPlan, inputs: Inputs) -> int:
     """Return how many directions the experts' thin factors have together."""
     total = 0
     for source in planned.experts:
-        factors = inputs.owner(source).factored.get(source.tensor or "")
-        total += 0 if factors is None else factors.a.shape[0]
-    return max(1, min(total, min(planned.shape)))
+        if source.tensor is not None:
+            total += inputs.owner(source).inner_rank(source.tensor) or 0
+    return max(1, min(total, *planned.shape[-2:]))
 
 
 def adapter_outlook(plan: Plan, inputs: Inputs) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def adapter_outlook(plan: Plan, inputs: Inputs) -> dict[str, Any]:
     options = adapter.options
     changing = [t for t in plan.merged if t.name in adapter.carried and _may_change(t, inputs)]
     form = {t.name: adapter.carried[t.name] for t in changing}
-    thin = [t for t in changing if form[t.name].form in ("factors", "table")]
+    thin = [t for t in changing if form[t.name].form in THIN]
     ranks = Counter(_rank(t, adapter, inputs) for t in thin)
     saved = {own.module for own in form.values() if own.form == "whole" and not own.vector}
     loose = [n for n, own in form.items() if own.form == "loose"]
@@ -115,7 +115,7 @@ def _may_change(planned: TensorPlan, inputs: Inputs) -> bool:
 
 def _rank(planned: TensorPlan, adapter: AdapterPlan, inputs: Inputs) -> int | None:
     """Return the most directions of a layer; None where only the energy tells."""
-    options, side = adapter.options, min(planned.shape[0], planned.elements // planned.shape[0])
+    options, side = adapter.options, min(planned.shape[-2:])
     if options.most is None and options.share is not None:
         return None
     if options.most is not None:

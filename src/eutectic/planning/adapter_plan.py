@@ -5,16 +5,18 @@ the model's modules where it is installed; else a file's names and a tensor's tr
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.meeting import meet_names
+from eutectic.checkpoint.names import Alignment
 from eutectic.conventions_ties import is_output_table, is_tied, is_token_table, output_name
 from eutectic.errors import Fault, Note, RecipeError
 from eutectic.models.outline import Kind, Outline, outline_of
+from eutectic.planning.adapter_stacks import Slot, stack_slots
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.recipes.schema import AdapterOptions
@@ -22,8 +24,10 @@ from eutectic.types import Treatment
 from eutectic.words import few
 
 # factors: LoRA on a linear layer; table: LoRA on an embedding; whole: a module that is saved;
-# bias: a linear layer's; loose: nothing of an adapter's holds it
-Form = Literal["factors", "table", "whole", "bias", "loose"]
+# bias: a linear layer's; stack: LoRA on a bare parameter that stacks a mixture's matrices; loose:
+# nothing of an adapter's holds it
+Form = Literal["factors", "table", "whole", "bias", "stack", "loose"]
+THIN: tuple[Form, ...] = ("factors", "table", "stack")  # forms that hold a change as thin factors
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Carried:
     energy: float | None
     vector: bool = False  # of one dimension: a norm's, or a bias
     dtype: torch.dtype = torch.float32  # of thin factors
+    slot: Slot | None = None  # of a stack: where it lies in that
 
 
 @dataclass(frozen=True)
@@ -101,13 +106,19 @@ def adapter_plan(
         faults.append(Fault("heads_in_adapter", what, next="Choose heads: base."))
     outline = outline_of(inputs.config)
     file_names = [t.name for t in tensors]
-    names = _in_memory(file_names, outline, inputs)
+    names, alignment = _in_memory(file_names, outline, inputs)
+    slots = stack_slots(tensors, names, (outline, alignment), inputs)
     held = inputs.base.entries
     twins = _twins(held, names, outline, inputs)
     carried: dict[str, Carried] = {}
     for planned in tensors:
         if planned.merged:
-            carried[planned.name] = _carried(planned, names, outline, options, dtype)
+            own = _carried(planned, names, outline, options, dtype)
+            slot = slots.get(planned.name)
+            if slot is not None:
+                module, _, parameter = slot.parameter.rpartition(".")
+                own = replace(own, form="stack", module=module, parameter=parameter, slot=slot)
+            carried[planned.name] = own
     faults += _not_thin(carried, inputs, options)
     tables = [n for n, c in carried.items() if c.form == "table"]
     tied = next((n for n in tables if names[n] in twins), None)
@@ -124,7 +135,7 @@ def adapter_plan(
 def rank_notes(tensors: Sequence[TensorPlan], adapter: AdapterPlan) -> list[Note]:
     """Return that a rank is asked for which no layer has."""
     held = [t for t in tensors if t.name in adapter.carried]
-    sides = [min(t.shape[:2]) for t in held if adapter.carried[t.name].form in ("factors", "table")]
+    sides = [min(t.shape[-2:]) for t in held if adapter.carried[t.name].form in THIN]
     if adapter.options.most is None or adapter.options.most <= max(sides, default=0) or not sides:
         return []
     return [Note("rank_above_layers", (), {"rank": adapter.options.most, "side": max(sides)})]
@@ -141,8 +152,8 @@ def _not_thin(
         lacking = [
             n
             for n, c in carried.items()
-            if c.form in ("factors", "table")
-            and (not expert.is_delta or (n in expert.entries and n not in expert.factored))
+            if c.form in THIN
+            and (not expert.is_delta or (n in expert.entries and expert.inner_rank(n) is None))
         ]
         if lacking:
             what = (
@@ -155,16 +166,16 @@ def _not_thin(
     return faults
 
 
-def _in_memory(names: Sequence[str], outline: Outline | None, inputs: Inputs) -> Mapping[str, str]:
+def _in_memory(
+    names: Sequence[str], outline: Outline | None, inputs: Inputs
+) -> tuple[Mapping[str, str], Alignment | None]:
     """Return what the model in memory calls the file's tensors; without a model, the same."""
     if outline is None:
-        return {name: name for name in names}
-    found, _ = meet_names(outline.kinds, names, "the base", [inputs.config])
-    return {
-        name: own
-        for name, own in found.items()
-        if name not in inputs.base.entries or inputs.base.entries[name].shape == outline.shapes[own]
-    }
+        return {name: name for name in names}, None
+    found, alignment = meet_names(outline.kinds, names, "the base", [inputs.config])
+    held = inputs.base.entries
+    met = {n: o for n, o in found.items() if n not in held or held[n].shape == outline.shapes[o]}
+    return met, alignment
 
 
 def _carried(

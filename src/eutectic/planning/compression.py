@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from eutectic.errors import Fault
 from eutectic.methods import get_method
-from eutectic.planning.adapter_plan import AdapterPlan
+from eutectic.planning.adapter_plan import THIN, AdapterPlan
 from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.words import few
 
@@ -38,7 +38,7 @@ def compression_faults(tensors: Sequence[TensorPlan], adapter: AdapterPlan) -> l
 
 def _is_thin(planned: TensorPlan, adapter: AdapterPlan) -> bool:
     own = adapter.carried.get(planned.name)
-    return own is not None and own.form in ("factors", "table")
+    return own is not None and own.form in THIN
 
 
 def _unable(planned: TensorPlan) -> str | None:
