@@ -8,7 +8,7 @@ from textwrap import wrap
 from typing import Any
 
 from eutectic.errors import MissingExtraError
-from eutectic.words import counted, plain
+from eutectic.words import counted, plain, with_urls
 
 _LEFT = ' style="text-align:left"'
 
@@ -50,7 +50,11 @@ def facts(title: str, known: Mapping[str, object]) -> Shown:
       method  iso_c
       took    1 s
     """
-    told = {name: str(value) for name, value in known.items() if value not in (None, "", (), [])}
+    told = {
+        name: with_urls(str(value))
+        for name, value in known.items()
+        if value not in (None, "", (), [])
+    }
     wide = max(map(len, told), default=0)
     lines: list[str] = []
     for name, text in told.items():

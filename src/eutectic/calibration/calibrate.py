@@ -51,7 +51,7 @@ from eutectic.models.loading import load_model
 from eutectic.models.sites import is_encoder_decoder
 from eutectic.notebook import with_bar
 from eutectic.options import options_from
-from eutectic.storage import storage_of
+from eutectic.storage import local_path, storage_of
 from eutectic.storage.small_files import JOURNAL_BYTES, read_json
 from eutectic.tables import InNotebooks, Shown, data_frame, facts, number, table
 from eutectic.words import few
@@ -197,7 +197,7 @@ def calibrate(
         raise RequestError(
             f"anchor_scale {settings.anchor_scale:g} needs the base.\nName it with --base."
         )
-    output = Path(output)
+    output = local_path(output)
     if output.name in ("", ".."):
         raise RequestError(f"'{output}' has no name of its own. Name a new folder.")
     work = output.with_name(f"{output.name}.partial")

@@ -13,7 +13,7 @@ from eutectic.checkpoint.names import check_inside
 from eutectic.checkpoint.odd_files import pointer, pointers_among
 from eutectic.checkpoint.writer import write_atomically
 from eutectic.errors import CheckpointError, OutputError, why_failed
-from eutectic.storage import storage_of
+from eutectic.storage import MANIFEST, storage_of
 from eutectic.storage.small_files import read_json, read_start
 
 # What makes inputs of texts, images and sounds: tokenizers, chat templates, processors.
@@ -67,7 +67,7 @@ _LEFT_FOLDERS = (
     *("executorch*", "checkpoint-*", "checkpoints", "global_step*", "runs", "logs", "wandb"),
     *("mlruns", "lightning_logs", "tensorboard", "eval", "__pycache__", "*.partial", "experts"),
 )
-_OWN = ("README.md", "eutectic.json")  # the output gets its own
+_OWN = ("README.md", "eutectic.json", MANIFEST)  # the output gets its own
 _OPEN_CLIP = {
     "open_clip_model.safetensors",
     *(f"open_clip_pytorch_model{end}" for end in (".safetensors", ".bin", ".pth")),

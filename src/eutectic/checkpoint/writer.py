@@ -17,7 +17,7 @@ from torch import Tensor
 from eutectic.checkpoint.header import TensorEntry, build_header
 from eutectic.checkpoint.names import check_plain_name
 from eutectic.errors import OutputError, RequestError, ResumeError, why_failed
-from eutectic.storage import StagedFile, storage_of
+from eutectic.storage import StagedFile, storage_of, view
 from eutectic.storage.small_files import parse_json
 
 
@@ -250,6 +250,7 @@ def check_replaced(path: Path, keys: Set[str], what: str) -> None:
 
     It may replace an earlier file of the same kind, which has these keys.
     """
+    view(path)
     odd = path.exists() and not path.is_file()
     if odd or (path.is_file() and path.stat().st_size and not _has_keys(path, keys)):
         kind = "holds something else"

@@ -33,7 +33,7 @@ from rich.text import Text
 from eutectic.cli.options import call_with_records, parameters_of
 from eutectic.cli.waiting import Waiting
 from eutectic.errors import EutecticError, Note, why_failed
-from eutectic.words import is_plain, plain
+from eutectic.words import is_plain, plain, with_urls
 
 
 class _PlainConsole(Console):
@@ -326,14 +326,18 @@ def notes_as_json(notes: Sequence[Note]) -> dict[str, Any]:
 def tell_done(label: str, path: object | None) -> None:
     """Print what was made, if anything was, on one line however long."""
     if path is not None:
-        out.print(f"[bold green]{label}[/] {escape(str(path))}", highlight=False, soft_wrap=True)
+        out.print(
+            f"[bold green]{label}[/] {escape(with_urls(str(path)))}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def print_json(value: Any) -> None:
     """Print a value as JSON on stdout, for machines."""
 
     def as_json(part: Any) -> Any:
-        return dict(part) if isinstance(part, Mapping) else str(part)
+        return dict(part) if isinstance(part, Mapping) else with_urls(str(part))
 
     text = json.dumps(value, indent=1, ensure_ascii=False, default=as_json)
     # JSON leaves some control characters as they are.

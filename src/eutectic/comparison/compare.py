@@ -26,6 +26,7 @@ from eutectic.execution.run import recipe_from
 from eutectic.notebook import with_bar
 from eutectic.options import options_from
 from eutectic.recipes.schema import Recipe
+from eutectic.storage import local_path, url_of
 from eutectic.tuning.objectives import Opened
 
 _SPLIT_READ = {"divergence": "proxy", "validation": "validation"}
@@ -96,7 +97,12 @@ def compare(
     """
     limits = limits_of(threads, memory, **taken_where(options))
     asked, settings, options = _sorted(options)
-    folder = Path(output)
+    folder = local_path(output)
+    if url_of(folder) is not None:
+        raise RequestError(
+            f"{output}: a comparison is kept in a folder of this machine, which grows while it "
+            "runs.\nName one, and copy it when it is finished."
+        )
     check_folder(folder)
     known = dict(tasks) if isinstance(tasks, Mapping) else load_tasks(tasks)
     check_trust(known, settings.trust_code)

@@ -19,6 +19,7 @@ from eutectic.evaluation.spread_pairs import spread_pairs
 from eutectic.evaluation.task_files import Split, Task, load_tasks
 from eutectic.notebook import with_bar
 from eutectic.options import options_from
+from eutectic.storage import local_path
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -90,21 +91,22 @@ def evaluate(
     settings = options_from(EvaluationSettings, rest, "evaluate")
     settings.check()
     check_where(where.get("executor", "threads"), where.get("ray_address"))
-    if output is not None:
-        check_replaced(Path(output), {"schema_version", "results"}, "results")
+    target = None if output is None else local_path(output)
+    if target is not None:
+        check_replaced(target, {"schema_version", "results"}, "results")
     known = dict(tasks) if isinstance(tasks, Mapping) else load_tasks(tasks)
     check_trust(known, settings.trust_code)
     checkpoints = named_checkpoints(known, base, experts or {}, models, settings.routing)
     counted = checked_splits(known, proxy or {}, settings.trust_code)
     pairs = Pairs(checkpoints, known, counted, settings, progress)
-    with open_journal(None if output is None else Path(output)) as journal:
+    with open_journal(target) as journal:
         if where.get("executor") == "ray":
             spread_pairs(pairs, journal, joined(where.get("ray_address")))
             pairs.progress = None  # all of them have been told
         outcomes = pairs.outcomes(journal)
     results = results_of(pairs, outcomes)
-    if output is not None:
-        write_atomically(Path(output), (results.model_dump_json(indent=1) + "\n").encode())
+    if target is not None:
+        write_atomically(target, (results.model_dump_json(indent=1) + "\n").encode())
     return results
 
 

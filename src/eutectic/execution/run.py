@@ -27,7 +27,7 @@ from eutectic.recipes.mergekit import check_mergekit
 from eutectic.recipes.mergekit_document import is_mergekit
 from eutectic.recipes.mergekit_stages import Stage, check_stages, read_stages
 from eutectic.recipes.schema import Recipe
-from eutectic.storage import storage_of
+from eutectic.storage import local_path, storage_of
 from eutectic.tables import InNotebooks, Shown, facts
 from eutectic.types import LayerStatistics
 from eutectic.words import shares as in_words
@@ -149,8 +149,8 @@ def merge(
     run = _Run(limits_of(threads, memory, progress, **taken_where(options)), restart, choose)
     stages = read_stages(recipe) if isinstance(recipe, (str, Path)) else ()
     if stages:
-        return _merge_stages(stages, Path(output), run, options)
-    return _merge_one(*recipe_from(recipe, options), Path(output), run)
+        return _merge_stages(stages, local_path(output), run, options)
+    return _merge_one(*recipe_from(recipe, options), local_path(output), run)
 
 
 @dataclass(frozen=True)
@@ -320,9 +320,10 @@ def sweep(
     first, second = checked.experts
     stated = checked.model_dump(mode="json", exclude_unset=True)
     reports: dict[float, MergeReport] = {}
-    with _only_sweep(Path(output)):
+    output = local_path(output)
+    with _only_sweep(output):
         for value in mixtures:
-            folder = Path(output) / mixture_name(value)
+            folder = output / mixture_name(value)
             experts = {name: dict(spec) for name, spec in stated["experts"].items()}
             experts[first]["weight"], experts[second]["weight"] = value, 1 - value
             mixed = {**stated, "experts": experts}

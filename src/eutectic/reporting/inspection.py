@@ -30,6 +30,7 @@ from eutectic.reporting.memory import check_inspection_memory
 from eutectic.reporting.plots import check_plots, draw
 from eutectic.reporting.schema import Inspection, Layer
 from eutectic.reporting.summary import growth, summarise
+from eutectic.storage import local_path, url_of
 from eutectic.storage.small_files import INDEX_BYTES, read_bytes
 from eutectic.words import public_path
 
@@ -212,8 +213,8 @@ def _open_merged(paths: Mapping[str, str], inputs: Inputs, stack: ExitStack) -> 
 def _checked_output(output: str | Path | None) -> Path | None:
     if output is None:
         return None
-    path = Path(output)
-    if path.is_dir() or not path.parent.is_dir():
+    path = local_path(output)
+    if path.is_dir() or (url_of(path) is None and not path.parent.is_dir()):
         raise RequestError(
             f"{path}: the inspection is written to a file in a folder that exists, such as "
             "inspection.json."

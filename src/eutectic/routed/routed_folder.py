@@ -26,7 +26,7 @@ from eutectic.routed.routed_modules import Experts, RoutedLinear, install
 from eutectic.routed.router import ROUTERS, RouterKind
 from eutectic.routed.routing_modes import routing_of
 from eutectic.serving import ROUTER_FORMAT, ROUTER_JSON
-from eutectic.storage import announce, folder_aside, storage_of
+from eutectic.storage import announce, folder_aside, local_path, storage_of
 from eutectic.storage.small_files import check_regular, read_bytes
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -84,7 +84,7 @@ def save_routed(routed: nn.Module, folder: str | Path, **options: Any) -> None:
     `load_routed` adds the experts. It is written aside and gets its name when it is complete.
     `options` go to the model's own `save_pretrained`; without one it takes none.
     """
-    with folder_aside(Path(folder), _identity(routed), DESCRIPTION) as aside:
+    with folder_aside(local_path(folder), _identity(routed), DESCRIPTION) as aside:
         if not aside.finished:
             with aside.writing() as path:
                 write_routed(routed, path, **options)
@@ -264,7 +264,7 @@ def export_lora(routed: nn.Module, folder: str | Path, beside: str | Path | None
         OutputError: the folder cannot be written.
     """
     source = None if beside is None else Path(beside)
-    with folder_aside(Path(folder), _identity(routed), ROUTERS_FILE) as aside:
+    with folder_aside(local_path(folder), _identity(routed), ROUTERS_FILE) as aside:
         if not aside.finished:
             with aside.writing() as path:
                 write_adapters(routed, path, aside.output, source)

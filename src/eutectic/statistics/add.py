@@ -22,6 +22,7 @@ from eutectic.statistics.statistics_file import (
     load_statistics,
     lock_output,
 )
+from eutectic.storage import local_path
 
 # What must agree for a sum to mean anything.
 _SETTINGS = (
@@ -52,7 +53,7 @@ def add_statistics(
         OutputError: the output cannot be written.
     """
     if output is not None:
-        lock = lock_output(Path(output))
+        lock = lock_output(local_path(output))
         try:
             return add_statistics(files, min_tokens=min_tokens).save(output)
         finally:

@@ -33,6 +33,7 @@ from eutectic.statistics.settings import CollectOptions, Settings
 from eutectic.statistics.sharded_pass import Saved, ShardedPass, Sharing, load_joined
 from eutectic.statistics.statistics_file import EXAMPLES, FORMAT, StatisticsFile, gram_names
 from eutectic.statistics.unfinished_collection import DataLog, Partial, Snapshot, open_partial
+from eutectic.storage import local_path
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -176,7 +177,7 @@ def collect(
         "samples": sample_weights(model, plan),
         "saved_as": saved_names(model),
     }
-    path = None if output is None else Path(output)
+    path = None if output is None else local_path(output)
     partial = None if path is None else _begin(path, record, parts)
     total = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore
 

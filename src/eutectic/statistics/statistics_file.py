@@ -38,7 +38,7 @@ from eutectic.errors import (
     why_failed,
 )
 from eutectic.statistics.record import check_record
-from eutectic.storage import Lock, storage_of, view
+from eutectic.storage import Lock, local_path, storage_of, view
 from eutectic.storage.small_files import parse_json
 from eutectic.tables import InNotebooks, Shown, data_frame, facts
 from eutectic.types import LayerStatistics
@@ -199,7 +199,7 @@ class StatisticsFile(InNotebooks, Mapping[str, LayerStatistics]):
             OutputError: it cannot be written.
             RequestError: there is a file already that is not of statistics.
         """
-        path = Path(path)
+        path = local_path(path)
         check_target(path)
         write_tensors(path, self.tensors, RECORD_KEY, self.provenance)
         return load_statistics(path)
@@ -207,6 +207,7 @@ class StatisticsFile(InNotebooks, Mapping[str, LayerStatistics]):
 
 def check_target(path: Path) -> None:
     """Find out whether statistics may be written there: over statistics alone, if over anything."""
+    view(path)
     if path.is_dir():
         raise OutputError(f"{path}: cannot be written: is a folder.")
     if not path.exists() or (path.is_file() and not path.stat().st_size):

@@ -11,9 +11,11 @@ from eutectic.storage.local_disk import LocalDisk
 from eutectic.storage.mirror import make_all_whole, view, view_once
 from eutectic.storage.object_store import ObjectStore
 from eutectic.storage.remote_urls import MARK, Url, is_url, local_path, url_of
+from eutectic.storage.uploads import MANIFEST
 from eutectic.storage.written_files import WrittenFiles
 
 __all__ = [
+    "MANIFEST",
     "AppendedFile",
     "FolderAside",
     "Lock",

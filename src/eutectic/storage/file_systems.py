@@ -101,7 +101,7 @@ def persistently(url: Url, call: Callable[[], _T]) -> _T:
         try:
             return call()
         except Exception as error:
-            if not _is_stores(error):
+            if not is_of_a_store(error):
                 raise
             if left == 0 or not _passes(error):
                 raise in_words(url, error, tries - left) from None
@@ -110,7 +110,7 @@ def persistently(url: Url, call: Callable[[], _T]) -> _T:
     raise AssertionError
 
 
-def _is_stores(error: BaseException) -> bool:
+def is_of_a_store(error: BaseException) -> bool:
     """Tell an error of a store or the network from one of ours."""
     of = type(error).__module__.partition(".")[0]
     return isinstance(error, (OSError, asyncio.TimeoutError)) or of in _STORES

@@ -162,7 +162,8 @@ def _of_listing(url: Url, listed: Iterable[Mapping[str, Any]]) -> list[Stored]:
         odd = {".", ".."} & {*inner} or any("\\" in p or ord(min(p)) < 32 for p in inner)
         if parts[: len(url.parts)] != url.parts or odd or len(inner) > _MOST_LEVELS:
             continue
-        if str(info["name"]).endswith("/"):  # what some programs put for a folder
+        # What some programs put for a folder, and what the hub puts into every repository.
+        if str(info["name"]).endswith("/") or inner == (".gitattributes",):
             continue
         found.append(Stored(Url(url.scheme, parts), int(info["size"] or 0), _stamp(info)))
         if len(found) > _MOST_FILES:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import errno
+import os
 import threading
 import time
 from collections import OrderedDict, deque
@@ -49,9 +50,14 @@ def fetch(url: Url, start: int, stop: int) -> bytes:
     return persistently(url, ask)
 
 
-@cache
 def side_by_side() -> ThreadPoolExecutor:
-    """Return the threads that wait for stores."""
+    """Return the threads that wait for stores, of this process."""
+    return _threads_of(os.getpid())
+
+
+@cache
+def _threads_of(process: int) -> ThreadPoolExecutor:
+    del process  # a fork has none of its parent's threads
     return ThreadPoolExecutor(_SIDE_BY_SIDE, thread_name_prefix="eutectic-store")
 
 

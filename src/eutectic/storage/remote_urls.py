@@ -15,7 +15,7 @@ from eutectic.words import show_below
 
 MARK = "eutectic-remote"
 CACHE = "EUTECTIC_CACHE"
-STAGING = (".partial", ".stages", ".lock")
+STAGING = (".partial", ".stages", ".lock", ".outcomes.jsonl")
 # How a scheme may be written -> its name here. "memory" is fsspec's store inside the process.
 _SCHEMES = {
     **{"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": "az"},
