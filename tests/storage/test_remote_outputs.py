@@ -238,7 +238,8 @@ def test_single_files_are_sent_when_they_are_complete(tmp_path: Path, store: Any
     assert told.code == 0, told.err
     assert target in told.out
     assert str(tmp_path / "cache") not in told.out
-    invoke(*words, "-o", tmp_path / "inspection.json")
+    told = invoke(*words, "-o", tmp_path / "inspection.json")
+    assert told.code == 0, told.err
     sent = store.get_object(Bucket=BUCKET, Key="files/inspection.json")["Body"].read()
     assert (
         json.loads(sent)["layers"]

@@ -59,7 +59,9 @@ def _open(url: Url, writing: bool) -> Any:
             import_module(package)
     except ImportError as error:
         raise MissingExtraError(package, "remote", f"{url}: an object store") from error
-    options: dict[str, Any] = {} if url.scheme == "memory" else {"use_listings_cache": False}
+    # The hub's forgets its listings when it is told to, as every other does.
+    cached = url.scheme in ("memory", "hf")
+    options: dict[str, Any] = {} if cached else {"use_listings_cache": False}
     if url.scheme == "s3":
         attempts = _number(TRIES, _TRIES) if writing else 1
         options["config_kwargs"] = {

@@ -7,10 +7,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from eutectic.errors import MissingExtraError
+from eutectic.errors import MissingExtraError, RequestError
 from eutectic.storage.file_systems import in_words, is_of_a_store
 from eutectic.storage.remote_urls import Url
 from eutectic.storage.uploads import MANIFEST, manifest_of, sent_as
+
+
+_OTHERS = ("datasets", "spaces", "buckets", "models", "kernels")
 
 
 def send_to_hub(folder: Path, names: Sequence[str], url: Url, begin: Callable[[], None]) -> None:
@@ -23,6 +26,8 @@ def send_to_hub(folder: Path, names: Sequence[str], url: Url, begin: Callable[[]
         hub: Any = import_module("huggingface_hub")
     except ImportError as error:
         raise MissingExtraError("huggingface_hub", "remote", f"writing {url}") from error
+    if url.parts[0] in _OTHERS:
+        raise RequestError(f"{url}: models are written to the hub as hf://org/model alone.")
     name, _, branch = url.parts[1].partition("@")
     repository, inner = f"{url.parts[0]}/{name}", "".join(f"{p}/" for p in url.parts[2:])
     operations = [
@@ -44,6 +49,8 @@ def send_to_hub(folder: Path, names: Sequence[str], url: Url, begin: Callable[[]
             revision=branch or None,
         )
     except Exception as error:
-        if not is_of_a_store(error):
+        # Of a large file it raises an error of its own, from the store's.
+        known = error if error.__cause__ is None or is_of_a_store(error) else error.__cause__
+        if not is_of_a_store(known):
             raise
-        raise in_words(url, error) from None
+        raise in_words(url, known) from None

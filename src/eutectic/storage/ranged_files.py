@@ -40,9 +40,11 @@ def fetch(url: Url, start: int, stop: int) -> bytes:
     if start == stop:
         return b""
     source = file_system(url)
+    # The hub's would read ahead by itself, and forget it.
+    options = {"cache_type": "none"} if url.scheme == "hf" else {}
 
     def ask() -> bytes:
-        content: bytes = source.cat_file(url.path, start=start, end=stop)
+        content: bytes = source.cat_file(url.path, start=start, end=stop, **options)
         if len(content) != stop - start:
             raise ConnectionError("fewer bytes than asked for")
         return content
