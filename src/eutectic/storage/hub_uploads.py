@@ -12,7 +12,6 @@ from eutectic.storage.file_systems import in_words, is_of_a_store
 from eutectic.storage.remote_urls import Url
 from eutectic.storage.uploads import MANIFEST, manifest_of, sent_as
 
-
 _OTHERS = ("datasets", "spaces", "buckets", "models", "kernels")
 
 
