@@ -135,9 +135,7 @@ def scored(arguments: argparse.Namespace, tasks: list[str]) -> list[dict[str, An
     from suite import load_suite
     from table.outcomes import difference
     from table.run import part_of
-    from table.suite import correct, mean, normalised, percentages
-
-    import eutectic
+    from table.suite import mean, normalised, percentages
 
     suite = load_suite(arguments.experts.parent, arguments.experts.name, len(tasks))
     tests = {
@@ -145,16 +143,9 @@ def scored(arguments: argparse.Namespace, tasks: list[str]) -> list[dict[str, An
     }
     suite = replace(suite, splits={task: {"test": own} for task, own in tests.items()})
 
-    def right(task: str, folder: Path) -> Tensor:
-        weights = load_file(folder / "model.safetensors")
-        with torch.no_grad():
-            for name, parameter in suite.model.named_parameters():
-                parameter.copy_(weights[name])
-        return correct(suite, suite.model, task, "test")
-
-    experts = {task: right(task, suite.experts[task]) for task in suite.tasks}
+    experts = {task: right(suite, task, suite.experts[task]) for task in suite.tasks}
     zero = {task: torch.zeros_like(own) for task, own in experts.items()}
-    base = {task: right(task, suite.base) for task in suite.tasks}
+    base = {task: right(suite, task, suite.base) for task in suite.tasks}
     rows: list[dict[str, Any]] = [
         {"setting": name, "accuracy": mean(percentages(own)), "tests": percentages(own)}
         | {"share": normalised(percentages(own), percentages(experts))}
@@ -162,24 +153,12 @@ def scored(arguments: argparse.Namespace, tasks: list[str]) -> list[dict[str, An
         for name, own in (("base", base), ("expert", experts))
     ]
     for name, asked in SETTINGS.items():
-        found: dict[str, Tensor] = {}
-        ranks, lost, sizes, seconds = [], [], [], []
-        for task in suite.tasks:
-            adapter, dense = (arguments.work / "extracted" / f"{task}{s}" for s in ("", "-dense"))
-            for folder in (adapter, dense):
-                shutil.rmtree(folder, ignore_errors=True)
-            own = {"others": "drop"} | asked
-            report = eutectic.extract(
-                suite.experts[task], base=suite.base, output=adapter, threads=1, **own
-            )
-            alone = {"base": str(suite.base), "experts": {task: {"path": str(adapter)}}}
-            eutectic.merge(alone | {"method": "task_arithmetic", "scale": 1.0}, output=dense)
-            records = [r["adapter"] for r in report.records.values() if "rank" in r["adapter"]]
-            ranks += [record["rank"] for record in records if record["changed"]]
-            lost += [record["lost_energy"] for record in records if record["changed"]]
-            sizes.append((adapter / "adapter_model.safetensors").stat().st_size)
-            seconds.append(report.seconds)
-            found[task] = right(task, dense)
+        own = {
+            task: one(arguments, suite, task, {"others": "drop"} | asked) for task in suite.tasks
+        }
+        found = {task: torch.tensor(each["right"]) for task, each in own.items()}
+        ranks = [rank for each in own.values() for rank in each["ranks"]]
+        lost = [share for each in own.values() for share in each["lost"]]
         values = percentages(found)
         rows.append(
             {
@@ -189,13 +168,55 @@ def scored(arguments: argparse.Namespace, tasks: list[str]) -> list[dict[str, An
                 "error": difference(found, experts, experts)[1],
                 "rank": [min(ranks), statistics.fmean(ranks), max(ranks)],
                 "energy": [1 - max(lost), 1 - statistics.fmean(lost)],
-                "bytes": statistics.fmean(sizes),
-                "seconds": statistics.fmean(seconds),
+                "bytes": statistics.fmean(each["bytes"] for each in own.values()),
+                "seconds": statistics.fmean(each["seconds"] for each in own.values()),
                 "tests": values,
             }
         )
         print(line(rows[-1]), flush=True)
     return rows
+
+
+def one(arguments: argparse.Namespace, suite: Any, task: str, asked: dict[str, Any]) -> Any:
+    """Extract one expert and score it; what was found before is read."""
+    import eutectic
+
+    folder = arguments.work / "extracted"
+    name = "-".join([task, *(f"{key}{value}" for key, value in sorted(asked.items()))])
+    done = folder / f"{name}.json"
+    if done.is_file():
+        return json.loads(done.read_text())
+    adapter, dense = folder / f"{name}.adapter", folder / f"{name}.dense"
+    for left in (adapter, dense):
+        shutil.rmtree(left, ignore_errors=True)
+    report = eutectic.extract(
+        suite.experts[task], base=suite.base, output=adapter, threads=1, **asked
+    )
+    alone = {"base": str(suite.base), "experts": {task: {"path": str(adapter)}}}
+    eutectic.merge(alone | {"method": "task_arithmetic", "scale": 1.0}, output=dense, threads=1)
+    records = [r["adapter"] for r in report.records.values() if "rank" in r["adapter"]]
+    found = {
+        "ranks": [record["rank"] for record in records if record["changed"]],
+        "lost": [record["lost_energy"] for record in records if record["changed"]],
+        "bytes": (adapter / "adapter_model.safetensors").stat().st_size,
+        "seconds": report.seconds,
+        "right": right(suite, task, dense).tolist(),
+    }
+    done.write_text(json.dumps(found))
+    for left in (adapter, dense):
+        shutil.rmtree(left)
+    return found
+
+
+def right(suite: Any, task: str, folder: Path) -> Tensor:
+    """Return which test examples of its task a checkpoint gets right."""
+    from table.suite import correct
+
+    weights = load_file(folder / "model.safetensors")
+    with torch.no_grad():
+        for name, parameter in suite.model.named_parameters():
+            parameter.copy_(weights[name])
+    return correct(suite, suite.model, task, "test")
 
 
 def line(row: dict[str, Any]) -> str:
@@ -213,7 +234,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder of what it makes")
     parser.add_argument("--experts", type=Path, help="DIR/hard of the text suite")
     parser.add_argument("--tasks", type=int, default=8)
-    parser.add_argument("--test-texts", type=int, default=1000, help="of every task, at most")
+    parser.add_argument("--test-texts", type=int, default=500, help="of every task, at most")
     parser.add_argument("--time-ranks", type=int, nargs="*", default=[16, 32, 64])
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--wide", type=int, nargs="*", default=[], help="ranks of the wide matrix")

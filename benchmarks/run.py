@@ -82,9 +82,10 @@ def make_table(arguments: argparse.Namespace, others: Sequence[str], seeds: int)
     known = ALL_ROWS if arguments.regime.startswith("lora") else ROWS
     asked = set(arguments.rows or [*(n for n in known if not n.endswith("_100")), "routed"])
     asked |= set(arguments.bases if "routed" in asked else ())
-    asked |= {init for name, row in known.items() if name in asked and (init := row.init)}
+    own = [known[name] for name in asked if name in known]
+    asked |= {needed for row in own for needed in (row.init, row.scale_of) if needed}
     kept = [name for name in known if name in asked and (seeds == 1 or known[name].seeded)]
-    initial = [name for name in kept if any(row.init == name for row in known.values())]
+    initial = [n for n in kept if any(n in (row.init, row.scale_of) for row in known.values())]
     # The last rows of the list take the longest, so they begin first.
     later = [name for name in reversed(kept) if name not in initial]
     names = names_of(arguments.suite, arguments.tasks)
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("suite", choices=["text", "glyphs"])
     parser.add_argument("--work", type=Path, required=True, help="folder of everything it makes")
     parser.add_argument(
-        "--regime", default="hard", choices=["kind", "hard", "lora", "lora-unequal"]
+        "--regime", default="hard", choices=["kind", "hard", "lora", "lora-extracted"]
     )
     parser.add_argument("--tasks", type=int, default=8, help="the first so many")
     parser.add_argument("--seeds", type=int, default=1, help="proxy samples")

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Row:
         calibrated: that is what the row is: the same method calibrated on the proxies.
         core: statistics are those that `eutectic collect --for` keeps for the adapters alone.
         adapter: keys of an adapter that is the output, such as its rank; None for a checkpoint.
+        scale_of: the row whose α is taken over, as that of a merge that is cut afterwards.
     """
 
     method: str
@@ -53,6 +54,7 @@ class Row:
     calibrated: bool = False
     core: bool = False
     adapter: Mapping[str, Any] | None = None
+    scale_of: str | None = None
 
     @property
     def needs_statistics(self) -> bool:
@@ -118,6 +120,7 @@ ADAPTER_ROWS: dict[str, Row] = {
             seeded=core,
             core=core,
             adapter={"rank": rank} | ({"compress": "before"} if when == "before" else {}),
+            scale_of=name if when == "after" else None,
         )
         for name, method, start, core in (
             ("iso_a_core", "iso_a", 0.7, True),
@@ -138,6 +141,16 @@ def dense_expert(base: Path, adapter: Path, folder: Path) -> Path:
         settings = ("-m", "task_arithmetic", "--scale", "1", "-o", str(folder))
         _merge("--base", str(base), *settings, f"{adapter.name}={adapter}")
     return folder
+
+
+apart = True  # merges run in processes of their own, so that their peak memory is their own
+
+
+def _merge_file(recipe: Path, output: Path) -> dict[str, Any]:
+    """Merge as a recipe says, apart or here; the report."""
+    if apart:
+        return _merge(str(recipe), "-o", str(output))
+    return asdict(eutectic.merge(recipe, output=output, threads=torch.get_num_threads()))
 
 
 def _merge(*arguments: str) -> dict[str, Any]:
@@ -252,23 +265,37 @@ def merge_row(
         recipe |= {"output": "adapter", "adapter": dict(row.adapter)}
     file = folder / "recipe.json"
     file.write_text(json.dumps(recipe))
-    report = _merge(str(file), "-o", str(folder / "out"))
+    report = _merge_file(file, folder / "out")
+    base = load_file(suite.base / "model.safetensors")
     out = folder / "out"
     if row.adapter is not None:
-        out = dense_expert(suite.base, out, folder / "dense")
+        deltas = adapter_deltas(out, base)
+        shutil.rmtree(folder)
+        return MergedRow(base, deltas, report["seconds"], report["peak_bytes"], report["records"])
     if row.calibrated:
         out = folder / "calibrated"
         data = {task: suite.proxies(task, seed, PROXIES).inputs for task in suite.tasks}
         done = eutectic.calibrate(folder / "out", dict(suite.experts), data, out)
         report["seconds"] += done.seconds
         report["peak_bytes"] = max(report["peak_bytes"], 1024 * peak_kib())
-    base = load_file(suite.base / "model.safetensors")
     merged = load_file(out / "model.safetensors")
     names = {name for name, _ in suite.model.named_parameters()}
     deltas = {name: merged[name] - base[name] for name in names}
     deltas = {name: delta for name, delta in deltas.items() if delta.any()}
     shutil.rmtree(folder)
     return MergedRow(base, deltas, report["seconds"], report["peak_bytes"], report["records"])
+
+
+def adapter_deltas(folder: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return B·A of each layer of an adapter whose scaling is 1."""
+    factors = load_file(folder / "adapter_model.safetensors")
+    found: dict[str, Tensor] = {}
+    for key, left in factors.items():
+        if ".lora_B." in key:
+            name = key.removeprefix("base_model.model.").replace(".lora_B", "")
+            assert name in base, f"{name} is no tensor of the base"
+            found[name] = left @ factors[key.replace("lora_B", "lora_A")]
+    return found
 
 
 def peak_kib() -> int:

@@ -30,6 +30,7 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
+from table import merging
 from table.merging import (
     ALL_ROWS,
     ROWS,
@@ -278,7 +279,13 @@ def _labelled(suite: Suite, row: Row, merged: MergedRow, first: Path, seed: int)
         "peak_bytes": merged.peak_bytes,
         "scale": 1.0,
     }
-    if seed:
+    lost = [own["adapter"] for own in merged.records.values() if "adapter" in own]
+    for key in ("lost_energy", "lost_before"):
+        values = [own[key] for own in lost if key in own]
+        record |= {key: sum(values) / len(values)} if values else {}
+    if row.scale_of is not None:
+        first = first.with_name(f"{row.scale_of}-0.json")
+    if seed or row.scale_of is not None:
         return record | {"scale": json.loads(first.read_text())["scale"]}
     if not row.fixed:
         curve = by_validation(suite, merged, row.start)
@@ -291,7 +298,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make a suite's table of methods.")
     parser.add_argument("suite", choices=["text", "glyphs", "adapters"])
     parser.add_argument("--work", type=Path, required=True, help="folder of the suite's experts")
-    parser.add_argument("--regime", default="hard", help="kind, hard, lora or lora-unequal (text)")
+    parser.add_argument(
+        "--regime", default="hard", help="kind, hard, lora or lora-extracted (text)"
+    )
     parser.add_argument(
         "--tasks", type=int, default=8, help="the first so many tasks; 6: the miniature"
     )
@@ -317,9 +326,13 @@ def main() -> None:
     parser.add_argument(
         "--collect", nargs="*", help="only collect the statistics of these tasks", metavar="TASK"
     )
+    parser.add_argument(
+        "--in-process", action="store_true", help="merge in this process: no peak memory of its own"
+    )
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    merging.apart = not arguments.in_process
     if arguments.test_texts is None:
         arguments.test_texts = TEST_EXAMPLES.get(arguments.suite)
     suite = load_suite(arguments)

@@ -6,8 +6,9 @@
 A task's head is a logistic regression on the base's mean-pooled features and stays frozen; base,
 experts and merges all use it. The learning rate decides how far experts move from the base and
 from each other: at 1e-4 (`kind`) their average beats the base, at 4e-4 (`hard`) it does not.
-`lora` is a rank-16 adapter of every encoder matrix, also hard; `lora-unequal` has ranks of 4 to 64,
-another for every task. Embeddings are frozen throughout.
+`lora` is a rank-16 adapter of every encoder matrix, also hard; `lora-extracted` are the experts of
+`hard` made adapters of ranks 4 to 64 by `eutectic extract`, another for every task. Embeddings are
+frozen throughout.
 """
 
 from __future__ import annotations
@@ -66,20 +67,10 @@ REGIMES = {
     "hard": Recipe(learning_rate=4e-4),
     "kind": Recipe(learning_rate=1e-4),
     "lora": Recipe(learning_rate=2.5e-3, lora_rank=16),
-    "lora-unequal": Recipe(learning_rate=2.5e-3, lora_rank=16),
+    "lora-extracted": Recipe(learning_rate=4e-4),
 }
-# Ranks of `lora-unequal`, task by task, and again from the first after the last.
+# Ranks of `lora-extracted`, task by task, and again from the first after the last.
 RANKS = (64, 4, 8, 32, 16, 48, 24, 12)
-# The same alpha at every rank, so that one learning rate moves every expert about as far.
-LORA_ALPHA = 32
-
-
-def recipe_of(regime: str, task: str) -> Recipe:
-    """Return a regime's recipe for a task."""
-    recipe = REGIMES[regime]
-    if regime == "lora-unequal":
-        return replace(recipe, lora_rank=RANKS[list(TASKS).index(task) % len(RANKS)])
-    return recipe
 
 
 def prepare_task(name: str, work: Path, recipe: Recipe) -> Splits:
@@ -143,7 +134,7 @@ def fine_tune(encoder: Encoder, head: nn.Linear, train: list[Example], recipe: R
     torch.manual_seed(recipe.seed)
     if recipe.lora_rank:
         config = LoraConfig(
-            r=recipe.lora_rank, lora_alpha=LORA_ALPHA, target_modules=TARGET_MODULES
+            r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules=TARGET_MODULES
         )
         encoder.model = get_peft_model(encoder.model, config)
     else:
@@ -225,6 +216,24 @@ def make_expert(name: str, regime: str, work: Path, recipe: Recipe) -> None:
     logger.info("%s %s: validation base %.3f, expert %.3f", regime, name, base, expert)
 
 
+def extract_expert(name: str, work: Path, recipe: Recipe) -> None:
+    """Make an adapter of a full fine-tune, which is trained first where it is not there."""
+    import eutectic
+
+    make_expert(name, "hard", work, recipe)
+    rank = RANKS[list(TASKS).index(name) % len(RANKS)]
+    made = json.loads((work / "hard" / name / "expert.json").read_text("utf-8"))
+    record = {"recipe": made["recipe"] | {"lora_rank": rank}, "sha256": made["sha256"]}
+    folder = work / "lora-extracted" / name
+    done = folder / "expert.json"
+    if done.is_file() and json.loads(done.read_text("utf-8")) == record:
+        return
+    for stale in (folder, work / "lora-extracted-dense" / name):
+        shutil.rmtree(stale, ignore_errors=True)
+    eutectic.extract(work / "hard" / name, base=BASE, output=folder, rank=rank, others="drop")
+    write_whole(done, json.dumps(record, indent=2) + "\n")
+
+
 def main() -> None:
     """Make every expert that is not there yet."""
     parser = argparse.ArgumentParser(description="Make the experts of the text suite.")
@@ -240,11 +249,13 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     for regime in arguments.regime or REGIMES:
         asked = {name: getattr(arguments, name) for name in ("steps", "head_texts", "max_tokens")}
-        changed = {key: value for key, value in asked.items() if value}
+        recipe = replace(REGIMES[regime], **{k: v for k, v in asked.items() if v})
         for name in arguments.task or TASKS:
-            recipe = replace(recipe_of(regime, name), **changed)
-            make_expert(name, regime, arguments.work, recipe)
-        write_tasks(arguments.work, replace(REGIMES[regime], **changed))
+            if regime == "lora-extracted":
+                extract_expert(name, arguments.work, recipe)
+            else:
+                make_expert(name, regime, arguments.work, recipe)
+        write_tasks(arguments.work, recipe)
 
 
 if __name__ == "__main__":
