@@ -96,4 +96,12 @@ def test_merge_at_a_rank_tells_what_the_experts_lose(place: Path) -> None:
     assert all(len(t) == 1 for n, t in stored.items() if "lora_A" in n)
     bad = invoke(*words, "--compress", "before", "-o", place / "bad", *experts)
     assert bad.code == 2
-    assert "needs a rank (--rank N)" in bad.err
+    assert "--compress before needs a rank (--rank N)" in bad.err
+    for more, part in (
+        (["--compress", "before", "--rank", "auto"], "--compress before takes a rank that is a"),
+        (["--compress", "first", "--rank", 2], "--compress: should be 'before' or 'after'"),
+        (["--rank", 2, "--set", "output=model"], "--set output"),
+    ):
+        bad = invoke(*words, *more, "-o", place / "bad", *experts)
+        assert bad.code == 2
+        assert part in " ".join(bad.err.split())

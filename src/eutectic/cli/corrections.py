@@ -76,6 +76,7 @@ _OPTIONS: Mapping[str, str] = {
     "adapter.energy": "--energy",
     "adapter.others": "--others",
     "adapter.tables": "--tables",
+    "adapter.compress": "--compress",
     "adapter.dtype": "--dtype",
     "scale.search": "--search",
     "scale.tasks": "--tasks",
@@ -89,7 +90,7 @@ _OF_EXPERT = {"weight": "--weight", "statistics": "--statistics"}
 _SEARCH_KEYS = re.compile(r"\b(search: |tasks|range|points|tolerance)\b")
 
 
-_OF_ADAPTER = re.compile(r"\b(others|tables): (drop|save|low_rank)")
+_OF_ADAPTER = re.compile(r"\b(others|tables|compress): (drop|save|low_rank|after|before)")
 
 
 def _as_option(found: re.Match[str]) -> str:
@@ -120,6 +121,8 @@ def _of_options(fault: Fault, stated: Mapping[str, Any], known: Mapping[str, str
         fault = replace(fault, next=_OF_ADAPTER.sub(r"--\1 \2", fault.next))
     if fault.line:
         return fault
+    if fault.where == "adapter" and _OF_ADAPTER.match(fault.what):  # of several options together
+        return replace(fault, what=_OF_ADAPTER.sub(r"--\1 \2", fault.what), where="")
     head, _, rest = fault.where.partition(": ")
     if head.startswith("method '") and rest.split(".")[0] in (stated.get("parameters") or {}):
         return replace(fault, where=f"--param {rest}")

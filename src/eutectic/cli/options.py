@@ -356,6 +356,11 @@ def request(
     from eutectic.recipes.schema import Recipe
 
     options = _values(asked.set_ or [], "--set")
+    if "output" in options:
+        raise RequestError(
+            "--set output: whether a model or an adapter is written is no key here.\n"
+            "Use --adapter (or --rank N) for an adapter; a model is written without."
+        )
     for key in options:
         if key not in Recipe.model_fields:
             known = sorted(Recipe.model_fields)

@@ -10,7 +10,7 @@ from eutectic.conventions_heads import is_buffer
 from eutectic.planning.adapter_plan import THIN, AdapterPlan
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensor_plan import TensorPlan
-from eutectic.words import few
+from eutectic.words import counted, few
 
 if TYPE_CHECKING:
     from eutectic.planning.plan import Plan
@@ -74,7 +74,7 @@ def outlook_in_words(held: Mapping[str, Any]) -> list[str]:
     elif ranks:
         of_rank = f" of the ranks that keep {held['energy']:g} of each change"
     before = ", to which the experts are brought before" if held["compress"] == "before" else ""
-    said = [f"thin factors of {_counted(held['layers'], 'layer')}{of_rank}{before}"]
+    said = [f"thin factors of {counted(held['layers'], 'layer')}{of_rank}{before}"]
     if held["modules_to_save"]:
         said.append(f"saved whole (modules_to_save): {few(held['modules_to_save'])}")
     if held["not_held"] or held["loose"]:
@@ -87,10 +87,10 @@ def _left(held: Mapping[str, Any]) -> str:
     parts: list[str] = []
     if vectors := held["not_held"]:
         parts.append(
-            f"{_counted(len(vectors), 'norm or bias', 'norms and biases')} ({few(vectors)})"
+            f"{counted(len(vectors), 'norm or bias', 'norms and biases')} ({few(vectors)})"
         )
     if loose := held["loose"]:
-        parts.append(f"{_counted(len(loose), 'tensor')} of no module of PEFT's ({few(loose)})")
+        parts.append(f"{counted(len(loose), 'tensor')} of no module of PEFT's ({few(loose)})")
     one = len(held["not_held"]) + len(held["loose"]) == 1
     verb = "is" if one else "are"
     fate = f"left as in the base (others: {held['others']})"
@@ -99,10 +99,6 @@ def _left(held: Mapping[str, Any]) -> str:
         fate += ", others: save keeps norms and biases beside)" if held["not_held"] else ")"
     when = "" if held["certain"] else (" if it changes" if one else " if they change")
     return f"not held: {' and '.join(parts)}, which {verb} {fate}{when}"
-
-
-def _counted(count: int, one: str, several: str = "") -> str:
-    return f"{count} {one if count == 1 else several or one + 's'}"
 
 
 def _may_change(planned: TensorPlan, inputs: Inputs) -> bool:
