@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 from rich.table import Table
@@ -95,8 +95,10 @@ class SumOptions(WhereOptions):
     min_tokens: int | None = option(
         None, "Refuse to write sums over fewer tokens, of which texts can be told.", min=1
     )
-    rank: int | None = option(
-        None, "Keep so many directions, and a diagonal, of wider layers.", min=1
+    rank: str | None = option(
+        None,
+        "Keep so many directions, and a diagonal, of wider layers; auto: 90 % of the energy.",
+        metavar="N|auto",
     )
     layers: list[str] | None = option(None, "Parameters to observe.", metavar="GLOB")
     convolutions: bool = option(False, "Observe convolutions too.", "--convolutions")
@@ -170,6 +172,7 @@ def collect(
         if expert.data is None:
             raise RequestError(f"{expert.checkpoint}: no data to run it on; name them with --data.")
         _check_given(given, gradients)
+        _rank(sums.rank)
         for file in add or ():
             load_statistics(file)  # a file that cannot be added is told before any data are run
         check_target(output)
@@ -233,7 +236,7 @@ def _collected(
         classes=None if own is None else len(own.bias),
     )
     doing("reading the data")
-    options: dict[str, Any] = {**vars(sums), **vars(gradients)}
+    options: dict[str, Any] = {**vars(sums), **vars(gradients), "rank": _rank(sums.rank)}
     memory, *_ = map(options.pop, ("memory", "prompt", *_WITH_HEAD))
     options["memory_bytes"] = None if memory is None else parse_bytes(memory)
     options.update(head=own, fingerprint=loaded.fingerprint)
@@ -270,6 +273,15 @@ def _opened_elsewhere(
 
     with working_in(folder):
         return load_model(checkpoint, base, task, device).model
+
+
+def _rank(given: str | None) -> int | Literal["auto"] | None:
+    """Return the directions that are kept, as `collect` takes them."""
+    if given is None or given == "auto":
+        return given
+    if not given.isdecimal() or int(given) < 1:
+        raise RequestError(f"--rank {given}: a number of directions of at least 1, or auto.")
+    return int(given)
 
 
 def _with_texts(
@@ -313,6 +325,7 @@ def _report(
         "checkpoint": result.fingerprint,
         "unseen": result.provenance["unseen"],
         "skipped": result.provenance["skipped"],
+        "beside_directions": result.provenance.get("beside_directions", {}),
         "randomly_initialised": list(randomly_initialised),
         "seconds": seconds,
     }
@@ -334,6 +347,11 @@ def _report(
         alike.setdefault(reason, []).append(name)
     for reason, names in alike.items():
         table.add_row("left out", f"{_counted(names)}: {reason}")
+    beside = result.provenance.get("beside_directions") or {}
+    if beside:
+        worst = max(beside, key=beside.__getitem__)
+        share = f"up to {100 * beside[worst]:.2g} % of a Gram's trace ({worst})"
+        table.add_row("beside --rank", share)
     if randomly_initialised:
         table.add_row("at random", f"{_counted(randomly_initialised)}: not in the checkpoint")
     table.add_row("took", f"{seconds:.1f} s, {format_bytes(report['bytes'])}")

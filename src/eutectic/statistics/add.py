@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import RequestError, StatisticsError
-from eutectic.statistics.gram import triangular_factor, truncate_factor
+from eutectic.statistics.gram import leading_rows, triangular_factor
 from eutectic.statistics.least_tokens import check_least_tokens
 from eutectic.statistics.likelihood import objective_name
 from eutectic.statistics.recorder import stored_form
@@ -17,6 +17,7 @@ from eutectic.statistics.statistics_file import (
     INPUT_STATISTICS,
     STATISTICS,
     StatisticsFile,
+    beside_directions,
     expand,
     gram_names,
     load_statistics,
@@ -98,6 +99,8 @@ def add_statistics(
         package: ", ".join(sorted({number for other, number in versions if other == package}))
         for package, _ in versions
     }
+    if record["settings"].get("rank") is not None:
+        record["beside_directions"] = beside_directions(tensors, names)
     check_least_tokens(record, min_tokens)
     return StatisticsFile(record, tensors)
 
@@ -158,10 +161,11 @@ def _add(files: Sequence[StatisticsFile], name: str, statistic: str) -> dict[str
     if not dense:
         factor = torch.cat(factors)
         width = factor.shape[1]
-        if rank is not None and rank < width and len(factor) > rank and statistic != "block_fisher":
-            kept = truncate_factor(factor, rank)
-            rest = kept["diagonal"] + (0 if diagonal is None else diagonal)
-            return {names[1]: kept["factor"], names[2]: rest}
+        if rank is not None and statistic != "block_fisher" and (rank == "auto" or rank < width):
+            whole = None if diagonal is None else diagonal + factor.square().sum(0)
+            kept = leading_rows(factor, rank, whole)
+            if "diagonal" in kept:
+                return {names[1]: kept["factor"], names[2]: kept["diagonal"]}
         if len(factor) < width:
             result = {names[1]: triangular_factor(factor)}
             return result if diagonal is None else {**result, names[2]: diagonal}

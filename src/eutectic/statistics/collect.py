@@ -31,7 +31,13 @@ from eutectic.statistics.least_tokens import check_least_tokens
 from eutectic.statistics.recorder import PassSums
 from eutectic.statistics.settings import CollectOptions, Settings
 from eutectic.statistics.sharded_pass import Saved, ShardedPass, Sharing, load_joined
-from eutectic.statistics.statistics_file import EXAMPLES, FORMAT, StatisticsFile, gram_names
+from eutectic.statistics.statistics_file import (
+    EXAMPLES,
+    FORMAT,
+    StatisticsFile,
+    beside_directions,
+    gram_names,
+)
 from eutectic.statistics.unfinished_collection import DataLog, Partial, Snapshot, open_partial
 from eutectic.storage import local_path
 
@@ -101,7 +107,12 @@ def collect(
             - `min_tokens`: refuse to write sums over fewer tokens: texts can be told from them.
             - `layers`: globs over parameter names.
             - `convolutions`: ungrouped 1-D and 2-D convolutions too, as `[out, in·k·k]`.
-            - `rank`: store Grams of layers wider than this as `rank` directions plus a diagonal.
+            - `rank`: store Grams of layers wider than this as `rank` directions plus a diagonal;
+              "auto": as the fewest that leave at most a tenth of the trace to it, and at most 512.
+              Where 4·rank + 32 or more inputs are seen ("auto": 2080), the matrix is never formed:
+              its product with a random one is summed (arXiv 1706.05736). `beside_directions` of
+              the provenance has the share of the trace that each Gram leaves to the diagonal, which
+              is the error of its directions in nuclear norm, exactly.
             - `core`: from `core_rows`: keep only what these adapters' rows see of the inputs,
               Σ (Ax)(Ax)ᵀ `[R, R]`, in place of the Gram, the sums and the pooled sums.
             - `share_inputs`: detect layers that see the same inputs (the default).
@@ -348,6 +359,8 @@ def _finish(
     record["layers"] = describe_layers(plan, counts, len(hashes))
     record["unseen"] = _unseen(record["layers"], tensors)
     record["skipped"] = plan.skipped
+    if record["settings"]["rank"] is not None:
+        record["beside_directions"] = beside_directions(tensors, list(record["layers"]))
     try:
         _check_seen(record)
         check_least_tokens(record, least)

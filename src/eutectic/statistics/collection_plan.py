@@ -32,6 +32,7 @@ from eutectic.models.sites import (
     named_parameters,
 )
 from eutectic.statistics.settings import Settings
+from eutectic.statistics.sketch import sum_bytes
 
 _BYTES = 8  # of one number in a running sum
 
@@ -104,8 +105,8 @@ class Plan:
             width = leader.shape[1]
             if settings.core is not None:
                 width = len(settings.core.rows[leader.name])
-            need = 2 * _BYTES * width**2 if settings.grams else 0
-            need += sum(_BYTES * s.shape[0] ** 2 for s in outputs)
+            need = 2 * sum_bytes(width, settings.rank) if settings.grams else 0
+            need += sum(sum_bytes(s.shape[0], settings.rank) for s in outputs)
             if need:
                 units.append((Plan(dict.fromkeys(members, leader), outputs), need))
         for name, parameter in self.diagonal.items():

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +11,10 @@ from eutectic.errors import NumericalError
 
 # Rows summed by one product: enough to make the addition of its [d, d] result cheap, few enough
 # that float32 products stay at rounding level.
-_BLOCK_ROWS = 512
+BLOCK_ROWS = 512
+Rank = int | Literal["auto"]
+TAIL = 0.1  # of the trace: what "auto" leaves to the diagonal, as far as `MOST` allows
+MOST = 512
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 4
 
@@ -30,12 +34,17 @@ class GramSum:
         self._waiting = 0
         self._matrix: Tensor | None = None
 
+    @property
+    def most_bytes(self) -> int:
+        """How many bytes it takes at most, beside one block of rows."""
+        return 8 * self.width**2
+
     def add(self, rows: Tensor) -> None:
         """Add rows `[n, d]`, float32 or float64; they may be kept, and must not change later."""
         self._rows.append(rows)
         self._waiting += len(rows)
         self.count += len(rows)
-        block = max(self.width, _BLOCK_ROWS)
+        block = max(self.width, BLOCK_ROWS)
         if self._waiting >= block:
             whole = self._gather()
             cut = len(whole) - len(whole) % block
@@ -45,7 +54,7 @@ class GramSum:
             self._rows = [whole[cut:].clone()]
             self._waiting = len(whole) - cut
 
-    def tensors(self, rank: int | None = None, seed: str = "") -> dict[str, Tensor]:
+    def tensors(self, rank: Rank | None = None, seed: str = "") -> dict[str, Tensor]:
         """Return the sum in float64, nothing for n = 0.
 
         `{"factor": F}` with A = FᵀF and F `[n, d]` upper trapezoidal, when n < d; else
@@ -56,10 +65,10 @@ class GramSum:
             return {}
         if self._matrix is None and self.count < self.width:
             factor = triangular_factor(self._gather().double())
-            if rank is None or rank >= len(factor):
-                return {"factor": factor}
-            return truncate_factor(factor, rank)
+            return {"factor": factor} if rank is None else leading_rows(factor, rank)
         gram = self.dense()
+        if rank == "auto":
+            rank = enough(torch.linalg.eigvalsh(gram).flip(0), float(gram.trace()))
         if rank is None or rank >= self.width:
             return {"gram": gram}
         return truncate_gram(gram, rank, seed)
@@ -123,12 +132,30 @@ def triangular_factor(rows: Tensor) -> Tensor:
     return factor * signs.unsqueeze(1)
 
 
-def truncate_factor(factor: Tensor, rank: int) -> dict[str, Tensor]:
-    """Return the leading `rank` components of FᵀF and the rest of its diagonal."""
+def leading_rows(factor: Tensor, rank: Rank, diagonal: Tensor | None = None) -> dict[str, Tensor]:
+    """Return the leading directions of FᵀF and what they leave of a diagonal, FᵀF's own by default.
+
+    `rank` says how many; "auto" takes the fewest that leave at most `TAIL` of the trace, and at
+    most `MOST`. A factor of as few rows is returned as it is.
+    """
+    alone = diagonal is None
+    whole = factor.square().sum(0) if diagonal is None else diagonal
+    if alone and isinstance(rank, int) and rank >= len(factor):
+        return {"factor": factor}
     _, values, vectors = torch.linalg.svd(factor, full_matrices=False)
-    kept = values[:rank, None] * vectors[:rank]
-    rest = factor.square().sum(0) - kept.square().sum(0)
+    count = rank if isinstance(rank, int) else enough(values.square(), float(whole.sum()))
+    if alone and count >= len(factor):
+        return {"factor": factor}
+    kept = values[:count, None] * vectors[:count]
+    rest = whole - kept.square().sum(0)
     return {"factor": kept, "diagonal": rest.clamp(min=0)}
+
+
+def enough(energies: Tensor, trace: float) -> int:
+    """Return the fewest leading directions that leave at most `TAIL` of a trace, at most `MOST`."""
+    reached = energies.cumsum(0) >= (1 - TAIL) * trace
+    count = int(reached.int().argmax()) + 1 if bool(reached.any()) else len(energies)
+    return max(1, min(count, MOST))
 
 
 def truncate_gram(gram: Tensor, rank: int, seed: str) -> dict[str, Tensor]:
@@ -148,7 +175,7 @@ def truncate_gram(gram: Tensor, rank: int, seed: str) -> dict[str, Tensor]:
     values, vectors = torch.linalg.eigh(basis.T @ image)
     positive = values > values[-1] * len(gram) * torch.finfo(gram.dtype).eps
     scaled = vectors[:, positive] / values[positive].sqrt()
-    factor = truncate_factor((image @ scaled).T.contiguous(), rank)["factor"]
+    factor = leading_rows((image @ scaled).T.contiguous(), rank)["factor"]
     rest = gram.diagonal() - factor.square().sum(0)
     return {"factor": factor, "diagonal": rest.clamp(min=0)}
 

@@ -10,12 +10,14 @@ from eutectic.errors import NumericalError, StatisticsError
 from eutectic.models.batches import Layout, Tokens, same_memory, token_means
 from eutectic.models.sites import Site, as_matrix, output_rows
 from eutectic.statistics.collection_plan import Plan
-from eutectic.statistics.gram import GramSum, as_float, check_finite
+from eutectic.statistics.gram import GramSum, Rank, as_float, check_finite
 from eutectic.statistics.settings import Settings
+from eutectic.statistics.sketch import SketchSum, sum_of
 from eutectic.statistics.statistics_file import gram_names
 
 # Of a layer's inputs, per token and per sample: the Gram and the sum beside it.
 _OF_INPUTS = {"gram": "input_sum", "pooled_gram": "pooled_sum"}
+_PARTS = ("count", "rows", "matrix", "diagonal")  # of the state of a sum, as far as it has them
 CORE = "core_gram"  # of what adapters' rows see of the inputs, in place of these
 
 
@@ -26,7 +28,7 @@ class PassSums:
     """
 
     def __init__(self, plan: Plan, settings: Settings) -> None:
-        self.grams: dict[str, GramSum] = {}
+        self.grams: dict[str, GramSum | SketchSum] = {}
         self.totals: dict[str, Tensor] = {}
         self._devices: dict[str, torch.device] = {}
         self._core = {} if settings.core is None else settings.core.rows
@@ -35,11 +37,12 @@ class PassSums:
                 self._begin(f"{site.name}/{CORE}", len(self._core[site.name]), site.weight)
                 continue
             for gram, total in _OF_INPUTS.items():
-                self._begin(f"{site.name}/{gram}", site.shape[1], site.weight)
+                self._begin(f"{site.name}/{gram}", site.shape[1], site.weight, settings.rank)
                 zeros = torch.zeros(site.shape[1], dtype=torch.float64)
                 self.totals[f"{site.name}/{total}"] = zeros
         for site in plan.gradient_sites:
-            self._begin(f"{site.name}/output_gradient_gram", site.shape[0], site.weight)
+            key = f"{site.name}/output_gradient_gram"
+            self._begin(key, site.shape[0], site.weight, settings.rank)
         for name, parameter in plan.block.items():
             self._begin(f"{name}/block_fisher", parameter.numel(), parameter)
         for name, parameter in plan.diagonal.items():
@@ -47,8 +50,8 @@ class PassSums:
             zeros = torch.zeros(parameter.shape, dtype=torch.float64, device=device)
             self.totals[f"{name}/fisher_diagonal"] = zeros
 
-    def _begin(self, key: str, width: int, parameter: Tensor) -> None:
-        self.grams[key], self._devices[key] = GramSum(width), _sum_device(parameter)
+    def _begin(self, key: str, width: int, parameter: Tensor, rank: Rank | None = None) -> None:
+        self.grams[key], self._devices[key] = sum_of(width, rank), _sum_device(parameter)
 
     def add_inputs(self, site: Site, rows: Tensor, means: Tensor | None) -> None:
         """Add tokens `[n, in]` and per-sample means `[samples, in]`."""
@@ -79,8 +82,7 @@ class PassSums:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Go on from a `state`."""
         for key, gram in self.grams.items():
-            parts = ("count", "rows", "matrix")
-            own = {part: state[f"{key}/{part}"] for part in parts if f"{key}/{part}" in state}
+            own = {part: state[f"{key}/{part}"] for part in _PARTS if f"{key}/{part}" in state}
             gram.load(own, self._devices[key])
         for key, total in self.totals.items():
             self.totals[key] = state[key].to(total.device)
@@ -88,8 +90,8 @@ class PassSums:
     def join(self, state: Mapping[str, Tensor]) -> None:
         """Add the sums of other batches, by their `state`."""
         for key, gram in self.grams.items():
-            parts = (part for part in ("count", "rows", "matrix") if f"{key}/{part}" in state)
-            gram.join({part: state[f"{key}/{part}"] for part in parts})
+            parts = (p for p in _PARTS if f"{key}/{p}" in state)
+            gram.join({p: state[f"{key}/{p}"] for p in parts})
         for key, total in self.totals.items():
             total += state[key].to(total.device)
 

@@ -14,6 +14,7 @@ from eutectic.models.linear_head import Head
 from eutectic.options import dtype_name
 from eutectic.statistics.core_rows import CoreRows
 from eutectic.statistics.function_identity import describe_callable
+from eutectic.statistics.gram import Rank
 from eutectic.statistics.likelihood import OBJECTIVES, LogLikelihood, Objective, objective_name
 
 Labels = Literal["data", "sample"]
@@ -43,7 +44,7 @@ class Settings:
     min_tokens: int | None = None
     layers: Sequence[str] | None = None
     convolutions: bool = False
-    rank: int | None = None
+    rank: Rank | None = None
     core: CoreRows | None = None
     share_inputs: bool = True
     unmatched: Unmatched = "error"
@@ -82,9 +83,12 @@ class Settings:
             *_choice("dtype", self.dtype, (torch.float32, torch.float64)),
         ]
         counts = {"max_examples": self.max_examples, "min_tokens": self.min_tokens}
-        for name, value in {**counts, "rank": self.rank}.items():
+        for name, value in counts.items():
             if value is not None and value < 1:
                 faults.append(f"{name} must be at least 1; got {value}")
+        rank: Any = self.rank  # callers without a type checker may give anything
+        if rank not in (None, "auto") and not (isinstance(rank, int) and rank >= 1):
+            faults.append(f"rank must be at least 1, or 'auto'; got {self.rank!r}")
         if not (self.grams or self.gradients):
             faults.append("nothing is asked for: grams, output_gradients, fisher, block_fisher")
         if not self.gradients:
@@ -142,7 +146,7 @@ class CollectOptions(TypedDict, total=False):
     min_tokens: int | None
     layers: Sequence[str] | None
     convolutions: bool
-    rank: int | None
+    rank: Rank | None
     core: CoreRows | None
     share_inputs: bool
     unmatched: Unmatched

@@ -195,5 +195,5 @@ def _bytes_of_model(model: nn.Module) -> int:
 
 
 def _bytes_of_sums(sums: PassSums) -> int:
-    grams = sum(8 * gram.width**2 for gram in sums.grams.values())
+    grams = sum(gram.most_bytes for gram in sums.grams.values())
     return 2 * grams + sum(8 * total.numel() for total in sums.totals.values())

@@ -115,6 +115,7 @@ class StatisticsFile(InNotebooks, Mapping[str, LayerStatistics]):
             "of each": ", ".join(kind for kind in kinds if kind != EXAMPLES),
             "unseen": few(made.get("unseen", ())),
             "left out": few(list(made.get("skipped", ()))),
+            "beside directions": _largest(made.get("beside_directions") or {}),
             "checkpoint": self.fingerprint,
             "file": self.path,
         }
@@ -205,6 +206,22 @@ class StatisticsFile(InNotebooks, Mapping[str, LayerStatistics]):
         return load_statistics(path)
 
 
+def beside_directions(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, float]:
+    """Return, of input Grams in few directions, the share of the trace that is on the diagonal.
+
+    FᵀF lies below the Gram, so that the share is the error of FᵀF in nuclear norm, and bounds it in
+    any other.
+    """
+    shares: dict[str, float] = {}
+    for name in names:
+        _, factor, diagonal = (f"{name}/{stored}" for stored in gram_names("gram"))
+        if diagonal in tensors:
+            rest = float(tensors[diagonal].sum(dtype=torch.float64))
+            held = float(tensors[factor].square().sum(dtype=torch.float64))
+            shares[name] = round(rest / (rest + held), 6) if rest + held else 0.0
+    return shares
+
+
 def check_target(path: Path) -> None:
     """Find out whether statistics may be written there: over statistics alone, if over anything."""
     view(path)
@@ -223,6 +240,14 @@ def check_target(path: Path) -> None:
             f"{path}: statistics would be written there, and it holds something else.\n"
             "Choose another name."
         )
+
+
+def _largest(shares: Mapping[str, float]) -> str | None:
+    """Return the largest share in words, None for none."""
+    if not shares:
+        return None
+    worst = max(shares, key=lambda name: shares[name])
+    return f"up to {100 * shares[worst]:.2g} % of a Gram's trace ({worst})"
 
 
 def lock_output(path: Path) -> Lock:
