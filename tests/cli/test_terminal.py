@@ -17,6 +17,7 @@ from eutectic.cli import console
 from eutectic.cli.console import folded, print_named, progress_bar
 from eutectic.cli.main import app
 from eutectic.cli.tune import known_scale, show_curve
+from eutectic.errors import Note
 from helpers.configs import tiny_model
 from helpers.folders import make_base, make_expert, save
 
@@ -169,3 +170,30 @@ def test_silence_says_what_is_being_done(screen: Screen, monkeypatch: pytest.Mon
         console.doing("planning")
         time.sleep(0.2)
     assert "planning …" not in screen.err
+
+
+def test_warnings_and_errors_wrap_between_words(screen: Screen, tmp_path: Path) -> None:
+    note = Note("scale_far_out", (), {"scale": 9.0, "method": "iso_c", "usual": 1.3}, "warning")
+    console.tell_notes([note])
+    console.print_sentence("a-word-of-some-length " * 20, "error:", "bold red")
+    lines = [line for line in screen.err.split("\n") if line.strip()]
+    assert lines[0].startswith("warning: scale 9 is far")
+    assert len(lines) > 6 and all(len(line.rstrip()) <= 80 for line in lines)
+    words = " ".join(lines).split()
+    assert words.count("a-word-of-some-length") == 20  # none is broken at the edge
+
+
+def test_elsewhere_a_warning_stays_on_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_sentence("word " * 40, "warning:")
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_checks_and_calibrations_keep_names_whole(screen: Screen, tmp_path: Path) -> None:
+    name = "a_name_of_an_expert_that_is_long_enough_to_be_cut_by_tables"
+    save(tmp_path / name, make_base())
+    save(tmp_path / f"{name}_2", make_base())
+    run("check", tmp_path / name, tmp_path / f"{name}_2")
+    assert all(len(line.rstrip()) <= 80 for line in screen.out)
+    assert "…" not in "".join(screen.out)
+    whole = "".join("".join(screen.out).split())
+    assert f"{name}_2" in whole

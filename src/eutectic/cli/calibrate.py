@@ -6,13 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
-from rich.table import Table
 
-from eutectic.cli.console import out, print_json, print_named, progress_bar, tell, tell_done, verb
+from eutectic.cli.console import (
+    grid,
+    out,
+    print_json,
+    print_named,
+    progress_bar,
+    tell,
+    tell_done,
+    verb,
+)
 from eutectic.cli.named_words import named_paths, pairs
 from eutectic.cli.options import CalibrationDataOptions, Json, argument, option
 from eutectic.words import counted, few
 
+_ONE = {"matrices": "matrix", "biases": "bias", "norms": "norm", "convolutions": "convolution"}
 _SHOWN = 12  # layers in the table, evenly over the depth
 
 
@@ -115,8 +124,8 @@ def calibrate(
     if json:
         print_json(dataclasses.asdict(report))
         return
-    table = Table.grid(padding=(0, 2))
-    counts = ", ".join(f"{n} {kind}" for kind, n in report.calibrated.items())
+    table = grid()
+    counts = ", ".join(counted(n, _ONE[kind], kind) for kind, n in report.calibrated.items())
     table.add_row("calibrated", counts)
     for why, names in report.left.items():
         table.add_row("as merged", escape(f"{few(names, 1)}: {why}"))

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 import typer
 from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
-from eutectic.cli.console import out, plain_table, print_json, progress_bar, verb
+from eutectic.cli.console import folded, out, print_json, print_named, progress_bar, verb
 from eutectic.cli.options import Json, argument, option
 from eutectic.errors import EutecticError
+from eutectic.words import plain
 
 if TYPE_CHECKING:
     from eutectic.checking import Checked, CheckReport
@@ -54,18 +56,22 @@ def check(
 
 
 def _show(found: CheckReport) -> None:
-    numbers = ("tensors", "numbers", "wrong", "unusual")
-    fixed = (Column("kind", no_wrap=True), Column("type", no_wrap=True))
-    table = plain_table(Column("checkpoint", overflow="fold"), *fixed, numbers=numbers)
-    for one in found:
-        counts = (f"{one.tensors:,}", _short(one.numbers), _count(one.wrong), _count(one.unusual))
-        kind = f"{one.kind}, {one.model}" if one.model else one.kind
-        table.add_row(escape(one.path), escape(kind), _dtype(one), *counts)
-    out.print(table, highlight=False)
+    every = list(found)
+    kinds = [f"{one.kind}, {one.model}" if one.model else one.kind for one in every]
+    columns = [
+        ("kind", kinds),
+        ("type", [_dtype(one) for one in every]),
+        ("tensors", [f"{one.tensors:,}" for one in every]),
+        ("numbers", [_short(one.numbers) for one in every]),
+        ("wrong", [_count(one.wrong) for one in every]),
+        ("unusual", [_count(one.unusual) for one in every]),
+    ]
+    groups = [columns[:4], columns[4:]]
+    print_named([one.path for one in every], groups, title="checkpoint")
     for one in found:
         if one.wrong or one.unusual or one.remarks:
             out.print()
-            out.print(f"[bold]{escape(one.path)}[/]", highlight=False, soft_wrap=True)
+            out.print(Text(folded(plain(one.path, kept=""), out.width), "bold"))
             out.print(_findings(one), highlight=False)
 
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
-from rich.table import Table
 
-from eutectic.cli.console import doing, out, print_json, progress_bar, tell_done, verb
+from eutectic.cli.console import doing, grid, out, print_json, progress_bar, tell_done, verb
 from eutectic.cli.named_words import named_paths
 from eutectic.cli.options import (
     DataOptions,
@@ -332,7 +331,7 @@ def _report(
     if json:
         print_json(report)
         return
-    table = Table.grid(padding=(0, 2))
+    table = grid()
     table.add_row("examples", f"{report['examples']:,}")
     table.add_row("parameters", f"{report['layers']:,}")
     kinds = {name: result.provenance["layers"][name]["kind"] for name in report["unseen"]}

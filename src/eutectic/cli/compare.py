@@ -189,8 +189,7 @@ def show(found: Comparison) -> None:
         for warning in row.warnings:
             told.setdefault(warning, []).append(row.name)
     for warning, names in told.items():
-        err.print("[bold yellow]warning: [/]", end="")
-        print_sentence(f"{', '.join(names)}: {warning}")
+        print_sentence(f"{', '.join(names)}: {warning}", "warning:", "bold yellow")
     _show_what_is_shown(found)
 
 

@@ -92,8 +92,7 @@ def verb(command: _Command) -> _Command:
                 code = EutecticError.exit_code
                 where = "" if error.filename is None else f"{error.filename}: "
                 text = f"{where}{why_failed(error)}."
-            err.print("[bold red]error:[/] ", end="")
-            print_sentence(text)
+            print_sentence(text, "error:", "bold red")
             raise typer.Exit(code) from None
         except (MemoryError, RuntimeError) as error:
             if settings["debug"] or not _is_out_of_memory(error):
@@ -297,22 +296,31 @@ def plain_table(*headers: Column | str, numbers: Iterable[str] = ()) -> Table:
     return Table(*headers, *right, box=None, pad_edge=False, header_style="bold")
 
 
+def grid() -> Table:
+    """Return a table of labels and what they say, both whole however narrow the terminal is."""
+    labels = Column(overflow="fold", max_width=_LEAST)
+    return Table.grid(labels, Column(overflow="fold"), padding=(0, 2))
+
+
 def tell(label: str, text: object) -> None:
     """Print a remark under a dim label; brackets in it are no markup."""
     out.print(f"[dim]{label}[/] {escape(str(text))}", highlight=False)
 
 
-def print_sentence(text: str) -> None:
-    """Print a sentence on stderr: on a terminal wrapped between words, elsewhere on its line."""
-    err.print(text, markup=False, highlight=False, soft_wrap=not err.is_terminal)
+def print_sentence(text: str, label: str = "", style: str = "") -> None:
+    """Print a sentence on stderr: on a terminal wrapped between words, elsewhere on its line.
+
+    A `label` such as "warning:" stands before it, in a style of its own.
+    """
+    whole = Text.assemble((f"{label} ", style) if label else "", plain(text, kept="\n\t"))
+    err.print(whole, highlight=False, soft_wrap=not err.is_terminal)
 
 
 def tell_notes(notes: Iterable[Note], *, warnings_only: bool = False) -> None:
     """Print a plan's notes as remarks, and warnings among them on stderr."""
     for note in notes:
         if note.level == "warning":
-            err.print("[bold yellow]warning: [/]", end="")
-            print_sentence(note.text)
+            print_sentence(note.text, "warning:", "bold yellow")
         elif not warnings_only:
             tell("note", note)
 

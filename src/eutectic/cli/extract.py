@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from rich.table import Table
-
-from eutectic.cli.console import out, print_json, progress_bar, tell_done, tell_notes, verb
+from eutectic.cli.console import grid, out, print_json, progress_bar, tell_done, tell_notes, verb
 from eutectic.cli.corrections import options_in_faults
 from eutectic.cli.merge import adapter_rows
 from eutectic.cli.options import (
@@ -65,7 +63,7 @@ def extract(
         tell_notes(report.note_records, warnings_only=True)
         print_json(dataclasses.asdict(report))
         return
-    table = Table.grid(padding=(0, 2))
+    table = grid()
     for label, text in adapter_rows(report.records):
         table.add_row(label, text)
     table.add_row("took", f"{report.seconds:.1f} s, peak memory {format_bytes(report.peak_bytes)}")

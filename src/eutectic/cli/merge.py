@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
-from rich.table import Table
 
-from eutectic.cli.console import out, print_json, progress_bar, tell_done, tell_notes, verb
+from eutectic.cli.console import grid, out, print_json, progress_bar, tell_done, tell_notes, verb
 from eutectic.cli.corrections import options_in_faults
 from eutectic.cli.options import Json, LimitOptions, RecipeOptions, option, request
 from eutectic.cli.report import page_beside, write_page
@@ -77,7 +76,7 @@ def _show(report: "MergeReport", json: bool) -> None:
         tell_notes(report.note_records, warnings_only=True)
         print_json(dataclasses.asdict(report))
         return
-    table = Table.grid(padding=(0, 2))
+    table = grid()
     table.add_row("method", f"{_method(report)}, scale {known_scale(report.scale, report.search)}")
     table.add_row("tensors", ", ".join(f"{n} {name}" for name, n in report.tensors.items()))
     table.add_row("merged by", ", ".join(f"{name} {n}" for name, n in report.merged_by.items()))

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from eutectic.cli.console import (
     doing,
+    grid,
     out,
     print_json,
     print_named,
@@ -375,7 +375,7 @@ def _report(report: Mapping[str, Any], json: bool, quality: RouterQuality | None
         tell_notes([note] if note else [], warnings_only=True)
         print_json(report)
         return
-    table = Table.grid(padding=(0, 2))
+    table = grid()
     costs = report.get("costs")
     if costs:
         count, work, size = costs["parameters"], costs["multiply_adds_per_token"], costs["nbytes"]

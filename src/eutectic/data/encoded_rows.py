@@ -184,7 +184,10 @@ class EncodedRows:
         labels = self.labels if labelled else None
         if labels is not None:
             wanted.append("label")
-        check_columns(rows, self.columns, wanted, advice=_advice, first=first)
+        advice = _advice
+        if self.columns.image in rows[0] and self.columns.text not in rows[0]:
+            advice = _of_pictures
+        check_columns(rows, self.columns, wanted, advice=advice, first=first)
         if self.image_mode is not None:
             images = [row[self.columns.image] for row in rows]
             where = f"rows {first} to {first + len(rows) - 1}"
@@ -235,6 +238,13 @@ def open_batches(
         labels if needs_labels else None,
         image_mode(config) if images else None,
         options.chat_template,
+    )
+
+
+def _of_pictures(_: str) -> str:
+    return (
+        "These are rows of pictures. Say what the model does with them: --task "
+        f"{' or '.join(PICTURES)}."
     )
 
 
