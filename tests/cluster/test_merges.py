@@ -73,6 +73,28 @@ def test_workers_write_the_bytes_of_threads(
     assert told[-1][0] == pytest.approx(told[-1][1], rel=0.01)  # an adapter drops some
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_what_only_the_driver_can_write_is_sent_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, world: Any, case: str
+) -> None:
+    request = {**world, **CASES[case]}
+    eutectic.merge(request, output=tmp_path / "threads")
+    # As where the output is a URL, whose files lie on the driver's machine until they are sent.
+    monkeypatch.setattr(CheckpointWriter, "reopening", None)
+    seen: list[str] = []
+
+    def interrupt(done: float, total: float, tensor: str) -> None:
+        seen.append(tensor)
+        if len(seen) == 7:
+            raise KeyboardInterrupt
+
+    where: dict[str, Any] = {"executor": "ray", "ray_address": address}
+    with pytest.raises(KeyboardInterrupt):
+        eutectic.merge(request, output=tmp_path / "ray", progress=interrupt, **where)
+    assert eutectic.merge(request, output=tmp_path / "ray", **where).resumed
+    assert bytes_of(tmp_path / "ray") == bytes_of(tmp_path / "threads")
+
+
 def test_a_node_that_is_killed_in_the_middle_changes_no_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nodes: Any, address: str, world: Any
 ) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from eutectic.checkpoint.header import TensorEntry, build_header
 from eutectic.checkpoint.names import check_plain_name
 from eutectic.errors import OutputError, RequestError, ResumeError, why_failed
-from eutectic.storage import StagedFile, storage_of, view
+from eutectic.storage import StagedFile, storage_of, url_of, view
 from eutectic.storage.small_files import parse_json
 
 
@@ -96,8 +96,13 @@ class CheckpointWriter:
             raise
 
     @property
-    def reopening(self) -> Callable[[], CheckpointWriter]:
-        """What takes up the same files in another process."""
+    def reopening(self) -> Callable[[], CheckpointWriter] | None:
+        """What takes up the same files in another process; None where they go to a store.
+
+        Such files lie in a folder of this machine until they are complete.
+        """
+        if url_of(self.folder) is not None:
+            return None
         return partial(_taken_up, self.folder.absolute(), self.files)
 
     def write(self, name: str, start: int, values: Tensor) -> Tensor:
