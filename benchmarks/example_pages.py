@@ -170,8 +170,8 @@ def results(
         "means": [*(mean(n, held) for n, held in models.items()), mean("experts", experts)],
         "differences": [],
         "notes": [
-            "Intervals are those of a proportion of 1,000 test texts a task (gcide has fewer), of "
-            "the models alone: the experts' figures are taken as they are.",
+            "Intervals are those of a proportion of 1,000 test texts a task, of the models alone: "
+            "the experts' figures are taken as they are.",
             "One training seed and the first of three proxy samples; see "
             "benchmarks/results/README.md.",
         ],
@@ -305,8 +305,9 @@ def demo(folder: Path) -> list[str | Path]:
         eutectic("merge", "--base", base, "-m", method, "--scale", scale, "-o", target, *named,
                  *data, output=target)  # fmt: skip
     routed = folder / "models" / "routed"
+    seen = [w for n in experts for w in ("--router-data", f"{n}={examples / 'proxy' / n}.jsonl")]
     eutectic("route", folder / "models" / "iso_c", "--base", base, "--rank", 16, "-o", routed,
-             *named, *statistics, output=routed)  # fmt: skip
+             *named, *statistics, *seen, "--max-length", 48, output=routed)  # fmt: skip
     measured = folder / "results.json"
     models = [f"{m}={folder / 'models' / m}" for m in (*SCALES, "routed")]
     one = [word for name, path in experts.items() for word in ("-e", f"{name}={path}")]

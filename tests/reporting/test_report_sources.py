@@ -106,15 +106,14 @@ def test_plans_as_files_objects_and_recipes(world):
 
 
 def test_statistics_and_what_they_are_of(tmp_path):
-    from eutectic.types import LayerStatistics
-
     layer = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    eutectic.collect(layer, [{"input": torch.ones(3, 4)}], output=tmp_path / "a.stats.safetensors")
+    file = tmp_path / "a.stats.safetensors"
+    eutectic.collect(layer, [{"input": torch.ones(3, 4)}], output=file)
     report = eutectic.report(tmp_path / "a.stats.safetensors")
     (row,) = report.data
-    assert (row.name, row.use, row.examples) == ("a", "statistics", 3)
+    assert (row.name, row.examples) == ("a", 3)
+    assert row.use == ("statistics: gram, pooled_gram, input_sum, pooled_sum of 1 parameter")
     assert report.costs[0].value == (tmp_path / "a.stats.safetensors").stat().st_size
-    assert LayerStatistics  # statistics are read by the public reader
 
 
 def test_a_folder_of_several_merges_and_files(world, tmp_path):
@@ -165,6 +164,8 @@ def test_requests_that_make_no_sense(tmp_path):
         eutectic.report(told, format="htlm")
     with pytest.raises(RequestError, match="ends like html, and the format asked for is md"):
         eutectic.report(told, output=tmp_path / "a.html", format="md")
+    with pytest.raises(RequestError, match="s3://b/a.html: a report is written on this machine"):
+        eutectic.report(told, output="s3://b/a.html")
     with pytest.raises(RequestError, match="in a folder that exists"):
         eutectic.report(told, output=tmp_path / "absent" / "a.html")
 

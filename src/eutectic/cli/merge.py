@@ -68,7 +68,7 @@ def merge(
     with options_in_faults(options), progress_bar("merging") as tell:
         made = run(recipe, progress=tell, **options)
     _show(made, json)
-    write_page(page, output, quiet=json)
+    write_page(page, made, quiet=json)
 
 
 def _show(report: "MergeReport", json: bool) -> None:

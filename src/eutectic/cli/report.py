@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as encoding
 import webbrowser
 from pathlib import Path
+from typing import Any
 
 from eutectic.cli.console import doing, err, out, print_json, tell_done, verb
 from eutectic.cli.options import Json, argument, option
@@ -68,16 +69,17 @@ def page_beside(output: Path) -> Path:
     """Return the page beside a model's folder; refuse, before any work, where it cannot be."""
     from eutectic.reporting.page.build import check_target
     from eutectic.reporting.page.html_page import check_templates
+    from eutectic.storage import url_of
 
     page = output.with_name(output.name + ".html")
     check_templates()
-    if page.exists():  # the folder is made by the work itself
+    if url_of(output) is not None or page.parent.is_dir():  # else the work makes the folder
         check_target(page, "html")
     return page
 
 
-def write_page(page: Path | None, source: Path, *, quiet: bool = False) -> None:
-    """Write the page of a model's folder, if one was asked for."""
+def write_page(page: Path | None, source: Any, *, quiet: bool = False) -> None:
+    """Write the page of a merge's report, or of a folder of several, if one was asked for."""
     if page is None:
         return
     from eutectic.reporting.page.build import report as run

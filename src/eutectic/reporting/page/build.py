@@ -91,8 +91,11 @@ def _form(output: Path | None, format: str | None) -> Format:
 
 def check_target(path: Path, form: Format) -> None:
     """Refuse, before any work, a file in whose place a report must not be written."""
-    remote = url_of(path) is not None  # folders of stores are not made
-    if path.is_dir() or not (remote or path.parent.is_dir()):
+    if (url := url_of(path)) is not None:
+        raise RequestError(
+            f"{url}: a report is written on this machine.\nName a local file, and copy it there."
+        )
+    if path.is_dir() or not path.parent.is_dir():
         raise RequestError(
             f"{path}: the report is written to a file in a folder that exists, such as report.html."
         )
@@ -127,10 +130,11 @@ def made_of(found: Sequence[Document], title: str | None = None) -> Report:
         for d in of("search for α")
         if isinstance(d.content, CurveView)
     ]
-    for d in merged:
-        if (d.content.search or {}).get("points"):
-            view = CurveView.model_validate(d.content.search)
-            curves.append(origins.curve_of(d.name, view))
+    curves += [
+        origins.curve_of(d.name, d.content.search)
+        for d in merged
+        if isinstance(d.content.search, CurveView)
+    ]
     merges = [origins.merge_of(d.name, d.content) for d in merged]
     merges += [origins.planned_merge(d.name, d.content) for d in plans]
     routing = [origins.routing_of(d.name, d.content) for d in routed]
@@ -147,10 +151,16 @@ def made_of(found: Sequence[Document], title: str | None = None) -> Report:
         "routing": routing,
         "residuals": residuals,
         "maps": shown,
-        "statistics": any(row.use == "statistics" for row in data),
-        "closed": [(d.name, d.content) for d in of("search for α")
-                   if isinstance(d.content, ClosedFormView)],
-    }  # fmt: skip
+        "statistics": any(row.use.startswith("statistics") for row in data),
+        "closed": [
+            (name, own)
+            for name, own in (
+                *((d.name, d.content) for d in of("search for α")),
+                *((d.name, d.content.search) for d in merged),
+            )
+            if isinstance(own, ClosedFormView)
+        ],
+    }
     return Report(
         eutectic=version("eutectic"),
         title=title or _title(found),
@@ -183,6 +193,8 @@ def _title(found: Sequence[Document]) -> str:
 def _costs(found: Sequence[Document]) -> list[Any]:
     costs: list[Any] = []
     for d in found:
+        if d.run is not None:
+            costs += origins.run_costs(d.name, d.run)
         if d.kind == "plan":
             costs += origins.plan_costs(d.name, d.content)
         elif d.folder is None or url_of(d.folder) is not None:

@@ -127,12 +127,12 @@ def fixed(value: float, low: float, high: float) -> str:
     """Return a number with as many decimals as tell two colours of its scale apart.
 
     >>> fixed(-0.00001, -1, 1), fixed(0.9213, 0.9, 1), fixed(82.31, 0, 100)
-    ('0.00', '0.921', '82.3')
+    ('0.00', '0.921', '82')
     """
     reach = high - low
     if not 1e-4 < reach < 1e5:
         return three_digits(value)
-    decimals = max(0, 2 - math.floor(math.log10(reach * (1 - 1e-9))))
+    decimals = max(0, 2 - math.floor(math.log10(reach) + 1e-9))
     text = f"{value:.{decimals}f}"
     return text.removeprefix("-") if float(text) == 0 else text.replace("-", "−")
 

@@ -40,26 +40,10 @@ def html_page(report: Report) -> str:
         MissingExtraError: jinja2 is not installed.
     """
     check_templates()
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     from eutectic.reporting.page.page_sections import sections
 
-    def shown(value: Any) -> Any:
-        """Write control characters and marks of direction out, wherever a text comes from."""
-        if isinstance(value, str) and not isinstance(value, Markup):
-            return plain(value, kept="\n\t")
-        return value
-
-    environment = Environment(
-        loader=FileSystemLoader(ASSETS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=shown,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["breakable"] = lambda text: _breakable(shown(str(text)))
     style, early, script = (_asset(name) for name in ("page.css", "early.js", "page.js"))
     policy = "; ".join(
         (
@@ -72,7 +56,7 @@ def html_page(report: Report) -> str:
         )
     )
     found = sections(report)
-    return environment.get_template("page.html.jinja").render(
+    return _template().render(
         report=report,
         policy=policy,
         style=Markup(style),
@@ -80,8 +64,33 @@ def html_page(report: Report) -> str:
         script=Markup(script),
         data=Markup(json_in_script(found.data)),
         sections=found.sections,
-        lines=found.lines,
     )
+
+
+@cache
+def _template() -> Any:
+    """Return the page's template; compiling it takes longer than laying a page out."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["breakable"] = _breakable
+    return environment.get_template("page.html.jinja")
+
+
+def _shown(value: Any) -> Any:
+    """Write control characters and marks of direction out, wherever a text comes from."""
+    from markupsafe import Markup
+
+    if isinstance(value, str) and not isinstance(value, Markup):
+        return plain(value, kept="\n\t")
+    return value
 
 
 _BREAKS = re.compile(r"(?<=[._/\-])(?=[^._/\-])")
@@ -91,7 +100,7 @@ def _breakable(text: str) -> Any:
     """Return a name that may be broken after dots and the like, escaped."""
     from markupsafe import Markup, escape
 
-    return Markup("<wbr>").join(escape(part) for part in _BREAKS.split(text))
+    return Markup("<wbr>").join(escape(part) for part in _BREAKS.split(_shown(str(text))))
 
 
 @cache

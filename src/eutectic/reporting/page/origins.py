@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import yaml
 
 from eutectic.conventions import block_of
 from eutectic.evaluation.results import Results
+from eutectic.execution.run import MergeReport
 from eutectic.reporting.page.layer_maps import in_order
 from eutectic.reporting.page.page_record import (
     Cost,
@@ -26,7 +28,8 @@ from eutectic.reporting.page.page_record import (
 from eutectic.reporting.page.public_texts import without_private_paths
 from eutectic.reporting.page.source_views import CurveView, PlanView, ProvenanceView, RoutedView
 from eutectic.statistics import StatisticsFile
-from eutectic.words import public_path
+from eutectic.statistics.statistics_file import STATISTICS, gram_names
+from eutectic.words import counted, public_path
 
 _MOST_LAYERS = 1_000
 _WEIGHTS = (".safetensors", ".bin", ".pt")
@@ -113,7 +116,7 @@ def _shares(record: Mapping[str, Any]) -> dict[str, float]:
 
 def _number(value: Any) -> float | None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if number else None
+    return float(value) if number and math.isfinite(value) else None
 
 
 def tensor_rows(name: str, made: ProvenanceView | PlanView) -> Iterator[TensorRow]:
@@ -218,9 +221,12 @@ def data_of_results(results: Results) -> Iterator[DataRow]:
 def data_of_statistics(name: str, held: StatisticsFile) -> DataRow:
     """Return the data that statistics were collected on."""
     data = held.provenance.get("data", {})
+    stored = {key.rpartition("/")[2] for key in held.tensors}
+    kinds = [kind for kind in STATISTICS if stored & set(gram_names(kind))]
+    told = f": {', '.join(kinds)} of {counted(len(held), 'parameter')}" if kinds else ""
     return DataRow(
         name=name,
-        use="statistics",
+        use=f"statistics{told}",
         examples=data.get("examples"),
         fingerprint=str(data.get("fingerprint", "")),
     )
@@ -259,6 +265,13 @@ def plan_costs(name: str, plan: PlanView) -> Iterator[Cost]:
     for key, what, unit in known:
         if key in plan.cost:
             yield Cost(name=name, what=what, value=plan.cost[key], unit=unit)
+
+
+def run_costs(name: str, run: MergeReport) -> Iterator[Cost]:
+    """Yield what a merge took, which its folder does not say."""
+    how = " (continued)" if run.resumed else ""
+    yield Cost(name=name, what=f"time of the merge{how}", value=run.seconds, unit="s")
+    yield Cost(name=name, what="peak memory", value=float(run.peak_bytes), unit="bytes")
 
 
 def folder_costs(name: str, folder: Path, what: str) -> Iterator[Cost]:

@@ -69,7 +69,6 @@ class Sections:
     """All parts, and what scripts need of them."""
 
     sections: list[Section]
-    lines: list[str]  # a sample of line styles
     data: dict[str, Any]
 
 
@@ -107,7 +106,7 @@ def sections(report: Report) -> Sections:
     ]
     found = [Section(key, title, content) for key, title, content in known if content]
     found.append(Section("sources", "Sources of this page", report.sources))
-    return Sections(found, [style_of(i) for i in range(32)], {"spectra": data.spectra})
+    return Sections(found, {"spectra": data.spectra})
 
 
 # --- models ---

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,6 +50,7 @@ class Document:
     path: str  # as a page may show it
     content: Any  # a view of `source_views`, Results, Inspection or StatisticsFile
     folder: Path | None = None  # where it lies, if it lies in files
+    run: MergeReport | None = None  # what a merge reported of itself, times among it
 
 
 def documents(sources: Sequence[Any]) -> list[Document]:
@@ -77,8 +78,7 @@ def _told_apart(found: Sequence[Document]) -> list[Document]:
         key = (document.kind, document.name)
         taken[key] = taken.get(key, 0) + 1
         name = document.name if taken[key] == 1 else f"{document.name} ({taken[key]})"
-        own = (document.kind, document.path, document.content, document.folder)
-        apart.append(Document(name, *own))
+        apart.append(replace(document, name=name))
     return apart
 
 
@@ -256,7 +256,8 @@ def _of_object(source: Any) -> Iterator[Document]:
     elif isinstance(source, PlanReport):
         yield Document("plan", "plan", "", _plan_view(source))
     elif isinstance(source, MergeReport):
-        yield from _of_path(source.output)
+        for document in _of_path(source.output):
+            yield replace(document, run=source)
     elif isinstance(source, Mapping):
         yield from _of_mapping(dict(source))
     elif isinstance(search := getattr(source, "search", None), Mapping):  # of a search for α

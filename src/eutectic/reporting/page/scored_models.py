@@ -72,8 +72,8 @@ def scores_of(results: Results, name: str, compared: ComparisonView | None = Non
             Score(
                 model=_EXPERTS if r.checkpoint in experts else r.checkpoint,
                 task=r.task,
-                value=Figure(value=r.value, interval=r.interval),
-                share=Figure(value=r.normalized, interval=r.normalized_interval),
+                value=_figure(r.value, r.interval),
+                share=_figure(r.normalized, r.normalized_interval),
             )
             for r in results.results
         ],
@@ -107,9 +107,9 @@ def _model(mean: Mean, role: Role, behind: tuple[Figure, bool, bool], note: str)
     return ModelScore(
         name=mean.checkpoint,
         role=role,
-        mean=Figure(value=mean.value, interval=mean.interval),
-        share=Figure(value=mean.normalized, interval=mean.normalized_interval),
-        nai=Figure(value=mean.nai, interval=mean.nai_interval),
+        mean=_figure(mean.value, mean.interval),
+        share=_figure(mean.normalized, mean.normalized_interval),
+        nai=_figure(mean.nai, mean.nai_interval),
         behind=figure,
         paired=paired,
         level=level,
@@ -131,7 +131,7 @@ def _behind(
         value, interval = paired.value, paired.interval
         if shares:
             value, interval = paired.normalized, paired.normalized_interval
-        return Figure(value=value, interval=interval), True, _holds_zero(interval)
+        return _figure(value, interval), True, _holds_zero(interval)
     one, other = means[name], means[best]
     pair = [(m.normalized, m.normalized_interval) if shares else (m.value, m.interval)
             for m in (one, other)]  # fmt: skip
@@ -141,7 +141,15 @@ def _behind(
     error = math.hypot(own[1] - own[0], its[1] - its[0]) / 2
     value = left - right
     interval = (value - error, value + error)
-    return Figure(value=value, interval=interval), False, _holds_zero(interval)
+    return _figure(value, interval), False, _holds_zero(interval)
+
+
+def _figure(value: float | None, interval: tuple[float, float] | None) -> Figure:
+    """Return a figure; of a file of others, a number may not be finite."""
+    if value is None or not math.isfinite(value):
+        return Figure()
+    known = interval is not None and all(map(math.isfinite, interval))
+    return Figure(value=value, interval=interval if known else None)
 
 
 def _holds_zero(interval: Sequence[float] | None) -> bool:

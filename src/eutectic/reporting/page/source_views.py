@@ -80,7 +80,7 @@ class ProvenanceView(_View):
     parents: dict[str, ParentView] = Field(default_factory=dict[str, ParentView])
     tensors: dict[str, MergedTensorView]
     records: dict[str, Any] = Field(default_factory=dict)
-    search: dict[str, Any] | None = None
+    search: CurveView | ClosedFormView | None = None
     calibration: dict[str, Any] | None = None
 
 
