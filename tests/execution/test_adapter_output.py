@@ -253,7 +253,10 @@ def experts(tmp_path: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("method", ["task_arithmetic", "average", "linear", "iso_c", "tsv_m"])
+@pytest.mark.parametrize(
+    "method",
+    ["task_arithmetic", "average", "linear", "iso_c", "tsv_m", "core_ties", "knots_ties"],
+)
 def test_lossless_from_factors(tmp_path: Path, experts: dict[str, str], method: str) -> None:
     """At the rank of the stacked factors the adapter does what the full merge does."""
     base = str(tmp_path / "base")
