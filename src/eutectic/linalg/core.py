@@ -150,10 +150,10 @@ def _singular_bases(
 ) -> tuple[Tensor, Tensor]:
     """Return the left singular vectors side by side, and the right ones one above the other."""
     _, out, inner = matrices.shape
-    chosen = matrices[list(members)]
-    if not len(members) or not bool(chosen.any()):
+    chosen = [matrices[t] for t in members]
+    if not any(bool(matrix.any()) for matrix in chosen):
         return matrices.new_zeros(out, 0), matrices.new_zeros(inner, 0)
-    sides = (torch.cat(list(chosen), 1), torch.cat(list(chosen.mT), 1))
+    sides = (torch.cat(chosen, 1), torch.cat([matrix.mT for matrix in chosen], 1))
     left, right = (_left_vectors(side, tolerance) for side in sides)
     return left, right
 

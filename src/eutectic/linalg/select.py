@@ -98,7 +98,7 @@ def _first_digit(chunks: Callable[[], Iterator[Tensor]]) -> tuple[Tensor | None,
 
 def _magnitude_bits(chunk: Tensor) -> Tensor:
     integers = torch.int64 if chunk.dtype == torch.float64 else torch.int32
-    return chunk.abs().flatten(1).view(integers)
+    return chunk.cpu().abs().flatten(1).view(integers)
 
 
 def _descend(counts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

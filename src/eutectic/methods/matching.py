@@ -1,6 +1,7 @@
 """Matching: MaTS, one linear system per tensor, and its closed forms RegMean and Fisher."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
@@ -101,7 +102,7 @@ class MatsParameters(Parameters):
         steep = self.operator == "kfac" and self.preconditioner != "none"
         return KFAC_DAMPING if steep else 0.0
 
-    def largest(self, deltas: Tensor) -> float | None:
+    def largest(self, deltas: Iterable[Tensor]) -> float | None:
         """Return the norm that no iterate exceeds, or None."""
         trust = self.trust
         if trust is None and self.operator == "kfac":
@@ -234,7 +235,7 @@ def mats(deltas: Tensor | LowRankStack, parameters: MatsParameters, context: Con
         tolerance=parameters.tolerance,
         preconditioner=parameters.preconditioner,
         damping=parameters.ridge(),
-        radius=parameters.largest(inputs[members]),
+        radius=parameters.largest([inputs[t] for t in members]),
     )
     steps = parameters.steps()
     result = run(system, start, offset, steps=steps)

@@ -1,0 +1,90 @@
+"""An accelerator that is none: tensors that say they lie there, computed on the CPU.
+
+It refuses what a real one refuses: an operation on tensors of both places, and NumPy. So code that
+forgets to move a tensor fails here as it would there. It says nothing of speed or rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+DEVICE = torch.device("lazy:0")  # a type that torch knows and nothing else uses
+
+
+class There(Tensor):
+    """A tensor on the pretended device; `held` has its values."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> There:
+        made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, held.shape, strides=held.stride(), dtype=held.dtype, device=DEVICE
+        )
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return _called(func, args, kwargs or {})
+
+
+class _Factories(TorchDispatchMode):
+    """Whatever is made on, or moved to, the device."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return _called(func, args, kwargs or {})
+
+
+def _called(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    there = [x for x in given if isinstance(x, There)]
+    target = kwargs.get("device")
+    onto = torch.device(target) if target is not None else None
+    name = str(func)
+    moves = "_to_copy" in name or "copy_" in name
+    here = [x for x in given if not isinstance(x, There) and x.ndim]
+    if there and here and not moves:
+        shapes = [tuple(x.shape) for x in here]
+        raise RuntimeError(f"{name}: tensors of the CPU {shapes} beside those of {DEVICE}")
+    if onto is not None:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    args, kwargs = tree_map(_held, (args, kwargs))
+    result = func(*args, **kwargs)
+    if onto is not None:
+        stays = onto.type == DEVICE.type
+    elif moves and "copy_" in name and "_to_copy" not in name:
+        stays = isinstance(given[0], There)
+    else:
+        stays = bool(there)
+    if not stays:
+        return result
+    if name.endswith("_.default") or "_." in name and given and isinstance(given[0], There):
+        return given[0] if isinstance(result, Tensor) else tree_map(_wrapped, result)
+    return tree_map(_wrapped, result)
+
+
+def _held(x: Any) -> Any:
+    return x.held if isinstance(x, There) else x
+
+
+def _wrapped(x: Any) -> Any:
+    return There(x) if isinstance(x, Tensor) and not isinstance(x, There) else x
+
+
+@contextmanager
+def pretended() -> Iterator[torch.device]:
+    """Let `.to("cuda:0")` and `device="cuda:0"` lead to the pretended device inside the block."""
+    with torch.no_grad(), _Factories():
+        yield DEVICE
