@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from eutectic.linalg.lowrank import LowRankStack
-from eutectic.methods.matrices import run_method
 from helpers.pretended_device import DEVICE, pretended
 
 from .cases import METHODS, Case, make_case, relative_error

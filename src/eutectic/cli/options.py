@@ -155,6 +155,11 @@ class LimitOptions(WhereOptions):
         None, "Tensors merged side by side (default: one per core).", min=1
     )
     memory: str | None = option(None, "Limit, such as 4GB (default: 60 % of what is available).")
+    device: str = option(
+        "cpu",
+        "Where matrices are merged; auto: on an accelerator where there is one.",
+        metavar="cpu | cuda | cuda:N | auto",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

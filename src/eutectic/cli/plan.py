@@ -93,7 +93,16 @@ def _plan(checked: "Recipe", source: "Source", shown: _Shown) -> dict[str, Any]:
     rows = made.tensors
     if shown.json:
         tell_notes(made.note_records, warnings_only=True)
-        said = ("method", "scale", "search", "threads", "memory_limit_bytes", "cost", "files")
+        said = (
+            "method",
+            "scale",
+            "search",
+            "threads",
+            "memory_limit_bytes",
+            "device",
+            "cost",
+            "files",
+        )
         return {
             **{name: getattr(made, name) for name in (*said, "merged_by", "shares")},
             **notes_as_json(made.note_records),
@@ -124,10 +133,16 @@ def _plan(checked: "Recipe", source: "Source", shown: _Shown) -> dict[str, Any]:
         f"{made.method}, scale {scale}: reads {format_bytes(cost['read_bytes'])}, writes "
         f"{written}, peak about {format_bytes(cost['peak_bytes'])} of "
         f"{format_bytes(made.memory_limit_bytes)} allowed, about {_duration(cost['seconds'])} on "
-        f"{counted(made.threads, 'Ray worker' if allowed.executor == 'ray' else 'thread')}.",
+        f"{counted(made.threads, 'Ray worker' if allowed.executor == 'ray' else 'thread')}"
+        f"{_on_device(made.device, made.device_memory_bytes)}.",
         highlight=False,
     )
     return {}
+
+
+def _on_device(device: str, room: int | None) -> str:
+    """Return where matrices are merged, if that is not the CPU."""
+    return "" if room is None else f", matrices on {device} ({format_bytes(room)} free)"
 
 
 def _duration(seconds: float) -> str:

@@ -45,9 +45,23 @@ class Where(TypedDict, total=False):
     ray_address: str | None
 
 
+class MergeWhere(Where, total=False):
+    """The same of merges, whose methods may compute on a device."""
+
+    device: str
+
+
 def taken_where(options: dict[str, Any]) -> Where:
     """Take those keywords out of others, such as keys of a recipe."""
     return cast("Where", {key: options.pop(key) for key in Where.__annotations__ if key in options})
+
+
+def taken_for_merge(options: dict[str, Any]) -> MergeWhere:
+    """Take those of a merge."""
+    where: MergeWhere = {**taken_where(options)}
+    if "device" in options:
+        where["device"] = options.pop("device")
+    return where
 
 
 def check_where(executor: str, ray_address: str | None) -> None:

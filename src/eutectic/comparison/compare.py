@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eutectic.checkpoint.writer import write_atomically
-from eutectic.cluster.where import taken_where
+from eutectic.cluster.where import taken_for_merge
 from eutectic.comparison.candidates import Candidate, Way, candidates_of, has_statistics, ways_of
 from eutectic.comparison.folder import RESULTS, TABLE, WORK, check_folder, remove, write_recipes
 from eutectic.comparison.merging import Measured, Tell, measure, planned
@@ -80,8 +80,8 @@ def compare(
             `divergence`, `auto`, `norm` that the data allow); `search`: keys of searches (`range`,
             `points`, `tolerance`, `compare`); `models`: name -> folder of models to measure
             beside, sweeps and routed ones among them; settings and `proxy` of
-            `eutectic.evaluate` (`seed` is that of the bootstrap); `executor` and `ray_address` of
-            `eutectic.merge`; keys of a recipe (`base`, `experts`, `dtype`, …).
+            `eutectic.evaluate` (`seed` is that of the bootstrap); `executor`, `ray_address`,
+            `device` of `eutectic.merge`; keys of a recipe (`base`, `experts`, `dtype`, …).
 
     Returns:
         The table, the best row first.
@@ -95,7 +95,7 @@ def compare(
         >>> eutectic.compare("recipe.yaml", tasks="tasks.yaml", output="comparison",
         ...                  methods=["iso_c", "ties:density=0.3"])  # doctest: +SKIP
     """
-    limits = limits_of(threads, memory, **taken_where(options))
+    limits = limits_of(threads, memory, **taken_for_merge(options))
     asked, settings, options = _sorted(options)
     folder = local_path(output)
     if url_of(folder) is not None:

@@ -3,16 +3,17 @@
 import re
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import psutil
 import torch
 
+from eutectic.cluster.devices import CPU, device_memory, device_named
 from eutectic.cluster.where import (
     ExecutorName,
     check_where,
@@ -51,7 +52,8 @@ class Limits:
     threads: int  # tasks side by side
     memory: int  # bytes of the whole process
     progress: Progress | None = None
-    device: Literal["cpu"] = "cpu"
+    device: str = CPU  # where methods on matrices compute
+    device_memory: int | None = None  # bytes of the device for all tasks together
     executor: ExecutorName = "threads"  # who carries out the tasks
     machine: int | None = None  # bytes for tasks of the largest machine, where there are several
 
@@ -71,12 +73,15 @@ def limits_of(
     *,
     executor: ExecutorName = "threads",
     ray_address: str | None = None,
+    device: str = CPU,
 ) -> Limits:
     """Return what to use where a caller says nothing.
 
     On threads, that is the cores of this process and 60 % of the free memory. With Ray, it is what
     the cluster has, which is joined or started here (see `cluster.connect`): `threads` tasks run
-    side by side and together take `memory`, over all machines.
+    side by side and together take `memory`, over all machines. `device` is that of methods on
+    matrices: "cpu", "cuda", "cuda:N", or "auto" for an accelerator where there is one; what is free
+    on it is all that their tasks take there together.
     """
     check_where(executor, ray_address)
     size = None if memory is None else parse_bytes(memory)
@@ -85,7 +90,15 @@ def limits_of(
     if threads is not None and threads > MOST_THREADS:
         raise RequestError(f"threads must be at most {MOST_THREADS:,}, got {threads:,}.")
     if executor == "threads":
-        return Limits(threads or default_threads(), size or default_memory(), progress)
+        chosen = device_named(device)
+        room = device_memory(chosen)
+        cores, memory = threads or default_threads(), size or default_memory()
+        return Limits(cores, memory, progress, chosen, room)
+    if device != CPU:
+        raise RequestError(
+            f"the executor ray computes on the CPU, got device {device}.\n"
+            "Choose the executor threads, or leave the device out."
+        )
     found = joined(ray_address, threads, size)
     return Limits(
         threads or found.cpus,
@@ -139,20 +152,37 @@ def on_threads(
         return task, carry_out(task, place, check)
 
     memory = limits.memory - PROCESS_BYTES
-    return run_jobs(tasks, work, threads=limits.threads, memory=memory)
+    held = {task.name: 0 if task.device == CPU else task.peak_bytes for task in tasks}
+    there = None if limits.device_memory is None else Room(held, limits.device_memory)
+    return run_jobs(tasks, work, threads=limits.threads, memory=memory, beside=there)
+
+
+@dataclass(frozen=True)
+class Room:
+    """A second limit for jobs side by side: what each holds by name, and how much there is."""
+
+    held: Mapping[str, int]
+    size: int
 
 
 def run_jobs(
-    jobs: Sequence[AnyJob], work: Callable[[AnyJob, Check], Result], *, threads: int, memory: int
+    jobs: Sequence[AnyJob],
+    work: Callable[[AnyJob, Check], Result],
+    *,
+    threads: int,
+    memory: int,
+    beside: Room | None = None,
 ) -> Generator[Result, None, None]:
     """Do every job, several side by side while their peaks together stay under `memory`.
 
-    Longer ones start first; one larger than the limit runs alone. The first error stops the others.
+    The same holds for what they take of the room `beside`. Longer ones start first; one larger than
+    the limit runs alone. The first error stops the others.
     """
     waiting = sorted(jobs, key=lambda job: (-job.seconds, job.name))
     state = threading.Condition()
     results: SimpleQueue[tuple[Result] | None] = SimpleQueue()
-    held = 0
+    held = there = 0
+    room = beside or Room({}, 0)
     failures: list[BaseException] = []
 
     def check() -> None:
@@ -160,12 +190,15 @@ def run_jobs(
             raise _Stopped
 
     def take() -> AnyJob | None:
-        nonlocal held
+        nonlocal held, there
         with state:
             while waiting and not failures:
                 for position, job in enumerate(waiting):
-                    if held == 0 or held + job.peak_bytes <= memory:
+                    own = room.held.get(job.name, 0)
+                    fits = there == 0 or there + own <= room.size
+                    if held == 0 or (held + job.peak_bytes <= memory and fits):
                         held += job.peak_bytes
+                        there += own
                         return waiting.pop(position)
                 state.wait()
             return None
@@ -176,7 +209,7 @@ def run_jobs(
             state.notify_all()
 
     def do_jobs() -> None:
-        nonlocal held
+        nonlocal held, there
         while (job := take()) is not None:
             try:
                 results.put((work(job, check),))
@@ -187,6 +220,7 @@ def run_jobs(
             finally:
                 with state:
                     held -= job.peak_bytes
+                    there -= room.held.get(job.name, 0)
                     state.notify_all()
         results.put(None)
 

@@ -38,9 +38,9 @@ def extract(
         others: norms and biases that change: refused, left as in the base, or saved beside.
         tables: "save" keeps changed tables of tokens whole, "low_rank" as factors.
         **options: as for `eutectic.merge`: `threads`, `memory`, `restart`, `progress`, `executor`,
-            `ray_address`, and other keys of a recipe, such as `dtype` (of what is written; factors
-            are float32 by default, other tensors as in the base), `tensors`, `unmatched` or
-            `heads`.
+            `ray_address`, `device`, and other keys of a recipe, such as `dtype` (of what is
+            written; factors are float32 by default, other tensors as in the base), `tensors`,
+            `unmatched` or `heads`.
 
     Returns:
         A report; `records[tensor]["adapter"]` has rank and lost energy of each layer.

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from eutectic.checkpoint.adapter_keys import WEIGHT_NAMES
 from eutectic.checkpoint.output_format import TensorSink
 from eutectic.checkpoint.writer import CheckpointWriter, OutputFile
+from eutectic.cluster.devices import CPU, device_model
 from eutectic.errors import (
     CheckpointError,
     Note,
@@ -87,7 +88,7 @@ def write_to_folder(
 ) -> Written:
     """Write the model into the work folder and move it to its name when it is complete."""
     before = input_identities(plan, inputs)
-    identity = request_identity(plan, inputs, before)
+    identity = request_identity(plan, inputs, before, limits.device)
     made = _made_before(output, identity) if storage_of(output).list(output) else None
     # A model that has its name is finished: there is nothing to start over.
     told: tuple[Note, ...] = ()
@@ -100,7 +101,9 @@ def write_to_folder(
             plan, choice = run_schedule(plan, _desk(work, inputs, journal, limits), choose)
             search = None if choice is None else choice.record
             plan = _with_norms(plan, measured(plan, squares_in(journal)))
-            told = _write(plan, work / MODEL, inputs, journal, (identity, before), search)
+            told = _write(
+                plan, work / MODEL, inputs, journal, (identity, before), (search, limits.device)
+            )
             _check_unchanged(before, input_identities(plan, inputs))
             _commit(work / MODEL, output)
             records, resumed = records_of(journal), journal.resumed
@@ -183,15 +186,19 @@ def _write(
     inputs: Inputs,
     journal: "Journal | _Hashed",
     identities: tuple[str, _Identities],
-    search: Mapping[str, Any] | None,
+    ran: tuple[Mapping[str, Any] | None, str],
 ) -> tuple[Note, ...]:
-    if plan.adapter is not None:
-        _write_adapter(plan, model, inputs, journal, (identities, search))
-        return ()
-    layout = output_layout(plan, inputs)
+    """Write what is not written yet; `ran` says how α was searched, and on which device."""
     provenance = document(plan, inputs, journal.finished, *identities)
+    search, device = ran
     if search is not None:
         provenance["search"] = search
+    if device != CPU:
+        provenance["device"] = device_model(device)
+    if plan.adapter is not None:
+        _write_adapter(plan, model, inputs, journal, provenance)
+        return ()
+    layout = output_layout(plan, inputs)
     try:
         with announced_to(journal.will_write):
             told = write_folder(plan, inputs, model, layout, provenance, records_of(journal))
@@ -208,12 +215,8 @@ def _write_adapter(
     model: Path,
     inputs: Inputs,
     journal: "Journal | _Hashed",
-    known: tuple[tuple[str, _Identities], Mapping[str, Any] | None],
+    provenance: Mapping[str, Any],
 ) -> None:
-    identities, search = known
-    provenance = document(plan, inputs, journal.finished, *identities)
-    if search is not None:
-        provenance["search"] = search
     records, parts = records_of(journal), model.with_name(PARTS)
     try:
         model.mkdir(exist_ok=True)
@@ -261,18 +264,21 @@ def unscaled_folder(
 
     The folder stays. The same recipe finds its deltas there again, whatever it says of the scale.
     """
-    with Journal(folder, unscaled_identity(plan, inputs), restart=restart) as journal:
+    with Journal(
+        folder, unscaled_identity(plan, inputs, limits.device), restart=restart
+    ) as journal:
         desk = _desk(folder, inputs, journal, limits)
         with merged_deltas(plan, desk, plan.merged) as unscaled:
             yield unscaled
 
 
-def unscaled_identity(plan: Plan, inputs: Inputs) -> str:
+def unscaled_identity(plan: Plan, inputs: Inputs, device: str = CPU) -> str:
     """Return a hash of all that decides the deltas of a plan, whatever it says of the scale."""
     tensors = tuple(replace(t, scale=1.0) if t.tunable else t for t in plan.tensors)
     request = replace(plan.request, complete={**plan.request.complete, "scale": None})
     known = weight_identities(plan, inputs)  # no configuration or tokenizer is in a delta
-    return request_identity(replace(plan, tensors=tensors, request=request), inputs, known)
+    unscaled = replace(plan, tensors=tensors, request=request)
+    return request_identity(unscaled, inputs, known, device)
 
 
 class _Hashed(Ledger):
@@ -301,7 +307,7 @@ def write_model(plan: Plan, unscaled: Unscaled, folder: Path) -> Plan:
     """
     inputs, ledger = unscaled.inputs, _Hashed()
     before = input_identities(plan, inputs)
-    identity = request_identity(plan, inputs, before)
+    identity = request_identity(plan, inputs, before, unscaled.limits.device)
 
     @contextmanager
     def open_output(plan: Plan) -> Iterator[TensorSink]:
@@ -314,6 +320,7 @@ def write_model(plan: Plan, unscaled: Unscaled, folder: Path) -> Plan:
 
     write_scaled(plan, unscaled, Desk(inputs, ledger, unscaled.limits, refuse, open_output))
     plan = _with_norms(plan, measured(plan, squares_in(ledger)))
-    _write(plan, folder, inputs, ledger, (identity, before), None)
+    ran = (None, unscaled.limits.device)
+    _write(plan, folder, inputs, ledger, (identity, before), ran)
     _check_unchanged(before, input_identities(plan, inputs))
     return plan

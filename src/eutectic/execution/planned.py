@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eutectic.cluster.where import taken_where
+from eutectic.cluster.where import taken_for_merge
 from eutectic.conventions import layer_group
 from eutectic.errors import Note, RequestError
 from eutectic.execution.executors import Limits, limits_of
@@ -35,6 +35,8 @@ class PlanReport(InNotebooks):
         search: the search for α, as the recipe asks for it.
         threads: jobs side by side.
         memory_limit_bytes: what they may take together.
+        device: where matrices are merged; what is too large for it, on the CPU.
+        device_memory_bytes: what tasks may take of it; None for the CPU.
         cost: estimates: `read_bytes`, `write_bytes`, `peak_bytes`, `seconds`.
         files: number of files of the output's weights.
         merged_by: number of tensors per method that merges them ("copy" for copies).
@@ -62,6 +64,8 @@ class PlanReport(InNotebooks):
     tensors: tuple[Mapping[str, Any], ...] = field(repr=False)
     note_records: tuple[Note, ...] = field(default=(), repr=False)
     adapter: Mapping[str, Any] | None = None
+    device: str = "cpu"
+    device_memory_bytes: int | None = None
 
     def grouped(self) -> list[dict[str, Any]]:
         """Return the tensors with like layers in one row (`layer.*.weight ×12`).
@@ -137,8 +141,8 @@ def plan(
         threads: jobs side by side (default: the cores of this process).
         memory: limit, such as "4GB" (default: 60 % of what is available).
         explain: say which linear algebra each matrix would take, and why.
-        **options: `executor` and `ray_address`, keys of a recipe and parameters of the method, as
-            for `eutectic.merge`.
+        **options: `executor`, `ray_address` and `device`, keys of a recipe and parameters of the
+            method, as for `eutectic.merge`.
 
     Returns:
         A report, which shows like layers in one row; `.to_pandas()` has every tensor.
@@ -150,7 +154,7 @@ def plan(
         >>> eutectic.plan(base="base", experts={"a": "a", "b": "b"}, method="iso_c")
         ... # doctest: +SKIP
     """
-    where = taken_where(options)
+    where = taken_for_merge(options)
     stages = read_stages(recipe) if isinstance(recipe, (str, Path)) else ()
     if stages:
         raise RequestError(
@@ -189,6 +193,8 @@ def planned(
         tuple(_row(t, costs[t.name], explain, searched is not None) for t in made.tensors),
         tuple(made.notes),
         held,
+        limits.device,
+        limits.device_memory,
     )
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from eutectic.checkpoint.writer import MemoryWriter
-from eutectic.cluster.where import taken_where
+from eutectic.cluster.devices import CPU, device_named
+from eutectic.cluster.where import taken_for_merge
 from eutectic.errors import MergeWarning, Note, OutputError, RequestError, why_failed
 from eutectic.execution.executors import Limits, Progress, limits_of, peak_bytes
 from eutectic.execution.journal import Ledger, request_identity, squares_in
@@ -146,7 +147,7 @@ def merge(
 
     Without `choose`, a recipe that asks for a search is refused.
     """  # noqa: D417 - described there
-    run = _Run(limits_of(threads, memory, progress, **taken_where(options)), restart, choose)
+    run = _Run(limits_of(threads, memory, progress, **taken_for_merge(options)), restart, choose)
     stages = read_stages(recipe) if isinstance(recipe, (str, Path)) else ()
     if stages:
         return _merge_stages(stages, local_path(output), run, options)
@@ -208,7 +209,7 @@ def _merge_stages(
     for stage, recipe in (checked := check_stages(stages, folder, options))[:-1]:
         place = folder / stage.name
         if (place / PROVENANCE).exists() and not work_folder(place).exists():
-            _check_made(place, recipe, stage.source)
+            _check_made(place, recipe, stage.source, run.limits.device)
             continue
         folder.mkdir(parents=True, exist_ok=True)
         _merge_one(recipe, stage.source, place, run)
@@ -310,7 +311,7 @@ def sweep(
     the same request are kept, and left out of what is returned, so a killed sweep continues.
     Where the recipe asks for a search of α, `choose` finds one for every λ.
     """
-    where = taken_where(options)
+    where = taken_for_merge(options)
     checked, _ = recipe_from(recipe, options)
     if len(checked.experts) != 2:
         raise RequestError(f"a sweep mixes exactly two experts, got {len(checked.experts)}.")
@@ -329,7 +330,7 @@ def sweep(
             mixed = {**stated, "experts": experts}
             # A run that was killed when its model was finished leaves its work folder.
             if (folder / PROVENANCE).exists() and not work_folder(folder).exists():
-                check_same(folder, mixed)
+                check_same(folder, mixed, where.get("device", CPU))
                 continue
             reports[value] = merge(
                 mixed,
@@ -375,16 +376,16 @@ def mixture_name(value: float) -> str:
     return short if float(short) == value else repr(float(value))
 
 
-def check_same(folder: Path, recipe: Mapping[str, Any]) -> None:
+def check_same(folder: Path, recipe: Mapping[str, Any], device: str = CPU) -> None:
     """Refuse a finished merge of another request, and what is none."""
     checked, source = recipe_from(recipe, {})
-    _check_made(folder, checked, source)
+    _check_made(folder, checked, source, device_named(device))
 
 
-def _check_made(folder: Path, checked: Recipe, source: Source) -> None:
+def _check_made(folder: Path, checked: Recipe, source: Source, device: str) -> None:
     made = read_provenance(folder)
     with open_inputs(checked, source) as inputs:
-        asked = request_identity(make_plan(checked, inputs, source), inputs)
+        asked = request_identity(make_plan(checked, inputs, source), inputs, device=device)
     if made.get("request") != asked:
         raise RequestError(
             f"{folder} holds a merge of another request: the recipe, an input or the version has "

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eutectic.checkpoint.output_format import TensorSink
 from eutectic.checkpoint.writer import OutputFile
+from eutectic.cluster.devices import CPU
 from eutectic.errors import Note, RequestError
 from eutectic.execution.executors import Executor, Limits, on_threads, one_intra_op_thread
 from eutectic.execution.journal import DELTAS, Ledger
@@ -30,6 +31,7 @@ from eutectic.planning.cost import tensor_cost
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan, with_scale
 from eutectic.planning.tensor_plan import TensorPlan
+from eutectic.types import Treatment
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def _carry_out(
                 stage,
                 cost.peak_bytes,
                 cost.seconds,
-                device=limits.device,
+                device=_device_of(planned, cost.peak_bytes, limits),
                 state=state if planned.method == plan.method.name else None,
                 factors=factors_of(planned, factors or {}),
                 delta=finished.get(("delta", planned.name)) if merged and place.deltas else None,
@@ -236,6 +238,16 @@ def _carry_out(
             if found != task.before:
                 desk.ledger.add(noted, task.tensor.name, found)
             tell(task)
+
+
+def _device_of(planned: TensorPlan, peak: int, limits: Limits) -> str:
+    """Return where a tensor is merged: only methods on matrices gain by another place than the CPU.
+
+    One that is too large for the device stays on the CPU.
+    """
+    room = limits.device_memory
+    matrices = planned.merged and not planned.in_chunks and planned.treatment is Treatment.MATRIX
+    return limits.device if matrices and room is not None and peak <= room else CPU
 
 
 def _meter(tensors: Sequence[TensorPlan], desk: Desk) -> Tell:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from eutectic.checkpoint.output_format import TensorSink
 from eutectic.checkpoint.writer import unseen_output
+from eutectic.cluster.devices import computing_on
 from eutectic.execution.adapter_factors import hash_of_part, part_name, write_part
 from eutectic.execution.merging import (
     Emit,
@@ -114,7 +115,8 @@ def carry_out(task: Task, place: Workplace, check: Callable[[], None] = lambda: 
     """
     torch.set_num_threads(1)  # for good: giving it back would reach into tasks beside this one
     if task.stage == "part":
-        return _write_part(task, place, check)
+        with computing_on(task.device):
+            return _write_part(task, place, check)
     planned, sink = task.tensor, place.deltas if task.stage == "delta" else place.output
     assert sink is not None
     if task.before is not None and stored_hash(task, place) == task.before.sha256:
@@ -127,7 +129,8 @@ def carry_out(task: Task, place: Workplace, check: Callable[[], None] = lambda: 
         if place.hashed:
             digest.update(_bytes_of(stored))
 
-    found = _run(task, place, emit)
+    with computing_on(task.device):
+        found = _run(task, place, emit)
     return replace(found, sha256=digest.hexdigest())
 
 

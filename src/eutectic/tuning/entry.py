@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eutectic.cluster.where import Where
+from eutectic.cluster.where import MergeWhere
 from eutectic.errors import Note, RequestError
 from eutectic.execution import run
 from eutectic.execution.executors import Progress, limits_of
@@ -25,7 +25,7 @@ from eutectic.tables import InNotebooks, Shown, data_frame, facts, number, table
 if TYPE_CHECKING:
     from eutectic.tuning.objectives import Opened
 
-_RUN = ("threads", "memory", "restart", "progress", *Where.__annotations__)
+_RUN = ("threads", "memory", "restart", "progress", *MergeWhere.__annotations__)
 
 
 def choose_scale(plan: Plan, inputs: Inputs, opened: "Opened | None" = None) -> Choose:
@@ -83,7 +83,9 @@ def merge(
             "threads" of this process (the default) or "ray", whose workers read, compute and write
             with the same bytes as result; and `ray_address`, `HOST:PORT` of a cluster that every
             input and the output is visible to (default: `RAY_ADDRESS`, or one is started here).
-            With Ray, `threads` and `memory` count over all machines.
+            With Ray, `threads` and `memory` count over all machines. `device`: where matrices are
+            merged, "cpu" (the default), "cuda", "cuda:N", or "auto" for a GPU where there is one;
+            element-wise methods and what is too large for it stay on the CPU.
 
     Returns:
         A report. The same facts, without times, are in the output's `eutectic.json`.
@@ -179,9 +181,9 @@ def tune(
         output: folder for the model at the best α (default: none is written).
         work: without `output`, a folder that keeps the deltas and what was measured, so that
             another search begins at once (default: a temporary one).
-        **options: `threads`, `memory`, `restart`, `executor`, `ray_address`, `progress` (while
-            searching, called with numbers of values), keys of a recipe and parameters of the
-            method, as for `eutectic.merge`.
+        **options: `threads`, `memory`, `restart`, `executor`, `ray_address`, `device`, `progress`
+            (while searching, called with numbers of values), keys of a recipe and parameters of
+            the method, as for `eutectic.merge`.
 
     Returns:
         The best α and the curve.
