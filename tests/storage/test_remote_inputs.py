@@ -204,12 +204,16 @@ def test_no_credentials(store: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: P
         view(f"s3://{BUCKET}/base")
 
 
+@pytest.mark.parametrize(
+    ("scheme", "package"),
+    [("s3", "s3fs"), ("gs", "gcsfs"), ("az", "adlfs"), ("hf", "huggingface_hub")],
+)
 def test_the_extra_is_named_where_it_is_missing(
-    store: Any, monkeypatch: pytest.MonkeyPatch
+    store: Any, monkeypatch: pytest.MonkeyPatch, scheme: str, package: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'eutectic\[remote\]'"):
-        view(f"s3://{BUCKET}/base")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf"'{package}'.*\n.*'eutectic\[remote\]'"):
+        view(f"{scheme}://{BUCKET}/base")
 
 
 def test_libraries_find_no_zeros_in_what_was_not_fetched(tmp_path: Path, store: Any) -> None:
@@ -319,3 +323,22 @@ def test_an_index_that_leads_elsewhere_is_refused(tmp_path: Path, store: Any) ->
             experts={"a": f"s3://{BUCKET}/bad/base"},
             method="task_arithmetic",
         )
+
+
+def test_a_file_that_is_named_says_nothing_of_the_folders_beside_it(
+    tmp_path: Path, store: Any
+) -> None:
+    upload(store, save(tmp_path / "base", make_base()), "beside/base")
+    file = tmp_path / "base" / "model.safetensors"
+    upload(store, file, "beside/a.safetensors")
+    folder = view(f"s3://{BUCKET}/beside/base")
+    assert view(f"s3://{BUCKET}/beside/a.safetensors").exists()
+    assert (folder / "config.json").exists()
+    assert (folder / "model.safetensors").exists()
+    store.put_object(Bucket=BUCKET, Key="beside/b.yaml", Body=b"x")
+    view(f"s3://{BUCKET}/beside/b.yaml")
+    store.delete_object(Bucket=BUCKET, Key="beside/b.yaml")
+    assert not view(f"s3://{BUCKET}/beside/b.yaml").exists()
+    assert (folder / "config.json").exists()
+    store.delete_object(Bucket=BUCKET, Key="beside/a.safetensors")
+    assert not view(f"s3://{BUCKET}/beside/a.safetensors").exists()

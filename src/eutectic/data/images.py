@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eutectic.data.columns import Row
 from eutectic.errors import RequestError, StatisticsError, first_line
+from eutectic.storage import view_once
 from eutectic.storage.small_files import read_bytes
 
 IMAGE_BYTES = 1 << 30  # of a picture's file
@@ -49,9 +50,10 @@ def open_image(value: Any, mode: str = "RGB") -> Any:
 
 def locate_images(rows: Sequence[Row], column: str, source: str) -> Sequence[Row]:
     """Return the rows of a file with images that lie beside it named whole; others as they are."""
-    if not Path(source).is_file():
+    file = view_once(source)
+    if not file.is_file():
         return rows
-    folder = Path(source).parent
+    folder = view_once(file.parent)  # of an object store, what lies beside the file
 
     def located(row: Row) -> Row:
         value = _held(row.get(column))

@@ -10,6 +10,7 @@ from typing import Any, cast
 from eutectic.data.columns import Row
 from eutectic.data.python_functions import imported
 from eutectic.errors import MissingExtraError, RequestError, StatisticsError
+from eutectic.storage import view_once
 from eutectic.storage.small_files import check_regular, parse_json, read_text
 
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -35,7 +36,7 @@ def read_rows(source: str, *, split: str | None = None, trust_code: bool = False
     returns all rows, or all batches as tensors. `split`: of a `datasets` folder of several, or of a
     folder of images that holds a folder for each (`train/`, `validation/`, `test/`).
     """
-    path = Path(source)
+    path = view_once(source)
     if split is not None:
         check_split([source], split)
     if not path.exists() and _FUNCTION.fullmatch(source):
@@ -61,13 +62,13 @@ def read_rows(source: str, *, split: str | None = None, trust_code: bool = False
 
 def has_splits(source: str) -> bool:
     """Tell whether a source is a folder of several splits, of `datasets` or of images."""
-    path = Path(source)
+    path = view_once(source)
     return (path / _SPLITS).is_file() or bool(image_splits(path))
 
 
 def check_split(sources: Sequence[str], split: str) -> None:
     """Refuse a split that would be ignored, because none of the sources has any."""
-    there = [s for s in sources if Path(s).exists() or _FUNCTION.fullmatch(s)]
+    there = [s for s in sources if view_once(s).exists() or _FUNCTION.fullmatch(s)]
     if there and not any(map(has_splits, sources)):
         raise RequestError(
             f"{', '.join(there)}: data without splits, so there is no '{split}' to choose.\n"

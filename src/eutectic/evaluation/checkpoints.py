@@ -22,6 +22,7 @@ from eutectic.models.loading import base_folder
 from eutectic.models.task_kinds import ARCHITECTURES, CLASSIFICATION, PICTURES, WITH_HEAD, ZERO_SHOT
 from eutectic.models.task_models import EXPERTS, GENERATION, borrows_head, completing, load_model
 from eutectic.models.zero_shot import embed_pictures
+from eutectic.storage import view_once
 from eutectic.storage.small_files import open_regular
 from eutectic.vocabulary.chat_templates import template_of
 
@@ -298,7 +299,7 @@ def named_checkpoints(
 
 def _mixtures(name: str, folder: str | Path) -> list[tuple[str, str | Path]]:
     """Return the merges of a sweep's folder, each by its weight; any other folder as it is."""
-    path = Path(folder)
+    path = view_once(folder)
     if not path.is_dir() or (path / _PROVENANCE).is_file():
         return [(name, folder)]
     found = [f for f in path.iterdir() if _NUMBER.fullmatch(f.name) and (f / _PROVENANCE).is_file()]
@@ -308,7 +309,8 @@ def _mixtures(name: str, folder: str | Path) -> list[tuple[str, str | Path]]:
 
 def _folder(path: str | Path, *, full: bool = False) -> Path:
     """Return the folder of a checkpoint, the one below it where that alone holds weights."""
-    return locate(path, full=full).path if Path(path).is_dir() else Path(path)
+    place = view_once(path)
+    return locate(place, full=full).path if place.is_dir() else place
 
 
 def _config(folder: Path | None) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from eutectic.reporting.memory import check_inspection_memory
 from eutectic.reporting.plots import check_plots, draw
 from eutectic.reporting.schema import Inspection, Layer
 from eutectic.reporting.summary import growth, summarise
-from eutectic.storage import local_path, url_of
+from eutectic.storage import local_path, url_of, view_once
 from eutectic.storage.small_files import INDEX_BYTES, read_bytes
 from eutectic.words import public_path
 
@@ -134,7 +134,7 @@ def inspect(
         check_plots(Path(plots))
     checked, source = _recipe(recipe, base, experts)
     paths = {name: str(path) for name, path in (merged or {}).items()}
-    split, nai = (None, None) if results is None else _read_nai(Path(results), list(paths))
+    split, nai = (None, None) if results is None else _read_nai(view_once(results), list(paths))
     with ExitStack() as stack:
         inputs = stack.enter_context(open_inputs(checked, source))
         models = _open_merged(paths, inputs, stack)

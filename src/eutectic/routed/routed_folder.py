@@ -26,7 +26,7 @@ from eutectic.routed.routed_modules import Experts, RoutedLinear, install
 from eutectic.routed.router import ROUTERS, RouterKind
 from eutectic.routed.routing_modes import routing_of
 from eutectic.serving import ROUTER_FORMAT, ROUTER_JSON
-from eutectic.storage import announce, folder_aside, local_path, storage_of
+from eutectic.storage import announce, folder_aside, local_path, storage_of, view_once
 from eutectic.storage.small_files import check_regular, read_bytes
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -158,7 +158,7 @@ def load_routed(folder: str | Path, model: nn.Module | type[Any] | None = None) 
         CheckpointError: not a routed model, a damaged file, or one that does not fit the model.
         MissingExtraError: transformers is needed and not installed.
     """
-    path = Path(folder)
+    path = view_once(folder)
     description = _read_description(path)
     loaded = _load_base(path, model)
     try:

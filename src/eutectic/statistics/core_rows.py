@@ -21,6 +21,7 @@ from eutectic.checkpoint.names import align
 from eutectic.errors import RequestError
 from eutectic.models.names import names_in, saved_names
 from eutectic.models.sites import find_sites
+from eutectic.storage import view_once
 from eutectic.words import few
 
 
@@ -59,7 +60,7 @@ def core_rows(model: nn.Module, adapters: Mapping[str, str | Path], base: str | 
         RequestError: no adapter, or one that is none, or changes that are no thin products.
         CheckpointError: a folder that cannot be read, an adapter of another base.
     """
-    index = open_index(Path(base))
+    index = open_index(view_once(base))
     sites = find_sites(model).found
     called = names_in(index.entries, [site.name for site in sites], saved_names(model))
     spelt = {spelling: name for name, spelling in called.items()}
@@ -68,7 +69,7 @@ def core_rows(model: nn.Module, adapters: Mapping[str, str | Path], base: str | 
     opened: dict[str, Expert] = {}
     try:
         for name, folder in adapters.items():
-            opened[name] = open_expert(Path(folder), index)
+            opened[name] = open_expert(view_once(folder), index)
         _check(opened)
         rows: dict[str, Tensor] = {}
         ranks: dict[str, tuple[int, ...]] = {}

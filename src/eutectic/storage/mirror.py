@@ -99,7 +99,7 @@ def _view(url: Url, path: Path) -> Path:
         held = [f for f in stored_in(url.parent) if f.url == url] if weights else _one(url)
         if held:
             beside = stored_in(url.parent) if weights else held
-            _show(url.parent, beside, only=None if weights else {url.name})
+            _show(url.parent, beside, deep=False, alone=not weights)
             _seen.add((os.getpid(), url))
             return path
     _show(url, stored_below(url))
@@ -181,15 +181,18 @@ def _stamp(info: Mapping[str, Any]) -> int:
     return int.from_bytes(hashlib.sha256(f"{info['size']} {first}".encode()).digest()[:7], "big")
 
 
-def _show(url: Url, files: Iterable[Stored], only: set[str] | None = None) -> None:
-    """Make the folder of a place such that it shows these files, and no others but in `only`."""
+def _show(url: Url, files: Iterable[Stored], *, deep: bool = True, alone: bool = False) -> None:
+    """Make the folder of a place such that it shows these files, and no others.
+
+    Without `deep` nothing is said of folders in it; `alone`, nothing of any other file.
+    """
     folder = shown_at(url)
     before = _record(folder)
-    record: dict[str, int] = dict(before) if only is not None else {}
+    record = {n: stamp for n, stamp in before.items() if alone or ("/" in n and not deep)}
     todo: list[tuple[Stored, Path]] = []
     held = {"/".join(stored.url.parts[len(url.parts) :]): stored for stored in files}
-    if only is None:
-        _remove_others(folder, held)
+    if not alone:
+        _remove_others(folder, held, deep)
     if not held:
         return
     for name, stored in held.items():
@@ -230,13 +233,15 @@ def _record(folder: Path) -> dict[str, int]:
     return found if isinstance(found, dict) else {}
 
 
-def _remove_others(folder: Path, held: Mapping[str, Stored]) -> None:
+def _remove_others(folder: Path, held: Mapping[str, Stored], deep: bool) -> None:
     """Remove what is shown and is no longer there; a run's own files are left."""
     if not folder.is_dir():
         if folder.exists():
             folder.unlink()
         return
-    for path in sorted(folder.rglob("*"), reverse=True):
+    for path in sorted(folder.rglob("*") if deep else folder.iterdir(), reverse=True):
+        if not deep and path.is_dir():
+            continue
         name = path.relative_to(folder).as_posix()
         if is_staging(path) or name == RECORD or name in held:
             continue

@@ -20,6 +20,7 @@ from eutectic.planning.inputs import Inputs, open_inputs
 from eutectic.planning.plan import Plan, make_plan
 from eutectic.recipes.load import Source, check_recipe
 from eutectic.recipes.schema import NOT_TAKEN, Recipe, ScaleSearch
+from eutectic.storage import local_path, url_of
 from eutectic.tables import InNotebooks, Shown, data_frame, facts, number, table
 
 if TYPE_CHECKING:
@@ -215,6 +216,8 @@ def tune(
         assert report.search is not None
         found = (report.method, report.scale, report.search)
         return TuneReport(*found, report.notes, report, report.note_records)
+    if work is not None and url_of(local_path(work)) is not None:
+        raise RequestError(f"{work}: deltas are kept on a disk.\nName a folder of this machine.")
     restart = limited.pop("restart", False)
     limits = limits_of(**limited)
     with open_inputs(checked, source) as inputs, ExitStack() as stack:
