@@ -190,3 +190,28 @@ def test_counts_have_their_nouns_and_shares_add_up() -> None:
 def test_an_expert_that_is_no_pair_and_no_path_is_refused() -> None:
     with pytest.raises(RequestError, match="form name=value"):
         named_paths(["=x"], "expert")
+
+
+def test_a_folder_with_a_recipe_is_none(place: Path) -> None:
+    (place / "study").mkdir()
+    (place / "study" / "recipe.yaml").write_text("base: x")
+    refused = invoke("merge", "study", "-o", "x")
+    assert refused.code == 2 and "Name the file: study/recipe.yaml" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("evaluate", "last", "-t", "t.yaml", "--split", "all"), "--split is one of proxy"),
+        (("evaluate", "last", "-t", "t.yaml", "--dtype", "int4"), "--dtype is one of float32"),
+        (("calibrate", "base", "last", "-d", "last=d.jsonl", "-o", "x", "--sites", "x"),
+         "--sites are matrices"),
+    ],
+)  # fmt: skip
+def test_values_that_are_none_name_their_options(
+    place: Path, words: tuple[str, ...], said: str
+) -> None:
+    (place / "d.jsonl").write_text('{"text": "a"}')
+    (place / "t.yaml").write_text("tasks: {last: {kind: language-model, data: d.jsonl}}")
+    refused = invoke(*words)
+    assert refused.code == 2 and said in refused.err

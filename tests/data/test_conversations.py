@@ -318,3 +318,20 @@ def test_prompts_and_completions_are_sources_and_targets(tmp_path: Path) -> None
         values.append((ready.references, [b["input_ids"].tolist() for b in ready.batches],
                        [b["labels"].tolist() for b in ready.batches]))  # fmt: skip
     assert values[0] == values[1]
+
+
+def test_a_chat_may_begin_with_an_answer() -> None:
+    chat = [{"role": "assistant", "content": "w3"}, *CHAT[2:]]
+    assert answers_of([{"messages": chat}], tokenizer(PLAIN)) == [ids_of("w3 </s> w5 w6 </s>")]
+
+
+@pytest.mark.parametrize(
+    "row", [{"messages": CHAT[:1]}, {"prompt": "w1", "completion": ""}, {"messages": CHAT[::2]}]
+)
+def test_gradients_without_an_answer_are_refused(folder: Path, tmp_path: Path, row: Any) -> None:
+    world.jsonl(tmp_path / "d.jsonl", [row])
+    words = ("collect", folder / "a", "--data", tmp_path / "d.jsonl", "-o", tmp_path / "s")
+    refused = invoke(*words, "--fisher")
+    assert refused.code == 2 and "none of its rows has an answer" in refused.err
+    if "messages" in row and len(row["messages"]) == 1:
+        assert invoke(*words).code == 0  # inputs alone are seen all the same

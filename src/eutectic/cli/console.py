@@ -30,6 +30,7 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from eutectic.cli.corrections import with_options
 from eutectic.cli.options import call_with_records, parameters_of
 from eutectic.cli.waiting import Waiting
 from eutectic.errors import EutecticError, Note, why_failed
@@ -88,6 +89,7 @@ def verb(command: _Command) -> _Command:
             if isinstance(error, EutecticError):
                 code = error.exit_code
                 text = "\n".join(str(error).splitlines()) or type(error).__name__
+                text = with_options(text)
             else:
                 code = EutecticError.exit_code
                 where = "" if error.filename is None else f"{error.filename}: "

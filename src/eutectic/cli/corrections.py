@@ -6,16 +6,31 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import fields, replace
 from typing import Any
 
 import typer
 from typer.core import TyperCommand
 
+from eutectic.cli.options import given_options
 from eutectic.errors import Fault, RecipeError, nearest
 
 # typer has click's classes, or later its own copies of them.
 _NO_SUCH_OPTION: type[Exception] = vars(sys.modules[typer.BadParameter.__module__])["NoSuchOption"]
+
+
+_TYPED: ContextVar[Mapping[str, str]] = ContextVar("eutectic_typed_options", default={})  # noqa: B039
+# How sentences about keyword arguments begin: their names, and what is allowed.
+_OF_ARGUMENT = re.compile(
+    r"^((?:  - )?)([a-z_]+)(?= (?:(?:is|are) one of|must be|are [a-z]|'[^'\n]*' is none of))", re.M
+)
+
+
+def with_options(text: str) -> str:
+    """Return an error's text with options, as they were typed, for the arguments behind them."""
+    typed = _TYPED.get()
+    return _OF_ARGUMENT.sub(lambda m: m[1] + typed.get(m[2], m[2]), text)
 
 
 class Verb(TyperCommand):
@@ -31,6 +46,14 @@ class Verb(TyperCommand):
             fault.message = f"No such option: {given}.{self._meant(given)}"
             fault.possibilities = None
             raise
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command, and know meanwhile which options were typed."""
+        token = _TYPED.set(given_options(ctx))
+        try:
+            return super().invoke(ctx)
+        finally:
+            _TYPED.reset(token)
 
     def _meant(self, given: str) -> str:
         """Return which option, key of a recipe or parameter was meant, as far as one can tell."""

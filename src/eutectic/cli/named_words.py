@@ -11,6 +11,7 @@ from eutectic.errors import RequestError, suggest
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 _RECIPES = (".yaml", ".yml", ".json")
+_DRAFTS = ("recipe.yaml", "recipe.yml")
 _NO_NAME = re.compile(r"[^A-Za-z0-9_.+-]+")
 
 
@@ -74,6 +75,9 @@ def split_recipe(words: list[str]) -> tuple[Path | None, list[str]]:
     """Return the recipe file, if the first word is one, and the words that name experts."""
     first = words[0]
     path = Path(first)
+    found = next((path / name for name in _DRAFTS if (path / name).is_file()), None)
+    if found is not None and not (path / "config.json").exists():
+        raise RequestError(f"'{first}' is a folder with a recipe.\nName the file: {found}")
     if path.suffix in _RECIPES and not path.is_dir():
         return path, words[1:]
     named = "=" in first or "://" in first or path.is_dir() or path.suffix in _WEIGHTS

@@ -115,6 +115,31 @@ def check_forms(rows: Sequence[Row], task: RowsOfTask, where: str = "") -> None:
         )
 
 
+def check_answers(rows: Iterable[Row], kind: TaskKind, columns: Columns, source: str) -> None:
+    """Refuse (RequestError) prompts and chats of a language model of which none has an answer."""
+    task = _Rows(kind, columns)
+    for row in rows:
+        if kind != "language-model" or inputs_of(task, row) == ("text",):
+            return
+        last = row.get(getattr(columns, inputs_of(task, row)[-1]))
+        if isinstance(last, str) and last.strip():
+            return
+        turns = last if isinstance(last, list | tuple) else ()
+        if any(turn.get("role", turn.get("from")) in _SPEAKERS for turn in turns):
+            return
+    raise RequestError(
+        f"{source}: none of its rows has an answer, and gradients are of answers alone.\n"
+        "Give chats with turns of the assistant or prompts with completions, or name the column of "
+        "prompts with --text-column, whose tokens all count."
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    kind: TaskKind
+    columns: Columns
+
+
 def messages_of(value: Any, where: str) -> list[dict[str, Any]]:
     """Return the messages of a chat, each with a `role` and `content`.
 
@@ -130,6 +155,7 @@ def messages_of(value: Any, where: str) -> list[dict[str, Any]]:
     return [_message(turn, f"{where}, message {number}") for number, turn in enumerate(value, 1)]
 
 
+_SPEAKERS = ("assistant", "gpt", "bot", "chatgpt")
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
 
 

@@ -119,6 +119,14 @@ def _text_of(task: RowsOfTask, row: Row, tokenizer: Any, template: str | None, w
     def written(count: int, **further: Any) -> str:
         return _written(tokenizer, turns[:count], where, **options, **further)
 
+    def opening() -> str:
+        """Return what stands before an answer that begins a chat: as it does after a question."""
+        asked = [{"role": "user", "content": "?"}]
+        before = _written(tokenizer, asked, where, **options)
+        begun = _written(tokenizer, asked, where, add_generation_prompt=True, **options)
+        added = begun[len(before) :]
+        return whole[: whole.find(added) + len(added)] if added in whole else ""
+
     whole = written(len(turns))
     if _MARKED.search(template) and getattr(tokenizer, "is_fast", False):
         start = len(written(given, add_generation_prompt=True)) if given else 0
@@ -128,7 +136,7 @@ def _text_of(task: RowsOfTask, row: Row, tokenizer: Any, template: str | None, w
     for number, turn in enumerate(turns):
         if turn["role"] != "assistant" or number < given:
             continue
-        before = written(number, add_generation_prompt=True) if number else ""
+        before = written(number, add_generation_prompt=True) if number else opening()
         after = written(number + 1)
         if not whole.startswith(after) or not after.startswith(before):
             raise RequestError(

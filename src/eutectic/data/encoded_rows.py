@@ -14,6 +14,7 @@ from eutectic.data.columns import (
     Row,
     RowsOfTask,
     answer_of,
+    check_answers,
     check_columns,
     check_forms,
     check_pairs,
@@ -220,6 +221,8 @@ def open_batches(
             return rows  # batches already
     if options.max_examples is not None and len(rows) > options.max_examples:
         rows = list(islice(rows, options.max_examples))
+    if needs_labels:
+        check_answers(rows, loaded.task, options.columns, source)
     config: Any = loaded.model.config
     images = takes_images(loaded.model) or loaded.task in PICTURES
     if images:
