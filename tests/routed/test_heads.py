@@ -336,3 +336,25 @@ def test_exported_adapters_of_pictures_have_their_heads(vit: Path, tmp_path: Pat
     votes = next(iter(decisions.values())).tolist()
     choose = RequestRouter(tmp_path / "adapters", served["a"])
     assert choose(**batch) == [routed.routing.experts[t] for t in votes]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mixed_batches_get_adapters_and_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of as many classes each, on one base."""
+    monkeypatch.setitem(CLASSES, "b", 3)
+    base = moved(tiny_model("BertModel"), 1)
+    folder = family(tmp_path, base, "BertForSequenceClassification", tokens)
+    served = exported(folder, tmp_path, a="AutoPeftModelForSequenceClassification")["a"]
+    served.load_adapter(tmp_path / "adapters/experts/b", adapter_name="b")
+    parts = tokens(4, 4), tokens(5, 4)
+    batch = {key: torch.stack([p[key] for p in parts], 1).flatten(0, 1) for key in parts[0]}
+    names = ["a", "b", "b", "a"] * 2
+    called = ["default" if name == "a" else name for name in names]  # as peft calls the first
+    routed = load_routed(tmp_path / "routed")
+    with torch.no_grad():
+        found = served(**batch, adapter_names=called).logits
+        for name in CLASSES:
+            with routing(routed, mode="oracle", expert=name):
+                expected = routed.expert_heads[name](**batch).logits
+            rows = [i for i, own in enumerate(names) if own == name]
+            torch.testing.assert_close(found[rows], expected[rows], atol=1e-5, rtol=1e-4)

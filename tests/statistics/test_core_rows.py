@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_collect_command import OLD_NAMES, data, expert, run
 from tiny_models import bert
 
@@ -115,6 +116,37 @@ def test_a_merge_is_that_of_the_dense_gram_between_the_rows(
     assert error < 1e-5 * max(1.0, float(base[QUERY].norm() / expected.norm()))
     for e in opened.values():
         e.close()
+
+
+@OLD_NAMES
+@pytest.mark.parametrize("method", ["iso_a", "esm", "mats", "regmean"])
+def test_merges_at_a_rank_take_them(
+    method: str, expert: Path, data: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """At the rank of all factors the merge itself; below it, nothing is cut afterwards."""
+    files = collected(expert, data, adapters, tmp_path)
+    experts = {n: {"path": str(p), "statistics": str(files[n])} for n, p in adapters.items()}
+    common: dict[str, Any] = {
+        **{"base": str(expert), "experts": experts, "method": method, "fallback": "allow"},
+        **{"unmatched": "leave", "heads": "base"},
+    }
+
+    def product(name: str, rank: int, place: str) -> tuple[torch.Tensor, dict[str, Any]]:
+        out = tmp_path / name
+        stated = {"rank": rank, "compress": place, "others": "drop"}
+        report = eutectic.merge(**common, adapter=stated, output=out)
+        key = "base_model.model." + QUERY.removesuffix("weight") + "lora_{}.weight"
+        held = load_file(out / "adapter_model.safetensors")
+        return held[key.format("B")] @ held[key.format("A")], report.records[QUERY]["adapter"]
+
+    before, told = product("before", 5, "before")
+    after, _ = product("after", 5, "after")
+    assert told["lost_before"] == 0
+    torch.testing.assert_close(before, after, rtol=1e-4, atol=1e-5)
+    cut, told = product("cut", 2, "before")
+    assert torch.linalg.matrix_rank(cut, rtol=1e-4) <= 2
+    assert 0 < told["lost_before"] < 1
+    assert told["lost_energy"] < 1e-6
 
 
 @OLD_NAMES
