@@ -50,7 +50,7 @@ batches = [batch]
 _TWO = {"a": "math", "b": "code", "c": "math"}
 
 BEFORE: dict[str, Before] = {
-    "README": Before(without=("recipe.yaml",)),
+    "README": Before(without=("recipe.yaml", "tasks.yaml", "sst2.jsonl", "mnli.jsonl")),
     "quickstart": Before(
         without=("recipe.yaml", "tasks.yaml"),
         copies={f"{n}.jsonl": f"data/{n}/test.jsonl" for n in ("sst2", "mnli")},

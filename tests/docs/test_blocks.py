@@ -22,6 +22,7 @@ from docs.world import build
 from eutectic.methods import registry
 
 PAGES = [
+    ROOT / "README.md",
     ROOT / "docs" / "index.md",
     *sorted((ROOT / "docs" / "guides").glob("*.md")),
     ROOT / "docs" / "routing.md",

@@ -48,7 +48,7 @@ def test_demo_merges_real_experts(tmp_path: Path) -> None:
     assert mean["iso_c"] - mean["task_arithmetic"] > 1.5
 
     # What texts without labels give: statistics, an α, a routed model.
-    assert {"regmean", "iso_a", "iso_c by KL", "routed"} <= mean.keys()
+    assert {"regmean", "mats", "iso_a", "iso_c by KL", "routed"} <= mean.keys()
     assert mean["iso_c by KL"] - mean["average"] > 1.5
     assert 0.2 <= result["scales"]["iso_c by KL"] <= 2
     rows = result["rows"].values()

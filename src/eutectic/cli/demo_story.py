@@ -24,6 +24,7 @@ FIXED = dict(average=1.0, task_arithmetic=0.2, ties=0.4, tsv_m=0.25, iso_c=0.8, 
 # what the adapters see.
 BY_DATA: dict[str, dict[str, Any]] = {
     "regmean": {"method": "regmean", "scale": 1.0, "parameters": {"off_diagonal": 1.0}},
+    "mats": {"method": "mats", "scale": 0.7, "parameters": {"operator": "gram"}},
     "iso_a": {"method": "iso_a", "scale": 0.8},  # as a search by KL on the same texts finds
 }
 METHOD = "iso_c"  # of which a second row has its α chosen by what experts answer
