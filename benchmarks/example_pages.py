@@ -3,6 +3,7 @@
     python benchmarks/example_pages.py hard           # of benchmarks/results/text-hard-8.json
     python benchmarks/example_pages.py decoder        # 24 layers of random weights: half a minute
     python benchmarks/example_pages.py demo --work DIR  # examples/minilm: about ten minutes
+    python benchmarks/example_pages.py picture        # docs/images/report.png, of the page `demo`
 
 `hard` is made of results that are kept in the repository. They hold accuracies without the single
 outcomes, so that intervals are those of a proportion, and differences are not paired; the page says
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,19 +45,39 @@ EXPERTS = ("code", "law", "maths", "medicine")
 def main() -> None:
     """Make the pages that are named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pages", nargs="+", choices=("demo", "hard", "decoder"))
+    parser.add_argument("pages", nargs="+", choices=("demo", "hard", "decoder", "picture"))
     parser.add_argument("--work", type=Path, help="keep what is merged and measured there")
     arguments = parser.parse_args()
     PAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         work = arguments.work or Path(scratch)
         for page in arguments.pages:
+            if page == "picture":
+                picture()
+                continue
             folder = work / page
             folder.mkdir(parents=True, exist_ok=True)
             sources = {"demo": demo, "hard": hard, "decoder": decoder}[page](folder)
             target = PAGES / f"{page}.html"
             report(*sources, output=target, title=TITLES[page])
             print(f"{target.relative_to(ROOT)}: {target.stat().st_size / 1e6:.2f} MB")
+
+
+def picture() -> None:
+    """Draw the head of the demo's page with the system's Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    target = ROOT / "docs" / "images" / "report.png"
+    target.parent.mkdir(exist_ok=True)
+    with sync_playwright() as started:
+        browser = started.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        page = browser.new_page(viewport={"width": 1180, "height": 1000})
+        page.goto((PAGES / "demo.html").as_uri())
+        page.screenshot(path=target)
+        browser.close()
+    print(f"{target.relative_to(ROOT)}: {target.stat().st_size / 1e6:.2f} MB")
 
 
 TITLES = {

@@ -201,6 +201,9 @@ def test_paper_shows_what_is_folded_and_no_controls(opened, page_file, tmp_path)
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.locator("nav").is_hidden() and page.locator("#tensor-filters").is_hidden()
+    page.set_viewport_size({"width": 700, "height": 990})  # A4 without its margins
+    assert page.evaluate("document.documentElement.scrollWidth") <= 700
+    page.set_viewport_size({"width": 1440, "height": 900})
     page.emulate_media(media="screen")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     assert page.locator("details:not([open])").count() == 0

@@ -63,7 +63,20 @@ def test_a_loss_below_the_base_and_a_poor_task_are_told():
     assert finding(report, "below_base").subject == ("b",)
     worst = finding(report, "worst_task")
     assert worst.subject == ("b",) and worst.level == "bad"
-    assert {"route", "collect"} <= set(kinds(report, "next"))
+    assert {"route", "collect", "tune_best"} == set(kinds(report, "next"))
+
+
+def test_a_loss_within_the_interval_is_no_loss_below_the_base():
+    report = eutectic.report(results({"x": {"a": 0.7, "b": 0.39}}, EXPERTS, BASE))
+    assert finding(report, "perhaps_below_base").subject == ("b",)
+    assert "below_base" not in kinds(report)
+
+
+def test_a_searched_alpha_is_not_searched_again():
+    told = results({"x": {"a": 0.79, "b": 0.5}}, EXPERTS, BASE)
+    assert "tune_best" in kinds(eutectic.report(told))
+    searched = curve({0.1: 0.2, 0.5: 0.4, 1.0: 0.3}, 0.5, method="x")
+    assert "tune_best" not in kinds(eutectic.report(told, searched))
 
 
 def test_without_paired_differences_the_intervals_decide():

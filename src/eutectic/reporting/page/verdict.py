@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from eutectic.reporting.page.page_record import (
@@ -397,20 +397,24 @@ def _what_next(
                     "experts on rows that nothing was chosen on.",
                     "eutectic evaluate merged/ --tasks tasks.yaml --base BASE -e NAME=EXPERT "
                     "-o results.json")  # fmt: skip
+    searched = {curve.name for curve in curves} | {name for name, _ in rest["closed"]}
+    calibrated = any(merge.calibrated for merge in merges)
     for own in scores:
-        yield from _next_of_scores(own, rest)
+        yield from _next_of_scores(own, rest, searched, calibrated)
     weak = [r for r in rest["routing"] if r.decisions and r.chance is not None
             and min(r.decisions.values()) < r.chance + WEAK * (1 - r.chance)]  # fmt: skip
     if weak:
         yield _next("router", "Give the routers statistics of the merged model itself "
                     f"({weak[0].name}): they are what routing sees.",
                     "eutectic route MERGED … --router-data NAME=FILE")  # fmt: skip
-    if done and not curves and not exploded:
+    if done and not curves and not exploded and not scores:
         yield _next("tune", "Nothing chose α here: search it, without labels if you have none.",
                     "eutectic tune recipe.yaml --search divergence --tasks tasks.yaml")  # fmt: skip
 
 
-def _next_of_scores(own: Scores, rest: Mapping[str, Any]) -> Iterator[Finding]:
+def _next_of_scores(
+    own: Scores, rest: Mapping[str, Any], searched: Collection[str], calibrated: bool
+) -> Iterator[Finding]:
     best = _named(own, own.best) if own.best else None
     if best is None:
         yield _next("compare", "Merge, and compare methods on the same rows.",
@@ -429,6 +433,17 @@ def _next_of_scores(own: Scores, rest: Mapping[str, Any]) -> Iterator[Finding]:
         )
         command = "eutectic collect EXPERT --data inputs.jsonl -o NAME.stats.safetensors"
         yield _next("collect", text, command)
+    routed = {routing.name for routing in rest["routing"]}
+    if best.name not in {*searched, *routed} and not best.note:
+        yield _next("tune_best", f"Nothing here chose the α of {best.name}: search it on rows that "
+                    "are not scored, or without labels.",
+                    "eutectic tune recipe.yaml --search divergence --tasks tasks.yaml")  # fmt: skip
+    if best.share.value is not None and best.share.value < FAIR and rest["statistics"]:
+        if not calibrated:
+            yield _next("calibrate", f"Calibrate {best.name} layer by layer towards its experts: "
+                        "in closed form, from the same unlabelled inputs.",
+                        "eutectic calibrate MERGED NAME=EXPERT… --data NAME=inputs.jsonl "
+                        "-o calibrated/")  # fmt: skip
     level = [m for m in own.models if m.level]
     if len(level) > 1:
         rows = min((task.rows for task in own.tasks), default=0)
