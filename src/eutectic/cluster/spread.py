@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +15,7 @@ from eutectic.errors import EutecticError, RequestError
 ATTEMPTS = 4  # of one call, until losing its worker counts as the call's own doing
 _TICK = 0.2  # seconds between looks at an interrupt
 _LOOK = 5.0  # seconds between looks at the machines while nothing is finished
+_STEP = 100_000_000  # bytes: calls that ask for the same follow one another without a new request
 _NOBODY = 60.0  # seconds without a machine that is large enough, until that is an error
 
 
@@ -72,28 +73,34 @@ def spread(
     ray = import_ray()
     _check_size(calls)
     remote = ray.remote(max_retries=0)(_on_worker)
-    # `ray.remote` of a plain function would be pickled with this process's main module otherwise.
     waiting = [
         _Attempt(call) for call in sorted(calls, key=lambda call: (-call.seconds, call.name))
     ]
     running: dict[Any, _Attempt] = {}
     expected, looked = versions(), _Look()
+    size = size_of_cluster()
+    # Where the whole cluster may be used, Ray itself sees to it that calls fit; some wait there, so
+    # that a worker need not wait for this process.
+    all_of_it = bounds.calls >= size.cpus and bounds.memory >= size.memory
+    most = 2 * size.cpus if all_of_it else bounds.calls
 
-    def held() -> int:
-        return sum(attempt.call.memory for attempt in running.values())
+    def next_ones() -> Iterator[_Attempt]:
+        """Yield what may begin, longer ones first."""
+        room = bounds.memory - sum(attempt.call.memory for attempt in running.values())
+        for attempt in list(waiting):
+            if len(running) >= most:
+                return
+            if all_of_it or not running or attempt.call.memory <= room:
+                room -= attempt.call.memory
+                waiting.remove(attempt)
+                yield attempt
 
     try:
         while waiting or running:
-            room = bounds.memory - held()
-            for attempt in list(waiting):
-                if len(running) >= bounds.calls:
-                    break
-                if running and attempt.call.memory > room:
-                    continue
-                waiting.remove(attempt)
-                room -= attempt.call.memory
+            for attempt in next_ones():
                 call = attempt.call
-                own = {"num_cpus": 1, "memory": call.memory, "num_gpus": call.gpus}
+                memory = min(-(-call.memory // _STEP) * _STEP, size.largest)
+                own = {"num_cpus": 1, "memory": memory, "num_gpus": call.gpus}
                 reference = remote.options(**own, name=call.name[:80]).remote(
                     call.function, call.payload, expected
                 )
