@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,6 +49,31 @@ def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
 def test_options_that_do_not_go_together_are_refused(options: Any, text: str) -> None:
     with pytest.raises(RequestError, match=text):
         limits_of(**options)
+
+
+STARTED = """
+from eutectic.cluster.connection import _connection
+from eutectic.cluster.where import joined
+if __name__ == "__main__":
+    found = joined(None, 1, 2_000_000_000)
+    assert (found.cpus, found.memory, found.machines) == (1, 2_000_000_000, 1), found
+    assert joined(None, 1, 2_000_000_000) == found
+    print(_connection.folder)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_of_a_cluster_that_is_started_here_nothing_is_left(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    (tmp_path / "script.py").write_text(STARTED)
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    words = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.strip())  # nothing else stands on stdout
+    assert folder.name.startswith("eutectic-ray-")
+    assert not folder.exists()
 
 
 def test_a_worker_with_other_versions_is_refused() -> None:

@@ -106,7 +106,7 @@ def connect(
 
 
 def disconnect() -> None:
-    """Leave the cluster; one that was started here ends."""
+    """Leave the cluster; one that was started here ends, and nothing is left of it."""
     import_ray().shutdown()
     _connection.asked = None
     if _connection.folder is not None:
@@ -137,7 +137,7 @@ def _begin(ray: Any, address: str | None, share: Callable[[], Share]) -> None:
         # Ray's sockets lie in its folder, and their names must be short.
         short = "/tmp" if os.name == "posix" else None
         _connection.folder = tempfile.mkdtemp(prefix="eutectic-ray-", dir=short)
-        atexit.register(shutil.rmtree, _connection.folder, ignore_errors=True)
+        atexit.register(disconnect)  # before Ray's own, which would leave the folder
         options |= {
             "address": "local",
             "num_cpus": (own := share()).cpus,
