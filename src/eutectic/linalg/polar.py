@@ -106,7 +106,7 @@ def polar(
         support: "numerical" keeps the directions with singular values above
             `rank_tolerance`·S₁, "full" keeps min(out, in) of them, whatever they are (for thin
             factors: as many as the factors' inner size).
-        rank_tolerance: None: eps of the dtype × max(out, in).
+        rank_tolerance: None: eps of the dtype × min(max(out, in), 128).
         precision: "fast" chooses a route by shape and device; "exact" takes the thin SVD.
         route: take this one first; its check and the fall-backs stay.
 

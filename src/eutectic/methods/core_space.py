@@ -80,7 +80,7 @@ going there. Trimming and election happen on the m·n entries of the core: see `
 Shapes: `[T, out, in]` -> `[out, in]`, in float64. Cost: with thin factors two thin QR
 decompositions and SVDs of side Σ r_t; of dense deltas those of `[out, T·in]` and `[in, T·out]`.
 At T = 1 the trimmed core of the expert: the larger of its singular directions, not its larger
-entries. Zero deltas give zero. Directions below eps · max(out, in) of the first are left out.
+entries. Zero deltas give zero. Directions below eps · min(max(out, in), 128) are out.
 Singular values that are equal leave the axes, and so what is trimmed, undetermined.
 
 Deviations from the source: the bases are those of the products, where the source takes the
@@ -136,7 +136,7 @@ on these k·in entries: see `ties`. On the bare V_t, without S, all directions w
 
 Shapes: `[T, out, in]` -> `[out, in]`, in float64. Cost: with thin factors two thin QR
 decompositions, an SVD of side Σ r_t, and passes over `[T, Σ r_t, in]`. At T = 1 the trimmed
-rows S Vᵀ; zero deltas give zero. Directions below eps · max(out, in) of the first are left
+rows S Vᵀ; zero deltas give zero. Directions below the default tolerance of the first are left
 out; the source cuts at 1e-5, whatever the size of the deltas.
 
 Deviations from the source: that bound; `ties` keeps its own count of entries (see there).

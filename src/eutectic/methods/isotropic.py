@@ -29,7 +29,7 @@ class IsoCParameters(Parameters):
 
     Attributes:
         support: "numerical" flattens the singular values above `rank_tolerance`; "full" all.
-        rank_tolerance: fraction of the largest singular value; None: eps · max(out, in).
+        rank_tolerance: fraction of the largest singular value; None: eps · min(max(out, in), 128).
     """
 
     support: Support = "numerical"

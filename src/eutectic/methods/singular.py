@@ -59,10 +59,10 @@ def tsv_m(deltas: Tensor | LowRankStack, parameters: TsvMParameters, context: Co
     factors. At T = 1 the expert itself; zero deltas give zero; with more than r experts none has
     a triplet of its own and the result is zero.
 
-    Rank deficiency: triplets that are zero up to rounding (below eps · max(out, in) of the
-    expert's first) are left out, and directions that several experts share count once, with their
-    shares added; the official code completes both with arbitrary directions, which then disturb
-    the others. Where all kT directions are independent the two agree.
+    Rank deficiency: triplets that are zero up to rounding (below eps · min(max(out, in), 128)
+    of the expert's first) are left out, and directions that several experts share count once, with
+    their shares added; the official code completes both with arbitrary directions, which then
+    disturb the others. Where all kT directions are independent the two agree.
 
     Thin factors: each expert's triplets are found in its core of side r_t, in float64, and the
     result is multiplied out once. It is that of the expanded deltas up to their rounding, which in

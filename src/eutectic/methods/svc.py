@@ -68,9 +68,10 @@ def svc(deltas: Tensor, parameters: SvcParameters, context: Context) -> Merged:
     Shapes: `[T, out, in]` -> `[out, in]`; vectors are averaged. Cost: the merge by `of`, one
     float64 SVD, T products `[r, out]·[out, in]`, with "inputs" 2T products with Grams. T = 1 and
     `of: task_arithmetic` give the expert; zero deltas give zero. Rank deficiency: directions of M
-    below eps·max(out, in) of the first are left as they are. An expert without a part in u_r says
-    nothing of it and does not count in that mean; T counts experts of positive weight, which weigh
-    the mean. A tensor that lacks a Gram is calibrated in the plain metric, and the record says so.
+    below eps·min(max(out, in), 128) of the first are left as they are. An expert without a part
+    in u_r says nothing of it and does not count in that mean; T counts experts of positive weight,
+    which weigh the mean. A tensor that lacks a Gram is calibrated in the plain metric, and the
+    record says so.
 
     The calibrated sum has the size of one expert where they agree: its best α is near 1.
 

@@ -15,7 +15,7 @@ from eutectic.types import LayerStatistics
 
 
 def significant_triplets(delta: Tensor | LowRank) -> Triplets:
-    """Return the singular triplets of Δ that are not rounding: S > eps·max(out, in)·S₁.
+    """Return the singular triplets of Δ that are not rounding: S > eps·min(max(out, in), 128)·S₁.
 
     Shapes: `[out, in]` -> U `[out, r]`, S `[r]`, V `[in, r]`, float64. A zero matrix has r = 0.
     Cost: one float64 eigenproblem of the shorter side; of thin factors, of their rank.
