@@ -235,8 +235,9 @@ def _exploded(_: Sequence[str], numbers: Mapping[str, Any]) -> str:
         largest = ", ".join(f"{name} ({own:.3g})" for name, own in numbers["largest"].items())
         text += (
             f"; more than {numbers['bound']:.3g} times in {numbers['above']} of "
-            f"{counted(numbers['matrices'], 'matrix', 'matrices')} that experts change: {largest}"
+            f"{numbers['matrices']:,} matrices: {largest}"
             + (" …" if numbers["above"] > len(numbers["largest"]) else "")
+            + " (of those that an expert changes)"
         )
     return text + ". Such a model is seldom any good: try a smaller scale, or damping"
 
@@ -696,7 +697,7 @@ SENTENCES: dict[str, Template] = {
         "the best of {count} is best by luck in part: for a figure to report, measure it on rows "
         "that had no say"
     ),
-    "inspected": "{matrices:n matrix/matrices}; {others:n other tensor} without a part in it",
+    "inspected": "{matrices:n matrix/matrices}; left aside: {others:n other tensor}",
     "unchanged": "expert '{0}' leaves {unchanged} of {matrices:n matrix/matrices} unchanged",
     "no_activation_interference": "no activation interference on the data of {all}",
     "nai_split": "NAI on the split '{0}'",

@@ -221,7 +221,7 @@ CASES: Mapping[str, tuple[Change, str, str, str]] = {
     "fewer layers": (
         stated(num_hidden_layers=3), "other_depth", "warning", "says 3 layers, layers has 2"
     ),
-    "more layers": (stated(num_hidden_layers=1), "other_depth", "note", "1 layers"),
+    "more layers": (stated(num_hidden_layers=1), "other_depth", "note", "1 layer,"),
     "layers between": (missing_layer, "layers_missing", "wrong", "layers.2, layers.3"),
     "other labels": (
         lambda f: (with_config(f, id2label={"0": "a", "1": "b"}),

@@ -153,7 +153,7 @@ def test_a_size_that_is_none_on_the_command_line(inputs: Path) -> None:
     words = ["--base", inputs / "base", "-m", "average", f"a={inputs / 'a'}", f"b={inputs / 'b'}"]
     answer = invoke("plan", "--shard-size", "5 apples", *words)
     assert answer.code == 2
-    assert "shard_size: must be a size such as 5GB, 512MiB or 800000" in answer.err
+    assert "--shard-size: must be a size such as 5GB, 512MiB or 800000" in answer.err
     assert "5 apples" in answer.err
 
 

@@ -71,10 +71,10 @@ def test_merge_searches_and_plan_says_so(folder, tmp_path):
         (("--range", "2"), "--range '2' must be LOW:HIGH"),
         (
             ("--search", "grid"),
-            "scale.search: should be 'validation', 'divergence', 'gram' or 'norm'",
+            "--search: should be 'validation', 'divergence', 'gram' or 'norm'",
         ),
         (("--plot", "curve.txt"), "a plot's name ends with .png, .svg, .pdf"),
-        (("--tasks", "nowhere.yaml"), "scale.tasks: no such file: nowhere.yaml"),
+        (("--tasks", "nowhere.yaml"), "--tasks: no such file: nowhere.yaml"),
         (("--set", "scale=1.0"), "not a search"),
     ],
 )
