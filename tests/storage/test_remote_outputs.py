@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 
 import eutectic
-from eutectic.errors import OutputError, RequestError
+from eutectic.errors import CheckpointError, OutputError, RequestError
 from eutectic.storage import MANIFEST, file_systems, local_path, storage_of, uploads, view
-from eutectic.storage.remote_urls import root
+from eutectic.storage.remote_urls import Url, root
 from helpers.cli import invoke
 from helpers.folders import digests, make_base, make_expert, save
 from helpers.object_store import BUCKET, SECRET, Proxy, client, names, unfinished_uploads, upload
 
 
-@pytest.fixture
-def inputs(tmp_path: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Two experts whose merge has one file of four parts and others of one request."""
+    tmp_path = tmp_path_factory.mktemp("inputs")
     base = make_base(layers=2, width=1024)
     experts = {name: save(tmp_path / name, make_expert(base, i)) for i, name in enumerate("ab")}
     return {"base": save(tmp_path / "base", base), "experts": experts, "method": "task_arithmetic"}
@@ -44,9 +45,12 @@ def _held(store: Any, prefix: str) -> dict[str, str]:
     return found
 
 
-def _local(tmp_path: Path, inputs: dict[str, Any]) -> dict[str, str]:
-    eutectic.merge(**inputs, output=tmp_path / "local")
-    return digests(tmp_path / "local")
+@pytest.fixture(scope="module")
+def expected(inputs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The files of the same merge on a disk."""
+    folder = tmp_path_factory.mktemp("local")
+    eutectic.merge(**inputs, output=folder / "local")
+    return digests(folder / "local")
 
 
 def _staged() -> list[str]:
@@ -54,14 +58,14 @@ def _staged() -> list[str]:
 
 
 def test_the_same_bytes_with_a_manifest_that_is_last(
-    tmp_path: Path, store: Any, s3: Proxy, inputs: dict[str, Any]
+    tmp_path: Path, store: Any, s3: Proxy, inputs: dict[str, Any], expected: dict[str, str]
 ) -> None:
     report = eutectic.merge(**inputs, output=f"s3://{BUCKET}/out/one")
     made = [r for r in s3.requests if r.method in ("PUT", "POST")]
     found = _held(store, "out/one")
     manifest = store.get_object(Bucket=BUCKET, Key=f"out/one/{MANIFEST}")["Body"].read()
     told = json.loads(manifest)["files"]
-    assert {name: file["sha256"] for name, file in told.items()} == _local(tmp_path, inputs)
+    assert {name: file["sha256"] for name, file in told.items()} == expected
     assert found.pop(MANIFEST)
     assert found == {name: file["sha256"] for name, file in told.items()}
     # A file of n parts takes n + 2 requests, any other one; none is sent twice.
@@ -100,7 +104,7 @@ def test_nothing_is_seen_before_all_is_there(store: Any, s3: Proxy, inputs: dict
 def test_a_folder_that_holds_something_is_refused(
     tmp_path: Path, store: Any, inputs: dict[str, Any]
 ) -> None:
-    upload(store, tmp_path / "base", "taken/out")
+    upload(store, inputs["base"], "taken/out")
     before = _held(store, "taken/out")
     with pytest.raises(RequestError, match=r"s3://models/taken/out is not empty"):
         eutectic.merge(**inputs, output=f"s3://{BUCKET}/taken/out")
@@ -119,7 +123,12 @@ def test_outputs_that_cannot_be(store: Any, inputs: dict[str, Any], url: str, sa
 
 @pytest.mark.parametrize("fault", ["503", "die", "cut"])
 def test_faults_that_pass_are_waited_for(
-    tmp_path: Path, store: Any, s3: Proxy, inputs: dict[str, Any], fault: str
+    tmp_path: Path,
+    store: Any,
+    s3: Proxy,
+    inputs: dict[str, Any],
+    fault: str,
+    expected: dict[str, str],
 ) -> None:
     hit: list[int] = []
 
@@ -134,7 +143,7 @@ def test_faults_that_pass_are_waited_for(
     assert hit
     found = _held(store, f"shaky-{fault}/out")
     found.pop(MANIFEST)
-    assert found == _local(tmp_path, inputs)
+    assert found == expected
 
 
 def test_a_store_that_refuses_leaves_nothing_and_the_same_command_sends_again(
@@ -143,6 +152,7 @@ def test_a_store_that_refuses_leaves_nothing_and_the_same_command_sends_again(
     s3: Proxy,
     inputs: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
+    expected: dict[str, str],
 ) -> None:
     url = f"s3://{BUCKET}/refused/out"
     text = f"<Error><Code>AccessDenied</Code><Message>{SECRET}</Message></Error>".encode()
@@ -159,7 +169,7 @@ def test_a_store_that_refuses_leaves_nothing_and_the_same_command_sends_again(
     assert report.resumed
     found = _held(store, "refused/out")
     found.pop(MANIFEST)
-    assert found == _local(tmp_path, inputs)
+    assert found == expected
 
 
 def _killed(inputs: dict[str, Any], url: str, proxy: Proxy, matches: str) -> None:
@@ -197,7 +207,13 @@ def _merge_quietly(inputs: dict[str, Any], url: str) -> None:
     ],
 )
 def test_a_killed_upload_is_not_seen_as_finished_and_the_same_command_ends_it(
-    tmp_path: Path, store: Any, s3: Proxy, inputs: dict[str, Any], moment: str, seen: bool
+    tmp_path: Path,
+    store: Any,
+    s3: Proxy,
+    inputs: dict[str, Any],
+    moment: str,
+    seen: bool,
+    expected: dict[str, str],
 ) -> None:
     prefix = f"killed-{hashlib.sha256(moment.encode()).hexdigest()[:6]}/out"
     url = f"s3://{BUCKET}/{prefix}"
@@ -210,7 +226,7 @@ def test_a_killed_upload_is_not_seen_as_finished_and_the_same_command_ends_it(
     assert report.resumed
     found = _held(store, prefix)
     found.pop(MANIFEST)
-    assert found == _local(tmp_path, inputs)
+    assert found == expected
     assert not [key for key in unfinished_uploads(store) if key.startswith(prefix)]
     assert not _staged()
 
@@ -273,3 +289,60 @@ def test_a_comparison_stays_on_this_machine(inputs: dict[str, Any]) -> None:
             tasks={},
             output=f"s3://{BUCKET}/comparison",
         )
+
+
+def test_a_folder_that_is_not_what_its_manifest_says_is_refused(tmp_path: Path, store: Any) -> None:
+    folder = save(tmp_path / "base", make_base())
+    sizes = {p.name: {"bytes": p.stat().st_size, "sha256": ""} for p in folder.iterdir()}
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": sizes}))
+    upload(store, folder, "mixed/out")
+    url = f"s3://{BUCKET}/mixed/out"
+    assert view(url).is_dir()
+    store.put_object(Bucket=BUCKET, Key="mixed/out/config.json", Body=b"{}")
+    with pytest.raises(CheckpointError, match=r"'config.json' has 2 bytes, by eutectic.manifest"):
+        view(url)
+    store.delete_object(Bucket=BUCKET, Key="mixed/out/config.json")
+    with pytest.raises(CheckpointError, match=r"mixed/out: lacks 'config.json'"):
+        view(url)
+    store.put_object(Bucket=BUCKET, Key=f"mixed/out/{MANIFEST}", Body=b"[]")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        view(url)
+
+
+class _Blob:
+    """A file of Azure's as adlfs writes one: closing it is what makes it seen."""
+
+    def __init__(self, seen: list[str], path: str) -> None:
+        self.seen, self.path, self.closed = seen, path, False
+
+    def write(self, block: bytes) -> None:
+        assert not self.closed
+
+    def close(self) -> None:
+        self.closed = True
+        self.seen.append(self.path)
+
+
+def test_files_of_azure_are_not_closed_before_all_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    opened: list[dict[str, Any]] = []
+
+    class Store:
+        def open(self, path: str, mode: str, **options: Any) -> _Blob:
+            opened.append(options)
+            return _Blob(seen, path)
+
+        def pipe_file(self, path: str, content: bytes) -> None:
+            seen.append(path)
+
+    monkeypatch.setattr(uploads, "file_system", lambda url, writing: Store())
+    files = ["a.index.json", "a.safetensors", "b.safetensors"]
+    for name in files:
+        (tmp_path / name).write_bytes(bytes(10 if "index" in name else 3 << 20))
+    url = Url("az", ("container", "out"))
+    uploads.send_folder(tmp_path, files, url, lambda: seen.append("begin"))
+    order = (*files[1:], files[0], MANIFEST)
+    assert seen == ["begin", *(f"container/out/{name}" for name in order)]
+    assert all("autocommit" not in options for options in opened)

@@ -8,10 +8,9 @@ from eutectic.storage.announcing import announce, announced_to
 from eutectic.storage.folder_aside import FolderAside
 from eutectic.storage.interface import AppendedFile, Lock, OpenedFile, StagedFile, Storage
 from eutectic.storage.local_disk import LocalDisk
-from eutectic.storage.mirror import make_all_whole, view, view_once
+from eutectic.storage.mirror import MANIFEST, make_all_whole, view, view_once
 from eutectic.storage.object_store import ObjectStore
 from eutectic.storage.remote_urls import MARK, Url, is_url, local_path, url_of
-from eutectic.storage.uploads import MANIFEST
 from eutectic.storage.written_files import WrittenFiles
 
 __all__ = [

@@ -9,8 +9,9 @@ from typing import Any
 
 from eutectic.errors import MissingExtraError, RequestError
 from eutectic.storage.file_systems import in_words, is_of_a_store
+from eutectic.storage.mirror import MANIFEST
 from eutectic.storage.remote_urls import Url
-from eutectic.storage.uploads import MANIFEST, manifest_of, sent_as
+from eutectic.storage.uploads import manifest_of, sent_as
 
 _OTHERS = ("datasets", "spaces", "buckets", "models", "kernels")
 

@@ -23,6 +23,7 @@ from eutectic.storage.placeholders import Placeholder, content_of, placeholder
 from eutectic.storage.ranged_files import fetch, pieces, side_by_side, whole
 from eutectic.storage.remote_urls import Url, is_staging, local_path, shown_at, url_of
 
+MANIFEST = "eutectic.manifest.json"  # is written last into a folder that is complete
 RECORD = ".eutectic-store.json"
 _SMALL = 32 << 20  # of a file that is fetched when its folder is opened
 _MOST_FILES = 10_000
@@ -206,6 +207,23 @@ def _show(url: Url, files: Iterable[Stored], *, deep: bool = True, alone: bool =
         record[name] = stored.stamp
     list(side_by_side().map(_fetch_small, todo))
     _put(folder / RECORD, json.dumps(record).encode())
+    if MANIFEST in held:
+        _check_manifest(url, folder, held)
+
+
+def _check_manifest(url: Url, folder: Path, held: Mapping[str, Stored]) -> None:
+    """Refuse a folder that is not what its manifest says: files of two outputs in one place."""
+    try:
+        told: Any = json.loads((folder / MANIFEST).read_bytes())["files"]
+        sizes = {str(name): int(file["bytes"]) for name, file in told.items()}
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        raise OSError(0, f"{MANIFEST} is damaged; remove it, or copy it again", str(url)) from None
+    for name, size in sizes.items():
+        if name not in held:
+            raise OSError(0, f"lacks '{name}', which {MANIFEST} lists; copy it again", str(url))
+        if held[name].size != size:
+            what = f"'{name}' has {held[name].size:,} bytes, by {MANIFEST} it has {size:,}"
+            raise OSError(0, f"{what}; copy the folder again", str(url))
 
 
 def _is_small(name: str, size: int) -> bool:

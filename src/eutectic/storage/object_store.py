@@ -13,11 +13,11 @@ from eutectic.errors import CheckpointError
 from eutectic.storage.hub_uploads import send_to_hub
 from eutectic.storage.interface import OpenedFile
 from eutectic.storage.local_disk import LocalDisk
-from eutectic.storage.mirror import RECORD, Stored, forget, seen, stored_below, view
+from eutectic.storage.mirror import MANIFEST, RECORD, Stored, forget, seen, stored_below, view
 from eutectic.storage.placeholders import placeholder
 from eutectic.storage.ranged_files import RangedFile
 from eutectic.storage.remote_urls import is_staging, url_of
-from eutectic.storage.uploads import MANIFEST, put_file, send_folder
+from eutectic.storage.uploads import put_file, send_folder
 
 
 def _mark(target: Path) -> Path:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from eutectic.storage.file_systems import file_system, in_words, is_of_a_store
+from eutectic.storage.mirror import MANIFEST
 from eutectic.storage.remote_urls import Url
 
-MANIFEST = "eutectic.manifest.json"
 PART = 16 << 20
 _ONE_REQUEST = 4 << 20  # up to here a file is one request
 _MOST_PARTS = 9_000  # stores take 10,000
@@ -114,13 +114,17 @@ def _send(file: Path, name: str, folder: Url) -> Sent:
         return Sent(name, len(content), digest, lambda: put(content, url), lambda: None)
     part = max(PART, -(-size // _MOST_PARTS))
     store = file_system(url, writing=True)
-    opened = _asked(url, lambda: store.open(url.path, "wb", block_size=part, autocommit=False))
+    # Azure's files are seen when they are closed, whatever is asked for.
+    by_closing = url.scheme == "az"
+    options = {} if by_closing else {"autocommit": False}
+    opened = _asked(url, lambda: store.open(url.path, "wb", block_size=part, **options))
     hashed = hashlib.sha256()
     try:
         for block in _blocks(file, part):
             hashed.update(block)
             _asked(url, lambda block=block: opened.write(block))
-        _asked(url, opened.close)
+        if not by_closing:
+            _asked(url, opened.close)
     except BaseException:
         with suppress(Exception):
             _discard(opened)
@@ -128,7 +132,7 @@ def _send(file: Path, name: str, folder: Url) -> Sent:
 
     def complete() -> None:
         try:
-            _asked(url, opened.commit)
+            _asked(url, opened.close if by_closing else opened.commit)
         except OSError:
             # An answer may be lost after the store has done it.
             if _size_there(url) != size:
