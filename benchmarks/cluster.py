@@ -84,6 +84,9 @@ def overhead(calls: int) -> float:
 def paired(folder: Path, work: Path, methods: list[str], repeats: int, cores: int, address: str):
     """Yield a row per method: seconds of both, their ratio, and whether the bytes are the same."""
     where = {"executor": "ray", "ray_address": address}
+    merged(
+        request(folder, methods[0]), work / "ray", **where
+    )  # workers have imported what they need
     for method in methods:
         recipe = request(folder, method)
         times: list[tuple[float, float]] = []

@@ -7,7 +7,8 @@ Every step is resumable, so the same command continues a killed run and repeats 
 processes as there are cores (two at most, one thread each) share the work: first one proxy sample
 of every row, then, with `--seeds`, further samples of the rows that read any. Every row is measured
 except MaTS at a hundred plain steps, which takes as long as all the others, on 500 test texts or
-1000 test images a task (`--test-texts` for another number).
+1000 test images a task (`--test-texts` for another number). With `--executor ray` the processes are
+those of a Ray cluster, a core each, whose machines see this folder and DIR under the same paths.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -28,6 +30,7 @@ from table.merging import ALL_ROWS, ROWS
 from table.routing import BASES, add_row_options
 
 PROCESSES = min(2, os.cpu_count() or 1)
+COMMAND_BYTES = 2_000_000_000  # that a command asks a cluster for
 
 
 def python(script: str, *words: str) -> list[str]:
@@ -35,12 +38,45 @@ def python(script: str, *words: str) -> list[str]:
     return [sys.executable, str(HERE / script), *words]
 
 
+def run_words(words: Sequence[str]) -> int:
+    """Run a command, here or on a worker of a cluster, and return its exit code."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(words, check=False, env=environment).returncode
+
+
+@dataclass
+class Workers:
+    """Who runs commands: so many processes of this machine, or the workers of a Ray cluster."""
+
+    count: int = PROCESSES
+    memory: int | None = None  # bytes of a whole cluster; None: no cluster
+
+    def codes(self, commands: Sequence[Sequence[str]]) -> list[int]:
+        """Run commands side by side and return their exit codes."""
+        if self.memory is None:
+            with ThreadPoolExecutor(self.count) as pool:
+                return list(pool.map(run_words, commands))
+        from eutectic.cluster.spread import Bounds, Call, spread
+
+        calls = [Call(" ".join(words)[:80], run_words, words, COMMAND_BYTES) for words in commands]
+        return [found.value for _, found in spread(calls, Bounds(self.count, self.memory))]
+
+
+workers = Workers()
+
+
+def join(address: str | None) -> None:
+    """Let the workers of a Ray cluster run what follows; one is started here without an address."""
+    from eutectic.cluster.where import joined
+
+    found = joined(address)
+    workers.count, workers.memory = found.cpus, found.memory
+
+
 def share(commands: Iterable[Sequence[str]], what: str) -> None:
-    """Run the commands, `PROCESSES` at a time, and stop if one of them failed."""
+    """Run the commands, as many at a time as there are workers; stop if one of them failed."""
     start = time.monotonic()
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        done = list(pool.map(lambda words: subprocess.run(words, check=False), commands))
-    if any(process.returncode for process in done):
+    if any(workers.codes(list(commands))):
         raise SystemExit(f"Not all of it was made ({what}); the same command continues.")
     print(f"{what}: {(time.monotonic() - start) / 60:.1f} minutes", flush=True)
 
@@ -63,7 +99,8 @@ def make_experts(arguments: argparse.Namespace) -> None:
     if arguments.suite == "glyphs":
         share([python("glyphs/run.py", *work)], "data, base and experts")
         return
-    parts = [names_of("text", arguments.tasks)[first::PROCESSES] for first in range(PROCESSES)]
+    parts = [names_of("text", arguments.tasks)[k :: workers.count] for k in range(workers.count)]
+    parts = [part for part in parts if part]
     words = [[word for name in part for word in ("--task", name)] for part in parts]
     regime = ("--regime", arguments.regime)
     share([python("text/experts.py", *work, *regime, *own) for own in words], "data and experts")
@@ -89,10 +126,11 @@ def make_table(arguments: argparse.Namespace, others: Sequence[str], seeds: int)
     # The last rows of the list take the longest, so they begin first.
     later = [name for name in reversed(kept) if name not in initial]
     names = names_of(arguments.suite, arguments.tasks)
+    divided = [own for k in range(workers.count) if (own := names[k :: workers.count])]
     samples = "one proxy sample" if seeds == 1 else f"{seeds} proxy samples"
     if arguments.regime.startswith("lora"):
         share([[*rows(), "--collect"]], "adapters made dense")
-    share([[*rows(), "--collect", *names[k::PROCESSES]] for k in range(PROCESSES)], "statistics")
+    share([[*rows(), "--collect", *own] for own in divided], "statistics")
     share([rows()], "base and experts")
     share([rows(name) for name in initial], "initial merges")
     share([rows(name) for name in later], f"merges, {samples}")
@@ -116,8 +154,14 @@ def main() -> None:
     )
     parser.add_argument("--tasks", type=int, default=8, help="the first so many")
     parser.add_argument("--seeds", type=int, default=1, help="proxy samples")
+    parser.add_argument("--executor", choices=["threads", "ray"], default="threads")
+    parser.add_argument("--ray-address", help="of a cluster (default: one is started here)")
     add_row_options(parser, "all but MaTS at 100 plain steps")
     arguments, others = parser.parse_known_args()
+    if arguments.executor == "ray":
+        join(arguments.ray_address)
+    elif arguments.ray_address:
+        parser.error("--ray-address goes with --executor ray")
     start = time.monotonic()
     make_experts(arguments)
     for seeds in sorted({1, arguments.seeds}):
