@@ -173,3 +173,36 @@ def test_stacks_are_cut_and_merged_at_a_rank(base: tuple[Path, nn.Module], tmp_p
         stated = json.loads((out / "adapter_config.json").read_text())
         assert (stated["r"], stated["rank_pattern"]) == (2, {})
         served(folder, out, model)
+
+
+def test_factors_of_single_experts_become_those_of_stacks(
+    base: tuple[Path, nn.Module], tmp_path: Path
+):
+    """As servers write them; experts without factors stay as they are."""
+    from safetensors.torch import save_file
+
+    folder, model = base
+    generator = torch.Generator().manual_seed(3)
+    inner = {"Qwen3MoeForCausalLM": 4, "MixtralForCausalLM": 24, "GptOssForCausalLM": 24}
+    sizes = {"gate_proj": (inner[type(model).__name__], 16), "down_proj": (16, 24)}
+    sizes["down_proj"] = (16, sizes["gate_proj"][0])
+    factors: dict[str, Tensor] = {}
+    for expert, role in ((0, "gate_proj"), (2, "down_proj")):
+        key = f"base_model.model.model.layers.1.mlp.experts.{expert}.{role}"
+        out, width = sizes[role]
+        factors[f"{key}.lora_A.weight"] = torch.randn(2, width, generator=generator)
+        factors[f"{key}.lora_B.weight"] = torch.randn(out, 2, generator=generator)
+    (tmp_path / "a").mkdir()
+    save_file(factors, tmp_path / "a" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 1, "target_modules": list(sizes)}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    common: dict[str, Any] = {
+        **{"base": folder, "experts": {"a": str(tmp_path / "a")}},
+        **{"method": "task_arithmetic", "scale": 1.0},
+    }
+    eutectic.merge(**common, output=tmp_path / "model")
+    eutectic.merge(**common, adapter={}, output=tmp_path / "adapter")
+    wanted = answer(load(tmp_path / "model", model))
+    assert not torch.allclose(wanted, answer(load(folder, model)), atol=1e-4)
+    wrapped = served(folder, tmp_path / "adapter", model)
+    torch.testing.assert_close(answer(wrapped), wanted, rtol=1e-4, atol=1e-5)
