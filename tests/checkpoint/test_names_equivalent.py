@@ -282,5 +282,15 @@ def test_adapter_of_single_matrices_on_a_packed_base(tmp_path: Path) -> None:
     at = "base_model.model.model.layers.0.mlp.experts.0.gate_proj"
     tensors = {f"{at}.lora_A.weight": torch.ones(1, 4), f"{at}.lora_B.weight": torch.ones(6, 1)}
     base = {"model.layers.0.mlp.experts.gate_up_proj": torch.zeros(2, 12, 4)}
+    found = open_adapter(write(tmp_path / "a", tensors), StateDictReader(base).entries)
+    change = found.delta(
+        "model.layers.0.mlp.experts.gate_up_proj", base=torch.zeros(96), dtype=torch.float32
+    ).view(2, 12, 4)
+    assert change[0, :6].unique().tolist() == [found.config["lora_alpha"]]
+    assert not change[0, 6:].any()
+    assert not change[1].any()
+    at = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{at}.lora_A.weight": torch.ones(1, 4), f"{at}.lora_B.weight": torch.ones(4, 1)}
+    base = {"model.layers.0.self_attn.qkv_proj.weight": torch.zeros(8, 4)}
     with pytest.raises(CheckpointError, match="packed otherwise: merge the adapter with peft"):
-        open_adapter(write(tmp_path / "a", tensors), StateDictReader(base).entries)
+        open_adapter(write(tmp_path / "b", tensors), StateDictReader(base).entries)
