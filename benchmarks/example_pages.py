@@ -81,7 +81,7 @@ def picture() -> None:
 
 
 TITLES = {
-    "demo": "The demo: six adapters of MiniLM in one model",
+    "demo": "The demo's six adapters of MiniLM, ten ways to one model",
     "hard": "Eight text tasks, hard regime: twelve ways to one model",
     "decoder": "A decoder of 24 layers with random weights",
 }

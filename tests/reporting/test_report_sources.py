@@ -274,13 +274,17 @@ def test_no_private_path_is_published(world, tmp_path):
     assert "read x.json, see https://a.b/c" in report.json_text()
 
 
-def test_the_command_line(world, tmp_path):
+def test_the_command_line(world, tmp_path, monkeypatch):
     page = tmp_path / "page.html"
     answer = invoke("report", world["folder"] / "merged", "-o", page, "--title", "Mine")
     assert answer.code == 0 and f"written {page}" in answer.out
     assert "<title>Mine</title>" in page.read_text(encoding="utf-8")
     answer = invoke("report", world["folder"] / "merged", "-o", tmp_path / "r.json", "--json")
     assert json.loads(answer.out)["merges"][0]["method"] == "iso_c"
+    monkeypatch.chdir(tmp_path)
+    assert "written report.md" in invoke("report", world["folder"] / "merged", "-f", "md").out
+    answer = invoke("report", world["folder"] / "merged", "-f", "pdf")
+    assert answer.code == 2 and "got 'pdf'" in answer.err
     assert invoke("report").code == 2
     assert invoke("report", tmp_path / "absent", "-o", page).code == 2
 
@@ -298,7 +302,52 @@ def test_a_merge_writes_its_page(world, tmp_path):
     assert answer.code == 2 and not (tmp_path / "n").exists()
     answer = invoke(*words[:6], tmp_path / "s", *experts, "--sweep", "0,1", "--report")
     assert answer.code == 0
-    assert "2 merged" in (tmp_path / "s.html").read_text() or "0: " in answer.out + "0: "
+    page = (tmp_path / "s.html").read_text(encoding="utf-8")
+    assert "0: iso_c merged" in page and "1: iso_c merged" in page
+
+
+def test_a_comparison_brings_its_results_curves_and_notes(tmp_path):
+    names = ["iso_c@validation", "ties@default"]
+    told = results(dict(zip(names, [{"a": 0.7}, {"a": 0.6}], strict=True)), {"a": 0.8})
+    rows = [
+        {"name": names[0], "method": "iso_c", "search": "validation", "scale": 0.5, "error": None},
+        {"name": names[1], "method": "ties", "search": "default", "scale": 1.0, "error": None},
+        {"name": "dare@default", "method": "dare", "scale": None, "error": "NaN in its outputs"},
+    ]
+    table = {"schema_version": 1, "best": names[0], "rows": rows, "notes": ["a note"],
+             "left_out": {"esm": "no statistics"}}  # fmt: skip
+    folder = tmp_path / "comparison"
+    (folder / "candidates").mkdir(parents=True)
+    (folder / "comparison.json").write_text(json.dumps(table))
+    (folder / "results.json").write_text(json.dumps(told))
+    for name, search in zip(names, [curve({0.1: 0.2, 0.5: 0.4, 1.0: 0.3}, 0.5), None], strict=True):
+        kept = {"identity": "i", "scale": 0.5, "fingerprint": "f", "search": search}
+        (folder / "candidates" / f"{name}.json").write_text(json.dumps(kept))
+    report = eutectic.report(folder)
+    assert [(c.name, c.chosen) for c in report.curves] == [(names[0], 0.5)]
+    (scores,) = report.scores
+    assert [m.note for m in scores.models if m.role == "model"] == [
+        "α = 0.5, by validation", "α = 1, by default",
+    ]  # fmt: skip
+    assert scores.notes == [
+        "a note", "dare@default has no figures: NaN in its outputs",
+        "esm was left out: no statistics",
+    ]  # fmt: skip
+
+
+def test_what_returned_objects_bring(world):
+    """A merge's report has its times, a search its curve."""
+    from eutectic.tuning.entry import TuneReport
+
+    inputs = world["inputs"]
+    made = eutectic.merge(**inputs, method="ties", output=world["folder"] / "object")
+    costs = {c.what: c.value for c in eutectic.report(made).costs}
+    assert costs["time of the merge"] == made.seconds
+    searched = curve({0.1: 0.2, 0.5: 0.4, 1.0: 0.3}, 0.5)
+    del searched["method"]
+    tuned = TuneReport("ties", 0.5, searched, ())
+    (own,) = eutectic.report(tuned).curves
+    assert (own.name, own.chosen) == ("ties", 0.5)
 
 
 def test_a_notebook_shows_the_page():

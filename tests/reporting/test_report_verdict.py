@@ -139,3 +139,12 @@ def test_weak_routers_are_told(tmp_path):
     assert own.depth[3].shares["a"] == pytest.approx(0.8)
     (layers,) = report.maps
     assert layers.measures[0].values[0] == [50.0]
+
+
+def test_who_has_data_is_told_to_calibrate_and_not_to_collect():
+    told = results({"regmean@default": {"a": 0.7, "b": 0.45}}, EXPERTS, BASE)
+    following = kinds(eutectic.report(told), "next")
+    assert "calibrate" in following and "collect" not in following
+    told = results({"iso_c@default": {"a": 0.7, "b": 0.45}}, EXPERTS, BASE)
+    following = kinds(eutectic.report(told), "next")
+    assert "collect" in following and "calibrate" not in following

@@ -21,7 +21,9 @@ def report(
         "-o`, `plan --json` and `tune --json`, a recipe, statistics.",
         metavar="[NAME=]SOURCE…",
     ),
-    output: Path = option(Path("report.html"), "File to write.", "--output", "-o"),
+    output: Path | None = option(
+        None, "File to write (default: report.html, .md or .json).", "--output", "-o"
+    ),
     format: str | None = option(
         None, "Default: by the ending of the file.", "--format", "-f", metavar="html | md | json"
     ),
@@ -31,8 +33,9 @@ def report(
 ) -> None:
     """Tell what merges did on one page: verdict, figures, layers, tensors, provenance.
 
-    The page is one file that needs no network. Of several merges it says which is best, and which
-    cannot be told from it. A folder that is none of the sources is looked through for them.
+    The page is one file that needs no network. Of several merges it says which is
+    best, and which cannot be told from it. A folder that is none of the sources is
+    looked through for them.
 
     Examples:
 
@@ -51,6 +54,7 @@ def report(
             f"nothing to report on.\nName {KNOWN}.\n"
             "Example: eutectic report merged/ results.json -o report.html"
         )
+    output = output or Path(f"report.{format or 'html'}")
     doing("reading sources")
     found = run(*sources, output=output, format=format, title=title)
     doing("")

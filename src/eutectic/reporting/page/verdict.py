@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from eutectic.methods import all_methods
 from eutectic.reporting.page.page_record import (
     Curve,
     Finding,
@@ -24,7 +26,7 @@ from eutectic.reporting.page.shown_numbers import (
     with_interval,
 )
 from eutectic.reporting.page.source_views import ClosedFormView
-from eutectic.words import few, percent
+from eutectic.words import counted, few, percent
 
 POOR = 0.9  # of the expert: a task below it is worth another try
 FAIR = 0.97  # of the experts: a merge below it leaves something to gain
@@ -114,7 +116,7 @@ def _headline(own: Scores, best: ModelScore, count: int) -> str:
     ]
     beside = f" ({', '.join(references)})" if references else ""
     lower = "" if higher else "; lower is better"
-    tasks = "one task" if len(own.tasks) == 1 else f"{len(own.tasks)} tasks"
+    tasks = counted(len(own.tasks), "task")
     return f"{text}{beside}, on {tasks}, {own.split} rows{lower}."
 
 
@@ -220,21 +222,22 @@ def _quality(score: Any, higher: bool) -> float | None:
 
 
 def _of_merges(merges: Sequence[Merge], measured: bool) -> Iterator[Finding]:
-    level: Level = "info" if measured else "headline"
-    if len(merges) > _MOST:
+    """Yield what was merged, unless models were measured, which says more; and what is wrong."""
+    if len(merges) > _MOST and not measured:
         done = sum(not merge.planned for merge in merges)
         plans = len(merges) - done
-        parts = [f"{done} merged models"] if done else []
-        parts += [f"{plans} plan{'s' if plans > 1 else ''}"] if plans else []
+        parts = [counted(done, "merged model")] if done else []
+        parts += [counted(plans, "plan")] if plans else []
         names = few([merge.name for merge in merges])
         yield _finding(
-            "merges", level, f"{' and '.join(parts)}: {names}.", [m.name for m in merges],
+            "merges", "headline", f"{' and '.join(parts)}: {names}.", [m.name for m in merges],
             merged=done, planned=plans,
         )  # fmt: skip
-    else:
+    elif not measured:
         for merge in merges:
-            text = _merge_text(merge)
-            yield _finding("merge", level, text, (merge.name,), growth=merge.growth)
+            yield _finding(
+                "merge", "headline", _merge_text(merge), (merge.name,), growth=merge.growth
+            )
     for merge in merges:
         yield from _faults_of(merge)
 
@@ -426,7 +429,8 @@ def _next_of_scores(
         yield _next("route", f"{few(poor)} lost more than {1 - POOR:.0%} of the expert: thin "
                     "experts beside the merge, chosen per input, keep such tasks.",
                     "eutectic route MERGED NAME=EXPERT… -s NAME=FILE… -o routed/")  # fmt: skip
-    if best.share.value is not None and best.share.value < FAIR and not rest["statistics"]:
+    data = rest["statistics"] or any(_needs_data(m.name) for m in own.models)
+    if best.share.value is not None and best.share.value < FAIR and not data:
         text = (
             "A few unlabelled inputs a task allow methods that use data (iso_a, regmean, esm), "
             "which usually gain where merges without data stop."
@@ -438,8 +442,8 @@ def _next_of_scores(
         yield _next("tune_best", f"Nothing here chose the α of {best.name}: search it on rows that "
                     "are not scored, or without labels.",
                     "eutectic tune recipe.yaml --search divergence --tasks tasks.yaml")  # fmt: skip
-    if best.share.value is not None and best.share.value < FAIR and rest["statistics"]:
-        if not calibrated:
+    if best.share.value is not None and best.share.value < FAIR and data:
+        if not calibrated and best.name not in routed:
             yield _next("calibrate", f"Calibrate {best.name} layer by layer towards its experts: "
                         "in closed form, from the same unlabelled inputs.",
                         "eutectic calibrate MERGED NAME=EXPERT… --data NAME=inputs.jsonl "
@@ -450,6 +454,12 @@ def _next_of_scores(
         yield _next("rows", f"More test rows tell the {len(level) + 1} models apart that are level "
                     f"now; the smallest task has {rows:,}. Four times as many halve an interval.",
                     "")  # fmt: skip
+
+
+def _needs_data(model: str) -> bool:
+    """Tell whether a model has the name of a method that reads statistics, α and the like aside."""
+    method = all_methods().get(re.split("[@: -]", model)[0])
+    return method is not None and bool(method.needs(method.parse({})) - {"base"})
 
 
 def _next(kind: str, text: str, command: str) -> Finding:
