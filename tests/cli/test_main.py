@@ -118,3 +118,10 @@ def test_pairs():
     assert options.pairs(["a=b=c", "x=1"], "--param") == {"a": "b=c", "x": "1"}
     with pytest.raises(RequestError, match="--param 'a' is given twice"):
         options.pairs(["a=1", "a=2"], "--param")
+
+
+def test_help_imports_nothing_that_is_slow():
+    heavy = ("torch", "numpy", "transformers", "asyncio", "webbrowser", "jinja2", "fsspec", "ray")
+    code = f"import sys, eutectic.cli.main; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -48,9 +48,9 @@ def test_demo_merges_real_experts(tmp_path: Path) -> None:
     assert mean["iso_c"] - mean["task_arithmetic"] > 1.5
 
     # What texts without labels give: statistics, an α, a routed model.
-    assert {"regmean", "mats", "iso_a", "iso_c by KL", "routed"} <= mean.keys()
-    assert mean["iso_c by KL"] - mean["average"] > 1.5
-    assert 0.2 <= result["scales"]["iso_c by KL"] <= 2
+    assert {"regmean", "mats", "iso_a", "iso_c_by_kl", "routed"} <= mean.keys()
+    assert mean["iso_c_by_kl"] - mean["average"] > 1.5
+    assert 0.2 <= result["scales"]["iso_c_by_kl"] <= 2
     rows = result["rows"].values()
     assert all(0 < row["standard_error"] < 0.05 for row in rows)
     share = sum(r["share_of_experts"] for n, r in result["rows"].items() if n == "experts")
@@ -105,7 +105,7 @@ def test_files_of_others_are_left_alone(tmp_path: Path, name: str) -> None:
 
 def test_the_demo_at_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     figures = {"standard_error": 0.011, "nai": None, "nai_interval": None}
-    names = ["base", "experts", "task_arithmetic", "iso_c by KL", "routed"]
+    names = ["base", "experts", "task_arithmetic", "iso_c_by_kl", "routed"]
     tasks = ["amazon", "movie", "spam", "wn_noun", "wn_order", "wn_pos"]
 
     def found(name: str, **more: Any) -> Any:
@@ -125,7 +125,7 @@ def test_the_demo_at_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: Any) ->
             for m in names
         ],
     )
-    told = Told(results, {"iso_c by KL": 0.91}, frozenset({"routed"}), Path("m"), Path("r"), None)
+    told = Told(results, {"iso_c_by_kl": 0.91}, frozenset({"routed"}), Path("m"), Path("r"), None)
     monkeypatch.setattr(console.out, "_width", 80)
     _show(told)
     shown = capsys.readouterr().out.splitlines()

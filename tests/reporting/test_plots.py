@@ -97,6 +97,7 @@ def test_results_as_bars_and_marks(
     assert [t.get_text() for t in means.get_yticklabels()] == list(shares)
     assert shares["good"] == pytest.approx(100 * 7 / 9)
     assert [t.get_text() for t in tasks.get_yticklabels()] == ["first", "second"]
+    assert [line.get_label() for line in tasks.lines] == ["base", "good", "bad"]
     assert "good keeps 77.8 % of the experts" in figures["results"].get_suptitle()
     assert "distinguishably more" in figures["results"].get_suptitle()
     with pytest.raises(RequestError, match=r"ends with \.png"):

@@ -28,11 +28,12 @@ BY_DATA: dict[str, dict[str, Any]] = {
     "iso_a": {"method": "iso_a", "scale": 0.8},  # as a search by KL on the same texts finds
 }
 METHOD = "iso_c"  # of which a second row has its α chosen by what experts answer
-KEPT = "iso_c by KL"
+KEPT = "iso_c_by_kl"
 ROUTED = "routed"
 RANK = 32  # of the experts beside the routed layers
 MAX_TOKENS = 48
-TEXTS = 64  # of each task, unlabelled: statistics, router and α see no others
+TEXTS = 64  # of each task, unlabelled: statistics and router see no others
+SEARCHED = 32  # of these, for α
 SEARCH = {"search": "divergence", "range": [0.2, 2.0], "points": 6, "tolerance": 0.1}
 _SHARES = (10.0, 6.0, 20.0, 12.0, 5.0, 60.0)  # seconds of the stages, about
 _HEADER = "# Written by `eutectic demo`, which writes it anew.\n"
@@ -218,7 +219,7 @@ def write_tasks(demo: Experts) -> Path:
             "base_head": seen(own / "base_head.safetensors"),
             "max_length": MAX_TOKENS,
         }
-        share = min(1.0, TEXTS / max(1, len(proxy.read_text("utf-8").splitlines())))
+        share = min(1.0, SEARCHED / max(1, len(proxy.read_text("utf-8").splitlines())))
         described[name]["data"]["proxy"] = {"path": seen(proxy), "share": round(share, 3)}
     experts = {
         name: {"path": seen(own), "statistics": seen(demo.statistics(name))}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as encoding
-import webbrowser
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +64,15 @@ def report(
             style = {"headline": "bold", "bad": "yellow", "good": "green"}.get(finding.level)
             out.print(finding.text, style=style, markup=False, highlight=False)
         tell_done("written", output)
-    if open and not webbrowser.open(output.absolute().as_uri()):
-        err.print(f"no browser could be started; open {output} yourself.", markup=False)
+    if open:
+        _open(output)
+
+
+def _open(page: Path) -> None:
+    import webbrowser  # imports much
+
+    if not webbrowser.open(page.absolute().as_uri()):
+        err.print(f"no browser could be started; open {page} yourself.", markup=False)
 
 
 def page_beside(output: Path) -> Path:

@@ -11,6 +11,7 @@ from eutectic.reporting.plots import check_picture, new_figure, save_figure
 FORMATS = (".png", ".svg", ".pdf")
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _MARKS = "osD^vPX"
+SHOWN = 6  # models whose figures of every task are drawn, beside the base's
 
 
 def check_plot(path: Path) -> None:
@@ -72,7 +73,7 @@ def _means(axes: Any, rows: list[Mean], shares: bool, unit: float) -> None:
         )
     axes.set_yticks(range(len(rows)), [mean.checkpoint for mean in rows], fontsize=8)
     axes.invert_yaxis()
-    axes.set_title("mean over tasks, with 95 % interval", fontsize=9)
+    axes.set_title("mean over tasks, with 95 % interval (bars cut on the left)", fontsize=9)
     _zoom(axes, rows, shares, unit)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
@@ -92,19 +93,22 @@ def _by_task(axes: Any, results: Results, shares: bool, unit: float) -> None:
     """A row per task, a mark per model."""
     models = [c.name for c in results.checkpoints if c.role != "expert"]
     cells = {(r.checkpoint, r.task): _figure(r, shares)[0] for r in results.results}
-    shown = [name for name in models if name != "base"][:6]
+    sign = 1 if shares or results.tasks[0].higher_is_better else -1
+    known = {m.checkpoint: _figure(m, shares)[0] or 0.0 for m in results.means}
+    ranked = sorted(models, key=lambda name: -sign * known.get(name, 0.0))
+    shown = [name for name in ranked if name != "base"][:SHOWN]
     for index, name in enumerate(["base", *shown] if "base" in models else shown):
         colour = "#999999" if name == "base" else _COLOURS[(index - 1) % len(_COLOURS)]
         values = [cells.get((name, task.name)) for task in results.tasks]
-        known = [(unit * v, i) for i, v in enumerate(values) if v is not None]
+        places = [(unit * v, i) for i, v in enumerate(values) if v is not None]
         mark = _MARKS[index % len(_MARKS)]
-        axes.plot(*zip(*known, strict=True), mark, color=colour, markersize=5, label=name)
+        axes.plot(*zip(*places, strict=True), mark, color=colour, markersize=5, label=name)
     axes.set_yticks(range(len(results.tasks)), [t.name for t in results.tasks], fontsize=8)
     axes.set_ylim(len(results.tasks) - 0.5, -0.5)
     axes.grid(alpha=0.3)
     axes.tick_params(labelsize=8)
     left_out = len(models) - len(shown) - ("base" in models)
-    more = f" (the first {len(shown)} models of {len(shown) + left_out})" if left_out else ""
+    more = f" (the best {len(shown)} models of {len(shown) + left_out})" if left_out else ""
     axes.set_title(f"task by task{more}", fontsize=9)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 

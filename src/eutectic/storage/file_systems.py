@@ -6,7 +6,6 @@ kind of error and its code.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import threading
@@ -112,15 +111,20 @@ def persistently(url: Url, call: Callable[[], _T]) -> _T:
     raise AssertionError
 
 
+def _timed_out(error: BaseException) -> bool:
+    """Tell it by the name: asyncio has a class of its own in Python 3.10, and is slow to import."""
+    return isinstance(error, TimeoutError) or type(error).__name__ == "TimeoutError"
+
+
 def is_of_a_store(error: BaseException) -> bool:
     """Tell an error of a store or the network from one of ours."""
     of = type(error).__module__.partition(".")[0]
-    return isinstance(error, (OSError, asyncio.TimeoutError)) or of in _STORES
+    return isinstance(error, OSError) or _timed_out(error) or of in _STORES
 
 
 def _passes(error: BaseException) -> bool:
     """Tell whether an error may be gone after a while."""
-    if isinstance(error, (ConnectionError, TimeoutError, asyncio.TimeoutError)):
+    if isinstance(error, ConnectionError) or _timed_out(error):
         return True
     name, of = type(error).__name__, type(error).__module__.partition(".")[0]
     if "Credentials" in name or "Param" in name or "Validation" in name or "Offline" in name:
