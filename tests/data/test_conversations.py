@@ -335,3 +335,49 @@ def test_gradients_without_an_answer_are_refused(folder: Path, tmp_path: Path, r
     assert refused.code == 2 and "none of its rows has an answer" in refused.err
     if "messages" in row and len(row["messages"]) == 1:
         assert invoke(*words).code == 0  # inputs alone are seen all the same
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "mistral", "alpaca", "exaone"])
+def test_known_templates_against_naive_masks(name: str) -> None:
+    """All that follows the prompt counts, turn by turn, token by token of single bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    alphabet = {letter: i for i, letter in enumerate(pre_tokenizers.ByteLevel.alphabet())}
+    fast = Tokenizer(models.BPE(alphabet, []))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own = world.hf.PreTrainedTokenizerFast(tokenizer_object=fast, bos_token="<s>", eos_token="</s>")
+    own.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|eot_id|>"]})
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Où?"},
+        {"role": "assistant", "content": "Là-bas"},
+        {"role": "user", "content": "Why? 🙂"},
+        {"role": "assistant", "content": "So."},
+    ]
+    found = answered_ids(Task(chat_template=name), [{"messages": chat}], own, 999)
+
+    def naive(turns: list[dict[str, str]], **further: Any) -> list[int]:
+        from eutectic.vocabulary.chat_templates import BUILT_IN
+
+        text = own.apply_chat_template(
+            turns, chat_template=BUILT_IN[name], tokenize=False, **further
+        )
+        return own(text, add_special_tokens=False)["input_ids"]
+
+    wanted = [False] * len(naive(chat))
+    for end in (3, 5):
+        start = len(naive(chat[: end - 1], add_generation_prompt=True))
+        stop = len(naive(chat[:end]))
+        wanted[start:stop] = [True] * (stop - start)
+    assert found.ids == [naive(chat)] and found.answers == [wanted]
+    assert any(wanted)
+
+
+def test_dtypes_of_evaluations_have_their_usual_spellings(folder: Path) -> None:
+    spec = {"kind": "language-model", "data": str(folder / "pairs.jsonl")}
+    tasks = world.tasks(folder / "d.yaml", a=spec)
+    short, long = (
+        eutectic.evaluate(tasks, base=folder / "base", dtype=dtype, resamples=0)  # type: ignore[arg-type]
+        for dtype in ("bf16", "bfloat16")
+    )
+    assert short.results[0].value == long.results[0].value and short.dtype == "bfloat16"
