@@ -282,6 +282,10 @@ def test_the_command_line_takes_urls(tmp_path: Path, store: Any) -> None:
         assert told.code == 0, told.err
         assert SECRET not in told.out + told.err
         assert str(tmp_path / "cache") not in told.out + told.err
+    told = invoke("merge", *made, "--sweep", "0,1", "-o", f"s3://{BUCKET}/cli/sweep")
+    assert told.code == 0, told.err
+    assert f"s3://{BUCKET}/cli/sweep/0" in told.out
+    assert str(tmp_path / "cache") not in told.out
     told = invoke("plan", "--base", "s3://u:hunter2@models/base", "-m", "average", *experts)
     assert told.code == 2
     assert "hunter2" not in told.err
@@ -342,3 +346,15 @@ def test_a_file_that_is_named_says_nothing_of_the_folders_beside_it(
     assert (folder / "config.json").exists()
     store.delete_object(Bucket=BUCKET, Key="beside/a.safetensors")
     assert not view(f"s3://{BUCKET}/beside/a.safetensors").exists()
+
+
+@pytest.mark.parametrize("key", ["merge.yaml", "plain", "folder/plain"])
+def test_a_recipe_at_the_top_of_a_bucket_or_without_an_ending(
+    tmp_path: Path, store: Any, key: str
+) -> None:
+    base = make_base()
+    paths = [save(tmp_path / n, make_expert(base, i)) for i, n in enumerate(("base", "a"))]
+    recipe = f"base: {paths[0]}\nexperts: {{a: {paths[1]}}}\nmethod: task_arithmetic\n"
+    store.put_object(Bucket=BUCKET, Key=key, Body=recipe.encode())
+    eutectic.merge(f"s3://{BUCKET}/{key}", output=tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -16,7 +16,7 @@ from eutectic.cli.report import page_beside, write_page
 from eutectic.cli.tune import known_scale
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes
-from eutectic.words import between, counted, percent, shares
+from eutectic.words import between, counted, percent, shares, with_urls
 
 if TYPE_CHECKING:
     from eutectic.execution.run import MergeReport
@@ -118,7 +118,7 @@ def _sweep(recipe: Path | None, weights: list[float], options: dict[str, Any], j
             searched = f"  α = {reports[value].scale:g}" if reports[value].search else ""
             state = f"{reports[value].seconds:.1f} s{searched}"
         name = mixture_name(value)
-        text = f"λ = {name:<5} {options['output'] / name}  {state}"
+        text = f"λ = {name:<5} {with_urls(str(options['output'] / name))}  {state}"
         out.print(text, highlight=False, soft_wrap=True)
 
 

@@ -93,7 +93,7 @@ def forget(path: Path) -> None:
 
 
 def _view(url: Url, path: Path) -> Path:
-    single = url.name.lower().endswith(_SINGLE) and len(url.parts) > 2
+    single = url.name.lower().endswith(_SINGLE) and (url.scheme != "hf" or len(url.parts) > 2)
     if single:
         # What decides how weights are read lies beside them.
         weights = url.name.lower().endswith(_WEIGHTS)
@@ -103,7 +103,12 @@ def _view(url: Url, path: Path) -> Path:
             _show(url.parent, beside, deep=False, alone=not weights)
             _seen.add((os.getpid(), url))
             return path
-    _show(url, stored_below(url))
+    found = stored_below(url)
+    own = [stored for stored in found if stored.url == url]
+    if own:  # a file whose name does not tell
+        _show(url.parent, own, deep=False, alone=True)
+    else:
+        _show(url, found)
     _seen.add((os.getpid(), url))
     return path
 
