@@ -177,6 +177,7 @@ def out_of_memory() -> dict[str, Any]:
 def start(cores: int, threshold: float | None = None) -> tuple[Any, list[Any], str]:
     """Start three nodes, of which two share the cores."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # else whatever else runs goes before the workers
     here = str(Path(__file__).parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), here])
     if threshold is not None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import eutectic
+from eutectic.cluster.where import Where
 from eutectic.errors import RequestError
 from eutectic.evaluation.pairs import EvaluationSettings
 from eutectic.evaluation.run import EvaluationOptions
@@ -15,9 +16,12 @@ from eutectic.statistics.settings import CollectOptions, Settings
 
 
 def test_every_option_is_declared_for_type_checkers():
-    assert {f.name for f in fields(EvaluationSettings)} == EvaluationOptions.__annotations__.keys()
+    where = Where.__annotations__.keys()  # where it is done decides no number
+    measured = {f.name for f in fields(EvaluationSettings)}
+    assert measured | where == EvaluationOptions.__annotations__.keys()
     named = {"grams", "output_gradients"}
-    assert {f.name for f in fields(Settings)} - named == CollectOptions.__annotations__.keys()
+    summed = {f.name for f in fields(Settings)} - named
+    assert summed | where | {"shards", "open_model"} == CollectOptions.__annotations__.keys()
 
 
 def test_unknown_options_are_refused_with_the_nearest_name():

@@ -17,8 +17,13 @@ from eutectic.errors import MissingExtraError, RequestError, first_line
 
 OBJECT_STORE_BYTES = 128_000_000  # of a cluster that is started here; results are small
 _PATIENCE = 10.0  # seconds until an address counts as silent
-# Ray reports nothing of this to anybody, and leaves the devices of tasks as they are.
-_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+# Ray reports nothing of this to anybody, leaves the devices of tasks as they are, and lets workers
+# that it starts here run like any process of the user's: by default everything else goes first.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",
+}
 
 
 @dataclass(frozen=True)
