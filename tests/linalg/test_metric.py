@@ -14,6 +14,7 @@ from eutectic.linalg.metric import (
     leading_pairs,
     mean_metric,
 )
+from eutectic.linalg.remembered import digest, remembered
 
 IN, RANK = 96, 8
 
@@ -175,3 +176,43 @@ def test_a_core_that_is_not_small_is_none():
     assert core_space_beside(adapters(), [torch.randn(20, IN).double()]) is None
     none = core_space_beside(adapters((0, 0)), [torch.randn(2, IN).double()])
     assert none is not None and none.right.shape == (IN, 2)
+
+
+def test_equal_metrics_are_decomposed_once(monkeypatch: pytest.MonkeyPatch):
+    from eutectic.linalg import lapack
+
+    made: list[int] = []
+    eigh = lapack.eigh
+    monkeypatch.setattr(lapack, "eigh", lambda m: made.append(len(m)) or eigh(m))
+    C, M = second_moment(11), torch.randn(3, IN).double()
+    keys = [digest(C, 1.0), digest(C.clone(), 1.0), digest(C, 2.0), ""]
+    assert keys[0] == keys[1] != keys[2]
+    results = [InputMetric(IN, matrix=C, key=key).times(M, 0.5) for key in keys]
+    assert made == [IN] * 3 and all(torch.equal(results[0], r) for r in results[1:])
+    assert digest(C, "") == "" and digest(C) != digest(C.float()) != digest(C.view(-1))
+
+
+def test_what_failed_is_tried_again():
+    def fail() -> int:
+        raise ValueError
+
+    key = digest("what failed")
+    with pytest.raises(ValueError):
+        remembered(key, fail)
+    assert remembered(key, lambda: 3) == 3 == remembered(key, fail)
+
+
+def test_threads_wait_for_one_another():
+    from concurrent.futures import ThreadPoolExecutor
+    from time import sleep
+
+    made: list[int] = []
+
+    def make() -> int:
+        made.append(1)
+        sleep(0.05)
+        return 7
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: remembered(digest("threads"), make), range(4)))
+    assert found == [7] * 4 and made == [1]

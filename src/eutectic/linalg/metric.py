@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from eutectic.linalg import lapack
+from eutectic.linalg.remembered import digest, remembered
 
 # Rows below this share of the width are cheaper than the matrix, whose eigenproblem is the cost.
 FEW = 0.5
@@ -36,12 +37,14 @@ class InputMetric:
         isotropic: the multiple of the identity, above 0 unless there is a matrix.
         rows: `[k, in]`, or None for none.
         matrix: `[in, in]` in place of both, or None.
+        key: says what it was made of, so that equal ones are decomposed once; "" for each alone.
     """
 
     size: int
     isotropic: float = 0.0
     rows: Tensor | None = None
     matrix: Tensor | None = None
+    key: str = ""
 
     @property
     def count(self) -> int:
@@ -69,16 +72,20 @@ class InputMetric:
         Of few rows by one eigenproblem of side k, otherwise by one of side `in`.
         """
         if not self.thin:
-            like = self.matrix if self.rows is None else self.rows
-            assert like is not None
-            values, vectors = lapack.eigh(self.dense(like))
-            return values.clamp_min(torch.finfo(values.dtype).tiny), vectors.mT
+            # Wider ones would take too much memory to be kept.
+            return remembered(self.key if self.size <= WHOLE_WIDTH else "", self._whole)
         assert self.rows is not None
         values, vectors = lapack.eigh(self.rows @ self.rows.mT)
         # Directions that the rounding of the product has made up are worth nothing.
         kept = values > values[0] * len(values) * torch.finfo(values.dtype).eps
         values, vectors = values[kept], vectors[:, kept]
         return values, (vectors / values.sqrt()).mT @ self.rows
+
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        like = self.matrix if self.rows is None else self.rows
+        assert like is not None
+        values, vectors = lapack.eigh(self.dense(like))
+        return values.clamp_min(torch.finfo(values.dtype).tiny), vectors.mT
 
     def times(self, matrix: Tensor, exponent: float) -> Tensor:
         """Return M·C^p for M `[n, in]`, in float64; what was decomposed for one p serves others.
@@ -176,6 +183,7 @@ class WideMetric:
         scale: of A.
         rank: leading directions that are found.
         degree: of the polynomial; 0 takes the rest of the spectrum as even, at its mean.
+        key: says what A is, so that its leading directions are found once; "" for each alone.
     """
 
     size: int
@@ -186,6 +194,7 @@ class WideMetric:
     scale: float = 1.0
     rank: int = 64
     degree: int = 4
+    key: str = ""
 
     @property
     def like(self) -> Tensor:
@@ -215,8 +224,11 @@ class WideMetric:
 
     @cached_property
     def _leading(self) -> Leading:
-        shape = (self.size, self.rank)
-        return leading_pairs(self._act, shape, self.trace, like=self.like, steps=self.degree)
+        def find() -> Leading:
+            shape = (self.size, self.rank)
+            return leading_pairs(self._act, shape, self.trace, like=self.like, steps=self.degree)
+
+        return remembered(digest(self.key, self.rank, self.degree), find)
 
     def times(self, matrix: Tensor, exponent: float) -> Tensor:
         """Return M·C^p for M `[n, in]`, in float64, from products in the Gram's dtype.
@@ -273,6 +285,8 @@ def _mean_wide(metrics: Sequence[Metric], like: Tensor) -> WideMetric:
     isotropic = sum(m.isotropic for m in metrics) * share
     scaled = [(m, share * (m.scale if isinstance(m, WideMetric) else 1.0)) for m in metrics]
     dtype = first.like.dtype
+    key = digest(*(part for m, scale in scaled for part in (m.key, scale)))
+    first = replace(first, key=key)
     if all(m.matrix is None for m in metrics):
         rows = [m.rows.to(dtype) * scale**0.5 for m, scale in scaled if m.rows is not None]
         diagonals = [
@@ -315,4 +329,4 @@ def mean_metric(metrics: Sequence[Metric], like: Tensor) -> Metric:
     total = own[0].dense(like) / count
     for metric in own[1:]:
         total = total.add(metric.dense(like), alpha=1 / count)
-    return InputMetric(size, matrix=total)
+    return InputMetric(size, matrix=total, key=digest("mean", *(metric.key for metric in own)))

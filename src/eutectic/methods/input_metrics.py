@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from eutectic.linalg.metric import FEW_ROWS, InputMetric, Metric, WideMetric, is_wide
+from eutectic.linalg.remembered import digest
 from eutectic.types import LayerStatistics
 
 
@@ -49,6 +50,7 @@ def input_metric(
             scale=1 / entry.count,
             rank=how[0],
             degree=how[1],
+            key=_key(entry),
         )
         energy = held.trace * held.scale / size
         return held.ridged(ridge * energy) if energy else identity
@@ -59,4 +61,10 @@ def input_metric(
     if not energy:
         return identity
     moment.diagonal().add_(ridge * energy)
-    return InputMetric(size, matrix=moment)
+    return InputMetric(size, matrix=moment, key=digest(_key(entry), entry.count, ridge))
+
+
+def _key(entry: LayerStatistics) -> str:
+    """Return what says which Gram it is."""
+    held = (entry.gram, entry.gram_factor, entry.gram_diagonal)
+    return digest(*(part for part in held if part is not None))
