@@ -144,6 +144,17 @@ def test_a_curve_of_many_tasks_fits(screen: Screen):
     assert all(name in text for name in parts) and "objective ↑" in text and "0.5 ◀" in text
 
 
+def test_one_bad_value_leaves_the_bars_apart(screen: Screen):
+    values = {0.1: 0.62, 0.2: 0.55, 0.4: 0.48, 0.8: 0.45, 1.0: 0.453, 1.5: 0.5, 2.0: None, 3.0: 40}
+    points = [{"scale": s, "value": v, "parts": {}} for s, v in values.items()]
+    show_curve({"scale": 0.8, "points": points})
+    rows = {line.split()[0]: line for line in screen.out[1:-1]}
+    filled = {name: row.count("█") for name, row in rows.items()}
+    assert filled["0.8"] == 1 < filled["1"] + 1 <= filled["0.4"] < filled["1.5"] < filled["0.2"]
+    assert rows["3"].endswith("»") and filled["2"] == 0
+    assert screen.out[-1].startswith("bars from 0.45 to 0.") and "outside" in screen.out[-1]
+
+
 def test_times_have_names(screen: Screen):
     with progress_bar("merging") as tell:
         tell(1, 4, "text_model.encoder.layers.11.self_attn.q_proj.weight")

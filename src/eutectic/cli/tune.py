@@ -127,16 +127,30 @@ def known_scale(scale: float, search: Mapping[str, Any] | None) -> str:
 
 
 def show_curve(search: Mapping[str, Any]) -> None:
-    """Print the curve with one bar per α, and what the objective consists of."""
-    points = search["points"]
-    top = max((abs(p["value"]) for p in points if p["value"] is not None), default=0.0)
+    """Print the curve with one bar per α, and what the objective consists of.
 
-    def bar(value: float | None) -> str:
-        length = 0 if value is None or top == 0 else round(BAR * abs(value) / top)
+    Bars show where values lie between the smallest and the largest of those near the best one: a
+    bad α at the edge of the range must not make the others look alike. « and » lie outside.
+    """
+    from eutectic.tuning.search import near_the_best
+
+    points = search["points"]
+    curve = [math.nan if p["value"] is None else float(p["value"]) for p in points]
+    at = next((i for i, p in enumerate(points) if p["scale"] == search["scale"]), 0)
+    low, high = near_the_best([curve], at) or (-math.inf, math.inf)
+    inside = [value for value in curve if low <= value <= high]
+    first, last = (min(inside), max(inside)) if inside else (0.0, 0.0)
+
+    def bar(value: float) -> str:
+        if math.isnan(value):
+            return "░" * BAR
+        if not low <= value <= high:
+            return "«" + "░" * (BAR - 1) if value < low else "█" * (BAR - 1) + "»"
+        length = 1 + round((BAR - 1) * (value - first) / ((last - first) or 1.0))
         return "█" * length + "░" * (BAR - length)
 
     marks = [" ◀" if point["scale"] == search["scale"] else "" for point in points]
-    values = [f"{_shown(p['value'])} {bar(p['value'])}" for p in points]
+    values = [f"{_shown(p['value'])} {bar(own)}" for p, own in zip(points, curve, strict=True)]
     direction = "↑" if search.get("maximise") else "↓"
     columns = [(f"objective {direction}", values)]
     columns += [
@@ -145,6 +159,9 @@ def show_curve(search: Mapping[str, Any]) -> None:
     styles = ["bold green" if mark else None for mark in marks]
     names = [f"{p['scale']:.3g}{mark}" for p, mark in zip(points, marks, strict=True)]
     print_named(names, [[column] for column in columns], title="α", styles=styles)
+    if first < last:
+        outside = "; « and » lie outside" if len(inside) < len(curve) else ""
+        out.print(f"bars from {first:.4g} to {last:.4g}{outside}", style="dim", highlight=False)
 
 
 def _shown(value: float | None) -> str:

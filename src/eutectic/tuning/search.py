@@ -305,10 +305,11 @@ def _finding(search: Mapping[str, Any]) -> str:
     return f"{said}\nwithin 1 % of it: α from {ends}"
 
 
-def _frame(axes: Any, scales: Sequence[float], curves: Sequence[Sequence[float]], at: int) -> None:
-    """Limit the axis to what lies near the values at one α, and mark what lies outside.
+def near_the_best(curves: Sequence[Sequence[float]], at: int) -> tuple[float, float] | None:
+    """Return between which values the curves lie around their values at one place.
 
-    One bad α at the edge of the range would make the rest a flat line.
+    None where all values are so near that nothing need be left out: the farthest is at most four
+    times as far as the median. Else three times the median on both sides.
     """
     off = sorted(
         abs(value - curve[at])
@@ -317,10 +318,21 @@ def _frame(axes: Any, scales: Sequence[float], curves: Sequence[Sequence[float]]
         if place != at and math.isfinite(value) and math.isfinite(curve[at])
     )
     if not off or off[-1] <= 4 * off[len(off) // 2]:
-        return
+        return None
     reach = 3 * off[len(off) // 2] or off[-1]
     centres = [curve[at] for curve in curves if math.isfinite(curve[at])]
-    low, high = min(centres) - reach, max(centres) + reach
+    return min(centres) - reach, max(centres) + reach
+
+
+def _frame(axes: Any, scales: Sequence[float], curves: Sequence[Sequence[float]], at: int) -> None:
+    """Limit the axis to what lies near the values at one α, and mark what lies outside.
+
+    One bad α at the edge of the range would make the rest a flat line.
+    """
+    ends = near_the_best(curves, at)
+    if ends is None:
+        return
+    low, high = ends
     shown = [v for curve in curves for v in curve if low <= v <= high]
     margin = 0.06 * (max(shown) - min(shown)) or 1.0
     low, high = min(shown) - margin, max(shown) + margin
