@@ -98,12 +98,22 @@ def show_below(root: str) -> None:
 
 
 def with_urls(text: str) -> str:
-    """Return a text with the URLs of what is shown below such a folder in place of its paths."""
+    """Return a text with the URLs of what is shown below such a folder in place of its paths.
+
+    What a run keeps there while it writes is on this machine alone, and keeps its path.
+    """
     for root in _shown_below:
         if root in text:
-            found = re.escape(root) + r"[/\\](\w+)[/\\]"
-            text = re.sub(found, lambda match: f"{match[1]}://", text)
+            found = re.escape(root) + r"[/\\](\w+)[/\\]([^\s'\"]*)"
+            text = re.sub(found, _as_url, text)
     return text
+
+
+_OF_A_RUN = re.compile(r"\.(partial|stages|lock|outcomes\.jsonl)(?![\w-])")
+
+
+def _as_url(match: re.Match[str]) -> str:
+    return match[0] if _OF_A_RUN.search(match[2]) else f"{match[1]}://{match[2]}"
 
 
 def few(names: Sequence[str], limit: int = 4) -> str:

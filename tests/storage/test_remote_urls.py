@@ -9,6 +9,7 @@ import pytest
 from eutectic.errors import CheckpointError, Note, RequestError
 from eutectic.storage import is_url, local_path, url_of
 from eutectic.storage.remote_urls import CACHE, is_staging, root
+from eutectic.words import with_urls
 
 
 @pytest.fixture(autouse=True)
@@ -99,3 +100,6 @@ def test_messages_have_urls_in_place_of_paths() -> None:
     note = Note("one_level_down", ("the base", str(path)))
     assert "s3://bucket/a/b/model.safetensors" in str(note)
     assert str(root()) not in str(note)
+    own = local_path("s3://bucket/a/out.partial") / "model"
+    text = f"{own} and {path}: '{local_path('s3://b/c')}'."
+    assert with_urls(text) == f"{own} and s3://bucket/a/b/model.safetensors: 's3://b/c'."
