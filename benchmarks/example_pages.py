@@ -73,7 +73,7 @@ def picture() -> None:
         browser = started.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
-        page = browser.new_page(viewport={"width": 1180, "height": 1000})
+        page = browser.new_page(viewport={"width": 1180, "height": 1480})
         page.goto((PAGES / "demo.html").as_uri())
         page.screenshot(path=target)
         browser.close()
