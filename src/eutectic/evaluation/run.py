@@ -28,7 +28,7 @@ Folder = str | Path
 
 
 class EvaluationOptions(TypedDict, total=False):
-    """Settings of an evaluation, as `EvaluationSettings` has them."""
+    """Further keywords of `evaluate`."""
 
     split: Split
     batch_size: int
@@ -38,11 +38,6 @@ class EvaluationOptions(TypedDict, total=False):
     seed: int
     resamples: int
     trust_code: bool
-
-
-class EvaluateOptions(EvaluationOptions, total=False):
-    """Further keywords of `evaluate`: the settings, and where the work is done."""
-
     executor: ExecutorName
     ray_address: str | None
 
@@ -57,7 +52,7 @@ def evaluate(
     output: Folder | None = None,
     proxy: Mapping[str, Folder | Sequence[Folder]] | None = None,
     progress: Progress | None = None,
-    **options: Unpack[EvaluateOptions],
+    **options: Unpack[EvaluationOptions],
 ) -> Results:
     """Measure checkpoints on tasks, with bootstrap intervals and figures relative to the experts.
 
