@@ -49,7 +49,7 @@ def test_demo_merges_real_experts(tmp_path: Path) -> None:
 
     # What texts without labels give: statistics, an α, a routed model.
     assert {"regmean", "mats", "iso_a", "iso_c_by_kl", "routed"} <= mean.keys()
-    assert mean["iso_c_by_kl"] - mean["average"] > 1.5
+    assert mean["iso_c_by_kl"] > mean["average"]
     assert 0.2 <= result["scales"]["iso_c_by_kl"] <= 2
     rows = result["rows"].values()
     assert all(0 < row["standard_error"] < 0.05 for row in rows)
