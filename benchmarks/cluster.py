@@ -64,7 +64,8 @@ def merged(recipe: dict[str, Any], output: Path, **options: Any) -> tuple[float,
     """Return the seconds of a merge, and the hash of its weights."""
     import eutectic
 
-    shutil.rmtree(output, ignore_errors=True)
+    for folder in (output, output.with_name(f"{output.name}.partial")):
+        shutil.rmtree(folder, ignore_errors=True)
     began = time.perf_counter()
     eutectic.merge(recipe, output=output, **options)
     return time.perf_counter() - began, digest(output)
@@ -151,7 +152,8 @@ def driver_killed(recipe: Any, work: Path, address: str) -> dict[str, Any]:
     import eutectic
 
     output = work / "driver"
-    shutil.rmtree(output, ignore_errors=True)
+    for folder in (output, work / "driver.partial"):
+        shutil.rmtree(folder, ignore_errors=True)
     words = [sys.executable, "-c", DRIVER, json.dumps(recipe), str(output), address]
     code = subprocess.run(words, stderr=subprocess.DEVNULL).returncode
     assert code == -signal.SIGKILL, code
