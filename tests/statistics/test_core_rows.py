@@ -182,6 +182,6 @@ def test_refusals(expert: Path, data: Path, adapters: dict[str, Path], tmp_path:
         in run(*words, "--for", adapters["one"], "--rank", "2", code=2).stderr
     )
     assert (
-        "two adapters are called"
+        "--for 'one' is given twice"
         in run(*words, "--for", adapters["one"], "--for", f"one={adapters['two']}", code=2).stderr
     )
