@@ -337,6 +337,34 @@ def test_gradients_without_an_answer_are_refused(folder: Path, tmp_path: Path, r
         assert invoke(*words).code == 0  # inputs alone are seen all the same
 
 
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        ([{"messages": ["w1", "w2"]}], "message 1: is a str"),
+        ([{"messages": [None]}], "message 1: is a NoneType"),
+        ([{"messages": {"role": "user"}}], "got dict"),
+        ([{"prompt": "w1"}], "no column 'completion'"),
+        ([], "there is no data"),
+    ],
+)
+def test_rows_that_are_none_are_told_as_such(
+    folder: Path, tmp_path: Path, rows: list[Any], why: str
+) -> None:
+    """Of gradients, too, which need answers."""
+    world.jsonl(tmp_path / "d.jsonl", rows)
+    words = ("collect", folder / "a", "--data", tmp_path / "d.jsonl", "-o", tmp_path / "s")
+    for more in ((), ("--fisher",)):
+        refused = invoke(*words, "--task", "language-model", *more)
+        assert refused.code == 2 and why in refused.err
+
+
+def test_an_answer_may_be_a_number() -> None:
+    own = tokenizer()
+    (numbers,) = answered_ids(Task(), [{"prompt": 1, "completion": 4.5}], own, 99).ids
+    (texts,) = answered_ids(Task(), [{"prompt": "1", "completion": "4.5"}], own, 99).ids
+    assert numbers == texts
+
+
 @pytest.mark.parametrize("name", ["chatml", "llama3", "mistral", "alpaca", "exaone"])
 def test_known_templates_against_naive_masks(name: str) -> None:
     """All that follows the prompt counts, turn by turn, token by token of single bytes."""

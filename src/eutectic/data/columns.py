@@ -118,20 +118,30 @@ def check_forms(rows: Sequence[Row], task: RowsOfTask, where: str = "") -> None:
 def check_answers(rows: Iterable[Row], kind: TaskKind, columns: Columns, source: str) -> None:
     """Refuse (RequestError) prompts and chats of a language model of which none has an answer."""
     task = _Rows(kind, columns)
+    empty = True
     for row in rows:
         if kind != "language-model" or inputs_of(task, row) == ("text",):
             return
-        last = row.get(getattr(columns, inputs_of(task, row)[-1]))
-        if isinstance(last, str) and last.strip():
+        if _may_answer(row.get(getattr(columns, inputs_of(task, row)[-1]))):
             return
-        turns = last if isinstance(last, list | tuple) else ()
-        if any(turn.get("role", turn.get("from")) in _SPEAKERS for turn in turns):
-            return
+        empty = False
+    if empty:
+        return
     raise RequestError(
         f"{source}: none of its rows has an answer, and gradients are of answers alone.\n"
         "Give chats with turns of the assistant or prompts with completions, or name the column of "
         "prompts with --text-column, whose tokens all count."
     )
+
+
+def _may_answer(value: Any) -> bool:
+    """Tell whether a completion or a chat holds an answer, or is none at all: others refuse it."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    if not isinstance(value, list | tuple) or not value:
+        return True
+    turns = [turn if isinstance(turn, Mapping) else None for turn in value]
+    return any(turn is None or turn.get("role", turn.get("from")) in _SPEAKERS for turn in turns)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from eutectic.vocabulary.chat_templates import BUILT_IN, template_of
 
 Message = Mapping[str, Any]
 Span = tuple[int, int]  # of characters of a text
+_TEXTS = (str, int, float)  # of prompts and completions; an answer is often a number
 _MARKED = re.compile(r"\{%-?\s*generation\b")
 
 
@@ -94,7 +95,7 @@ def _text_of(task: RowsOfTask, row: Row, tokenizer: Any, template: str | None, w
     """Return a row as one text with the places of its answers."""
     fields = inputs_of(task, row)
     values = [row[getattr(task.columns, name)] for name in fields]
-    chats = [messages_of(value, where) for value in values if not isinstance(value, str)]
+    chats = [messages_of(value, where) for value in values if not isinstance(value, _TEXTS)]
     if not chats:
         prompt, completion = (str(value) for value in values)
         whole = prompt + completion
