@@ -23,7 +23,8 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from eutectic.words import SYNONYMS, few, sentence, with_urls
+from eutectic.sentences import sentence
+from eutectic.words import SYNONYMS, few, with_urls
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,10 @@ class Fault:
 class Note:
     """What a user should know of a result, or why a tensor is treated as it is.
 
-    Code looks at `kind` and `level`, never at the sentence, whose words stand in `words`.
+    Code looks at `kind` and `level`, never at the sentence, whose words stand in `sentences`.
 
     Attributes:
-        kind: a key of `words.SENTENCES`.
+        kind: a key of `sentences.SENTENCES`.
         subject: names, of tensors or experts.
         numbers: further values of the sentence by name, such as JSON has.
         level: "warning" where the result may be wrong.

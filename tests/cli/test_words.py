@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from eutectic import words
+from eutectic import sentences
 from eutectic.errors import Fault, Note, RecipeError
 from eutectic.execution.journal import Journal
 from eutectic.execution.run import merge
@@ -79,7 +79,7 @@ def reworded(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Return what changes every sentence."""
 
     def change() -> None:
-        monkeypatch.setattr(words, "SENTENCES", dict.fromkeys(words.SENTENCES, "x"))
+        monkeypatch.setattr(sentences, "SENTENCES", dict.fromkeys(sentences.SENTENCES, "x"))
         monkeypatch.setattr(Fault, "__str__", lambda self: "x")
 
     return change

@@ -14,7 +14,8 @@ from eutectic.conventions_names import (
     unwrapped,
 )
 from eutectic.errors import CheckpointError
-from eutectic.words import read_as, shown
+from eutectic.sentences import read_as
+from eutectic.words import shown
 
 _MAX_EXTRA_COMPONENTS = 3
 _LONGEST_NAME = 255  # bytes, as file systems have it

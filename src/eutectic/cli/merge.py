@@ -16,7 +16,8 @@ from eutectic.cli.report import page_beside, write_page
 from eutectic.cli.tune import known_scale
 from eutectic.errors import RequestError
 from eutectic.recipes.units import format_bytes
-from eutectic.words import between, counted, percent, shares, with_urls
+from eutectic.sentences import shares
+from eutectic.words import between, counted, percent, with_urls
 
 if TYPE_CHECKING:
     from eutectic.execution.run import MergeReport

@@ -17,7 +17,8 @@ from eutectic.cli.console import (
 from eutectic.cli.corrections import options_in_faults
 from eutectic.cli.options import Json, LimitOptions, RecipeOptions, option, request
 from eutectic.recipes.units import format_bytes
-from eutectic.words import counted, shares
+from eutectic.sentences import shares
+from eutectic.words import counted
 
 if TYPE_CHECKING:
     from eutectic.recipes.document import Source

@@ -10,9 +10,10 @@ import yaml
 from eutectic.checkpoint.hub import hub_id
 from eutectic.planning.tensor_plan import COPY
 from eutectic.recipes.plain_yaml import UNREADABLE, YAML_BYTES, load_plain
+from eutectic.sentences import shares
 from eutectic.storage.small_files import read_text
 from eutectic.words import as_markdown as written
-from eutectic.words import counted, is_plain, percent, shares
+from eutectic.words import counted, is_plain, percent
 
 PROVENANCE = "eutectic.json"
 UNKNOWN = "unknown"  # a licence that no card states

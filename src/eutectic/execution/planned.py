@@ -21,8 +21,8 @@ from eutectic.recipes.load import Source
 from eutectic.recipes.mergekit_stages import read_stages
 from eutectic.recipes.schema import Recipe
 from eutectic.recipes.units import format_bytes
+from eutectic.sentences import shares as in_words
 from eutectic.tables import InNotebooks, Shown, data_frame, facts, table
-from eutectic.words import shares as in_words
 
 
 @dataclass(frozen=True)

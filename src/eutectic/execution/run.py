@@ -28,10 +28,10 @@ from eutectic.recipes.mergekit import check_mergekit
 from eutectic.recipes.mergekit_document import is_mergekit
 from eutectic.recipes.mergekit_stages import Stage, check_stages, read_stages
 from eutectic.recipes.schema import Recipe
+from eutectic.sentences import shares as in_words
 from eutectic.storage import local_path, storage_of
 from eutectic.tables import InNotebooks, Shown, facts
 from eutectic.types import LayerStatistics
-from eutectic.words import shares as in_words
 
 
 def recipe_from(
