@@ -100,15 +100,22 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path, left: dict[str,
         prepare(load_tasks(path)["a"], "test", folder)
 
 
-def test_texts_of_one_token_have_no_loss(tmp_path: Path):
+def test_texts_of_one_token_alone_are_refused(tmp_path: Path):
     model = world.make("gpt2")
     folder = world.save(model, tmp_path / "m")
     world.tokenizer(end="").save_pretrained(folder)
     world.jsonl(tmp_path / "d.jsonl", [{"text": "w1"}, {"text": "w2"}])
     spec = {"kind": "language-model", "data": "d.jsonl", "metric": "perplexity"}
     path = world.tasks(tmp_path / "t.yaml", a=spec)
+    with pytest.raises(RequestError, match="none of the 2 texts has a token that is predicted"):
+        eutectic.evaluate(path, models=[folder], resamples=5)
+    # Beside others, they have no loss and count for nothing.
+    longer = "w1 w2 w1 w2"
+    world.jsonl(tmp_path / "d.jsonl", [{"text": "w1"}, {"text": longer}, {"text": "w2"}])
     found = eutectic.evaluate(path, models=[folder], resamples=5).results[0]
-    assert found.value is None and found.interval is None
+    world.jsonl(tmp_path / "d.jsonl", [{"text": longer}])
+    alone = eutectic.evaluate(path, models=[folder], resamples=5).results[0]
+    assert found.value == pytest.approx(alone.value, rel=1e-5)
     with pytest.raises(TaskError, match=r"line \d+: tasks.a: max_length must be at least 2"):
         load_tasks(world.tasks(tmp_path / "t.yaml", a={**spec, "max_length": 1}))
 

@@ -323,7 +323,8 @@ def test_preconditioned_kfac_does_not_explode_by_default(steps, power, precondit
     def growth(**more):
         return float(mats(stack, statistics, **options, **more).delta.norm()) / mean
 
-    assert growth(damping=0.0) > 3
+    assert growth(damping=0.0, trust=1e9) > 3
+    assert growth(damping=0.0) < 2.1  # twice the largest expert
     assert growth() < 1.5
     assert growth() == growth(damping=0.01)
 

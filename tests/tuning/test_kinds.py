@@ -157,7 +157,7 @@ def test_texts_without_a_predicted_token_are_refused(tmp_path: Path):
     world.jsonl(folder / "p.jsonl", [{"text": "w1"}, {"text": "w2"}])
     spec = {"kind": "language-model", "data": {"proxy": "p.jsonl"}}
     search = {"search": "divergence", "tasks": world.tasks(folder / "one.yaml", a=spec)}
-    with pytest.raises(RequestError, match="hold no token that is predicted"):
+    with pytest.raises(RequestError, match="none of the 2 texts has a token that is predicted"):
         eutectic.tune(
             base=folder / "base", experts={"a": folder / "a"}, method="task_arithmetic",
             search=search,

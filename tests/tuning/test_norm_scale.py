@@ -77,7 +77,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert json.loads(tuned.out)["scale"] == made["scale"]
     assert "α = " in invoke("tune", *words, "--search", "norm").out
     refused = invoke("tune", *words, "--search", "norm", "--points", "5")
-    assert refused.code == 2 and "takes no points" in refused.err
+    assert refused.code == 2 and "takes no --points" in refused.err
 
 
 @pytest.mark.parametrize(

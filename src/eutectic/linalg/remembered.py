@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from hashlib import sha256
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 MOST = 32  # of at most a few MB each: see `metric`
@@ -29,7 +30,8 @@ def digest(*parts: object) -> str:
             if part.device.type != "cpu":
                 return ""
             total.update(f"{part.dtype}{list(part.shape)}".encode())
-            total.update(part.detach().contiguous().flatten().numpy().data)
+            flat = part.detach().contiguous().flatten()
+            total.update(flat.view(torch.uint8).numpy().data)  # NumPy has no bfloat16
         elif part == "":
             return ""
         else:
