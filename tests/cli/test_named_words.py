@@ -62,6 +62,7 @@ def test_two_folders_of_one_name_are_refused(place: Path) -> None:
         (["a/sst2", "b/mnli/"], ["sst2", "mnli"]),
         (["x=a/sst2", "org/model@v1", "w/part.safetensors"], ["x", "model", "part"]),
         (["my runs/fine tuned"], ["fine-tuned"]),
+        (["s3://b/run=3/sst2", "x=s3://b/run=3/mnli", "./lr=1/a"], ["sst2", "x", "a"]),
     ],
 )
 def test_names_of_paths(words: list[str], names: list[str]) -> None:

@@ -46,7 +46,9 @@ def named_paths(words: Iterable[str], what: str) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for word in words:
-        alone = "=" not in word or Path(word).exists()  # a folder may be called alpha=0.3
+        # Folders may be called alpha=0.3, also in stores; a slash before it is none of a name.
+        before, equals, _ = word.partition("=")
+        alone = not equals or "/" in before or Path(word).exists()
         name, path = (_own_name(word), word) if alone else pair(word, what)
         if name in found:
             raise RequestError(
