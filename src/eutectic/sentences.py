@@ -92,8 +92,9 @@ def _no_kin(subject: Sequence[str], numbers: Mapping[str, Any]) -> str:
     others = "" if kin is None else f"; the other experts' {kin:.2f}"
     return (
         f"expert '{subject[0]}' is no kin of the base: the cosine of its matrices to the base's is "
-        f"{numbers['cosine']:.2f} (1: the same{others}). It was fine-tuned from another model, "
-        "and a merge of the two is neither the one nor the other"
+        f"{numbers['cosine']:.2f} (1: the same{others}). Either it was fine-tuned from another "
+        "model, and a merge of the two is neither the one nor the other, or it was trained so hard "
+        "that little of the base is left"
     )
 
 

@@ -28,6 +28,19 @@ def test_every_verb_has_help_with_an_example(eutectic, verb):
     assert f"eutectic {verb} " in result.stdout.partition("Example")[2]
 
 
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("verb", VERBS)
+def test_paragraphs_of_help_flow(eutectic, monkeypatch, verb, width):
+    """No line ends before the next line's first word would have been too much for it."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = eutectic(verb, "--help").stdout.partition("Example")[0]
+    lines = lines.partition("Usage:")[2].splitlines()[1:]
+    for line, following in zip(lines, lines[1:], strict=False):
+        if line.strip() and following.strip():
+            first = following.split()[0]
+            assert len(line.rstrip()) + 1 + len(first) > width - 2, (line, following)
+
+
 def test_version(eutectic):
     result = eutectic("--version")
     assert result.exit_code == 0

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import typer
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import eutectic
@@ -16,6 +17,7 @@ from eutectic.checkpoint import folder as side_files
 from eutectic.cli.route import route
 from eutectic.errors import RequestError
 from eutectic.routed import export_lora, load_routed, routed_folder
+from eutectic.routed.build import open_experts
 from eutectic.statistics import collect
 from eutectic.storage import FolderAside
 from eutectic.storage.local_disk import LocalDisk
@@ -116,6 +118,14 @@ def test_requests_that_cannot_be_met_end_with_2(folder: Path, tmp_path: Path):
         assert run(*words).exit_code == 2, words
     assert run(folder / "merged").exit_code == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_an_adapter_without_a_base_is_told_the_option(tmp_path: Path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1}')
+    save_file({"x.lora_A.weight": torch.ones(1, 2)}, tmp_path / "adapter_model.safetensors")
+    refused = pytest.raises(RequestError, match="base= in Python, --base on a command line")
+    with refused, open_experts(torch.nn.Linear(2, 2), {"a": tmp_path}, None):
+        pass
 
 
 def test_what_will_be_refused_is_before_data_are_run_through_the_model(

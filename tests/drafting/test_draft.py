@@ -141,6 +141,7 @@ def test_adapters_name_their_base(world: Path) -> None:
     found = draft([world / "a", world / "b"], world)
     recipe = yaml.safe_load(found.recipe)
     assert recipe["base"] == "org/m" and list(recipe["experts"]) == ["a", "b"]
+    assert "a: LoRA adapter" in found.found
     assert yaml.safe_load(found.tasks)["tasks"]["a"]["kind"] == "language-model"
     local = draft([world / "a", world / "b", world / "base"], world)
     assert yaml.safe_load(local.recipe)["base"] == "./base" or "base" in local.recipe

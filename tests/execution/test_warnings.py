@@ -45,6 +45,8 @@ def test_a_stranger_is_told_by_the_cosine_of_its_weights(size: float, tmp_path: 
     _, report = merge_files(tmp_path, BASE, experts, method="task_arithmetic")
     told = [n for n in report.note_records if n.kind == "no_kin"]
     assert len(told) == 1 and "no kin of the base" in told[0].text
+    # Hard training from little does the same to weights, so that no cause is claimed.
+    assert "Either it was fine-tuned from another model" in told[0].text
     assert not [n for n in report.note_records if n.kind == "unrelated"]
 
 

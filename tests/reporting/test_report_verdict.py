@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 import eutectic
@@ -44,7 +46,39 @@ def test_the_best_model_and_what_is_level_with_it():
     assert headline.startswith("top is the best of 3 models with 95.1 % [93.1, 97.1] of the")
     assert "61.8 % [59.8, 63.8] (base 50.0 %, experts 65.0 %), on 2 tasks" in headline
     assert finding(report, "level").subject == ("near",)
-    assert finding(report, "worst_task").numbers["share"] == pytest.approx(0.95)
+    worst = finding(report, "worst_task")
+    assert worst.numbers["share"] == pytest.approx(0.95)
+    assert worst.text.startswith("The weakest task of top is a, with 95.0 %")
+
+
+def test_sentences_of_several_results_name_their_model_and_none_stands_twice():
+    one = results({"x": {"a": 0.7, "b": 0.39}, "w": {"a": 0.5, "b": 0.2}}, EXPERTS, BASE)
+    other = results({"y": {"a": 0.81, "b": 0.3}}, EXPERTS, BASE)
+    report = eutectic.report(one, other)
+    assert len(report.scores) == 2
+    told = [f.text for f in report.verdict]
+    assert len(set(told)) == len(told)
+    assert not [text for text in told if text.startswith("It") or " it is" in text]
+    assert any(t.startswith("x is ahead of every other model; the closest, w") for t in told)
+    assert any(t.startswith("On b, y is below the base itself") for t in told)
+    assert "y is above the task's own expert on one task (a)." in told
+    assert {f.text[:9] for f in report.verdict if f.kind == "worst_task"} == {"The weake"}
+    assert kinds(report).count("collect") == 1
+
+
+def test_warnings_of_merges_are_in_the_verdict(tmp_path):
+    for name, more in (("iso", []), ("ties", ["warning: b", "warning: c", "warning: d"])):
+        made = {"notes": ["plain", "warning: a stranger", *more]}
+        made |= {"eutectic": "0", "method": name, "tensors": {}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "eutectic.json").write_text(json.dumps(made))
+    report = eutectic.report(tmp_path / "iso", tmp_path / "ties")
+    told = [f for f in report.verdict if f.kind == "warning"]
+    assert [f.text for f in told] == ["iso, ties: a stranger", "ties: b", "ties: c"]
+    assert {f.level for f in told} == {"bad"}
+    assert finding(report, "more_warnings").text == (
+        "1 more warning stands under “Where it comes from”."
+    )
 
 
 def test_a_model_that_is_ahead_of_all_others():

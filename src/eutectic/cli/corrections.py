@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,11 @@ def with_options(text: str) -> str:
 
 class Verb(TyperCommand):
     """A command that names the nearest of its options where one is typed that it has not."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help at the terminal's width, not at the source's."""
+        self.help = _flowing(self.help or "")
+        super().format_help(ctx, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the command line, as click does."""
@@ -72,6 +78,12 @@ class Verb(TyperCommand):
         if "set" in options and (key := nearest(word, _keys())) is not None:
             return f" It is a key of recipes: --set {key}=VALUE"
         return f" {self.name} --help lists all." if self.name else ""
+
+
+def _flowing(text: str) -> str:
+    """Return a text whose paragraphs are one line each; examples, which are indented, stay."""
+    parts = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(p if re.search(r"^\s", p, re.M) else " ".join(p.split("\n")) for p in parts)
 
 
 def _parameters() -> set[str]:

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 _READS = " †"  # behind models that texts without labels went into
 GO_ON = (
     ("eutectic init ./base ./expert1 ./expert2", "writes recipe.yaml and tasks.yaml"),
-    ("eutectic compare recipe.yaml --tasks tasks.yaml -o comparison/", "which method, which α"),
-    ("eutectic merge recipe.yaml -o merged/ --report", "the model, and its page"),
+    (
+        "eutectic compare recipe.yaml -t tasks.yaml -o comparison/ --best merged/",
+        "which method, which α; the best is written",
+    ),
+    ("eutectic report merged/ comparison/ -o report.html", "its page"),
 )
 
 

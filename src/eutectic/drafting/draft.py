@@ -128,7 +128,8 @@ def _described(expert: Found) -> str:
     if expert.ia3:
         return "(IA)³ adapter"
     if expert.adapter is not None:
-        return f"{expert.adapter.get('peft_type', 'PEFT')} adapter"
+        kind = str(expert.adapter.get("peft_type", "PEFT"))
+        return f"{_WRITTEN.get(kind, kind)} adapter"
     architectures = expert.config.get("architectures") or ["checkpoint"]
     return str(architectures[0])
 
@@ -219,6 +220,8 @@ def _recipe(
     return "\n".join(lines) + "\n"
 
 
+# PEFT's names of kinds, where papers write them otherwise
+_WRITTEN = {"LORA": "LoRA", "ADALORA": "AdaLoRA", "LOHA": "LoHa", "LOKR": "LoKr", "VERA": "VeRA"}
 _TASKS_HEAD = """\
 # What the experts are measured by. Every key: docs/guides/evaluation.md.
 #

@@ -288,7 +288,7 @@ def open_experts(
             if base is None:
                 raise RequestError(
                     f"{label} is an adapter, whose weights need the model it was trained on.\n"
-                    "Pass base=, the checkpoint before merging."
+                    "Name the checkpoint before merging: base= in Python, --base on a command line."
                 )
             reader = stack.enter_context(open_reader(locate(base, full=True).path))
             adapter = stack.enter_context(closing(open_expert(source, reader.index)))

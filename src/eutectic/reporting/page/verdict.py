@@ -33,6 +33,7 @@ FAIR = 0.97  # of the experts: a merge below it leaves something to gain
 SOLVED = 1e-2  # a relative residual above it is not solved
 WEAK = 0.6  # of what lies between chance and 1, a router's decisions
 _MOST = 3
+_WARNING = "warning: "  # how a merge's notes begin where its result may be wrong
 _UNPAIRED = (
     " The results hold no paired differences, so that this is cautious: models that were scored on "
     "the same rows differ more surely than their intervals say."
@@ -67,7 +68,7 @@ def verdict(
     maps: Sequence[LayerMap] = rest["maps"]
     found: list[Finding] = []
     for own in scores:
-        found += _of_scores(own)
+        found += _of_scores(own, alone=len(scores) == 1)
     found += _of_merges(merges, bool(scores))
     found += _of_curves(curves)
     found += [_closed(name, own) for name, own in rest["closed"]]
@@ -77,10 +78,12 @@ def verdict(
     found += _of_maps(maps)
     found += _what_next(scores, merges, curves, rest)
     order: dict[str, int] = {"headline": 0, "bad": 1, "good": 2, "info": 3, "next": 4}
-    return sorted(found, key=lambda finding: order[finding.level])
+    once = {(finding.level, finding.text): finding for finding in reversed(found)}
+    told = [finding for finding in found if once[finding.level, finding.text] is finding]
+    return sorted(told, key=lambda finding: order[finding.level])
 
 
-def _of_scores(own: Scores) -> Iterator[Finding]:
+def _of_scores(own: Scores, *, alone: bool) -> Iterator[Finding]:
     models = {m.name: m for m in own.models}
     merged = [m for m in own.models if m.role == "model"]
     if own.best is None:
@@ -94,8 +97,10 @@ def _of_scores(own: Scores) -> Iterator[Finding]:
         "best", "headline", _headline(own, best, len(merged)), (best.name,),
         share=best.share.value, mean=best.mean.value, models=len(merged),
     )  # fmt: skip
-    yield from _of_level(own, best, [m for m in merged if m is not best])
-    yield from _of_tasks(own, best)
+    # Beside other results, whose sentences come between, every sentence names its model.
+    it = "it" if alone else best.name
+    yield from _of_level(own, it, [m for m in merged if m is not best])
+    yield from _of_tasks(own, best, it)
 
 
 def _headline(own: Scores, best: ModelScore, count: int) -> str:
@@ -130,7 +135,7 @@ def _named(own: Scores, name: str) -> ModelScore | None:
     return next((m for m in own.models if m.name == name), None)
 
 
-def _of_level(own: Scores, best: ModelScore, others: Sequence[ModelScore]) -> Iterator[Finding]:
+def _of_level(own: Scores, it: str, others: Sequence[ModelScore]) -> Iterator[Finding]:
     if not others:
         return
     level = [m for m in others if m.level]
@@ -142,8 +147,8 @@ def _of_level(own: Scores, best: ModelScore, others: Sequence[ModelScore]) -> It
         verb = "is" if len(level) == 1 else "are"
         yield _finding(
             "level", "info",
-            f"{names} {verb} not distinguishable from it: the 95 % interval of the difference "
-            f"holds 0.{how} Take the one that is cheapest to make.",
+            f"{names} {verb} not distinguishable from {it}: the 95 % interval of the "
+            f"difference holds 0.{how} Take the one that is cheapest to make.",
             [m.name for m in level], count=len(level),
         )  # fmt: skip
         return
@@ -153,9 +158,14 @@ def _of_level(own: Scores, best: ModelScore, others: Sequence[ModelScore]) -> It
     shown = _difference(own, next_best)
     yield _finding(
         "ahead", "good",
-        f"It is ahead of every other model; the closest, {next_best.name}, is {shown} behind.{how}",
+        f"{_first(it)} is ahead of every other model; the closest, {next_best.name}, is {shown} "
+        f"behind.{how}",
         (next_best.name,), behind=next_best.behind.value,
     )  # fmt: skip
+
+
+def _first(it: str) -> str:
+    return "It" if it == "it" else it
 
 
 def _difference(own: Scores, model: ModelScore) -> str:
@@ -167,7 +177,7 @@ def _difference(own: Scores, model: ModelScore) -> str:
     return f"{abs(value):.3g} [{interval[0]:.3g}, {interval[1]:.3g}]"
 
 
-def _of_tasks(own: Scores, best: ModelScore) -> Iterator[Finding]:
+def _of_tasks(own: Scores, best: ModelScore, it: str) -> Iterator[Finding]:
     mine = {s.task: s for s in own.scores if s.model == best.name}
     below = {s.task: s for s in own.scores if s.model == "base"}
     shares = {t: s.share.value for t, s in mine.items() if s.share.value is not None}
@@ -177,8 +187,8 @@ def _of_tasks(own: Scores, best: ModelScore) -> Iterator[Finding]:
         poor = shares[worst] < POOR
         yield _finding(
             "worst_task", "bad" if poor else "info",
-            f"Its weakest task is {worst}, with {with_interval(figure, 'share')} of its expert's "
-            "figure.",
+            f"The weakest task of {best.name} is {worst}, with {with_interval(figure, 'share')} of "
+            "its expert's figure.",
             (worst,), share=shares[worst],
         )  # fmt: skip
     lost = [
@@ -192,21 +202,23 @@ def _of_tasks(own: Scores, best: ModelScore) -> Iterator[Finding]:
     if surely:
         yield _finding(
             "below_base", "bad",
-            f"On {few(surely)} it is below the base itself: there, merging lost what was known.",
+            f"On {few(surely)}, {it} is below the base itself: there, merging lost what was known.",
             surely, count=len(surely),
         )  # fmt: skip
     perhaps = [t for t in lost if t not in surely]
     if perhaps:
         yield _finding(
             "perhaps_below_base", "info",
-            f"On {few(perhaps)} it is below the base, which still lies within its 95 % interval.",
+            f"On {few(perhaps)}, {it} is below the base, which still lies within its 95 % "
+            "interval.",
             perhaps, count=len(perhaps),
         )  # fmt: skip
     beats = [t for t, share in shares.items() if share > 1]
     if beats:
         text = "one task" if len(beats) == 1 else f"{len(beats)} of {len(shares)} tasks"
         yield _finding(
-            "above_expert", "good", f"It is above the task's own expert on {text} ({few(beats)}).",
+            "above_expert", "good",
+            f"{_first(it)} is above the task's own expert on {text} ({few(beats)}).",
             beats, count=len(beats),
         )  # fmt: skip
 
@@ -240,6 +252,25 @@ def _of_merges(merges: Sequence[Merge], measured: bool) -> Iterator[Finding]:
             )
     for merge in merges:
         yield from _faults_of(merge)
+    yield from _warnings_of(merges)
+
+
+def _warnings_of(merges: Sequence[Merge]) -> Iterator[Finding]:
+    """Yield what the merges warned of, each once; the rest of many is counted."""
+    warned: dict[str, list[str]] = {}
+    for merge in merges:
+        for note in merge.notes:
+            if note.startswith(_WARNING):
+                warned.setdefault(note.removeprefix(_WARNING), []).append(merge.name)
+    for text, names in list(warned.items())[:_MOST]:
+        yield _finding("warning", "bad", f"{few(names)}: {text}", names)
+    if len(warned) > _MOST:
+        more = counted(len(warned) - _MOST, "more warning")
+        verb = "stands" if len(warned) == _MOST + 1 else "stand"
+        yield _finding(
+            "more_warnings", "bad", f"{more} {verb} under “Where it comes from”.",
+            count=len(warned) - _MOST,
+        )  # fmt: skip
 
 
 def _merge_text(merge: Merge) -> str:
