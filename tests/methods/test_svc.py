@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from eutectic.errors import MethodError
-from eutectic.methods import merge_matrices
+from eutectic.methods import get_method, merge_matrices
 
 from .matching_cases import EXPERTS, IN, OUT, collect, randn
 
@@ -61,12 +61,12 @@ def test_what_all_share_is_counted_once_and_what_one_has_is_kept():
 
 
 def test_a_method_that_is_none_is_refused():
-    with pytest.raises(MethodError, match="isoc"):
+    """As soon as parameters are read: a plan tells it, before a merge begins."""
+    with pytest.raises(MethodError, match="did you mean 'iso_c'"):
         merge_matrices("svc", DELTAS, of="isoc")
-    with pytest.raises(MethodError, match="no method"):
-        merge_matrices("svc", DELTAS, of="zero")
-    with pytest.raises(MethodError, match="initial guess"):
-        merge_matrices("svc", DELTAS, of="mats", statistics=STATISTICS)
+    for name in ("zero", "mats", "flow"):  # what iterates needs an initial guess itself
+        with pytest.raises(MethodError, match=f"of: no method .* got '{name}'"):
+            get_method("svc").parse({"of": name})
 
 
 def test_a_lack_of_inputs_is_told():

@@ -2,12 +2,14 @@
 
 from collections.abc import Set
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator
+from pydantic_core import PydanticCustomError
 from torch import Tensor
 
-from eutectic.errors import MethodError
+from eutectic.errors import nearest
 from eutectic.linalg.svd import default_tolerance, numerical_rank
 from eutectic.methods.grams import Sums, lack, participants
 from eutectic.methods.registry import (
@@ -20,8 +22,21 @@ from eutectic.methods.registry import (
     get_method,
     register,
 )
-from eutectic.methods.solving import ZERO, initial_guess
+from eutectic.methods.solving import initial_guess
 from eutectic.types import Merged
+
+
+def _method(name: str) -> str:
+    """Return the name of a method whose merge can be calibrated."""
+    known = [n for n, entry in all_methods().items() if not hasattr(entry.parameters, "init")]
+    if name not in known:
+        near = nearest(name, known)
+        raise PydanticCustomError(
+            "no_method",
+            "no method whose merge could be calibrated{near}",
+            {"near": f" (did you mean '{near}'?)" if near else ""},
+        )
+    return name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +50,12 @@ class SvcParameters(Parameters):
             A flat spectrum, such as Iso-C's, leaves the merge's own open: take the sum's there.
     """
 
-    of: str = "task_arithmetic"
+    of: Annotated[str, AfterValidator(_method)] = "task_arithmetic"
     metric: Literal["plain", "inputs"] = "plain"
     directions: Literal["merge", "sum"] = "merge"
 
 
 def _needs(parameters: SvcParameters) -> Set[str]:
-    if parameters.of not in all_methods():
-        return frozenset()  # the function refuses it, with a suggestion
     entry = get_method(parameters.of)
     metric = {"gram"} if parameters.metric == "inputs" else set[str]()
     return {*entry.needs(entry.parse({})), *metric}
@@ -83,8 +96,6 @@ def svc(deltas: Tensor, parameters: SvcParameters, context: Context) -> Merged:
     Reference: arXiv 2602.05536 (ICML 2026).
     """
     members = participants(context)
-    if parameters.of == ZERO:
-        raise MethodError("of 'zero' is no method whose merge could be calibrated.")
     merged, origin = initial_guess(deltas, parameters.of, 1.0, replace(context, initial=None))
     record: dict[str, Any] = {"of": origin["from"], "metric": parameters.metric}
     total = context.weigh(deltas).sum(0) if parameters.directions == "sum" else merged
