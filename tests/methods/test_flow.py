@@ -102,6 +102,29 @@ def test_wudi_minimises_its_loss():
     assert float((flowed - X).norm()) < 1e-9 * float(X.norm())
 
 
+@pytest.mark.parametrize("base", [0.0, 30.0])
+@pytest.mark.parametrize("gram", [None, "task"])
+def test_rounding_of_low_rank_experts_says_nothing(base: float, gram: str | None):
+    """LoRA experts expanded in float32, or the differences of float32 checkpoints."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    exact = torch.stack([normal(32, rank) @ normal(rank, 24) for rank in (2, 3, 4)])
+    start = base * normal(32, 24)
+    told = (start + exact).float() - start.float()
+    grams = [x.mT @ x / x.square().sum() for x in exact]
+    pulled = sum(x @ g for x, g in zip(exact, grams, strict=True))
+    expected = pulled @ torch.linalg.pinv(sum(grams), rtol=1e-9)
+    if gram is None:
+        found = merge_matrices("wudi", told)
+    else:
+        options = {"equal": True, "filter": "solution", "init": "zero"}
+        found = merge_matrices("flow", told, gram=gram, **options)
+    assert float((found - expected).norm() / expected.norm()) < 1e-3
+
+
 def test_wudi_does_not_square_the_condition_of_its_rows():
     generator = torch.Generator().manual_seed(1)
     Q, P = (

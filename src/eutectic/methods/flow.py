@@ -10,6 +10,7 @@ from torch import Tensor
 from eutectic.errors import NumericalError
 from eutectic.linalg import lapack
 from eutectic.linalg.select import magnitude_thresholds
+from eutectic.linalg.svd import default_tolerance
 from eutectic.methods.grams import Sums, lack, participants
 from eutectic.methods.registry import Context, Cost, Parameters, Takes, always, register
 from eutectic.methods.solving import averaged, initial_guess
@@ -70,8 +71,9 @@ def flow(deltas: Tensor, parameters: FlowParameters, context: Context) -> Merged
     `[out, in]·[in, in]` (of task Grams one more each) and one eigenproblem of side `in`. T = 1
     ends at the expert where its Gram has full rank; zero deltas give zero where the guess is zero.
     Rank deficiency: directions without data keep X₀; eigenvalues below `in` rounding errors of the
-    first count as none. A tensor that lacks a Gram for one expert is averaged; the record tells
-    `rest` and `reason`. The record holds the effective rank Σh, τ and where it started.
+    first count as none, of task Grams those below the square of the deltas' rounding. A tensor
+    that lacks a Gram for one expert is averaged; the record tells `rest` and `reason`. The
+    record holds the effective rank Σh, τ and where it started.
 
     Sources of the parts: with `gram: task` the system of ACTMat (arXiv 2604.01329) and, with
     `equal`, the one that WUDI's optimiser approaches (2503.08099); "task_trimmed" is TACT's
@@ -96,6 +98,9 @@ def flow(deltas: Tensor, parameters: FlowParameters, context: Context) -> Merged
     bound = len(values) * torch.finfo(torch.float64).eps * float(values[0])
     if float(values[-1]) < -100 * bound:
         raise NumericalError("the summed Gram is not positive semidefinite.")
+    if parameters.gram != "inputs":  # squares of deltas, whose rounding says nothing
+        noise = default_tolerance(deltas.dtype, deltas.shape[1:]) ** 2
+        bound = max(bound, noise * float(values[0]))
     values = torch.where(values > bound, values, 0)
     share, factors = _filtered(values, parameters)
     first = start.double()

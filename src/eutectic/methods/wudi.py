@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from eutectic.linalg import lapack
+from eutectic.linalg.svd import default_tolerance
 from eutectic.methods.grams import participants
 from eutectic.methods.registry import Context, Cost, Parameters, always, register
 from eutectic.types import Merged
@@ -27,7 +28,8 @@ def wudi(deltas: Tensor, parameters: Parameters, context: Context) -> Merged:
     experts, in float64, without squaring their condition. Cost: T products `[out, in]·[in, out]`,
     a QR of `[T·out, in]` and an SVD of side `in`. T = 1 gives the expert, zero deltas zero; an
     expert without change has no say. Rank deficiency: directions of the inputs in which no expert
-    changed anything, up to rounding, stay the base's. The record tells how many are `determined`.
+    changed anything, up to rounding of the deltas (128 eps of their dtype), stay the base's. The
+    record tells how many are `determined`.
 
     Deviations from the source: the closed form.
 
@@ -51,7 +53,8 @@ def wudi(deltas: Tensor, parameters: Parameters, context: Context) -> Merged:
     # Δ·Bᵀ = Y in the sense of least squares, B = Q U S Vᵀ.
     Q, R = lapack.qr(torch.cat(rows))
     U, S, Vh = torch.linalg.svd(R, full_matrices=False)
-    bound = max(sum(map(len, rows)), deltas.shape[2]) * torch.finfo(S.dtype).eps
+    # Rounding of the deltas must not say where the inputs lead: noise would fit noise.
+    bound = default_tolerance(deltas.dtype, (sum(map(len, rows)), deltas.shape[2]))
     kept = int((bound * S[0] < S).sum())
     along = torch.cat(targets, 1) @ Q @ U[:, :kept]
     return Merged(((along / S[:kept]) @ Vh[:kept]).to(deltas), {"determined": kept})
