@@ -378,6 +378,21 @@ def test_lines_of_the_table_fit_into_80_columns(compared, capsys, monkeypatch):
     assert " best" in text and "ties:density=0.3" in text
 
 
+def test_a_warning_of_many_rows_does_not_name_them_all(compared, monkeypatch):
+    command = import_module("eutectic.cli.compare")
+    told = []
+    monkeypatch.setattr(command, "print_sentence", lambda text, *_: told.append(text))
+    rows = [
+        replace(row, warnings=("of all", "of six")[: 2 if i < 6 else 1])
+        for i, row in enumerate([*compared[0].rows, *compared[0].rows])
+    ]
+    assert len(rows) > 6
+    command.show(replace(compared[0], rows=tuple(rows)))
+    assert told[0] == "every row: of all"
+    names = ", ".join(row.name for row in rows[:4])
+    assert told[1:] == [f"{names} and 2 more: of six"]
+
+
 def test_vectors_of_ia3_are_compared(tmp_path):
     peft = pytest.importorskip("peft")
     from evaluation import world as models

@@ -64,6 +64,11 @@ def test_sentences_of_several_results_name_their_model_and_none_stands_twice():
     assert "y is above the task's own expert on one task (a)." in told
     assert {f.text[:9] for f in report.verdict if f.kind == "worst_task"} == {"The weake"}
     assert kinds(report).count("collect") == 1
+    advice = [f.text for f in report.verdict if f.kind == "route"]
+    assert [text.partition(":")[0] for text in advice] == [
+        "x lost more than 10 % of the expert on a, b",
+        "y lost more than 10 % of the expert on b",
+    ]
 
 
 def test_warnings_of_merges_are_in_the_verdict(tmp_path):
@@ -90,6 +95,10 @@ def test_a_model_that_is_ahead_of_all_others():
     )
     assert finding(report, "above_expert").subject == ("b",)
     assert "below_base" not in kinds(report)
+    # A lead that one digit would show as none has digits of its own.
+    told = results(models, EXPERTS, BASE, differences=[("x", "y", -0.0002, 0.0001)])
+    text = finding(eutectic.report(told), "ahead").text
+    assert text.endswith("x, is 0.02 points [0.01, 0.03] behind.")
 
 
 def test_a_loss_below_the_base_and_a_poor_task_are_told():

@@ -27,7 +27,7 @@ from eutectic.cli.named_words import named_paths
 from eutectic.cli.options import Json, LimitOptions, SharedRecipeOptions, option, request
 from eutectic.cli.tune import parse_range
 from eutectic.errors import RequestError
-from eutectic.words import between
+from eutectic.words import between, few
 
 if TYPE_CHECKING:
     from eutectic.comparison import Comparison, Row
@@ -189,7 +189,8 @@ def show(found: Comparison) -> None:
         for warning in row.warnings:
             told.setdefault(warning, []).append(row.name)
     for warning, names in told.items():
-        print_sentence(f"{', '.join(names)}: {warning}", "warning:", "bold yellow")
+        rows = "every row" if len(names) == len(found.rows) > 1 else few(names)
+        print_sentence(f"{rows}: {warning}", "warning:", "bold yellow")
     _show_what_is_shown(found)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -39,7 +41,7 @@ class Verb(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help at the terminal's width, not at the source's."""
-        self.help = _flowing(self.help or "")
+        self.help = _flowing(self.help or "", shutil.get_terminal_size().columns)
         super().format_help(ctx, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -80,10 +82,27 @@ class Verb(TyperCommand):
         return f" {self.name} --help lists all." if self.name else ""
 
 
-def _flowing(text: str) -> str:
-    """Return a text whose paragraphs are one line each; examples, which are indented, stay."""
+def _flowing(text: str, width: int) -> str:
+    """Return a text of one line a paragraph, and of commands that can be copied at this width."""
     parts = inspect.cleandoc(text).split("\n\n")
-    return "\n\n".join(p if re.search(r"^\s", p, re.M) else " ".join(p.split("\n")) for p in parts)
+    commands = [p.startswith("  eutectic ") for p in parts]
+    flowing = [p if re.search(r"^\s", p, re.M) else " ".join(p.split("\n")) for p in parts]
+    return "\n\n".join(
+        _command(part, width) if is_one else part
+        for part, is_one in zip(flowing, commands, strict=True)
+    )
+
+
+def _command(lines: str, width: int) -> str:
+    """Return a command on lines that fit, with a backslash where it goes on."""
+    # An option and its value stay together.
+    whole = re.sub(r"( --?[a-z-]+) (?=[^-])", "\\1\0", " ".join(lines.split()))
+    room = max(width - 4, 40)  # beside the margins and ` \`
+    parts = textwrap.wrap(
+        whole, room, initial_indent="  ", subsequent_indent="      ",
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    return " \\\n".join(parts).replace("\0", " ")
 
 
 def _parameters() -> set[str]:

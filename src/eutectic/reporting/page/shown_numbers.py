@@ -30,8 +30,15 @@ def format_share(value: float | None) -> str:
 
 
 def points(value: float) -> str:
-    """Return a difference of shares in points of percent."""
-    return f"{100 * value:.1f}"
+    """Return a difference of shares in points of percent.
+
+    One that a digit after the point would show as none keeps two of its own digits.
+
+    >>> points(0.1234), points(-0.0002), points(0.0)
+    ('12.3', '-0.02', '0.0')
+    """
+    small = 0 < abs(100 * value) < 0.05
+    return f"{100 * value:.2g}" if small else f"{100 * value:.1f}"
 
 
 def with_interval(figure: Figure, metric: str) -> str:

@@ -457,8 +457,9 @@ def _next_of_scores(
     mine = [s for s in own.scores if s.model == best.name and s.share.value is not None]
     poor = [s.task for s in mine if s.share.value is not None and s.share.value < POOR]
     if poor and not rest["routing"]:
-        yield _next("route", f"{few(poor)} lost more than {1 - POOR:.0%} of the expert: thin "
-                    "experts beside the merge, chosen per input, keep such tasks.",
+        yield _next("route", f"{best.name} lost more than {percent(1 - POOR)} of the expert on "
+                    f"{few(poor)}: thin experts beside the merge, chosen per input, keep such "
+                    "tasks.",
                     "eutectic route MERGED NAME=EXPERT… -s NAME=FILE… -o routed/")  # fmt: skip
     data = rest["statistics"] or any(_needs_data(m.name) for m in own.models)
     if best.share.value is not None and best.share.value < FAIR and not data:
