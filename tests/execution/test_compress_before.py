@@ -98,6 +98,22 @@ def test_at_the_rank_of_all_factors_it_is_the_merge_itself(
     assert all(own["lost_before"] == 0 for own in told.values())
 
 
+@pytest.mark.parametrize("method", METHODS[:-1])
+def test_so_it_is_of_full_checkpoints(
+    tmp_path: Path, base: str, experts: dict[str, str], method: str
+) -> None:
+    """Of which nobody tells that their changes have few directions."""
+    full: dict[str, str] = {}
+    for name, path in experts.items():
+        full[name] = str(tmp_path / f"full-{name}")
+        eutectic.merge(base=base, experts={name: path}, method="average", output=full[name])
+    found, told = merged(tmp_path / "before", base, full, method, rank=9, compress="before")
+    wanted, _ = merged(tmp_path / "after", base, full, method, rank=9)
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
+    assert all(own["lost_before"] < 1e-9 for own in told.values())
+
+
 def test_ties_at_the_rank_of_all_factors_is_ties_in_the_core(
     tmp_path: Path, base: str, experts: dict[str, str]
 ) -> None:

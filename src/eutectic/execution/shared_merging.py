@@ -85,15 +85,17 @@ def _merged(
             nothing = space.cores.new_zeros(space.cores.shape[1:])
             return space.expand(nothing), record
         narrow = deltas.dtype
-        if method.elementwise or _looks_at_nothing_else(planned):
+        whole = shared.lost <= default_tolerance(narrow, deltas.shape[1:]) ** 2
+        if method.elementwise or (_looks_at_nothing_else(planned) and not whole):
             # A matrix method tells rounding from directions by the dtype of what it gets.
             cores = space.cores if method.elementwise else space.cores.to(narrow)
             inside = dataclasses.replace(context, base=None, statistics=None, initial=None)
             found = run_checked(planned, cores, inside)
             told = {label or "matrix": found.record} if found.record else {}
             return space.expand(found.delta), {**told, **record}
-        left = tuple((space.left @ core).to(narrow) for core in space.cores)
-        seen = LowRankStack(left, (space.right.mT.to(narrow),) * len(left))
+        if not whole:  # dense experts may have no more directions either
+            left = tuple((space.left @ core).to(narrow) for core in space.cores)
+            seen = LowRankStack(left, (space.right.mT.to(narrow),) * len(left))
     if isinstance(seen, LowRankStack) and not planned.layout.split and method.thin is not None:
         merged = method.thin(seen, planned.parameters, context)
         if merged is not None:
