@@ -167,6 +167,17 @@ def test_faults_name_the_options_that_were_typed(place: Path) -> None:
     )  # fmt: skip
     assert "--param density" in wrong.err and "--weight last" in wrong.err
     assert "--set dtype" in wrong.err
+    named = invoke("merge", "--base", "base", "-m", "iso_c", "last", "base", "-o", "x")
+    assert "[NAME=]EXPERT: an expert cannot be called 'base'" in named.err
+    assert "--set experts" not in named.err
+
+
+def test_a_folder_to_evaluate_that_is_not_there_is_named_once(place: Path) -> None:
+    (place / "tasks.yaml").write_text("tasks: {a: {kind: language-model, data: a.jsonl}}\n")
+    (place / "a.jsonl").write_text('{"text": "w1"}\n')
+    common = ("--tasks", "tasks.yaml", "--base", "base", "-e", "a=last")
+    assert "error: nowhere: no such folder." in invoke("evaluate", "nowhere/", *common).err
+    assert "error: nowhere: no such folder (m)." in invoke("evaluate", "m=nowhere", *common).err
 
 
 def test_a_recipes_own_faults_keep_their_lines(place: Path) -> None:

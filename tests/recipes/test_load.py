@@ -255,6 +255,11 @@ def test_recipes_from_python_need_no_lines():
     ]
 
 
+def test_a_list_of_experts_is_told_the_form():
+    with pytest.raises(RecipeError, match=r"experts: is a list; .*\{sst2: \./sst2, mnli: "):
+        check_recipe({"base": "x/y", "experts": ["a", "b"], "method": "average"})
+
+
 def test_a_location_falls_back_to_its_deepest_known_part():
     source = Source(lines={("experts",): 3, ("experts", "a"): 4})
     assert source.line("experts", "a", "path") == 4

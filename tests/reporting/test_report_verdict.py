@@ -101,6 +101,11 @@ def test_a_model_that_is_ahead_of_all_others():
     assert text.endswith("x, is 0.02 points [0.01, 0.03] behind.")
 
 
+def test_a_model_that_lacks_nothing_has_no_weakest_task():
+    report = eutectic.report(results({"x": {"a": 0.8, "b": 0.55}}, EXPERTS, BASE))
+    assert "worst_task" not in kinds(report)
+
+
 def test_a_loss_below_the_base_and_a_poor_task_are_told():
     report = eutectic.report(results({"x": {"a": 0.7, "b": 0.3}}, EXPERTS, BASE))
     assert finding(report, "below_base").subject == ("b",)

@@ -119,6 +119,7 @@ def _keys() -> list[str]:
 
 # Key of a recipe -> the option that says it.
 _OPTIONS: Mapping[str, str] = {
+    "experts": "[NAME=]EXPERT",
     "base": "--base",
     "method": "--method",
     "scale": "--scale",

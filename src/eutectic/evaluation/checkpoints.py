@@ -291,7 +291,8 @@ def named_checkpoints(
         raise RequestError("nothing to evaluate: name a base, experts or models.")
     for checkpoint in found:
         if not checkpoint.folder.is_dir():
-            raise RequestError(f"{checkpoint.folder}: no such folder ({checkpoint.name}).")
+            named_so = "" if checkpoint.name == str(checkpoint.folder) else f" ({checkpoint.name})"
+            raise RequestError(f"{checkpoint.folder}: no such folder{named_so}.")
     if routing != "route" and not any(checkpoint.routed for checkpoint in found):
         raise RequestError(f"routing '{routing}' is for routed models, and none of these is one.")
     return Checkpoints(root, folders, tuple(found), routing)

@@ -308,6 +308,10 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
     @field_validator("experts", mode="before")
     @classmethod
     def _paths_alone(cls, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            raise ValueError(
+                "is a list; say what each expert is called: {sst2: ./sst2, mnli: ./mnli}"
+            )
         if not isinstance(value, dict):
             return value
         specs = cast("dict[Any, Any]", value)

@@ -181,7 +181,8 @@ def _of_tasks(own: Scores, best: ModelScore, it: str) -> Iterator[Finding]:
     mine = {s.task: s for s in own.scores if s.model == best.name}
     below = {s.task: s for s in own.scores if s.model == "base"}
     shares = {t: s.share.value for t, s in mine.items() if s.share.value is not None}
-    if len(shares) > 1:
+    # Where no task lacks anything of its expert's, none is weak.
+    if len(shares) > 1 and min(shares.values()) < 1:
         worst = min(shares, key=lambda t: shares[t])
         figure = mine[worst].share
         poor = shares[worst] < POOR
