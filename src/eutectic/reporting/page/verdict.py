@@ -94,7 +94,8 @@ def _of_scores(own: Scores, *, alone: bool) -> Iterator[Finding]:
         return
     best = models[own.best]
     yield _finding(
-        "best", "headline", _headline(own, best, len(merged)), (best.name,),
+        "best", "headline", ("" if alone else f"{own.name}: ") + _headline(own, best, len(merged)),
+        (best.name,),
         share=best.share.value, mean=best.mean.value, models=len(merged),
     )  # fmt: skip
     # Beside other results, whose sentences come between, every sentence names its model.
@@ -156,10 +157,10 @@ def _of_level(own: Scores, it: str, others: Sequence[ModelScore]) -> Iterator[Fi
         return
     next_best = known[0]
     shown = _difference(own, next_best)
+    rest = "every other model" if it == "it" else f"every other model of {own.name}"
     yield _finding(
         "ahead", "good",
-        f"{_first(it)} is ahead of every other model; the closest, {next_best.name}, is {shown} "
-        f"behind.{how}",
+        f"{_first(it)} is ahead of {rest}; the closest, {next_best.name}, is {shown} behind.{how}",
         (next_best.name,), behind=next_best.behind.value,
     )  # fmt: skip
 
@@ -438,10 +439,14 @@ def _what_next(
         yield from _next_of_scores(own, rest, searched, calibrated)
     weak = [r for r in rest["routing"] if r.decisions and r.chance is not None
             and min(r.decisions.values()) < r.chance + WEAK * (1 - r.chance)]  # fmt: skip
-    if weak:
-        yield _next("router", "Give the routers statistics of the merged model itself "
-                    f"({weak[0].name}): they are what routing sees.",
+    if blind := [r.name for r in weak if not r.measured]:
+        yield _next("router", f"Give the routers statistics of the merged model itself "
+                    f"({few(blind)}): they are what routing sees.",
                     "eutectic route MERGED … --router-data NAME=FILE")  # fmt: skip
+    if seen := [r.name for r in weak if r.measured]:
+        yield _next("oracle", f"Give the routers more inputs of each task ({few(seen)}), or where "
+                    "a request's task is known name its expert: "
+                    "`eutectic.routing(model, mode=\"oracle\", expert=NAME)`.", "")  # fmt: skip
     if done and not curves and not exploded and not scores:
         yield _next("tune", "Nothing chose α here: search it, without labels if you have none.",
                     "eutectic tune recipe.yaml --search divergence --tasks tasks.yaml")  # fmt: skip
