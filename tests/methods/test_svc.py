@@ -60,6 +60,20 @@ def test_what_all_share_is_counted_once_and_what_one_has_is_kept():
     assert merged.record["mean_factor"] == pytest.approx((1 / 3 + 1) / 2)
 
 
+@pytest.mark.parametrize("base", [0.0, 30.0])
+@pytest.mark.parametrize("of", ["task_arithmetic", "tsv_m"])
+def test_rounding_is_no_part_of_an_expert(base: float, of: str):
+    """Experts of outputs that are orthogonal, in float32: each direction is of one of them."""
+    left = torch.linalg.qr(randn(32, 32).double())[0]
+    exact = torch.stack(
+        [left[:, 4 * t : 4 * t + 4] @ randn(4, 24, seed=t).double() for t in (1, 2)]
+    )
+    start = base * randn(32, 24, seed=9).double()
+    told = (start + exact).float() - start.float()
+    found, expected = (merge_matrices("svc", deltas, of=of) for deltas in (told, exact))
+    assert float((found - expected).norm() / expected.norm()) < 1e-4
+
+
 def test_a_method_that_is_none_is_refused():
     """As soon as parameters are read: a plan tells it, before a merge begins."""
     with pytest.raises(MethodError, match="did you mean 'iso_c'"):

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from eutectic.errors import nearest
-from eutectic.linalg.svd import default_tolerance, numerical_rank
+from eutectic.linalg.svd import ROUNDING, default_tolerance, numerical_rank
 from eutectic.methods.grams import Sums, lack, participants
 from eutectic.methods.registry import (
     Context,
@@ -111,11 +111,14 @@ def svc(deltas: Tensor, parameters: SvcParameters, context: Context) -> Merged:
     sums = Sums(context, True, 1.0, wide) if record["metric"] == "inputs" else None
     counted, mass = torch.zeros(rank).to(along), torch.zeros(rank).to(along)
     floor = 1 / len(members)
+    # What rounding leaves of an expert along u_r is no part: M over it would be any number.
+    noise = default_tolerance(deltas.dtype, (ROUNDING,))
+    nothing = max(torch.finfo(torch.float64).eps, noise**2)
     for t in members:
         own = U.mT @ deltas[t].double()
         seen = own if sums is None else own @ sums.input_gram(t, own.shape[1], 1.0).dense()
         square = (own * seen).sum(1)
-        there = square > torch.finfo(torch.float64).eps * float(square.max())
+        there = square > nothing * float(square.max())
         times = (along * seen).sum(1) / torch.where(there, square, 1)
         counted += context.weights[t] * torch.where(there, times.clamp_min(floor), 0)
         mass += context.weights[t] * there
