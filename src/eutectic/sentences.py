@@ -145,6 +145,11 @@ def _searched(tasks: Sequence[str], numbers: Mapping[str, Any]) -> str:
     ).format(tasks=", ".join(tasks), **numbers)
     if numbers["edge"]:
         text += "; it is at the edge of the range, so a wider one may be better"
+    if numbers.get("flat"):
+        text += (
+            "; the smallest that was tried did as well, so that no α was seen to help: try more "
+            "values, or the search divergence"
+        )
     for task, other, count in numbers["shared"]:
         text += f"; {count} rows of {task} are test rows of {other}"
     if numbers["ignored"]:

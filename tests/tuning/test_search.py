@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eutectic.errors import NumericalError, RequestError
+from eutectic.errors import Note, NumericalError, RequestError
 from eutectic.tuning import Measured, search_scale
 from eutectic.tuning.search import grid
 
@@ -71,6 +71,21 @@ def test_an_optimum_at_the_edge_is_told(cost, edge):
     curve = search_scale(cost)
     assert curve.at_edge and curve.scale == edge
     assert not search_scale(lambda a: abs(a - 1)).at_edge
+
+
+def test_a_plateau_that_begins_at_the_smallest_scale_is_flat():
+    """Few values of a metric that moves in steps miss the α at which it rises."""
+    steps = search_scale(lambda a: 0.9 if 1.4 < a < 1.6 else 0.4, points=3, maximise=True)
+    assert steps.value == 0.4 and steps.flat and not steps.at_edge
+    assert not search_scale(lambda a: abs(a - 1)).flat
+    assert not search_scale(lambda a: a).flat  # at the edge, which is told
+    numbers = {
+        "scale": 0.1, "search": "validation", "split": "validation", "points": 3, "best": 0.4,
+        "edge": False, "shared": [], "ignored": [],
+    }  # fmt: skip
+    words = "the smallest that was tried did as well"
+    assert words in Note("searched_scale", ("a",), {**numbers, "flat": True}).text
+    assert words not in Note("searched_scale", ("a",), numbers).text
 
 
 def test_parts_and_nan_are_kept():

@@ -105,6 +105,7 @@ def prepare_objective(
             "points": len(curve.points),
             "best": curve.value,
             "edge": curve.at_edge,
+            **({"flat": True} if curve.flat else {}),
             "shared": [[t.task.name, *pair] for t in tasks for pair in t.tested_elsewhere.items()],
             "ignored": idle,
         }

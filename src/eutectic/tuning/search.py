@@ -55,6 +55,12 @@ class ScaleCurve:
         scales = list(self.points)
         return self.scale in (scales[0], scales[-1])
 
+    @property
+    def flat(self) -> bool:
+        """Whether the smallest α, where next to nothing was merged, did as well as the best."""
+        first = next(iter(self.points))
+        return first < self.scale and self.points[first].value == self.value
+
     def as_record(self) -> dict[str, Any]:
         """Return the curve as JSON-serialisable values; a value that is not finite is null."""
         points = [
