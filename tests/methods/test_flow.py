@@ -134,3 +134,17 @@ def test_wudi_does_not_square_the_condition_of_its_rows():
     delta = Q @ torch.diag(torch.logspace(0, -6, 9, dtype=torch.float64)) @ P
     merged = merge_matrices("wudi", delta[None])
     assert float((merged - delta).norm() / delta.norm()) < 1e-9  # its Gram's condition is 1e12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"filter": "solution", "tau": 1.0}, "tau is of filter 'flow'"),
+        ({"filter": "cut", "tau": 2.0}, "tau is of filter 'flow'"),
+        ({"rank": 3}, "rank is of filter 'cut'"),
+        ({"weights": [1.0, -1.0, 1.0][:EXPERTS] + [1.0] * (EXPERTS - 3)}, "at least 0"),
+    ],
+)
+def test_what_has_no_part_is_refused(options, message):
+    with pytest.raises(MethodError, match=message):
+        merge_matrices("flow", DELTAS, gram="task", **options)

@@ -1,5 +1,6 @@
 """Spectral filters of the matching system: from an initial merge towards its solution, at once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -7,12 +8,12 @@ import torch
 from annotated_types import Gt
 from torch import Tensor
 
-from eutectic.errors import NumericalError
+from eutectic.errors import MethodError, NumericalError
 from eutectic.linalg import lapack
 from eutectic.linalg.select import magnitude_thresholds
 from eutectic.linalg.svd import default_tolerance
-from eutectic.methods.grams import Sums, lack, participants
-from eutectic.methods.registry import Context, Cost, Parameters, Takes, always, register
+from eutectic.methods.grams import Sums, lack, negative_weights, participants
+from eutectic.methods.registry import Context, Cost, Parameters, Rules, Takes, always, register
 from eutectic.methods.solving import averaged, initial_guess
 from eutectic.methods.ties import trim
 from eutectic.types import Merged
@@ -32,7 +33,7 @@ class FlowParameters(Parameters):
         equal: divide each A_t by its trace, so that every expert counts alike.
         filter: "flow" follows the gradient for a time τ, "solution" to its end, "cut" solves on
             the leading eigenvectors alone.
-        tau: the time τ of "flow", in units of 1/mean eigenvalue of the summed Gram.
+        tau: the time τ of "flow", in units of 1/mean eigenvalue of the summed Gram. None: 1.
         rank: number of eigenvectors of "cut". None: the participation ratio (Σλ)²/Σλ², rounded.
         init: method whose result is the initial guess, or "zero".
         init_scale: factor on it; as in `mats`.
@@ -41,10 +42,17 @@ class FlowParameters(Parameters):
     gram: FilterGram = "inputs"
     equal: bool = False
     filter: Filter = "flow"
-    tau: Annotated[float, Gt(0)] = 1.0
+    tau: Annotated[float, Gt(0)] | None = None
     rank: Annotated[int, Gt(0)] | None = None
     init: str = "task_arithmetic"
     init_scale: float | None = None
+
+
+def _check(parameters: FlowParameters, weights: Sequence[float]) -> str | None:
+    for name, kind in (("tau", "flow"), ("rank", "cut")):
+        if getattr(parameters, name) is not None and parameters.filter != kind:
+            return f"{name} is of filter '{kind}', and the filter is '{parameters.filter}'."
+    return negative_weights(parameters, weights)
 
 
 @register(
@@ -58,6 +66,7 @@ class FlowParameters(Parameters):
         fallback=always("flow"),
     ),
     cost=Cost(workspace=always(5.0), products=20.0, statistics_copies=always(1.0)),
+    rules=Rules(check=_check),
 )
 def flow(deltas: Tensor, parameters: FlowParameters, context: Context) -> Merged:
     """Return X(τ) = X₀ + (D − X₀C)·Q diag(h(λ)/λ) Qᵀ, with C = Σ w_tA_t = QΛQᵀ, D = Σ w_tΔ_tA_t.
@@ -81,9 +90,12 @@ def flow(deltas: Tensor, parameters: FlowParameters, context: Context) -> Merged
     have not been compared: they differ in what is left out and in scale.
 
     Raises:
-        MethodError: negative weights, statistics of another shape, an unknown `init`.
+        MethodError: negative weights, statistics of another shape, an unknown `init`, `tau` or
+            `rank` of another filter.
         NumericalError: NaN or Inf in a Gram, or a sum that is not positive semidefinite.
     """
+    if fault := _check(parameters, context.weights):
+        raise MethodError(fault)
     members = participants(context)
     if parameters.gram == "inputs":
         reason = lack(("gram",), context, True)
@@ -108,7 +120,7 @@ def flow(deltas: Tensor, parameters: FlowParameters, context: Context) -> Merged
     merged = first + ((residual @ basis) * factors) @ basis.T
     record: dict[str, Any] = {"init": origin, "effective_rank": float(share.sum())}
     if parameters.filter == "flow":
-        record["tau"] = parameters.tau
+        record["tau"] = parameters.tau or 1.0
     return Merged(merged.to(deltas), record)
 
 
@@ -116,7 +128,7 @@ def _filtered(values: Tensor, parameters: FlowParameters) -> tuple[Tensor, Tenso
     """Return h(λ) and h(λ)/λ of descending eigenvalues, 0 where there is none."""
     there = values > 0
     if parameters.filter == "flow":
-        time = parameters.tau / float(values.mean())
+        time = (parameters.tau or 1.0) / float(values.mean())
         share = -torch.expm1(-time * values)
     elif parameters.filter == "cut":
         ratio = float(values.sum() ** 2 / values.square().sum())

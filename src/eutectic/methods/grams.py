@@ -5,6 +5,7 @@ Input Grams come in whichever form makes products with them cheap.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import MethodError
-from eutectic.methods.registry import Context
+from eutectic.methods.registry import Context, Parameters
 from eutectic.types import LayerStatistics
 
 PANEL = 320  # rows of a trapezoidal factor multiplied at once: what lies left of them is zero
@@ -131,14 +132,21 @@ def roundoff(stored: Tensor) -> float:
     return torch.finfo(stored.dtype).eps
 
 
+def negative_weights(parameters: Parameters, weights: Sequence[float]) -> str | None:
+    """Say what is wrong with weights that no quadratic objective can have."""
+    del parameters  # whatever they are
+    if min(weights) >= 0 and max(weights) > 0:
+        return None
+    return (
+        f"matching takes weights of at least 0, one of them positive, got {list(weights)}.\n"
+        "A negative weight would leave the quadratic objective without a minimum."
+    )
+
+
 def participants(context: Context) -> list[int]:
     """Return the positions of the experts with a positive weight; negative ones are refused."""
-    if min(context.weights) < 0 or max(context.weights) == 0:
-        raise MethodError(
-            "matching takes weights of at least 0, one of them positive, "
-            f"got {list(context.weights)}.\n"
-            "A negative weight would leave the quadratic objective without a minimum."
-        )
+    if fault := negative_weights(Parameters(), context.weights):
+        raise MethodError(fault)
     return [t for t, w in enumerate(context.weights) if w > 0]
 
 

@@ -14,7 +14,7 @@ from eutectic.errors import MethodError
 from eutectic.linalg.cg import eigenbasis_pays, norm
 from eutectic.linalg.lowrank import LowRankStack
 from eutectic.methods.core_matching import core_of, in_core
-from eutectic.methods.grams import participants
+from eutectic.methods.grams import negative_weights, participants
 from eutectic.methods.operators import FISHER_FLOOR, NEEDS, Operator, build_system, fisher_weighted
 from eutectic.methods.registry import (
     Context,
@@ -139,7 +139,7 @@ def _explain(shape: tuple[int, ...], parameters: MatsParameters, precision: Prec
         products=60.0,
         statistics_copies=lambda p: 1.0 if p.operator == "kfac" else 0.0,
     ),
-    rules=Rules(explain=_explain),
+    rules=Rules(check=negative_weights, explain=_explain),
 )
 def mats(deltas: Tensor | LowRankStack, parameters: MatsParameters, context: Context) -> Merged:
     """Return an approximate solution Δ of Σ w_tC_t(Δ) = Σ w_tC_t(Δ_t), from an initial guess.
@@ -294,6 +294,7 @@ class RegMeanParameters(Parameters):
         fallback=always("regmean"),
     ),
     cost=Cost(workspace=always(4.0), products=4.0),
+    rules=Rules(check=negative_weights),
 )
 def regmean(
     deltas: Tensor | LowRankStack, parameters: RegMeanParameters, context: Context
@@ -374,6 +375,7 @@ class FisherParameters(Parameters):
     laws={"permutation", "homogeneous", "zero", "single", "copies", "absent"},
     takes=Takes(vectors=True, needs=always({"fisher_diagonal"}), fallback=always("fisher")),
     cost=Cost(workspace=always(4.0), products=0.5),
+    rules=Rules(check=negative_weights),
 )
 def fisher(deltas: Tensor, parameters: FisherParameters, context: Context) -> Merged:
     """Return Σ w_tF_t ⊙ Δ_t / Σ w_tF_t, with F_t the expert's diagonal Fisher, floored.

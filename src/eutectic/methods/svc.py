@@ -11,11 +11,12 @@ from torch import Tensor
 
 from eutectic.errors import nearest
 from eutectic.linalg.svd import ROUNDING, default_tolerance, numerical_rank
-from eutectic.methods.grams import Sums, lack, participants
+from eutectic.methods.grams import Sums, lack, negative_weights, participants
 from eutectic.methods.registry import (
     Context,
     Cost,
     Parameters,
+    Rules,
     Takes,
     all_methods,
     always,
@@ -69,6 +70,7 @@ def _needs(parameters: SvcParameters) -> Set[str]:
     laws={"permutation", "homogeneous", "zero", "single", "absent", "rotation"},
     takes=Takes(needs=_needs, fallback=always("svc")),
     cost=Cost(workspace=lambda count: 2 + 24 / count, products=20.0),
+    rules=Rules(check=negative_weights),
 )
 def svc(deltas: Tensor, parameters: SvcParameters, context: Context) -> Merged:
     """Return M with every direction u_r divided by γ_r = mean_t max(1/T, s_t^r).

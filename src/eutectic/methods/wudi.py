@@ -5,8 +5,8 @@ from torch import Tensor
 
 from eutectic.linalg import lapack
 from eutectic.linalg.svd import default_tolerance
-from eutectic.methods.grams import participants
-from eutectic.methods.registry import Context, Cost, Parameters, always, register
+from eutectic.methods.grams import negative_weights, participants
+from eutectic.methods.registry import Context, Cost, Parameters, Rules, always, register
 from eutectic.types import Merged
 
 
@@ -16,6 +16,7 @@ from eutectic.types import Merged
     paper="Whoever started the interference should end it, arXiv 2503.08099",
     laws={"permutation", "homogeneous", "zero", "single", "copies", "absent"},
     cost=Cost(workspace=always(6.0), products=12.0),
+    rules=Rules(check=negative_weights),
 )
 def wudi(deltas: Tensor, parameters: Parameters, context: Context) -> Merged:
     """Return the Δ of least norm that minimises Σ w_t‖(Δ − Δ_t)Δ_tᵀ‖²_F/‖Δ_t‖²_F.
