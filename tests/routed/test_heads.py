@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -341,6 +342,9 @@ def test_exported_adapters_of_pictures_have_their_heads(vit: Path, tmp_path: Pat
 @pytest.mark.filterwarnings("ignore")
 def test_mixed_batches_get_adapters_and_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of as many classes each, on one base."""
+    saved = importlib.import_module("peft.utils.other").ModulesToSaveWrapper
+    if not hasattr(saved, "_mixed_batch_forward"):
+        pytest.skip("this PEFT takes the first adapter's head for all rows of a mixed batch")
     monkeypatch.setitem(CLASSES, "b", 3)
     base = moved(tiny_model("BertModel"), 1)
     folder = family(tmp_path, base, "BertForSequenceClassification", tokens)
