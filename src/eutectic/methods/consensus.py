@@ -9,6 +9,7 @@ from annotated_types import Ge
 from torch import Tensor
 
 from eutectic.methods.registry import Context, Parameters, Takes, register
+from eutectic.methods.ties import sum_in_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +52,10 @@ def consensus(deltas: Tensor, parameters: ConsensusParameters, context: Context)
     Compression", arXiv 2405.07813.
     """
     own = context.weigh(deltas)
-    total = _sum(own)
+    total = sum_in_order(own)
     scales: Sequence[Any] = context.each(parameters, "mask_scale")
     members = [t for t, weight in enumerate(context.weights) if weight != 0]
     used = torch.zeros(total.shape, dtype=torch.int32, device=total.device)
     for t in members:
         used += own[t].abs() >= (total - own[t]).abs() * scales[t]
     return torch.where(used >= min(parameters.users, len(members)), total, 0)
-
-
-def _sum(inputs: Tensor) -> Tensor:
-    """Return the sum over experts, in their order."""
-    total = inputs[0].clone()
-    for x in inputs[1:]:
-        total += x
-    return total

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eutectic.linalg.select import order_statistics
 from eutectic.methods.registry import Chunks, Context, Parameters, Rules, Takes, register
+from eutectic.methods.ties import sum_in_order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +109,7 @@ def _prepare(chunks: Chunks, parameters: PcbParameters, context: Context) -> _St
 def _balances(own: Tensor, magnitudes: Tensor, context: Context) -> Tensor:
     """Return exp(T·n_t²)·tanh(D_t ⊙ ΣD_s) of weighted deltas `[T, …]`."""
     low, high = _columns(magnitudes, own)
-    total = torch.zeros_like(own[0])
-    for x in own:
-        total += x
+    total = sum_in_order(own)
     members = sum(weight != 0 for weight in context.weights)
     sizes = _unit_interval(own.abs().clamp(low, high), low, high)
     return torch.exp(members * sizes.square()) * torch.tanh(own * total)

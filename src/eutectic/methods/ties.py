@@ -152,9 +152,9 @@ def weighted_consensus(kept: Tensor, context: Context, aggregate: Aggregate) -> 
     Σ w_t x_t over them, divided by their Σ w_t unless that is 0 (`mean`).
     """
     weighted = context.weigh(kept)
-    elected = torch.where(_sum(weighted) >= 0, 1.0, -1.0).to(kept.dtype)
+    elected = torch.where(sum_in_order(weighted) >= 0, 1.0, -1.0).to(kept.dtype)
     agreeing = (weighted * elected).clamp_min_(0)
-    total = _sum(agreeing).mul_(elected)
+    total = sum_in_order(agreeing).mul_(elected)
     if aggregate == "sum":
         return total
     share = _total(agreeing.sign_(), context)
@@ -167,10 +167,11 @@ def _total(inputs: Tensor, context: Context) -> Tensor:
     In the experts' order, so that the length of a chunk cannot change it; and with each product
     rounded before the sum (no fused multiply-add), so that opposite ones cancel to zero exactly.
     """
-    return _sum(context.weigh(inputs))
+    return sum_in_order(context.weigh(inputs))
 
 
-def _sum(inputs: Tensor) -> Tensor:
+def sum_in_order(inputs: Tensor) -> Tensor:
+    """Return Σ x_t over the first dimension, in the experts' order."""
     total = inputs[0].clone()
     for x in inputs[1:]:
         total.add_(x)
