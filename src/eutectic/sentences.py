@@ -352,6 +352,10 @@ SENTENCES: dict[str, Template] = {
         "expert '{0}' has factors of rank {rank} for {1}, which has {side} directions: the change "
         "is what the factors make, and no adapter needs more than {side} for it"
     ),
+    "cut_plainly": (
+        "cut where they lose the least of their change, not of the outputs, since no statistics "
+        "know their inputs: {few}"
+    ),
     "rank_above_layers": (
         "rank {rank} is more than any layer has ({side} at most): each gets what it has"
     ),

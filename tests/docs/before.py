@@ -63,6 +63,7 @@ BEFORE: dict[str, Before] = {
         copies={
             **{"adapter": "sst2-lora", "lora-a": "sst2-lora", "lora-b": "mnli-lora"},
             **{"lora": "mnli-lora", "fine-tuned": "sst2"},
+            **{"a.jsonl": "data/sst2/test.jsonl", "b.jsonl": "data/mnli/test.jsonl"},
         },
         bash=_MIXED + "eutectic merge --base ./base -m linear -o full/ one=./sst2-lora\n",
         python=_BATCHES + "base = AutoModel.from_pretrained('adapters/merged').eval()\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,17 @@ from helpers.folders import save
 OUT, IN = 24, 40
 
 
-def cost(folder: Path, **parameters: object) -> tuple[int, int]:
+def cost(
+    folder: Path, method: str = "mats", cut: bool = False, **parameters: object
+) -> tuple[int, int]:
     """Return bytes read and held for the matrix."""
     experts = {n: {"path": folder / n, "statistics": folder / f"{n}.stats"} for n in "ab"}
-    values = {"base": folder / "base", "experts": experts, "method": "mats"}
+    values = {"base": folder / "base", "experts": experts, "method": method}
     recipe = check_recipe({**values, "parameters": parameters})
     with open_inputs(recipe) as inputs:
         plan = make_plan(recipe, inputs)
         matrix = next(t for t in plan.tensors if t.name == "weight")
-        found = tensor_cost(matrix, inputs)
+        found = tensor_cost(replace(matrix, cut_in_inputs=cut), inputs)
     return found.read_bytes, found.peak_bytes
 
 
@@ -51,6 +54,10 @@ def test_grams_and_their_copies_are_counted(tmp_path: Path) -> None:
     assert gram_read - plain_read == 2 * 4 * IN * IN
     assert kfac_read - gram_read == 2 * 4 * OUT * OUT
     assert gram_peak - plain_peak >= 2 * 4 * IN * IN + 8 * IN * IN
+    cut_read, cut_peak = cost(tmp_path, "average", cut=True)
+    whole_read, whole_peak = cost(tmp_path, "average")
+    assert cut_read - whole_read == 2 * 4 * IN * IN
+    assert cut_peak - whole_peak >= 2 * 4 * IN * IN + 4 * 8 * IN * IN
     copies = 2 * 8 * (IN * IN + OUT * OUT)
     assert kfac_peak - gram_peak == copies + (kfac_read - gram_read)
 

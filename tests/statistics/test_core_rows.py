@@ -150,6 +150,44 @@ def test_merges_at_a_rank_take_them(
 
 
 @OLD_NAMES
+def test_adapters_are_cut_by_them(
+    expert: Path, data: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """As by the dense P·C·P; what an expanding method makes lies beyond the rows."""
+    files = collected(expert, data, adapters, tmp_path, "--dtype", "float64")
+    experts = {n: {"path": str(p), "statistics": str(files[n])} for n, p in adapters.items()}
+    common: dict[str, Any] = {"base": str(expert), "unmatched": "leave", "heads": "base"}
+
+    def product(name: str, **stated: Any) -> torch.Tensor:
+        held = {"others": "drop", **stated}
+        recipe = {**common, "experts": experts, "method": "task_arithmetic", "scale": 1.0}
+        eutectic.merge(recipe | {"adapter": held}, output=tmp_path / name)
+        key = "base_model.model." + QUERY.removesuffix("weight") + "lora_{}.weight"
+        stored = load_file(tmp_path / name / "adapter_model.safetensors")
+        return stored[key.format("B")].double() @ stored[key.format("A")].double()
+
+    whole, found = product("whole"), product("cut", rank=2, cut="inputs")
+    index = open_index(expert)
+    opened = [open_expert(path, index) for path in adapters.values()]
+    rows = torch.cat([e.input_rows(QUERY).double() for e in opened])
+    inner = torch.linalg.pinv(rows @ rows.mT)
+    C = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for file in files.values():
+        entry = load_statistics(file)[QUERY]
+        C += rows.mT @ inner @ entry.core_gram.double() @ inner @ rows / entry.count / len(files)
+    C += 0.1 * C.trace() / len(C) * torch.eye(len(C))
+    U = torch.linalg.svd(whole @ torch.linalg.cholesky(C))[0][:, :2]
+    torch.testing.assert_close(found, U @ U.mT @ whole, rtol=1e-4, atol=1e-6)
+    for e in opened:
+        e.close()
+    with pytest.raises(RecipeError, match="ties expands these: its changes reach beyond"):
+        eutectic.merge(
+            **common, experts=experts, method="ties", output=tmp_path / "ties",
+            adapter={"rank": 2, "cut": "inputs", "others": "drop"},
+        )  # fmt: skip
+
+
+@OLD_NAMES
 def test_sums_of_disjoint_data_add_up(
     expert: Path, data: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -132,6 +132,7 @@ _OPTIONS: Mapping[str, str] = {
     "adapter.others": "--others",
     "adapter.tables": "--tables",
     "adapter.compress": "--compress",
+    "adapter.cut": "--cut",
     "adapter.dtype": "--dtype",
     "scale.search": "--search",
     "scale.tasks": "--tasks",
@@ -145,7 +146,9 @@ _OF_EXPERT = {"weight": "--weight", "statistics": "--statistics"}
 _SEARCH_KEYS = re.compile(r"\b(search: |tasks|range|points|tolerance)\b")
 
 
-_OF_ADAPTER = re.compile(r"\b(others|tables|compress): (drop|save|low_rank|after|before)")
+_OF_ADAPTER = re.compile(
+    r"\b(others|tables|compress|cut): (drop|save|low_rank|after|before|plain|inputs)"
+)
 
 
 def _as_option(found: re.Match[str]) -> str:

@@ -187,6 +187,9 @@ def adapter_rows(records: Mapping[str, Any]) -> list[tuple[str, str]]:
     before = {n: told["lost_before"] for n, told in thin.items() if "lost_before" in told}
     if before:
         rows.append(("lost energy", f"of the experts' changes {_spread(before)}"))
+    shift = {n: told["lost_shift"] for n, told in thin.items() if "lost_shift" in told}
+    if shift:
+        rows.append(("lost outputs", f"of the squares of what is added to them {_spread(shift)}"))
     if after and (not before or max(after.values()) > ROUNDING):
         rows.append(("lost energy", _spread(after)))
     return rows

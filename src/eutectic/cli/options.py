@@ -295,6 +295,12 @@ class RecipeOptions:
         "With --rank N: cut what is merged to its rank, or bring the experts to it before.",
         metavar="after | before",
     )
+    cut: str | None = option(
+        None,
+        "What a cut to --rank or --energy keeps: the most of the change, or of the outputs' "
+        "(needs statistics).",
+        metavar="plain | inputs",
+    )
     set_: list[str] | None = option(
         None,
         "Any other key of a recipe: dtype, heads, missing, unmatched, seed, precision …",
@@ -333,6 +339,7 @@ class SearchedRecipeOptions(RecipeOptions):
     energy: None = field(default=None, init=False)
     others: None = field(default=None, init=False)
     compress: None = field(default=None, init=False)
+    cut: None = field(default=None, init=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,7 +391,9 @@ def request(
     keys = ("base", "method", "scale", "fallback", "shard_size", "vocabulary", "chat_template")
     stated = {key: getattr(asked, key) for key in keys}
     options.update({key: value for key, value in stated.items() if value is not None})
-    held = adapter_options(asked.rank, asked.energy, asked.others, compress=asked.compress)
+    held = adapter_options(
+        asked.rank, asked.energy, asked.others, compress=asked.compress, cut=asked.cut
+    )
     if held or asked.adapter:
         options["adapter"] = held
     if asked.param:
@@ -408,9 +417,11 @@ def adapter_options(
     others: str | None,
     tables: str | None = None,
     compress: str | None = None,
+    cut: str | None = None,
 ) -> dict[str, Any]:
     """Return what words of a command line say of an adapter, as a recipe would."""
-    found = {"energy": energy, "others": others, "tables": tables, "compress": compress}
+    found: dict[str, Any] = {"energy": energy, "others": others, "tables": tables}
+    found |= {"compress": compress, "cut": cut}
     stated: dict[str, Any] = {key: value for key, value in found.items() if value is not None}
     if rank is not None:
         if rank != "auto" and not rank.isdecimal():

@@ -18,6 +18,7 @@ from eutectic.checkpoint.index import open_index
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.checkpoint.writer import CheckpointWriter, OutputFile
 from eutectic.errors import NumericalError
+from eutectic.execution.input_moments import input_moment
 from eutectic.execution.matrix_merging import context_of, thin_deltas
 from eutectic.execution.merging import (
     Emit,
@@ -36,6 +37,7 @@ from eutectic.execution.shared_merging import LOST, merge_shared_stack
 from eutectic.execution.tensor_values import block_ranges, read_base
 from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.linalg.range_finder import Compressed, compressed
+from eutectic.linalg.shift import compressed_by_shift
 from eutectic.methods import get_method
 from eutectic.planning.adapter_outlook import thin_rank
 from eutectic.planning.adapter_plan import THIN, Carried
@@ -44,6 +46,7 @@ from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.storage import storage_of
 
 LEFT, RIGHT, WHOLE = "left", "right", "whole"  # names in a part's file
+LOST_SHIFT = "lost_shift"  # in a tensor's record: share of ‖Δx‖² that a cut by inputs loses
 LOSSLESS = 1e-7  # of the energy: so little is rounding where nothing may be lost be
 _READ = 1 << 22
 _NOTHING = torch.zeros(1)
@@ -87,11 +90,12 @@ def write_part(
         slot, layout = carried.slot, planned.layout
         if slot is not None and layout.stacked and slot.turned != layout.transpose:
             changes = [_transposed(change) for change in changes]  # as PEFT sees them
-        cut = [_cut(planned, carried, inputs, change) for change in changes]
+        told: dict[str, Any] = {}
+        cut = [_cut(planned, carried, inputs, change, told) for change in changes]
         part = _together(cut) if planned.layout.stacked else cut[0]
         sides = {LEFT: part.left, RIGHT: part.right}
         held = {n: narrow_finite(planned.name, t, carried.dtype) for n, t in sides.items()}
-        told = {"changed": part.rank > 0, "rank": part.rank, "lost_energy": part.lost}
+        told = {"changed": part.rank > 0, "rank": part.rank, "lost_energy": part.lost, **told}
         if LOST in found.record:
             told[LOST] = found.record[LOST]
             found = replace(found, record={k: v for k, v in found.record.items() if k != LOST})
@@ -218,9 +222,16 @@ def _thin_change(planned: TensorPlan, inputs: Inputs) -> tuple[Finished, LowRank
 
 
 def _cut(
-    planned: TensorPlan, carried: Carried, inputs: Inputs, change: Tensor | LowRank
+    planned: TensorPlan,
+    carried: Carried,
+    inputs: Inputs,
+    change: Tensor | LowRank,
+    told: dict[str, Any],
 ) -> Compressed:
-    """Return the change as balanced factors of the rank and energy that are asked for."""
+    """Return the change as balanced factors of the rank and energy that are asked for.
+
+    What a cut in the metric of the inputs loses of the outputs is noted in `told`.
+    """
     seed = context_of(planned).seed_for("adapter")
     most, energy = carried.rank, carried.energy
     lossless = most is None and energy is None
@@ -230,6 +241,11 @@ def _cut(
             if inner <= min(change.shape):
                 return Compressed(change.left, change.right, 0.0)
         most = thin_rank(planned, inputs)
+    moment = input_moment(planned, inputs) if planned.cut_in_inputs else None
+    if moment is not None:
+        nearest = compressed_by_shift(change, moment, rank=most, energy=energy, seed=seed)
+        told[LOST_SHIFT] = nearest.lost
+        return nearest.factors
     found = compressed(change, rank=most, energy=energy, seed=seed)
     if lossless and found.lost > LOSSLESS:
         raise NumericalError(

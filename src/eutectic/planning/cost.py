@@ -70,7 +70,7 @@ def tensor_cost(planned: TensorPlan, inputs: Inputs) -> Cost:
 def _statistics_bytes(planned: TensorPlan, inputs: Inputs) -> tuple[int, int]:
     """Return bytes of the statistics that a task reads, and of the squares made of them."""
     method, parameters = get_method(planned.method), planned.parameters
-    only = needed(method, parameters)
+    only = needed(method, parameters) | ({"gram"} if planned.cut_in_inputs else set())
     shape = planned.shape
     if not (only and inputs.statistics) or planned.layout.stacked or not shape:
         return 0, 0

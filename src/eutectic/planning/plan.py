@@ -32,6 +32,7 @@ from eutectic.planning.adapter_plan import AdapterPlan, adapter_plan, rank_notes
 from eutectic.planning.collector import collector_paused
 from eutectic.planning.compression import compressed_before, compression_faults
 from eutectic.planning.coverage import coverage_faults, unmatched
+from eutectic.planning.cut_metric import cut_faults, cut_in_inputs, cut_notes
 from eutectic.planning.directions import directed, first_direction
 from eutectic.planning.fallbacks import fallback_faults, fallen_share, merged_mostly_by
 from eutectic.planning.inputs import Inputs, MergeRequest
@@ -183,8 +184,10 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         _refuse(adapter, source)
         adapter = None
     if adapter is not None:
-        _refuse(compression_faults(tensors, adapter), source)
-        tensors = compressed_before(tensors, adapter)
+        _refuse(
+            [*compression_faults(tensors, adapter), *cut_faults(tensors, adapter, inputs)], source
+        )
+        tensors = cut_in_inputs(compressed_before(tensors, adapter), adapter, inputs)
     shares = shares_of(tensors, heads, unmatched(request), request)
     return Plan(
         method=method,
@@ -218,6 +221,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
             *found.notes,
             *notes_on(tensors, heads, left_out, shares, request),
             *(() if adapter is None else rank_notes(tensors, adapter)),
+            *(() if adapter is None else cut_notes(tensors, adapter)),
         ),
         adapter=adapter,
     )

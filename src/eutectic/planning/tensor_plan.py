@@ -128,6 +128,7 @@ class TensorPlan:
     must_agree: bool = False  # a copied buffer that every expert must hold alike
     # Most directions of the change, to which the experts are brought before they are merged.
     compress: int | None = None
+    cut_in_inputs: bool = False  # its factors are those nearest in the outputs, not in ‖Δ‖
 
     @property
     def why(self) -> str:

@@ -137,6 +137,8 @@ class AdapterOptions(BaseModel, extra="forbid", frozen=True):
     # Whether the experts are brought to `rank` shared directions before they are merged (CtM,
     # arXiv 2606.03723), or what is merged is cut after.
     compress: Literal["before", "after"] = "after"
+    # What a cut after the merge keeps: the most of ‖Δ‖², or by the experts' statistics of ‖Δx‖².
+    cut: Literal["plain", "inputs"] = "plain"
 
     @field_validator("rank", mode="before")
     @classmethod
@@ -153,6 +155,12 @@ class AdapterOptions(BaseModel, extra="forbid", frozen=True):
             raise ValueError(f"compress: {self.compress} needs a rank (--rank N)")
         if self.compress == "before" and (self.most is None or self.energy is not None):
             raise ValueError("compress: before takes a rank that is a number, and no energy")
+        if "cut" in self.model_fields_set and self.most is None and self.share is None:
+            raise ValueError(f"cut: {self.cut} needs a rank (--rank N)")
+        if self.cut == "inputs" and self.compress == "before":
+            raise ValueError(
+                "cut: inputs cuts what is merged; compress: before leaves no cut to it"
+            )
         return self
 
     @property
