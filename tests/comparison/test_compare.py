@@ -135,7 +135,7 @@ def test_a_recipe_of_a_row_makes_its_model(compared, tmp_path):
     recipe = found.recipe()
     report = eutectic.merge(recipe, output=tmp_path / "best")
     own = next(c for c in found.results.checkpoints if c.name == found.best)
-    from eutectic.evaluation.checkpoints import fingerprint
+    from eutectic.evaluation.identities import fingerprint
 
     assert report.scale == found.rows[0].scale
     assert fingerprint(tmp_path / "best", None) == own.fingerprint

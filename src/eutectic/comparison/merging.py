@@ -12,7 +12,8 @@ from eutectic.comparison.candidates import Candidate, Way
 from eutectic.comparison.folder import RECIPES, WORK, Found, read_found, remove, write_found
 from eutectic.comparison.table import Made, file_name
 from eutectic.errors import MethodError, NumericalError, RequestError
-from eutectic.evaluation.checkpoints import Checkpoint, digest_of, fingerprint
+from eutectic.evaluation.checkpoints import Checkpoint
+from eutectic.evaluation.identities import digest_of, fingerprint
 from eutectic.evaluation.metrics import Outcomes
 from eutectic.evaluation.pairs import Journal, Pairs
 from eutectic.evaluation.results import CheckpointRecord

@@ -27,6 +27,8 @@ class Columns(BaseModel):
     prompt: str = "prompt"
     completion: str = "completion"
     messages: str = "messages"
+    relevant: str = "relevant"
+    id: str = "id"
 
 
 class RowsOfTask(Protocol):
@@ -53,12 +55,16 @@ INPUTS: Mapping[str, tuple[str, ...]] = {
     "pair-classification": ("text", "text_pair"),
     "regression": ("text", "text_pair"),
     "feature-extraction": ("text", "text_pair"),
+    "sentence-similarity": ("text", "text_pair"),
+    "retrieval": ("text",),
     **dict.fromkeys(PICTURES, ("image",)),
     "sequence-to-sequence": ("source",),
     "language-model": ("text",),
 }
 ANSWERS: Mapping[str, str] = {
     **dict.fromkeys((*LABELLED, "regression", "feature-extraction"), "label"),
+    "sentence-similarity": "label",
+    "retrieval": "relevant",
     "sequence-to-sequence": "target",
 }
 _TEXTS = ("text", "text_pair", "source", "target")

@@ -29,8 +29,9 @@ _SPLITS: Mapping[str, tuple[str, ...]] = {
 }
 _CALLED: Mapping[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "sentence1", "premise", "question1", "review", "content")
-    + ("question", "document", "comment", "body", "title"),
-    "text_pair": ("text_pair", "sentence2", "hypothesis", "question2", "answer", "context"),
+    + ("question", "document", "comment", "body", "title", "sentence_0", "query", "anchor"),
+    "text_pair": ("text_pair", "sentence2", "hypothesis", "question2", "answer", "context")
+    + ("sentence_1", "positive"),
     "label": ("label", "labels", "class", "category", "score", "target", "answer"),
     "source": ("source", "src", "input", "inputs", "question", "document", "article", "prompt"),
     "target": ("target", "tgt", "output", "outputs", "answer", "summary", "completion"),
@@ -38,11 +39,14 @@ _CALLED: Mapping[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations", "conversation", "chat"),
     "prompt": ("prompt", "instruction", "question"),
     "completion": ("completion", "response", "output", "answer"),
+    "relevant": ("relevant", "relevant_docs", "relevant_ids", "positives", "corpus-id", "qrels"),
 }
 _FIELDS: Mapping[TaskKind, tuple[str, ...]] = {
     "text-classification": ("text", "text_pair", "label"),
     "pair-classification": ("text", "text_pair", "label"),
     "regression": ("text", "text_pair", "label"),
+    "sentence-similarity": ("text", "text_pair", "label"),
+    "retrieval": ("text", "relevant"),
     **dict.fromkeys(PICTURES, ("image", "label")),
     "sequence-to-sequence": ("source", "target"),
     "language-model": ("text",),
@@ -202,7 +206,7 @@ def columns_for(kind: TaskKind, present: Sequence[str]) -> tuple[dict[str, str],
         near = [c for name in _CALLED[field] for c in present if c.lower() == name]
         found = next((c for c in (*exact, *near) if c not in taken), None)
         if found is None:
-            if field != "text_pair" or kind == "pair-classification":
+            if field != "text_pair" or kind in ("pair-classification", "sentence-similarity"):
                 lacking.append(field)
             continue
         taken.add(found)

@@ -16,6 +16,7 @@ from eutectic.drafting.models import (
     choose_base,
     classes_of,
     config_of,
+    embeds_texts,
     expert_names,
     find_models,
     holds_models,
@@ -24,7 +25,7 @@ from eutectic.drafting.models import (
 )
 from eutectic.errors import EutecticError, RequestError
 from eutectic.evaluation.metrics import METRICS_OF_KIND
-from eutectic.models.task_kinds import ZERO_SHOT, TaskKind
+from eutectic.models.task_kinds import EMBEDDING, ZERO_SHOT, TaskKind
 from eutectic.statistics import load_statistics
 from eutectic.words import few
 
@@ -246,18 +247,24 @@ def _task(
     order = ("test", "validation", None, "proxy")  # proxies need no labels
     present = next((r.columns for o in order for r in rows if r.split == o and r.columns), ())
     bare = kind in (None, "feature-extraction")
+    folder = expert.path if expert.path.is_dir() else expert.path.parent
+    head = folder / "head.safetensors"
+    if bare and not head.is_file() and embeds_texts(expert, base):
+        kind, bare = "sentence-similarity", False
+        if not columns_for("retrieval", present)[1]:
+            kind = "retrieval"
     told = "by its configuration"
     shown: TaskKind = "text-classification"
     if kind is not None and not bare:
         shown = kind
     elif takes_pictures(config_of(expert, base)):
         shown = "image-classification"
+    if kind in EMBEDDING:
+        told = "by its modules.json, which names a pooling" + (", and its data" if present else "")
     if kind == ZERO_SHOT:
         told = "by its architecture: the texts of the classes are its head"
     if shown == "text-classification" and not columns_for("pair-classification", present)[1]:
         shown, told = "pair-classification", "by the columns of its data"
-    folder = expert.path if expert.path.is_dir() else expert.path.parent
-    head = folder / "head.safetensors"
     if bare:
         told = "EDIT: its configuration does not tell"
         if shown == "image-classification":
@@ -277,6 +284,9 @@ def _task(
         lines.append(f"    # its classes: {' '.join(listed.split())}")
     if kind == ZERO_SHOT:
         lines.append("    # prompts: [a photo of a {}.]  # texts with {} for the name of a class")
+    if kind == "retrieval":
+        lines.append(f"    corpus: {name}/corpus.jsonl  # EDIT: the documents, `id` and `text`")
+        missing.append("corpus")
     metrics = METRICS_OF_KIND[shown]
     lines.append(f"    # metric: {metrics[0]}  # {' | '.join(metrics)}")
     given, lacking = _data_lines(name, rows, place)

@@ -20,6 +20,7 @@ from eutectic.checkpoint.opening import open_reader
 from eutectic.checkpoint.reader import CheckpointReader, sample_ranges
 from eutectic.checkpoint.weight_files import ADAPTER_CONFIG, holds_adapter, holds_weights, names_in
 from eutectic.errors import EutecticError, RequestError
+from eutectic.models.sentence_modules import is_sentence_model
 from eutectic.models.task_kinds import (
     ARCHITECTURES,
     ZERO_SHOT,
@@ -247,6 +248,12 @@ def kind_of(expert: Found, base: Found | None) -> TaskKind | None:
         if config.get("problem_type") == "regression" or labels == 1:
             return "regression"
     return found
+
+
+def embeds_texts(expert: Found, base: Found | None) -> bool:
+    """Tell whether the folder of an expert, or else the base's, says how texts become vectors."""
+    places = [one.path for one in (expert, base) if one is not None]
+    return any(is_sentence_model(p if p.is_dir() else p.parent) for p in places)
 
 
 def takes_pictures(config: Mapping[str, Any]) -> bool:

@@ -1,41 +1,52 @@
 """Checkpoints to evaluate with their roles; the model, classes and tokenizer of each per task."""
 
-import hashlib
-import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from eutectic.checkpoint.experts import fingerprint_of, is_adapter
+from eutectic.checkpoint.experts import is_adapter
 from eutectic.checkpoint.index import read_json_object
 from eutectic.checkpoint.locating import locate
+from eutectic.checkpoint.module_folders import MODULES_NAME
 from eutectic.data.python_functions import source_file
 from eutectic.errors import RequestError, suggest
+from eutectic.evaluation.identities import (
+    ROUTED,
+    ROUTED_HEADS,
+    digest_of,
+    file_hash,
+    head_hashes,
+    processor_hash,
+    versions,
+    weights_identity,
+)
 from eutectic.evaluation.task_files import Task
-from eutectic.models.loading import base_folder
-from eutectic.models.task_kinds import ARCHITECTURES, CLASSIFICATION, PICTURES, WITH_HEAD, ZERO_SHOT
-from eutectic.models.task_models import EXPERTS, GENERATION, borrows_head, completing, load_model
+from eutectic.models.sentence_modules import SETTINGS, hang_on
+from eutectic.models.task_kinds import (
+    ARCHITECTURES,
+    CLASSIFICATION,
+    EMBEDDING,
+    PICTURES,
+    WITH_HEAD,
+    ZERO_SHOT,
+)
+from eutectic.models.task_models import (
+    EXPERTS,
+    GENERATION,
+    borrows_head,
+    checkpoint_tensors,
+    completing,
+    load_model,
+)
 from eutectic.models.zero_shot import embed_pictures
 from eutectic.storage import view_once
-from eutectic.storage.small_files import open_regular
 from eutectic.vocabulary.chat_templates import template_of
 
-_PROCESSOR_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model"),
-    *("tokenizer.model", "source.spm", "target.spm"),
-    *("preprocessor_config.json", "processor_config.json"),
-    *("chat_template.jinja", "chat_template.json"),
-)
-ROUTED = "routed.json"
-_ROUTED_HEADS = "heads"  # the folder of a routed model that holds the experts' heads
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
+# Of a task: what counts by its content, not by its name.
+_BY_CONTENT = {"name", "data", "head", "base_head", "corpus"}
 Role = Literal["base", "expert", "model"]
 RoutingMode = Literal["route", "oracle", "base"]
 EXPERTS_MEAN = "experts"
@@ -60,7 +71,7 @@ class Checkpoint:
 
     def of_expert(self, task: Task) -> Path:
         """Return where a merged or routed model keeps the task's expert; it need not be there."""
-        return self.folder / (_ROUTED_HEADS if self.routed else EXPERTS) / task.expert_name
+        return self.folder / (ROUTED_HEADS if self.routed else EXPERTS) / task.expert_name
 
     def runs_from(self, task: Task) -> Path:
         """Return the folder that the task's model is loaded from."""
@@ -81,8 +92,11 @@ class Checkpoints:
     def head_of(self, checkpoint: Checkpoint, task: Task) -> Path | None:
         """Return the expert folder that lends its head, or None where none is needed."""
         expert = self.experts.get(task.expert_name)
-        own_head = checkpoint.of_expert(task).is_dir()
+        own_head = checkpoint.of_expert(task).is_dir() or task.kind in EMBEDDING
         return None if task.head is not None or expert == checkpoint.folder or own_head else expert
+
+    def _homes(self, checkpoint: Checkpoint) -> list[Path]:
+        return [f for f in (checkpoint.folder, self.base) if f is not None]
 
     def processor(self, checkpoint: Checkpoint, task: Task) -> Path:
         """Return the folder whose tokenizer or image processor encodes the task's rows.
@@ -175,6 +189,7 @@ class Checkpoints:
             "processor": processor_hash(encoder),
             **({"tokenizers": tokenizers} if task.kind == ZERO_SHOT else {}),
             **self._template(checkpoint, task),
+            **self._modules(checkpoint, task),
             "generation": [file_hash(f) if f.is_file() else None for f in generation],
         }
 
@@ -184,6 +199,16 @@ class Checkpoints:
         if named is None or not Path(named).is_dir():
             return {}
         return {"template": digest_of(template_of(Path(named)))}
+
+    def _modules(self, checkpoint: Checkpoint, task: Task) -> dict[str, Any]:
+        """Return the identity of what says how vectors are made of token states."""
+        if task.kind not in EMBEDDING:
+            return {}
+        names = (MODULES_NAME, *SETTINGS)
+        homes = self._homes(checkpoint)
+        files = [home / name for home in homes for name in names]
+        files += [file for home in homes for file in sorted(home.glob("*_*/config.json"))]
+        return {"modules": [(f.name, file_hash(f)) for f in files if f.is_file()]}
 
     def pair_identity(
         self, checkpoint: Checkpoint, task: Task, data_hash: str, settings: Any
@@ -197,7 +222,7 @@ class Checkpoints:
             "role": checkpoint.role if task.base_head else None,
             "routing": [self.routing, task.expert_name] if checkpoint.routed else None,
             "function": file_hash(code) if code is not None else None,
-            "task": task.model_dump(mode="json", exclude={"name", "data", "head", "base_head"}),
+            "task": task.model_dump(mode="json", exclude=_BY_CONTENT),
             "data": data_hash,
             "settings": settings,
             "versions": versions(),
@@ -216,6 +241,10 @@ class Checkpoints:
         model = load_routed(checkpoint.folder).float()
         if task.kind == ZERO_SHOT:
             return self._with_texts(model, checkpoint, task)
+        if task.kind in EMBEDDING:
+            homes = self._homes(checkpoint)
+            state = checkpoint_tensors(checkpoint.folder)
+            return hang_on(model, homes, state, task.pooling).eval()
         if task.head is None and task.expert_name in heads_of(model):
             return heads_of(model)[task.expert_name]
         name, lender = type(model).__name__, self.head_of(checkpoint, task)
@@ -327,62 +356,3 @@ def _classes(folder: Path | None) -> dict[str, int]:
         found = found or {name: i for i, name in dict(config.get("id2label") or {}).items()}
         return {str(name): int(i) for name, i in found.items()}
     return {}
-
-
-def fingerprint(folder: Path, base: Path | None) -> str:
-    """Return the identity of a checkpoint's weights; of an adapter's own and its base's."""
-    whole = base_folder(folder, base)
-    found = fingerprint_of(folder, whole)
-    if whole != folder:
-        return digest_of([found, fingerprint(whole, None)])
-    if not (folder / ROUTED).is_file():
-        return found
-    extra = [file_hash(folder / name) for name in (ROUTED, "routed.safetensors")]
-    extra += [file_hash(f) for f in sorted(folder.glob(f"{_ROUTED_HEADS}/*/*")) if f.is_file()]
-    return digest_of([found, *extra])
-
-
-def weights_identity(folder: Path, base: Path | None) -> list[Any]:
-    """Return a checkpoint's fingerprint, with sizes and times of change of its files of weights."""
-    folders = [folder, base] if base is not None and is_adapter(folder) else [folder]
-    files = [p for f in folders for p in sorted(f.glob("*")) if p.suffix in _WEIGHTS]
-    stats = [(p.name, p.stat()) for p in files]
-    return [fingerprint(folder, base), [[n, s.st_size, s.st_mtime_ns] for n, s in stats]]
-
-
-def head_hashes(task: Task) -> dict[Literal["head", "base_head"], str]:
-    """Return the SHA-256 of the head files that a task names."""
-    files: dict[Literal["head", "base_head"], str | None]
-    files = {"head": task.head, "base_head": task.base_head}
-    return {role: file_hash(Path(file)) for role, file in files.items() if file is not None}
-
-
-@cache
-def versions(*, with_harness: bool = False) -> dict[str, str]:
-    """Return the versions of what computes the figures."""
-    found: dict[str, str] = {}
-    harness = ("lm-eval",) if with_harness else ()
-    for package in ("eutectic", "torch", "transformers", "tokenizers", "numpy", *harness):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def processor_hash(folder: Path) -> str:
-    """Return the identity of a folder's tokenizer or image processor, "" if it has none."""
-    found = {n: file_hash(folder / n) for n in _PROCESSOR_FILES if (folder / n).is_file()}
-    return digest_of(found) if found else ""
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with os.fdopen(open_regular(path), "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def digest_of(value: Any) -> str:
-    """Return the SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

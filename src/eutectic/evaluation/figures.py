@@ -13,10 +13,8 @@ from eutectic.evaluation.checkpoints import (
     EXPERTS_MEAN,
     Checkpoint,
     Checkpoints,
-    fingerprint,
-    head_hashes,
-    versions,
 )
+from eutectic.evaluation.identities import fingerprint, head_hashes, versions
 from eutectic.evaluation.metrics import (
     LOWER_IS_BETTER,
     Array,

@@ -15,6 +15,8 @@ METRICS_OF_KIND: Mapping[str, tuple[str, ...]] = {
     "image-classification": ("accuracy", "macro_f1", "matthews"),
     "zero-shot-image-classification": ("accuracy", "macro_f1", "matthews"),
     "regression": ("pearson", "spearman"),
+    "sentence-similarity": ("spearman", "pearson"),
+    "retrieval": ("ndcg_at_10", "recall_at_10", "mrr_at_10"),
     "sequence-to-sequence": ("exact_match",),
     "language-model": ("loss", "perplexity"),
     "function": ("mean",),
@@ -27,7 +29,8 @@ LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 class Outcomes:
     """What a model did with each row `[n]`, in the order of the data."""
 
-    predictions: Array  # class, number, 1/0 for right and wrong, summed negative log-likelihood
+    # Class, number, 1/0 for right and wrong, a query's own figure, summed negative log-likelihood.
+    predictions: Array
     references: Array  # class, number, 1, number of predicted tokens
 
 
@@ -48,14 +51,15 @@ def resampled_values(metric: str, outcomes: Outcomes, rows: Integers) -> Array:
 def per_example(metric: str, outcomes: Outcomes) -> Array:
     """Return what each row contributes, `[n]`: 1 or 0 for right and wrong.
 
-    Regression: the squared error; language models: the mean over the row's tokens, NaN without any.
+    Regression and similarity: the squared difference; retrieval: the query's figure; language
+    models: the mean over the row's tokens, NaN without any.
     """
     predictions, references = outcomes.predictions, outcomes.references
     if metric in ("loss", "perplexity"):
         return _ratio(predictions, references, undefined=np.nan)
     if metric in ("pearson", "spearman"):
         return (predictions - references) ** 2
-    if metric in ("exact_match", "mean"):
+    if metric in ("exact_match", "mean", *METRICS_OF_KIND["retrieval"]):
         return predictions
     return (predictions == references).astype(np.float64)
 
@@ -134,6 +138,7 @@ _METRICS: Mapping[str, Callable[[Array, Array, Integers], Array]] = {
     "spearman": lambda p, r, rows: _correlation(_ranks(p[rows]), _ranks(r[rows])),
     "exact_match": lambda p, r, rows: p[rows].mean(axis=1),
     "mean": lambda p, r, rows: p[rows].mean(axis=1),
+    **dict.fromkeys(METRICS_OF_KIND["retrieval"], lambda p, r, rows: p[rows].mean(axis=1)),
     "loss": _loss,
     "perplexity": _perplexity,
 }

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from eutectic.errors import CheckpointError, Fault, NumericalError, RequestError, TaskError
+from eutectic.evaluation.embeddings import vector_outcomes
 from eutectic.evaluation.metrics import Array, Outcomes, metric_value, per_example
 from eutectic.evaluation.splits import Prepared, normal_text
 from eutectic.evaluation.task_files import Task
@@ -18,7 +19,8 @@ from eutectic.models.batches import IGNORED_LABEL
 from eutectic.models.hooks import evaluating
 from eutectic.models.linear_head import Head, features, read_head
 from eutectic.models.loading import padding_id, positions_of, tell_padding
-from eutectic.models.task_kinds import ZERO_SHOT
+from eutectic.models.sentence_modules import sentence_vectors
+from eutectic.models.task_kinds import EMBEDDING, ZERO_SHOT
 from eutectic.models.zero_shot import class_embeddings, class_logits
 
 Precision = Literal["float32", "bfloat16"]
@@ -44,9 +46,24 @@ def load_head(task: Task, *, base: bool = False) -> Head | None:
     if path is None:
         return None
     try:
-        return read_head(Path(path), task.pooling, task.normalize)
+        return read_head(Path(path), task.pooling or "mean", task.normalize)
     except CheckpointError as error:
         raise CheckpointError(f"task '{task.name}': {error}") from None
+
+
+@dataclass
+class Shares:
+    """Inputs that are done as rows: a row may have several inputs, and share some with others."""
+
+    rows: int
+    inputs: int
+    done: int = 0
+
+    def of(self, more: int) -> int:
+        """Return how many rows these further inputs make up; all of them together are `rows`."""
+        before = self.rows * self.done // self.inputs
+        self.done += more
+        return self.rows * self.done // self.inputs - before
 
 
 @torch.inference_mode()
@@ -62,6 +79,7 @@ def outputs(
 
     - with a linear head in the task: weight·feature + bias `[n, outputs]`, or the pooled features
       `[n, hidden]` when `head` is None;
+    - similarity and retrieval: vectors `[texts, width]` in the order of `embedded_texts`;
     - classification and regression: logits `[n, outputs]`; zero-shot with the classes' texts
       through the model's own text tower as its head;
     - language models: `[n, 2]` float64, the summed negative log-likelihood of the tokens after the
@@ -87,6 +105,7 @@ def outputs(
     tell_padding(model, prepared.processor)
     device, takes = next(model.parameters()).device, signature_of(model).taken
     found: list[Tensor] = []
+    told = Shares(len(prepared), len(prepared.order))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     with evaluating(model), autocast:
         compute = _computation(model, prepared, head)
@@ -98,7 +117,7 @@ def outputs(
                 _check_length(model, placed, prepared.task)
                 raise
             if progress is not None:
-                progress(len(found[-1]))
+                progress(told.of(len(found[-1])))
     together = _concatenated(found)
     if together.is_floating_point() and not bool(torch.isfinite(together).all()):
         raise NumericalError(
@@ -126,13 +145,16 @@ def outcomes_of(results: Tensor, prepared: Prepared) -> Outcomes:
         raise RequestError(
             f"task '{prepared.task.name}': the split '{prepared.split}' has no labels to score."
         )
+    if kind in EMBEDDING:
+        return vector_outcomes(prepared.task, results, prepared.references)
     if kind == "sequence-to-sequence":
         ids = results.masked_fill(results == IGNORED_LABEL, padding_id(prepared.processor))
         texts = prepared.processor.batch_decode(ids, skip_special_tokens=True)
         pairs = zip(texts, prepared.references, strict=True)
         right = [float(normal_text(text) == reference) for text, reference in pairs]
         return Outcomes(np.array(right), np.ones(len(right)))
-    references = np.array(prepared.references, dtype=np.float64)
+    labels = cast("tuple[float, ...]", prepared.references)
+    references = np.array(labels, dtype=np.float64)
     if kind == "regression":
         if results.numel() != len(results):
             raise RequestError(
@@ -144,7 +166,7 @@ def outcomes_of(results: Tensor, prepared: Prepared) -> Outcomes:
     outside = f"is none of the model's {classes} classes, counted from 0."
     faults = [
         Fault("label", f"the label {label} {outside}", f"row {number}")
-        for number, label in enumerate(prepared.references, 1)
+        for number, label in enumerate(labels, 1)
         if not 0 <= int(label) < classes
     ]
     if faults:
@@ -174,6 +196,8 @@ def _computation(
         return lambda model, batch: class_logits(model, model(**batch).pooler_output, classes)
     if task.kind == "language-model":
         return _likelihood
+    if task.kind in EMBEDDING:
+        return _vectors
     if task.kind == "sequence-to-sequence":
         return lambda model, batch: _generated(model, batch, prepared.generate_tokens)
     if task.head is None:
@@ -196,7 +220,12 @@ def _features(model: Any, batch: dict[str, Tensor], task: Task) -> Tensor:
         found = model.get_image_features(**batch)
         # A tensor before transformers 5, an output object since.
         return (found if isinstance(found, Tensor) else found.pooler_output).float()
-    return features(model(**batch), batch.get("attention_mask"), task.pooling).float()
+    mask = batch.get("attention_mask")
+    return features(model(**batch), mask, task.pooling or "mean").float()
+
+
+def _vectors(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return sentence_vectors(model, model(**batch), batch["attention_mask"])
 
 
 def _likelihood(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict
 
 from eutectic.checkpoint.experts import is_adapter
 from eutectic.data.columns import Row
-from eutectic.data.fingerprints import data_hash
 from eutectic.data.python_functions import imported
 from eutectic.errors import (
     NumericalError,
@@ -25,12 +24,21 @@ from eutectic.errors import (
     suggest,
     why_failed,
 )
-from eutectic.evaluation.checkpoints import Checkpoint, Checkpoints, RoutingMode, processor_hash
+from eutectic.evaluation.checkpoints import Checkpoint, Checkpoints, RoutingMode
+from eutectic.evaluation.embeddings import rows_hash, settings_for
+from eutectic.evaluation.identities import processor_hash
 from eutectic.evaluation.lm_eval_harness import HarnessRows, read_harness, run_harness
 from eutectic.evaluation.metrics import Outcomes
 from eutectic.evaluation.model_outputs import Precision, load_head, outcomes_of, outputs
-from eutectic.evaluation.splits import BATCH_SIZE, Prepared, open_processor, prepare, split_rows
+from eutectic.evaluation.splits import (
+    BATCH_SIZE,
+    Prepared,
+    open_processor,
+    prepare,
+    split_rows,
+)
 from eutectic.evaluation.task_files import Split, Task
+from eutectic.models.task_kinds import EMBEDDING
 from eutectic.options import dtype_name
 from eutectic.storage import AppendedFile, storage_of
 from eutectic.storage.small_files import parse_json
@@ -162,7 +170,7 @@ class Pairs:
         if task.name not in self.hashes and task.kind == "lm-eval":
             self.hashes[task.name] = self._rows_of_harness(task).data_hash
         elif task.name not in self.hashes:
-            self.hashes[task.name] = data_hash(task, self._split_rows(task))
+            self.hashes[task.name] = rows_hash(task, self._split_rows(task))
 
     def computed(self, checkpoint: Checkpoint, task: Task) -> Outcomes:
         """Return a pair's outcomes, computed now."""
@@ -226,9 +234,11 @@ class Pairs:
         return outcomes_of(found, ready)
 
     def _model(self, checkpoint: Checkpoint, task: Task) -> Any:
-        # Tasks with linear heads share one encoder, whose pooler is there only where one uses it;
-        # others have a head each.
+        # Tasks with linear heads share one encoder, whose pooler is there only where one uses it,
+        # and those of vectors one with its pooling; others have a head each.
         own = task.name if task.head is None else None
+        if task.kind in EMBEDDING:
+            own = f"vectors by {task.pooling}"
         key = (checkpoint.name, own, task.pooling == "pooler")
         if self._loaded[0] != key:
             self._loaded = (None, None)  # the old model's memory first
@@ -238,7 +248,8 @@ class Pairs:
     def _encoded(self, checkpoint: Checkpoint, task: Task) -> Prepared:
         folder = self.checkpoints.processor(checkpoint, task)
         labels = self.checkpoints.label_ids(checkpoint, task)
-        key = (task.name, processor_hash(folder), str(sorted(labels.items())))
+        sentences = settings_for(task, folder, self.checkpoints.base)
+        key = (task.name, processor_hash(folder), str([sorted(labels.items()), sentences]))
         if key not in self._prepared:
             try:
                 self._prepared[key] = prepare(

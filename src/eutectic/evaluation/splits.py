@@ -27,7 +27,7 @@ from eutectic.data.columns import (
     required_inputs,
 )
 from eutectic.data.encoded_rows import longest_target, token_ids
-from eutectic.data.fingerprints import data_hash, row_key
+from eutectic.data.fingerprints import row_key
 from eutectic.data.images import PixelBatches, locate_images
 from eutectic.data.row_files import read_rows
 from eutectic.errors import (
@@ -39,7 +39,15 @@ from eutectic.errors import (
     first_line,
     suggest,
 )
-from eutectic.evaluation.checkpoints import processor_hash
+from eutectic.evaluation.embeddings import (
+    Relevance,
+    embedded_texts,
+    encoded_texts,
+    relevance_of,
+    rows_hash,
+    settings_for,
+)
+from eutectic.evaluation.identities import processor_hash
 from eutectic.evaluation.task_files import SPLITS, Part, Split, Task
 from eutectic.models.loading import (
     image_mode,
@@ -48,7 +56,7 @@ from eutectic.models.loading import (
     longest_input,
     positions_of,
 )
-from eutectic.models.task_kinds import PICTURES, ZERO_SHOT
+from eutectic.models.task_kinds import EMBEDDING, PICTURES, ZERO_SHOT
 from eutectic.words import counted
 
 BATCH_SIZE = 64
@@ -160,6 +168,9 @@ def _shown(task: Task, row: Row) -> str:
     return repr(text if len(text) <= 80 else f"{text[:79]}…")
 
 
+References = tuple[int, ...] | tuple[float, ...] | tuple[str, ...] | tuple[Relevance, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """The rows of one split as model inputs.
@@ -167,8 +178,10 @@ class Prepared:
     Attributes:
         batches: model inputs, rows of like length together, without labels (language models and
             sequence to sequence: with `labels`, −100 where padded).
-        order: `[n]`, the row that each row of the concatenated batches is.
-        references: what is true, row by row: class indices, numbers, or normalised target texts.
+        order: `[n]`, the row that each row of the concatenated batches is; of vectors of texts, the
+            text that it is, in the order of `embeddings.embedded_texts`.
+        references: what is true, row by row: class indices, numbers, normalised target texts, or
+            the grades of relevant documents.
         data_hash: identity of the rows and their answers.
         processor: the tokenizer or image processor.
         generate_tokens: at most; one more than the longest target, or what the model can take.
@@ -180,15 +193,16 @@ class Prepared:
     split: Split
     batches: Sequence[dict[str, Tensor]]
     order: Tensor
-    references: tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
+    references: References
     data_hash: str
     processor: Any = field(repr=False)
     generate_tokens: int = 0
     classes: tuple[str, ...] = ()
     texts: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor], repr=False)
+    rows: int | None = None  # None: as many as inputs
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.order) if self.rows is None else self.rows
 
 
 def prepare(
@@ -241,7 +255,14 @@ def prepare(
         batches = PixelBatches(values, processor, batch_size, image_mode(config), where)
     else:
         max_length = task.max_length or longest_input(processor, config)
-        encoded = token_ids(task, rows, processor, max_length)
+        if task.kind in EMBEDDING:
+            sentences = settings_for(task, Path(folder), base)
+            max_length = task.max_length or min(max_length, sentences.max_length or max_length)
+            texts_of_rows = embedded_texts(task, rows, sentences)
+            encoded = encoded_texts(texts_of_rows, processor, max_length)
+            order = list(range(len(texts_of_rows)))
+        else:
+            encoded = token_ids(task, rows, processor, max_length)
         lengths = [len(ids) for ids in encoded.inputs["input_ids"]]
         if task.kind == "language-model":
             _check_predicted(task, split, encoded.predicted)
@@ -251,9 +272,9 @@ def prepare(
         batches = tuple(encoded.batch(chunk) for chunk in chunks)
         longest = longest_target(task, rows, processor) + 1
         generate = min(longest, positions_of(config) or sys.maxsize)
-    places, identity = torch.tensor(order), data_hash(task, rows)
+    places, identity = torch.tensor(order), rows_hash(task, rows)
     read = (places, references, identity, processor, generate)
-    return Prepared(task, split, batches, *read, classes, texts)
+    return Prepared(task, split, batches, *read, classes, texts, rows=len(rows))
 
 
 def _check_predicted(task: Task, split: Split, predicted: Sequence[int]) -> None:
@@ -310,10 +331,13 @@ def _class_texts(
     return names, tokenized(texts, tokenizer, longest)
 
 
-def references_of(
-    task: Task, rows: Sequence[Row], label_ids: Mapping[str, int]
-) -> tuple[int, ...] | tuple[float, ...] | tuple[str, ...]:
-    """Return the answers: class indices, numbers, texts; none (`()`) for language models."""
+def references_of(task: Task, rows: Sequence[Row], label_ids: Mapping[str, int]) -> References:
+    """Return the answers: class indices, numbers, texts, relevant documents.
+
+    None (`()`) for language models.
+    """
+    if task.kind == "retrieval":
+        return relevance_of(task, rows)
     if task.kind in ("language-model", "function"):
         return ()
     if task.kind == "sequence-to-sequence":
@@ -327,7 +351,7 @@ def references_of(
     known = {str(name): int(i) for name, i in label_ids.items()}
     # Without names in the task, only the model's outputs tell how many classes there are.
     classes = math.inf if task.labels is None else len(task.labels)
-    numbers = task.kind == "regression"
+    numbers = task.kind in ("regression", "sentence-similarity")
     wanted = "no finite number" if numbers else f"none of {', '.join(list(known)[:20])}"
     found: list[Any] = []
     faults: list[Fault] = []

@@ -13,7 +13,15 @@ from eutectic.data.columns import Columns
 from eutectic.errors import Fault, TaskError, suggest
 from eutectic.evaluation.metrics import METRICS_OF_KIND
 from eutectic.models.linear_head import Pooling
-from eutectic.models.task_kinds import LABELLED, PICTURES, WITH_HEAD, ZERO_SHOT, TaskKind, spelled
+from eutectic.models.task_kinds import (
+    EMBEDDING,
+    LABELLED,
+    PICTURES,
+    WITH_HEAD,
+    ZERO_SHOT,
+    TaskKind,
+    spelled,
+)
 from eutectic.models.zero_shot import MOST_PROMPTS
 from eutectic.recipes.document import (
     Location,
@@ -73,7 +81,8 @@ class TaskSpec(_Strict):
     head: str | None = None
     base_head: str | None = None  # the same for the base, where it differs
     # Of features: mean of unmasked tokens, first token, or the model's own (CLIP: projected image).
-    pooling: Pooling = "mean"
+    # Of vectors of texts: None, what the checkpoint says. Of features: None is the mean.
+    pooling: Pooling | None = None
     normalize: bool = False  # scale features to length 1 before the head
     # Shell patterns of the expert's head, besides what the base lacks or has in another shape.
     head_tensors: tuple[str, ...] = ()
@@ -84,6 +93,7 @@ class TaskSpec(_Strict):
     # Of messages: a known template (chatml, …), Jinja, or the folder of a model that has one; None:
     # the checkpoint's own, else the expert's.
     chat_template: Annotated[str, Field(min_length=1, max_length=200_000)] | None = None
+    corpus: str | None = None  # of retrieval: the documents to rank, a file of `id` and `text`
     function: str | None = None  # `module:function` or `file.py:function`, of the kind `function`
     options: dict[str, Any] = Field(default_factory=dict)  # keyword arguments of the function
     harness: HarnessOptions | None = None  # for `lm-eval`, which brings its rows and metrics
@@ -158,8 +168,13 @@ class TaskSpec(_Strict):
             raise ValueError("`data` is not for the kind 'lm-eval', which brings its own rows")
         if not is_function and not is_harness and not self.data:
             raise ValueError("'data' is missing")
-        if self.head is None and (self.base_head or self.normalize or self.pooling != "mean"):
-            raise ValueError("base_head, pooling and normalize need `head`")
+        pools = self.head is not None or self.kind in EMBEDDING
+        if self.pooling is not None and not pools:
+            raise ValueError(f"pooling needs `head`, or one of the kinds {', '.join(EMBEDDING)}")
+        if self.head is None and (self.base_head or self.normalize):
+            raise ValueError("base_head and normalize need `head`")
+        if (self.kind == "retrieval") != (self.corpus is not None):
+            raise ValueError("`corpus` and the kind 'retrieval' belong together")
         if self.labels is not None and self.kind not in LABELLED:
             raise ValueError(f"`labels` name classes, which the kind '{self.kind}' has not")
         if (self.prompts or self.text_model) and self.kind != ZERO_SHOT:
@@ -258,7 +273,7 @@ def _resolved(name: str, spec: TaskSpec, source: Source) -> tuple[dict[str, Any]
     places: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
         (values["data"][split], "path", ("data", split)) for split in spec.data
     ]
-    places += [(values, key, (key,)) for key in ("head", "base_head", "text_model")]
+    places += [(values, key, (key,)) for key in ("head", "base_head", "text_model", "corpus")]
     places.append((harness, "include_path", ("harness", "include_path")))
     if spec.chat_template is not None and not is_template(spec.chat_template):
         places.append((values, "chat_template", ("chat_template",)))  # it is a folder then

@@ -14,6 +14,8 @@ TaskKind = Literal[
     "regression",
     "image-classification",
     "zero-shot-image-classification",
+    "sentence-similarity",
+    "retrieval",
     "feature-extraction",
     "sequence-to-sequence",
     "language-model",
@@ -23,7 +25,13 @@ TaskKind = Literal[
 TASK_KINDS: tuple[TaskKind, ...] = get_args(TaskKind)
 
 # Earlier versions of `collect` and of statistics files -> the spelling in force.
-ALIASES: Mapping[str, str] = {"causal-lm": "language-model", "seq2seq": "sequence-to-sequence"}
+# And what others call a kind.
+ALIASES: Mapping[str, str] = {
+    "causal-lm": "language-model",
+    "seq2seq": "sequence-to-sequence",
+    "similarity": "sentence-similarity",
+    "sts": "sentence-similarity",
+}
 
 ZERO_SHOT: TaskKind = "zero-shot-image-classification"
 _TWO_TOWERS = ("CLIPModel", "SiglipModel", "Siglip2Model", "AlignModel", "AltCLIPModel")
@@ -37,6 +45,8 @@ _MODELS: Mapping[TaskKind, tuple[str, tuple[str, ...]]] = {
     "regression": _SEQUENCES,
     "image-classification": ("AutoModelForImageClassification", ("ForImageClassification",)),
     ZERO_SHOT: ("AutoModelForZeroShotImageClassification", _TWO_TOWERS),
+    "sentence-similarity": ("AutoModel", ("Model",)),
+    "retrieval": ("AutoModel", ("Model",)),
     "feature-extraction": ("AutoModel", ("Model",)),
     "sequence-to-sequence": ("AutoModelForSeq2SeqLM", ("ForConditionalGeneration",)),
     "language-model": _CAUSAL,
@@ -57,6 +67,8 @@ PICTURES: tuple[TaskKind, ...] = ("image-classification", ZERO_SHOT)
 LABELLED: tuple[TaskKind, ...] = (*CLASSIFICATION, ZERO_SHOT)
 # Kinds whose models have one output per label and a head that may lie in a file of its own.
 WITH_HEAD: tuple[TaskKind, ...] = (*CLASSIFICATION, "regression")
+# Kinds that compare vectors of texts, made by the bare model and what pools its states.
+EMBEDDING: tuple[TaskKind, ...] = ("sentence-similarity", "retrieval")
 GENERATIVE: tuple[TaskKind, ...] = ("sequence-to-sequence", "language-model")
 # Kinds that `collect` and `route` run over proxy data.
 COLLECTED: tuple[TaskKind, ...] = (
@@ -98,7 +110,9 @@ def kind_of_architectures(architectures: Sequence[str]) -> TaskKind | None:
     """
     for name in architectures:
         for kind, endings in ARCHITECTURES.items():
-            # A model with two towers may be asked for either.
-            if kind not in ("feature-extraction", ZERO_SHOT) and name.endswith(endings):
+            # A model with two towers may be asked for either, a bare one for vectors too.
+            if kind in ("feature-extraction", ZERO_SHOT, *EMBEDDING):
+                continue
+            if name.endswith(endings):
                 return kind
     return "feature-extraction" if any(name.endswith("Model") for name in architectures) else None

@@ -16,7 +16,8 @@ from eutectic.conventions_patterns import fits
 from eutectic.errors import CheckpointError, EutecticError, first_line
 from eutectic.models.linear_head import Pooling
 from eutectic.models.loading import base_folder, load_config, pretrained, transformers_for
-from eutectic.models.task_kinds import MODEL_CLASSES, ZERO_SHOT, TaskKind
+from eutectic.models.sentence_modules import hang_on
+from eutectic.models.task_kinds import EMBEDDING, MODEL_CLASSES, ZERO_SHOT, TaskKind
 from eutectic.models.zero_shot import completed, embed_pictures, is_whole
 
 GENERATION = "generation_config.json"
@@ -38,7 +39,7 @@ class ModelTask(Protocol):
     name: str  # for messages
     kind: TaskKind  # decides the class of the model; not `function`
     head: str | None  # file of a linear head on the bare model's features; None: the model's own
-    pooling: Pooling  # of the features that `head` takes
+    pooling: Pooling | None  # of features; None: mean, or what the checkpoint says of vectors
     head_tensors: tuple[str, ...]  # patterns of the expert's head besides the usual ones
     labels: tuple[str, ...] | None  # names of the classes, where the configuration has none
     text_model: str | None  # the whole model that completes a tower of pictures; None: the base
@@ -63,11 +64,19 @@ def load_model(
     a merged folder with `experts/<expert>/` takes that folder; a folder that lacks head tensors of
     the expert (the base, a body alone) borrows them: its body, the expert's head. An adapter,
     `folder` or `expert`, needs its `base`; without `expert`, `folder` has a head of its own.
+    Tasks that compare vectors of texts take the bare model with the checkpoint's pooling (see
+    `sentence_modules`), or the base's where the checkpoint names none.
     Zero-shot tasks take a model with two towers, which embeds pictures or texts when it is called;
     a tower of pictures alone is completed by the task's `text_model`, or by the base.
     """
     if task.kind == ZERO_SHOT:
         return _two_towers(Path(folder), task, base).to(device)
+    if task.kind in EMBEDDING:
+        own, below = Path(folder), base_folder(Path(folder), base)
+        state = checkpoint_tensors(own, base)
+        homes = [own, below, *([] if base is None else [Path(base)])]
+        model = _build(below, task, state)
+        return hang_on(model, homes, state, task.pooling).to(device).eval()
     folder = whole = Path(folder)
     own = folder / EXPERTS / task.expert_name
     if task.head is None and own.is_dir():
@@ -199,7 +208,8 @@ def _build(folder: Path, task: ModelTask, state: Mapping[str, Tensor]) -> Any:
             f"{folder}: transformers cannot load it for task '{task.name}' ({task.kind}): "
             f"{first_line(error)}"
         ) from None
-    pooled = task.head is None or task.pooling == "pooler"
+    bare = bare or task.kind in EMBEDDING
+    pooled = not bare or task.pooling == "pooler"
     missing = [name for name in report["missing_keys"] if pooled or "pooler" not in name]
     wrong = [str(item[0]) for item in report["mismatched_keys"]]
     if missing or wrong:

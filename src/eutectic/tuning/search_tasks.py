@@ -18,7 +18,7 @@ from eutectic.evaluation.splits import Prepared, check_disjoint, prepare
 from eutectic.evaluation.task_files import Task, load_tasks
 from eutectic.models.batches import IGNORED_LABEL
 from eutectic.models.linear_head import Head
-from eutectic.models.task_kinds import GENERATIVE, ZERO_SHOT
+from eutectic.models.task_kinds import EMBEDDING, GENERATIVE, ZERO_SHOT
 from eutectic.models.task_models import load_model
 from eutectic.models.zero_shot import is_whole
 from eutectic.planning.inputs import Inputs
@@ -104,14 +104,17 @@ def open_tasks(search: ScaleSearch, plan: Plan, inputs: Inputs) -> list[TuningTa
         rows = {name: len(of) for name, of in own.items()}
         shared = {n: len(own[split] & of.get("test", frozenset())) for n, of in keys.items()}
         tested = {name: count for name, count in shared.items() if count}
-        if task.head is None and lent:  # the base may have a head of the same shape
+        vectors = task.kind in EMBEDDING  # which are features as they are, without a head
+        # The base may have a head of the same shape.
+        if task.head is None and lent and not vectors:
             patterns = (*task.head_tensors, *map(glob.escape, lent))
             task = task.model_copy(update={"head_tensors": patterns})
-        if features:  # the head's name is never opened: without a head, outputs are features
+        # The head's name is never opened: without a head, outputs are features.
+        if features and not vectors:
             task = task.model_copy(update={"head": task.head or "features"})
         head = None if features else load_head(task)
         prepared, reading = _encoded(task, split, inputs)
-        tasks.append(TuningTask(task, prepared, head, rows, tested, features, reading))
+        tasks.append(TuningTask(task, prepared, head, rows, tested, features or vectors, reading))
     return tasks
 
 
