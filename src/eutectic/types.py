@@ -22,6 +22,19 @@ class Treatment(str, Enum):
     CONV = "conv"  # kernels: as vectors, or flattened to [out, in·k·k] where asked
 
 
+# Grams that may come in rows and a diagonal.
+FACTORED = frozenset({"gram", "pooled_gram", "output_gradient_gram"})
+
+
+def gram_names(statistic: str) -> tuple[str, str, str]:
+    """Return how a sum of outer products is called: dense, as a factor, and its diagonal rest.
+
+    Of other statistics only the first name is ever used.
+    """
+    stem = statistic.removesuffix("_gram")
+    return statistic, f"{stem}_factor", f"{stem}_diagonal"
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerStatistics:
     """What one expert's proxy data say about one parameter. Sums, never divided.
@@ -32,16 +45,19 @@ class LayerStatistics:
     Attributes:
         gram: A = XᵀX `[in, in]`, uncentred. None when `gram_factor` holds it instead.
         count: n, the number of tokens summed into `gram`.
-        output_gradient_gram: H = YᵀY `[out, out]`.
+        output_gradient_gram: H = YᵀY `[out, out]`. None when `output_gradient_factor` holds it.
         fisher_diagonal: Σ over examples of the squared gradient, in the parameter's shape.
         input_sum: Σx `[in]`; `input_sum / count` is the prototype of arXiv 2606.19164.
         pooled_sum: Σ over samples of the per-sample mean input `[in]`.
         pooled_gram: Σ over samples of the outer product of the per-sample mean input `[in, in]`.
+            None when `pooled_factor` holds it.
         sample_count: number of samples (sequences, images) behind the pooled sums. A layer that is
             called twice for an example counts it twice, one that is passed by does not count it.
         gram_factor: F `[k, in]` with A = FᵀF + diag(`gram_diagonal`): fewer rows than a Gram when
             few tokens were seen, or a truncated form for wide layers.
         gram_diagonal: the diagonal remainder `[in]` of a truncated factor.
+        pooled_factor, pooled_diagonal: the same of `pooled_gram`.
+        output_gradient_factor, output_gradient_diagonal: the same of `output_gradient_gram`.
         core_gram: A·XᵀX·Aᵀ `[R, R]` in place of the Gram, A the rows of several adapters; see
             `statistics.core_rows`.
         block_fisher: for a vector parameter, Σ over examples of g gᵀ `[d, d]`.
@@ -59,6 +75,10 @@ class LayerStatistics:
     sample_count: int = 0
     gram_factor: Tensor | None = None
     gram_diagonal: Tensor | None = None
+    pooled_factor: Tensor | None = None
+    pooled_diagonal: Tensor | None = None
+    output_gradient_factor: Tensor | None = None
+    output_gradient_diagonal: Tensor | None = None
     block_fisher: Tensor | None = None
     core_gram: Tensor | None = None
     examples: int = 0
@@ -73,9 +93,8 @@ class LayerStatistics:
 
     def has(self, statistic: str) -> bool:
         """Tell whether a statistic is there; a Gram in either form."""
-        if statistic == "gram":
-            return self.gram is not None or self.gram_factor is not None
-        return getattr(self, statistic) is not None
+        dense, factor, _ = gram_names(statistic)
+        return getattr(self, dense) is not None or getattr(self, factor, None) is not None
 
     def to(self, device: str) -> LayerStatistics:
         """Return the same sums on a device."""
@@ -85,14 +104,19 @@ class LayerStatistics:
 
     def dense_gram(self, dtype: torch.dtype = torch.float64) -> Tensor | None:
         """Return A `[in, in]` in `dtype` whichever way it is stored, or None if there is none."""
-        if self.gram is not None:
-            return self.gram.to(dtype)
-        if self.gram_factor is None:
+        return self.dense("gram", dtype)
+
+    def dense(self, statistic: str, dtype: torch.dtype = torch.float64) -> Tensor | None:
+        """Return a Gram, one of `FACTORED`, as a matrix in `dtype`, or None if there is none."""
+        matrix, factor, diagonal = (getattr(self, name) for name in gram_names(statistic))
+        if matrix is not None:
+            return matrix.to(dtype)
+        if factor is None:
             return None
-        factor = self.gram_factor.to(dtype)
-        gram = factor.T @ factor
-        if self.gram_diagonal is not None:
-            gram.diagonal().add_(self.gram_diagonal.to(dtype))
+        wide = factor.to(dtype)
+        gram = wide.T @ wide
+        if diagonal is not None:
+            gram.diagonal().add_(diagonal.to(dtype))
         return gram
 
 
@@ -130,10 +154,13 @@ class Statistics(Protocol):
         """Tell, without reading, whether a parameter has a statistic (named as for `read`)."""
         ...
 
-    def read(self, name: str, only: Collection[str] | None = None) -> LayerStatistics:
+    def read(
+        self, name: str, only: Collection[str] | None = None, *, in_rows: bool = False
+    ) -> LayerStatistics:
         """Return the statistics of one parameter: counts, and those named in `only` (None: all).
 
-        More than asked for may be returned where nothing has to be read.
+        With `in_rows`, all Grams that are kept in rows come so: no matrix is formed. More than
+        asked for may be returned where nothing has to be read.
         """
         ...
 
@@ -161,8 +188,11 @@ class StatisticsInMemory:
         """Tell whether a parameter has a statistic."""
         return name in self.entries and self.entries[name].has(statistic)
 
-    def read(self, name: str, only: Collection[str] | None = None) -> LayerStatistics:
-        """Return the whole entry: it is in memory anyway."""
+    def read(
+        self, name: str, only: Collection[str] | None = None, *, in_rows: bool = False
+    ) -> LayerStatistics:
+        """Return the whole entry as it is: it is in memory anyway."""
+        del only, in_rows
         return self.entries[name]
 
     def read_bytes(self, name: str, only: Collection[str]) -> int:

@@ -496,7 +496,7 @@ def test_a_gram_multiplies_alike_in_every_form():
         for form in (*forms, *(form.cheapest() for form in forms)):
             torch.testing.assert_close(form.dense(), whole)
             torch.testing.assert_close(form.diagonal(), whole.diagonal())
-            for h in (None, left):
-                expected = 1 + 0.5 * (x if h is None else h @ x) @ whole
-                found = form.add_product(torch.ones_like(x), x, left=h, scale=0.5)
+            for h in (None, Gram(left, None, None, 0.0, 0.5), Gram(None, left, left[0], 0.0, 0.5)):
+                expected = 1 + (x if h is None else h.dense() @ x) @ whole
+                found = form.add_product(torch.ones_like(x), x, left=h)
                 torch.testing.assert_close(found, expected)

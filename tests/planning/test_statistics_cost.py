@@ -73,3 +73,22 @@ def test_the_limit_holds_the_largest_job_and_the_process(tmp_path: Path) -> None
         check_memory(plan, inputs, peak + PROCESS_BYTES)
         with pytest.raises(RecipeError, match="weight alone needs"):
             check_memory(plan, inputs, peak + PROCESS_BYTES - 1)
+
+
+def test_grams_in_few_rows_are_no_squares(tmp_path: Path) -> None:
+    """From 2000 inputs on, a square in float64 is 32 MB; four directions are 32 kB."""
+    wide = 2000
+    model = torch.nn.Linear(wide, 2)
+    base = {k: v.clone() for k, v in model.state_dict().items()}
+    save(tmp_path / "base", base)
+    for seed, name in enumerate("ab"):
+        torch.manual_seed(seed)
+        model.load_state_dict({k: v + 0.1 * torch.randn_like(v) for k, v in base.items()})
+        save(tmp_path / name, model.state_dict())
+        eutectic.collect(model, [torch.randn(600, wide)], tmp_path / f"{name}.stats", rank=4)
+    _, plain = cost(tmp_path, operator="identity")
+    read, peak = cost(tmp_path, operator="gram")
+    assert read > 2 * 4 * 4 * wide
+    assert peak - plain < 4 * wide**2
+    _, with_inverse = cost(tmp_path, operator="gram", preconditioner="kronecker")
+    assert with_inverse - plain < 4 * wide**2

@@ -193,3 +193,17 @@ def test_sums_too_large_for_float32_are_refused() -> None:
         collect(nn.Linear(2, 2).double(), [x.double()])
     layer = collect(nn.Linear(2, 2).double(), [x.double()], dtype=torch.float64)["weight"]
     assert layer.gram is not None and torch.isfinite(layer.gram).all()
+
+
+def test_grams_may_be_read_in_the_rows_that_they_are_kept_in(path: Path) -> None:
+    file = collected(path, rank=4, output_gradients=True)
+    dense, thin = file[QUERY], file.read(QUERY, in_rows=True)
+    assert thin.pooled_gram is None and thin.output_gradient_gram is None
+    for statistic in ("gram", "pooled_gram", "output_gradient_gram"):
+        assert thin.has(statistic)
+        whole = dense.dense(statistic, torch.float32)
+        assert whole is not None
+        assert_near(thin.dense(statistic, torch.float32), whole)
+    assert thin.pooled_factor is not None and thin.pooled_factor.shape[1] == 16
+    only = file.read(QUERY, {"pooled_gram"}, in_rows=True)
+    assert only.gram_factor is None and only.pooled_factor is not None

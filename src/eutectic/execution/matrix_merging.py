@@ -36,7 +36,7 @@ def statistics_of(planned: TensorPlan, inputs: Inputs, part: str = "") -> PerExp
         if inside is None:
             found.append(None)
             continue
-        entry = inputs.statistics[source.owner].read(inside, only)
+        entry = inputs.statistics[source.owner].read(inside, only, in_rows=True)
         found.append(_as_matrix(entry, planned).to(inputs.device))
     return tuple(found)
 
@@ -78,9 +78,12 @@ def _rows_of(entry: LayerStatistics | None, rows: slice) -> LayerStatistics | No
     if entry is None:
         return None
     outer, fisher = entry.output_gradient_gram, entry.fisher_diagonal
+    factor, rest = entry.output_gradient_factor, entry.output_gradient_diagonal
     return dataclasses.replace(
         entry,
         output_gradient_gram=None if outer is None else outer[rows, rows],
+        output_gradient_factor=None if factor is None else factor[:, rows],
+        output_gradient_diagonal=None if rest is None else rest[rows],
         fisher_diagonal=None if fisher is None else fisher[rows],
     )
 

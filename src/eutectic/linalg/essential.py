@@ -8,8 +8,10 @@ from torch import Tensor
 from eutectic.errors import NumericalError, StatisticsError
 from eutectic.linalg import lapack
 from eutectic.linalg.gram import gram
+from eutectic.linalg.rows_and_diagonal import few_rows
 from eutectic.types import LayerStatistics
 
+COLUMNS = 4096  # scaled at once
 PANEL = 256  # rows multiplied at once where part of a product is known beforehand
 
 
@@ -38,7 +40,9 @@ def essential_subspace(
 
     They are the eigenvectors of Δ A Δᵀ with A = XᵀX. Of the two equivalent eigenproblems the
     smaller is solved: `[out, out]`, or `[m, m]` for R Δᵀ Δ Rᵀ with a root A = RᵀR of m rows (the
-    stored factor, or the Cholesky factor of the Gram), then E = Δ Rᵀ V Λ^-½.
+    stored factor, or the Cholesky factor of the Gram), then E = Δ Rᵀ V Λ^-½. Of a Gram in few rows
+    and a diagonal the root is both, one above the other: no matrix of the width `in` is formed
+    where there are fewer outputs.
     Directions without energy are left out, so fewer than `rank` columns come back when tokens or
     the task matrix do not reach that far; a zero delta or a zero Gram gives none.
 
@@ -77,8 +81,17 @@ def essential_subspace(
         tolerance = rounding**2
     tokens = statistics.count if statistics.gram_diagonal is None else 0
     limit = min(rank, tokens) if tokens else rank
-    factored = statistics.gram is None and statistics.gram_diagonal is None
-    if factored and min(out_features, len(stored)) <= in_features:
+    rest = statistics.gram_diagonal
+    factored = statistics.gram is None
+    if factored and rest is not None and few_rows(len(stored), in_features):
+        rows = stored.to(weight) @ weight.T
+        if out_features <= in_features:
+            square = gram(rows).add_(_diagonal_product(weight, rest.to(weight)))
+            return _leading(square, limit, tolerance)
+        return _from_root(
+            torch.cat([rows, rest.to(weight).sqrt()[:, None] * weight.T]), limit, tolerance
+        )
+    if factored and rest is None and min(out_features, len(stored)) <= in_features:
         root = stored.to(weight)
     else:
         dense = statistics.dense_gram()
@@ -87,8 +100,12 @@ def essential_subspace(
         if out_features <= in_features:
             return _leading(_lower_product(weight @ matrix, weight.T), limit, tolerance)
         root = _root(matrix)
-    shift = _trapezoidal_product(root, weight.T)
-    if out_features <= len(shift):
+    return _from_root(_trapezoidal_product(root, weight.T), limit, tolerance)
+
+
+def _from_root(shift: Tensor, limit: int, tolerance: float) -> EssentialSubspace:
+    """Return the directions of R Δᵀ `[m, out]`, from the smaller of the two eigenproblems."""
+    if shift.shape[1] <= len(shift):
         return _leading(gram(shift), limit, tolerance)
     inner = _leading(gram(shift.T), limit, tolerance)
     return EssentialSubspace(
@@ -103,6 +120,15 @@ def _root(matrix: Tensor) -> Tensor:
         return lower.T
     whole = _leading(matrix, len(matrix), 0.0)
     return (whole.directions * whole.eigenvalues.sqrt()).T
+
+
+def _diagonal_product(weight: Tensor, diagonal: Tensor) -> Tensor:
+    """Return Δ diag(e) Δᵀ `[out, out]`, some inputs at a time: no scaled copy of Δ is kept."""
+    total = weight.new_zeros(len(weight), len(weight))
+    for start in range(0, weight.shape[1], COLUMNS):
+        part = slice(start, start + COLUMNS)
+        total.addmm_(weight[:, part] * diagonal[part], weight[:, part].T)
+    return total
 
 
 def _lower_product(left: Tensor, right: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def _explain(shape: tuple[int, ...], parameters: EssentialParameters, precision:
     parameters=EssentialParameters,
     laws={"permutation", "homogeneous", "zero"},
     takes=Takes(factors=True, needs=always({"gram"}), fallback=always("tsv_m")),
-    cost=Cost(workspace=always(6.0)),
+    cost=Cost(workspace=always(6.0), keeps_rows=always(True)),
     rules=Rules(explain=_explain, finish=_layer_factors),
 )
 def esm(deltas: Tensor | LowRankStack, parameters: EssentialParameters, context: Context) -> Merged:
@@ -134,7 +134,8 @@ def esm(deltas: Tensor | LowRankStack, parameters: EssentialParameters, context:
 
     Shapes: deltas `[T, out, in]` float32 or float64 -> `[out, in]`; eigenproblems in float64, the
     rest in the dtype of the deltas (`precision="exact"`: all float64). Cost: T eigenproblems of
-    min(out, in) at most, and two polar factors of `[out, kT]` and `[kT, in]`.
+    min(out, in) at most, and two polar factors of `[out, kT]` and `[kT, in]`. Of Grams in few rows
+    and a diagonal no matrix `[in, in]` is formed where in ≥ out.
     T = 1 gives the expert's factors flattened, not the expert. A zero delta contributes nothing;
     all deltas zero give zero. Grams that determine no direction of any expert (all zero) leave the
     matrix to `tsv_m`; the record tells `rest` and `reason`.

@@ -150,7 +150,7 @@ def _system(
     sums = Sums(context, True, 1.0, deltas)
     for t in members:
         if parameters.gram == "inputs":
-            gram = sums.input_gram(t, size, 1.0).dense()
+            gram = sums.gram(t, "gram", 1.0).dense()
         else:
             rows = _rows(deltas[t], parameters.gram)
             gram = rows.T @ rows

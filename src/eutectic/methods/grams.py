@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eutectic.errors import MethodError
 from eutectic.methods.registry import Context, Parameters
-from eutectic.types import LayerStatistics
+from eutectic.types import LayerStatistics, gram_names
 
 PANEL = 320  # rows of a trapezoidal factor multiplied at once: what lies left of them is zero
 
@@ -68,26 +68,35 @@ class Gram:
             return self
         return replace(self, matrix=self.dense(), factor=None, remainder=None, scale=1.0)
 
-    def add_product(
-        self, total: Tensor, x: Tensor, *, left: Tensor | None = None, scale: float = 1.0
-    ) -> Tensor:
-        """Add `scale`·H·X·A `[out, in]` to `total` and return it; `left` is H, or the identity.
+    def from_left(self, x: Tensor) -> Tensor:
+        """Return A·X / `scale`, for X `[in, n]`."""
+        if self.matrix is not None:
+            return self.matrix @ x
+        assert self.factor is not None
+        product = self.factor.T @ (self.factor @ x)
+        if self.remainder is not None:
+            product.addcmul_(x, self.remainder.unsqueeze(1), value=1 / self.scale)
+        return product
+
+    def add_product(self, total: Tensor, x: Tensor, *, left: Gram | None = None) -> Tensor:
+        """Add H·X·A `[out, in]` to `total` and return it; `left` is H, or the identity.
 
         H is applied where the product is narrowest.
         """
+        scale = 1.0 if left is None else left.scale
         if self.matrix is not None:
-            x = x if left is None else left @ x
+            x = x if left is None else left.from_left(x)
             return total.addmm_(x, self.matrix, alpha=scale * self.scale)
         # X·Fᵀ as a whole, so that H meets one matrix of k columns.
         shadow = torch.cat([x[:, start:] @ rows.T for start, rows in self._panels], dim=1)
-        shadow = shadow if left is None else left @ shadow
+        shadow = shadow if left is None else left.from_left(shadow)
         first = 0
         for start, rows in self._panels:
             own = shadow[:, first : first + len(rows)]
             total[:, start:].addmm_(own, rows, alpha=scale * self.scale)
             first += len(rows)
         if self.remainder is not None:
-            x = x if left is None else left @ x
+            x = x if left is None else left.from_left(x)
             total.addcmul_(x, self.remainder, value=scale)
         return total
 
@@ -107,17 +116,20 @@ class Gram:
 def projected(entry: LayerStatistics, basis: Tensor) -> LayerStatistics:
     """Return VᵀA_tV `[n, n]` in place of A_t, for orthonormal columns V `[in, n]`, in float64.
 
-    A Gram of rows alone stays one of rows. Of an entry without a Gram only the counts are left.
+    A Gram of rows alone stays one of rows; of one of rows and a diagonal no matrix of its width is
+    formed. Of an entry without a Gram only the counts are left.
     """
     bare = LayerStatistics(count=entry.count, sample_count=entry.sample_count)
     if not entry.has("gram"):
         return bare
-    if entry.gram is None and entry.gram_diagonal is None:
-        assert entry.gram_factor is not None
-        return replace(bare, gram_factor=entry.gram_factor.to(basis) @ basis)
-    dense = entry.dense_gram()
-    assert dense is not None
-    return replace(bare, gram=basis.mT @ dense.to(basis.device) @ basis)
+    if entry.gram is not None:
+        return replace(bare, gram=basis.mT @ entry.gram.to(basis) @ basis)
+    assert entry.gram_factor is not None
+    rows = entry.gram_factor.to(basis) @ basis
+    if entry.gram_diagonal is None:
+        return replace(bare, gram_factor=rows)
+    rest = basis.mT @ (entry.gram_diagonal.to(basis).unsqueeze(1) * basis)
+    return replace(bare, gram=rest.addmm_(rows.mT, rows))
 
 
 def scaled_off_diagonal(matrix: Tensor, off_diagonal: float) -> Tensor:
@@ -191,29 +203,26 @@ class Sums:
     off_diagonal: float
     like: Tensor
 
-    def input_gram(self, t: int, size: int, weight: float) -> Gram:
-        """Return `weight`·A_t `[size, size]` of expert t, in the form that it is stored in."""
+    def gram(self, t: int, need: str, weight: float) -> Gram:
+        """Return `weight` times a sum of outer products of expert t, in the form it is stored in.
+
+        `need` is "gram", "output_gradient_gram" or "block_fisher".
+        """
         entry = _entry(self.context, t)
-        if entry.gram is not None or entry.gram_factor is None:
-            return self.square(t, "gram", size, weight)
-        scale = weight / self._divisor(t, "gram")
-        stored = entry.gram_factor.to(self.like)
-        remainder = None
-        if entry.gram_diagonal is not None:
-            remainder = entry.gram_diagonal.to(self.like) * scale
+        scale = weight / self._divisor(t, need)
+        _, factor, diagonal = (getattr(entry, name, None) for name in gram_names(need))
+        if getattr(entry, need) is not None or factor is None:
+            stored = _stored(self.context, t, need)
+            matrix = stored.to(self.like)
+            if self.off_diagonal != 1:
+                matrix = scaled_off_diagonal(matrix, self.off_diagonal)
+            return Gram(matrix, None, None, roundoff(stored), scale)
+        stored = factor.to(self.like)
+        remainder = None if diagonal is None else diagonal.to(self.like) * scale
         if self.off_diagonal != 1:
             own = (1 - self.off_diagonal) * scale * stored.square().sum(0)
             remainder = own if remainder is None else remainder + own
-        eps = roundoff(entry.gram_factor)
-        return Gram(None, stored, remainder, eps, scale * self.off_diagonal)
-
-    def square(self, t: int, need: str, size: int, weight: float) -> Gram:
-        """Return `weight` times a stored square matrix of expert t; see `input_gram`."""
-        stored = _stored(self.context, t, need)
-        matrix = stored.to(self.like)
-        if self.off_diagonal != 1:
-            matrix = scaled_off_diagonal(matrix, self.off_diagonal)
-        return Gram(matrix, None, None, roundoff(stored), weight / self._divisor(t, need))
+        return Gram(None, stored, remainder, roundoff(factor), scale * self.off_diagonal)
 
     def fisher_diagonal(self, t: int) -> Tensor:
         """Return the diagonal Fisher of expert t, in the shape of `like`, in float64."""
@@ -249,8 +258,8 @@ def _examples(entry: LayerStatistics, need: str) -> int:
 
 
 def _tensors(entry: LayerStatistics, need: str) -> list[Tensor]:
-    names = ("gram", "gram_factor", "gram_diagonal") if need == "gram" else (need,)
-    return [x for x in (getattr(entry, name) for name in names) if x is not None]
+    held = (getattr(entry, name, None) for name in gram_names(need))
+    return [x for x in held if x is not None]
 
 
 def _where(context: Context, t: int) -> str:

@@ -138,6 +138,7 @@ def _explain(shape: tuple[int, ...], parameters: MatsParameters, precision: Prec
         workspace=always(6.0),
         products=60.0,
         statistics_copies=lambda p: 1.0 if p.operator == "kfac" else 0.0,
+        keeps_rows=lambda p: p.operator != "kfac" or p.preconditioner != "kronecker",
     ),
     rules=Rules(check=negative_weights, explain=_explain),
 )
@@ -151,8 +152,9 @@ def mats(deltas: Tensor | LowRankStack, parameters: MatsParameters, context: Con
     Shapes: deltas `[T, out, in]` -> `[out, in]`; "diagonal_fisher", "block" and "identity" take
     any shape, "block" with B_t over its entries in order. Cost a step: "gram" one product
     `[out, in]·[in, in]` (none where the eigenbasis of ΣA_t is cheaper than the steps, see
-    `linalg.cg`), "kfac" T products with each factor. T = 1 converges to the expert, zero deltas
-    to zero (if the guess is zero then, as all but a given one are).
+    `linalg.cg`), "kfac" T products with each factor; O(out·in·k) for Grams in k rows and a
+    diagonal, which stay so but for the preconditioner of "kfac". T = 1 converges to the expert,
+    zero deltas to zero (if the guess is zero then, as all but a given one are).
 
     Precision: float32 tensors with float64 inner products; float64 throughout for float64 deltas,
     `precision="exact"`, and from where float32 stagnates above the tolerance or breaks down.
@@ -215,7 +217,7 @@ def mats(deltas: Tensor | LowRankStack, parameters: MatsParameters, context: Con
         context=context,
         off_diagonal=parameters.off_diagonal,
         normalize_counts=parameters.normalize_counts,
-        dense=direct or parameters.preconditioner == "kronecker",
+        dense=parameters.preconditioner == "kronecker",
     )
     inputs = deltas.reshape(len(deltas), 1, -1) if operator == "block" else deltas.contiguous()
     if direct or context.precision == "exact":
@@ -293,7 +295,7 @@ class RegMeanParameters(Parameters):
         needs=lambda p: {"gram"} if p.space == "delta" else {"gram", "base"},
         fallback=always("regmean"),
     ),
-    cost=Cost(workspace=always(4.0), products=4.0),
+    cost=Cost(workspace=always(4.0), products=4.0, keeps_rows=always(True)),
     rules=Rules(check=negative_weights),
 )
 def regmean(
@@ -305,7 +307,9 @@ def regmean(
     λ. Everything is float64; the inverse is a Cholesky solve.
 
     Shapes: deltas `[T, out, in]` -> `[out, in]`. Cost: T products `[out, in]·[in, in]`, in³/3 for
-    the factor, one solve as dear as a product. T = 1 gives the expert, zero deltas give zero.
+    the factor, one solve as dear as a product. Grams in rows, or in rows and a diagonal, together
+    fewer rows K than in/2, are solved for by Woodbury's identity instead: O(in·K·(out + K)), and no
+    matrix `[in, in]` is formed. T = 1 gives the expert, zero deltas give zero.
 
     Rank deficiency: where Σ A_t is singular to rounding, a ridge is raised until the factor is
     sound; directions that no expert's data excite then keep the base's weights
@@ -345,7 +349,7 @@ def regmean(
         context,
         off_diagonal=parameters.off_diagonal,
         normalize_counts=parameters.normalize_counts,
-        dense=True,
+        dense=False,
     )
     if not bool(system.diagonal.any()):
         return averaged(deltas, context, "every Gram is zero")

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from eutectic.linalg import lapack
 from eutectic.linalg.cg import LinearMap
+from eutectic.linalg.rows_and_diagonal import few_rows
 from eutectic.methods.grams import Gram, Sums, participants, roundoff
 from eutectic.methods.registry import Context
 
@@ -35,6 +36,7 @@ class System:
         matrix: A when the operator is X -> X·A and A is held densely.
         left: H̄ of the nearest Kronecker product H̄ ⊗ Ā, None for the identity.
         right: Ā; None when the operator is its diagonal.
+        thin: A when the operator is X -> X·A and A is held in few rows and a diagonal.
         unit_roundoff: the largest eps among the dtypes the statistics came in.
     """
 
@@ -44,6 +46,7 @@ class System:
     matrix: Tensor | None = None
     left: Tensor | None = None
     right: Tensor | None = None
+    thin: Gram | None = None
     unit_roundoff: float = 0.0
 
 
@@ -58,15 +61,15 @@ def build_system(
 ) -> System:
     """Set up an operator's system for deltas `[T, *shape]` (`block`: `[T, 1, n]`), in their dtype.
 
-    Experts of weight 0 take no part. `dense` holds the Kronecker factors densely, for closed forms
-    and preconditioners; for the others see `MatsParameters`.
+    Experts of weight 0 take no part. `dense` holds the Kronecker factors of "kfac" densely, for a
+    preconditioner; for the others see `MatsParameters`.
     """
     if operator in ("identity", "diagonal_fisher"):
         return _elementwise_system(operator, deltas, context, normalize_counts)
     sums = Sums(context, normalize_counts, off_diagonal, deltas)
     if operator == "kfac":
         return _kfac_system(deltas, sums, dense)
-    return _gram_system(operator, deltas, sums, dense)
+    return _gram_system(operator, deltas, sums)
 
 
 def damped(system: System, damping: float) -> System:
@@ -87,7 +90,11 @@ def damped(system: System, damping: float) -> System:
     def apply(x: Tensor) -> Tensor:
         return system.apply(x).add_(x, alpha=ridge)
 
-    if system.left is None or system.right is None:
+    if system.thin is not None:
+        rest = system.thin.remainder
+        even = torch.full_like(system.diagonal, ridge)
+        factors = {"thin": replace(system.thin, remainder=even if rest is None else rest + ridge)}
+    elif system.left is None or system.right is None:
         factors = {"right": matrix if system.matrix is system.right else system.right}
     else:
         factors = {"left": _ridged(system.left, damping), "right": _ridged(system.right, damping)}
@@ -136,11 +143,11 @@ def fisher_weighted(
 
 def _weighted_gram(operator: Operator, deltas: Tensor, t: int, sums: Sums) -> Gram:
     """Return w_tA_t of an operator that multiplies from the right."""
-    size, weight = deltas.shape[-1], sums.context.weights[t]
+    weight = sums.context.weights[t]
     if operator == "gram":
-        return sums.input_gram(t, size, weight)
+        return sums.gram(t, "gram", weight)
     if operator == "block":
-        return sums.square(t, "block_fisher", size, weight)
+        return sums.gram(t, "block_fisher", weight)
     square = lapack.norm(deltas[t], torch.float64) ** 2
     scale = weight / square if square > 0 else 0.0
     remainder = None
@@ -167,8 +174,8 @@ def _elementwise_system(
     return System(lambda x: x * mass, total, mass)
 
 
-def _gram_system(operator: Operator, deltas: Tensor, sums: Sums, dense: bool) -> System:
-    """X -> X·ΣA_t: the sum is formed once, densely unless stacked factors are thinner."""
+def _gram_system(operator: Operator, deltas: Tensor, sums: Sums) -> System:
+    """X -> X·ΣA_t: the sum is formed once, densely unless all are rows, together few of them."""
     size = deltas.shape[-1]
     right_side = torch.zeros_like(deltas[0])
     remainder = torch.zeros(size, dtype=deltas.dtype, device=deltas.device)
@@ -188,13 +195,13 @@ def _gram_system(operator: Operator, deltas: Tensor, sums: Sums, dense: bool) ->
             matrix = torch.zeros(size, size, dtype=deltas.dtype, device=deltas.device)
         assert gram.matrix is not None
         matrix.add_(gram.matrix, alpha=gram.scale)
-    rows = sum(len(f) for f in factors)
-    if matrix is None and not dense and 2 * rows < size:
+    if matrix is None and few_rows(sum(map(len, factors)), size):
         total = Gram(None, torch.cat(factors), remainder, unit_roundoff)
         return System(
             lambda x: total.add_product(torch.zeros_like(x), x),
             right_side,
             total.diagonal(),
+            thin=total,
             unit_roundoff=unit_roundoff,
         )
     if matrix is None:
@@ -217,20 +224,20 @@ def _kfac_system(deltas: Tensor, sums: Sums, dense: bool) -> System:
     """X -> ΣH_t·X·A_t.
 
     Expert by expert: products of stacked matrices take as long and T times the memory. The stored
-    Grams are multiplied as they are, by their factors where that takes fewer products. The
+    Grams, of inputs and of output gradients, are multiplied as they are, by their factors where
+    that takes fewer products; only a preconditioner (`dense`) forms matrices of them. The
     nearest Kronecker product has the factors Σ tr(A_t)H_t and Σ tr(H_t)A_t, the partial traces
     of the operator, which are exact when the experts' Grams are multiples of each other.
     """
     members, weights = participants(sums.context), sums.context.weights
     out, size = deltas.shape[1:]
-    grams = [sums.input_gram(t, size, weights[t]).cheapest() for t in members]
-    outputs = [sums.square(t, "output_gradient_gram", out, 1.0) for t in members]
+    grams = [sums.gram(t, "gram", weights[t]).cheapest() for t in members]
+    outputs = [sums.gram(t, "output_gradient_gram", 1.0).cheapest() for t in members]
     left_diagonals = torch.stack([h.diagonal() for h in outputs])
     right_diagonals = torch.stack([g.diagonal() for g in grams])
 
     def add(total: Tensor, k: int, x: Tensor) -> None:
-        output = outputs[k]
-        grams[k].add_product(total, x, left=output.matrix, scale=output.scale)
+        grams[k].add_product(total, x, left=outputs[k])
 
     def apply(x: Tensor) -> Tensor:
         total = torch.zeros_like(x)

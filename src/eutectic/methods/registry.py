@@ -165,11 +165,14 @@ class Cost:
         products: time, in matrix products `[out, in] @ [in, in]` per expert (smaller side).
         statistics_copies: from the parameters to how many float64 copies of each expert's Grams
             it may hold beside the stored ones.
+        keeps_rows: whether, with these parameters, Grams that come in few rows and a diagonal stay
+            so: no matrix of the inputs' width is formed.
     """
 
     workspace: Callable[[int], float] = always(3.0)
     products: float = 10.0
     statistics_copies: Callable[[Any], float] = always(0.0)
+    keeps_rows: Callable[[Any], bool] = always(False)
 
 
 @dataclass(frozen=True, kw_only=True)

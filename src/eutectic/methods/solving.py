@@ -8,6 +8,7 @@ from torch import Tensor
 
 from eutectic.errors import MethodError, suggest
 from eutectic.linalg.cg import (
+    ROUNDING_ERRORS,
     CGResult,
     LinearMap,
     Trust,
@@ -17,7 +18,8 @@ from eutectic.linalg.cg import (
     jacobi,
     kronecker,
 )
-from eutectic.linalg.gram import ridged_cholesky
+from eutectic.linalg.gram import RidgedCholesky, ridged_cholesky
+from eutectic.linalg.rows_and_diagonal import RidgedInverse, ridged_inverse
 from eutectic.methods.grams import lack
 from eutectic.methods.linear import mean_of_deltas
 from eutectic.methods.matrices import missing_needs, run_method
@@ -120,6 +122,10 @@ def iterate(
 def _approximate_inverse(system: System, preconditioner: Preconditioner) -> LinearMap | None:
     if preconditioner == "none":
         return None
+    if preconditioner == "kronecker" and system.thin is not None:
+        eps = max(system.unit_roundoff, torch.finfo(system.right_side.dtype).eps)
+        inverse = _thin_inverse(system, ROUNDING_ERRORS * eps).inverse
+        return lambda r: inverse.times(r).to(r)
     if preconditioner == "kronecker" and system.right is not None:
         dtype = system.right_side.dtype
         return kronecker(system.left, system.right, dtype, system.unit_roundoff)
@@ -145,23 +151,40 @@ def closed_form(
     """
     right_side = (system if offset is None else shifted(system, offset)).right_side
     record: dict[str, Any]
-    if system.right is None:
+    if system.right is None and system.thin is None:
         solution = right_side / (system.diagonal + ridge * system.diagonal.mean())
         record = {"ridge": ridge}
     else:
-        solved = ridged_cholesky(system.right, ridge=ridge, unit_roundoff=system.unit_roundoff)
-        solution = torch.cholesky_solve(right_side.mT, solved.factor).mT
+        solved, solve = _solver(system, ridge)
+        solution = solve(right_side)
         if solved.escalated:
             # A(A + ρ)⁻¹ leaves what the Gram determines and removes what its rounding put into
             # the null space, which the first solve amplifies by 1/ρ.
-            filtered = solution @ system.right
-            solution = torch.cholesky_solve(filtered.mT, solved.factor).mT
+            solution = solve(system.apply(solution))
         record = {
             "ridge": solved.ridge,
             "ridge_escalated": solved.escalated,
             "dead_inputs": solved.dead,
         }
     return (solution if offset is None else solution - offset), record
+
+
+def _solver(system: System, ridge: float) -> tuple[RidgedCholesky | RidgedInverse, LinearMap]:
+    """Return B -> B·A⁻¹ of a right multiplication, and what it took."""
+    if system.right is None:
+        thin = _thin_inverse(system, ridge)
+        return thin, thin.inverse.times
+    solved = ridged_cholesky(system.right, ridge=ridge, unit_roundoff=system.unit_roundoff)
+    return solved, lambda b: torch.cholesky_solve(b.mT, solved.factor).mT
+
+
+def _thin_inverse(system: System, ridge: float) -> RidgedInverse:
+    """Return the inverse of A in rows and a diagonal, of which no matrix is formed."""
+    thin = system.thin
+    assert thin is not None and thin.factor is not None
+    rows = thin.factor.double() * thin.scale**0.5
+    rest = rows.new_zeros(rows.shape[1]) if thin.remainder is None else thin.remainder.double()
+    return ridged_inverse(rows, rest, ridge=ridge, unit_roundoff=system.unit_roundoff)
 
 
 def offset_of(space: Unknown, like: Tensor, context: Context) -> Tensor | None:

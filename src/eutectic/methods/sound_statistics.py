@@ -16,7 +16,7 @@ from eutectic.errors import MethodError, NumericalError
 from eutectic.linalg import lapack
 from eutectic.methods.linear import finite
 from eutectic.methods.registry import Context
-from eutectic.types import LayerStatistics
+from eutectic.types import LayerStatistics, gram_names
 
 _ROUNDOFF = 16  # rounding errors of a sum that are allowed, relative to the Gram's trace
 _SYMMETRY = 1e-4  # of the largest diagonal entry
@@ -52,14 +52,16 @@ def _check_need(need: str, entry: LayerStatistics, shape: tuple[int, ...], where
     if len(shape) != 2 and need != "block_fisher":
         return  # Grams are for matrices; of anything else a method makes no use of them
     size = {"output_gradient_gram": shape[0], "block_fisher": math.prod(shape)}.get(need, shape[-1])
+    _, factor_name, diagonal_name = gram_names(need)
     matrix = getattr(entry, need)
+    factor, diagonal = (getattr(entry, name, None) for name in (factor_name, diagonal_name))
     if matrix is not None:
         _check_form(matrix, need, (size, size), where)
         _check_gram(matrix, need, where)
+    if factor is not None:
+        _check_form(factor, factor_name, (len(factor), size), where)
+    _check_squares(diagonal, diagonal_name, (size,), where)
     if need == "gram":
-        if entry.gram_factor is not None:
-            _check_form(entry.gram_factor, "gram_factor", (len(entry.gram_factor), size), where)
-        _check_squares(entry.gram_diagonal, "gram_diagonal", (size,), where)
         _check_counts(entry, matrix, where)
 
 

@@ -118,7 +118,7 @@ def svc(deltas: Tensor, parameters: SvcParameters, context: Context) -> Merged:
     nothing = max(torch.finfo(torch.float64).eps, noise**2)
     for t in members:
         own = U.mT @ deltas[t].double()
-        seen = own if sums is None else own @ sums.input_gram(t, own.shape[1], 1.0).dense()
+        seen = own if sums is None else own @ sums.gram(t, "gram", 1.0).dense()
         square = (own * seen).sum(1)
         there = square > nothing * float(square.max())
         times = (along * seen).sum(1) / torch.where(there, square, 1)

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from eutectic.errors import Fault, RecipeError
+from eutectic.linalg.rows_and_diagonal import few_rows
 from eutectic.methods import get_method
 from eutectic.methods.matrices import needed
 from eutectic.planning.inputs import Inputs
@@ -83,8 +84,26 @@ def _statistics_bytes(planned: TensorPlan, inputs: Inputs) -> tuple[int, int]:
     if planned.treatment is not Treatment.MATRIX:
         sides = (0, planned.elements) if "block_fisher" in only else (0, 0)
     copies = method.statistics_copies(parameters) * len(planned.experts)
-    square = sum(side * side for side in sides) * torch.float64.itemsize
-    return collected, int(square * copies + SUMS * max(sides) ** 2 * torch.float64.itemsize)
+    rows = _bytes_in_rows(planned, inputs) if method.keeps_rows(parameters) else 0
+    if rows:  # in float64 they are twice as long
+        sides = (sides[0], 0)
+    square = sum(side * side for side in sides) * torch.float64.itemsize + 2 * rows
+    return collected, int(
+        square * copies + SUMS * (max(sides) ** 2 * torch.float64.itemsize + 2 * rows)
+    )
+
+
+def _bytes_in_rows(planned: TensorPlan, inputs: Inputs) -> int:
+    """Return the bytes of input Grams that are few rows together; 0 where a square is formed."""
+    width = planned.elements // max(planned.shape[0], 1)
+    held = sum(
+        inputs.statistics[source.owner].read_bytes(name, {"gram"})
+        for source in planned.experts
+        if source.owner in inputs.statistics
+        for name in source.statistics.values()
+    )
+    rows = held / max(width * torch.float32.itemsize, 1)
+    return held if few_rows(rows, width) else 0
 
 
 def plan_cost(plan: Plan, inputs: Inputs, threads: int) -> Cost:

@@ -30,13 +30,13 @@ from eutectic.routed.routed_folder import finish
 from eutectic.routed.routed_layers import in_parts, routed_layers
 from eutectic.routed.routed_modules import install
 from eutectic.routed.router import (
+    POOLED,
     Router,
     RouterKind,
     discriminant_router,
-    has_pooled,
     prototype_router,
 )
-from eutectic.types import LayerStatistics, as_statistics
+from eutectic.types import LayerStatistics, Statistics, as_statistics
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -148,10 +148,17 @@ def build_routed(
         routes_called = expert_statistics(routes, names, paths, "router statistics")
 
     def of_router(layer: Site) -> list[LayerStatistics]:
-        return [routes[n][c[layer.name]] for n, c in zip(names, routes_called, strict=True)]
+        own = zip(names, routes_called, strict=True)
+        reads = POOLED | {"input_sum"}
+        held = ((as_statistics(routes[n]), c[layer.name]) for n, c in own)
+        return [of_expert.read(key, reads, in_rows=True) for of_expert, key in held]
 
     if router is None:
-        pooled = all(has_pooled(entry) for layer in chosen for entry in of_router(layer))
+        pooled = all(
+            _pooled_in(as_statistics(routes[n]), c[layer.name])
+            for layer in chosen
+            for n, c in zip(names, routes_called, strict=True)
+        )
         router = "discriminant" if pooled else "prototype"
     if shrinkage is not None and router != "discriminant":
         raise RequestError(
@@ -172,13 +179,19 @@ def build_routed(
                 if asked.statistics_of == "expert" and router_statistics is not None:
                     where = f"'{layer.name}', the router's data of '{n}'"
                     _check_origin(routes[n], of_routes[layer.name], layer.weight, where)
-                entries.append(statistics[n][key])
+                entries.append(as_statistics(statistics[n]).read(key, {"gram"}, in_rows=True))
             up, down, kept = _thin_experts(layer, opened, entries, rank)
             if short := {n: k for n, k in zip(names, kept, strict=True) if k < up.shape[-1]}:
                 routing.short[layer.name] = short
             scorer = _router(router, of_router(layer), layer, shrinkage, names)
             install(routed, layer, up, down, scorer.to(layer.weight.device), routing)
     return finish(routed, routing, asked.heads)
+
+
+def _pooled_in(statistics: Statistics, name: str) -> bool:
+    """Tell, from a header alone, whether the discriminant router can be made of a layer."""
+    there = all(statistics.has(name, sum_) for sum_ in POOLED)
+    return there and statistics.read(name, ()).sample_count > 0
 
 
 def _thin_experts(

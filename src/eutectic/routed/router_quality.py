@@ -16,10 +16,10 @@ from eutectic.models.hooks import evaluating
 from eutectic.routed.build import expert_statistics
 from eutectic.routed.routed_folder import experts_of
 from eutectic.routed.routed_modules import Experts
-from eutectic.routed.router import has_pooled
+from eutectic.routed.router import POOLED, has_pooled, pooled_form
 from eutectic.routed.routing_modes import elect, routing, routing_of
 from eutectic.tables import InNotebooks, Shown, data_frame, facts, table
-from eutectic.types import LayerStatistics
+from eutectic.types import LayerStatistics, as_statistics
 
 MOST_SAMPLES = 1000  # of a task; shares are known to a few hundredths by then
 DRAWS = 4096  # of an estimate
@@ -159,15 +159,16 @@ def estimated_quality(
     decided. Every layer is taken alone, also where the model adds evidence up over layers, which
     decides better.
     """
-    handle, held = routing_of(routed), experts_of(routed)
-    names = [experts.name for experts in held.values()]
+    handle, modules = routing_of(routed), experts_of(routed)
+    names = [experts.name for experts in modules.values()]
     called = expert_statistics(statistics, handle.experts, names, "router statistics")
     layers: dict[str, dict[str, float]] = {}
     samples: dict[str, int] = {}
-    for experts in held.values():
+    for experts in modules.values():
         row: dict[str, float] = {}
         for t, (name, own) in enumerate(zip(handle.experts, called, strict=True)):
-            entry = statistics[name][own[experts.name]]
+            held = as_statistics(statistics[name])
+            entry = held.read(own[experts.name], POOLED, in_rows=True)
             if not has_pooled(entry) or entry.sample_count < 2:
                 return None
             row[name] = _expected_share(experts, entry, t)
@@ -179,12 +180,13 @@ def estimated_quality(
 
 def _expected_share(experts: Experts, entry: LayerStatistics, right: int) -> float:
     """Return the share of Gaussian inputs with an expert's moments that a router sends to it."""
-    assert entry.pooled_sum is not None and entry.pooled_gram is not None
+    assert entry.pooled_sum is not None
     weight, bias = experts.router.weight.double().cpu(), experts.router.bias.double().cpu()
     total, count = entry.pooled_sum.double(), entry.sample_count
-    covariance = (entry.pooled_gram.double() - torch.outer(total, total) / count) / (count - 1)
-    mean = weight @ (total / count) + bias
-    values, vectors = torch.linalg.eigh(weight @ covariance @ weight.T)
+    summed, spread = weight @ total, pooled_form(entry, weight)
+    covariance = (spread - torch.outer(summed, summed) / count) / (count - 1)
+    mean = summed / count + bias
+    values, vectors = torch.linalg.eigh(covariance)
     root = vectors * values.clamp(min=0).sqrt()
     draws = torch.randn(DRAWS, len(mean), generator=torch.Generator().manual_seed(0)).double()
     # A router that scales its inputs to length 1 has no bias: the winner is the same.

@@ -19,11 +19,11 @@ from eutectic.statistics.statistics_file import (
     StatisticsFile,
     beside_directions,
     expand,
-    gram_names,
     load_statistics,
     lock_output,
 )
 from eutectic.storage import local_path
+from eutectic.types import gram_names
 
 # What must agree for a sum to mean anything.
 _SETTINGS = (

@@ -36,10 +36,10 @@ from eutectic.statistics.statistics_file import (
     FORMAT,
     StatisticsFile,
     beside_directions,
-    gram_names,
 )
 from eutectic.statistics.unfinished_collection import DataLog, Partial, Snapshot, open_partial
 from eutectic.storage import local_path
+from eutectic.types import gram_names
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -73,8 +73,14 @@ class CoreStatistics:
         """Tell whether a parameter has a statistic; of these, the Gram alone."""
         return statistic == "gram" and self._file.has(name, "core_gram")
 
-    def read(self, name: str, only: Collection[str] | None = None) -> LayerStatistics:
-        """Return the Gram of one parameter, between the rows of the adapters that are merged."""
+    def read(
+        self, name: str, only: Collection[str] | None = None, *, in_rows: bool = False
+    ) -> LayerStatistics:
+        """Return the Gram of one parameter, between the rows of the adapters that are merged.
+
+        It comes in rows either way.
+        """
+        del in_rows
         if only is not None and "gram" not in only:
             return _bare(self._file.read(name, ()))
         entry = self._file.read(name, ("core_gram",))

@@ -13,7 +13,7 @@ from eutectic.statistics.collection_plan import Plan
 from eutectic.statistics.gram import GramSum, Rank, as_float, check_finite
 from eutectic.statistics.settings import Settings
 from eutectic.statistics.sketch import SketchSum, sum_of
-from eutectic.statistics.statistics_file import gram_names
+from eutectic.types import gram_names
 
 # Of a layer's inputs, per token and per sample: the Gram and the sum beside it.
 _OF_INPUTS = {"gram": "input_sum", "pooled_gram": "pooled_sum"}

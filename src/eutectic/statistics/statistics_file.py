@@ -41,7 +41,7 @@ from eutectic.statistics.record import check_record
 from eutectic.storage import Lock, local_path, storage_of, view
 from eutectic.storage.small_files import parse_json
 from eutectic.tables import InNotebooks, Shown, data_frame, facts
-from eutectic.types import LayerStatistics
+from eutectic.types import FACTORED, LayerStatistics, gram_names
 from eutectic.words import few, shown
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
@@ -54,20 +54,12 @@ VECTORS = ("input_sum", "pooled_sum", "fisher_diagonal")
 STATISTICS = ("gram", "core_gram", "pooled_gram", "output_gradient_gram", "block_fisher", *VECTORS)
 
 
-def gram_names(statistic: str) -> tuple[str, str, str]:
-    """Return how a sum of outer products is called: dense, as a factor, and its diagonal rest.
-
-    Of other statistics only the first name is ever in a file.
-    """
-    stem = statistic.removesuffix("_gram")
-    return statistic, f"{stem}_factor", f"{stem}_diagonal"
-
-
 class StatisticsFile(InNotebooks, Mapping[str, LayerStatistics]):
     """Statistics of one expert: parameter name -> `LayerStatistics`, read when asked for.
 
     Grams of samples, of output gradients and of vectors are returned dense, whichever way they are
-    stored; an input Gram that is stored as a factor is returned as `gram_factor`.
+    stored, unless `read` is asked for their rows; an input Gram that is stored as a factor is
+    returned as `gram_factor`.
 
     Attributes:
         provenance: what the file says about itself: `checkpoint`, `data`, `mask_policy`,
@@ -145,13 +137,18 @@ class StatisticsFile(InNotebooks, Mapping[str, LayerStatistics]):
             for name, kept in samples
         }
 
-    def read(self, name: str, only: Collection[str] | None = None) -> LayerStatistics:
+    def read(
+        self, name: str, only: Collection[str] | None = None, *, in_rows: bool = False
+    ) -> LayerStatistics:
         """Return the statistics of one parameter.
 
         Args:
             name: the parameter.
             only: read no more than these of `gram`, `input_sum`, `pooled_gram`, `pooled_sum`,
                 `output_gradient_gram`, `fisher_diagonal`, `block_fisher`.
+            in_rows: leave every Gram in the form that it is stored in: those of samples and of
+                output gradients may come as `pooled_factor` and `output_gradient_factor`, with a
+                diagonal beside them.
 
         Raises:
             KeyError: no such parameter.
@@ -163,13 +160,12 @@ class StatisticsFile(InNotebooks, Mapping[str, LayerStatistics]):
         found: dict[str, Any] = {"count": layer["count"], "sample_count": layer["sample_count"]}
         found["examples"] = self.provenance["data"].get("examples", 0)
         for statistic in STATISTICS if only is None else only:
-            keys = (self.key(name, statistic, stored) for stored in gram_names(statistic))
-            found[statistic], factor, diagonal = map(self.tensors.get, keys)
-            if factor is None:
-                continue
-            if statistic == "gram":
-                found |= {"gram_factor": factor, "gram_diagonal": diagonal}
-            else:
+            names = gram_names(statistic)
+            held = [self.tensors.get(self.key(name, statistic, stored)) for stored in names]
+            found[statistic], factor, diagonal = held
+            if statistic == "gram" or (in_rows and statistic in FACTORED):
+                found |= dict(zip(names, held, strict=True))
+            elif factor is not None:
                 found[statistic] = expand(factor, diagonal).to(factor.dtype)
         return LayerStatistics(**found)
 

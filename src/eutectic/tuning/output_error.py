@@ -182,7 +182,9 @@ def _measured_layers(unscaled: Unscaled) -> Iterable[OutputTerms]:
         if progress is not None:
             progress(done, len(layers), planned.name)
         base = unscaled.base(planned).flatten()
-        statistics = [inputs.statistics[s.owner].read(s.statistics[""]) for s in planned.experts]
+        statistics = [
+            inputs.statistics[s.owner].read(s.statistics[""], {"gram"}) for s in planned.experts
+        ]
         # A negative weight asks for less of an expert; no error says how much less.
         weights = [max(source.weight, 0.0) for source in planned.experts]
 

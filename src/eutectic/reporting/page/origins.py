@@ -28,7 +28,8 @@ from eutectic.reporting.page.page_record import (
 from eutectic.reporting.page.public_texts import without_private_paths
 from eutectic.reporting.page.source_views import CurveView, PlanView, ProvenanceView, RoutedView
 from eutectic.statistics import StatisticsFile
-from eutectic.statistics.statistics_file import STATISTICS, gram_names
+from eutectic.statistics.statistics_file import STATISTICS
+from eutectic.types import gram_names
 from eutectic.words import counted, public_path
 
 _MOST_LAYERS = 1_000
