@@ -45,7 +45,7 @@ def test_paragraphs_of_help_flow(eutectic, monkeypatch, verb, width):
 def test_examples_of_help_can_be_copied(eutectic, monkeypatch, verb):
     monkeypatch.setenv("COLUMNS", "80")
     text = eutectic(verb, "--help").stdout.partition("Example")[2].partition("\n")[2]
-    shown = [line.strip() for line in text.partition("╭")[0].splitlines()]
+    shown = [line.lstrip() for line in text.partition("╭")[0].splitlines()]
     commands = "\n".join(shown).replace("\\\n", "").split("\n")
     assert commands and all(c.startswith("eutectic ") for c in commands if c)
 

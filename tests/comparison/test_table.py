@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from eutectic.cli.compare import _signed
 from eutectic.comparison.candidates import candidates_of, ways_of
 from eutectic.comparison.table import Made, file_name, ranked
 from eutectic.evaluation.results import Difference, Mean, Results, TaskRecord
@@ -106,3 +107,10 @@ def test_files_of_rows():
     assert file_name("ties:density=0.3@default") == "ties_density=0.3@default"
     long = {file_name("x" * 300 + str(i)) for i in range(3)}
     assert len(long) == 3 and all(len(name) < 130 for name in long)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(-0.04, "0.0"), (0.04, "0.0"), (-0.06, "-0.1"), (3.21, "+3.2"), (0, "0.0")]
+)
+def test_a_difference_that_is_shown_as_zero_has_no_sign(value: float, shown: str) -> None:
+    assert _signed(value, 1) == shown

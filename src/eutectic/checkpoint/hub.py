@@ -12,6 +12,7 @@ from typing import Any
 
 from eutectic.checkpoint.module_folders import module_folders
 from eutectic.errors import CheckpointError, MissingExtraError, first_line
+from eutectic.storage import meant
 from eutectic.words import few
 
 _PART = r"[A-Za-z0-9][\w.-]{0,95}"
@@ -146,13 +147,15 @@ def _explained(wanted: HubId, errors: Any) -> Iterator[None]:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"{wanted.model}: neither a local path nor a model on the hub (or a private one).\n"
+            f"{wanted.model}: neither a local path nor a model on the hub (or a private one)."
+            f"{meant(str(wanted))}\n"
             "Check the spelling; for a private model log in with: hf auth login"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise CheckpointError(
             f"{wanted}: no such local path; the hub cannot be reached and its cache does not "
-            f"hold the model{at}.\nConnect (is HF_HUB_OFFLINE set?) or name a local folder."
+            f"hold the model{at}.{meant(str(wanted))}\n"
+            "Connect (is HF_HUB_OFFLINE set?) or name a local folder."
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         text = f"{wanted}: could not be downloaded from the hub{at}.\n{first_line(error)}"

@@ -29,6 +29,7 @@ from eutectic.checkpoint.weight_files import (
 )
 from eutectic.conventions import adapter_keys
 from eutectic.errors import CheckpointError, Note
+from eutectic.storage import meant
 from eutectic.words import few
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def _joined(path: Path, modules: Mapping[ModuleFolder, CheckpointIndex]) -> Chec
 
 def _open_one(path: Path) -> CheckpointIndex:
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file or folder.")
+        raise CheckpointError(f"{path}: no such file or folder.{meant(path)}")
     found: str | Shards
     if path.is_dir():
         folder, found = path, weights_in(path)

@@ -24,7 +24,7 @@ from eutectic.checkpoint.weight_files import (
     names_in,
 )
 from eutectic.errors import CheckpointError, Note
-from eutectic.storage import Url, is_url, url_of, view
+from eutectic.storage import Url, is_url, meant, url_of, view
 from eutectic.words import few
 
 # Other formats of the weights, and what is no model: never descended into unasked.
@@ -78,7 +78,7 @@ def locate(path_or_id: str | Path, *, revision: str | None = None, full: bool = 
     if found is None or path.suffix in (*WEIGHT_SUFFIXES, GGUF_SUFFIX):
         raise CheckpointError(
             f"'{text}': no such file or folder, and not a model on the hub either "
-            "('name', 'org/name', 'org/name@revision', 'org/name/folder')."
+            f"('name', 'org/name', 'org/name@revision', 'org/name/folder').{meant(path)}"
         )
     folder = download(found)
     if _kind(names_in(folder)) is None and (below := listed_on_hub(found)):

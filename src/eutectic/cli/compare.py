@@ -249,8 +249,14 @@ def _behind(row: Row, found: Comparison, unit: int) -> str:
         return "–"
     digits = 1 if unit == 100 else 3
     low, high = row.behind.interval
-    value, low, high = (f"{unit * v:+.{digits}f}" for v in (row.behind.value, low, high))
+    value, low, high = (_signed(unit * v, digits) for v in (row.behind.value, low, high))
     return f"{value} \\[{low}, {high}]" + ("" if row.distinguishable else " ≈")
+
+
+def _signed(value: float, digits: int) -> str:
+    """Return a number with its sign; what is shown as zero has none."""
+    text = f"{value:+.{digits}f}"
+    return text if float(text) else f"{0:.{digits}f}"
 
 
 def _value(value: float | None, metric: str) -> str:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
 from dataclasses import fields, replace
 from typing import Any
@@ -42,7 +42,9 @@ class Verb(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help at the terminal's width, not at the source's."""
         self.help = _flowing(self.help or "", shutil.get_terminal_size().columns)
-        super().format_help(ctx, formatter)
+        stripped: Any = _Stripped(sys.stdout)
+        with redirect_stdout(stripped):
+            super().format_help(ctx, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the command line, as click does."""
@@ -80,6 +82,22 @@ class Verb(TyperCommand):
         if "set" in options and (key := nearest(word, _keys())) is not None:
             return f" It is a key of recipes: --set {key}=VALUE"
         return f" {self.name} --help lists all." if self.name else ""
+
+
+class _Stripped:
+    """A stream without spaces at the ends of lines, which break a command behind a backslash."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write to the stream; the help comes in whole lines."""
+        self._stream.write(re.sub(r" +((?:\x1b\[[0-9;]*m)*)$", r"\1", text, flags=re.M))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what else the stream has: its encoding, whether it is a terminal."""
+        return getattr(self._stream, name)
 
 
 def _flowing(text: str, width: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any, cast
 from eutectic.data.columns import Row
 from eutectic.data.python_functions import imported
 from eutectic.errors import MissingExtraError, RequestError, StatisticsError
-from eutectic.storage import view_once
+from eutectic.storage import meant, view_once
 from eutectic.storage.small_files import check_regular, parse_json, read_text
 
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -42,7 +42,9 @@ def read_rows(source: str, *, split: str | None = None, trust_code: bool = False
     if not path.exists() and _FUNCTION.fullmatch(source):
         return _call(source, trust_code)
     if not path.exists():
-        raise StatisticsError(f"{source}: no such file or folder.\nKnown data: {_KNOWN}.")
+        raise StatisticsError(
+            f"{source}: no such file or folder.{meant(path)}\nKnown data: {_KNOWN}."
+        )
     if path.is_dir():
         marks = ("dataset_info.json", "state.json", _SPLITS)
         is_dataset = any((path / mark).exists() for mark in marks)

@@ -27,6 +27,7 @@ from eutectic.errors import EutecticError, RequestError
 from eutectic.evaluation.metrics import METRICS_OF_KIND
 from eutectic.models.task_kinds import EMBEDDING, ZERO_SHOT, TaskKind
 from eutectic.statistics import load_statistics
+from eutectic.storage import meant
 from eutectic.words import few
 
 HERE_GOES = "PATH-OR-HUB-ID"  # stands for what was not found
@@ -75,7 +76,7 @@ def draft(
     places += [Path(d) for d in data]
     for path in places:
         if not path.exists():
-            raise RequestError(f"{path}: no such file or folder of rows.")
+            raise RequestError(f"{path}: no such file or folder of rows.{meant(path)}")
     models = find_models([t for t in texts if Path(t) not in places])
     chosen = choose_base(models, base)
     own = None if chosen.found is None else chosen.found.path.resolve()

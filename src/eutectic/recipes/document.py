@@ -10,7 +10,7 @@ import yaml
 
 from eutectic.errors import Fault, RecipeError, suggest
 from eutectic.recipes.plain_yaml import UNREADABLE, YAML_BYTES, compose_all, described, values_of
-from eutectic.storage import is_url, local_path, url_of, view
+from eutectic.storage import is_url, local_path, meant, url_of, view
 from eutectic.storage.small_files import decoded, read_bytes
 
 Location = tuple[str | int, ...]
@@ -64,7 +64,8 @@ def read_documents(
     except OSError as fault:
         known = {errno.ENOENT: "no such file", errno.EISDIR: "is a folder, not a YAML file"}
         why = known.get(fault.errno or 0, fault.strerror or fault)
-        raise error([Fault("unreadable", f"{why}.", str(path))], f"the {noun}") from None
+        near = meant(path) if fault.errno == errno.ENOENT else ""
+        raise error([Fault("unreadable", f"{why}.{near}", str(path))], f"the {noun}") from None
     except ValueError as fault:  # no path at all, such as one with a NUL
         raise error([Fault("unreadable", f"{fault}.", repr(path))], f"the {noun}") from None
     try:
@@ -142,7 +143,9 @@ def exists(path: Path) -> bool:
 def no_file(location: Location, path: str, source: Source) -> Fault:
     """Return the fault of a path in a document that leads nowhere."""
     where = ".".join(map(str, location))
-    return Fault("no_file", f"no such file: {path}", where, source.line(*location))
+    near = meant(inside(path, source))
+    said = f"no such file: {path}{'.' * bool(near)}{near}"
+    return Fault("no_file", said, where, source.line(*location))
 
 
 def _lines(root: yaml.Node, duplicates: list[Fault]) -> dict[Location, int]:

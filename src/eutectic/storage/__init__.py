@@ -9,6 +9,7 @@ from eutectic.storage.folder_aside import FolderAside
 from eutectic.storage.interface import AppendedFile, Lock, OpenedFile, StagedFile, Storage
 from eutectic.storage.local_disk import LocalDisk
 from eutectic.storage.mirror import MANIFEST, make_all_whole, view, view_once
+from eutectic.storage.nearby import meant
 from eutectic.storage.object_store import ObjectStore
 from eutectic.storage.remote_urls import MARK, Url, is_url, local_path, url_of
 from eutectic.storage.written_files import WrittenFiles
@@ -29,6 +30,7 @@ __all__ = [
     "is_url",
     "local_path",
     "make_all_whole",
+    "meant",
     "storage_of",
     "url_of",
     "view",

@@ -24,7 +24,7 @@ from eutectic.reporting.page.source_views import (
 )
 from eutectic.reporting.schema import Inspection
 from eutectic.statistics import StatisticsFile, load_statistics
-from eutectic.storage import view
+from eutectic.storage import meant, view
 from eutectic.storage.small_files import INDEX_BYTES, read_json
 from eutectic.words import public_path
 
@@ -90,7 +90,7 @@ def _of_path(source: str | Path) -> Iterator[Document]:
         elif path.is_file():
             yield from _of_file(name, path)
         else:
-            raise RequestError(f"{path}: no such file or folder.\nName {KNOWN}.")
+            raise RequestError(f"{path}: no such file or folder.{meant(path)}\nName {KNOWN}.")
     except OSError as error:
         raise RequestError(f"{path}: cannot be read ({error.strerror or error}).") from None
 
