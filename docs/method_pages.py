@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from eutectic.methods import all_methods
+from eutectic.methods import all_methods, all_posts
 
 OVERVIEW = "methods/index.md"
 MARK = "<!-- methods -->"
 
 
 def on_config(config: Any) -> Any:
-    """Put the page of every method under "Methods"."""
-    pages = [{name: f"methods/{name}.md"} for name in all_methods()]
+    """Put the page of every method, and of what follows one, under "Methods"."""
+    pages = [{name: f"methods/{name}.md"} for name in [*all_methods(), *all_posts()]]
     for section in config["nav"]:
         if "Methods" in section:
             section["Methods"] = [{"Overview": OVERVIEW}, *pages]
@@ -35,4 +35,10 @@ def table() -> str:
         scale = f"{method.default_scale(8):g}"
         page = f"[{method.name}]({method.name}.md)"
         rows.append(f"| {page} | {method.family} | {needs} | {scale} | {method.summary} |")
+    rows += ["", "What can follow any of them (`post:`, `--post`):", ""]
+    rows += ["| post-processor | needs | default scale | |", "|---|---|---|---|"]
+    for entry in all_posts().values():
+        page, needs = f"[{entry.name}]({entry.name}.md)", sorted(entry.needs(entry.parse({})))
+        listed = ", ".join(needs).replace("_", " ")
+        rows.append(f"| {page} | {listed} | {entry.default_scale:g} | {entry.summary} |")
     return "\n".join(rows)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import MethodError, NumericalError
-from eutectic.methods import merge_matrices, methods
+from eutectic.methods import all_posts, merge_matrices, methods
 from eutectic.types import LayerStatistics
 
 from .cases import METHODS, Case, make_case, relative_error
@@ -224,6 +224,17 @@ def test_words_for_tables_and_pages(name):
     assert method.default_scale(8) > 0
     for field in dataclasses.fields(method.parameters):
         assert f"{field.name}:" in (method.parameters.__doc__ or ""), field.name
+
+
+@pytest.mark.parametrize("name", all_posts())
+def test_so_it_is_of_post_processors(name):
+    entry, page = all_posts()[name], (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    assert entry.summary.endswith(".") and len(entry.summary) <= 100 and entry.paper
+    assert page.startswith(f"# {name}\n") and "**When.**" in page and "**Source.**" in page
+    assert name not in METHODS
+    for field in dataclasses.fields(entry.parameters):
+        assert f"{field.name}:" in (entry.parameters.__doc__ or ""), field.name
+        assert f"| `{field.name}` |" in page, field.name
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -43,7 +43,8 @@ class ComparedOptions:
 
     method: list[str] | None = option(
         None,
-        "A method, with parameters after a colon; repeatable (default: the usual ones).",
+        "A method, with parameters after a colon, and +svc or the like after it; repeatable "
+        "(default: the usual ones).",
         "--method",
         "-m",
         metavar="NAME[:KEY=VALUE,…]",

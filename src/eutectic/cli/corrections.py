@@ -141,6 +141,7 @@ _OPTIONS: Mapping[str, str] = {
     "base": "--base",
     "method": "--method",
     "scale": "--scale",
+    "post": "--post",
     "fallback": "--fallback",
     "shard_size": "--shard-size",
     "vocabulary": "--vocabulary",

@@ -97,10 +97,15 @@ def _show(report: "MergeReport", json: bool) -> None:
 
 def _method(report: "MergeReport") -> str:
     """Name the method that merged most numbers, and the one asked for if that is another."""
+    after = "" if report.post is None else f" + {report.post}"
     if report.fallback and report.mostly_by != report.method:
         share = percent(1 - report.fallback["share"])
-        return f"{report.mostly_by} ({report.method} merges {share} of what it is for)"
-    return report.method + ("" if report.method in report.merged_by else " (no tensor takes it)")
+        return f"{report.mostly_by}{after} ({report.method} merges {share} of what it is for)"
+    return (
+        report.method
+        + after
+        + ("" if report.method in report.merged_by else " (no tensor takes it)")
+    )
 
 
 def _sweep(recipe: Path | None, weights: list[float], options: dict[str, Any], json: bool) -> None:

@@ -3,6 +3,7 @@
 import inspect
 import json as encoding
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from rich.markup import escape
@@ -26,32 +27,47 @@ def methods(
 
       eutectic methods iso_cts
     """
-    from eutectic.methods import get_method
+    from eutectic.methods import all_posts, get_method
     from eutectic.methods import methods as table_of
+    from eutectic.methods.matrices import post_processors
 
+    table, after = table_of(), post_processors()
+    if name is not None and name in after:
+        _show(name, after[name], all_posts()[name].parameters, json)
+        return
     if name is not None:
         get_method(name)
-    table = table_of()
-    if json:
-        print_json(table if name is None else table[name])
+    if name is None and json:
+        print_json(table)
         return
     if name is None:
         listing = plain_table("method", "what it does", "needs")
         for key, entry in table.items():
             listing.add_row(key, entry["summary"], ", ".join(entry["needs"]))
         out.print(listing)
+        steps = plain_table("--post", "what follows any method", "needs")
+        for key, entry in after.items():
+            steps.add_row(key, entry["summary"], ", ".join(entry["needs"]))
+        out.print()
+        out.print(steps)
         out.print(
             "\nneeds: statistics of every expert, which `eutectic collect` makes. "
             "One method's page: `eutectic methods NAME`.",
             style="dim",
         )
         return
-    entry = table[name]
+    _show(name, table[name], get_method(name).parameters, json)
+
+
+def _show(name: str, entry: Mapping[str, Any], kind: type, json: bool) -> None:
+    """Show the page of a method, or of what follows one."""
+    if json:
+        print_json(dict(entry))
+        return
     out.print(f"[bold]{name}[/]: {entry['summary']}", highlight=False)
     out.print(f"[dim]{entry['paper']}[/]\n", highlight=False)
     out.print(inspect.cleandoc(entry["description"]), markup=False, highlight=False)
     if entry["parameters"]:
-        kind = get_method(name).parameters
         hints, meanings = get_type_hints(kind, include_extras=True), _meanings(kind)
         parameters = plain_table("parameter", "type", "default", "meaning")
         for key, value in entry["parameters"].items():

@@ -254,6 +254,11 @@ class RecipeOptions:
     param: list[str] | None = option(
         None, "A parameter of the method.", "--param", "-p", metavar="NAME=VALUE"
     )
+    post: str | None = option(
+        None,
+        "What follows the merge of every matrix, such as svc; see `eutectic methods`.",
+        metavar="NAME[:KEY=VALUE,…]",
+    )
     weight: list[str] | None = option(
         None, "Weight of an expert (default 1).", "--weight", "-w", metavar="NAME=W"
     )
@@ -388,7 +393,16 @@ def request(
                 f"--scale '{asked.scale}' must be a number, auto or norm. "
                 "Searches with data: eutectic tune."
             ) from None
-    keys = ("base", "method", "scale", "fallback", "shard_size", "vocabulary", "chat_template")
+    keys = (
+        "base",
+        "method",
+        "scale",
+        "post",
+        "fallback",
+        "shard_size",
+        "vocabulary",
+        "chat_template",
+    )
     stated = {key: getattr(asked, key) for key in keys}
     options.update({key: value for key, value in stated.items() if value is not None})
     held = adapter_options(

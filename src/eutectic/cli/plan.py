@@ -96,6 +96,7 @@ def _plan(checked: "Recipe", source: "Source", shown: _Shown) -> dict[str, Any]:
         tell_notes(made.note_records, warnings_only=True)
         said = (
             "method",
+            "post",
             "scale",
             "search",
             "threads",
@@ -115,7 +116,7 @@ def _plan(checked: "Recipe", source: "Source", shown: _Shown) -> dict[str, Any]:
     columns = [
         ("shape", [shape_of(row) for row in listed]),
         ("treatment", [row["treatment"] for row in listed]),
-        ("method", [row["method"] for row in listed]),
+        ("method", [row["merged_by"] for row in listed]),
         ("α", [alpha_of(row) for row in listed]),
     ]
     why = [[("why", [row["why"] for row in listed])]] if shown.every else []
@@ -131,7 +132,7 @@ def _plan(checked: "Recipe", source: "Source", shown: _Shown) -> dict[str, Any]:
     scale = f"{made.scale:g}" if made.search is None else f"by {made.search['search']}"
     written = format_bytes(cost["write_bytes"]) + (f" in {files} files" if files > 1 else "")
     out.print(
-        f"{made.method}, scale {scale}: reads {format_bytes(cost['read_bytes'])}, writes "
+        f"{made.named}, scale {scale}: reads {format_bytes(cost['read_bytes'])}, writes "
         f"{written}, peak about {format_bytes(cost['peak_bytes'])} of "
         f"{format_bytes(made.memory_limit_bytes)} allowed, about {_duration(cost['seconds'])} on "
         f"{counted(made.threads, 'Ray worker' if allowed.executor == 'ray' else 'thread')}"

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from eutectic.errors import RequestError, suggest
-from eutectic.recipes.plain_yaml import UNREADABLE, load_plain
+from eutectic.recipes.named_values import name_and_values
 from eutectic.recipes.schema import NOT_TAKEN, Recipe, ScaleSearch
 
 USUAL = ("average", "task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts")
 WITH_STATISTICS = ("regmean", "esm", "iso_a")  # where every expert has some
+_PLUS = re.compile(r"\+(?=[A-Za-z_])")  # before a post-processor
 SEARCHES = ("default", "norm", "auto", "divergence", "validation")
-_OWN_COMMA = re.compile(r",(?![^\[{(]*[\]})])")  # not one inside brackets
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Candidate:
     name: str  # of its rows, and unique among the candidates
     method: str
     parameters: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    post: str | Mapping[str, Any] | None = None  # what follows it; None: what the recipe says
     stated: bool = True  # by the user: what keeps it from being merged is an error
 
 
@@ -46,7 +47,8 @@ def candidates_of(
     """Return the methods to compare: those that are named, or the recipe's own and the usual ones.
 
     Args:
-        methods: `NAME`, `NAME:KEY=VALUE,…`, or `{method, parameters, name}`; None for the usual.
+        methods: `NAME`, `NAME:KEY=VALUE,…`, either with `+POST` or `+POST:KEY=VALUE,…` behind it,
+            or `{method, parameters, post, name}`; None for the usual.
         recipe: as stated; its `parameters` are those of its own `method`, however that is named.
         statistics: whether every expert has statistics, so that methods that need some are usual.
     """
@@ -70,32 +72,21 @@ def candidates_of(
 
 def _candidate(item: str | Mapping[str, Any]) -> Candidate:
     if isinstance(item, str):
-        method, _, rest = item.partition(":")
-        return Candidate(item.replace(" ", ""), method.strip(), _parameters(rest, item))
-    unknown = sorted(item.keys() - {"method", "parameters", "name"})
+        words = _PLUS.split(item, maxsplit=1)
+        method, parameters = name_and_values(words[0], "method", "ties:density=0.3")
+        post = words[1].strip() if len(words) > 1 else None
+        return Candidate(item.replace(" ", ""), method, parameters, post)
+    unknown = sorted(item.keys() - {"method", "parameters", "post", "name"})
     if unknown or not isinstance(item.get("method"), str):
         what = f"has no '{unknown[0]}'" if unknown else "needs its name under 'method'"
-        raise RequestError(f"a method to compare {what}; it has: method, parameters, name.")
+        raise RequestError(f"a method to compare {what}; it has: method, parameters, post, name.")
     parameters: Mapping[str, Any] = item.get("parameters") or {}
     listed = ",".join(f"{key}={value}" for key, value in parameters.items())
-    name = item.get("name") or (f"{item['method']}:{listed}" if listed else item["method"])
-    return Candidate(str(name), item["method"], dict(parameters))
-
-
-def _parameters(text: str, item: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for word in filter(None, _OWN_COMMA.split(text)):
-        key, separator, value = word.partition("=")
-        try:
-            if not (separator and key.strip()) or key.strip() in found:
-                raise ValueError
-            found[key.strip()] = load_plain(value)
-        except (ValueError, *UNREADABLE):
-            raise RequestError(
-                f"the method '{item}' must have the form NAME or NAME:KEY=VALUE,KEY=VALUE, such as "
-                "ties:density=0.3."
-            ) from None
-    return found
+    post = item.get("post")
+    after = post.get("method") if isinstance(post, Mapping) else post
+    name = f"{item['method']}:{listed}" if listed else item["method"]
+    name = item.get("name") or (f"{name}+{after}" if after else name)
+    return Candidate(str(name), item["method"], dict(parameters), post)
 
 
 def ways_of(

@@ -73,7 +73,8 @@ def compare(
         threads: tensors merged side by side.
         memory: limit while merging.
         progress: told steps done, steps in all, and what is being done.
-        **options: `methods`: names, `NAME:KEY=VALUE,…`, or `{method, parameters, name}` (default:
+        **options: `methods`: names, `NAME:KEY=VALUE,…`, either with `+POST` behind
+            it, or `{method, parameters, post, name}` (default:
             average, task_arithmetic, ties, tsv_m, iso_c, iso_cts; with statistics of every expert
             regmean, esm, iso_a too); `searches`: `default` (the method's own α), numbers, `norm`,
             `auto`, `divergence`, `validation` (default: `default` and the first of `validation`,

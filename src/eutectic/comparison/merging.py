@@ -85,6 +85,8 @@ def planned(
     for candidate in candidates:
         values = {key: value for key, value in recipe.items() if key != "scale"}
         values |= {"method": candidate.method, "parameters": dict(candidate.parameters)}
+        if candidate.post is not None:
+            values["post"] = candidate.post
         try:
             checked = check_recipe(values)
             with open_inputs(checked) as inputs:

@@ -19,7 +19,7 @@ from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.checkpoint.writer import CheckpointWriter, OutputFile
 from eutectic.errors import NumericalError
 from eutectic.execution.input_moments import input_moment
-from eutectic.execution.matrix_merging import context_of, thin_deltas
+from eutectic.execution.matrix_merging import context_of, statistics_of, thin_deltas
 from eutectic.execution.merging import (
     Emit,
     Finished,
@@ -33,6 +33,7 @@ from eutectic.execution.merging import (
     with_factors,
 )
 from eutectic.execution.norms import Squares, squares_of
+from eutectic.execution.post_processing import process
 from eutectic.execution.shared_merging import LOST, merge_shared_stack
 from eutectic.execution.tensor_values import block_ranges, read_base
 from eutectic.linalg.lowrank import LowRank, LowRankStack
@@ -160,7 +161,7 @@ def _changes(
     late: tuple[ReadDelta, Mapping[str, float], Finished] | None,
 ) -> tuple[Finished, list[Tensor | LowRank]]:
     """Return α·Δ of each matrix as a map `[out, in]`, thin where the method keeps it so."""
-    if late is None and planned.compress is not None:
+    if late is None and planned.compress is not None and planned.post is None:
         found = Finished()
         changes, record = merge_shared_stack(planned, inputs, found.squares)
         return replace(found, record=record), [_scaled(c, planned.scale) for c in changes]
@@ -204,7 +205,7 @@ def _scaled(change: Tensor | LowRank, scale: float) -> Tensor | LowRank:
 def _thin_change(planned: TensorPlan, inputs: Inputs) -> tuple[Finished, LowRank] | None:
     """Return the merged change as thin factors, without ever expanding it."""
     method = get_method(planned.method)
-    if method.thin is None:
+    if method.thin is None or planned.compress is not None:
         return None
     deltas = thin_deltas(planned, inputs)
     if deltas is None:
@@ -213,6 +214,11 @@ def _thin_change(planned: TensorPlan, inputs: Inputs) -> tuple[Finished, LowRank
     if merged is None:
         return None
     found = Finished(squares=Squares())
+    if planned.post is not None:
+        own = replace(context_of(planned), statistics=statistics_of(planned, inputs))
+        merged, told = process(planned, merged, deltas, own)
+        assert isinstance(merged, LowRank)
+        found.record["matrix"] = told
     near = read_base(planned, inputs, 0, planned.elements)
     squares = squares_of(deltas, near, _NOTHING)
     alone = LowRankStack((merged.left,), (merged.right,))

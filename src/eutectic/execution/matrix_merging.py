@@ -14,7 +14,7 @@ from eutectic.execution.norms import Squares, squares_of
 from eutectic.execution.tensor_values import as_map, check_finite, read_base, read_delta, read_stack
 from eutectic.linalg.lowrank import LowRankStack
 from eutectic.methods import Context, get_method
-from eutectic.methods.matrices import needed, run_method
+from eutectic.methods.matrices import run_method
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensor_plan import Source, TensorPlan
 from eutectic.types import LayerStatistics, Merged
@@ -29,7 +29,7 @@ def statistics_of(planned: TensorPlan, inputs: Inputs, part: str = "") -> PerExp
     """
     if not inputs.statistics or planned.layout.stacked:
         return None
-    only = needed(get_method(planned.method), planned.parameters)
+    only = planned.needs
     found: list[LayerStatistics | None] = []
     for source in planned.experts:
         inside = source.statistics.get(part)

@@ -12,6 +12,7 @@ from eutectic.conventions import layer_group
 from eutectic.errors import EutecticError, NumericalError
 from eutectic.execution.matrix_merging import context_of, merge_matrices
 from eutectic.execution.norms import Squares, add_chunk, with_layer_factors
+from eutectic.execution.post_processing import process_matrices
 from eutectic.execution.shared_merging import merge_shared_stack
 from eutectic.execution.tensor_values import (
     as_map,
@@ -227,7 +228,7 @@ def merge_tensor(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any = N
         base = read_base(planned, inputs, start, start + delta.numel())
         emit(start, narrow(scaled(base, delta, planned, planned.scale), planned))
 
-    return merge_unscaled(planned, inputs, emit_weight)
+    return merge_unscaled(planned, inputs, emit_weight, state)
 
 
 def merge_unscaled(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any = None) -> Finished:
@@ -236,6 +237,8 @@ def merge_unscaled(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any =
     Methods that work on weights give W₀ + Δ, see `holds_weight`.
     """
     found = Finished()
+    if planned.post is not None:
+        return _merge_processed(planned, inputs, emit, state)
     if planned.compress is not None:
         changes, told = merge_shared_stack(planned, inputs, found.squares)
         found.record.update(told)
@@ -255,6 +258,28 @@ def merge_unscaled(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any =
     for block, (start, delta, record) in enumerate(matrices):
         found.norms.update(matrix_norms(planned, block, delta))
         found.record.update(record)
+        emit(start, delta)
+    return found
+
+
+def _merge_processed(planned: TensorPlan, inputs: Inputs, emit: Emit, state: Any) -> Finished:
+    """Merge a tensor by its method, then emit what the post-processor makes of its matrices."""
+    plain = dataclasses.replace(planned, post=None)
+    flat = torch.empty(planned.elements, dtype=planned.compute)
+
+    def put(start: int, values: Tensor) -> None:
+        stop = start + values.numel()
+        if holds_weight(plain):
+            values = values - read_base(planned, inputs, start, stop)
+        flat[start:stop] = values
+
+    before = merge_unscaled(plain, inputs, put, state)
+    found = Finished(record=dict(before.record))
+    matrices = process_matrices(planned, inputs, flat, found.squares)
+    for block, (start, delta, told) in enumerate(matrices):
+        found.norms.update(matrix_norms(planned, block, delta))
+        for label, record in told.items():
+            found.record[label] = {**found.record.get(label, {}), **record}
         emit(start, delta)
     return found
 

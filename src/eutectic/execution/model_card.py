@@ -60,15 +60,18 @@ def card(provenance: Mapping[str, Any]) -> str:
 def _merged_by(provenance: Mapping[str, Any]) -> str:
     """Say which method merged most of the numbers, and which was asked for if it is another."""
     method = provenance.get("method") or provenance["recipe"]["method"]
+    after = sorted({t["post"] for t in provenance["tensors"].values() if "post" in t})
+    followed = f", followed by `{after[0]}`" if after else ""
     taken = provenance["merged_by"]
     mostly, fallen = provenance["mostly_by"], provenance["fallback"]
     if mostly != method and fallen:
         share = percent(1 - fallen["share"])
-        return f"`{mostly}` (asked for: `{method}`, which merges {share} of what it is for)"
+        asked = f"asked for: `{method}`, which merges {share} of what it is for"
+        return f"`{mostly}`{followed} ({asked})"
     if method not in taken:
         others = ", ".join(f"`{name}`" for name in taken if name != COPY)
         return f"{others} (asked for: `{method}`, which no tensor takes)"
-    return f"`{method}`"
+    return f"`{method}`{followed}"
 
 
 def licence_of(folder: Path | None) -> str:

@@ -79,6 +79,7 @@ def document(
             t.name: {
                 "treatment": t.treatment.value,
                 "method": t.method,
+                **({} if t.post is None else {"post": t.post.name}),
                 "scale": t.scale,
                 "reason": t.why,
                 "sha256": finished["merge", t.name].sha256,

@@ -31,6 +31,7 @@ class PlanReport(InNotebooks):
 
     Attributes:
         method: the method's name.
+        post: what follows it, by name; None where nothing does.
         scale: α; None where it is searched.
         search: the search for α, as the recipe asks for it.
         threads: jobs side by side.
@@ -44,7 +45,8 @@ class PlanReport(InNotebooks):
         heads: expert -> names of the tensors kept for it alone.
         notes: what a user should know.
         tensors: for every tensor of the output `name`, `shape`, `dtype`, `treatment`, `method`,
-            `scale`, `why`, its costs, and the `route` through linear algebra, if asked for.
+            `post` (what follows it), `merged_by` (both in words), `scale`, `why`, its costs, and
+            the `route` through linear algebra, if asked for.
         note_records: the notes as records, for programs.
         adapter: where the output is one: `layers` and `ranks` of thin factors, `modules_to_save`,
             and what it does not hold (`not_held`, `loose`, `others`).
@@ -66,6 +68,12 @@ class PlanReport(InNotebooks):
     adapter: Mapping[str, Any] | None = None
     device: str = "cpu"
     device_memory_bytes: int | None = None
+    post: str | None = None
+
+    @property
+    def named(self) -> str:
+        """The method and what follows it, in words."""
+        return self.method if self.post is None else f"{self.method} + {self.post}"
 
     def grouped(self) -> list[dict[str, Any]]:
         """Return the tensors with like layers in one row (`layer.*.weight ×12`).
@@ -77,7 +85,7 @@ class PlanReport(InNotebooks):
             small = row["treatment"] == "vector" and row["kinds"] == ["small"]
             pattern = layer_group(row["name"])
             what = ("biases and norms", ()) if small else (pattern, tuple(row["shape"]))
-            key = (*what, row["treatment"], row["method"], row["scale"])
+            key = (*what, row["treatment"], row["merged_by"], row["scale"])
             groups.setdefault(key, []).append(row)
         folded: list[dict[str, Any]] = []
         for (pattern, shape, *_), members in groups.items():
@@ -96,13 +104,13 @@ class PlanReport(InNotebooks):
     def _parts(self) -> Sequence[Shown]:
         """Return the same for notebooks too."""
         rows = [
-            [r["name"], shape_of(r), r["treatment"], r["method"], alpha_of(r)]
+            [r["name"], shape_of(r), r["treatment"], r["merged_by"], alpha_of(r)]
             for r in self.grouped()
         ]
         scale = f"{self.scale:g}" if self.search is None else f"by {self.search['search']}"
         cost = {key: format_bytes(self.cost[f"{key}_bytes"]) for key in ("read", "write", "peak")}
         known = {
-            "method": f"{self.method}, scale {scale}",
+            "method": f"{self.named}, scale {scale}",
             "merged by": ", ".join(f"{name} {n}" for name, n in self.merged_by.items()),
             "shares": in_words(self.shares),
             "costs": f"{cost['read']} read, {cost['write']} written, peak about {cost['peak']}",
@@ -195,6 +203,7 @@ def planned(
         held,
         limits.device,
         limits.device_memory,
+        None if made.post is None else made.post.name,
     )
 
 
@@ -205,6 +214,8 @@ def _row(planned: Any, cost: Any, explain: bool, searched: bool) -> dict[str, An
         "dtype": str(planned.dtype).removeprefix("torch."),
         "treatment": planned.treatment.value,
         "method": planned.method,
+        "post": None if planned.post is None else planned.post.name,
+        "merged_by": planned.merged_by,
         "scale": planned.scale if not (searched and planned.tunable) else None,
         "why": planned.why,
         "kinds": [note.kind for note in planned.reason],

@@ -88,6 +88,7 @@ class MergeReport(InNotebooks):
         seconds: wall-clock time.
         peak_bytes: the largest resident memory of this process so far.
         search: how α was chosen, where the recipe asks for a search.
+        post: what followed the method, by name; None where nothing did.
         note_records: the notes as records, for programs.
     """
 
@@ -107,6 +108,7 @@ class MergeReport(InNotebooks):
     seconds: float
     peak_bytes: int
     search: Mapping[str, Any] | None = field(default=None, repr=False)
+    post: str | None = None
     note_records: tuple[Note, ...] = field(default=(), repr=False)
 
     def __repr__(self) -> str:
@@ -118,6 +120,7 @@ class MergeReport(InNotebooks):
         how = "" if self.search is None else f", chosen by {self.search['search']}"
         ratio = self.norms.get("ratio")
         by = self.method if self.mostly_by == self.method else f"{self.mostly_by} ({self.method})"
+        by += "" if self.post is None else f" + {self.post}"
         known = {
             "method": f"{by}, scale {self.scale:g}{how}",
             "tensors": ", ".join(f"{n} {name}" for name, n in self.tensors.items()),
@@ -197,6 +200,7 @@ def _merge_one(checked: Recipe, source: Source, output: Path, run: _Run) -> Merg
         seconds=time.perf_counter() - started,
         peak_bytes=peak_bytes(),
         search=written.search,
+        post=None if plan.post is None else plan.post.name,
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +272,7 @@ def _model_state(plan: Plan, tensors: Sequence[TensorPlan], inputs: Inputs) -> A
     if method.name not in {t.method for t in tensors}:
         return None
     taking = [t for t in plan.tensors if t.method == method.name and t.elements]
+    taking = [replace(t, post=None) for t in taking]  # the method's own inputs, as it reads them
     wide = torch.float64 if any(t.compute == torch.float64 for t in taking) else torch.float32
 
     def chunks() -> Iterator[Tensor]:

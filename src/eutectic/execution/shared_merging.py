@@ -23,7 +23,6 @@ from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.linalg.shared import SharedSpace, shared_space
 from eutectic.linalg.svd import default_tolerance
 from eutectic.methods import Context, get_method
-from eutectic.methods.matrices import needed
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensor_plan import TensorPlan
 
@@ -105,7 +104,7 @@ def _merged(
 
 
 def _looks_at_nothing_else(planned: TensorPlan) -> bool:
-    needs = needed(get_method(planned.method), planned.parameters)
+    needs = planned.needs
     in_base = "base" in get_method(planned.method).needs(planned.parameters)
     return not (needs or in_base or planned.initial is not None or planned.layout.split)
 

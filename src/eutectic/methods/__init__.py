@@ -4,6 +4,7 @@ import pkgutil
 from importlib import import_module
 
 from eutectic.methods.matrices import merge_matrices, methods
+from eutectic.methods.post import Post, all_posts, as_post, get_post
 from eutectic.methods.registry import (
     Context,
     Cost,
@@ -22,11 +23,15 @@ __all__ = [
     "Cost",
     "Method",
     "Parameters",
+    "Post",
     "Rules",
     "Takes",
     "all_methods",
+    "all_posts",
     "always",
+    "as_post",
     "get_method",
+    "get_post",
     "merge_matrices",
     "methods",
     "register",

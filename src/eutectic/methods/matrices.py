@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any, Literal, overload
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 from eutectic.errors import MethodError, NumericalError
 from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.methods.linear import finite
-from eutectic.methods.registry import Context, Method, all_methods, get_method
+from eutectic.methods.post import Post, all_posts, as_post
+from eutectic.methods.registry import Context, Entry, Method, all_methods, get_method
 from eutectic.methods.sound_statistics import check_statistics
 from eutectic.tables import InNotebooks, Shown, data_frame, table
 from eutectic.types import LayerStatistics, Merged
@@ -26,6 +27,7 @@ _DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "precision": "fast",
     "fallback": "error",
+    "post": None,
 }
 
 
@@ -64,9 +66,10 @@ def merge_matrices(
         full_output: return a `Merged` with the method's record instead of the bare delta.
         **options: the method's own parameters; and `experts`, names, which seed per-expert random
             numbers (default "0", "1", …), `tensor`, the tensor's name, and `seed` (default 0),
-            which seed all of them, `precision`, "fast" or "exact" linear algebra, and `fallback`:
-            "error" (default) refuses statistics that are missing, "allow" takes the method's
-            fall-back, and the record tells `rest` and `reason`.
+            which seed all of them, `precision`, "fast" or "exact" linear algebra, `post`, a
+            post-processor of the merge ("svc", or {"method": "svc", "metric": "inputs"}), and
+            `fallback`: "error" (default) refuses statistics that are missing, "allow" takes the
+            method's fall-back, and the record tells `rest` and `reason`.
 
     Returns:
         The merged delta `[out, in]`, float32 (float64 for float64 input).
@@ -85,7 +88,7 @@ def merge_matrices(
     """
     entry = get_method(method)
     call = {name: options.pop(name, default) for name, default in _DEFAULTS.items()}
-    fallback = call.pop("fallback")
+    fallback, post = call.pop("fallback"), as_post(call.pop("post"))
     if fallback not in ("error", "allow"):
         raise MethodError(f"fallback must be 'error' or 'allow', got {fallback!r}.")
     values = entry.parse(options, beside=_DEFAULTS)
@@ -110,7 +113,16 @@ def merge_matrices(
             f"method '{method}' needs {' and '.join(lacking)}.\n"
             f"Pass statistics, or choose fallback='allow', which takes {instead}."
         )
+    if post is not None and len(stack.shape) == 3:
+        short = _lacking(post.needs, context, lambda weight: weight != 0)
+        if short and fallback == "error":
+            raise MethodError(
+                f"post-processor '{post.name}' needs {' and '.join(short)}.\n"
+                "Pass statistics, or choose fallback='allow', which does without."
+            )
     merged = _run_or_fall_back(entry, stack, values, context, lacking)
+    if post is not None and len(stack.shape) == 3:
+        merged = run_post(post, merged, stack, context)
     return merged if full_output else merged.delta
 
 
@@ -161,17 +173,45 @@ def run_method(
     return merged if base is None else Merged(merged.delta - base, merged.record)
 
 
+def run_post(post: Post, merged: Merged, deltas: Tensor | LowRankStack, context: Context) -> Merged:
+    """Return what a post-processor makes of a merged matrix, with its record under its name.
+
+    Raises:
+        MethodError: weights that it cannot have.
+    """
+    delta, told = processed(post, merged.delta, deltas, context)
+    assert isinstance(delta, Tensor)
+    return Merged(delta, {**merged.record, post.name: told})
+
+
+def processed(
+    post: Post, merged: Tensor | LowRank, deltas: Tensor | LowRankStack, context: Context
+) -> tuple[Tensor | LowRank, dict[str, Any]]:
+    """Return what a post-processor makes of M, thin where M is, and its record."""
+    entry = post.entry
+    if entry.check is not None and (fault := entry.check(post.parameters, context.weights)):
+        raise MethodError(fault)
+    check_statistics(post.needs, tuple(deltas.shape[1:]), context)
+    return entry.function(merged, deltas, post.parameters, context)
+
+
 def missing_needs(entry: Method, values: Any, context: Context) -> list[str]:
     """Return what the method needs for this tensor and the context lacks."""
+    needs = {*entry.needs(values), *needed(entry, values)}
+    return _lacking(needs, context, lambda weight: takes_part(entry, weight))
+
+
+def _lacking(needs: Set[str], context: Context, counts: Callable[[float], bool]) -> list[str]:
+    """Return what is needed and the context lacks; `counts` tells experts by their weight."""
     lacking: list[str] = []
-    for need in sorted({*entry.needs(values), *needed(entry, values)}):
+    for need in sorted(needs):
         if need == "base":
             if context.base is None:
                 lacking.append("base")
         elif context.statistics is None or any(
             s is None or not s.has(need)
             for s, weight in zip(context.statistics, context.weights, strict=True)
-            if takes_part(entry, weight)
+            if counts(weight)
         ):
             lacking.append(f"statistics with '{need}' for every expert")
     return lacking
@@ -219,21 +259,45 @@ def methods() -> MethodsTable:
     """
     table = MethodsTable()
     for name, entry in all_methods().items():
-        defaults = entry.parameters()
         table[name] = {
-            "summary": entry.summary,
+            **_described(entry, entry.function),
             "family": entry.family,
-            "paper": entry.paper,
-            "parameters": {
-                f.name: {"type": f.type, "default": getattr(defaults, f.name)}
-                for f in dataclasses.fields(entry.parameters)
-            },
-            "needs": sorted(entry.needs(defaults)),
+            "needs": sorted(entry.needs(entry.parameters())),
             "experts": entry.experts,
             "default_scale": entry.default_scale(8),
-            "description": (entry.function.__doc__ or "").strip(),
         }
     return table
+
+
+def post_processors() -> MethodsTable:
+    """Return what can follow any method: name -> summary, family "post", paper, parameters, needs.
+
+    Examples:
+        >>> sorted(post_processors()["svc"]["parameters"])
+        ['directions', 'metric']
+    """
+    table = MethodsTable()
+    for name, entry in all_posts().items():
+        table[name] = {
+            **_described(entry, entry.function),
+            "family": "post",
+            "needs": sorted(entry.needs(entry.parameters())),
+            "default_scale": entry.default_scale,
+        }
+    return table
+
+
+def _described(entry: Entry, function: Callable[..., Any]) -> dict[str, Any]:
+    defaults = entry.parameters()
+    return {
+        "summary": entry.summary,
+        "paper": entry.paper,
+        "parameters": {
+            f.name: {"type": f.type, "default": getattr(defaults, f.name)}
+            for f in dataclasses.fields(entry.parameters)
+        },
+        "description": (function.__doc__ or "").strip(),
+    }
 
 
 def _as_stack(entry: Method, deltas: Deltas) -> Tensor | LowRankStack:

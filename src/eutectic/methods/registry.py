@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, ClassVar, Literal, TypeVar, overload
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -206,14 +206,13 @@ class Rules:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(Takes, Cost, Rules):
-    """One entry of the table: what `register` was told."""
+class Entry:
+    """What has a name and parameters that are checked: a row of a table."""
 
+    kind: ClassVar[str]
     name: str
-    family: str
     summary: str
     paper: str
-    function: MethodFunction
     parameters: type[Parameters]
     laws: frozenset[str]
     adapter: TypeAdapter[Any] = field(repr=False)
@@ -229,7 +228,9 @@ class Method(Takes, Cost, Rules):
             return self.adapter.validate_python(dict(values))
         except ValidationError as error:
             faults = "\n".join(f"  - {f}" for f in self.faults(error, beside))
-            raise MethodError(f"method '{self.name}' refuses its parameters:\n{faults}") from None
+            raise MethodError(
+                f"{self.kind} '{self.name}' refuses its parameters:\n{faults}"
+            ) from None
 
     def faults(self, error: ValidationError, beside: Iterable[str] = ()) -> list[Fault]:
         """Return one record for each fault that pydantic found in the parameters."""
@@ -246,6 +247,15 @@ class Method(Takes, Cost, Rules):
                 got = repr(item.get("input"))
                 faults.append(Fault(item["type"], f"{item['msg'].lower()}.", name, got=got))
         return faults
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(Entry, Takes, Cost, Rules):
+    """One entry of the table: what `register` was told."""
+
+    kind = "method"
+    family: str
+    function: MethodFunction
 
     def check_expert_count(self, count: int) -> None:
         """Raise MethodError when the method is not defined for `count` experts."""

@@ -10,7 +10,6 @@ import torch
 from eutectic.errors import Fault, RecipeError
 from eutectic.linalg.rows_and_diagonal import few_rows
 from eutectic.methods import get_method
-from eutectic.methods.matrices import needed
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.planning.tensor_plan import TensorPlan, chunk_entries
@@ -58,8 +57,13 @@ def tensor_cost(planned: TensorPlan, inputs: Inputs) -> Cost:
         rows = planned.shape[0 if blocks == 1 else 1] if planned.shape else 1
         small = min(rows, held // max(rows, 1))
         work = method.products * count * 2 * planned.elements * small / flops
-    stack = held * count * width
-    peak = int(stack * (1 + method.workspace(count)) + held * (4 * width + planned.dtype.itemsize))
+    stack, workspace = held * count * width, method.workspace(count)
+    if planned.post is not None:
+        small = min((min(s) for s in planned.matrix_shapes), default=1)
+        work += planned.post.entry.products * count * 2 * planned.elements * small / flops
+        workspace = max(workspace, planned.post.entry.workspace)
+        passes += 1
+    peak = int(stack * (1 + workspace) + held * (4 * width + planned.dtype.itemsize))
     collected, scratch = _statistics_bytes(planned, inputs)
     peak += collected + scratch
     peak += sum(inputs.owner(s).held_bytes(s.tensor) for s in planned.experts)
@@ -71,7 +75,7 @@ def tensor_cost(planned: TensorPlan, inputs: Inputs) -> Cost:
 def _statistics_bytes(planned: TensorPlan, inputs: Inputs) -> tuple[int, int]:
     """Return bytes of the statistics that a task reads, and of the squares made of them."""
     method, parameters = get_method(planned.method), planned.parameters
-    only = needed(method, parameters) | ({"gram"} if planned.cut_in_inputs else set())
+    only = planned.needs | ({"gram"} if planned.cut_in_inputs else set())
     shape = planned.shape
     if not (only and inputs.statistics) or planned.layout.stacked or not shape:
         return 0, 0
@@ -84,6 +88,8 @@ def _statistics_bytes(planned: TensorPlan, inputs: Inputs) -> tuple[int, int]:
     if planned.treatment is not Treatment.MATRIX:
         sides = (0, planned.elements) if "block_fisher" in only else (0, 0)
     copies = method.statistics_copies(parameters) * len(planned.experts)
+    if planned.post is not None and planned.post.needs:
+        copies = max(copies, 1.0)  # one after the other
     rows = _bytes_in_rows(planned, inputs) if method.keeps_rows(parameters) else 0
     if rows:  # in float64 they are twice as long
         sides = (sides[0], 0)

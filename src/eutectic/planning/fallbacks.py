@@ -38,6 +38,40 @@ def has_fallen(planned: TensorPlan) -> bool:
 
 def fallback_faults(tensors: Sequence[TensorPlan], request: MergeRequest) -> list[Fault]:
     """Return a fault where no expert, or not every one, has what the method needs of any tensor."""
+    found = _faults_of_method(tensors, request)
+    return found or _faults_of_post(tensors, request)
+
+
+def _faults_of_post(tensors: Sequence[TensorPlan], request: MergeRequest) -> list[Fault]:
+    """Return a fault where an expert has nothing that a post-processor needs, of any matrix."""
+    post = request.post
+    asked = [t for t in tensors if t.post is not None and not t.layout.stacked]
+    if post is None or not post.needs or not asked:
+        return []
+    having: set[str] = set()
+    for planned in asked:
+        lacking = experts_without(planned, set(post.needs), request)
+        having.update(s.owner for s in planned.experts if s.owner not in lacking)
+    without = [n for n in dict.fromkeys(s.owner for t in asked for s in t.experts if s.weight)]
+    without = [name for name in without if name not in having]
+    if not without:
+        return []
+    listed = " and ".join(sorted(need.replace("_", " ") for need in post.needs))
+    what = f"post-processor '{post.name}' needs statistics of every expert ({listed}), and "
+    what += f"{few(without)} {'has' if len(without) == 1 else 'have'} none."
+    return [
+        Fault(
+            "statistics_needed",
+            what,
+            line=request.document.line("post"),
+            next="Collect them (eutectic collect EXPERT --data FILE -o FILE) and name them with "
+            "--statistics NAME=FILE or in the recipe; or choose fallback: allow, which does "
+            "without them.",
+        )
+    ]
+
+
+def _faults_of_method(tensors: Sequence[TensorPlan], request: MergeRequest) -> list[Fault]:
     method, parameters = request.method, request.parameters
     needs = set(needed(method, parameters))
     asked = [

@@ -21,7 +21,7 @@ from eutectic.checkpoint.opening import logical_tensors
 from eutectic.checkpoint.reader import CheckpointSource, StateDictReader, TensorSource
 from eutectic.conventions_stacks import belongs_to
 from eutectic.errors import CheckpointError, EutecticError, Fault, Note, RecipeError, suggest
-from eutectic.methods import Method
+from eutectic.methods import Method, Post
 from eutectic.methods.registry import all_methods
 from eutectic.methods.solving import ZERO
 from eutectic.planning.collector import collector_paused
@@ -138,6 +138,7 @@ class MergeRequest:
     # expert -> base name (with the part of a packed tensor) -> name in its statistics
     statistics_names: Mapping[str, Mapping[str, str]]
     depths: Mapping[str, int] = field(default_factory=dict[str, int])  # stack -> layers in the base
+    post: Post | None = None  # what follows the merge of every matrix
 
     @property
     def script(self) -> Script | None:

@@ -55,6 +55,8 @@ def _far_out(request: MergeRequest) -> list[Note]:
     if request.recipe.scale is None or isinstance(request.recipe.scale, ScaleSearch):
         return []
     usual = request.method.default_scale(len(request.inputs.experts))
+    if request.post is not None:
+        usual = request.post.entry.default_scale
     if NEAR_ZERO * usual <= abs(request.scale) <= FAR * usual:
         return []
     numbers = {"scale": request.scale, "method": request.method.name, "usual": usual}

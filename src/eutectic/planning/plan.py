@@ -26,7 +26,7 @@ from eutectic.conventions import CLASSIFIERS
 from eutectic.conventions_heads import is_buffer, is_output_layer, vocabulary_heads
 from eutectic.conventions_stacks import stack_depths
 from eutectic.errors import CheckpointError, Fault, MethodError, Note, RecipeError, RequestError
-from eutectic.methods import Method, get_method
+from eutectic.methods import Method, Post, as_post, get_method
 from eutectic.models.task_kinds import GENERATIVE, kind_of_architectures
 from eutectic.planning.adapter_plan import AdapterPlan, adapter_plan, rank_notes
 from eutectic.planning.collector import collector_paused
@@ -107,6 +107,7 @@ class Plan:
     # how much of those takes the method's fall-back, for lack of statistics; empty where nothing
     fallback: Mapping[str, Any]
     notes: tuple[Note, ...]  # alignments, tensors that nobody changes, fall-backs
+    post: Post | None = None  # what follows the merge of every matrix
     adapter: AdapterPlan | None = None  # how a PEFT adapter holds the change, if that is asked for
     # how large the merged change is, once it is merged; see `execution.norms.measured`
     norms: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -173,6 +174,10 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         left_out = tuple(t.name for t in tensors if t.treatment is Treatment.HEAD)
         tensors = [t for t in tensors if t.treatment is not Treatment.HEAD]
     method, parameters = request.method, request.parameters
+    if request.post is not None and not any(t.post is not None for t in tensors):
+        what = f"'{request.post.name}' follows the merge of matrices, and none is merged."
+        line = source.line("post")
+        _refuse([Fault("nothing_to_follow", what, "post", line, next="Leave post out.")], source)
     if method.prepare is not None and method.model_scope(parameters):
         _refuse_partial(tensors, request)
     if not any(t.merged for t in tensors):
@@ -224,6 +229,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
             *(() if adapter is None else cut_notes(tensors, adapter)),
         ),
         adapter=adapter,
+        post=request.post,
     )
 
 
@@ -313,6 +319,8 @@ def _stated_request(recipe: Recipe) -> StatedRequest:
         names[name] = own["path"]
     files = {n: s.statistics for n, s in recipe.experts.items() if s.statistics is not None}
     complete, hub_base = recipe.model_dump(mode="json"), _is_hub_id(recipe.reference)
+    if recipe.post is None:  # as before there were any
+        complete = {k: v for k, v in complete.items() if k != "post"}
     if recipe.adapter_options is None:
         complete = {k: v for k, v in complete.items() if k not in ("output", "adapter")}
     else:  # what becomes of other changes is decided when all is merged
@@ -346,10 +354,11 @@ def _is_hub_id(path: str) -> bool:
 
 
 def _request(recipe: Recipe, inputs: Inputs, source: Source) -> MergeRequest:
-    method = get_method(recipe.method)
+    method, post = get_method(recipe.method), as_post(recipe.post)
     scale = recipe.scale
     if scale is None or isinstance(scale, ScaleSearch):
         scale = method.default_scale(len(inputs.experts))
+        scale = scale if post is None else post.entry.default_scale
     own = {
         name: method.parse({**recipe.parameters, **spec.parameters})
         for name, spec in recipe.experts.items()
@@ -371,6 +380,7 @@ def _request(recipe: Recipe, inputs: Inputs, source: Source) -> MergeRequest:
         ties=find_ties(inputs.base, inputs.config, owners),
         statistics_names={n: statistics_names(s, inputs) for n, s in inputs.statistics.items()},
         depths={} if plain else stack_depths(inputs.base.entries),
+        post=post,
     )
     first = None if stated else first_direction(request)
     if first is None:
@@ -424,6 +434,9 @@ def _unfit(tensors: Sequence[TensorPlan]) -> list[Fault]:
             continue
         weights = [source.weight for source in planned.experts]
         fault = None if method.check is None else method.check(planned.parameters, weights)
+        post = planned.post
+        if fault is None and post is not None and post.entry.check is not None:
+            fault = post.entry.check(post.parameters, weights)
         if fault is not None:
             faults.append(Fault("method_check", fault, planned.name))
     return faults

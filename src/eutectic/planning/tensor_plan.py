@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 
 from eutectic.errors import Note
-from eutectic.methods import get_method
+from eutectic.methods import Post, get_method
+from eutectic.methods.matrices import needed
 from eutectic.types import Treatment
 
 CHUNK = 1 << 17  # entries of one tensor merged at a time: 8 experts' chunks fit the cache
@@ -118,6 +119,7 @@ class TensorPlan:
     initial: Source | None = None  # where a merged checkpoint that the method starts from keeps it
     method: str = COPY  # the method that merges it, or "copy"
     parameters: Any = None  # the method's checked parameters
+    post: Post | None = None  # what follows the merge of its matrices
     scale: float = 1.0
     tunable: bool = False  # α is the recipe's, which a search may choose, not that of a rule
     compared: bool = False  # its matrices wait for the norms of other layers' to be scaled
@@ -148,7 +150,19 @@ class TensorPlan:
     @property
     def in_chunks(self) -> bool:
         """Whether it is merged entry by entry, a chunk at a time."""
-        return self.merged and self.compress is None and get_method(self.method).elementwise
+        plain = self.compress is None and self.post is None
+        return self.merged and plain and get_method(self.method).elementwise
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that its method and what follows may ask for."""
+        own = needed(get_method(self.method), self.parameters)
+        return own if self.post is None else own | self.post.needs
+
+    @property
+    def merged_by(self) -> str:
+        """The method that merges it, and what follows, in words."""
+        return self.method if self.post is None else f"{self.method} + {self.post.name}"
 
     @property
     def blocks(self) -> tuple[int, int]:

@@ -233,6 +233,7 @@ def with_method(planned: TensorPlan, request: MergeRequest) -> TensorPlan:
         planned,
         method=chosen,
         parameters=parameters if own is method else own.parameters(),
+        post=request.post if is_matrix else None,
         experts=experts,
         reason=reason,
         scale=request.scale if planned.tunable and not plain else planned.scale,

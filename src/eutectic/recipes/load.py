@@ -8,7 +8,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from eutectic.errors import Fault, MethodError, RecipeError, suggest
-from eutectic.methods import Method, all_methods, get_method
+from eutectic.methods import Method, all_methods, all_posts, get_method, get_post
 from eutectic.methods.solving import ZERO
 from eutectic.recipes.document import (
     Location,
@@ -68,6 +68,7 @@ def check_recipe(
     except ValidationError as error:
         faults += [_schema_fault(item, source) for item in error.errors()]
     faults += _method_faults(values, source)
+    faults += [] if recipe is None else _post_faults(recipe, source)
     faults += _path_faults(values, source)
     if recipe is not None and recipe.side_files not in ("base", *recipe.experts):
         what = f"'{recipe.side_files}' is neither 'base' nor an expert."
@@ -98,7 +99,12 @@ def _method_faults(values: Mapping[str, Any], source: Source) -> list[Fault]:
         method = get_method(name)
     except MethodError as error:
         what = " ".join(str(error).splitlines())
-        return [Fault("unknown_method", what, line=source.line("method"))]
+        line = source.line("method")
+        if name in all_posts():
+            what = f"'{name}' is no method: it follows one."
+            choose = f"Name the method, and post: {name} (--post {name})."
+            return [Fault("unknown_method", what, line=line, next=choose)]
+        return [Fault("unknown_method", what, line=line)]
     faults = _parameter_faults(method, parameters, source, ("parameters",))
     experts = _mapping(values.get("experts"))
     for expert, spec in experts.items():
@@ -117,6 +123,35 @@ def _method_faults(values: Mapping[str, Any], source: Source) -> list[Fault]:
         except MethodError as error:
             faults.append(Fault("expert_count", str(error), line=source.line("experts")))
     return faults
+
+
+def _post_faults(recipe: Recipe, source: Source) -> list[Fault]:
+    """Return what is wrong with what follows the merge."""
+    if recipe.post is None:
+        return []
+    stated = {"method": recipe.post} if isinstance(recipe.post, str) else dict(recipe.post)
+    name, line = stated.pop("method", None), source.line("post")
+    if not isinstance(name, str):
+        what = "names no post-processor."
+        choose = "Name it: post: svc, or post: {method: svc, metric: inputs}."
+        return [Fault("no_post", what, "post", line, next=choose)]
+    try:
+        entry = get_post(name)
+        entry.adapter.validate_python(stated)
+    except MethodError as error:
+        return [Fault("unknown_post", " ".join(str(error).splitlines()), "post", line)]
+    except ValidationError as error:
+        found = zip(error.errors(), get_post(name).faults(error), strict=True)
+        return [
+            replace(fault, line=source.line("post", *item["loc"]), where=f"post.{fault.where}")
+            if fault.where
+            else replace(fault, line=line, where="post")
+            for item, fault in found
+        ]
+    if recipe.base is None:
+        what = f"post-processor '{name}' works on changes of a base, and the recipe names none."
+        return [Fault("no_base", what, "post", line, next="Name a base, or leave post out.")]
+    return []
 
 
 def _parameter_faults(

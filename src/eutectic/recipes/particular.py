@@ -203,7 +203,9 @@ class Particular:
             parameters,
             weights,
             own,
-            None if own_method or recipe.scale is not None else method.default_scale(len(owners)),
+            None
+            if own_method or recipe.scale is not None or recipe.post is not None
+            else method.default_scale(len(owners)),
             from_base=recipe.base is not None,
         )
 

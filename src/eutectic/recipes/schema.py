@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     Discriminator,
     Field,
     PrivateAttr,
@@ -19,6 +20,7 @@ from pydantic import (
 
 from eutectic.errors import RequestError
 from eutectic.options import dtype_name
+from eutectic.recipes.named_values import name_and_values
 from eutectic.recipes.script import Script
 from eutectic.recipes.settings import scalars, setting_of
 from eutectic.recipes.units import parse_bytes
@@ -232,6 +234,22 @@ Scale = Annotated[
 ]
 
 
+def _post(value: object) -> object:
+    """Return a post-processor with its parameters apart; one without any by its name."""
+    if isinstance(value, str) and ":" in value:
+        try:
+            name, parameters = name_and_values(value, "post-processor", "svc:metric=inputs")
+        except RequestError as error:
+            raise ValueError(str(error)) from None
+        return {"method": name, **parameters} if parameters else name
+    if isinstance(value, Mapping):
+        stated = dict(cast("Mapping[str, Any]", value))
+        return stated["method"] if set(stated) == {"method"} else stated
+    if value is not None and not isinstance(value, str):
+        raise ValueError("a name, or {method: NAME, PARAMETER: VALUE, …}")
+    return value
+
+
 class Recipe(BaseModel, extra="forbid", frozen=True):
     """What to merge, and how; docs/guides/recipes.md says what each key does."""
 
@@ -242,6 +260,8 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
     experts: Annotated[dict[Name, ExpertSpec], Field(min_length=1)]  # or name -> path
     method: str  # a name from `eutectic methods`
     parameters: dict[str, Any] = Field(default_factory=dict)  # the method's own
+    # What follows the merge of every matrix: a name, or `{method: NAME, PARAMETER: VALUE, …}`.
+    post: Annotated[str | dict[str, Any] | None, BeforeValidator(_post)] = None
     scale: Scale | None = None  # α, or a search for it; None takes the method's default
     scale_tensors: Literal["all", "matrix"] = "all"  # what α multiplies
     # Of the output, also as bf16, fp16, fp32, fp64; None leaves every tensor in its own.
