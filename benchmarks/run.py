@@ -150,7 +150,9 @@ def main() -> None:
     parser.add_argument("suite", choices=["text", "glyphs"])
     parser.add_argument("--work", type=Path, required=True, help="folder of everything it makes")
     parser.add_argument(
-        "--regime", default="hard", choices=["kind", "hard", "lora", "lora-extracted"]
+        "--regime",
+        default="hard",
+        choices=["kind", "hard", "lora", "lora-unequal", "lora-extracted"],
     )
     parser.add_argument("--tasks", type=int, default=8, help="the first so many")
     parser.add_argument("--seeds", type=int, default=1, help="proxy samples")

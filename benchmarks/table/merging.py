@@ -91,6 +91,7 @@ ROWS: dict[str, Row] = {
     "esm_roberta": Row("esm", {"preset": "roberta"}, seeded=True, start=1.0),
     "esm_vit": Row("esm", {"preset": "vit"}, seeded=True, start=0.3),
     "iso_a": Row("iso_a", seeded=True, start=0.7),
+    "iso_regmean": Row("iso_regmean", seeded=True, start=1.0),
     "iso_a_calibrated": Row("iso_a", seeded=True, fixed=True, init="iso_a", calibrated=True),
 }  # fmt: skip
 
@@ -103,6 +104,28 @@ ADAPTER_ROWS: dict[str, Row] = {
     "core_dare_linear": Row("core_dare_linear", {"density": 0.2}, seeded=True, start=0.2),
     "core_dare_ties": Row("core_dare_ties", {"density": 0.2}, seeded=True, start=0.5),
     "iso_a_core": Row("iso_a", seeded=True, start=0.7, core=True),
+    "iso_regmean_core": Row("iso_regmean", seeded=True, core=True),
+    **{
+        f"iso_regmean_core_{rank}": Row(
+            "iso_regmean", {"directions": rank}, seeded=True, core=True, adapter={"rank": rank}
+        )
+        for rank in (16, 32)
+    },
+    **{
+        f"{name}_inputs_{rank}": Row(
+            method,
+            parameters,
+            start=start,
+            seeded=True,
+            core=True,
+            adapter={"rank": rank, "cut": "inputs"},
+        )
+        for name, method, parameters, start in (
+            ("regmean_core", "regmean", {"off_diagonal": 1.0}, 1.0),
+            ("task_arithmetic", "task_arithmetic", {}, 0.2),
+        )
+        for rank in (16, 32)
+    },
     "esm_roberta_core": Row("esm", {"preset": "roberta"}, seeded=True, start=0.4, core=True),
     "esm_vit_core": Row("esm", {"preset": "vit"}, seeded=True, start=0.1, core=True),
     "regmean_whole": Row("regmean", {"off_diagonal": 1.0}, seeded=True),

@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("suite", choices=["text", "glyphs", "adapters"])
     parser.add_argument("--work", type=Path, required=True, help="folder of the suite's experts")
     parser.add_argument(
-        "--regime", default="hard", help="kind, hard, lora or lora-extracted (text)"
+        "--regime", default="hard", help="kind, hard, lora, lora-unequal or lora-extracted (text)"
     )
     parser.add_argument(
         "--tasks", type=int, default=8, help="the first so many tasks; 6: the miniature"

@@ -79,7 +79,13 @@ MINILM = Base(
     find=_minilm,
     adapted=tuple(TARGET_MODULES),
     frozen=("embeddings.",),
-    rates={"hard": 4e-4, "kind": 1e-4, "lora": 2.5e-3, "lora-extracted": 4e-4},
+    rates={
+        "hard": 4e-4,
+        "kind": 1e-4,
+        "lora": 2.5e-3,
+        "lora-unequal": 2.5e-3,
+        "lora-extracted": 4e-4,
+    },
 )
 MPNET = Base(
     name="mpnet",
@@ -87,6 +93,12 @@ MPNET = Base(
     find=_mpnet,
     adapted=("attn.q", "attn.k", "attn.v", "attn.o", "intermediate.dense", "output.dense"),
     frozen=("embeddings.", "encoder.relative_attention_bias."),
-    rates={"hard": 2e-4, "kind": 5e-5, "lora": 1.25e-3, "lora-extracted": 2e-4},
+    rates={
+        "hard": 2e-4,
+        "kind": 5e-5,
+        "lora": 1.25e-3,
+        "lora-unequal": 1.25e-3,
+        "lora-extracted": 2e-4,
+    },
 )
 BASES = {base.name: base for base in (MINILM, MPNET)}

@@ -7,9 +7,9 @@
 A task's head is a logistic regression on the base's mean-pooled features and stays frozen; base,
 experts and merges all use it. The learning rate decides how far experts move from the base and
 from each other: at 1e-4 (`kind`) their average beats the base, at 4e-4 (`hard`) it does not.
-`lora` is a rank-16 adapter of every encoder matrix, also hard; `lora-extracted` are the experts of
-`hard` made adapters of ranks 4 to 64 by `eutectic extract`, another for every task. Embeddings are
-frozen throughout.
+`lora` is a rank-16 adapter of every encoder matrix, also hard, and `lora-unequal` one of ranks 4 to
+64, another for every task; `lora-extracted` are the experts of `hard` made adapters of such ranks
+by `eutectic extract`. Embeddings are frozen throughout.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Recipe:
 
 
 REGIMES = tuple(MINILM.rates)
-# Ranks of `lora-extracted`, task by task, and again from the first after the last.
+# Ranks of `lora-unequal` and `lora-extracted`, task by task, again from the first after the last.
 RANKS = (64, 4, 8, 32, 16, 48, 24, 12)
 
 
@@ -141,8 +141,9 @@ def fine_tune(
     """Train the encoder's layers, or an adapter on them, under the frozen head."""
     torch.manual_seed(recipe.seed)
     if recipe.lora_rank:
+        # 8/√r, which is 2 at rank 16: one learning rate then suits every rank.
         config = LoraConfig(
-            r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules=[*base.adapted]
+            r=recipe.lora_rank, lora_alpha=8, use_rslora=True, target_modules=[*base.adapted]
         )
         encoder.model = get_peft_model(encoder.model, config)
     else:
@@ -224,12 +225,17 @@ def make_expert(name: str, regime: str, work: Path, recipe: Recipe, base: Base) 
     logger.info("%s %s: validation base %.3f, expert %.3f", regime, name, before, expert)
 
 
+def rank_of(name: str) -> int:
+    """Return the rank of a task's adapter where ranks are unequal."""
+    return RANKS[list(TASKS).index(name) % len(RANKS)]
+
+
 def extract_expert(name: str, work: Path, recipe: Recipe, base: Base) -> None:
     """Make an adapter of a full fine-tune, which is trained first where it is not there."""
     import eutectic
 
     make_expert(name, "hard", work, recipe, base)
-    rank = RANKS[list(TASKS).index(name) % len(RANKS)]
+    rank = rank_of(name)
     made = json.loads((work / "hard" / name / "expert.json").read_text("utf-8"))
     record = {"recipe": made["recipe"] | {"lora_rank": rank}, "sha256": made["sha256"]}
     folder = work / "lora-extracted" / name
@@ -265,7 +271,8 @@ def main() -> None:
             if regime == "lora-extracted":
                 extract_expert(name, arguments.work, recipe, base)
             else:
-                make_expert(name, regime, arguments.work, recipe, base)
+                unequal = {"lora_rank": rank_of(name)} if regime == "lora-unequal" else {}
+                make_expert(name, regime, arguments.work, replace(recipe, **unequal), base)
         write_tasks(arguments.work, recipe)
 
 
