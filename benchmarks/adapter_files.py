@@ -139,6 +139,8 @@ def run(form: str, method: str, folder: Path, output: Path) -> None:
         adapter_factors.thin_deltas = lambda *_, **__: None
     # Imports are no part of it: an adapter's keys are those of transformers' own model.
     importlib.import_module("transformers.models.llama.modeling_llama")
+    for room in ("tuning.entry", "statistics.core_view"):
+        importlib.import_module(f"eutectic.{room}")
     get_method(method)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started, used = time.perf_counter(), time.process_time()

@@ -60,6 +60,8 @@ class LayerStatistics:
         output_gradient_factor, output_gradient_diagonal: the same of `output_gradient_gram`.
         core_gram: A·XᵀX·Aᵀ `[R, R]` in place of the Gram, A the rows of several adapters; see
             `statistics.core_rows`.
+        core_rows: these A `[R, in]`, the same tensor for all experts. With them `core_gram` stands
+            for the Gram within the span of the rows, A⁺·`core_gram`·(A⁺)ᵀ.
         block_fisher: for a vector parameter, Σ over examples of g gᵀ `[d, d]`.
         examples: number of examples behind a Fisher, however often each reached the layer; 0 where
             `sample_count` says it.
@@ -81,6 +83,7 @@ class LayerStatistics:
     output_gradient_diagonal: Tensor | None = None
     block_fisher: Tensor | None = None
     core_gram: Tensor | None = None
+    core_rows: Tensor | None = None
     examples: int = 0
 
     def __repr__(self) -> str:
@@ -92,7 +95,9 @@ class LayerStatistics:
         return f"LayerStatistics({', '.join(f'{n}={v}' for n, v in shown.items())})"
 
     def has(self, statistic: str) -> bool:
-        """Tell whether a statistic is there; a Gram in either form."""
+        """Tell whether a statistic is there; a Gram in any form."""
+        if statistic == "gram" and self.core_gram is not None and self.core_rows is not None:
+            return True
         dense, factor, _ = gram_names(statistic)
         return getattr(self, dense) is not None or getattr(self, factor, None) is not None
 

@@ -14,6 +14,7 @@ from test_collect_command import OLD_NAMES, data, expert, run
 from tiny_models import bert
 
 import eutectic
+from eutectic.checkpoint.expert_tensors import Expert
 from eutectic.checkpoint.experts import open_expert
 from eutectic.checkpoint.index import open_index
 from eutectic.errors import RecipeError
@@ -223,3 +224,28 @@ def test_refusals(expert: Path, data: Path, adapters: dict[str, Path], tmp_path:
         "--for 'one' is given twice"
         in run(*words, "--for", adapters["one"], "--for", f"one={adapters['two']}", code=2).stderr
     )
+
+
+@OLD_NAMES
+def test_the_rows_of_a_layer_are_read_once_for_all_experts(
+    expert: Path,
+    data: Path,
+    adapters: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = collected(expert, data, adapters, tmp_path)
+    experts = {n: {"path": str(p), "statistics": str(files[n])} for n, p in adapters.items()}
+    asked: list[tuple[int, str]] = []
+    read = Expert.input_rows
+
+    def counted(self: Expert, name: str) -> torch.Tensor | None:
+        asked.append((id(self), name))
+        return read(self, name)
+
+    monkeypatch.setattr(Expert, "input_rows", counted)
+    common: dict[str, Any] = {"base": str(expert), "experts": experts, "method": "iso_a"}
+    common |= {"fallback": "allow", "unmatched": "leave", "heads": "base"}
+    eutectic.merge(**common, adapter={"others": "drop"}, output=tmp_path / "out", threads=1)
+    assert QUERY in {name for _, name in asked}
+    assert len(asked) == len(set(asked))

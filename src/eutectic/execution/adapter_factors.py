@@ -40,6 +40,8 @@ from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.linalg.range_finder import Compressed, compressed
 from eutectic.linalg.shift import compressed_by_shift
 from eutectic.methods import get_method
+from eutectic.methods.matrices import missing_needs, needed
+from eutectic.methods.sound_statistics import check_statistics
 from eutectic.planning.adapter_outlook import thin_rank
 from eutectic.planning.adapter_plan import THIN, Carried
 from eutectic.planning.inputs import Inputs
@@ -210,12 +212,19 @@ def _thin_change(planned: TensorPlan, inputs: Inputs) -> tuple[Finished, LowRank
     deltas = thin_deltas(planned, inputs)
     if deltas is None:
         return None
-    merged = method.thin(deltas, planned.parameters, context_of(planned))
+    context = context_of(planned)
+    needs = needed(method, planned.parameters)
+    if needs:
+        context = replace(context, statistics=statistics_of(planned, inputs))
+        if missing_needs(method, planned.parameters, context):
+            return None
+        check_statistics(needs, tuple(deltas.shape[1:]), context)
+    merged = method.thin(deltas, planned.parameters, context)
     if merged is None:
         return None
     found = Finished(squares=Squares())
     if planned.post is not None:
-        own = replace(context_of(planned), statistics=statistics_of(planned, inputs))
+        own = replace(context, statistics=context.statistics or statistics_of(planned, inputs))
         merged, told = process(planned, merged, deltas, own)
         assert isinstance(merged, LowRank)
         found.record["matrix"] = told

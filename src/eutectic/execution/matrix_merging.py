@@ -30,6 +30,9 @@ def statistics_of(planned: TensorPlan, inputs: Inputs, part: str = "") -> PerExp
     if not inputs.statistics or planned.layout.stacked:
         return None
     only = planned.needs
+    after = frozenset[str]() if planned.post is None else planned.post.needs
+    if get_method(planned.method).core_grams and "gram" not in after:
+        only |= {"core_gram"}
     found: list[LayerStatistics | None] = []
     for source in planned.experts:
         inside = source.statistics.get(part)
@@ -92,7 +95,7 @@ def _joined(whole: LayerStatistics | None, part: LayerStatistics | None) -> Laye
     """Return the part's Grams, beside what was collected of the whole parameter only."""
     if whole is None or part is None:
         return part or whole
-    if whole.gram is not None or whole.gram_factor is not None:
+    if whole.has("gram"):
         return whole
     return dataclasses.replace(part, fisher_diagonal=whole.fisher_diagonal)
 

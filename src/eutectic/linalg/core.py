@@ -119,6 +119,28 @@ def core_space_beside(stack: LowRankStack, rows: Sequence[Tensor]) -> CoreSpace 
     return CoreSpace(U, basis, cores, tuple(seen))
 
 
+DEPENDENT = 1e-12  # of the largest eigenvalue of rows' products: rows that are others' sums
+
+
+def pseudo_inverse(rows: Tensor) -> Tensor:
+    """Return (A⁺)ᵀ = (AAᵀ)⁺A `[R, in]` of few rows A `[R, in]`, in float64.
+
+    Rows that depend on each other to rounding count once. Cost: O(in·R²).
+    """
+    wide = rows.double()
+    values, vectors = lapack.eigh(wide @ wide.mT)
+    kept = values > values[:1] * len(values) * DEPENDENT
+    return (vectors[:, kept] / values[kept]) @ (vectors[:, kept].mT @ wide)
+
+
+def core_root(core: Tensor) -> Tensor:
+    """Return F `[k, R]` with FᵀF = G for a semidefinite G `[R, R]`, in float64."""
+    wide = core.double()
+    energies, directions = lapack.eigh((wide + wide.mT) / 2)
+    positive = energies > 0
+    return (directions[:, positive] * energies[positive].sqrt()).mT
+
+
 def singular_core(
     deltas: Tensor | LowRankStack, members: Sequence[int], tolerance: float
 ) -> CoreSpace:

@@ -8,13 +8,14 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from eutectic.linalg.core import core_space, core_space_beside, stays_thin
+from eutectic.linalg.core import core_space, stays_thin
 from eutectic.linalg.gram import explain_routes
 from eutectic.linalg.leading import explain_leading, leading_singular, leading_singular_stack
 from eutectic.linalg.lowrank import LowRank, LowRankStack
-from eutectic.linalg.metric import InputMetric, Metric, is_wide, mean_metric
+from eutectic.linalg.metric import Metric, is_wide, mean_metric
 from eutectic.linalg.polar import Precision, Support, explain_polar, polar
 from eutectic.linalg.svd import default_tolerance, dependence_tolerance
+from eutectic.methods.core_metrics import in_core, with_factors
 from eutectic.methods.input_metrics import input_metric
 from eutectic.methods.linear import weighted_sum
 from eutectic.methods.registry import Context, Cost, Parameters, Rules, Takes, always, register
@@ -303,9 +304,13 @@ def split_spectrum(rank: int, common_fraction: float, experts: int) -> tuple[int
     paper="This project; Iso-C is arXiv 2502.04959",
     parameters=IsoAParameters,
     laws={"permutation", "homogeneous", "zero", "rotation"},
-    takes=Takes(factors=True, needs=always({"gram"}), fallback=always("iso_c")),
+    takes=Takes(factors=True, core_grams=True, needs=always({"gram"}), fallback=always("iso_c")),
     cost=Cost(workspace=lambda count: 1.5 + 28 / count),
-    rules=Rules(default_scale=_by_count(1.3, 1.0, 0.9), explain=_explain_iso_a),
+    rules=Rules(
+        default_scale=_by_count(1.3, 1.0, 0.9),
+        explain=_explain_iso_a,
+        thin=lambda deltas, parameters, context: thin_iso_a(deltas, parameters, context),
+    ),
 )
 def iso_a(deltas: Tensor | LowRankStack, parameters: IsoAParameters, context: Context) -> Tensor:
     """Return mean(S)·U Vᵀ·C̄^{-1/2}, where Σ w_tΔ_t C_t^{1/2} = U S Vᵀ.
@@ -330,26 +335,36 @@ def iso_a(deltas: Tensor | LowRankStack, parameters: IsoAParameters, context: Co
     enters with C_t = I. Zero deltas give zero; rank deficiency as in `iso_c`.
 
     Thin factors: with Grams of few rows all happens between bases of the factors and these rows,
-    of side Σ r_t and Σ r_t + Σ k_t, in float64, and is multiplied out once. Otherwise, and where
-    `iso_c` expands them, they are expanded.
+    of side Σ r_t and Σ r_t + Σ k_t, in float64, and is multiplied out once. Of Grams between the
+    adapters' own rows (`collect --for`) the sides are Σ r_t, and nothing but the two bases is as
+    wide as the layer. Otherwise, and where `iso_c` expands them, they are expanded.
     """
-    size = deltas.shape[2]
-    entries = context.statistics or (None,) * len(deltas)
-    how = parameters.powers(context.precision)
-    metrics = [input_metric(e, parameters.ridge, how, size, deltas.device) for e in entries]
     tolerance = _tolerance(deltas, parameters)
     if isinstance(deltas, LowRankStack):
-        few = [m for m in metrics if isinstance(m, InputMetric) and m.matrix is None]
-        thin = len(few) == len(metrics) and _stays_thin(deltas, parameters)
-        held = [m.rows for m in few if m.rows is not None]
-        space = core_space_beside(deltas, held) if thin else None
-        if space is not None:
-            seen, width = iter(space.beside), space.right.shape[1]
-            inside = [m.between(width, None if m.rows is None else next(seen)) for m in few]
-            own = _flat_in_metrics(space.cores, inside, parameters, context, tolerance)
-            return space.expand(own).dense().to(deltas.dtype)
+        thin = thin_iso_a(deltas, parameters, context)
+        if thin is not None:
+            return thin.dense().to(deltas.dtype)
         deltas = deltas.dense()
+    size = deltas.shape[2]
+    entries = with_factors(context.statistics or (None,) * len(deltas))
+    how = parameters.powers(context.precision)
+    metrics = [input_metric(e, parameters.ridge, how, size, deltas.device) for e in entries]
     return _flat_in_metrics(deltas, metrics, parameters, context, tolerance).to(deltas.dtype)
+
+
+def thin_iso_a(
+    deltas: LowRankStack, parameters: IsoAParameters, context: Context
+) -> LowRank | None:
+    """Return Iso-A of thin factors as thin factors, None where they have to be expanded."""
+    if not _stays_thin(deltas, parameters):
+        return None
+    entries = context.statistics or (None,) * len(deltas)
+    found = in_core(deltas, entries, parameters.ridge, parameters.powers(context.precision))
+    if found is None:
+        return None
+    space, metrics = found
+    tolerance = _tolerance(deltas, parameters)
+    return space.expand(_flat_in_metrics(space.cores, metrics, parameters, context, tolerance))
 
 
 def _flat_in_metrics(

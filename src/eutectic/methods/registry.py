@@ -132,6 +132,8 @@ class Takes:
             all other methods see matrices only, and vectors are averaged.
         factors: its first argument may be a `LowRankStack` of deltas; methods without it, and
             those that work on weights, get such deltas expanded.
+        core_grams: beside thin factors it takes Grams between rows that the experts share as
+            `core_gram` and `core_rows`; methods without it get them as `gram_factor`.
         space: "delta": deltas in, delta out. "weight": the experts' weights in, the merged
             weight out. "either": the function commutes with adding the same matrix to every
             input, f(W_1 … W_T) = W₀ + f(Δ_1 … Δ_T), so the engine need not read the base.
@@ -148,6 +150,7 @@ class Takes:
     rows: bool = False
     vectors: bool = False
     factors: bool = False
+    core_grams: bool = False
     space: Callable[[Any], Space] = always("delta")
     experts: tuple[int, int | None] = (1, None)
     per_expert: Set[str] = frozenset()

@@ -62,6 +62,11 @@ def _check_need(need: str, entry: LayerStatistics, shape: tuple[int, ...], where
         _check_form(factor, factor_name, (len(factor), size), where)
     _check_squares(diagonal, diagonal_name, (size,), where)
     if need == "gram":
+        if entry.core_rows is not None and entry.core_gram is not None:
+            rows = len(entry.core_rows)
+            _check_form(entry.core_rows, "core_rows", (rows, size), where)
+            _check_form(entry.core_gram, "core_gram", (rows, rows), where)
+            _check_gram(entry.core_gram, "core_gram", where)
         _check_counts(entry, matrix, where)
 
 

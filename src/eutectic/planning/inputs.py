@@ -286,9 +286,9 @@ def reopen(paths: InputPaths) -> Inputs:
         if paths.rows:
             models = _models(base, index, experts, paths.bases, stack)
             base, experts = _restacked(paths.rows, models, experts)
+        as_merged = _as_merged(experts)
         statistics = {
-            name: _as_merged(_load_statistics(path), experts, name)
-            for name, path in paths.statistics.items()
+            name: as_merged(_load_statistics(path), name) for name, path in paths.statistics.items()
         }
         return Inputs(
             base,
@@ -309,9 +309,10 @@ def _of_adapters(
 ) -> dict[str, Statistics]:
     """Return the statistics as a merge of these experts reads them, where they can be."""
     found = dict(statistics)
+    as_merged = _as_merged(experts)
     for name, own in statistics.items():
         with told("statistics", f"statistics of '{name}'", "experts", name):
-            found[name] = _as_merged(own, experts, name)
+            found[name] = as_merged(own, name)
     return found
 
 
@@ -352,10 +353,12 @@ def _load_statistics(path: str) -> Statistics:
     return load_statistics(path)
 
 
-def _as_merged(statistics: Statistics, experts: Mapping[str, Expert], owner: str) -> Statistics:
-    from eutectic.statistics.core_view import as_merged
+def _as_merged(experts: Mapping[str, Expert]) -> Callable[[Statistics, str], Statistics]:
+    """Return what shows an owner's statistics as a merge of these experts reads them."""
+    from eutectic.statistics.core_view import AdapterRows, as_merged
 
-    return as_merged(statistics, experts, owner)
+    rows = AdapterRows(experts)
+    return lambda statistics, owner: as_merged(statistics, rows, owner)
 
 
 def in_memory_inputs(
