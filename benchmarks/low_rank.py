@@ -1,16 +1,18 @@
-"""Methods that read input Grams, from few directions of each against the whole: the text suite.
+"""Methods that read input Grams, from few directions of each against the whole.
 
     python benchmarks/text/experts.py --work DIR --regime hard --task …     # experts
-    python benchmarks/low_rank.py --work DIR --tasks wn_noun,wn_verb,… --output FILE.json
+    python benchmarks/low_rank.py text --work DIR --tasks wn_noun,wn_verb,… --output FILE.json
+    python benchmarks/low_rank.py glyphs --work DIR --output FILE.json
 
-Every variant merges the same experts from files to files, α is chosen on validation texts, and all
-variants read the same test texts: the error beside a difference is that of paired texts. `file`
-variants read statistics that were collected with `--rank`, the others whole Grams.
+Every variant merges the same experts from files to files, α is chosen on validation examples, and
+all variants read the same test examples: the error beside a difference is that of paired ones.
+`file` variants read statistics that were collected with `--rank`, the others whole Grams.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import time
@@ -25,10 +27,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE / "text")]
+sys.path[:0] = [str(HERE)]
 
-import suite as suite_module
-from suite import load_suite
 from table.merging import set_weights
 from table.run import VALIDATION_TEXTS, part_of
 from table.suite import Suite, correct, set_parameters
@@ -114,12 +114,12 @@ def merged(suite: Suite, variant: Variant, work: Path) -> tuple[dict[str, Tensor
     return deltas, seconds, size
 
 
-def measure(suite: Suite, variant: Variant, work: Path) -> dict[str, Any]:
+def measure(suite: Suite, variant: Variant, work: Path, scales: Sequence[float]) -> dict[str, Any]:
     """Merge, choose α on validation texts and return which test texts are right."""
     deltas, seconds, size = merged(suite, variant, work)
     base = load_file(suite.base / "model.safetensors")
     found: dict[float, float] = {}
-    for scale in SCALES:
+    for scale in scales:
         set_parameters(suite.model, base, deltas, scale)
         right = [correct(suite, suite.model, t, "validation") for t in suite.tasks]
         found[scale] = sum(float(own.double().mean()) for own in right) / len(right)
@@ -148,19 +148,32 @@ def difference(one: list[Tensor], other: list[Tensor]) -> tuple[float, float]:
     return mean, error
 
 
+def opened(name: str, work: Path, tasks: Sequence[str]) -> Suite:
+    """Return the hard regime of a suite, of some tasks or its first eight."""
+    sys.path.insert(0, str(HERE / name))
+    module = importlib.import_module("suite")
+    if tasks == [""]:
+        return module.load_suite(work, "hard", 8)
+    if name != "text":
+        raise SystemExit("Only the text suite takes --tasks; the others have their first eight.")
+    module.first_tasks = lambda count: tuple(tasks)
+    return module.load_suite(work, "hard", len(tasks))
+
+
 def main() -> None:
     """Measure what is asked for and not there yet, and write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("suite", choices=("text", "glyphs"))
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--tasks", required=True, help="names of experts, with commas")
+    parser.add_argument("--tasks", help="names of experts, with commas; default: the first eight")
     parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--texts", type=int, default=500)
+    parser.add_argument("--texts", type=int, default=500, help="test examples of a task")
+    parser.add_argument("--scales", type=float, nargs="+", default=SCALES, help="α, one: no choice")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    tasks = tuple(options.tasks.split(","))
-    suite_module.first_tasks = lambda count: tasks
-    suite = load_suite(options.work, "hard", len(tasks))
+    suite = opened(options.suite, options.work, (options.tasks or "").split(","))
+    tasks = suite.tasks
     suite = replace(
         suite,
         splits={
@@ -183,7 +196,7 @@ def main() -> None:
         kept["experts"] = experts
     for name in options.variants.split(","):
         if name not in kept:
-            kept[name] = measure(suite, VARIANTS[name], options.work)
+            kept[name] = measure(suite, VARIANTS[name], options.work, options.scales)
             write(options.output, tasks, kept)
             print(name, json.dumps(rows(kept)[name]), flush=True)
 

@@ -131,6 +131,30 @@ def test_thin_deltas_see_the_same_directions() -> None:
     near(found, merge_matrices("esm", whole, statistics=expanded(in_rows(out=40))), 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("regmean", {}),
+        ("regmean", {"ridge": 0.1}),
+        ("mats", {"iterations": 6}),
+        ("mats", {"iterations": 6, "damping": 0.1, "init": "zero", "trust": 0.5}),
+        ("mats", {"solver": "direct"}),
+    ],
+)
+def test_thin_deltas_are_matched_between_the_outputs_that_they_reach(
+    method: str, parameters: dict[str, Any]
+) -> None:
+    pairs = [(drawn(40, 3, seed=t), drawn(3, IN, seed=t + 5)) for t in range(EXPERTS)]
+    whole = torch.stack([left @ right for left, right in pairs])
+    options = {**parameters, "weights": (1.0, 0.5, 2.0), "precision": "exact"}
+    entries = [replace(e, output_gradient_factor=None) for e in in_rows(out=40)]
+    with Largest() as seen:
+        found = merge_matrices(method, pairs, statistics=entries, **options)
+    near(found, merge_matrices(method, whole, statistics=entries, **options))
+    # Nothing of T whole deltas in float64.
+    assert seen.entries < 2 * EXPERTS * 40 * IN
+
+
 def test_the_closed_form_of_alpha_is_that_of_the_matrices() -> None:
     deltas, merged = drawn(EXPERTS, OUT, IN, seed=99).double(), drawn(OUT, IN, seed=98).double()
     merged += deltas.sum(0)
@@ -245,10 +269,13 @@ def test_no_matrix_of_the_width_is_formed(method: str, parameters: dict[str, Any
     assert seen.entries < WIDE**2 / 30
 
 
-def test_neither_does_a_router_nor_an_expert_of_a_routed_model() -> None:
-    entries = pooled(None, samples=20, width=WIDE)
+def test_nor_by_a_router_an_expert_of_a_routed_model_or_the_choice_of_alpha() -> None:
+    entries, deltas = pooled(None, samples=20, width=WIDE), drawn(2, 16, WIDE, seed=99)
+    inputs = in_rows(64, WIDE, 16, 2)
     with Largest() as seen:
         router = discriminant_router(entries, "layer")
-        found = essential_subspace(drawn(16, WIDE, seed=99), in_rows(64, WIDE, 16)[0], 8)
+        found = essential_subspace(deltas[0], inputs[0], 8)
+        output_terms(iter(deltas), deltas.sum(0), inputs, [1.0, 1.0])
+        pooled_form(entries[0], router.weight)
     assert router.weight.shape == (EXPERTS, WIDE) and found.directions.shape == (16, 8)
     assert seen.entries < WIDE**2 / 30

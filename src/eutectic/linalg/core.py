@@ -80,6 +80,19 @@ def core_space(stack: LowRankStack, beside: Sequence[Tensor] = ()) -> CoreSpace:
     return CoreSpace(U, V, torch.stack(cores) * (left_unit * right_unit))
 
 
+def output_space(stack: LowRankStack) -> tuple[Tensor, Tensor]:
+    """Return U `[out, m]`, an orthonormal basis of the left factors, and UᵀΔ_t `[T, m, in]`.
+
+    In float64; m = min(out, Σ r_t). Cost: a thin QR decomposition and products of inner size r_t.
+    """
+    U, left, unit = _basis([factor.mT for factor in stack.left])
+    ranks = [factor.shape[1] for factor in stack.left]
+    starts = [sum(ranks[:t]) for t in range(len(ranks))]
+    parts = zip(starts, ranks, stack.right, strict=True)
+    inner = [left[:, start : start + rank] @ own.double() for start, rank, own in parts]
+    return U, torch.stack(inner) * unit
+
+
 def core_space_beside(stack: LowRankStack, rows: Sequence[Tensor]) -> CoreSpace | None:
     """Return a core whose V spans some other rows too, with these in its coordinates.
 

@@ -16,6 +16,7 @@ from eutectic.linalg.lowrank import LowRankStack
 from eutectic.methods.core_matching import core_of, in_core
 from eutectic.methods.grams import negative_weights, participants
 from eutectic.methods.operators import FISHER_FLOOR, NEEDS, Operator, build_system, fisher_weighted
+from eutectic.methods.output_space import between_outputs, reached
 from eutectic.methods.registry import (
     Context,
     Cost,
@@ -178,7 +179,8 @@ def mats(deltas: Tensor | LowRankStack, parameters: MatsParameters, context: Con
     of the factors and these rows, so the same steps are taken on matrices of side Σ r_t and
     Σ r_t + Σ k_t, in float64, and multiplied out once. That holds where nothing depends on the
     inputs' own axes: for `space="delta"` without damping, preconditioner or off-diagonal scaling,
-    from "zero" or "task_arithmetic". All others are expanded.
+    from "zero" or "task_arithmetic". With Grams in rows and a diagonal, "gram" from such a guess
+    works between the outputs that the factors reach, on `[T, Σ r_t, in]`. All others are expanded.
 
     Deviations from the source: the delta is the default unknown; the residual is checked before
     success is claimed; with "block" and "kfac" sums are divided by their counts at the time of
@@ -201,6 +203,9 @@ def mats(deltas: Tensor | LowRankStack, parameters: MatsParameters, context: Con
         space = core_of(deltas, context, members, needed) if thin and guess and not axes else None
         if space is not None:
             return in_core(mats, space, parameters, context, deltas.dtype)
+        of_inputs = operator == "gram" and guess and parameters.space == "delta"
+        if of_inputs and reached(deltas, context, members):
+            return between_outputs(mats, deltas, parameters, context)
         deltas = deltas.dense()
     if parameters.solver == "direct" and operator == "kfac":
         raise MethodError(
@@ -319,7 +324,8 @@ def regmean(
     vector) is averaged, as officially done, and the record tells `rest` and `reason`. Experts of
     weight 0 need no statistics.
 
-    Thin factors: as in `mats`, for `space="delta"`, `off_diagonal=1` and no ridge; else expanded.
+    Thin factors: as in `mats`, for `space="delta"`, `off_diagonal=1` and no ridge, or with Grams in
+    rows and a diagonal; else expanded.
 
     Deviations from the source: it solves for the weight, in float32, and has no ridge. It divides
     Grams by token counts while collecting; here the sums are divided at the time of merging.
@@ -339,6 +345,8 @@ def regmean(
         space = None if axes else core_of(deltas, context, members, grams=True)
         if space is not None:
             return in_core(regmean, space, parameters, context, deltas.dtype)
+        if parameters.space == "delta" and reached(deltas, context, members):
+            return between_outputs(regmean, deltas, parameters, context)
         deltas = deltas.dense()
     reason = reason_to_rest("gram", deltas, context, parameters.normalize_counts)
     if reason is not None:
