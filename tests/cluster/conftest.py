@@ -21,6 +21,7 @@ def nodes() -> Iterator[Any]:
     """Start three nodes of a core each, and connect this process; the first is the driver's."""
     pytest.importorskip("ray")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # else they starve beside the other tests
     folders = [str(Path(__file__).parents[2] / "src"), str(Path(__file__).parents[1])]
     os.environ["PYTHONPATH"] = os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])
     from ray.cluster_utils import Cluster

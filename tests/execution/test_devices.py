@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import eutectic
 from eutectic.cluster import devices
+from eutectic.cluster.devices import Device
 from eutectic.errors import RequestError, ResumeError
 from eutectic.execution import executors, output_folder, tasks
-from eutectic.execution import journal as journal_file
 from eutectic.execution.executors import Room, run_jobs
 from helpers.cli import invoke
 from helpers.pretended_device import DEVICE, pretended
@@ -52,22 +52,17 @@ def accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     """Let "cuda" be the pretended device, with as many bytes as the test says."""
     size = {"bytes": 1 << 30}
 
-    def named(text: str) -> str:
-        return NAME if text == "cuda" else "cpu"
+    def there(text: str) -> Device:
+        return Device(NAME, f"pretended {NAME}", size["bytes"]) if text == "cuda" else Device()
 
-    monkeypatch.setattr(executors, "device_named", named)
-    monkeypatch.setattr(
-        executors, "device_memory", lambda name: size["bytes"] if name == NAME else None
-    )
-    for module in (journal_file, output_folder):
-        monkeypatch.setattr(module, "device_model", lambda name: f"pretended {name}")
+    monkeypatch.setattr(executors, "device_here", there)
     run = tasks._run
 
-    def there(*given: object) -> object:  # a mode is of one thread
+    def run_there(*given: object) -> object:  # a mode is of one thread
         with pretended():
             return run(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tasks, "_run", there)
+    monkeypatch.setattr(tasks, "_run", run_there)
     yield size
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+from eutectic.cluster import gpus
+from eutectic.cluster.devices import DeviceFullError
 from eutectic.errors import NumericalError, RecipeError
-from eutectic.execution import ray_executor
+from eutectic.execution import ray_executor, tasks
+from helpers.pretended_device import DEVICE, pretended
 
 
 def double(number: int) -> int:
@@ -68,3 +75,50 @@ def lose_machine_once(marker: str, spared: str, batch: ray_executor.Batch) -> An
             break
         time.sleep(0.1)
     return ray_executor.carry_out_batch(batch)
+
+
+def pretended_gpus(_: object) -> list[gpus.Gpu]:
+    return [gpus.Gpu("a pretended GPU", 2 * gpus.CONTEXT_BYTES)]
+
+
+def on_pretended_gpu(log: str, full: str | None, batch: ray_executor.Batch) -> Any:
+    """Carry out a batch on the pretended device; note where, when, and with which share of a GPU.
+
+    `full` is a tensor that does not fit the first time.
+    """
+    import ray
+
+    if batch.device is None:
+        assert all(task.device == "cpu" for task in batch.tasks)
+        return ray_executor.carry_out_batch(batch)
+    own = ray.get_runtime_context()
+    noted: dict[str, Any] = {
+        "tasks": [task.name for task in batch.tasks],
+        "node": own.get_node_id(),
+        "share": own.get_assigned_resources()["GPU"],
+        "gpu": gpus.given_gpu(),
+        "start": time.monotonic(),
+    }
+    run = tasks._run
+
+    def run_there(*given: Any) -> Any:
+        with pretended():
+            return run(*given)
+
+    @contextmanager
+    def shared(name: str, device: object) -> Iterator[None]:
+        assert (name, device) == (str(DEVICE), batch.device)
+        yield
+
+    try:
+        if full in noted["tasks"] and noted["share"] < 1:
+            raise DeviceFullError("device cuda:0 ran out of memory: something else uses it.")
+        with (
+            mock.patch.object(ray_executor, "given_gpu", lambda: str(DEVICE)),
+            mock.patch.object(ray_executor, "own_share", shared),
+            mock.patch.object(tasks, "_run", run_there),
+        ):
+            return ray_executor.carry_out_batch(batch)
+    finally:
+        with Path(log).open("a") as file:
+            file.write(json.dumps({**noted, "stop": time.monotonic()}) + "\n")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from eutectic.storage import local_path
+from eutectic.storage import MANIFEST, local_path
 from helpers.cli import invoke
 from helpers.object_store import BUCKET, SECRET, Proxy, names, upload
 
@@ -82,6 +82,110 @@ def test_verbs_from_a_store_to_a_store(tmp_path: Path, store: Any, s3: Proxy) ->
         if name != "model.safetensors":
             assert sent == (tmp_path / "merged" / name).read_bytes()
     assert "verbs/results.json" in names(store, "verbs/")
+
+
+MERGEKIT = """merge_method: task_arithmetic
+base_model: {base}
+models:
+  - model: {a}
+    parameters: {{weight: 0.4}}
+"""
+# verb -> words, in which AT is where inputs lie and OUT is where outputs go; and what it writes.
+OUTPUTS: dict[str, tuple[str, list[str]]] = {
+    "merge": ("--base AT/base -m iso_c a=AT/a b=AT/b -o OUT/m", ["m/model.safetensors"]),
+    "tune": (
+        "--base AT/base -m iso_c a=AT/a b=AT/b --search norm -o OUT/m",
+        ["m/model.safetensors", "m/eutectic.json"],
+    ),
+    "tune --plot": (
+        "--base AT/base -m iso_c a=AT/a b=AT/b --search norm --plot OUT/curve.png",
+        ["curve.png", "curve.json"],
+    ),
+    "compare": (
+        "--base AT/base a=AT/a b=AT/b -m average -m iso_c --search default -t AT/tasks.yaml "
+        "-o OUT/table --best OUT/best",
+        [
+            "best/model.safetensors",
+            "table/comparison.json",
+            "table/results.json",
+        ],
+    ),
+    "collect": ("AT/a --data AT/rows.jsonl -o OUT/a.safetensors", ["a.safetensors"]),
+    "route": (
+        "AT/base a=AT/a b=AT/b -s a=AT/a.stats.safetensors -s b=AT/b.stats.safetensors --rank 2 "
+        "-o OUT/routed --export OUT/adapters",
+        ["routed/routed.safetensors"],
+    ),
+    "evaluate": (
+        "AT/a AT/b --base AT/base -t AT/tasks.yaml -o OUT/r.json --plot OUT/r.svg",
+        ["r.json", "r.svg"],
+    ),
+    "inspect": (
+        "--base AT/base a=AT/a b=AT/b --merged base2=AT/b -o OUT/i.json --plot OUT/plots",
+        ["i.json", "plots/spectra.png"],
+    ),
+    "report html": ("AT/recipe.yaml -o OUT/page.html", ["page.html"]),
+    "report md": ("AT/recipe.yaml -o OUT/page.md", ["page.md"]),
+    "calibrate": (
+        "AT/base AT/a AT/b -d a=AT/rows.jsonl -d b=AT/rows.jsonl --samples 8 -o OUT/m",
+        ["m/model.safetensors", "m/eutectic.json"],
+    ),
+    "extract": (
+        "--base AT/base --rank 4 --others drop AT/a -o OUT/lora",
+        ["lora/adapter_model.safetensors"],
+    ),
+    "convert": ("AT/mergekit.yml -o OUT/recipe.yaml", ["recipe.yaml"]),
+    "init": ("AT/base AT/a AT/b AT/rows.jsonl -o OUT/study", ["study/recipe.yaml"]),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What verbs read, in a folder of this machine."""
+    folder = tmp_path_factory.mktemp("verbs")
+    _world(folder)
+    experts = {"a": "./a", "b": "./b"}
+    recipe = {"base": "./base", "experts": experts, "method": "iso_c", "scale": 1.0}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "mergekit.yml").write_text(MERGEKIT.format(base="./base", a="./a"))
+    for name in "ab":
+        made = folder / f"{name}.stats.safetensors"
+        invoke("collect", folder / name, "--data", folder / "rows.jsonl", "-o", made)
+    return folder
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_every_verb_writes_into_a_store(
+    case: str, tmp_path: Path, world: Path, store: Any, s3: Proxy
+) -> None:
+    verb, (words, written) = case.split()[0], OUTPUTS[case]
+    place = f"outputs/{case.replace(' ', '')}"
+    for path in sorted(world.iterdir()):
+        upload(store, path, f"{place}/in/{path.name}")
+    at, out = f"s3://{BUCKET}/{place}/in", f"s3://{BUCKET}/{place}/out"
+    here = tmp_path / "here"
+    here.mkdir()
+    asked = [w.replace("AT", str(world)).replace("OUT", str(here)) for w in words.split()]
+    told = invoke(verb, *asked)
+    assert told.code == 0, told.err
+    said = _run(
+        tmp_path / "cache", verb, *(w.replace("AT", at).replace("OUT", out) for w in words.split())
+    )
+    sent = {name.removeprefix(f"{place}/out/") for name in names(store, f"{place}/out/")}
+    made = {p.relative_to(here).as_posix() for p in here.rglob("*") if p.is_file()}
+    assert {*written} <= made
+    beside = (MANIFEST, ".outcomes.jsonl")  # what lets a run go on stays on this machine
+    assert {n for n in sent if not n.endswith(beside)} == {
+        n for n in made if not n.endswith(beside)
+    }
+    for name in written:
+        content = store.get_object(Bucket=BUCKET, Key=f"{place}/out/{name}")["Body"].read()
+        assert str(tmp_path).encode() not in content
+        if name.endswith((".png", ".safetensors")) and "adapter" not in name:
+            assert content == (here / name).read_bytes()
+    assert out in said or verb in ("route", "inspect")
+    staged = [p.name for p in (tmp_path / "cache").rglob("*") if p.name.endswith(".partial")]
+    assert not staged
 
 
 def test_deltas_are_kept_on_a_disk(tmp_path: Path, store: Any) -> None:

@@ -30,6 +30,7 @@ def convert(
     from eutectic.recipes.document import read_document
     from eutectic.recipes.mergekit_convert import converted
     from eutectic.recipes.mergekit_document import is_mergekit
+    from eutectic.storage import view
 
     values, source, faults = read_document(recipe, "a recipe", "models and merge_method")
     if faults or not is_mergekit(values):
@@ -46,6 +47,7 @@ def convert(
     if output is None:
         print(text, end="")  # noqa: T201 - a file for pipes, not for people
         return
+    view(output)
     if output.exists():
         raise RequestError(f"{output} exists.\nChoose another name, or remove it.")
     write_atomically(output, text.encode())

@@ -8,6 +8,7 @@ from pathlib import Path
 from eutectic.cli.console import out, print_json, tell, tell_done, verb
 from eutectic.cli.options import Json, argument, option
 from eutectic.errors import OutputError, RequestError
+from eutectic.words import with_urls
 
 RECIPE, TASKS = "recipe.yaml", "tasks.yaml"
 
@@ -44,7 +45,9 @@ def init(
     """
     from eutectic.checkpoint.writer import write_atomically
     from eutectic.drafting import draft
+    from eutectic.storage import view
 
+    view(output)
     files = {RECIPE: output / RECIPE, TASKS: output / TASKS}
     for path in files.values():
         if path.exists() or path.is_symlink():
@@ -69,8 +72,9 @@ def init(
         tell("to fill in", text)
     for path in files.values():
         tell_done("written", path)
-    out.print(f"next: eutectic plan {files[RECIPE]}", style="dim", highlight=False, soft_wrap=True)
-    out.print(
-        f"      eutectic compare {files[RECIPE]} --tasks {files[TASKS]} -o comparison/",
-        style="dim", highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    recipe, tasks = (with_urls(str(path)) for path in files.values())
+    for line in (
+        f"next: eutectic plan {recipe}",
+        f"      eutectic compare {recipe} --tasks {tasks} -o comparison/",
+    ):
+        out.print(line, style="dim", highlight=False, soft_wrap=True)

@@ -36,6 +36,7 @@ class Cluster:
         largest: bytes of the machine that has most.
         gpus: GPUs, over all machines.
         machines: how many there are.
+        largest_with_gpu: bytes of the machine with a GPU that has most; 0 without any.
     """
 
     cpus: int
@@ -43,6 +44,7 @@ class Cluster:
     largest: int
     gpus: float
     machines: int
+    largest_with_gpu: int = 0
 
 
 @dataclass
@@ -127,9 +129,23 @@ def size_of_cluster() -> Cluster:
     def total(name: str) -> float:
         return sum(resources.get(name, 0) for resources in own)
 
-    largest = max((resources.get("memory", 0) for resources in own), default=0)
-    cpus = max(1, int(total("CPU")))
-    return Cluster(cpus, int(total("memory")), int(largest), total("GPU"), len(own))
+    def largest(machines: list[Any]) -> int:
+        return int(max((resources.get("memory", 0) for resources in machines), default=0))
+
+    cpus, with_gpu = max(1, int(total("CPU"))), [r for r in own if r.get("GPU", 0) > 0]
+    sizes = (cpus, int(total("memory")), largest(own))
+    return Cluster(*sizes, total("GPU"), len(own), largest(with_gpu))
+
+
+def machines_with_gpus() -> list[str]:
+    """Return the ids of the machines on which a task can have a GPU."""
+    return [
+        node["NodeID"]
+        for node in import_ray().nodes()
+        if node["Alive"]
+        and node["Resources"].get("GPU", 0) > 0
+        and node["Resources"].get("CPU", 0) >= 1
+    ]
 
 
 def _begin(ray: Any, address: str | None, share: Callable[[], Share]) -> None:

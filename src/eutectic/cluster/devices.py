@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from eutectic.errors import RequestError
 
@@ -13,6 +14,35 @@ CPU = "cpu"
 SHARE = 0.9  # of what is free on a device: the allocator needs some
 _CUDA = re.compile(r"cuda(:\d{1,3})?")
 _kept = threading.local()
+
+
+class DeviceFullError(RequestError):
+    """A device has no memory left for what is computed there."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where matrices are merged.
+
+    Attributes:
+        name: as torch has it; "cuda" alone is whichever GPU a worker of a cluster is given.
+        model: what decides rounding, see `device_model`.
+        memory: bytes that tasks may take there together (one task, on a worker of a cluster); None
+            for the CPU, where memory is counted otherwise.
+    """
+
+    name: str = CPU
+    model: str = ""
+    memory: int | None = None
+
+
+ON_CPU = Device()
+
+
+def device_here(text: str) -> Device:
+    """Return the device of this machine that is meant, see `device_named`."""
+    name = device_named(text)
+    return Device(name, device_model(name), device_memory(name))
 
 
 def device_named(text: str) -> str:
@@ -71,7 +101,7 @@ def computing_on(device: str) -> Iterator[None]:
     """Let this thread compute on a device in a stream of its own, beside other threads'.
 
     Raises:
-        RequestError: the device ran out of memory.
+        DeviceFullError: the device ran out of memory.
     """
     if not device.startswith("cuda"):
         yield
@@ -85,7 +115,7 @@ def computing_on(device: str) -> Iterator[None]:
         with torch.cuda.device(device), torch.cuda.stream(streams[device]):
             yield
     except torch.cuda.OutOfMemoryError as error:
-        raise RequestError(
+        raise DeviceFullError(
             f"device {device} ran out of memory: something else uses it.\n"
             "Run the same command again to go on, on the CPU without --device."
         ) from error

@@ -8,7 +8,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from eutectic.cluster.connection import import_ray, size_of_cluster
+from eutectic.cluster.connection import Cluster, import_ray, size_of_cluster
+from eutectic.cluster.devices import DeviceFullError
+from eutectic.cluster.gpus import ALL_VISIBLE
 from eutectic.cluster.workers import Answer, answer, versions
 from eutectic.errors import EutecticError, RequestError
 
@@ -29,7 +31,7 @@ class Call:
         payload: its argument.
         memory: bytes that it takes together with its process.
         seconds: about how long it takes; longer ones begin first.
-        gpus: share of a GPU.
+        gpus: share of a GPU; the function computes on `gpus.given_gpu()`.
     """
 
     name: str
@@ -63,7 +65,8 @@ def spread(
     """Yield every call with its answer as soon as it is there; the first error is raised.
 
     A call whose worker or machine is lost is done again, up to `ATTEMPTS` times; `lost` is told.
-    One that ran out of memory gets twice the room next time, as far as a machine has it. When the
+    One that ran out of memory gets twice the room next time, as far as a machine has it; so does
+    one that ran out of that of its GPU. When the
     generator is closed, or the user interrupts, what is still running is ended.
 
     Raises:
@@ -72,7 +75,8 @@ def spread(
     """
     ray = import_ray()
     _check_size(calls)
-    remote = ray.remote(max_retries=0)(_on_worker)
+    # Ray would end a process after each call that has a GPU.
+    remote = ray.remote(max_retries=0, max_calls=0)(_on_worker)
     waiting = [
         _Attempt(call) for call in sorted(calls, key=lambda call: (-call.seconds, call.name))
     ]
@@ -87,11 +91,16 @@ def spread(
     def next_ones() -> Iterator[_Attempt]:
         """Yield what may begin, longer ones first."""
         room = bounds.memory - sum(attempt.call.memory for attempt in running.values())
+        # Calls that wait for a GPU shall not keep others from the cores.
+        gpus = 2 * size.gpus - sum(attempt.call.gpus for attempt in running.values())
         for attempt in list(waiting):
             if len(running) >= most:
                 return
+            if attempt.call.gpus > max(gpus, 0.0):
+                continue
             if all_of_it or not running or attempt.call.memory <= room:
                 room -= attempt.call.memory
+                gpus -= attempt.call.gpus
                 waiting.remove(attempt)
                 yield attempt
 
@@ -99,8 +108,10 @@ def spread(
         while waiting or running:
             for attempt in next_ones():
                 call = attempt.call
-                memory = min(-(-call.memory // _STEP) * _STEP, size.largest)
-                own = {"num_cpus": 1, "memory": memory, "num_gpus": call.gpus}
+                memory = min(-(-call.memory // _STEP) * _STEP, _largest(size, call))
+                own: dict[str, Any] = {"num_cpus": 1, "memory": memory, "num_gpus": call.gpus}
+                if call.gpus:
+                    own["runtime_env"] = ALL_VISIBLE
                 reference = remote.options(**own, name=call.name[:80]).remote(
                     call.function, call.payload, expected
                 )
@@ -114,7 +125,7 @@ def spread(
             for reference in dict.fromkeys([*done, *more]):
                 attempt = running.pop(reference)
                 found, why = _fetched(ray, reference)
-                if found is not None and not found.out_of_memory:
+                if found is not None and not why:
                     if found.kind is not None:
                         raise found.error()
                     yield attempt.call, found
@@ -152,6 +163,8 @@ def _fetched(ray: Any, reference: Any) -> tuple[Answer | None, str]:
         ) from error
     except errors.RayError as error:
         return None, f"Ray reports {type(error).__name__}"
+    if found.kind is not None and issubclass(found.kind, DeviceFullError):
+        return found, "memory of its GPU"
     return found, "memory" if found.out_of_memory else ""
 
 
@@ -165,21 +178,26 @@ def _again(attempt: _Attempt, found: Answer | None, why: str) -> _Attempt:
     """Return the next attempt of a call whose worker was lost; raise when it was the last."""
     call = attempt.call
     memory = why == "memory"
-    reasons = (*attempt.lost, "it ran out of memory" if memory else why)
+    full = why == "memory of its GPU"
+    reasons = (*attempt.lost, f"it ran out of {why}" if memory or full else why)
     if attempt.number >= ATTEMPTS:
         often = ", ".join(dict.fromkeys(reasons))
         text = f"\n{found.text}" if found is not None else ""
         helps = (
             f"It asked for {_size(call.memory)}. Give the cluster machines with more memory."
             if memory
+            else f"It asked for {call.gpus:.1%} of a GPU. Something else uses it, or it is small."
+            if full
             else "Look into Ray's logs on that machine (/tmp/ray/session_latest/logs)."
         )
         raise EutecticError(
             f"{call.name}: given up after {attempt.number} attempts: {often}.{text}\n{helps} "
             "What is finished is kept for the same command."
         )
+    if full:
+        call = replace(call, gpus=min(1.0, 2 * call.gpus))
     if memory:
-        largest = size_of_cluster().largest
+        largest = _largest(size_of_cluster(), call)
         call = replace(call, memory=max(call.memory, min(2 * call.memory, largest)))
     return _Attempt(call, attempt.number + 1, reasons)
 
@@ -189,18 +207,24 @@ def _check_size(calls: Sequence[Call]) -> None:
     size = size_of_cluster()
     if not calls:
         return
-    most = max(calls, key=lambda call: call.memory)
-    if most.memory > size.largest:
-        raise RequestError(
-            f"{most.name} needs {_size(most.memory)}, and the largest machine of the cluster gives "
-            f"{_size(size.largest)} to tasks.\nAdd a larger machine, or choose an element-wise "
-            "method, which works in chunks."
-        )
     if any(call.gpus for call in calls) and not size.gpus:
         raise RequestError(
             "no machine of the cluster has a GPU that Ray knows of.\n"
             "Start one with `ray start --num-gpus`, or compute on the CPU."
         )
+    for call in calls:
+        if call.memory > (largest := _largest(size, call)):
+            kind = "machine with a GPU" if call.gpus else "machine"
+            raise RequestError(
+                f"{call.name} needs {_size(call.memory)}, and the largest {kind} of the cluster "
+                f"gives {_size(largest)} to tasks.\nAdd a larger machine, or choose an "
+                "element-wise method, which works in chunks."
+            )
+
+
+def _largest(size: Cluster, call: Call) -> int:
+    """Return the bytes of the largest machine that can do a call."""
+    return size.largest_with_gpu if call.gpus else size.largest
 
 
 class _Look:
@@ -216,8 +240,9 @@ class _Look:
         if now < self.next:
             return
         self.next = now + _LOOK
-        least = min(call.memory for call in calls)
-        if size_of_cluster().largest >= least:
+        size, asked = size_of_cluster(), list(calls)
+        least = min(call.memory for call in asked)
+        if any(_largest(size, call) >= call.memory for call in asked):
             self.nobody_since = None
             return
         self.nobody_since = self.nobody_since or now

@@ -11,7 +11,15 @@ from typing import Any
 from eutectic.checkpoint.writer import write_atomically
 from eutectic.cluster.where import taken_for_merge
 from eutectic.comparison.candidates import Candidate, Way, candidates_of, has_statistics, ways_of
-from eutectic.comparison.folder import RESULTS, TABLE, WORK, check_folder, remove, write_recipes
+from eutectic.comparison.folder import (
+    LOCK,
+    RESULTS,
+    TABLE,
+    WORK,
+    check_folder,
+    remove,
+    write_recipes,
+)
 from eutectic.comparison.merging import Measured, Tell, measure, planned
 from eutectic.comparison.table import Comparison, Made, file_name, ranked, references_of
 from eutectic.errors import Note, RequestError
@@ -26,7 +34,7 @@ from eutectic.execution.run import recipe_from
 from eutectic.notebook import with_bar
 from eutectic.options import options_from
 from eutectic.recipes.schema import Recipe
-from eutectic.storage import local_path, url_of
+from eutectic.storage import kept_folder, local_path
 from eutectic.tuning.objectives import Opened
 
 _SPLIT_READ = {"divergence": "proxy", "validation": "validation"}
@@ -99,11 +107,6 @@ def compare(
     limits = limits_of(threads, memory, **taken_for_merge(options))
     asked, settings, options = _sorted(options)
     folder = local_path(output)
-    if url_of(folder) is not None:
-        raise RequestError(
-            f"{output}: a comparison is kept in a folder of this machine, which grows while it "
-            "runs.\nName one, and copy it when it is finished."
-        )
     check_folder(folder)
     known = dict(tasks) if isinstance(tasks, Mapping) else load_tasks(tasks)
     check_trust(known, settings.trust_code)
@@ -127,13 +130,12 @@ def compare(
     references = len(checkpoints.all)
     meter = _Meter(references + sum(1 + 2 * len(r.ways) for r in requests), progress)
     pairs = Pairs(checkpoints, known, counted, settings, meter.within(references, ""))
-    folder.mkdir(parents=True, exist_ok=True)
-    with open_journal(folder / RESULTS) as journal:
+    with kept_folder(folder, LOCK) as place, open_journal(place / RESULTS) as journal:
         outcomes = pairs.outcomes(journal)
         meter.finish(references)
         rows = [Measured(Made(c.name)) for c in checkpoints.all if c.role == "model"]
         for request in requests:
-            rows += measure(request, pairs, journal, folder, limits, opened, meter.within)
+            rows += measure(request, pairs, journal, place, limits, opened, meter.within)
             meter.finish(1 + 2 * len(request.ways))
         for row in rows:
             outcomes |= row.outcomes
@@ -144,11 +146,11 @@ def compare(
         notes = _notes(results, made, known, experts)
         comparison = _comparison(results, made, left_out, folder, notes)
         recipes = {r.name(way): r.recipe for r in requests for way in r.ways}
-        write_recipes(folder, recipes, made)
+        write_recipes(place, recipes, made)
         text = json.dumps(comparison.as_record(), indent=1, ensure_ascii=False)
-        write_atomically(folder / RESULTS, (results.model_dump_json(indent=1) + "\n").encode())
-        write_atomically(folder / TABLE, (text + "\n").encode())
-        remove(folder / WORK)
+        write_atomically(place / RESULTS, (results.model_dump_json(indent=1) + "\n").encode())
+        write_atomically(place / TABLE, (text + "\n").encode())
+        remove(place / WORK)
     return comparison
 
 

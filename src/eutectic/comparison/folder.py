@@ -15,7 +15,7 @@ from eutectic.checkpoint.writer import write_atomically
 from eutectic.comparison.table import Made, file_name
 from eutectic.errors import OutputError, RequestError
 from eutectic.evaluation.pairs import SUFFIX
-from eutectic.storage import storage_of
+from eutectic.storage import names_kept, storage_of
 from eutectic.storage.small_files import read_json
 
 TABLE = "comparison.json"
@@ -23,19 +23,17 @@ RESULTS = "results.json"
 CANDIDATES = "candidates"  # a file per row: its α, the whole search, norms
 RECIPES = "recipes"  # a file per row: what merges its model again
 WORK = "work"  # deltas and models, while they are needed
-_OWN = {TABLE, RESULTS, RESULTS + SUFFIX, f"{RESULTS}{SUFFIX}.lock", CANDIDATES, RECIPES, WORK}
+LOCK = f"{SUFFIX}.lock"
+_OWN = {TABLE, RESULTS, RESULTS + SUFFIX, RESULTS + LOCK, CANDIDATES, RECIPES, WORK}
 
 
 def check_folder(folder: Path) -> None:
     """Refuse, before any work, a folder that holds what no comparison has made."""
-    storage = storage_of(folder)
     if folder.name in ("", ".."):
         raise RequestError(f"'{folder}' has no name of its own. Name a new folder.")
-    if folder.exists() and not folder.is_dir():
-        raise RequestError(f"{folder} is a file.\nName a folder, which need not exist.")
-    held = [name for name in storage.list(folder) if not name.startswith(f".{RESULTS}")]
+    held = [name for name in names_kept(folder) if not name.startswith(f".{RESULTS}")]
     strangers = [name for name in held if name not in _OWN]
-    begun = RESULTS + SUFFIX in held or not held or held == [f"{RESULTS}{SUFFIX}.lock"]
+    begun = RESULTS + SUFFIX in held or not held or held == [RESULTS + LOCK]
     if strangers or not begun:
         what = f"holds '{(strangers or held)[0]}', which no comparison has made"
         raise RequestError(f"{folder} {what}.\nName a new folder, or move that away.")

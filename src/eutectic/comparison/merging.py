@@ -154,7 +154,7 @@ def measure(
     checked = check_recipe(request.recipe)
     with open_inputs(checked) as inputs, ExitStack() as stack:
         plan = make_plan(checked, inputs)
-        deltas = unscaled_identity(plan, inputs, limits.device)
+        deltas = unscaled_identity(plan, inputs, limits.device.model)
         work = folder / WORK / deltas[:16]
         merged: list[Unscaled | NumericalError] = []
 

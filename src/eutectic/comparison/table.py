@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eutectic.evaluation.results import Difference, Mean, Results
+from eutectic.storage import view
 from eutectic.tables import InNotebooks, Shown, data_frame, facts, interval, number, table
 
 Interval = tuple[float, float]
@@ -130,6 +131,7 @@ class Comparison(InNotebooks):
         """Return the recipe of a row (default: of the best), None where it has none."""
         if self.output is None:
             return None
+        view(self.output)
         path = self.output / "recipes" / f"{file_name(name or self.best)}.yaml"
         return path if path.is_file() else None
 

@@ -27,8 +27,8 @@ from eutectic.errors import EutecticError, RequestError
 from eutectic.evaluation.metrics import METRICS_OF_KIND
 from eutectic.models.task_kinds import EMBEDDING, ZERO_SHOT, TaskKind
 from eutectic.statistics import load_statistics
-from eutectic.storage import meant
-from eutectic.words import few
+from eutectic.storage import is_url, local_path, meant, seen_from, view
+from eutectic.words import few, with_urls
 
 HERE_GOES = "PATH-OR-HUB-ID"  # stands for what was not found
 
@@ -71,9 +71,9 @@ def draft(
     Raises:
         RequestError: what is neither a model nor data, no expert.
     """
-    texts = [str(item) for item in named]
+    texts = [str(view(item)) if is_url(item) else str(item) for item in named]
     places = [Path(t) for t in texts if _is_of_data(Path(t))]
-    places += [Path(d) for d in data]
+    places += [view(d) for d in data]
     for path in places:
         if not path.exists():
             raise RequestError(f"{path}: no such file or folder of rows.{meant(path)}")
@@ -98,7 +98,7 @@ def draft(
         owner = names[0] if len(names) == 1 and not is_named else belongs_to(one, names)
         if owner is not None:
             of[owner].append(one)
-    place = Path(folder)
+    place = local_path(folder)
     statistics = {n: s for n, e in zip(names, experts, strict=True) if (s := _statistics(n, e))}
     left: list[str] = []
     if chosen.typed is None:
@@ -118,6 +118,7 @@ def draft(
     left += [f"{path}: holds no file of rows" for path in empty]
     found = [f"base {chosen.typed} ({chosen.why})"] if chosen.typed else []
     found += [f"{n}: {_described(e)}" for n, e in zip(names, experts, strict=True)]
+    found, left = [with_urls(text) for text in found], [with_urls(text) for text in left]
     return Draft(recipe, _TASKS_HEAD + "".join(parts), tuple(found), tuple(left))
 
 
@@ -154,7 +155,9 @@ def _statistics(name: str, expert: Found) -> Path | None:
 def _written(path: str | Path, place: Path) -> str:
     """Return a path as YAML, from the folder of the file; a name on the hub as it is."""
     text = str(path)
-    if Path(text).exists():
+    if (there := seen_from(text, place)) is not None:
+        text = there
+    elif Path(text).exists():
         target, start = Path(text).absolute(), place.absolute()
         relative = Path(os.path.relpath(target, start)).as_posix()
         near = relative.count("..") <= 3

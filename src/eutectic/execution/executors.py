@@ -13,7 +13,8 @@ from typing import Protocol, TypeVar
 import psutil
 import torch
 
-from eutectic.cluster.devices import CPU, device_memory, device_named
+from eutectic.cluster.devices import CPU, ON_CPU, Device, device_here
+from eutectic.cluster.gpus import device_of_workers
 from eutectic.cluster.where import (
     ExecutorName,
     check_where,
@@ -52,8 +53,7 @@ class Limits:
     threads: int  # tasks side by side
     memory: int  # bytes of the whole process
     progress: Progress | None = None
-    device: str = CPU  # where methods on matrices compute
-    device_memory: int | None = None  # bytes of the device for all tasks together
+    device: Device = ON_CPU  # where methods on matrices compute
     executor: ExecutorName = "threads"  # who carries out the tasks
     machine: int | None = None  # bytes for tasks of the largest machine, where there are several
 
@@ -81,7 +81,7 @@ def limits_of(
     the cluster has, which is joined or started here (see `cluster.connect`): `threads` tasks run
     side by side and together take `memory`, over all machines. `device` is that of methods on
     matrices: "cpu", "cuda", "cuda:N", or "auto" for an accelerator where there is one; what is free
-    on it is all that their tasks take there together.
+    on it is all that their tasks take there together. With Ray it is the GPU that a task is given.
     """
     check_where(executor, ray_address)
     size = None if memory is None else parse_bytes(memory)
@@ -90,20 +90,15 @@ def limits_of(
     if threads is not None and threads > MOST_THREADS:
         raise RequestError(f"threads must be at most {MOST_THREADS:,}, got {threads:,}.")
     if executor == "threads":
-        chosen = device_named(device)
-        room = device_memory(chosen)
+        chosen = device_here(device)
         cores, memory = threads or default_threads(), size or default_memory()
-        return Limits(cores, memory, progress, chosen, room)
-    if device != CPU:
-        raise RequestError(
-            f"the executor ray computes on the CPU, got device {device}.\n"
-            "Choose the executor threads, or leave the device out."
-        )
+        return Limits(cores, memory, progress, chosen)
     found = joined(ray_address, threads, size)
     return Limits(
         threads or found.cpus,
         size or found.memory,
         progress,
+        device_of_workers(device),
         executor=executor,
         machine=found.largest,
     )
@@ -153,7 +148,8 @@ def on_threads(
 
     memory = limits.memory - PROCESS_BYTES
     held = {task.name: 0 if task.device == CPU else task.peak_bytes for task in tasks}
-    there = None if limits.device_memory is None else Room(held, limits.device_memory)
+    room = limits.device.memory
+    there = None if room is None else Room(held, room)
     return run_jobs(tasks, work, threads=limits.threads, memory=memory, beside=there)
 
 

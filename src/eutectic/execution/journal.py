@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict
 
 from eutectic.checkpoint.folder import deciding_files
 from eutectic.checkpoint.reader import file_identity
-from eutectic.cluster.devices import CPU, device_model
 from eutectic.errors import OutputError, RequestError, ResumeError, why_failed
 from eutectic.execution.norms import Squares
 from eutectic.execution.tasks import Finished
@@ -67,11 +66,11 @@ def squares_in(ledger: Ledger) -> dict[str, Squares]:
 
 
 def request_identity(
-    plan: Plan, inputs: Inputs, known: Mapping[str, Any] | None = None, device: str = CPU
+    plan: Plan, inputs: Inputs, known: Mapping[str, Any] | None = None, device: str = ""
 ) -> str:
     """Return a hash of all that decides the output's bytes: recipe, decisions, inputs, version.
 
-    So does the kind of device that matrices are merged on, if it is not the CPU. Inputs count by
+    So does the model of the device that matrices are merged on (`Device.model`). Inputs count by
     name, size and time of change of their files, and by a sample of their content, as
     `input_identities` has found them.
     """
@@ -88,8 +87,8 @@ def request_identity(
         ],
         "inputs": input_identities(plan, inputs) if known is None else known,
     }
-    if device != CPU:
-        described["device"] = device_model(device)
+    if device:
+        described["device"] = device
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -9,7 +9,6 @@ from typing import Any, NoReturn
 from eutectic.checkpoint.adapter_keys import WEIGHT_NAMES
 from eutectic.checkpoint.output_format import TensorSink
 from eutectic.checkpoint.writer import CheckpointWriter, OutputFile
-from eutectic.cluster.devices import CPU, device_model
 from eutectic.errors import (
     CheckpointError,
     Note,
@@ -88,7 +87,7 @@ def write_to_folder(
 ) -> Written:
     """Write the model into the work folder and move it to its name when it is complete."""
     before = input_identities(plan, inputs)
-    identity = request_identity(plan, inputs, before, limits.device)
+    identity = request_identity(plan, inputs, before, limits.device.model)
     made = _made_before(output, identity) if storage_of(output).list(output) else None
     # A model that has its name is finished: there is nothing to start over.
     told: tuple[Note, ...] = ()
@@ -102,7 +101,12 @@ def write_to_folder(
             search = None if choice is None else choice.record
             plan = _with_norms(plan, measured(plan, squares_in(journal)))
             told = _write(
-                plan, work / MODEL, inputs, journal, (identity, before), (search, limits.device)
+                plan,
+                work / MODEL,
+                inputs,
+                journal,
+                (identity, before),
+                (search, limits.device.model),
             )
             _check_unchanged(before, input_identities(plan, inputs))
             _commit(work / MODEL, output)
@@ -193,8 +197,8 @@ def _write(
     search, device = ran
     if search is not None:
         provenance["search"] = search
-    if device != CPU:
-        provenance["device"] = device_model(device)
+    if device:
+        provenance["device"] = device
     if plan.adapter is not None:
         _write_adapter(plan, model, inputs, journal, provenance)
         return ()
@@ -265,14 +269,14 @@ def unscaled_folder(
     The folder stays. The same recipe finds its deltas there again, whatever it says of the scale.
     """
     with Journal(
-        folder, unscaled_identity(plan, inputs, limits.device), restart=restart
+        folder, unscaled_identity(plan, inputs, limits.device.model), restart=restart
     ) as journal:
         desk = _desk(folder, inputs, journal, limits)
         with merged_deltas(plan, desk, plan.merged) as unscaled:
             yield unscaled
 
 
-def unscaled_identity(plan: Plan, inputs: Inputs, device: str = CPU) -> str:
+def unscaled_identity(plan: Plan, inputs: Inputs, device: str = "") -> str:
     """Return a hash of all that decides the deltas of a plan, whatever it says of the scale."""
     tensors = tuple(replace(t, scale=1.0) if t.tunable else t for t in plan.tensors)
     request = replace(plan.request, complete={**plan.request.complete, "scale": None})
@@ -307,7 +311,7 @@ def write_model(plan: Plan, unscaled: Unscaled, folder: Path) -> Plan:
     """
     inputs, ledger = unscaled.inputs, _Hashed()
     before = input_identities(plan, inputs)
-    identity = request_identity(plan, inputs, before, unscaled.limits.device)
+    identity = request_identity(plan, inputs, before, unscaled.limits.device.model)
 
     @contextmanager
     def open_output(plan: Plan) -> Iterator[TensorSink]:
@@ -320,7 +324,7 @@ def write_model(plan: Plan, unscaled: Unscaled, folder: Path) -> Plan:
 
     write_scaled(plan, unscaled, Desk(inputs, ledger, unscaled.limits, refuse, open_output))
     plan = _with_norms(plan, measured(plan, squares_in(ledger)))
-    ran = (None, unscaled.limits.device)
+    ran = (None, unscaled.limits.device.model)
     _write(plan, folder, inputs, ledger, (identity, before), ran)
     _check_unchanged(before, input_identities(plan, inputs))
     return plan

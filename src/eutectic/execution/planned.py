@@ -201,8 +201,8 @@ def planned(
         tuple(_row(t, costs[t.name], explain, searched is not None) for t in made.tensors),
         tuple(made.notes),
         held,
-        limits.device,
-        limits.device_memory,
+        limits.device.name,
+        limits.device.memory,
         None if made.post is None else made.post.name,
     )
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import tempfile
 import uuid
-from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from eutectic.checkpoint.writer import write_atomically
 from eutectic.cluster.connection import import_ray
+from eutectic.cluster.devices import CPU, Device
+from eutectic.cluster.gpus import given_gpu, own_share, share_of
 from eutectic.cluster.spread import Bounds, Call, spread
 from eutectic.cluster.workers import kept, this_machine
 from eutectic.errors import OutputError, RequestError
@@ -48,6 +50,7 @@ class Batch:
     site: Any  # reference of the description of what must be open
     key: str  # under which a worker keeps that open
     driver: str  # the machine that keeps the journal; others make sure that it sees what they wrote
+    device: Device | None = None  # of those that are merged on a worker's GPU
 
 
 def on_ray(
@@ -55,7 +58,8 @@ def on_ray(
 ) -> Generator[tuple[Task, Finished], None, None]:
     """Carry out tasks on the workers of a Ray cluster; an `Executor`.
 
-    A task asks for one core and, as the plan estimates it, its memory. One whose worker, machine or
+    A task asks for one core and, as the plan estimates it, its memory; one that is merged on a GPU
+    for the share of it that holds as much. One whose worker, machine or
     memory is lost is carried out again elsewhere: bytes that were written twice are the same ones.
     What another machine wrote is read back here before it counts as finished.
     """
@@ -80,11 +84,13 @@ def on_ray(
         Call(
             batch[0].name if len(batch) == 1 else f"{batch[0].name} and {len(batch) - 1} more",
             carry_out_and_send if alone else carry_out_batch,
-            Batch(batch, reference, key, here),
-            max(task.peak_bytes for task in batch) + PROCESS_BYTES,
+            Batch(batch, reference, key, here, device),
+            (peak := max(task.peak_bytes for task in batch)) + PROCESS_BYTES,
             sum(task.seconds for task in batch),
+            0.0 if device is None else share_of(device, peak),
         )
-        for batch in batches(tasks, limits.threads)
+        for device in (None, limits.device)
+        for batch in batches(_of_place(tasks, device), limits.threads)
     ]
     for call, answer in spread(calls, Bounds(limits.threads, limits.memory)):
         for task, value in zip(call.payload.tasks, answer.value, strict=True):
@@ -115,6 +121,11 @@ def _without_finished(
     return left, finished
 
 
+def _of_place(tasks: Sequence[Task], device: Device | None) -> list[Task]:
+    """Return the tasks of the CPU, or those of a device."""
+    return [task for task in tasks if (task.device != CPU) == (device is not None)]
+
+
 def batches(tasks: Sequence[Task], workers: int) -> list[tuple[Task, ...]]:
     """Return the tasks, longer ones first, those that take hardly any time several in a batch."""
     total = sum(task.seconds for task in tasks)
@@ -132,7 +143,8 @@ def batches(tasks: Sequence[Task], workers: int) -> list[tuple[Task, ...]]:
 def carry_out_batch(batch: Batch) -> list[Finished]:
     """Carry out the tasks of a batch, on a worker."""
     place = _place_of(batch)
-    found = _carried_out(batch.tasks, place)
+    with _on_device(batch) as tasks:
+        found = _carried_out(tasks, place)
     if this_machine() != batch.driver:
         for sink in (place.output, place.deltas):
             if sink is not None:
@@ -149,6 +161,17 @@ def _place_of(batch: Batch) -> Workplace:
         return place, stack.close
 
     return kept(batch.key, opened)
+
+
+@contextmanager
+def _on_device(batch: Batch) -> Iterator[list[Task]]:
+    """Yield the tasks with the GPU that Ray has given this call, within its share of it."""
+    if batch.device is None:
+        yield list(batch.tasks)
+        return
+    name = given_gpu()
+    with own_share(name, batch.device):
+        yield [replace(task, device=name) for task in batch.tasks]
 
 
 def _carried_out(tasks: Sequence[Task], place: Workplace) -> list[Finished]:
@@ -195,11 +218,11 @@ def carry_out_and_send(batch: Batch) -> list[_Sent]:
     """Carry out the tasks of a batch, on a worker that cannot write the output itself."""
     place = _place_of(batch)
     sent: list[_Sent] = []
-    with tempfile.TemporaryDirectory(prefix="eutectic-parts-") as folder:
-        for task in batch.tasks:
+    with tempfile.TemporaryDirectory(prefix="eutectic-parts-") as folder, _on_device(batch) as own:
+        for task in own:
             sink, parts = _Collected(), Path(folder)
-            own = replace(place, output=sink, deltas=sink, parts=parts)
-            [finished] = _carried_out([task], own)
+            here = replace(place, output=sink, deltas=sink, parts=parts)
+            [finished] = _carried_out([task], here)
             file = parts / part_name(task.name)
             part = file.read_bytes() if task.stage == "part" else b""
             sent.append(_Sent(finished, sink.ranges, part))

@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from eutectic.checkpoint.writer import MemoryWriter
-from eutectic.cluster.devices import CPU, device_named
 from eutectic.cluster.where import taken_for_merge
 from eutectic.errors import MergeWarning, Note, OutputError, RequestError, why_failed
 from eutectic.execution.executors import Limits, Progress, limits_of, peak_bytes
@@ -213,7 +212,7 @@ def _merge_stages(
     for stage, recipe in (checked := check_stages(stages, folder, options))[:-1]:
         place = folder / stage.name
         if (place / PROVENANCE).exists() and not work_folder(place).exists():
-            _check_made(place, recipe, stage.source, run.limits.device)
+            _check_made(place, recipe, stage.source, run.limits.device.model)
             continue
         folder.mkdir(parents=True, exist_ok=True)
         _merge_one(recipe, stage.source, place, run)
@@ -326,6 +325,7 @@ def sweep(
     stated = checked.model_dump(mode="json", exclude_unset=True)
     reports: dict[float, MergeReport] = {}
     output = local_path(output)
+    model = limits_of(threads, memory, **where).device.model
     with _only_sweep(output):
         for value in mixtures:
             folder = output / mixture_name(value)
@@ -334,7 +334,7 @@ def sweep(
             mixed = {**stated, "experts": experts}
             # A run that was killed when its model was finished leaves its work folder.
             if (folder / PROVENANCE).exists() and not work_folder(folder).exists():
-                check_same(folder, mixed, where.get("device", CPU))
+                check_same(folder, mixed, model)
                 continue
             reports[value] = merge(
                 mixed,
@@ -380,10 +380,10 @@ def mixture_name(value: float) -> str:
     return short if float(short) == value else repr(float(value))
 
 
-def check_same(folder: Path, recipe: Mapping[str, Any], device: str = CPU) -> None:
+def check_same(folder: Path, recipe: Mapping[str, Any], device: str = "") -> None:
     """Refuse a finished merge of another request, and what is none."""
     checked, source = recipe_from(recipe, {})
-    _check_made(folder, checked, source, device_named(device))
+    _check_made(folder, checked, source, device)
 
 
 def _check_made(folder: Path, checked: Recipe, source: Source, device: str) -> None:

@@ -219,16 +219,17 @@ def _carry_out(
     tasks: list[Task] = []
     for planned in tensors:
         cost = tensor_cost(planned, desk.inputs)
+        late = finished.get(("delta", planned.name)) if merged and place.deltas else None
         tasks.append(
             Task(
                 planned,
                 stage,
                 cost.peak_bytes,
                 cost.seconds,
-                device=_device_of(planned, cost.peak_bytes, limits),
+                device=CPU if late else _device_of(planned, cost.peak_bytes, limits),
                 state=state if planned.method == plan.method.name else None,
                 factors=factors_of(planned, factors or {}),
-                delta=finished.get(("delta", planned.name)) if merged and place.deltas else None,
+                delta=late,
                 before=finished.get((noted, planned.name)),
                 carried=carried.get(planned.name) if stage == "part" else None,
             )
@@ -245,9 +246,9 @@ def _device_of(planned: TensorPlan, peak: int, limits: Limits) -> str:
 
     One that is too large for the device stays on the CPU.
     """
-    room = limits.device_memory
+    room = limits.device.memory
     matrices = planned.merged and not planned.in_chunks and planned.treatment is Treatment.MATRIX
-    return limits.device if matrices and room is not None and peak <= room else CPU
+    return limits.device.name if matrices and room is not None and peak <= room else CPU
 
 
 def _meter(tensors: Sequence[TensorPlan], desk: Desk) -> Tell:

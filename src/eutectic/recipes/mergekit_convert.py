@@ -27,6 +27,7 @@ from eutectic.recipes.particular import Particular
 from eutectic.recipes.schema import Recipe
 from eutectic.recipes.script import Direction, Place, Script
 from eutectic.recipes.settings import Gradient
+from eutectic.storage import local_path, seen_from
 
 _NOWHERE = "\u2205"  # a name that no filter fits
 _STEPS = 24  # depths at which answers are compared
@@ -54,7 +55,9 @@ def _spelt(folder: Path, path: str) -> str:
     """Return how a recipe in a folder writes a path; a name on the hub stands as it is."""
     if not exists(Path(path)):
         return path
-    near = os.path.relpath(path, folder)
+    if (there := seen_from(path, folder)) is not None:
+        return there
+    near = os.path.relpath(local_path(path), folder)
     return near if near.startswith(("..", "/")) else f"./{near}"
 
 

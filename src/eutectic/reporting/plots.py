@@ -9,6 +9,7 @@ from typing import Any
 from eutectic.checkpoint.writer import write_atomically
 from eutectic.errors import MissingExtraError, RequestError
 from eutectic.reporting.schema import Inspection, Layer, Pairs, Spectrum
+from eutectic.storage import can_hold, url_of, view
 from eutectic.storage.small_files import read_bytes
 
 PANELS = 6
@@ -45,6 +46,7 @@ def save_figure(figure: Any, path: Path, dpi: int) -> None:
 
 def check_picture(path: Path) -> None:
     """Find out whether a picture can be drawn there: over one that was drawn here, if any."""
+    view(path)
     if not path.exists():
         return
     try:
@@ -62,7 +64,7 @@ def check_plots(folder: Path) -> None:
     """Find out before any work whether pictures can be drawn there."""
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder}: is a file; plots are written to a folder.")
-    if not folder.absolute().parent.is_dir():
+    if not can_hold(folder.absolute().parent):
         raise RequestError(f"{folder}: there is no folder {folder.parent}.")
     for name in _NAMES:
         check_picture(folder / f"{name}.png")
@@ -71,7 +73,7 @@ def check_plots(folder: Path) -> None:
 
 def draw(found: Inspection, folder: Path) -> None:
     """Write PNGs of spectra, norms, interference and, with merged models, of SAR (and NAI)."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=url_of(folder) is not None, exist_ok=True)
     figures: dict[str, Any] = {"spectra": _spectra(found), "norms": _norms(found)}
     if len(found.experts) > 1:
         figures["interference"] = _interference(found)

@@ -7,6 +7,7 @@ from typing import Any
 from eutectic.errors import RequestError
 from eutectic.evaluation.results import Figures, Mean, Results
 from eutectic.reporting.plots import check_picture, new_figure, save_figure
+from eutectic.storage import can_hold
 
 FORMATS = (".png", ".svg", ".pdf")
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -18,7 +19,7 @@ def check_plot(path: Path) -> None:
     """Find out before any work whether a picture can be drawn there."""
     if path.suffix not in FORMATS:
         raise RequestError(f"{path}: a plot's name ends with {', '.join(FORMATS)}.")
-    if not path.parent.is_dir():
+    if not can_hold(path.parent):
         raise RequestError(f"{path}: there is no folder {path.parent}.")
     check_picture(path)
     new_figure(1, 1)

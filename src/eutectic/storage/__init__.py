@@ -7,11 +7,12 @@ from typing import Any
 from eutectic.storage.announcing import announce, announced_to
 from eutectic.storage.folder_aside import FolderAside
 from eutectic.storage.interface import AppendedFile, Lock, OpenedFile, StagedFile, Storage
+from eutectic.storage.kept_folder import kept_folder, names_kept
 from eutectic.storage.local_disk import LocalDisk
 from eutectic.storage.mirror import MANIFEST, make_all_whole, view, view_once
 from eutectic.storage.nearby import meant
 from eutectic.storage.object_store import ObjectStore
-from eutectic.storage.remote_urls import MARK, Url, is_url, local_path, url_of
+from eutectic.storage.remote_urls import MARK, Url, is_url, local_path, seen_from, url_of
 from eutectic.storage.written_files import WrittenFiles
 
 __all__ = [
@@ -27,10 +28,14 @@ __all__ = [
     "announce",
     "announced_to",
     "folder_aside",
+    "can_hold",
     "is_url",
+    "kept_folder",
     "local_path",
     "make_all_whole",
     "meant",
+    "names_kept",
+    "seen_from",
     "storage_of",
     "url_of",
     "view",
@@ -44,6 +49,11 @@ _OBJECT_STORE = ObjectStore()
 def storage_of(location: Path) -> Storage:
     """Return the storage that holds a location; the one place where another kind is told apart."""
     return _OBJECT_STORE if MARK in str(location) and url_of(location) else _LOCAL_DISK
+
+
+def can_hold(folder: Path) -> bool:
+    """Tell whether files can be put into a folder: it is there, or in a store, which needs none."""
+    return folder.is_dir() or url_of(folder) is not None
 
 
 def folder_aside(

@@ -128,6 +128,20 @@ def is_staging(path: Path) -> bool:
     return any(part.endswith(STAGING) for part in inner)
 
 
+def seen_from(location: str | Path, folder: Path) -> str | None:
+    """Return how a recipe in a folder names a place of a store; None for a place on a disk.
+
+    From a folder of the store downwards a relative path, else the URL: '..' leads nowhere there.
+    """
+    url, there = url_of(location), url_of(folder)
+    if url is None:
+        return None
+    above = () if there is None else there.parts
+    if there is not None and there.scheme == url.scheme and url.parts[: len(above)] == above:
+        return "./" + "/".join(url.parts[len(above) :])
+    return str(url)
+
+
 def shown_at(url: Url) -> Path:
     """Return the path that shows a place of a store."""
     return root().joinpath(url.scheme, *url.parts)

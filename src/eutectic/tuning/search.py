@@ -12,6 +12,7 @@ from eutectic.checkpoint.writer import check_replaced, write_atomically
 from eutectic.errors import NumericalError, RequestError
 from eutectic.evaluation.metrics import LOWER_IS_BETTER
 from eutectic.reporting.plots import check_picture, new_figure, save_figure
+from eutectic.storage import can_hold
 
 OBJECTIVES = {
     "validation": "mean over tasks of the metric's share of the expert's, on validation data",
@@ -220,7 +221,7 @@ def check_plot(path: Path) -> None:
     """Find out before any work whether a picture can be drawn there."""
     if path.suffix not in FORMATS:
         raise RequestError(f"{path}: a plot's name ends with {', '.join(FORMATS)}.")
-    if not path.parent.is_dir():
+    if not can_hold(path.parent):
         raise RequestError(f"{path}: there is no folder {path.parent}.")
     check_picture(path)
     numbers = numbers_of(path)

@@ -17,7 +17,7 @@ from eutectic.reporting.page.page_sources import Document, documents
 from eutectic.reporting.page.scored_models import scores_of
 from eutectic.reporting.page.source_views import ClosedFormView, CurveView
 from eutectic.reporting.page.verdict import verdict
-from eutectic.storage import local_path, url_of
+from eutectic.storage import can_hold, local_path, url_of, view
 from eutectic.storage.small_files import read_start
 
 Format = Literal["html", "md", "json"]
@@ -91,11 +91,8 @@ def _form(output: Path | None, format: str | None) -> Format:
 
 def check_target(path: Path, form: Format) -> None:
     """Refuse, before any work, a file in whose place a report must not be written."""
-    if (url := url_of(path)) is not None:
-        raise RequestError(
-            f"{url}: a report is written on this machine.\nName a local file, and copy it there."
-        )
-    if path.is_dir() or not path.parent.is_dir():
+    view(path)
+    if path.is_dir() or not can_hold(path.parent):
         raise RequestError(
             f"{path}: the report is written to a file in a folder that exists, such as report.html."
         )
