@@ -103,14 +103,27 @@ def test_what_is_kept_shifts_the_outputs_most(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_directions_of_iso_a_shift_the_outputs_alike(
-    tmp_path: Path, base: str, experts: dict[str, str], kind: str
+@pytest.mark.parametrize("full", [False, True])
+def test_of_iso_a_those_directions_are_kept_that_the_experts_use(
+    tmp_path: Path, base: str, experts: dict[str, str], kind: str, full: bool
 ) -> None:
-    """Its spectrum is flat in this metric, so that each direction is worth as much."""
-    told, _ = with_statistics(tmp_path, experts, kind)
-    _, records = merge(tmp_path / "cut", base, told, "iso_a", rank=3, cut="inputs")
-    for record in records.values():
-        assert record["lost_shift"] == pytest.approx(1 - 3 / 9, abs=1e-4)
+    """All of its directions shift the outputs alike, so that these do not tell them apart."""
+    paths = dict(experts)
+    for name, path in experts.items() if full else ():
+        paths[name] = str(tmp_path / f"full-{name}")
+        eutectic.merge(base=base, experts={name: path}, method="average", output=paths[name])
+    told, C = with_statistics(tmp_path, paths, kind)
+    told["b"]["weight"] = 0.5
+    whole, _ = merge(tmp_path / "whole", base, told, "iso_a", rank=12)
+    cut, records = merge(tmp_path / "cut", base, told, "iso_a", rank=3, cut="inputs")
+    own = {n: changes(Path(p)) for n, p in experts.items()}
+    for name, found in cut.items():
+        deltas = [own[n][name] * (0.5 if n == "b" else 1) for n in own]
+        energies = torch.stack([d @ C[name] @ d.mT for d in deltas]).sum(0)
+        basis = torch.linalg.svd(whole[name].double())[0][:, :9]
+        U = basis @ torch.linalg.eigh(basis.mT @ energies @ basis).eigenvectors[:, -3:]
+        torch.testing.assert_close(found, U @ U.mT @ whole[name].double(), rtol=1e-3, atol=1e-4)
+        assert records[f"{name}.weight"]["lost_shift"] == pytest.approx(1 - 3 / 9, abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -142,3 +142,40 @@ def test_zero_is_of_rank_zero() -> None:
         found = compressed_by_shift(matrix, moments()["rows"], rank=1)
         assert found.factors.rank == 0
         assert found.lost == found.factors.lost == 0
+
+
+def flat(moment: SecondMoment, deltas: list[LowRank]) -> LowRank:
+    """Return UVᵀC^{-1/2} of Σ Δ_tC^{1/2} = U S Vᵀ: a merge that is flat in the metric."""
+    values, vectors = torch.linalg.eigh(dense(moment))
+    total = torch.stack([d.dense() for d in deltas]).sum(0)
+    rank = sum(d.left.shape[1] for d in deltas)
+    U, _, Vh = torch.linalg.svd((total @ vectors * values.sqrt()) @ vectors.mT)
+    return LowRank(U[:, :rank], (Vh[:rank] @ vectors / values.sqrt()) @ vectors.mT)
+
+
+@pytest.mark.parametrize("kind", ["rows", "matrix", "all"])
+@pytest.mark.parametrize("form", ["thin", "dense", "dense of thin"])
+def test_of_a_flat_merge_those_are_kept_that_the_experts_use(kind: str, form: str) -> None:
+    """The leading eigenvectors of Σ Δ_tCΔ_tᵀ in its range, against a naive computation."""
+    moment = moments()[kind]
+    deltas = [LowRank(random(OUT, 3, seed=t), random(3, IN, seed=20 + t)) for t in range(3)]
+    merged = flat(moment, deltas)
+    given = merged if form == "thin" else merged.dense()
+    among = [d.dense() for d in deltas] if form == "dense" else list(deltas)
+    found = compressed_by_shift(given, moment, rank=4, among=among)
+    basis = torch.linalg.qr(merged.left).Q
+    energies = sum(d.dense() @ dense(moment) @ d.dense().mT for d in deltas)
+    assert isinstance(energies, Tensor)
+    U = basis @ torch.linalg.eigh(basis.mT @ energies @ basis).eigenvectors[:, -4:]
+    torch.testing.assert_close(
+        found.factors.left @ found.factors.right, U @ U.mT @ merged.dense(), rtol=1e-5, atol=1e-6
+    )
+    assert found.lost == pytest.approx(1 - 4 / 9, abs=1e-6)
+
+
+def test_experts_of_too_few_directions_leave_the_choice_open() -> None:
+    moment = moments()["rows"]
+    deltas = [LowRank(random(OUT, 3, seed=t), random(3, IN, seed=20 + t)) for t in range(3)]
+    found = compressed_by_shift(flat(moment, deltas), moment, rank=4, among=deltas[:1])
+    assert found.factors.rank == 4
+    assert found.lost == pytest.approx(1 - 4 / 9, abs=1e-6)

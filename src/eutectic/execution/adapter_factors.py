@@ -35,7 +35,7 @@ from eutectic.execution.merging import (
 from eutectic.execution.norms import Squares, squares_of
 from eutectic.execution.post_processing import process
 from eutectic.execution.shared_merging import LOST, merge_shared_stack
-from eutectic.execution.tensor_values import block_ranges, read_base
+from eutectic.execution.tensor_values import as_map, block_ranges, read_base, read_stack
 from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.linalg.range_finder import Compressed, compressed
 from eutectic.linalg.shift import compressed_by_shift
@@ -258,7 +258,9 @@ def _cut(
         most = thin_rank(planned, inputs)
     moment = input_moment(planned, inputs) if planned.cut_in_inputs else None
     if moment is not None:
-        nearest = compressed_by_shift(change, moment, rank=most, energy=energy, seed=seed)
+        among = _experts_changes(planned, inputs)
+        how: dict[str, Any] = {"rank": most, "energy": energy, "seed": seed, "among": among}
+        nearest = compressed_by_shift(change, moment, **how)
         told[LOST_SHIFT] = nearest.lost
         return nearest.factors
     found = compressed(change, rank=most, energy=energy, seed=seed)
@@ -269,6 +271,21 @@ def _cut(
             "Choose a rank, or rank: auto with an energy."
         )
     return found
+
+
+def _experts_changes(planned: TensorPlan, inputs: Inputs) -> list[Tensor | LowRank]:
+    """Return w_t·Δ_t of each expert, by which a merge that is flat in the inputs is cut."""
+    if get_method(planned.method).flat_in != "inputs":
+        return []
+    weights = [source.weight for source in planned.experts]
+    deltas = thin_deltas(planned, inputs)
+    if deltas is None:
+        base = read_base(planned, inputs, 0, planned.elements)
+        stack = read_stack(planned, inputs, (0, planned.elements), base, weights=False)
+        dense = as_map(stack, planned).to(inputs.device)
+        return [delta * weight for delta, weight in zip(dense, weights, strict=True) if weight]
+    own = zip(deltas.weighted(weights), weights, strict=True)
+    return [delta for delta, weight in own if weight and delta.left.shape[1]]
 
 
 def _whole(

@@ -6,7 +6,9 @@ M·C^{1/2}, mapped back. They are those of M·B for any B with BBᵀ = C, so tha
 nothing is inverted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,13 +43,18 @@ class SecondMoment:
             parts = [wide * self.diagonal.sqrt()]
             parts += [] if self.rows is None else [wide @ self.rows.mT]
             return torch.cat(parts, 1)
+        return wide @ self._lower
+
+    @cached_property
+    def _lower(self) -> Tensor:
+        assert self.matrix is not None
         total = self.matrix.double() + torch.diag(self.diagonal)
         if self.rows is not None:
             total.addmm_(self.rows.mT, self.rows)
         lower = lapack.cholesky(total)
         if lower is None:
             raise NumericalError("the second moment of the inputs is not positive definite.")
-        return wide @ lower
+        return lower
 
     def core(self, rows: Tensor) -> Tensor:
         """Return R·B for thin R `[r, in]`, with B·Bᵀ = C, as a matrix `[r, r]`.
@@ -85,6 +92,7 @@ def compressed_by_shift(
     rank: int | None = None,
     energy: float | None = None,
     seed: int = 0,
+    among: Sequence[Tensor | LowRank] = (),
 ) -> CutShift:
     """Return thin factors of M: of rank r the best for inputs of a second moment C.
 
@@ -95,6 +103,9 @@ def compressed_by_shift(
         energy: share of the mean of ‖Mx‖² in (0, 1] that is kept, as far as `rank` allows; None
             keeps `rank`.
         seed: of the sketch; derive it from the tensor's name.
+        among: for an M·C^{1/2} that is flat, whose directions are all as good: matrices Δ_t
+            `[out, in]`; taken are the r directions with the most of Σ_t ‖Δ_tC^{1/2}‖². Those of
+            the closed form if there are none, or too few of them.
 
     Returns:
         Balanced factors in float64, of rank 0 for a zero matrix. C = c·I gives those of
@@ -109,25 +120,73 @@ def compressed_by_shift(
         inner = min(inner, matrix.left.shape[1])
     if energy is None and rank is not None and rank >= inner:  # nothing is cut
         return CutShift(compressed(matrix, rank=rank, seed=seed), 0.0)
-    seen: Tensor | LowRank
-    if isinstance(matrix, LowRank):
-        seen = LowRank(matrix.left.double(), moment.core(matrix.right))
-    else:
-        seen = moment.image(matrix).to(torch.promote_types(matrix.dtype, torch.float32))
+    seen, *others = _images(moment, [matrix, *among])
     found = compressed(seen, rank=rank, energy=energy, seed=seed)
-    basis = lapack.orthonormal(found.left)
+    basis, lost = lapack.orthonormal(found.left), found.lost
+    if among and found.rank and lost:
+        preferred = _preferred(seen, others, found.rank, seed)
+        if preferred.shape[1] == found.rank:
+            basis, lost = preferred, _lost(preferred, seen)
     if isinstance(matrix, LowRank):
         right = (basis.mT @ matrix.left.double()) @ matrix.right.double()
         whole = _energy(lapack.qr(matrix.left.double())[1] @ matrix.right.double())
     else:
         right = basis.mT @ matrix.double()
         whole = _energy(matrix)
-    lost = max(0.0, 1.0 - _energy(right) / whole) if whole else 0.0
+    plain = max(0.0, 1.0 - _energy(right) / whole) if whole else 0.0
     Q, lower = lapack.qr(right.mT)
     turned, values, inside = lapack.svd(lower.mT)
     root = values.sqrt()
-    factors = Compressed((basis @ turned) * root, root[:, None] * (Q @ inside).mT, lost)
-    return CutShift(factors, found.lost)
+    factors = Compressed((basis @ turned) * root, root[:, None] * (Q @ inside).mT, plain)
+    return CutShift(factors, lost)
+
+
+def _images(moment: SecondMoment, matrices: Sequence[Tensor | LowRank]) -> list[Tensor | LowRank]:
+    """Return M·B of each, with one B of BBᵀ = C; thin ones stay thin where all are."""
+    thin = [m for m in matrices if isinstance(m, LowRank)]
+    if len(thin) == len(matrices):
+        seen = moment.core(torch.cat([m.right.double() for m in thin]))
+        parts = seen.split([len(m.right) for m in thin])
+        return [LowRank(m.left.double(), part) for m, part in zip(thin, parts, strict=True)]
+    found: list[Tensor | LowRank] = []
+    for m in matrices:
+        if isinstance(m, LowRank):
+            found.append(LowRank(m.left.double(), moment.image(m.right)))
+        else:
+            found.append(moment.image(m).to(torch.promote_types(m.dtype, torch.float32)))
+    return found
+
+
+def _preferred(
+    flat: Tensor | LowRank, others: Sequence[Tensor | LowRank], rank: int, seed: int
+) -> Tensor:
+    """Return r orthonormal directions in the range of a flat N = s·UVᵀ, most of others' energy.
+
+    NNᵀE/s² = UUᵀE, with E the others side by side. Fewer than r where they have no more.
+    """
+    sides = [_gathered(flat, other) for other in others]
+    return lapack.orthonormal(compressed(torch.cat(sides, 1), rank=rank, seed=seed).left)
+
+
+def _gathered(flat: Tensor | LowRank, other: Tensor | LowRank) -> Tensor:
+    """Return NNᵀE, or for thin E = L·K a matrix `[out, r]` with the same left directions."""
+    if isinstance(other, LowRank):
+        lower = lapack.qr(other.right.double().mT)[1].mT
+        seen = other.left.double() @ lower
+    else:
+        seen = other.double()
+    if isinstance(flat, LowRank):
+        inner = flat.right.double() @ flat.right.double().mT
+        return flat.left.double() @ (inner @ (flat.left.double().mT @ seen))
+    return flat.double() @ (flat.double().mT @ seen)
+
+
+def _lost(basis: Tensor, seen: Tensor | LowRank) -> float:
+    """Return the share of ‖N‖² beyond a basis."""
+    if isinstance(seen, LowRank):
+        whole = _energy(lapack.qr(seen.left)[1] @ seen.right)
+        return max(0.0, 1.0 - _energy((basis.mT @ seen.left) @ seen.right) / whole)
+    return max(0.0, 1.0 - _energy(basis.mT @ seen.double()) / _energy(seen))
 
 
 def _energy(matrix: Tensor) -> float:

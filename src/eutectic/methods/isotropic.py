@@ -310,6 +310,7 @@ def split_spectrum(rank: int, common_fraction: float, experts: int) -> tuple[int
         default_scale=_by_count(1.3, 1.0, 0.9),
         explain=_explain_iso_a,
         thin=lambda deltas, parameters, context: thin_iso_a(deltas, parameters, context),
+        flat_in="inputs",
     ),
 )
 def iso_a(deltas: Tensor | LowRankStack, parameters: IsoAParameters, context: Context) -> Tensor:

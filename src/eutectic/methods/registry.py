@@ -196,6 +196,8 @@ class Rules:
             to a factor for each, for rules that compare layers. The engine knows which are alike.
         thin: from a `LowRankStack` of deltas to the merged delta as thin factors, for methods that
             keep it thin; None where it is not, with these parameters and weights.
+        flat_in: the metric in which all directions of the merged delta are alike: "plain" for Δ,
+            "inputs" for ΔC̄^{1/2}. What cuts it there has to choose by something else.
     """
 
     default_scale: Callable[[int], float] = always(1.0)
@@ -206,6 +208,7 @@ class Rules:
     model_scope: Callable[[Any], bool] = always(False)
     finish: Callable[[Sequence[float], Any], Sequence[float]] | None = None
     thin: Callable[[LowRankStack, Any, Context], LowRank | None] | None = None
+    flat_in: Literal["plain", "inputs"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
