@@ -2,6 +2,8 @@
 
     python benchmarks/run.py text --work DIR --regime hard --tasks 8
     python benchmarks/run.py glyphs --work DIR --tasks 8 --seeds 3
+    python benchmarks/run.py mpnet --work DIR2 --tasks 8    # the text tasks, five times the size
+    python benchmarks/run.py gemma --work DIR3 --tasks 8    # a decoder: answers of one token
 
 Every step is resumable, so the same command continues a killed run and repeats nothing. As many
 processes as there are cores (two at most, one thread each) share the work: first one proxy sample
@@ -83,11 +85,15 @@ def share(commands: Iterable[Sequence[str]], what: str) -> None:
 
 def names_of(suite: str, tasks: int) -> tuple[str, ...]:
     """Return the names of the first tasks of a suite."""
-    sys.path[:0] = [str(HERE / suite)]
+    sys.path[:0] = [str(HERE / ("text" if suite == "mpnet" else suite))]
     if suite == "glyphs":
         from data import TASKS
 
         return TASKS[:tasks]
+    if suite == "gemma":
+        from tasks import TASKS
+
+        return tuple(TASKS)[:tasks]
     from sources import first_tasks
 
     return first_tasks(tasks)
@@ -99,11 +105,19 @@ def make_experts(arguments: argparse.Namespace) -> None:
     if arguments.suite == "glyphs":
         share([python("glyphs/run.py", *work)], "data, base and experts")
         return
-    parts = [names_of("text", arguments.tasks)[k :: workers.count] for k in range(workers.count)]
+    names = names_of(arguments.suite, arguments.tasks)
+    parts = [names[k :: workers.count] for k in range(workers.count)]
     parts = [part for part in parts if part]
     words = [[word for name in part for word in ("--task", name)] for part in parts]
     regime = ("--regime", arguments.regime)
-    share([python("text/experts.py", *work, *regime, *own) for own in words], "data and experts")
+    script = "gemma/experts.py" if arguments.suite == "gemma" else "text/experts.py"
+    based = () if arguments.suite == "gemma" else ("--base", arguments.suite)
+    commands = [python(script, *based, *work, *regime, *own) for own in words]
+    if arguments.suite != "text" and not (arguments.work / "tasks").is_dir():
+        # Both would unpack the base.
+        first = python(script, *based, *work, *regime, *words[0][:2])
+        share([first], "packages and the first expert")
+    share(commands, "data and experts")
 
 
 def make_table(arguments: argparse.Namespace, others: Sequence[str], seeds: int) -> None:
@@ -147,7 +161,7 @@ def main() -> None:
         epilog="Other options go to table/run.py: --test-texts, --validation-texts, --label-free, "
         "--no-alignment.",
     )
-    parser.add_argument("suite", choices=["text", "glyphs"])
+    parser.add_argument("suite", choices=["text", "mpnet", "gemma", "glyphs"])
     parser.add_argument("--work", type=Path, required=True, help="folder of everything it makes")
     parser.add_argument(
         "--regime",

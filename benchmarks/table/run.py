@@ -63,7 +63,8 @@ from eutectic.tuning.output_error import closed_form_scale, output_terms
 from eutectic.tuning.search import Measured, ScaleCurve, search_scale
 
 VALIDATION_TEXTS = 150
-TEST_EXAMPLES = {"text": 500, "glyphs": 1000}  # of every task; of the adapters, all
+# Of every task; of the adapters, all.
+TEST_EXAMPLES = {"text": 500, "mpnet": 500, "gemma": 500, "glyphs": 1000}
 DIVERGENCE_PROXIES = 64
 LABEL_FREE = ("divergence", "grams", "held_out")
 
@@ -134,8 +135,11 @@ def fixed_models(suite: Suite, results: Path) -> dict[str, dict[str, float]]:
     """Test accuracy of the base and of every expert on its own task."""
     from safetensors.torch import load_file
 
+    general: dict[str, dict[str, float]] = {}
+
     def of_base() -> dict[str, float]:
         set_weights(suite.model, load_file(suite.base / "model.safetensors"))
+        general.update({} if suite.general is None else {"base": suite.general()})
         return keep(outcomes(suite, suite.model, "test"), results, "base")
 
     def of_experts() -> dict[str, float]:
@@ -143,12 +147,16 @@ def fixed_models(suite: Suite, results: Path) -> dict[str, dict[str, float]]:
         for task, folder in suite.experts.items():
             set_weights(suite.model, load_file(folder / "model.safetensors"))
             found[task] = correct(suite, suite.model, task, "test")
+            general.update({} if suite.general is None else {task: suite.general()})
         return keep(found, results, "experts")
 
-    return {
+    fixed = {
         "base": cached(results / "base.json", of_base),
         "experts": cached(results / "experts.json", of_experts),
     }
+    if general:
+        cached(results / "general.json", lambda: general, general)
+    return fixed
 
 
 def by_validation(suite: Suite, merged: MergedRow, start: float) -> ScaleCurve:
@@ -250,6 +258,8 @@ def static_row(
     if "test" not in record:
         record |= _labelled(suite, row, merged, results / f"{name}-0.json", seed)
         record["test"] = test(record["scale"])
+        if suite.general is not None:
+            record["general"] = suite.general()
         if row.init is not None and record["scale"] != 1:
             record["test_at_one"] = test(1.0, "@one")
         record |= {"row": name, "seed": seed}
@@ -296,7 +306,7 @@ def _labelled(suite: Suite, row: Row, merged: MergedRow, first: Path, seed: int)
 def main() -> None:
     """Fill what is missing and write the table."""
     parser = argparse.ArgumentParser(description="Make a suite's table of methods.")
-    parser.add_argument("suite", choices=["text", "glyphs", "adapters"])
+    parser.add_argument("suite", choices=["text", "mpnet", "gemma", "glyphs", "adapters"])
     parser.add_argument("--work", type=Path, required=True, help="folder of the suite's experts")
     parser.add_argument(
         "--regime", default="hard", help="kind, hard, lora, lora-unequal or lora-extracted (text)"

@@ -48,6 +48,7 @@ class Suite:
         proxies: (task, seed, count) -> batches of examples drawn from the training side.
         adapters: task -> what the merging command is given instead of `experts[task]`, where the
             expert is an adapter and `experts[task]` the same made dense, to be measured.
+        general: figures of the model as it is that belong to no task, such as what it forgot.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Suite:
     layers: tuple[str, ...]
     proxies: Callable[[str, int, int], Batches]
     adapters: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    general: Callable[[], dict[str, float]] | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
