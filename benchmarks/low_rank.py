@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -37,6 +37,7 @@ import eutectic
 
 PROXIES = 128
 SCALES = (0.3, 0.5, 0.7, 1.0)
+Rank = int | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,10 @@ class Variant:
 
     method: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    rank: int | None = None
+    rank: Rank | None = None
 
 
+RANKS: tuple[Rank, ...] = (16, 64, 256, "auto")
 VARIANTS: dict[str, Variant] = {
     "iso_c": Variant("iso_c"),
     "iso_a": Variant("iso_a", {"metric_rank": "full"}),
@@ -62,18 +64,18 @@ VARIANTS: dict[str, Variant] = {
         f"iso_a-even-{k}": Variant("iso_a", {"metric_rank": k, "metric_degree": 0})
         for k in (16, 64, 256)
     },
-    **{f"iso_a-file-{k}": Variant("iso_a", {}, k) for k in (16, 64, 256)},
+    **{f"iso_a-file-{k}": Variant("iso_a", {}, k) for k in RANKS},
     "esm": Variant("esm", {"preset": "roberta"}),
-    **{f"esm-file-{k}": Variant("esm", {"preset": "roberta"}, k) for k in (16, 64, 256)},
+    **{f"esm-file-{k}": Variant("esm", {"preset": "roberta"}, k) for k in RANKS},
     "regmean": Variant("regmean"),
-    **{f"regmean-file-{k}": Variant("regmean", {}, k) for k in (16, 64, 256)},
+    **{f"regmean-file-{k}": Variant("regmean", {}, k) for k in RANKS},
     "mats": Variant("mats", {"iterations": 10}),
-    **{f"mats-file-{k}": Variant("mats", {"iterations": 10}, k) for k in (16, 64, 256)},
+    **{f"mats-file-{k}": Variant("mats", {"iterations": 10}, k) for k in RANKS},
 }
 COLUMNS = ("scale", "seconds", "cpu_seconds", "statistics_bytes")
 
 
-def statistics(suite: Suite, work: Path, rank: int | None) -> dict[str, Path]:
+def statistics(suite: Suite, work: Path, rank: Rank | None) -> dict[str, Path]:
     """Collect every expert's Grams, whole or of few directions, once."""
     files: dict[str, Path] = {}
     for task, folder in suite.experts.items():

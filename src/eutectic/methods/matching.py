@@ -123,7 +123,8 @@ def _explain(shape: tuple[int, ...], parameters: MatsParameters, precision: Prec
     route = f"at most {steps} steps of conjugate gradients on '{parameters.operator}'"
     if parameters.operator == "gram" and parameters.preconditioner == "none":
         if eigenbasis_pays(shape[-2], shape[-1], steps):
-            return f"{route}, in the eigenbasis of the summed {shape[-1]}×{shape[-1]} Gram"
+            whole = f"in the eigenbasis of the summed {shape[-1]}×{shape[-1]} Gram"
+            return f"{route}, {whole}, or by products with the rows of Grams in few of them"
     return f"{route}, preconditioner {parameters.preconditioner}"
 
 
