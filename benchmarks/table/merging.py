@@ -43,6 +43,7 @@ class Row:
         core: statistics are those that `eutectic collect --for` keeps for the adapters alone.
         adapter: keys of an adapter that is the output, such as its rank; None for a checkpoint.
         scale_of: the row whose α is taken over, as that of a merge that is cut afterwards.
+        post: what follows the merge.
     """
 
     method: str
@@ -55,6 +56,7 @@ class Row:
     core: bool = False
     adapter: Mapping[str, Any] | None = None
     scale_of: str | None = None
+    post: Mapping[str, Any] | None = None
 
     @property
     def needs_statistics(self) -> bool:
@@ -93,6 +95,16 @@ ROWS: dict[str, Row] = {
     "iso_a": Row("iso_a", seeded=True, start=0.7),
     "iso_regmean": Row("iso_regmean", seeded=True, start=1.0),
     "iso_a_calibrated": Row("iso_a", seeded=True, fixed=True, init="iso_a", calibrated=True),
+    "consensus": Row("consensus", start=0.3),
+    "pcb": Row("pcb", start=1.0),
+    "dc_merge": Row("dc_merge", start=1.0),
+    "wudi": Row("wudi", start=0.7),
+    "lot": Row("lot", seeded=True),
+    "flow": Row("flow", seeded=True),
+    "flow_iso_a": Row("flow", seeded=True, init="iso_a"),
+    "task_arithmetic_svc": Row("task_arithmetic", post={"method": "svc"}),
+    "tsv_m_svc": Row("tsv_m", post={"method": "svc"}),
+    "iso_a_svc": Row("iso_a", seeded=True, post={"method": "svc", "metric": "inputs"}),
 }  # fmt: skip
 
 # Rows that adapters alone have: through their core, and cut to a rank.
@@ -286,6 +298,8 @@ def merge_row(
     }  # fmt: skip
     if row.adapter is not None:
         recipe |= {"output": "adapter", "adapter": dict(row.adapter)}
+    if row.post is not None:
+        recipe["post"] = dict(row.post)
     file = folder / "recipe.json"
     file.write_text(json.dumps(recipe))
     report = _merge_file(file, folder / "out")

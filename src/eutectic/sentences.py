@@ -467,6 +467,14 @@ SENTENCES: dict[str, Template] = {
         "(eutectic tune --search divergence)"
     ),
     "searched_scale": _searched,
+    "searched_parameter": (
+        "{0} = {value:.3g}, chosen by {search} on the split '{split}': {points} values from as "
+        "many merges, each at scale {scale:g}"
+    ),
+    "parameter_at_edge": (
+        "the best {0} = {value:.3g} is at the edge of what was tried: a wider range may hold a "
+        "better one"
+    ),
     "earlier_scale": "scale {scale:g}, chosen by the search of the run that was killed",
     "work_folder_left": (
         "the model is complete, but {0} could not be removed: {reason}. Remove it yourself"

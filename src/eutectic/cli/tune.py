@@ -40,10 +40,18 @@ class SearchOptions:
     )
     points: int | None = option(None, "Values on the first grid (default: 11).")
     tolerance: float | None = option(None, "Relative precision (default: 0.05).")
+    over: str | None = option(
+        None,
+        "Search a parameter of the method instead of α, such as tau of flow; every value is "
+        "merged anew.",
+        metavar="PARAMETER",
+    )
+    at: float | None = option(None, "With --over: α of every merge (default: the method's).")
 
     def stated(self) -> dict[str, Any]:
         """Return the keys that were given, as a recipe would have them."""
         keys = {key.rstrip("_"): value for key, value in vars(self).items() if value is not None}
+        keys = {key: value for key, value in keys.items() if key not in ("over", "at")}
         for key, plain in (("tasks", str), ("range", parse_range)):
             if key in keys:
                 keys[key] = plain(keys[key])
@@ -67,7 +75,7 @@ def tune(
     restart: bool = option(False, "Discard an unfinished run, or what --work keeps."),
     json: Json = False,
 ) -> None:
-    """Search the scale α of a merge and show the curve.
+    """Search the scale α of a merge, or a parameter of its method, and show the curve.
 
     The experts are merged once; every α is tried in one loaded model. `validation` uses labels,
     `divergence` unlabelled proxy data, `gram` statistics only: it is a closed form and runs no
@@ -80,12 +88,15 @@ def tune(
       eutectic tune recipe.yaml --search validation --tasks tasks.yaml -o merged/ --plot curve.png
 
       eutectic tune --base ./base -m iso_c --search gram a=./a b=./b -s a=a.stats -s b=b.stats
+
+      eutectic tune flow.yaml --over tau --range 0.05:50 --search divergence --tasks tasks.yaml
     """
     from eutectic.tuning import tune as run
     from eutectic.tuning.search import check_plot, numbers_of, plot_curve
 
     recipe, options = request(asked)
     options.update(vars(limits), search=search.stated(), output=output, work=work, restart=restart)
+    options.update(over=search.over, at=search.at)
     if plot is not None:
         check_plot(plot)
     asked_for = {**options, "scale": search.stated()}
@@ -95,6 +106,7 @@ def tune(
     record: dict[str, Any] = {
         "method": report.method,
         "scale": report.scale,
+        "over": report.over,
         "output": None if output is None else str(output),
         **notes_as_json(report.note_records),
         **report.search,
@@ -110,9 +122,16 @@ def tune(
     tell("objective", f"{report.search['objective']}; {better} is better")
     tell_notes(report.note_records)
     known = known_scale(report.scale, report.search)
-    out.print(f"[bold green]α = {known}[/] for {report.method}", highlight=False)
-    if known != f"{report.scale:g}":
-        tell("exactly", f"{report.scale:g}, which gives the same bytes again")
+    best = report.scale
+    if report.over is None:
+        out.print(f"[bold green]α = {known}[/] for {report.method}", highlight=False)
+    else:
+        assert report.value is not None
+        best, known = report.value, known_scale(report.value, report.search)
+        after = f"of {report.method} at scale {report.scale:g}"
+        out.print(f"[bold green]{report.over} = {known}[/] {after}", highlight=False)
+    if known != f"{best:g}":
+        tell("exactly", f"{best:g}, which gives the same bytes again")
     tell_done("written", output)
     tell_done("drawn", plot)
     tell_done("numbers", None if plot is None else numbers_of(plot))
@@ -158,7 +177,8 @@ def show_curve(search: Mapping[str, Any]) -> None:
     ]
     styles = ["bold green" if mark else None for mark in marks]
     names = [f"{p['scale']:.3g}{mark}" for p, mark in zip(points, marks, strict=True)]
-    print_named(names, [[column] for column in columns], title="α", styles=styles)
+    title = search.get("over") or "α"
+    print_named(names, [[column] for column in columns], title=title, styles=styles)
     if first < last:
         outside = "; « and » lie outside" if len(inside) < len(curve) else ""
         out.print(f"bars from {first:.4g} to {last:.4g}{outside}", style="dim", highlight=False)

@@ -122,6 +122,8 @@ class TuneReport(InNotebooks):
         notes: what a user should know.
         output: report of the merge at α, if one was asked for.
         note_records: the notes as records, for programs.
+        over: the parameter of the method that was searched, at that α; None for a search of α.
+        value: its best value.
     """
 
     method: str
@@ -130,12 +132,14 @@ class TuneReport(InNotebooks):
     notes: tuple[str, ...]
     output: MergeReport | None = None
     note_records: tuple[Note, ...] = field(default=(), repr=False)
+    over: str | None = None
+    value: float | None = None
 
     def to_pandas(self) -> Any:
-        """Return the curve as a data frame: the objective and its parts by α."""
-        points = self.search["points"]
+        """Return the curve as a data frame: the objective and its parts by α or the parameter."""
+        points, name = self.search["points"], self.over or "scale"
         return data_frame(
-            ({"scale": p["scale"], "objective": p["value"], **p["parts"]} for p in points), "scale"
+            ({name: p["scale"], "objective": p["value"], **p["parts"]} for p in points), name
         )
 
     def __repr__(self) -> str:
@@ -147,19 +151,21 @@ class TuneReport(InNotebooks):
         known = {
             "method": self.method,
             "scale": f"{self.scale:g}",
+            **({} if self.over is None else {self.over: f"{self.value:g}"}),
             "objective": f"{self.search['objective']}; "
             f"{'higher' if self.search.get('maximise') else 'lower'} is better",
             "notes": "\n".join(self.notes),
             "output": None if self.output is None else self.output.output,
         }
         points = self.search["points"]
+        chosen = self.scale if self.over is None else self.value
         parts = list(points[0]["parts"])[:8]
         rows = [
-            [f"{p['scale']:.3g}{' ◀' if p['scale'] == self.scale else ''}", number(p["value"])]
+            [f"{p['scale']:.3g}{' ◀' if p['scale'] == chosen else ''}", number(p["value"])]
             + [number(p["parts"].get(name)) for name in parts]
             for p in points
         ]
-        return facts("TuneReport", known), table(["α", "objective", *parts], rows)
+        return facts("TuneReport", known), table([self.over or "α", "objective", *parts], rows)
 
 
 @with_bar("tuning")
@@ -169,11 +175,14 @@ def tune(
     search: Mapping[str, Any] | str | None = None,
     output: str | Path | None = None,
     work: str | Path | None = None,
+    over: str | None = None,
+    at: float | None = None,
     **options: Any,
 ) -> TuneReport:
-    """Search the scale α of a merge, without or with writing the model.
+    """Search the scale α of a merge, or a parameter of its method; write the model if asked to.
 
-    Deltas are merged once; every α is W₀ + αΔ in one loaded model.
+    Deltas are merged once; every α is W₀ + αΔ in one loaded model. With `over`, every value of the
+    parameter is merged anew.
 
     Args:
         recipe: as for `eutectic.merge`.
@@ -182,12 +191,15 @@ def tune(
         output: folder for the model at the best α (default: none is written).
         work: without `output`, a folder that keeps the deltas and what was measured, so that
             another search begins at once (default: a temporary one).
+        over: a parameter of the method that takes real numbers, such as `tau` of `flow`: its value
+            is searched in place of α, by `validation` or `divergence` over a `range` that is given.
+        at: with `over`, the α of every merge (default: the method's).
         **options: `threads`, `memory`, `restart`, `executor`, `ray_address`, `device`, `progress`
             (while searching, called with numbers of values), keys of a recipe and parameters of
             the method, as for `eutectic.merge`.
 
     Returns:
-        The best α and the curve.
+        The best α, or value, and the curve.
 
     Raises:
         RequestError: the request is wrong, or there is nothing to search.
@@ -205,6 +217,10 @@ def tune(
             "not a search.\nName one: --search validation or divergence with --tasks, or --search "
             "gram, in closed form from statistics, or --search norm."
         )
+    if over is not None:
+        return _tune_over(checked, source, (over, at), output, work, limited)
+    if at is not None:
+        raise RequestError("at (--at) is the α of a search over a parameter: name it by over.")
     if output is not None:
         if work is not None:
             raise RequestError(
@@ -231,6 +247,43 @@ def tune(
     noted = (*plan.notes, choice.note)
     found = (plan.method.name, choice.scale, choice.record)
     return TuneReport(*found, tuple(map(str, noted)), note_records=noted)
+
+
+def _tune_over(
+    checked: Recipe,
+    source: Source,
+    asked: tuple[str, float | None],
+    output: str | Path | None,
+    work: str | Path | None,
+    limited: dict[str, Any],
+) -> TuneReport:
+    """Search a parameter at an α, and write the model at its best value if an output is named."""
+    from eutectic.tuning.over_parameter import search_parameter
+
+    (over, at), restart = asked, limited.pop("restart", False)
+    if work is not None:
+        raise RequestError(
+            f"work keeps the deltas of one merge, and a search over '{over}' makes many.\n"
+            "Leave work (--work) out."
+        )
+    if restart and output is None:
+        raise RequestError("restart discards an unfinished run, and none is kept without output.")
+    found = search_parameter(checked, source, over, at, limits_of(**limited))
+    made = None
+    notes = tuple(found.notes)
+    if output is not None:
+        made = merge(found.recipe, output=output, restart=restart, **limited)
+        notes = (*made.note_records, *(n for n in notes if n not in made.note_records))
+    return TuneReport(
+        checked.method,
+        found.scale,
+        found.record,
+        tuple(map(str, notes)),
+        made,
+        notes,
+        over,
+        found.value,
+    )
 
 
 def _with_search(

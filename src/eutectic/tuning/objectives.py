@@ -115,6 +115,19 @@ def prepare_objective(
     return choose
 
 
+def measured_at(search: ScaleSearch, scale: float, unscaled: Unscaled, opened: Opened) -> Measured:
+    """Return the objective of a search over data at one α, of a merge among others of the same.
+
+    `opened` keeps tasks and the experts' outputs from one merge to the next.
+    """
+    tasks, key = tasks_of(search, unscaled.plan, unscaled.inputs, opened)
+    labelled = search.search == "validation"
+    if key not in opened.references:
+        opened.references[key] = _references(tasks, unscaled.inputs, labelled)
+    measure = _metric if labelled else _divergence
+    return _objective(tasks, opened.references[key], measure, unscaled)(scale)
+
+
 def tasks_of(
     search: ScaleSearch, plan: Plan, inputs: Inputs, opened: Opened
 ) -> tuple[list[TuningTask], str]:

@@ -276,7 +276,11 @@ def plot_curve(search: Mapping[str, Any], path: Path) -> None:
     if len(ticks) > 1:
         panels[-1].set_xticks(ticks, [f"{t:g}" for t in ticks])
         panels[-1].set_xticks([], minor=True)
-    panels[-1].set_xlabel("scale α of the merged change (no unit)", fontsize=9)
+    over = search.get("over")
+    label = "scale α of the merged change (no unit)"
+    if over is not None:
+        label = f"{over} of {search.get('method') or 'the method'}, at scale {search['at']:g}"
+    panels[-1].set_xlabel(label, fontsize=9)
     text = json.dumps(dict(search), indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(numbers_of(path), (text + "\n").encode())
     save_figure(figure, path, dpi=150)
@@ -296,7 +300,8 @@ def _finding(search: Mapping[str, Any]) -> str:
     """Say which α is best, and which neighbours are as good within one percent."""
     points, chosen, best = search["points"], search["scale"], _best_of(search)
     name = f"{search['method']}: " if search.get("method") else ""
-    said = f"{name}α = {chosen:.3g} is best ({best:.4g})"
+    axis = search.get("over") or "α"
+    said = f"{name}{axis} = {chosen:.3g} is best ({best:.4g})"
     if chosen in (points[0]["scale"], points[-1]["scale"]) and len(points) > 1:
         return f"{said}\nat the edge of what was tried: a wider range may hold a better one"
     place = [p["scale"] for p in points].index(chosen)
@@ -309,7 +314,7 @@ def _finding(search: Mapping[str, Any]) -> str:
     if low == high:
         return said
     ends = f"{points[low]['scale']:.2g} to {points[high]['scale']:.2g}"
-    return f"{said}\nwithin 1 % of it: α from {ends}"
+    return f"{said}\nwithin 1 % of it: {axis} from {ends}"
 
 
 def near_the_best(curves: Sequence[Sequence[float]], at: int) -> tuple[float, float] | None:
