@@ -6,15 +6,9 @@ from torch import Tensor
 
 from eutectic.linalg.core import core_space, core_space_beside
 from eutectic.linalg.lowrank import LowRankStack
-from eutectic.linalg.metric import (
-    InputMetric,
-    Metric,
-    WideMetric,
-    chebyshev,
-    leading_pairs,
-    mean_metric,
-)
+from eutectic.linalg.metric import InputMetric, Metric, mean_metric
 from eutectic.linalg.remembered import digest, remembered
+from eutectic.linalg.wide_metric import WideMetric, fitted, leading_pairs
 
 IN, RANK = 96, 8
 
@@ -52,14 +46,56 @@ def test_leading_pairs_are_the_eigenpairs_and_what_they_leave_is_exact():
     assert found.lost == pytest.approx(float(C.trace() - kept), rel=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_eigenvalues_beyond_a_block_are_not_forgotten(dtype: torch.dtype):
+    """A Krylov space of blocks of 4 holds 4 of 30 equal eigenvalues; the rest must not run away."""
+    values = torch.cat([torch.full((30,), 10.0), torch.linspace(1, 0.01, IN - 30)]).double()
+    turned = torch.linalg.qr(torch.randn(IN, IN).double()).Q
+    C = (turned * values) @ turned.mT
+    found = leading_pairs(lambda x: x @ C.to(dtype), (IN, RANK), float(C.trace()), like=C.to(dtype))
+    assert found.next > 7
+    M = torch.randn(7, IN).double()
+    metric = WideMetric(IN, 0.5, matrix=C.to(dtype), rank=RANK, degree=48)
+    for exponent in (0.5, -0.5):
+        expected = M @ power_of(C + 0.5 * torch.eye(IN), exponent)
+        assert apart(metric.times(M, exponent), expected) < 1e-2
+
+
+def test_a_positive_power_takes_a_third_of_the_degree():
+    products: list[int] = []
+
+    class Counted(WideMetric):
+        def _act(self, x: Tensor) -> Tensor:
+            products.append(len(x))
+            return super()._act(x)
+
+    C, M = second_moment(), torch.randn(7, IN).double()
+    metric = Counted(IN, 0.02, matrix=C, rank=RANK, degree=9)
+    metric.times(M, 0.5)
+    before = products.count(7)
+    metric.times(M, -0.5)
+    assert (before, products.count(7) - before) == (3, 9)
+
+
+@pytest.mark.parametrize(("smallest", "dtype"), [(1e-2, torch.float32), (1e-6, torch.float64)])
+def test_float32_metrics_are_decomposed_in_float64_where_ill_conditioned(
+    smallest: float, dtype: torch.dtype
+):
+    turned = torch.linalg.qr(torch.randn(IN, IN).double()).Q
+    C = (turned * torch.logspace(0, torch.tensor(smallest).log10(), IN).double()) @ turned.mT
+    metric, M = InputMetric(IN, matrix=C.float()), torch.randn(7, IN)
+    assert metric._pairs[0].dtype == dtype  # pyright: ignore[reportPrivateUsage]
+    assert apart(metric.times(M, 0.5), M.double() @ power_of(C, 0.5)) < 1e-5
+
+
 def test_nothing_is_found_of_nothing():
     found = leading_pairs(lambda x: 0 * x, (IN, RANK), 0.0, like=torch.zeros(1).double())
     assert not bool(found.values.any()) and found.lost == 0
 
 
 @pytest.mark.parametrize("exponent", [0.5, -0.5, 0.3])
-def test_chebyshev_coefficients_are_the_functions(exponent: float):
-    weights = chebyshev(exponent, 2.0, 1.5, 20)
+def test_a_fitted_polynomial_nears_the_power(exponent: float):
+    weights = fitted(exponent, 0.5, 3.5, 20)
     x = torch.linspace(-1, 1, 50).double()
     series = sum(w * torch.cos(j * torch.arccos(x)) for j, w in enumerate(weights))
     assert apart(torch.as_tensor(series), (2 + 1.5 * x) ** exponent) < 1e-6
@@ -122,8 +158,8 @@ def test_the_mean_of_wide_metrics_is_that_of_their_matrices(forms: str):
     rows = torch.randn(9, IN).double()
     rest = torch.rand(IN).double()
     held: list[Metric] = [
-        WideMetric(IN, 0.1, matrix=second_moment(1), scale=3.0, rank=RANK, degree=16),
-        WideMetric(IN, 0.2, rows=rows, diagonal=rest, scale=0.5, rank=RANK, degree=16),
+        WideMetric(IN, 0.1, matrix=second_moment(1), scale=3.0, rank=RANK, degree=48),
+        WideMetric(IN, 0.2, rows=rows, diagonal=rest, scale=0.5, rank=RANK, degree=48),
         InputMetric(IN, 1.0, rows[:2]),
         InputMetric(IN, 0.3),
     ]
@@ -188,7 +224,8 @@ def test_equal_metrics_are_decomposed_once(monkeypatch: pytest.MonkeyPatch):
     keys = [digest(C, 1.0), digest(C.clone(), 1.0), digest(C, 2.0), ""]
     assert keys[0] == keys[1] != keys[2]
     results = [InputMetric(IN, matrix=C, key=key).times(M, 0.5) for key in keys]
-    assert made == [IN] * 3 and all(torch.equal(results[0], r) for r in results[1:])
+    assert made == [IN] * 3 and all(torch.equal(results[0], r) for r in results[1:3])
+    assert apart(results[3], results[0]) < 1e-12  # kept is C^p, alone the decomposition is enough
     assert digest(C, "") == "" and digest(C) != digest(C.float()) != digest(C.view(-1))
 
 

@@ -42,9 +42,8 @@ def test_polynomials_near_the_eigenproblems(dtype: torch.dtype):
     stored = [LayerStatistics(gram=e.gram.to(dtype), count=e.count) for e in grams()]
     stack = deltas(dtype)
     whole = merge_matrices("iso_a", stack, statistics=stored, metric_rank="full")
-    assert torch.equal(
-        whole, merge_matrices("iso_a", stack, statistics=stored, metric_rank=IN // 4 + 1)
-    )
+    small = merge_matrices("iso_a", stack, statistics=stored, metric_rank=IN // 4 + 1)
+    assert apart(small, whole) < (1e-4 if dtype == torch.float32 else 1e-12)
     errors = [
         apart(
             merge_matrices("iso_a", stack, statistics=stored, metric_rank=8, metric_degree=n),

@@ -179,12 +179,13 @@ def explained(method: str, shape=(8, 768, 3072), precision="fast", **options) ->
 @pytest.mark.parametrize("precision", ["fast", "exact"])
 def test_plan_names_the_eigenproblems_of_iso_a(precision):
     sentence = explained("iso_a", precision=precision, metric_rank="full")
-    assert "9 float64 eigenproblems of side 3072" in sentence
+    assert "9 eigenproblems of side 3072, in float64" in sentence
     assert "polar factor" in sentence
     few = explained("iso_a", precision=precision, metric_rank=32)
-    assert ("32 of 3072 directions by subspace" in few) == (precision == "fast")
-    assert ("degree 4" in few) == (precision == "fast")
-    assert "side 3072" in explained("iso_a", precision=precision, metric_rank=1000)
+    assert ("32 of 3072 directions in a Krylov space" in few) == (precision == "fast")
+    assert ("degree 2 and 6" in few) == (precision == "fast")
+    small = explained("iso_a", precision=precision, metric_rank=1000)
+    assert "side 3072" in small and ("in float32 where" in small) == (precision == "fast")
 
 
 def test_plan_counts_the_parts_of_iso_cts():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from eutectic.linalg.metric import FEW_ROWS, InputMetric, Metric, WideMetric, is_wide
 from eutectic.linalg.remembered import digest
@@ -22,7 +23,8 @@ def input_metric(
         entry: with a Gram A in any form, and the tokens n.
         ridge: ε.
         how: the leading directions and the degree of the polynomial that powers of wide metrics are
-            made of, where that is less work than an eigenproblem; None for eigenproblems always.
+            made of, where that is less work than an eigenproblem, and eigenproblems in the Gram's
+            dtype where that is sound; None for eigenproblems in float64 always.
         size: in.
         device: of the result.
     """
@@ -44,9 +46,9 @@ def input_metric(
         held = WideMetric(
             size,
             0.0,
-            matrix=None if entry.gram is None else entry.gram.to(device),
-            rows=None if entry.gram_factor is None else entry.gram_factor.to(device),
-            diagonal=None if rest is None else rest.to(device),
+            matrix=_computed(entry.gram, device),
+            rows=_computed(entry.gram_factor, device),
+            diagonal=_computed(rest, device),
             scale=1 / entry.count,
             rank=how[0],
             degree=how[1],
@@ -54,14 +56,24 @@ def input_metric(
         )
         energy = held.trace * held.scale / size
         return held.ridged(ridge * energy) if energy else identity
-    moment = entry.dense_gram()
-    assert moment is not None
+    moment = _computed(entry.gram, device) if how is not None else None
+    if moment is None:
+        moment = entry.dense_gram()
+        assert moment is not None
     moment = moment.to(device) / entry.count
-    energy = float(moment.trace()) / size
+    energy = float(moment.diagonal().sum(dtype=torch.float64)) / size
     if not energy:
         return identity
     moment.diagonal().add_(ridge * energy)
-    return InputMetric(size, matrix=moment, key=digest(_key(entry), entry.count, ridge))
+    key = digest(_key(entry), entry.count, ridge, moment.dtype)
+    return InputMetric(size, matrix=moment, key=key)
+
+
+def _computed(stored: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return it on a device, in the dtype of products with it: its own, or float32 for less."""
+    if stored is None:
+        return None
+    return stored.to(device, torch.promote_types(stored.dtype, torch.float32))
 
 
 def _key(entry: LayerStatistics) -> str:

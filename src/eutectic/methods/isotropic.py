@@ -15,12 +15,13 @@ from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.linalg.metric import Metric, is_wide, mean_metric
 from eutectic.linalg.polar import Precision, Support, explain_polar, polar
 from eutectic.linalg.svd import default_tolerance, dependence_tolerance
+from eutectic.linalg.wide_metric import positive_degree
 from eutectic.methods.core_metrics import in_core, with_factors
 from eutectic.methods.input_metrics import input_metric
 from eutectic.methods.linear import weighted_sum
 from eutectic.methods.registry import Context, Cost, Parameters, Rules, Takes, always, register
 
-METRIC_RANK, METRIC_DEGREE = 64, 4  # measured: docs/methods/iso_a.md
+METRIC_RANK, METRIC_DEGREE = 64, 6  # measured: docs/methods/iso_a.md
 PAPER = "No task left behind: isotropic model merging, arXiv 2502.04959"
 
 
@@ -60,8 +61,9 @@ class IsoAParameters(IsoCParameters):
         ridge: ε, the share of the mean input energy added to every input direction.
         metric_rank: k, the leading directions of a wide input metric (`in` from 512 and from 4k on)
             that its powers are exact on; "full" takes an eigenproblem of side `in` in their place.
-        metric_degree: of the polynomial that stands for these powers on the rest of the spectrum;
-            0 takes the rest as even, at its mean.
+        metric_degree: of the polynomial that stands for the inverse root on the rest of the
+            spectrum, and a third of it for the roots, which are smoother; 0 takes the rest as even,
+            at its mean.
     """
 
     ridge: Annotated[float, Gt(0)] = 0.1
@@ -104,13 +106,14 @@ def _explain_iso_a(shape: tuple[int, ...], parameters: IsoAParameters, precision
     experts, _, inner = shape
     how = parameters.powers(precision)
     roots = (
-        f"roots of the {experts} input metrics and of their mean by {experts + 1} float64 "
-        f"eigenproblems of side {inner}, the main cost"
+        f"roots of the {experts} input metrics and of their mean by {experts + 1} eigenproblems "
+        f"of side {inner}, {'in float32 where that is sound' if how else 'in float64'}"
     )
     if how is not None and is_wide(inner, how[0]):
         roots = (
             f"roots of the {experts} input metrics and of their mean on {how[0]} of {inner} "
-            f"directions by subspace iteration, on the rest by polynomials of degree {how[1]}"
+            f"directions in a Krylov space, on the rest by polynomials of degree "
+            f"{positive_degree(how[1])} and {how[1]}"
         )
     return explain_routes([roots, explain_polar(shape[1:], precision=precision)], precision)
 
@@ -320,20 +323,21 @@ def iso_a(deltas: Tensor | LowRankStack, parameters: IsoAParameters, context: Co
     the layer in expert t, C̄ their mean: directions count by how much they shift the output. With
     C_t = I this is Iso-C.
 
-    Roots: a C_t of fewer than 512, or 4k, inputs is decomposed whole, and so is a Gram in at most
-    1024 rows (few tokens, `collect --for`), in their number. Of wider ones the first k =
-    `metric_rank` eigenpairs are found by subspace iteration; on the rest, whose spectrum is short
-    once these are gone, the root is a Chebyshev polynomial of degree `metric_degree` in C_t, so
-    that products with A_t are all there is: a stored factor of a Gram stays one. Measured against
-    eigenproblems at 1536 inputs: Δ moves by 8 % at degree 4, 3 % at 6, 0.7 % at 10, which accuracy
-    does not show (docs/methods/iso_a.md). `metric_rank="full"` and `precision="exact"` take
-    eigenproblems.
+    Roots: a C_t of fewer than 512, or 4k, inputs is decomposed whole, in float32 where its Gram is
+    and its condition is at most 1e4, else in float64; so is a Gram in at most 1024 rows (few
+    tokens, `collect --for`), in their number. Of wider ones the first k = `metric_rank` eigenpairs
+    are found in a Krylov space; on the rest, whose spectrum is short once these are gone, C̄^{-1/2}
+    is a fitted polynomial of degree `metric_degree` and C_t^{1/2}, which is smoother, one of a
+    third of it, so that products with A_t are all there is: a stored factor of a Gram stays one.
+    Measured against eigenproblems at 1536 inputs: Δ moves by 5 % at degree 6, 3 % at 9, which
+    accuracy does not show (docs/methods/iso_a.md). `metric_rank="full"` and `precision="exact"`
+    take eigenproblems in float64.
 
     Shapes: `[T, out, in]` and T Grams `[in, in]` -> `[out, in]`. Cost: beside one polar factor, for
-    T + 1 metrics, O(in²·k) per step of the subspace iteration and `metric_degree` products
-    `[out, in]·[in, in]`, in the Grams' dtype (O(in·k·n) and O(out·in·n) for n rows); of whole
-    metrics float64 eigenproblems of side `in`. An expert without inputs (n_t = 0 or a zero Gram)
-    enters with C_t = I. Zero deltas give zero; rank deficiency as in `iso_c`.
+    T + 1 metrics, 2.5k rows times a Gram for the leading directions, and `metric_degree` times, or
+    a third of that, the output's rows, in the Grams' dtype; of whole metrics eigenproblems of side
+    `in`. An expert without inputs (n_t = 0 or a zero Gram) enters with C_t = I. Zero deltas give
+    zero; rank deficiency as in `iso_c`.
 
     Thin factors: with Grams of few rows all happens between bases of the factors and these rows,
     of side Σ r_t and Σ r_t + Σ k_t, in float64, and is multiplied out once. Of Grams between the
@@ -376,16 +380,18 @@ def _flat_in_metrics(
     tolerance: float | None,
 ) -> Tensor:
     """Return mean(S)·U Vᵀ·C̄^{-1/2} in float64; the bound is that of the expanded deltas."""
-    total = torch.zeros(deltas.shape[1:], dtype=torch.float64, device=deltas.device)
+    total: Tensor | None = None
     for delta, weight, metric in zip(deltas, context.weights, metrics, strict=True):
-        total += weight * metric.times(delta, 0.5)
+        shift = metric.times(delta, 0.5)
+        total = shift.mul_(weight) if total is None else total.add(shift, alpha=weight)
+    assert total is not None
     flat = polar(
         total.to(deltas.dtype),
         support=parameters.support,
         rank_tolerance=tolerance,
         precision=context.precision,
     )
-    merged = flat.factor.double() * flat.mean_singular_value
+    merged = flat.factor * flat.mean_singular_value
     return mean_metric(metrics, total).times(merged, -0.5)
 
 

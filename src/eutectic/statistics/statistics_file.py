@@ -354,15 +354,13 @@ class TensorFile(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self._tensors[name]
-        buffer = bytearray(tensor.nbytes)
+        buffer = torch.empty(tensor.nbytes, dtype=torch.uint8)
         try:
             with closing(storage_of(self.path).open(self.path)) as file:
-                file.read_into(memoryview(buffer), tensor.offset)
+                file.read_into(buffer.numpy().data, tensor.offset)
         except OSError as error:
             raise StatisticsError(f"{self.path}: cannot be read ({why_failed(error)}).") from error
-        if not buffer:
-            return torch.zeros(tensor.shape, dtype=tensor.dtype)
-        return torch.frombuffer(buffer, dtype=tensor.dtype).reshape(tensor.shape)
+        return buffer.view(tensor.dtype).reshape(tensor.shape)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
