@@ -308,7 +308,9 @@ def split_spectrum(rank: int, common_fraction: float, experts: int) -> tuple[int
     parameters=IsoAParameters,
     laws={"permutation", "homogeneous", "zero", "rotation"},
     takes=Takes(factors=True, core_grams=True, needs=always({"gram"}), fallback=always("iso_c")),
-    cost=Cost(workspace=lambda count: 1.5 + 28 / count),
+    cost=Cost(
+        workspace=lambda count: 1.5 + 28 / count, keeps_rows=lambda p: p.metric_rank != "full"
+    ),
     rules=Rules(
         default_scale=_by_count(1.3, 1.0, 0.9),
         explain=_explain_iso_a,

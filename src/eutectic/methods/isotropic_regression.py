@@ -42,7 +42,7 @@ class IsoRegMeanParameters(IsoAParameters):
 def _explain(shape: tuple[int, ...], parameters: IsoRegMeanParameters, precision: Precision) -> str:
     _, out, inner = shape
     how = parameters.powers(precision)
-    root = f"root of the mean input metric by a float64 eigenproblem of side {inner}"
+    root = f"root of the mean input metric by an eigenproblem of side {inner}"
     if how is not None and is_wide(inner, how[0]):
         root = (
             f"root of the mean input metric on {how[0]} of {inner} directions, a polynomial beyond"
