@@ -61,7 +61,7 @@ def _explain(shape: tuple[int, ...], parameters: IsoRegMeanParameters, precision
     cost=Cost(
         workspace=lambda count: 1.5 + 28 / count, keeps_rows=lambda p: p.metric_rank != "full"
     ),
-    rules=Rules(explain=_explain, check=negative_weights),
+    rules=Rules(default_scale=always(2.0), explain=_explain, check=negative_weights),
 )
 def iso_regmean(
     deltas: Tensor | LowRankStack, parameters: IsoRegMeanParameters, context: Context
