@@ -186,8 +186,9 @@ def main() -> None:
             (work / "statistics").mkdir(exist_ok=True)
             data = ("--data", f"tasks/{name}/proxy.jsonl", "--task", "feature-extraction")
             eutectic(work, "collect", f"experts/{name}", *data, "-o", file)
-    searches = ("--search", "validation", "--range", "0.05:3", "--points", "7")
-    methods = ("average", "task_arithmetic", "ties", "tsv_m", "iso_c", "regmean", "iso_a")
+    # α without labels, in closed form from the Grams: a search would embed every corpus for each α.
+    searches = ("--search", "default", "--search", "auto")
+    methods = ("average", "task_arithmetic", "tsv_m", "iso_c", "regmean", "iso_a")
     named = [word for method in methods for word in ("--method", method)]
     own = ("--tasks", "tasks.yaml", "-o", "comparison", *named, *searches)
     eutectic(work, "compare", "recipe.yaml", *own, "--best", "merged")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -325,3 +326,42 @@ def test_command_and_draft(tmp_path: Path):
     drawn = draft([base, expert], tmp_path, base=str(base))
     assert "kind: retrieval" in drawn.tasks and "corpus: sre/corpus.jsonl  # EDIT" in drawn.tasks
     assert any("corpus" in line for line in drawn.open)
+
+
+def test_routed_models_are_measured(tmp_path: Path):
+    """With its experts off a routed model is the merged one, if it is given the Dense module."""
+    base = sentence_model(tmp_path / "base", "cls_token", dense=6)
+    experts = {
+        n: sentence_model(tmp_path / n, "cls_token", dense=6, seed=s)
+        for n, s in (("a", 3), ("b", 4))
+    }
+    merged = tmp_path / "merged"
+    eutectic.merge(base=base, experts=experts, method="average", output=merged)
+    files = {}
+    for name, folder in experts.items():
+        texts = world.jsonl(tmp_path / f"{name}.jsonl", [{"text": t} for t in world.sentences(24)])
+        files[name] = tmp_path / f"{name}.stats.safetensors"
+        done = invoke("collect", folder, "--data", texts, "-o", files[name])
+        assert done.code == 0, done.err
+    words = [f"{name}={folder}" for name, folder in experts.items()]
+    words += [w for name, file in files.items() for w in ("-s", f"{name}={file}")]
+    words += ["--rank", "2", "--router", "prototype", "-o", tmp_path / "routed"]
+    done = invoke("route", merged, *words)
+    assert done.code == 0, done.err
+    data = pair_file(tmp_path / "pairs.jsonl")
+    tasks = world.tasks(tmp_path / "t.yaml", a={"kind": "sentence-similarity", "data": str(data)})
+    with pytest.raises(
+        CheckpointError, match="2_Dense .* has no weight .*\n.*Copy its folder there"
+    ):
+        eutectic.evaluate(tasks, models=[tmp_path / "routed"])
+    shutil.copytree(merged / "2_Dense", tmp_path / "routed" / "2_Dense", dirs_exist_ok=True)
+    values = [
+        eutectic.evaluate(tasks, models=[folder], base=base, **options).results[-1].value
+        for folder, options in (
+            (merged, {}),
+            (tmp_path / "routed", {"routing": "base"}),
+            (tmp_path / "routed", {"routing": "oracle"}),
+        )
+    ]
+    assert values[0] == pytest.approx(values[1], abs=1e-6)
+    assert values[2] != values[1]
