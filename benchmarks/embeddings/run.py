@@ -37,8 +37,8 @@ from texts import fetch
 logger = logging.getLogger("embeddings")
 TRAINED = ("wordnet", "computing", "english")
 SIBLING = "operations"  # the task of the sibling made by others
-TESTS, VALIDATIONS, PROXIES, DISTRACTORS = 300, 150, 128, 1000
-SIMILAR = 600
+TESTS, VALIDATIONS, PROXIES, SIMILAR = 200, 100, 128, 600
+RESERVED, DISTRACTORS = 1000, 200  # training pairs that no expert sees; documents more to rank
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ def prepare_task(name: str, work: Path) -> list[Pair]:
     sides = load(name, work / "cache")
     folder = work / "tasks" / name
     held = sides.test[:TESTS] + sides.validation[:VALIDATIONS]
-    others = sides.test[TESTS:] + sides.validation[VALIDATIONS:] + sides.train[-DISTRACTORS:]
-    documents = [p.document for p in held] + [p.document for p in others[:DISTRACTORS]]
+    others = sides.train[-RESERVED:][:DISTRACTORS]
+    documents = [p.document for p in held + others]
     numbers = {text: f"d{number}" for number, text in enumerate(documents)}
     write_jsonl(folder / "corpus.jsonl", [{"id": i, "text": text} for text, i in numbers.items()])
     for side, count in (("test", TESTS), ("validation", VALIDATIONS)):
@@ -69,7 +69,7 @@ def prepare_task(name: str, work: Path) -> list[Pair]:
         write_jsonl(folder / f"{side}.jsonl", rows)
     texts = [text for pair in sides.train[:PROXIES] for text in pair]
     write_jsonl(folder / "proxy.jsonl", [{"text": text} for text in texts])
-    return sides.train[: len(sides.train) - DISTRACTORS]
+    return sides.train[: len(sides.train) - RESERVED]
 
 
 def make_expert(name: str, work: Path, recipe: Recipe, train: Sequence[Pair]) -> None:
