@@ -63,10 +63,16 @@ class BuildOptions:
 
     rank: int = option(32, "Rank of every expert, ρ.", min=1)
     router: str | None = option(
-        None, "discriminant or prototype (default: as the statistics allow)."
+        None,
+        "Which expert: by discriminants or prototypes at every layer (default: as the statistics "
+        "allow), or once by one layer's features (mad, sim).",
+        metavar="discriminant | prototype | mad | sim",
     )
     accumulate: bool | None = option(
         None, "Decide by the evidence of all layers so far (default: discriminant)."
+    )
+    decider: str | None = option(
+        None, "The layer by which mad and sim decide (default: the last).", metavar="LAYER"
     )
     layers: list[str] | None = option(None, "Parameters whose layers are routed.", metavar="GLOB")
     base: Path | None = option(None, "The base before merging; for adapters only.")
@@ -131,8 +137,10 @@ def route(
     named = named_paths(experts, "expert")
     if build.statistics_of not in ("expert", "any"):
         raise RequestError(f"--statistics-of is expert or any, got '{build.statistics_of}'.")
-    if build.router not in (None, "discriminant", "prototype"):
-        raise RequestError(f"--router is discriminant or prototype, got '{build.router}'.")
+    if build.router not in (None, "discriminant", "prototype", "mad", "sim"):
+        raise RequestError(
+            f"--router is discriminant, prototype, mad or sim, got '{build.router}'."
+        )
     with ExitStack() as stack:
         asides: Mapping[str, FolderAside] = {}
         if not target.dry_run:

@@ -19,7 +19,7 @@ from eutectic.checkpoint.names import align
 from eutectic.checkpoint.opening import open_reader
 from eutectic.checkpoint.reader import CheckpointSource, StateDictReader, same_content, sample_of
 from eutectic.conventions import canonical_name
-from eutectic.errors import NumericalError, RequestError, StatisticsError
+from eutectic.errors import NumericalError, RequestError, StatisticsError, suggest
 from eutectic.linalg.essential import essential_subspace
 from eutectic.models.names import names_in, saved_names
 from eutectic.models.sites import Site, feeds_batch_first
@@ -36,6 +36,7 @@ from eutectic.routed.router import (
     discriminant_router,
     prototype_router,
 )
+from eutectic.routed.single_decision import ROUTERS, SINGLE, mad_router, sim_router
 from eutectic.types import LayerStatistics, Statistics, as_statistics
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class RoutedSettings:
     shrinkage: float | None = None
     statistics_of: Literal["expert", "any"] = "expert"
     heads: Mapping[str, StoredHead] | None = None
+    decider: str | None = None
 
 
 class RoutedOptions(TypedDict, total=False):
@@ -64,6 +66,7 @@ class RoutedOptions(TypedDict, total=False):
     shrinkage: float | None
     statistics_of: Literal["expert", "any"]
     heads: Mapping[str, StoredHead] | None
+    decider: str | None
 
 
 def build_routed(
@@ -98,13 +101,16 @@ def build_routed(
         rank: ρ, the same for all layers (cut to a layer's size). Full rank reproduces the expert on
             every input that its proxy data span.
         router: "discriminant", or "prototype" as published. Default: discriminant where every
-            layer has pooled statistics, else prototype.
+            layer has pooled statistics, else prototype. "mad" and "sim" decide once for the whole
+            network, in a first pass with the experts off: by the Gaussian discriminant, or by what
+            each task's subspace leaves over, of one layer's pooled inputs.
         layers: globs over parameter names; default: attention projections and the first matrix of
             every MLP.
         **options: how experts are read and routed:
 
             - `accumulate`: layers decide by the sum of the log-posteriors of the layers passed so
               far. Default: yes for the discriminant, no for prototypes (as published).
+            - `decider`: of "mad" and "sim", the layer that decides (default: the last routed one).
             - `base`: the checkpoint before merging; only adapters need it.
             - `shrinkage`: of the discriminant's covariance, in (0, 1]; default: estimated.
             - `statistics_of`: `expert`: statistics must have been collected on the expert itself,
@@ -160,14 +166,17 @@ def build_routed(
             for n, c in zip(names, routes_called, strict=True)
         )
         router = "discriminant" if pooled else "prototype"
-    if shrinkage is not None and router != "discriminant":
+    if shrinkage is not None and router not in ("discriminant", "mad"):
         raise RequestError(
-            f"shrinkage belongs to the discriminant router, got router='{router}'.\n"
+            f"shrinkage belongs to the discriminant router and mad, got router='{router}'.\n"
             "Leave it out, or give statistics with pooled sums and router='discriminant'."
         )
+    decider = _decider(router, asked, paths)
     routed = copy.deepcopy(model)
     steps = router == "discriminant" if asked.accumulate is None else asked.accumulate
-    routing = Routing(names, router, steps, feeds_batch_first(model), left_out=left_out)
+    routing = Routing(
+        names, router, steps, feeds_batch_first(model), left_out=left_out, decider=decider
+    )
     with open_experts(model, experts, asked.base) as opened, torch.no_grad():
         for layer in chosen:
             entries: list[LayerStatistics] = []
@@ -186,6 +195,24 @@ def build_routed(
             scorer = _router(router, of_router(layer), layer, shrinkage, names)
             install(routed, layer, up, down, scorer.to(layer.weight.device), routing)
     return finish(routed, routing, asked.heads)
+
+
+def _decider(router: RouterKind, asked: RoutedSettings, layers: Sequence[str]) -> str | None:
+    """Return the layer that decides for the whole network; None where every layer does."""
+    if router not in SINGLE:
+        if asked.decider is not None:
+            raise RequestError(
+                f"decider belongs to the routers {' and '.join(SINGLE)}, got router='{router}'."
+            )
+        return None
+    if asked.accumulate:
+        raise RequestError(f"the router '{router}' decides once: there is nothing to accumulate.")
+    if asked.decider is not None and asked.decider not in layers:
+        raise RequestError(
+            f"no routed layer '{asked.decider}' that could decide."
+            f"{suggest(asked.decider, list(layers))}"
+        )
+    return asked.decider or layers[-1]
 
 
 def _pooled_in(statistics: Statistics, name: str) -> bool:
@@ -236,8 +263,12 @@ def _router(
         router: Router = prototype_router(entries, f"'{layer.name}'", names)
     elif kind == "discriminant":
         router = discriminant_router(entries, f"'{layer.name}'", shrinkage, names)
+    elif kind == "mad":
+        router = mad_router(entries, f"'{layer.name}'", shrinkage, names)
+    elif kind == "sim":
+        router = sim_router(entries, f"'{layer.name}'", names)
     else:
-        raise RequestError(f"unknown router '{kind}'; known: discriminant, prototype.")
+        raise RequestError(f"unknown router '{kind}'; known: {', '.join(ROUTERS)}.")
     if router.weight.shape[1] != layer.shape[1]:
         raise StatisticsError(
             f"'{layer.name}': the router statistics are for {router.weight.shape[1]} inputs, the "

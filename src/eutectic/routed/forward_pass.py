@@ -119,6 +119,8 @@ class Routing:
     left_out: list[str] = field(default_factory=list[str])  # default layers that are not routed
     # `RouterQuality.record()` of what was measured or estimated, kept with the model.
     quality: dict[str, Any] | None = None
+    # The layer that decides for the whole network, in a first pass; None where every layer does.
+    decider: str | None = None
 
     def settings(self) -> Settings:
         """Return the settings in force in this context."""
@@ -234,7 +236,8 @@ class _Scope:
         if call.held is None and (run := _RUN.get()) is not None:
             call.held = run.get(id(module))
         call.carried = _carried(given)
-        if call.settings.mode == "vote" and call.held is None:
+        once = call.settings.mode == "route" and self.routing.decider is not None
+        if (once or call.settings.mode == "vote") and call.held is None:
             call.voted = _vote(module, self.signature, given, call)
         _CALL.set(call)
         return call
@@ -302,7 +305,9 @@ def _vote(
         module(**signature.without_cache(given))
     ballots, layer = first.ballots or {}, call.settings.layer
     passed = [name for cast in ballots.values() for name, _ in cast]
-    if layer is not None and layer not in passed:
+    if layer is None and call.settings.mode == "route":
+        layer = call.routing.decider  # a call that does not pass it takes the majority
+    elif layer is not None and layer not in passed:
         raise RequestError(
             f"the layer '{layer}' was not passed, so it cannot vote.\n"
             f"Passed: {', '.join(passed[:5])}, …"

@@ -23,8 +23,9 @@ from eutectic.routed.forward_pass import Routing, install_hooks
 from eutectic.routed.head_files import read_heads, write_heads
 from eutectic.routed.heads import RoutedHeads, StoredHead, heads_of
 from eutectic.routed.routed_modules import Experts, RoutedLinear, install
-from eutectic.routed.router import ROUTERS, RouterKind
+from eutectic.routed.router import RouterKind
 from eutectic.routed.routing_modes import routing_of
+from eutectic.routed.single_decision import ROUTERS
 from eutectic.serving import ROUTER_FORMAT, ROUTER_JSON
 from eutectic.storage import announce, folder_aside, local_path, storage_of, view_once
 from eutectic.storage.small_files import check_regular, read_bytes
@@ -61,6 +62,7 @@ class Description(BaseModel):
     left_out: list[str] = []  # absent in files of earlier versions
     layers: list[RoutedLayer]
     heads: tuple[str, ...] = ()  # experts that have one in `heads/`
+    decider: str | None = None  # absent where every layer decides
     quality: dict[str, Any] | None = None  # `RouterQuality.record()`, if it is known
 
 
@@ -117,7 +119,8 @@ def write_routed(routed: nn.Module, path: Path, **options: Any) -> None:
         save_file(tensors, path / FACTORS)
         write_heads(path, heads)
         # Last: a folder without it is no finished routed model.
-        text = json.dumps(description.model_dump(), indent=1)
+        every = {"decider"} if description.decider is None else set[str]()
+        text = json.dumps(description.model_dump(exclude=every), indent=1)
         announce(path / DESCRIPTION)
         (path / DESCRIPTION).write_text(text, encoding="utf-8")
     except (OSError, SafetensorError) as error:
@@ -176,20 +179,22 @@ def load_routed(folder: str | Path, model: nn.Module | type[Any] | None = None) 
                 f"{path}: the routed layer '{item.name}' is not in {type(loaded).__name__}.\n"
                 "Load it with the class that it was saved from."
             )
-        up, down, weight, bias = _tensors(path, tensors, layer, len(routing.experts))
+        up, down, weight, bias = _tensors(path, tensors, layer, routing)
         router = ROUTERS[description.router](weight, bias)
         install(loaded, layer, up.to(device), down.to(device), router.to(device), routing)
     return finish(loaded, routing, read_heads(path, description.heads))
 
 
-def _tensors(path: Path, held: Mapping[str, Tensor], layer: Site, experts: int) -> list[Tensor]:
+def _tensors(path: Path, held: Mapping[str, Tensor], layer: Site, routing: Routing) -> list[Tensor]:
     """Return `up`, `down`, and the router's weight and bias of one layer."""
     keys = [f"{layer.path}.{key}" for key in ("up", "down", "router.weight", "router.bias")]
     found = [held[key] for key in keys if key in held]
     if len(found) < len(keys) or found[0].ndim != 3:
         raise CheckpointError(f"{path / FACTORS}: incomplete for the layer '{layer.name}'.")
     size, (rows, columns) = found[0].shape[2], layer.shape
-    wanted = [(experts, rows, size), (experts, size, columns), (experts, columns), (experts,)]
+    experts, own = len(routing.experts), len(found[2]) if found[2].ndim else 0
+    scored = own if routing.router == "sim" and own and own % experts == 0 else experts
+    wanted = [(experts, rows, size), (experts, size, columns), (scored, columns), (experts,)]
     shapes = [tuple(tensor.shape) for tensor in found]
     if shapes != wanted:
         raise CheckpointError(
@@ -284,6 +289,12 @@ def write_adapters(routed: nn.Module, path: Path, output: Path, beside: Path | N
             else f"{type(routed).__name__} has no save_pretrained, so PEFT could not load it."
         )
     _check_folders(handle.experts)
+    if handle.router == "sim":
+        raise RequestError(
+            "the router 'sim' compares subspaces, for which router.json has no words: it holds "
+            "one row an expert.\nBuild the routed model with --router mad, discriminant or "
+            "prototype."
+        )
 
     def save(model: Any, folder: Path) -> None:
         _save_model(type(model).save_pretrained, model, folder, _base_state_dict(model), {})
@@ -296,7 +307,7 @@ def write_adapters(routed: nn.Module, path: Path, output: Path, beside: Path | N
             write_expert(routed, layers, expert, Export(path, output, beside, save))
         routers = {
             f"{p}.{key}": tensor.contiguous()
-            for p, experts in layers.items()
+            for p, experts in _deciding(handle, layers).items()
             for key, tensor in experts.router.state_dict().items()
         }
         metadata = {"experts": json.dumps(list(handle.experts)), "router": handle.router}
@@ -304,6 +315,11 @@ def write_adapters(routed: nn.Module, path: Path, output: Path, beside: Path | N
         _write_in_order(path, ROUTERS_FILE, routers, metadata)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{path}: the export cannot be written: {error}.") from error
+
+
+def _deciding(handle: Routing, layers: Mapping[str, Experts]) -> dict[str, Experts]:
+    """Return the layers whose routers decide: all, or the one that does for the network."""
+    return {p: e for p, e in layers.items() if handle.decider in (None, e.name)}
 
 
 def _router_description(handle: Routing, layers: Mapping[str, Experts]) -> str:
@@ -315,7 +331,7 @@ def _router_description(handle: Routing, layers: Mapping[str, Experts]) -> str:
         "experts": list(handle.experts),  # in the order of rows and biases
         "router": handle.router,
         "file": ROUTERS_FILE,  # "<layer>.weight" [experts, in] and "<layer>.bias" [experts]
-        "layers": list(layers),  # in the order in which they are passed
+        "layers": list(_deciding(handle, layers)),  # in the order in which they are passed
         "pooling": "mean of the layer's input over the sample's unmasked tokens",
         "normalise": handle.router == "prototype",  # the mean to norm 1, before the scores
         "accumulate": handle.accumulate,  # log-softmax of the scores, summed over the layers

@@ -17,7 +17,7 @@ from eutectic.linalg import lapack
 from eutectic.linalg.rows_and_diagonal import few_rows, invert, times_without
 from eutectic.types import LayerStatistics
 
-RouterKind = Literal["discriminant", "prototype"]
+RouterKind = Literal["discriminant", "prototype", "mad", "sim"]
 POOLED = frozenset({"pooled_gram", "pooled_sum"})  # what the discriminant reads of a layer
 
 
@@ -295,6 +295,3 @@ def _estimated(p: int, trace: float, square: float, degrees: int) -> float:
     above = (1 - 2 / p) * square + trace**2
     below = (degrees + 1 - 2 / p) * excess
     return min(1.0, above / below) if below > 0 else 1.0
-
-
-ROUTERS: dict[str, type[Router]] = {r.kind: r for r in (DiscriminantRouter, PrototypeRouter)}

@@ -157,9 +157,11 @@ def estimated_quality(
     Pooled inputs of a task are taken as Gaussian with the mean and the covariance of its
     statistics, so that its scores W x + b are, too: `[T]`-dimensional, of which seeded draws are
     decided. Every layer is taken alone, also where the model adds evidence up over layers, which
-    decides better.
+    decides better. None too of subspaces (`sim`), whose scores are no linear ones.
     """
     handle, modules = routing_of(routed), experts_of(routed)
+    if handle.router == "sim":
+        return None
     names = [experts.name for experts in modules.values()]
     called = expert_statistics(statistics, handle.experts, names, "router statistics")
     layers: dict[str, dict[str, float]] = {}
@@ -174,7 +176,8 @@ def estimated_quality(
             row[name] = _expected_share(experts, entry, t)
             samples[name] = entry.sample_count
         layers[experts.name] = row
-    means = {n: sum(row[n] for row in layers.values()) / len(layers) for n in handle.experts}
+    deciding = [row for n, row in layers.items() if handle.decider in (None, n)]
+    means = {n: sum(row[n] for row in deciding) / len(deciding) for n in handle.experts}
     return RouterQuality(False, 1 / len(handle.experts), samples, layers, means)
 
 
