@@ -1,13 +1,14 @@
 """Spectral merges of layers as wide as a Llama 3 8B's, from files to files, beside physical limits.
 
     python benchmarks/llama_width.py --work DIR [--methods iso_c,iso_cts,…] [--output FILE.json]
-    python benchmarks/llama_width.py --work DIR --layers 1 --kinds q_proj,k_proj,gate_proj …
+    python benchmarks/llama_width.py --work DIR --layers 1 --kinds q_proj,k_proj,gate_proj --part 2
 
 Base and four experts of two layers (hidden 4096, inner 14336, keys and values 1024; random
 bfloat16, 4.6 GB) are written once, with statistics of 64 directions and a diagonal for each expert
 (spectra that fall off). Each method is a process of its own on one thread. Where only some kinds of
-matrices are measured, one counts for the others of its shape, either way up. The table
-has processor seconds a layer, the peak of the process above what it took before the merge, and
+matrices are measured, one counts for the others of its shape, either way up. With `--part 2` all
+sides are half as long, for an eighth of the work. The table has processor seconds a layer, the peak
+of the process above what it took before the merge, and
 
 - the bytes that were read and written, at the disk's measured rate;
 - the floating-point operations of all products and decompositions (counted at each call of torch
@@ -75,10 +76,10 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def matrices(layers: int, kinds: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Return every linear map of the model."""
+def matrices(layers: int, kinds: Sequence[str], part: int) -> dict[str, tuple[int, int]]:
+    """Return every linear map of the model, its sides divided by `part`."""
     return {
-        f"model.layers.{layer}.{name}.weight": SHAPES[name]
+        f"model.layers.{layer}.{name}.weight": (SHAPES[name][0] // part, SHAPES[name][1] // part)
         for layer in range(layers)
         for name in kinds
     }
@@ -96,32 +97,34 @@ def stands_for(kinds: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def make(folder: Path, layers: int, kinds: Sequence[str]) -> None:
+def make(folder: Path, layers: int, kinds: Sequence[str], part: int) -> None:
     """Write base, experts and statistics, unless they are there."""
     if (folder / "done").is_file():
         return
     shutil.rmtree(folder, ignore_errors=True)
+    shapes, hidden = matrices(layers, kinds, part), HIDDEN // part
     for number, name in enumerate(("base", *EXPERTS)):
         own = torch.Generator().manual_seed(number)
         shared = torch.Generator().manual_seed(0)
         tensors: dict[str, Tensor] = {}
-        for key, (out, width) in matrices(layers, kinds).items():
+        for key, (out, width) in shapes.items():
             value = torch.randn(out, width, generator=shared)
             if number:
                 value.add_(torch.randn(out, width, generator=own), alpha=CHANGE)
             tensors[key] = value.mul_(width**-0.5).bfloat16()
         tensors["model.embed_tokens.weight"] = torch.randn(
-            CONFIG["vocab_size"], HIDDEN, generator=shared
+            CONFIG["vocab_size"], hidden, generator=shared
         ).bfloat16()
-        norms = [f"model.layers.{n}.{part}" for n in range(layers) for part in NORMS]
+        norms = [f"model.layers.{n}.{own}" for n in range(layers) for own in NORMS]
         for key in (*norms, "model.norm"):
-            tensors[f"{key}.weight"] = torch.ones(HIDDEN, dtype=torch.bfloat16)
+            tensors[f"{key}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
         (folder / name).mkdir(parents=True)
         save_file(tensors, folder / name / "model.safetensors", {"format": "pt"})
-        config = {**CONFIG, "num_hidden_layers": layers}
+        config = {**CONFIG, "num_hidden_layers": layers, "hidden_size": hidden}
+        config["intermediate_size"] = INNER // part
         (folder / name / "config.json").write_text(json.dumps(config))
         if number:
-            write_statistics(folder / f"{name}.safetensors", matrices(layers, kinds), number)
+            write_statistics(folder / f"{name}.safetensors", shapes, number)
     (folder / "done").write_text("")
 
 
@@ -306,7 +309,12 @@ def keys_of(counts: list[dict[str, float]]) -> list[str]:
 
 
 def measure(
-    method: str, folder: Path, layers: int, kinds: Sequence[str], rates: Mapping[str, Any]
+    method: str,
+    folder: Path,
+    layers: int,
+    kinds: Sequence[str],
+    part: int,
+    rates: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Merge in a process of its own and put limits beside what it took, all for one layer."""
     output = folder / "out"
@@ -321,12 +329,13 @@ def measure(
     times = {kind: len(own) for kind, own in stands_for(kinds).items()}
     # Reading, writing and all else goes by the number of entries.
     entries = {kind: math.prod(SHAPES[kind]) for kind in SHAPES}
-    part = sum(entries.values()) / sum(entries[kind] for kind in kinds) / layers
+    all_of_it = sum(entries.values()) / sum(entries[kind] for kind in kinds) / layers
     within = sum(own["seconds"] for own in counted.values())
     method_seconds = sum(n * counted[kind]["seconds"] for kind, n in times.items())
-    moved = {key: value * part for key, value in took["bytes"].items()}
+    moved = {key: value * all_of_it for key, value in took["bytes"].items()}
+    rest = (took["cpu_seconds"] - within * layers) * all_of_it
     layer = {
-        "cpu_seconds": (took["cpu_seconds"] - within * layers) * part + method_seconds,
+        "cpu_seconds": rest + method_seconds,
         "method_seconds": method_seconds,
         "product_limit": sum(n * counted[kind]["limit"] for kind, n in times.items()),
         "operations": sum(
@@ -336,9 +345,11 @@ def measure(
         "disk_limit": sum(moved[key] / rates["disk"][key] for key in moved),
     }
     layer["share"] = layer["product_limit"] / layer["cpu_seconds"]
-    found = {"method": method, "layers": layers, "stands_for": stands_for(kinds)}
+    found = {"method": method, "layers": layers, "stands_for": stands_for(kinds), "part": part}
     found |= {"peak": took["peak"], "layer": layer, "matrices": counted, "rates": rates}
-    return found | {"whole_model_hours": layer["cpu_seconds"] * WHOLE_LAYERS / 3600}
+    # The work of decompositions goes by the cube of a side, the rest by its square.
+    whole = method_seconds * part**3 + rest * part**2
+    return found | {"whole_model_hours": whole * WHOLE_LAYERS / 3600}
 
 
 DTYPES = ("float32", "float64")
@@ -360,6 +371,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder of models and outputs (6 GB)")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--kinds", help="matrices of a layer that are measured (all)")
+    parser.add_argument("--part", type=int, default=1, help="divides all sides")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--output", type=Path, help="JSON file that rows are added to")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
@@ -371,17 +383,19 @@ def main() -> None:
     torch.set_num_threads(1)
     wanted = (arguments.kinds or ",".join(SHAPES)).split(",")
     kinds = [name for name in SHAPES if name in wanted or name.rpartition(".")[2] in wanted]
-    folder = arguments.work / f"{arguments.layers}-{'-'.join(k.rpartition('.')[2] for k in kinds)}"
-    make(folder, arguments.layers, kinds)
+    named = "-".join(k.rpartition(".")[2] for k in kinds)
+    folder = arguments.work / f"{arguments.layers}-{arguments.part}-{named}"
+    make(folder, arguments.layers, kinds, arguments.part)
     rates = {"products": product_rates(), "disk": disk_rates(arguments.work)}
     print("| method | a layer | peak | operations | as products | share | bytes | disk | model |")
     print("|---|---|---|---|---|---|---|---|---|")
     for method in arguments.methods.split(","):
-        row = measure(method, folder, arguments.layers, kinds, rates)
+        row = measure(method, folder, arguments.layers, kinds, arguments.part, rates)
         print(line(row), flush=True)
         if arguments.output:
             known = json.loads(arguments.output.read_text()) if arguments.output.is_file() else []
-            known = [old for old in known if old["method"] != method]
+            like = ("method", "part")
+            known = [old for old in known if [old[k] for k in like] != [row[k] for k in like]]
             arguments.output.write_text(json.dumps([*known, row], indent=1) + "\n")
 
 
