@@ -92,3 +92,26 @@ def test_grams_in_few_rows_are_no_squares(tmp_path: Path) -> None:
     assert peak - plain < 4 * wide**2
     _, with_inverse = cost(tmp_path, operator="gram", preconditioner="kronecker")
     assert with_inverse - plain < 4 * wide**2
+
+
+def test_long_matrices_need_fewer_multiples_of_themselves(tmp_path: Path) -> None:
+    """What goes by the square of the shorter side is small beside the matrix."""
+
+    def multiples(shape: tuple[int, int], method: str) -> float:
+        folder = tmp_path / f"{shape[0]}-{shape[1]}"
+        for name in ("base", "a", "b"):
+            torch.manual_seed(len(name))
+            save(folder / name, {"layer.weight": torch.randn(shape)})
+        experts = {n: folder / n for n in "ab"}
+        values = {"base": folder / "base", "experts": experts, "method": method}
+        recipe = check_recipe(values)
+        with open_inputs(recipe) as inputs:
+            (planned,) = make_plan(recipe, inputs).tensors
+            return tensor_cost(planned, inputs).peak_bytes / (4 * shape[0] * shape[1])
+
+    for method in ("iso_c", "iso_cts", "tsv_m"):
+        square, wide, tall = (multiples(s, method) for s in ((64, 64), (64, 224), (224, 64)))
+        assert wide == pytest.approx(tall)
+        assert 0.4 * square < wide < 0.8 * square
+    for shape in ((64, 64), (64, 224)):
+        assert multiples(shape, "ties") == multiples((64, 64), "ties")

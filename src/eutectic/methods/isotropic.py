@@ -125,8 +125,9 @@ def _explain_iso_a(shape: tuple[int, ...], parameters: IsoAParameters, precision
     parameters=IsoCParameters,
     laws={"permutation", "homogeneous", "zero", "absent", "rotation"},
     takes=Takes(factors=True),
-    # 18 to 21 products in all, measured with 8 experts at sides of 768.
-    cost=Cost(workspace=lambda count: 1.5 + 18 / count, products=2.5),
+    # 18 to 21 products in all, measured with 8 experts at sides of 768; memory with 4 at 1024 and
+    # at 1024 × 3584, where it was 5.2 and 3.0 times the stack.
+    cost=Cost(workspace=lambda count: 1.5 + 18 / count, squares=0.6, products=2.5),
     rules=Rules(
         default_scale=_by_count(1.3, 1.0, 0.9),
         explain=_explain_iso_c,
@@ -202,7 +203,7 @@ def _stays_thin(deltas: LowRankStack, parameters: IsoCParameters, beside: int = 
     parameters=IsoCtsParameters,
     laws={"permutation", "homogeneous", "zero", "rotation"},
     takes=Takes(factors=True),
-    cost=Cost(workspace=lambda count: 1.5 + 28 / count),
+    cost=Cost(workspace=lambda count: 1.5 + 28 / count, squares=0.6),  # 8.2 and 4.3 were measured
     rules=Rules(
         default_scale=_by_count(1.5, 1.2, 1.1),
         explain=_explain_iso_cts,
@@ -309,7 +310,9 @@ def split_spectrum(rank: int, common_fraction: float, experts: int) -> tuple[int
     laws={"permutation", "homogeneous", "zero", "rotation"},
     takes=Takes(factors=True, core_grams=True, needs=always({"gram"}), fallback=always("iso_c")),
     cost=Cost(
-        workspace=lambda count: 1.5 + 28 / count, keeps_rows=lambda p: p.metric_rank != "full"
+        workspace=lambda count: 1.5 + 28 / count,
+        squares=0.2,
+        keeps_rows=lambda p: p.metric_rank != "full",
     ),
     rules=Rules(
         default_scale=_by_count(1.3, 1.0, 0.9),

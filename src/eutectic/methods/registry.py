@@ -164,7 +164,9 @@ class Cost:
 
     Attributes:
         workspace: from the number of experts to scratch memory, in multiples of the stack of
-            deltas.
+            deltas, for square ones.
+        squares: the share of that scratch memory which goes by the square of the shorter side, and
+            so is less for long matrices.
         products: time, in matrix products `[out, in] @ [in, in]` per expert (smaller side).
         statistics_copies: from the parameters to how many float64 copies of each expert's Grams
             it may hold beside the stored ones.
@@ -173,6 +175,7 @@ class Cost:
     """
 
     workspace: Callable[[int], float] = always(3.0)
+    squares: float = 0.0
     products: float = 10.0
     statistics_copies: Callable[[Any], float] = always(0.0)
     keeps_rows: Callable[[Any], bool] = always(False)

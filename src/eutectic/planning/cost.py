@@ -58,6 +58,9 @@ def tensor_cost(planned: TensorPlan, inputs: Inputs) -> Cost:
         small = min(rows, held // max(rows, 1))
         work = method.products * count * 2 * planned.elements * small / flops
     stack, workspace = held * count * width, method.workspace(count)
+    if method.squares:
+        aspect = max((min(s) / max(*s, 1) for s in planned.matrix_shapes), default=1.0)
+        workspace *= 1 - method.squares * (1 - aspect)
     if planned.post is not None:
         small = min((min(s) for s in planned.matrix_shapes), default=1)
         work += planned.post.entry.products * count * 2 * planned.elements * small / flops
