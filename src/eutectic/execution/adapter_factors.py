@@ -275,7 +275,7 @@ def _cut(
 
 def _experts_changes(planned: TensorPlan, inputs: Inputs) -> list[Tensor | LowRank]:
     """Return w_t·Δ_t of each expert, by which a merge that is flat in the inputs is cut."""
-    if get_method(planned.method).flat_in != "inputs":
+    if get_method(planned.method).flat_in != "inputs" or planned.post is not None:
         return []
     weights = [source.weight for source in planned.experts]
     deltas = thin_deltas(planned, inputs)
