@@ -294,12 +294,21 @@ def test_weights_of_experts_count(tmp_path: Path, experts: dict[str, str]) -> No
     torch.testing.assert_close(stored[key("B")] @ stored[key("A")], wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_lossless_is_refused_where_it_would_lose(tmp_path: Path, experts: dict[str, str]) -> None:
+def test_lossless_is_refused_where_it_would_lose(
+    tmp_path: Path, experts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = str(tmp_path / "base")
-    with pytest.raises(NumericalError, match="more than 3 directions"):
-        eutectic.merge(
-            base=base, experts=experts, method="ties", adapter={}, output=tmp_path / "ties"
-        )
+    wanted: dict[str, Any] = {"base": base, "experts": experts, "adapter": {}}
+    for method in ("ties", "dare_linear", "slerp"):  # told before any work
+        own = wanted | {"method": method, "experts": {n: experts[n] for n in "ab"}}
+        for refuse in (eutectic.plan, lambda **o: eutectic.merge(**o, output=tmp_path / "ties")):
+            with pytest.raises(RecipeError, match="more directions than their factors") as told:
+                refuse(**own)
+            assert [fault.kind for fault in told.value.faults] == ["rank_needed"]
+    assert not (tmp_path / "ties").exists()
+    monkeypatch.setattr("eutectic.planning.adapter_plan._beyond", lambda *_: [])
+    with pytest.raises(NumericalError, match="more than 3 directions"):  # what no plan knows
+        eutectic.merge(**wanted, method="ties", output=tmp_path / "ties")
     model = moved(llama(), 3)
     model.save_pretrained(tmp_path / "full")  # type: ignore[operator]
     both = {"a": experts["a"], "full": str(tmp_path / "full")}
@@ -468,3 +477,37 @@ def test_what_is_no_adapter(
     recipe = {"base": str(tmp_path / "base"), "experts": experts, "method": "average", **stated}
     with pytest.raises(RequestError, match=message):
         eutectic.merge(recipe, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "adapter", [{}, {"rank": 2}, {"rank": 3, "compress": "before"}, {"tables": "low_rank"}]
+)
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_plan_knows_the_bytes_of_adapters(
+    tmp_path: Path, experts: dict[str, str], adapter: dict[str, Any], dtype: str | None
+) -> None:
+    common: dict[str, Any] = {"base": str(tmp_path / "base"), "experts": experts, "dtype": dtype}
+    common |= {"method": "task_arithmetic", "adapter": adapter}
+    made = eutectic.plan(**common)
+    eutectic.merge(**common, output=tmp_path / "out")
+    stored = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    written = sum(t.numel() * t.element_size() for t in stored.values())
+    assert made.cost["write_bytes"] == written
+    assert sum(row["write_bytes"] for row in made.tensors) == written
+
+
+def test_a_plan_bounds_the_bytes_of_what_it_cannot_know(tmp_path: Path) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    moved(model, 3).save_pretrained(tmp_path / "full")  # type: ignore[operator]
+    common: dict[str, Any] = {
+        "base": str(tmp_path / "base"), "experts": {"full": str(tmp_path / "full")},
+        "method": "task_arithmetic",
+    }  # fmt: skip
+    for adapter in ({"rank": "auto", "others": "save"}, {"rank": 4, "others": "drop"}):
+        made = eutectic.plan(**common, adapter=adapter)
+        out = tmp_path / str(adapter["rank"])
+        eutectic.merge(**common, adapter=adapter, output=out)
+        stored = load_file(out / "adapter_model.safetensors")
+        written = sum(t.numel() * t.element_size() for t in stored.values())
+        assert written <= made.cost["write_bytes"] <= 2.5 * written

@@ -52,14 +52,18 @@ def write_statistics(path: Path, seed: int, kind: str, names: list[str]) -> dict
 
 
 def with_statistics(
-    folder: Path, paths: dict[str, str], kind: str = "dense", names: list[str] | None = None
+    folder: Path,
+    paths: dict[str, str],
+    kind: str = "dense",
+    names: list[str] | None = None,
+    seed: int = 0,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return experts with statistics, and C of each module."""
     told: dict[str, Any] = {}
     parts: list[dict[str, Tensor]] = []
-    for seed, (name, path) in enumerate(paths.items()):
+    for number, (name, path) in enumerate(paths.items(), seed):
         file = folder / f"{name}.stats"
-        parts.append(write_statistics(file, seed, kind, names or list(SHAPES)))
+        parts.append(write_statistics(file, number, kind, names or list(SHAPES)))
         told[name] = {"path": path, "statistics": str(file)}
     C = {own: torch.stack([p[own] for p in parts]).mean(0) for own in parts[0]}
     return told, {n: c + RIDGE * c.trace() / len(c) * torch.eye(len(c)) for n, c in C.items()}
@@ -116,10 +120,14 @@ def test_of_iso_a_those_directions_are_kept_that_the_experts_use(
     told["b"]["weight"] = 0.5
     whole, _ = merge(tmp_path / "whole", base, told, "iso_a", rank=12)
     cut, records = merge(tmp_path / "cut", base, told, "iso_a", rank=3, cut="inputs")
+    alone = {
+        n: with_statistics(tmp_path, {n: p}, kind, seed=i) for i, (n, p) in enumerate(paths.items())
+    }
     own = {n: changes(Path(p)) for n, p in experts.items()}
     for name, found in cut.items():
         deltas = [own[n][name] * (0.5 if n == "b" else 1) for n in own]
-        energies = torch.stack([d @ C[name] @ d.mT for d in deltas]).sum(0)
+        parts = [d @ alone[n][1][name] @ d.mT for n, d in zip(own, deltas, strict=True)]
+        energies = torch.stack(parts).sum(0)
         basis = torch.linalg.svd(whole[name].double())[0][:, :9]
         U = basis @ torch.linalg.eigh(basis.mT @ energies @ basis).eigenvectors[:, -3:]
         torch.testing.assert_close(found, U @ U.mT @ whole[name].double(), rtol=1e-3, atol=1e-4)

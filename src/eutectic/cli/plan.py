@@ -21,6 +21,8 @@ from eutectic.sentences import shares
 from eutectic.words import counted
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from eutectic.recipes.document import Source
     from eutectic.recipes.schema import Recipe
 
@@ -130,7 +132,9 @@ def _plan(checked: "Recipe", source: "Source", shown: _Shown) -> dict[str, Any]:
     tell("shares", shares(made.shares))
     cost, files = made.cost, made.files
     scale = f"{made.scale:g}" if made.search is None else f"by {made.search['search']}"
-    written = format_bytes(cost["write_bytes"]) + (f" in {files} files" if files > 1 else "")
+    bound = made.adapter is not None and not _is_known(made.adapter)
+    written = ("at most " if bound else "") + format_bytes(cost["write_bytes"])
+    written += f" in {files} files" if files > 1 else ""
     out.print(
         f"{made.named}, scale {scale}: reads {format_bytes(cost['read_bytes'])}, writes "
         f"{written}, peak about {format_bytes(cost['peak_bytes'])} of "
@@ -140,6 +144,11 @@ def _plan(checked: "Recipe", source: "Source", shown: _Shown) -> dict[str, Any]:
         highlight=False,
     )
     return {}
+
+
+def _is_known(adapter: "Mapping[str, Any]") -> bool:
+    """Tell whether headers say how much an adapter will hold."""
+    return adapter["energy"] is None and bool(adapter["certain"])
 
 
 def _on_device(device: str, room: int | None) -> str:

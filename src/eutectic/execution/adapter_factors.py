@@ -5,7 +5,7 @@ its change is: the adapter's one file is put together from them at the end.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from eutectic.checkpoint.index import open_index
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.checkpoint.writer import CheckpointWriter, OutputFile
 from eutectic.errors import NumericalError
-from eutectic.execution.input_moments import input_moment
+from eutectic.execution.input_moments import input_moment, mean_moment
 from eutectic.execution.matrix_merging import context_of, statistics_of, thin_deltas
 from eutectic.execution.merging import (
     Emit,
@@ -38,12 +38,11 @@ from eutectic.execution.shared_merging import LOST, merge_shared_stack
 from eutectic.execution.tensor_values import as_map, block_ranges, read_base, read_stack
 from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.linalg.range_finder import Compressed, compressed
-from eutectic.linalg.shift import compressed_by_shift
+from eutectic.linalg.shift import compressed_by_shift, shift_of
 from eutectic.methods import get_method
 from eutectic.methods.matrices import missing_needs, needed
 from eutectic.methods.sound_statistics import check_statistics
-from eutectic.planning.adapter_outlook import thin_rank
-from eutectic.planning.adapter_plan import THIN, Carried
+from eutectic.planning.adapter_plan import THIN, Carried, thin_rank
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.storage import storage_of
@@ -256,9 +255,9 @@ def _cut(
             if inner <= min(change.shape):
                 return Compressed(change.left, change.right, 0.0)
         most = thin_rank(planned, inputs)
-    moment = input_moment(planned, inputs) if planned.cut_in_inputs else None
+    moment = mean_moment(planned, inputs) if planned.cut_in_inputs else None
     if moment is not None:
-        among = _experts_changes(planned, inputs)
+        among = _experts_shifts(planned, inputs)
         how: dict[str, Any] = {"rank": most, "energy": energy, "seed": seed, "among": among}
         nearest = compressed_by_shift(change, moment, **how)
         told[LOST_SHIFT] = nearest.lost
@@ -273,19 +272,21 @@ def _cut(
     return found
 
 
-def _experts_changes(planned: TensorPlan, inputs: Inputs) -> list[Tensor | LowRank]:
-    """Return w_t·Δ_t of each expert, by which a merge that is flat in the inputs is cut."""
+def _experts_shifts(planned: TensorPlan, inputs: Inputs) -> list[Tensor]:
+    """Return F_t of each expert, F_tF_tᵀ = w_t²Δ_tC_tΔ_tᵀ, by which a flat merge is cut."""
     if get_method(planned.method).flat_in != "inputs" or planned.post is not None:
         return []
-    weights = [source.weight for source in planned.experts]
-    deltas = thin_deltas(planned, inputs)
+    deltas: Iterable[Tensor | LowRank] | None = thin_deltas(planned, inputs)
     if deltas is None:
         base = read_base(planned, inputs, 0, planned.elements)
         stack = read_stack(planned, inputs, (0, planned.elements), base, weights=False)
-        dense = as_map(stack, planned).to(inputs.device)
-        return [delta * weight for delta, weight in zip(dense, weights, strict=True) if weight]
-    own = zip(deltas.weighted(weights), weights, strict=True)
-    return [delta for delta, weight in own if weight and delta.left.shape[1]]
+        deltas = as_map(stack, planned).to(inputs.device)
+    found: list[Tensor] = []
+    for place, delta in enumerate(deltas):
+        moment = input_moment(planned, inputs, place)
+        if moment is not None:
+            found.append(planned.experts[place].weight * shift_of(delta, moment))
+    return found
 
 
 def _whole(

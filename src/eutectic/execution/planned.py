@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from eutectic.errors import Note, RequestError
 from eutectic.execution.executors import Limits, limits_of
 from eutectic.execution.run import recipe_from
 from eutectic.methods import get_method
-from eutectic.planning.adapter_outlook import adapter_outlook, outlook_in_words
+from eutectic.planning.adapter_outlook import adapter_bytes, adapter_outlook, outlook_in_words
 from eutectic.planning.cost import check_memory, merged_by, plan_cost, tensor_cost
 from eutectic.planning.inputs import open_inputs
 from eutectic.planning.plan import make_plan, output_layout
@@ -38,7 +38,8 @@ class PlanReport(InNotebooks):
         memory_limit_bytes: what they may take together.
         device: where matrices are merged; what is too large for it, on the CPU.
         device_memory_bytes: what tasks may take of it; None for the CPU.
-        cost: estimates: `read_bytes`, `write_bytes`, `peak_bytes`, `seconds`.
+        cost: estimates: `read_bytes`, `write_bytes`, `peak_bytes`, `seconds`. What an adapter is
+            written with is a bound where experts or energies say how much changes.
         files: number of files of the output's weights.
         merged_by: number of tensors per method that merges them ("copy" for copies).
         shares: parts of the experts' numbers that are `merged`, `kept` as heads and `left`.
@@ -185,6 +186,10 @@ def planned(
         costs = {t.name: tensor_cost(t, inputs) for t in made.tensors}
         files = len(output_layout(made, inputs).files) if made.adapter is None else 1
         held = None if made.adapter is None else adapter_outlook(made, inputs)
+        if made.adapter is not None:
+            written = adapter_bytes(made, inputs)
+            total = replace(total, write_bytes=sum(written.values()))
+            costs = {n: replace(c, write_bytes=written.get(n, 0)) for n, c in costs.items()}
     searched = made.search
     return PlanReport(
         made.method.name,

@@ -92,7 +92,7 @@ def compressed_by_shift(
     rank: int | None = None,
     energy: float | None = None,
     seed: int = 0,
-    among: Sequence[Tensor | LowRank] = (),
+    among: Sequence[Tensor] = (),
 ) -> CutShift:
     """Return thin factors of M: of rank r the best for inputs of a second moment C.
 
@@ -103,9 +103,9 @@ def compressed_by_shift(
         energy: share of the mean of ‖Mx‖² in (0, 1] that is kept, as far as `rank` allows; None
             keeps `rank`.
         seed: of the sketch; derive it from the tensor's name.
-        among: for an M·C^{1/2} that is flat, whose directions are all as good: matrices Δ_t
-            `[out, in]`; taken are the r directions with the most of Σ_t ‖Δ_tC^{1/2}‖². Those of
-            the closed form if there are none, or too few of them.
+        among: F_t `[out, k]` for an M·C^{1/2} that is flat, whose directions are all as good:
+            taken are the r of its range with the most of Σ_t ‖F_t‖², such as `shift_of` experts.
+            Those of the closed form if there are none, or too few of them.
 
     Returns:
         Balanced factors in float64, of rank 0 for a zero matrix. C = c·I gives those of
@@ -120,11 +120,15 @@ def compressed_by_shift(
         inner = min(inner, matrix.left.shape[1])
     if energy is None and rank is not None and rank >= inner:  # nothing is cut
         return CutShift(compressed(matrix, rank=rank, seed=seed), 0.0)
-    seen, *others = _images(moment, [matrix, *among])
+    seen: Tensor | LowRank
+    if isinstance(matrix, LowRank):
+        seen = LowRank(matrix.left.double(), moment.core(matrix.right))
+    else:
+        seen = moment.image(matrix).to(torch.promote_types(matrix.dtype, torch.float32))
     found = compressed(seen, rank=rank, energy=energy, seed=seed)
     basis, lost = lapack.orthonormal(found.left), found.lost
     if among and found.rank and lost:
-        preferred = _preferred(seen, others, found.rank, seed)
+        preferred = _preferred(seen, among, found.rank, seed)
         if preferred.shape[1] == found.rank:
             basis, lost = preferred, _lost(preferred, seen)
     if isinstance(matrix, LowRank):
@@ -141,44 +145,29 @@ def compressed_by_shift(
     return CutShift(factors, lost)
 
 
-def _images(moment: SecondMoment, matrices: Sequence[Tensor | LowRank]) -> list[Tensor | LowRank]:
-    """Return M·B of each, with one B of BBᵀ = C; thin ones stay thin where all are."""
-    thin = [m for m in matrices if isinstance(m, LowRank)]
-    if len(thin) == len(matrices):
-        seen = moment.core(torch.cat([m.right.double() for m in thin]))
-        parts = seen.split([len(m.right) for m in thin])
-        return [LowRank(m.left.double(), part) for m, part in zip(thin, parts, strict=True)]
-    found: list[Tensor | LowRank] = []
-    for m in matrices:
-        if isinstance(m, LowRank):
-            found.append(LowRank(m.left.double(), moment.image(m.right)))
-        else:
-            found.append(moment.image(m).to(torch.promote_types(m.dtype, torch.float32)))
-    return found
+def shift_of(matrix: Tensor | LowRank, moment: SecondMoment) -> Tensor:
+    """Return F `[out, k]` with FFᵀ = ΔCΔᵀ, the second moment of what Δ adds to the outputs.
+
+    k is min(out, in) at most, of thin factors their inner size. Cost: `SecondMoment.core`.
+    """
+    if isinstance(matrix, LowRank):
+        return matrix.left.double() @ moment.core(matrix.right)
+    out, width = matrix.shape
+    return moment.core(matrix) if out <= width else moment.image(matrix)
 
 
-def _preferred(
-    flat: Tensor | LowRank, others: Sequence[Tensor | LowRank], rank: int, seed: int
-) -> Tensor:
+def _preferred(flat: Tensor | LowRank, others: Sequence[Tensor], rank: int, seed: int) -> Tensor:
     """Return r orthonormal directions in the range of a flat N = s·UVᵀ, most of others' energy.
 
-    NNᵀE/s² = UUᵀE, with E the others side by side. Fewer than r where they have no more.
+    NNᵀF/s² = UUᵀF, with F the others side by side. Fewer than r where they have no more.
     """
-    sides = [_gathered(flat, other) for other in others]
-    return lapack.orthonormal(compressed(torch.cat(sides, 1), rank=rank, seed=seed).left)
-
-
-def _gathered(flat: Tensor | LowRank, other: Tensor | LowRank) -> Tensor:
-    """Return NNᵀE, or for thin E = L·K a matrix `[out, r]` with the same left directions."""
-    if isinstance(other, LowRank):
-        lower = lapack.qr(other.right.double().mT)[1].mT
-        seen = other.left.double() @ lower
-    else:
-        seen = other.double()
+    side = torch.cat([other.double() for other in others], 1)
     if isinstance(flat, LowRank):
         inner = flat.right.double() @ flat.right.double().mT
-        return flat.left.double() @ (inner @ (flat.left.double().mT @ seen))
-    return flat.double() @ (flat.double().mT @ seen)
+        side = flat.left.double() @ (inner @ (flat.left.double().mT @ side))
+    else:
+        side = flat.double() @ (flat.double().mT @ side)
+    return lapack.orthonormal(compressed(side, rank=rank, seed=seed).left)
 
 
 def _lost(basis: Tensor, seen: Tensor | LowRank) -> float:

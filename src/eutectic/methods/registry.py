@@ -199,6 +199,8 @@ class Rules:
             to a factor for each, for rules that compare layers. The engine knows which are alike.
         thin: from a `LowRankStack` of deltas to the merged delta as thin factors, for methods that
             keep it thin; None where it is not, with these parameters and weights.
+        spans: whether each merged matrix lies in the span of the deltas' columns, so that it has no
+            more directions than they have together; None: as those do that take thin factors.
         flat_in: the metric in which all directions of the merged delta are alike: "plain" for Δ,
             "inputs" for ΔC̄^{1/2}. What cuts it there has to choose by something else.
     """
@@ -211,6 +213,7 @@ class Rules:
     model_scope: Callable[[Any], bool] = always(False)
     finish: Callable[[Sequence[float], Any], Sequence[float]] | None = None
     thin: Callable[[LowRankStack, Any, Context], LowRank | None] | None = None
+    spans: bool | None = None
     flat_in: Literal["plain", "inputs"] | None = None
 
 
@@ -225,6 +228,11 @@ class Entry:
     parameters: type[Parameters]
     laws: frozenset[str]
     adapter: TypeAdapter[Any] = field(repr=False)
+
+    @property
+    def keeps_span(self) -> bool:
+        """Whether a merged matrix has no more directions than the deltas have together."""
+        return self.factors if self.spans is None else self.spans
 
     def parse(self, values: Mapping[str, Any], *, beside: Iterable[str] = ()) -> Any:
         """Return checked parameters; `beside` names keywords that are allowed beside them.

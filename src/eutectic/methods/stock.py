@@ -40,7 +40,7 @@ def _gram(chunks: Chunks, parameters: ModelStockParameters, context: Context) ->
     parameters=ModelStockParameters,
     laws={"permutation", "homogeneous", "zero", "copies", "absent", "rotation"},
     takes=Takes(elementwise=True, rows=True, experts=(2, None)),
-    rules=Rules(check=zero_sum, prepare=_gram, prepares=lambda p: not p.filter_wise),
+    rules=Rules(check=zero_sum, prepare=_gram, prepares=lambda p: not p.filter_wise, spans=True),
 )
 def model_stock(deltas: Tensor, parameters: ModelStockParameters, context: Context) -> Tensor:
     """Return t · Σ w_t Δ_t / Σ w_t with t = N cos θ / (1 + (N − 1) cos θ).

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from eutectic.conventions_heads import is_buffer
-from eutectic.planning.adapter_plan import THIN, AdapterPlan
+from eutectic.methods import get_method
+from eutectic.planning.adapter_plan import THIN, AdapterPlan, thin_rank
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.words import counted, few
@@ -16,15 +17,6 @@ if TYPE_CHECKING:
     from eutectic.planning.plan import Plan
 
 ENERGY = "energy"  # instead of a rank, where it alone decides
-
-
-def thin_rank(planned: TensorPlan, inputs: Inputs) -> int:
-    """Return how many directions the experts' thin factors have together."""
-    total = 0
-    for source in planned.experts:
-        if source.tensor is not None:
-            total += inputs.owner(source).inner_rank(source.tensor) or 0
-    return max(1, min(total, *planned.shape[-2:]))
 
 
 def adapter_outlook(plan: Plan, inputs: Inputs) -> dict[str, Any]:
@@ -60,6 +52,33 @@ def adapter_outlook(plan: Plan, inputs: Inputs) -> dict[str, Any]:
         "others": options.others,
         "certain": all(inputs.owner(s).is_delta for t in plan.merged for s in t.experts),
     }
+
+
+def adapter_bytes(plan: Plan, inputs: Inputs) -> dict[str, int]:
+    """Return how many bytes of each tensor an adapter holds: bounds, as its ranks are.
+
+    Where only the energy tells a rank, as many directions as the layer has. Of a head, those of
+    the expert whose head it is.
+    """
+    adapter = plan.adapter
+    assert adapter is not None
+    found: dict[str, int] = {}
+    for planned in plan.merged:
+        own = adapter.carried.get(planned.name)
+        if own is None or not _may_change(planned, inputs):
+            continue
+        if own.form in THIN:
+            out, width = planned.shape[-2:]
+            rank = min(_rank(planned, adapter, inputs) or out, out, width)
+            found[planned.name] = planned.blocks[0] * rank * (out + width) * own.dtype.itemsize
+        elif own.form == "whole" and not own.vector:
+            found[planned.name] = planned.elements * planned.dtype.itemsize
+        elif own.form != "loose" and adapter.options.others == "save":
+            found[planned.name] = planned.elements * planned.dtype.itemsize
+    if adapter.head is not None:
+        heads = plan.heads[adapter.head]
+        found |= {h.name: h.nbytes for h in heads if not is_buffer(h.name, len(h.shape))}
+    return found
 
 
 def outlook_in_words(held: Mapping[str, Any]) -> list[str]:
@@ -114,6 +133,11 @@ def _rank(planned: TensorPlan, adapter: AdapterPlan, inputs: Inputs) -> int | No
     options, side = adapter.options, min(planned.shape[-2:])
     if options.most is None and options.share is not None:
         return None
-    if options.most is not None:
-        return min(options.most, side)
-    return thin_rank(planned, inputs)
+    if options.most is None:
+        return thin_rank(planned, inputs)
+    most = min(options.most, side)
+    own = [(inputs.owner(s), s.tensor) for s in planned.experts if s.tensor is not None]
+    acting = [(e, name) for e, name in own if not e.is_delta or name in e.entries]
+    known = all(e.inner_rank(name) is not None for e, name in acting)
+    spans = known and get_method(planned.method).keeps_span
+    return min(most, thin_rank(planned, inputs)) if spans else most

@@ -15,6 +15,7 @@ from eutectic.checkpoint.meeting import meet_names
 from eutectic.checkpoint.names import Alignment
 from eutectic.conventions_ties import is_output_table, is_tied, is_token_table, output_name
 from eutectic.errors import Fault, Note, RecipeError
+from eutectic.methods import get_method
 from eutectic.models.outline import Kind, Outline, outline_of
 from eutectic.planning.adapter_stacks import Slot, stack_slots
 from eutectic.planning.inputs import Inputs
@@ -92,6 +93,15 @@ class AdapterPlan:
         raise RecipeError(faults, "the adapter")
 
 
+def thin_rank(planned: TensorPlan, inputs: Inputs) -> int:
+    """Return how many directions the experts' thin factors have together."""
+    total = 0
+    for source in planned.experts:
+        if source.tensor is not None:
+            total += inputs.owner(source).inner_rank(source.tensor) or 0
+    return max(1, min(total, *planned.shape[-2:]))
+
+
 def adapter_plan(
     tensors: Sequence[TensorPlan],
     heads: Mapping[str, tuple[TensorEntry, ...]],
@@ -120,6 +130,7 @@ def adapter_plan(
                 own = replace(own, form="stack", module=module, parameter=parameter, slot=slot)
             carried[planned.name] = own
     faults += _not_thin(carried, inputs, options)
+    faults += [] if faults else _beyond(tensors, carried, inputs, options)
     tables = [n for n, c in carried.items() if c.form == "table"]
     tied = next((n for n in tables if names[n] in twins), None)
     if tied is not None:
@@ -164,6 +175,36 @@ def _not_thin(
             choose = "Choose a rank, or rank: auto (--rank auto --energy 0.99)."
             faults.append(Fault("rank_needed", what, where, next=choose))
     return faults
+
+
+def _beyond(
+    tensors: Sequence[TensorPlan],
+    carried: Mapping[str, Carried],
+    inputs: Inputs,
+    options: AdapterOptions,
+) -> list[Fault]:
+    """Refuse to keep everything of merges that have more directions than the experts' factors."""
+    if options.most is not None or options.share is not None:
+        return []
+    found: dict[str, list[str]] = {}
+    for planned in tensors:
+        own = carried.get(planned.name)
+        if own is None or own.form not in THIN or get_method(planned.method).keeps_span:
+            continue
+        rank = thin_rank(planned, inputs)
+        if 0 < rank < min(planned.shape[-2:]):
+            found.setdefault(planned.method, []).append(planned.name)
+    choose = "Choose a rank, or rank: auto (--rank auto --energy 0.99)."
+    return [
+        Fault(
+            "rank_needed",
+            f"what {method} makes of adapters has more directions than their factors, so that an "
+            f"adapter has to cut it ({len(names)} layers, such as {names[0]}).",
+            "output",
+            next=choose,
+        )
+        for method, names in found.items()
+    ]
 
 
 def _in_memory(
