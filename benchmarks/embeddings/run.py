@@ -36,6 +36,7 @@ from texts import fetch
 
 logger = logging.getLogger("embeddings")
 TRAINED = ("wordnet", "computing", "english")
+METHODS = ("average", "task_arithmetic", "tsv_m", "iso_c", "regmean", "iso_a")
 SIBLING = "operations"  # the task of the sibling made by others
 TESTS, VALIDATIONS, PROXIES, SIMILAR = 200, 100, 128, 600
 RESERVED, DISTRACTORS = 1000, 200  # training pairs that no expert sees; documents more to rank
@@ -137,10 +138,10 @@ def unpack_sibling(work: Path) -> None:
     partial.rename(folder)
 
 
-def write_tasks(work: Path) -> None:
+def write_tasks(work: Path, names: Sequence[str]) -> None:
     """Write `tasks.yaml` and `recipe.yaml`, as the commands take them."""
     tasks: dict[str, object] = {}
-    for name in (*TRAINED, SIBLING):
+    for name in names:
         sides = {side: f"tasks/{name}/{side}.jsonl" for side in ("test", "validation", "proxy")}
         corpus = f"tasks/{name}/corpus.jsonl"
         tasks[name] = {"kind": "retrieval", "data": sides, "corpus": corpus, "max_length": 32}
@@ -148,7 +149,7 @@ def write_tasks(work: Path) -> None:
     base = str(MINILM.find(work / "cache"))
     experts = {
         name: {"path": f"experts/{name}", "statistics": f"statistics/{name}.safetensors"}
-        for name in (*TRAINED, SIBLING)
+        for name in names
     }
     recipe = {"base": base, "experts": experts, "method": "iso_a"}
     write_whole(work / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))
@@ -170,17 +171,20 @@ def main() -> None:
     """Make what is missing, and the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder of everything it makes")
+    parser.add_argument("--experts", nargs="*", choices=TRAINED, help="of those made here")
+    parser.add_argument("--methods", nargs="*", help=f"default: {' '.join(METHODS)}")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(arguments.threads)
     work: Path = arguments.work.resolve()
-    for name in TRAINED:
+    names = (*(arguments.experts or TRAINED), SIBLING)
+    for name in names[:-1]:
         make_expert(name, work, Recipe(), prepare_task(name, work))
     prepare_task(SIBLING, work)
     unpack_sibling(work)
-    write_tasks(work)
-    for name in (*TRAINED, SIBLING):
+    write_tasks(work, names)
+    for name in names:
         file = f"statistics/{name}.safetensors"
         if not (work / file).is_file():
             (work / "statistics").mkdir(exist_ok=True)
@@ -188,11 +192,10 @@ def main() -> None:
             eutectic(work, "collect", f"experts/{name}", *data, "-o", file)
     # α without labels, in closed form from the Grams: a search would embed every corpus for each α.
     searches = ("--search", "default", "--search", "auto")
-    methods = ("average", "task_arithmetic", "tsv_m", "iso_c", "regmean", "iso_a")
-    named = [word for method in methods for word in ("--method", method)]
+    named = [word for method in arguments.methods or METHODS for word in ("--method", method)]
     own = ("--tasks", "tasks.yaml", "-o", "comparison", *named, *searches)
     eutectic(work, "compare", "recipe.yaml", *own, "--best", "merged")
-    experts = [f"{name}=experts/{name}" for name in (*TRAINED, SIBLING)]
+    experts = [f"{name}=experts/{name}" for name in names]
     base = str(MINILM.find(work / "cache"))
     models = ("--base", base, *experts, "merged=merged")
     eutectic(work, "evaluate", "--tasks", "related.yaml", *models, "-o", "related.json")

@@ -326,6 +326,9 @@ def test_command_and_draft(tmp_path: Path):
     drawn = draft([base, expert], tmp_path, base=str(base))
     assert "kind: retrieval" in drawn.tasks and "corpus: sre/corpus.jsonl  # EDIT" in drawn.tasks
     assert any("corpus" in line for line in drawn.open)
+    world.jsonl(tmp_path / "sre.test.jsonl", [{"text": "w1", "label": "a"}])
+    drawn = draft([base, expert], tmp_path, base=str(base))
+    assert "kind: text-classification  # EDIT" in drawn.tasks
 
 
 def test_routed_models_are_measured(tmp_path: Path):

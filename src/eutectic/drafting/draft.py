@@ -254,9 +254,11 @@ def _task(
     folder = expert.path if expert.path.is_dir() else expert.path.parent
     head = folder / "head.safetensors"
     if bare and not head.is_file() and embeds_texts(expert, base):
-        kind, bare = "sentence-similarity", False
-        if not columns_for("retrieval", present)[1]:
-            kind = "retrieval"
+        # Rows of single texts with labels are classes, whatever the model was made for.
+        fitting: list[TaskKind] = [k for k in EMBEDDING if not columns_for(k, present)[1]]
+        if fitting or not present:
+            kind = fitting[-1] if fitting else EMBEDDING[0]
+        bare = kind not in EMBEDDING
     told = "by its configuration"
     shown: TaskKind = "text-classification"
     if kind is not None and not bare:
