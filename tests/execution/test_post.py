@@ -134,6 +134,9 @@ def test_files_plan_and_what_is_written(folders: dict[str, Any], tmp_path: Path)
     assert "post" not in told["tensors"]["layer.0.bias"]
     assert 0.3 < told["records"]["layer.0.weight"]["matrix"]["svc"]["mean_factor"] < 3
     assert "followed by `svc`" in (tmp_path / "out" / "README.md").read_text()
+    page = json.loads(invoke("report", tmp_path / "out", "--json").out)
+    shown = {t["name"]: t["method"] for t in page["tensors"]}
+    assert shown["layer.0.weight"] == "ties + svc" and shown["layer.0.bias"] == "ties"
     planned = plan(**folders, method="iso_c", post="svc")
     rows = {row["name"]: row["merged_by"] for row in planned.tensors}
     assert rows["layer.0.weight"] == "iso_c + svc" and rows["layer.0.bias"] == "average"

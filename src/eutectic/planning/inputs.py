@@ -309,6 +309,8 @@ def _of_adapters(
 ) -> dict[str, Statistics]:
     """Return the statistics as a merge of these experts reads them, where they can be."""
     found = dict(statistics)
+    if not found:  # what reads them is not imported for nothing
+        return found
     as_merged = _as_merged(experts)
     for name, own in statistics.items():
         with told("statistics", f"statistics of '{name}'", "experts", name):

@@ -26,7 +26,14 @@ from eutectic.reporting.page.page_record import (
     TensorRow,
 )
 from eutectic.reporting.page.public_texts import without_private_paths
-from eutectic.reporting.page.source_views import CurveView, PlanView, ProvenanceView, RoutedView
+from eutectic.reporting.page.source_views import (
+    CurveView,
+    MergedTensorView,
+    PlannedTensorView,
+    PlanView,
+    ProvenanceView,
+    RoutedView,
+)
 from eutectic.statistics import StatisticsFile
 from eutectic.statistics.statistics_file import STATISTICS
 from eutectic.types import gram_names
@@ -120,6 +127,11 @@ def _number(value: Any) -> float | None:
     return float(value) if number and math.isfinite(value) else None
 
 
+def _followed(row: MergedTensorView | PlannedTensorView) -> str:
+    """Return the method that merges a tensor, and what follows it."""
+    return row.method if row.post is None else f"{row.method} + {row.post}"
+
+
 def tensor_rows(name: str, made: ProvenanceView | PlanView) -> Iterator[TensorRow]:
     """Yield what became of every tensor, or would, in the model's order."""
     if isinstance(made, PlanView):
@@ -131,7 +143,7 @@ def tensor_rows(name: str, made: ProvenanceView | PlanView) -> Iterator[TensorRo
                 name=tensor,
                 shape=own.shape,
                 treatment=own.treatment,
-                method=own.method,
+                method=_followed(own),
                 scale=None if own.method == "copy" else own.scale,
                 reason=without_private_paths(own.why),
             )
@@ -142,7 +154,7 @@ def tensor_rows(name: str, made: ProvenanceView | PlanView) -> Iterator[TensorRo
             model=name,
             name=tensor,
             treatment=row.treatment,
-            method=row.method,
+            method=_followed(row),
             scale=None if row.method == "copy" else row.scale,
             reason=without_private_paths(row.reason),
             sha256=row.sha256,

@@ -57,6 +57,7 @@ class MergedTensorView(_View):
 
     treatment: _Text
     method: _Text
+    post: _Text | None = None
     scale: float | None = None
     reason: _Text = ""
     sha256: _Text = ""
@@ -91,6 +92,7 @@ class PlannedTensorView(_View):
     shape: list[_Count] = Field(default_factory=list[int])
     treatment: _Text
     method: _Text
+    post: _Text | None = None
     scale: float | None = None
     why: _Text = ""
 
