@@ -86,7 +86,7 @@ BEFORE: dict[str, Before] = {
         bash=_MERGED,
     ),
     "inspect": Before(
-        bash=_MERGED + "eutectic merge recipe.yaml -m task_arithmetic -o ta/\n",
+        bash=_MERGED + "eutectic merge recipe.yaml -m task_arithmetic -o ta/\n" + _STATISTICS,
         python="merged_delta, task_deltas = deltas.sum(0), deltas",
     ),
     "mergekit": Before(

@@ -116,6 +116,28 @@ def test_statistics_and_what_they_are_of(tmp_path):
     assert report.costs[0].value == (tmp_path / "a.stats.safetensors").stat().st_size
 
 
+def test_how_statistics_keep_inputs_is_on_every_page(tmp_path):
+    layers = torch.nn.Sequential(torch.nn.Linear(40, 3), torch.nn.Linear(3, 3))
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"input": torch.randn(90, 40, generator=generator)}]
+    held = eutectic.collect(layers, rows, output=tmp_path / "a.stats.safetensors", rank=5)
+    report = eutectic.report(tmp_path / "a.stats.safetensors")
+    wide, small = report.grams
+    assert (wide.layers, wide.width, wide.tokens, wide.kept) == (
+        ["0.weight"], 40, 90, "5 directions",
+    )  # fmt: skip
+    read = held["0.weight"]
+    rest, F = float(read.gram_diagonal.sum()), float(read.gram_factor.square().sum())
+    assert wide.beside == pytest.approx(rest / (rest + F), abs=1e-6)
+    assert wide.nbytes == 4 * (5 * 40 + 40)
+    assert (small.kept, small.beside) == ("whole", None)
+    share = f"{100 * wide.beside:.2g} %"
+    markdown = report.markdown()
+    assert f"| a | 0.weight | 40 | 90 | 5 directions | {share} |" in markdown
+    page = report.html()
+    assert "How inputs are kept" in page and share in page and "5 directions" in page
+
+
 def test_a_folder_of_several_merges_and_files(world, tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(results({"m": {"a": 1}}, {"a": 1})))
     (tmp_path / "tuned.json").write_text(json.dumps(curve({0.1: 1, 0.2: 2, 0.4: 1}, 0.2)))

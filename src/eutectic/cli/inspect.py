@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.markup import escape
 
 from eutectic.cli.console import (
     folded,
@@ -17,8 +21,17 @@ from eutectic.cli.console import (
     verb,
 )
 from eutectic.cli.named_words import named_experts, named_paths, split_recipe
-from eutectic.cli.options import Base, Json, StatisticsFiles, What, option
+from eutectic.cli.options import (
+    Base,
+    Json,
+    StatisticsFiles,
+    What,
+    given_options,
+    option,
+    refuse,
+)
 from eutectic.errors import RequestError
+from eutectic.words import counted
 
 if TYPE_CHECKING:
     from eutectic.reporting import Inspection
@@ -50,8 +63,12 @@ class MeasureOptions:
     memory: str | None = option(None, "Limit, such as 4GB (default: 60 % of what is available).")
 
 
+_OF_FILES = {"what", "layers", "output", "json"}
+
+
 @verb
 def inspect(
+    context: typer.Context,
     *,
     models: ModelOptions,
     measures: MeasureOptions,
@@ -62,6 +79,7 @@ def inspect(
     """Show how experts and merged models relate: norms, spectra, interference, alignment.
 
     SAR is the share of an expert's update that lies in the merged model's subspace, from 0 to 1.
+    Of statistics files: how every input Gram is kept, and what its directions leave.
 
     Examples:
 
@@ -70,6 +88,8 @@ def inspect(
       eutectic inspect recipe.yaml -m iso_c=./merged -m ta=./ta --results results.json --plot plots
 
       eutectic inspect recipe.yaml --layers '*.layer.0.*' -o inspection.json
+
+      eutectic inspect sst2.stats.safetensors mnli.stats.safetensors
     """
     from eutectic.reporting import inspect as run
 
@@ -78,6 +98,15 @@ def inspect(
             "nothing to inspect.\nName a recipe, or experts: eutectic inspect --base B "
             "--merged iso_c=FOLDER a=PATH b=PATH"
         )
+    files = _statistics(models.what)
+    if files:
+        refuse(
+            [option for name, option in given_options(context).items() if name not in _OF_FILES],
+            "about models, and statistics files are inspected.",
+            "Name a base and experts to inspect them.",
+        )
+        _show_statistics(files, measures.layers, output, json)
+        return
     recipe, rest = split_recipe(models.what)
     experts = named_experts(rest, [], models.statistics or [])
     if recipe is None and models.base is None:
@@ -103,6 +132,72 @@ def inspect(
     _show(found)
     tell_done("written", output)
     tell_done("drawn into", plot)
+
+
+def _statistics(words: list[str]) -> dict[str, str]:
+    """Return name -> file where the words name statistics; empty where they name none."""
+    from eutectic.statistics.statistics_file import holds_statistics
+
+    if not any(word.endswith(".safetensors") for word in words):
+        return {}
+    files = named_paths(words, "statistics")
+    held = {name: path for name, path in files.items() if holds_statistics(path)}
+    if held and len(held) < len(files):
+        other = next(path for name, path in files.items() if name not in held)
+        raise RequestError(
+            f"{next(iter(held.values()))} holds statistics, {other} does not.\n"
+            "Inspect statistics files alone; those of an expert are named by --statistics."
+        )
+    return {name.removesuffix(".stats"): path for name, path in held.items()}
+
+
+def _show_statistics(
+    files: Mapping[str, str], layers: str | None, output: Path | None, json: bool
+) -> None:
+    from eutectic.recipes.units import format_bytes
+    from eutectic.reporting.held_statistics import inspect_statistics
+
+    found = inspect_statistics(files, layers=layers, output=output)
+    if json:
+        print_json(found)
+        return
+    for name, held in found["statistics"].items():
+        grams = held["grams"]
+        examples = "" if held["examples"] is None else f" of {held['examples']:,} examples"
+        counts = f"{counted(len(grams), 'input Gram')}{examples}"
+        out.print(f"[bold]{escape(name)}[/]: {counts}", highlight=False)
+        columns = [
+            ("inputs", [f"{g['width']:,}" for g in grams]),
+            ("tokens", [f"{g['tokens']:,}" for g in grams]),
+            ("kept", [_kept(g) for g in grams]),
+            ("beside", [_beside(g) for g in grams]),
+            ("size", [format_bytes(g["nbytes"]) for g in grams]),
+        ]
+        print_named([_named(g) for g in grams], [[column] for column in columns], title="layer")
+        out.print()
+    if any(g["beside"] is not None for held in found["statistics"].values() for g in held["grams"]):
+        tell(
+            "beside",
+            "share of the Gram's trace that its directions leave to the diagonal: their error in "
+            "nuclear norm, which bounds it in any other",
+        )
+    tell_done("written", output)
+
+
+def _named(gram: Mapping[str, Any]) -> str:
+    first, *others = gram["layers"]
+    return f"{first} +{len(others)}" if others else first
+
+
+def _kept(gram: Mapping[str, Any]) -> str:
+    from eutectic.reporting.held_statistics import kept_in_words
+    from eutectic.statistics.gram_forms import GramForm
+
+    return kept_in_words(GramForm(**gram))
+
+
+def _beside(gram: Mapping[str, Any]) -> str:
+    return "" if gram["beside"] is None else f"{100 * gram['beside']:.2g} %"
 
 
 def _show(found: Inspection) -> None:

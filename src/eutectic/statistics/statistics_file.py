@@ -218,6 +218,18 @@ def beside_directions(tensors: Mapping[str, Tensor], names: Collection[str]) -> 
     return shares
 
 
+def holds_statistics(path: str | Path) -> bool:
+    """Tell whether a file is one of statistics, by its header."""
+    path = view(path)
+    if not path.is_file():
+        return False
+    try:
+        TensorFile(path, RECORD_KEY)
+    except (StatisticsError, OSError):
+        return False
+    return True
+
+
 def check_target(path: Path) -> None:
     """Find out whether statistics may be written there: over statistics alone, if over anything."""
     view(path)
@@ -225,13 +237,7 @@ def check_target(path: Path) -> None:
         raise OutputError(f"{path}: cannot be written: is a folder.")
     if not path.exists() or (path.is_file() and not path.stat().st_size):
         return
-    ours = path.is_file()
-    if ours:
-        try:
-            TensorFile(path, RECORD_KEY)
-        except (StatisticsError, OSError):
-            ours = False
-    if not ours:
+    if not holds_statistics(path):
         raise RequestError(
             f"{path}: statistics would be written there, and it holds something else.\n"
             "Choose another name."

@@ -173,6 +173,9 @@ def made_of(found: Sequence[Document], title: str | None = None) -> Report:
         tensors=[row for d in (*merged, *plans) for row in origins.tensor_rows(d.name, d.content)],
         merges=merges,
         data=list(dict.fromkeys(data)),
+        grams=[
+            row for d in of("statistics") for row in origins.grams_of_statistics(d.name, d.content)
+        ],
         costs=_costs(found),
     )
 

@@ -13,6 +13,7 @@ from eutectic.reporting.page.shown_numbers import (
     format_seconds,
     format_share,
     format_value,
+    gram_row,
     with_interval,
 )
 from eutectic.words import plain
@@ -49,12 +50,19 @@ def markdown_page(report: Report) -> str:
     if report.data:
         rows = [[r.name, r.use, r.examples, r.fingerprint[:16]] for r in report.data]
         parts += ["## Data", _table(["name", "use", "rows", "fingerprint"], rows)]
+    if report.grams:
+        keys = ("of", "layer", "width", "tokens", "kept", "left", "size")
+        rows = [[row[key] for key in keys] for row in map(gram_row, report.grams)]
+        parts += ["## How inputs are kept", _table(["of", *_GRAM_COLUMNS], rows)]
     if report.costs:
         parts += ["## Costs", _table(["of", "what", "how much"], map(_cost, report.costs))]
     sources = [[s.name, s.kind, s.path] for s in report.sources]
     parts += ["## Sources", _table(["name", "kind", "path"], sources)]
     parts.append(f"Made by eutectic {written(report.eutectic)}.")
     return "\n\n".join(parts) + "\n"
+
+
+_GRAM_COLUMNS = ("layer", "inputs", "tokens", "kept", "beside directions", "size")
 
 
 def _table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -12,6 +12,8 @@ import yaml
 from eutectic.conventions import block_of
 from eutectic.evaluation.results import Results
 from eutectic.execution.run import MergeReport
+from eutectic.reporting.held_statistics import in_order as forms_in_order
+from eutectic.reporting.held_statistics import kept_in_words
 from eutectic.reporting.page.layer_maps import in_order
 from eutectic.reporting.page.page_record import (
     Cost,
@@ -19,6 +21,7 @@ from eutectic.reporting.page.page_record import (
     CurvePoint,
     DataRow,
     Depth,
+    GramRow,
     Merge,
     Parent,
     Residuals,
@@ -243,6 +246,20 @@ def data_of_statistics(name: str, held: StatisticsFile) -> DataRow:
         examples=data.get("examples"),
         fingerprint=str(data.get("fingerprint", "")),
     )
+
+
+def grams_of_statistics(name: str, held: StatisticsFile) -> Iterator[GramRow]:
+    """Yield how every input Gram is kept, and what its directions leave."""
+    for form in forms_in_order(held):
+        yield GramRow(
+            of=name,
+            layers=list(form.layers),
+            width=form.width,
+            tokens=form.tokens,
+            kept=kept_in_words(form),
+            beside=form.beside,
+            nbytes=form.nbytes,
+        )
 
 
 def data_of_merge(made: ProvenanceView) -> Iterator[DataRow]:

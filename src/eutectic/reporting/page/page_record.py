@@ -267,6 +267,21 @@ class DataRow(_Strict):
     fingerprint: str
 
 
+class GramRow(_Strict):
+    """How the Gram of a layer's inputs is kept in a statistics file."""
+
+    of: str = Field(description="name of the statistics.")
+    layers: list[str] = Field(description="that share it.")
+    width: int = Field(description="inputs.")
+    tokens: int
+    kept: str = Field(description="whole, or in how many directions or rows.")
+    beside: float | None = Field(
+        description="share of its trace that the directions leave to a diagonal: their error in "
+        "nuclear norm."
+    )
+    nbytes: int
+
+
 class Cost(_Strict):
     """One cost."""
 
@@ -294,6 +309,7 @@ class Report(_Strict):
     tensors: list[TensorRow] = Field(default_factory=list[TensorRow])
     merges: list[Merge] = Field(default_factory=list[Merge])
     data: list[DataRow] = Field(default_factory=list[DataRow])
+    grams: list[GramRow] = Field(default_factory=list[GramRow])
     costs: list[Cost] = Field(default_factory=list[Cost])
 
     def json_text(self) -> str:

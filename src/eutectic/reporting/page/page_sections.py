@@ -35,6 +35,7 @@ from eutectic.reporting.page.shown_numbers import (
     format_seconds,
     format_share,
     format_value,
+    gram_row,
     points,
     with_interval,
 )
@@ -102,6 +103,7 @@ def sections(report: Report) -> Sections:
         ("tensors", "What became of every tensor", _tensors(report)),
         ("provenance", "Where it comes from", report.merges),
         ("data", "Data", report.data),
+        ("grams", "How inputs are kept", [gram_row(g) for g in report.grams]),
         ("costs", "Costs", [_cost(c) for c in report.costs]),
     ]
     found = [Section(key, title, content) for key, title, content in known if content]

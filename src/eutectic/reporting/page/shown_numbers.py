@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from eutectic.reporting.page.page_record import Figure
+from typing import Any
+
+from eutectic.recipes.units import format_bytes
+from eutectic.reporting.page.page_record import Figure, GramRow
 
 # Metrics between 0 and 1 that people read in percent.
 IN_PERCENT = frozenset(
@@ -59,3 +62,14 @@ def format_seconds(value: float) -> str:
     if value < 100:
         return f"{value:.2g} s"
     return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"
+
+
+def gram_row(row: GramRow) -> dict[str, Any]:
+    """Return a row with what it says of layers, error and size in words."""
+    first, *others = row.layers
+    return {
+        **row.model_dump(),
+        "layer": f"{first} +{len(others)}" if others else first,
+        "left": "" if row.beside is None else f"{100 * row.beside:.2g} %",
+        "size": format_bytes(row.nbytes),
+    }
