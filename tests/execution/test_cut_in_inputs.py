@@ -116,7 +116,7 @@ def test_of_iso_a_those_directions_are_kept_that_the_experts_use(
     for name, path in experts.items() if full else ():
         paths[name] = str(tmp_path / f"full-{name}")
         eutectic.merge(base=base, experts={name: path}, method="average", output=paths[name])
-    told, C = with_statistics(tmp_path, paths, kind)
+    told, _ = with_statistics(tmp_path, paths, kind)
     told["b"]["weight"] = 0.5
     whole, _ = merge(tmp_path / "whole", base, told, "iso_a", rank=12)
     cut, records = merge(tmp_path / "cut", base, told, "iso_a", rank=3, cut="inputs")
@@ -265,3 +265,26 @@ def test_the_command_says_what_was_lost(tmp_path: Path, base: str, experts: dict
     assert done.code == 0 and "lost outputs" in done.out
     stated = json.loads((tmp_path / "out" / "eutectic.json").read_text())
     assert stated["recipe"]["adapter"] == {"rank": 3, "cut": "inputs"}
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
+def test_plain_cuts_of_flat_merges_keep_what_the_experts_use(
+    tmp_path: Path, base: str, experts: dict[str, str], method: str, full: bool
+) -> None:
+    """Of equal directions those with the most of Σ_t ‖Δ_t‖², which no rounding decides."""
+    paths = dict(experts)
+    for name, path in experts.items() if full else ():
+        paths[name] = str(tmp_path / f"full-{name}")
+        eutectic.merge(base=base, experts={name: path}, method="average", output=paths[name])
+    whole, _ = merge(tmp_path / "whole", base, paths, method, rank=12)
+    cut, records = merge(tmp_path / "cut", base, paths, method, rank=3)
+    own = {n: changes(Path(p)) for n, p in experts.items()}
+    for name, found in cut.items():
+        basis = torch.linalg.svd(whole[name].double())[0][:, :9]
+        energies = torch.stack([own[n][name] @ own[n][name].mT for n in own]).sum(0)
+        U = basis @ torch.linalg.eigh(basis.mT @ energies @ basis).eigenvectors[:, -3:]
+        torch.testing.assert_close(found, U @ U.mT @ whole[name].double(), rtol=1e-3, atol=1e-4)
+        record = records[f"{name}.weight"]
+        assert record["lost_energy"] == pytest.approx(1 - 3 / 9, abs=1e-4)
+        assert "lost_shift" not in record

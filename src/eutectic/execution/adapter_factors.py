@@ -38,7 +38,7 @@ from eutectic.execution.shared_merging import LOST, merge_shared_stack
 from eutectic.execution.tensor_values import as_map, block_ranges, read_base, read_stack
 from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.linalg.range_finder import Compressed, compressed
-from eutectic.linalg.shift import compressed_by_shift, shift_of
+from eutectic.linalg.shift import SecondMoment, compressed_by_shift, shift_of
 from eutectic.methods import get_method
 from eutectic.methods.matrices import missing_needs, needed
 from eutectic.methods.sound_statistics import check_statistics
@@ -256,11 +256,14 @@ def _cut(
                 return Compressed(change.left, change.right, 0.0)
         most = thin_rank(planned, inputs)
     moment = mean_moment(planned, inputs) if planned.cut_in_inputs else None
-    if moment is not None:
-        among = _experts_shifts(planned, inputs)
+    flat = _is_flat(planned, "plain" if moment is None else "inputs") and not lossless
+    if moment is not None or flat:
+        among = _experts_shifts(planned, inputs, moment is None) if flat else []
         how: dict[str, Any] = {"rank": most, "energy": energy, "seed": seed, "among": among}
-        nearest = compressed_by_shift(change, moment, **how)
-        told[LOST_SHIFT] = nearest.lost
+        metric = moment or _even(planned, inputs)
+        nearest = compressed_by_shift(change, metric, **how)
+        if moment is not None:
+            told[LOST_SHIFT] = nearest.lost
         return nearest.factors
     found = compressed(change, rank=most, energy=energy, seed=seed)
     if lossless and found.lost > LOSSLESS:
@@ -272,10 +275,23 @@ def _cut(
     return found
 
 
-def _experts_shifts(planned: TensorPlan, inputs: Inputs) -> list[Tensor]:
-    """Return F_t of each expert, F_tF_tᵀ = w_t²Δ_tC_tΔ_tᵀ, by which a flat merge is cut."""
-    if get_method(planned.method).flat_in != "inputs" or planned.post is not None:
-        return []
+def _is_flat(planned: TensorPlan, metric: str) -> bool:
+    """Tell whether all directions of a merge are alike, so that the experts say which to keep."""
+    alone = planned.post is None and planned.compress is None and not planned.layout.stacked
+    return alone and get_method(planned.method).flat_in == metric
+
+
+def _even(planned: TensorPlan, inputs: Inputs) -> SecondMoment:
+    """Return the second moment of inputs that are all alike."""
+    width = planned.matrix_shapes[0][1]
+    return SecondMoment(torch.ones(width, dtype=torch.float64, device=inputs.device))
+
+
+def _experts_shifts(planned: TensorPlan, inputs: Inputs, plain: bool) -> list[Tensor]:
+    """Return F_t of each expert, F_tF_tᵀ = w_t²Δ_tC_tΔ_tᵀ, by which a flat merge is cut.
+
+    C_t is that of its inputs, or the identity.
+    """
     deltas: Iterable[Tensor | LowRank] | None = thin_deltas(planned, inputs)
     if deltas is None:
         base = read_base(planned, inputs, 0, planned.elements)
@@ -283,7 +299,7 @@ def _experts_shifts(planned: TensorPlan, inputs: Inputs) -> list[Tensor]:
         deltas = as_map(stack, planned).to(inputs.device)
     found: list[Tensor] = []
     for place, delta in enumerate(deltas):
-        moment = input_moment(planned, inputs, place)
+        moment = _even(planned, inputs) if plain else input_moment(planned, inputs, place)
         if moment is not None:
             found.append(planned.experts[place].weight * shift_of(delta, moment))
     return found

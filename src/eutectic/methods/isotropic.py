@@ -132,6 +132,7 @@ def _explain_iso_a(shape: tuple[int, ...], parameters: IsoAParameters, precision
         default_scale=_by_count(1.3, 1.0, 0.9),
         explain=_explain_iso_c,
         thin=lambda deltas, parameters, context: thin_iso_c(deltas, parameters, context),
+        flat_in="plain",
     ),
 )
 def iso_c(deltas: Tensor | LowRankStack, parameters: IsoCParameters, context: Context) -> Tensor:
@@ -208,6 +209,7 @@ def _stays_thin(deltas: LowRankStack, parameters: IsoCParameters, beside: int = 
         default_scale=_by_count(1.5, 1.2, 1.1),
         explain=_explain_iso_cts,
         thin=lambda deltas, parameters, context: thin_iso_cts(deltas, parameters, context),
+        flat_in="plain",
     ),
 )
 def iso_cts(
