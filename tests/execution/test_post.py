@@ -134,7 +134,9 @@ def test_files_plan_and_what_is_written(folders: dict[str, Any], tmp_path: Path)
     assert "post" not in told["tensors"]["layer.0.bias"]
     assert 0.3 < told["records"]["layer.0.weight"]["matrix"]["svc"]["mean_factor"] < 3
     assert "followed by `svc`" in (tmp_path / "out" / "README.md").read_text()
-    page = json.loads(invoke("report", tmp_path / "out", "--json").out)
+    written = invoke("report", tmp_path / "out", "-o", tmp_path / "page.json")
+    page = json.loads((tmp_path / "page.json").read_text())
+    assert written.code == 0
     shown = {t["name"]: t["method"] for t in page["tensors"]}
     assert shown["layer.0.weight"] == "ties + svc" and shown["layer.0.bias"] == "ties"
     planned = plan(**folders, method="iso_c", post="svc")
