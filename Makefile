@@ -18,7 +18,7 @@ RELEASE := build/release-venv
 INSTALLED_RELEASE := $(RELEASE)/.installed
 pinned = $(shell sed -n '/^$(1)==/p' $(CONSTRAINTS))
 
-.PHONY: help demo test test-quick test-kills test-ray test-transformers transformers-newer check format bench-kernels release audit docs clean
+.PHONY: help demo test test-quick test-kills test-ray test-stores test-transformers transformers-newer check format bench-kernels release audit docs clean
 
 help:
 	@echo "make demo           merge real experts, compare the methods, write a page (three minutes of CPU)"
@@ -26,6 +26,7 @@ help:
 	@echo "make test-quick     those that are quick and run no models: under a minute"
 	@echo "make test-kills     end or fail each verb at each of its system calls: an hour"
 	@echo "make test-ray       those on a real cluster of three nodes: a minute"
+	@echo "make test-stores    Google's and Azure's stores, by their emulators (npm): some minutes"
 	@echo "make test-transformers  those marked so, with the oldest and the newest transformers"
 	@echo "make check          ruff, pyright, import-linter"
 	@echo "make format         rewrite the code as ruff wants it"
@@ -59,6 +60,17 @@ test: $(INSTALLED)
 # In one process, since the cluster that they share has three nodes.
 test-ray: $(INSTALLED)
 	$(BIN)/python -m pytest -m ray tests/cluster $(PYTEST_OPTIONS)
+
+# Their libraries want another fsspec than s3fs does; they lie in a folder that is looked into first.
+build/stores/.installed: constraints/stores.txt $(INSTALLED)
+	rm -rf $(@D)
+	$(PIP_INSTALL) --no-deps --target $(@D) --requirement $<
+	npm install --prefix $(@D) --no-audit --no-fund --silent azurite@3.35.0
+	@touch $@
+
+test-stores: build/stores/.installed
+	PATH="$(CURDIR)/build/stores/node_modules/.bin:$$PATH" PYTHONPATH=build/stores \
+		$(BIN)/python -m pytest -m stores tests/storage/test_other_stores.py $(PYTEST_OPTIONS)
 
 test-quick: $(INSTALLED)
 	$(BIN)/python -m pytest --quick --numprocesses $(JOBS) --dist worksteal $(PYTEST_OPTIONS)

@@ -68,10 +68,20 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
+    def _body(self) -> bytes:
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            length = int(self.headers.get("Content-Length") or 0)
+            return self.rfile.read(length) if length else b""
+        body = b""
+        while size := int(self.rfile.readline().split(b";")[0], 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
     def handle_any(self) -> None:
         proxy = self.proxy
-        length = int(self.headers.get("Content-Length") or 0)
-        body = self.rfile.read(length) if length else b""
+        body = self._body()
         request = Request(self.command, self.path, self.headers.get("Range"), sent=len(body))
         with self.lock:
             number = len(proxy.requests)
@@ -85,7 +95,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._answer(int(fault), [("Content-Type", "application/xml")], _SLOW_DOWN)
             return
         inner = http.client.HTTPConnection(*self.target, timeout=30)
-        headers = {k: v for k, v in self.headers.items() if k.lower() != "connection"}
+        own = ("connection", "transfer-encoding", "content-length")
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in own}
+        if body or self.command in ("PUT", "POST", "PATCH"):
+            headers["Content-Length"] = str(len(body))
         inner.request(self.command, self.path, body=body, headers=headers)
         answer = inner.getresponse()
         content = answer.read()
@@ -117,7 +130,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         except OSError:
             self.close_connection = True  # whoever asked has given up
 
-    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = handle_any  # noqa: N815
+    do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_PATCH = handle_any  # noqa: N815
 
 
 _OURS = ("content-length", "transfer-encoding", "connection", "date", "server")
@@ -128,14 +141,8 @@ _SLOW_DOWN = (
 
 
 @contextmanager
-def s3_server() -> Iterator[Proxy]:
-    """Serve an empty S3 store with one bucket; checks no signatures until it is told to."""
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+def proxied(host: str, port: int) -> Iterator[Proxy]:
+    """Stand in front of a server."""
     proxy = Proxy("")
     handler = type("Handler", (_Handler,), {"proxy": proxy, "target": (host, port)})
     front = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -148,6 +155,20 @@ def s3_server() -> Iterator[Proxy]:
     finally:
         front.shutdown()
         front.server_close()
+
+
+@contextmanager
+def s3_server() -> Iterator[Proxy]:
+    """Serve an empty S3 store with one bucket; checks no signatures until it is told to."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        with proxied(*server.get_host_and_port()) as proxy:
+            yield proxy
+    finally:
         server.stop()
 
 

@@ -282,15 +282,6 @@ def test_a_large_single_file_is_seen_at_once(store: Any, s3: Proxy) -> None:
     assert found["ContentLength"] == 12 << 20
 
 
-def test_a_comparison_stays_on_this_machine(inputs: dict[str, Any]) -> None:
-    with pytest.raises(RequestError, match="of this machine"):
-        eutectic.compare(
-            {**inputs, "experts": {n: str(p) for n, p in inputs["experts"].items()}},
-            tasks={},
-            output=f"s3://{BUCKET}/comparison",
-        )
-
-
 def test_a_folder_that_is_not_what_its_manifest_says_is_refused(tmp_path: Path, store: Any) -> None:
     folder = save(tmp_path / "base", make_base())
     sizes = {p.name: {"bytes": p.stat().st_size, "sha256": ""} for p in folder.iterdir()}

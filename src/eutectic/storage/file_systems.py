@@ -30,6 +30,8 @@ _FOR_A_WHILE = {
     None,
 }
 _LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "httpx", "httpcore", "requests", "urllib3")
+# Their libraries repeat calls by themselves, with waits of half a minute and more in all.
+_REPEATING = ("gs", "az")
 _STORES = (*_LIBRARIES, "gcsfs", "google", "azure", "huggingface_hub", "fsspec")
 
 _T = TypeVar("_T")
@@ -97,6 +99,8 @@ def persistently(url: Url, call: Callable[[], _T]) -> _T:
         OSError: it still fails, or for a reason that waiting does not mend; in words.
     """
     tries = max(1, int(_number(TRIES, _TRIES)))
+    if url.scheme in _REPEATING:
+        tries = min(tries, 2)
     wait = _FIRST_WAIT
     for left in range(tries - 1, -1, -1):
         try:
@@ -118,12 +122,20 @@ def _timed_out(error: BaseException) -> bool:
 
 def is_of_a_store(error: BaseException) -> bool:
     """Tell an error of a store or the network from one of ours."""
-    of = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError) or _timed_out(error) or of in _STORES
+    found = _inner(error)
+    of = type(found).__module__.partition(".")[0]
+    return isinstance(found, OSError) or _timed_out(found) or of in _STORES
+
+
+def _inner(error: BaseException) -> BaseException:
+    """Return what a library has put into a plain RuntimeError, as adlfs does when it sends."""
+    inner = error.__cause__ or error.__context__
+    return inner if type(error) is RuntimeError and inner is not None else error
 
 
 def _passes(error: BaseException) -> bool:
     """Tell whether an error may be gone after a while."""
+    error = _inner(error)
     if isinstance(error, ConnectionError) or _timed_out(error):
         return True
     name, of = type(error).__name__, type(error).__module__.partition(".")[0]
@@ -147,8 +159,12 @@ def _status(error: BaseException) -> int | None:
             found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
         else:
             found = getattr(response, "status_code", getattr(one, "status", None))
+        if type(one).__module__.startswith("gcsfs"):
+            found = getattr(one, "code", None)
         if isinstance(found, int):
             return found
+        if isinstance(one, OSError) and str(one).startswith("Forbidden: "):  # gcsfs's too
+            return 403
     return None
 
 
@@ -165,13 +181,40 @@ def _code(error: BaseException) -> str:
     return name if status is None else f"{name}, status {status}"
 
 
+def no_bucket(url: Url) -> FileNotFoundError:
+    """Return the error of a bucket that is not there; Azure's are called containers."""
+    kind = "container" if url.scheme == "az" else "bucket"
+    what = f"there is no {kind} '{url.bucket}', or these credentials may not see it"
+    return FileNotFoundError(errno.ENOENT, what, str(url))
+
+
+def check_bucket(url: Url) -> None:
+    """Raise FileNotFoundError in words where a place's bucket is not there.
+
+    S3 says so when a folder is listed. Google's and Azure's libraries show an empty folder instead.
+    Where the credentials may not ask, nothing is raised: the listing has answered.
+    """
+    if url.scheme not in _REPEATING:
+        return
+    source = file_system(url)
+    try:
+        source.info(url.bucket)
+    except FileNotFoundError:
+        raise no_bucket(url) from None
+    except Exception as error:
+        if not is_of_a_store(error):
+            raise
+
+
 def in_words(url: Url, error: BaseException, tries: int = 1) -> OSError:
     """Return an error of a store as one that says in words what is wrong, and what helps."""
+    error = _inner(error)
     code, places = _code(error), usual_places(url.scheme)
     name, status = type(error).__name__, _status(error)
-    if code == "NoSuchBucket" or (url.scheme != "s3" and "bucket" in str(error)[:200].lower()):
-        what = f"there is no bucket '{url.bucket}', or these credentials may not see it"
-        return FileNotFoundError(errno.ENOENT, what, str(url))
+    if code in ("NoSuchBucket", "ContainerNotFound") or (
+        url.scheme != "s3" and "bucket" in str(error)[:200].lower()
+    ):
+        return no_bucket(url)
     if "NoCredentials" in name or "Credentials" in name:
         what = f"no credentials were found; they are taken from {places}"
         return PermissionError(errno.EACCES, what, str(url))

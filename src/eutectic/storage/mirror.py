@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from eutectic.errors import CheckpointError, why_failed
-from eutectic.storage.file_systems import file_system, persistently
+from eutectic.storage.file_systems import check_bucket, file_system, persistently
 from eutectic.storage.placeholders import Placeholder, content_of, placeholder
 from eutectic.storage.ranged_files import fetch, pieces, side_by_side, whole
 from eutectic.storage.remote_urls import Url, is_staging, local_path, shown_at, url_of
@@ -124,9 +124,11 @@ def stored_below(url: Url) -> list[Stored]:
     try:
         found = persistently(url, ask)
     except FileNotFoundError as error:
-        if error.strerror == "no such object":
-            return []
-        raise
+        if error.strerror != "no such object":
+            raise
+        found = {}
+    if not found:
+        check_bucket(url)
     return _of_listing(url, found.values())
 
 
