@@ -288,3 +288,22 @@ def test_plain_cuts_of_flat_merges_keep_what_the_experts_use(
         record = records[f"{name}.weight"]
         assert record["lost_energy"] == pytest.approx(1 - 3 / 9, abs=1e-4)
         assert "lost_shift" not in record
+
+
+def test_extraction_takes_statistics(tmp_path: Path, base: str, experts: dict[str, str]) -> None:
+    """As a merge of one expert that is cut so; its name is that of its folder."""
+    full = tmp_path / "tuned"
+    eutectic.merge(base=base, experts={"a": experts["c"]}, method="average", output=full)
+    told, _ = with_statistics(tmp_path, {"tuned": str(full)})
+    words = ["extract", "--base", base, str(full), "--rank", "2", "-o", str(tmp_path / "out")]
+    done = invoke(*words, "--statistics", told["tuned"]["statistics"])
+    assert done.code == 0 and "lost outputs" in done.out
+    common = {"base": base, "experts": told, "method": "task_arithmetic", "scale": 1.0}
+    eutectic.merge(**common, adapter={"rank": 2, "cut": "inputs"}, output=tmp_path / "merged")
+    eutectic.extract(full, base=base, output=tmp_path / "plain", rank=2)
+    wanted, found, plain = (changes(tmp_path / n) for n in ("merged", "out", "plain"))
+    for name, own in wanted.items():
+        torch.testing.assert_close(found[name], own)
+        assert not torch.allclose(plain[name], own, rtol=1e-2)
+    refused = invoke("extract", "--base", base, str(tmp_path / "no"), "-o", str(tmp_path / "x"))
+    assert refused.code == 2 and "experts.no.path" in refused.err

@@ -46,6 +46,8 @@ def extract(
     if asked.dtype is not None:
         stated["dtype"] = asked.dtype
     stated_keys = {"adapter": stated, "base": base, "dtype": asked.dtype}
+    if asked.statistics is not None:
+        stated["statistics"] = asked.statistics
     with (
         options_in_faults(stated_keys, {"dtype": "--dtype"}),
         progress_bar("extracting") as tell,

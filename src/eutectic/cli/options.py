@@ -331,6 +331,11 @@ class ExtractOptions:
         metavar="error | drop | save",
     )
     dtype: str | None = option(None, "Of what is written: float16, bfloat16 or float32.")
+    statistics: str | None = option(
+        None,
+        "Statistics of the model (eutectic collect): keep the most of what layers put out.",
+        metavar="FILE",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

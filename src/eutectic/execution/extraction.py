@@ -1,12 +1,14 @@
 """A LoRA adapter of a full fine-tune: the change of one checkpoint, cut layer by layer."""
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 from eutectic.execution.run import MergeReport, merge
 from eutectic.notebook import with_bar
 
-NAME = "expert"  # what the one expert is called in records
+NAME = "fine-tune"  # what the one expert is called in records, if its path has no name for it
+_NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,199}")  # that experts may have
 
 
 @with_bar("extracting")
@@ -19,6 +21,7 @@ def extract(
     energy: float | None = None,
     others: Literal["error", "drop", "save"] = "error",
     tables: Literal["save", "low_rank"] = "save",
+    statistics: str | Path | None = None,
     **options: Any,
 ) -> MergeReport:
     """Write a PEFT adapter that makes `expert` of `base`, as nearly as its rank allows.
@@ -37,6 +40,8 @@ def extract(
             where no rank is given.
         others: norms and biases that change: refused, left as in the base, or saved beside.
         tables: "save" keeps changed tables of tokens whole, "low_rank" as factors.
+        statistics: a file of `eutectic collect EXPERT`: the cut then keeps the most of what Δ adds
+            to the layers' outputs, not of ‖Δ‖², and `energy` is the share of that.
         **options: as for `eutectic.merge`: `threads`, `memory`, `restart`, `progress`, `executor`,
             `ray_address`, `device`, and other keys of a recipe, such as `dtype` (of what is
             written; factors are float32 by default, other tensors as in the base), `tensors`,
@@ -59,11 +64,22 @@ def extract(
         stated["rank"] = rank
     if energy is not None:
         stated["energy"] = energy
+    spec = {"path": str(expert)}
+    if statistics is not None:
+        spec["statistics"] = str(statistics)
+        stated["cut"] = "inputs"
     stated_recipe = {
         "base": str(base),
-        "experts": {NAME: {"path": str(expert)}},
+        "experts": {_name_of(expert): spec},
         "method": "task_arithmetic",
         "scale": 1.0,
         "adapter": stated,
     }
     return merge(stated_recipe, output=output, **options)
+
+
+def _name_of(expert: str | Path) -> str:
+    """Return what the expert is called: the last part of its path, if experts may be called so."""
+    name = Path(expert).name
+    taken = name in ("base", "initial")
+    return NAME if taken or not _NAMES.fullmatch(name) else name

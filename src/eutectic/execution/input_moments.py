@@ -37,10 +37,10 @@ def input_moment(planned: TensorPlan, inputs: Inputs, place: int) -> SecondMomen
         energy = float(matrix.trace())
     else:
         assert entry.gram_factor is not None
-        rows = entry.gram_factor.double() / entry.count**0.5
+        factor = rows = entry.gram_factor.double() / entry.count**0.5
         if entry.gram_diagonal is not None:
             diagonal += entry.gram_diagonal.double() / entry.count
-        energy = float(diagonal.sum()) + float(rows.square().sum())
+        energy = float(diagonal.sum()) + float(factor.square().sum())
     if not energy:
         return None
     return SecondMoment(diagonal + RIDGE * energy / width, rows, matrix)
