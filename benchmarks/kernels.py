@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py [--quick] [--output STEM] [--threads 2] [--pairs N]
         [--only METHOD:OUTxIN]
+    python benchmarks/kernels.py --crossover    # routes of the polar factor, and where they cross
 
 The textbook is written below with plain `torch.linalg.svd` in float32, T + 1 or T + 3 times per
 matrix as the official codes do. Ours and the textbook alternate, so that a busy machine troubles
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from eutectic.linalg.gram import gram
+from eutectic.linalg.polar import HALLEY_SIDE, Route, polar
 from eutectic.methods import merge_matrices
 from eutectic.methods.isotropic import split_spectrum
 
@@ -234,6 +236,37 @@ def unit_table(costs: dict[int, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def crossover(sides: Sequence[int]) -> None:
+    """Print what both routes of the polar factor cost in CPU time, and the fixed rule's loss.
+
+    The route tried first does not depend on a timing, since its result's last bits would: from
+    `HALLEY_SIDE` on it is `halley`, which declines what is not nearly flat in favour of `gram`.
+    """
+    print("| shape | spectrum | taken | halley ms | gram ms | rule / best |\n|" + "---|" * 6)
+    for side in sides:
+        for shape in ((side, side), (4 * side, side)):
+            for spectrum in SPECTRA:
+                generator = torch.Generator().manual_seed(side)
+                matrix = torch.randn(shape, generator=generator)
+                if shape[0] == side:  # a square Gaussian is far from flat
+                    matrix = torch.linalg.qr(matrix).Q
+                if spectrum == "power":
+                    matrix = matrix * torch.arange(1, side + 1) ** -0.5
+                own: dict[Route, list[float]] = {"halley": [], "gram": []}
+                taken = ""
+                for _ in range(5 if side <= 512 else 2 if side <= 1024 else 1):
+                    for route in own:
+                        start = time.thread_time()
+                        found = polar(matrix, route=route)
+                        own[route].append(time.thread_time() - start)
+                        taken = found.route if route == "halley" else taken
+                best = {route: 1000 * min(times) for route, times in own.items()}
+                rule = best["halley" if side >= HALLEY_SIDE else "gram"]
+                cells = [f"{best[r]:.1f}" for r in own] + [f"{rule / min(best.values()):.2f}"]
+                row = f"| {shape[0]}×{shape[1]} | {spectrum} | {taken} "
+                print(f"{row}| {' | '.join(cells)} |", flush=True)
+
+
 def growth_table(rows: Sequence[Row]) -> str:
     """Return how seconds grow with the side (at T = 8) and with T, power-law spectra.
 
@@ -288,7 +321,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pairs", type=int, help="pairs per case")
     parser.add_argument("--only", help="method:OUTxIN, to run a part of the table")
+    parser.add_argument("--crossover", action="store_true", help="routes of the polar factor")
+    parser.add_argument("--sides", default="64,128,256,512,1024,2048", help="of --crossover")
     arguments = parser.parse_args()
+    if arguments.crossover:
+        torch.set_num_threads(1)  # as each task of a merge has
+        crossover([int(side) for side in arguments.sides.split(",")])
+        return
     torch.set_num_threads(arguments.threads)
     chosen = cases(arguments.quick)
     if arguments.only:
