@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from eutectic.cluster.devices import Device
 from eutectic.errors import RequestError, ResumeError
 from eutectic.execution import executors, output_folder, tasks
 from eutectic.execution.executors import Room, run_jobs
+from eutectic.statistics.recorder import _sum_device
 from helpers.cli import invoke
 from helpers.pretended_device import DEVICE, pretended
 
@@ -159,6 +161,18 @@ def test_a_device_that_is_not_there(device, message, world):
     with pytest.raises(RequestError, match=message):
         merge(world, "out", device=device)
     assert not (world / "out").exists() and not (world / "out.partial").exists()
+
+
+@pytest.mark.parametrize(("cuda", "mps", "found"), [(1, 1, "cuda:0"), (0, 1, "mps"), (0, 0, "cpu")])
+def test_models_run_on_apples_gpus_too(cuda, mps, found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(cuda))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
+    assert devices.device_of_models("auto") == found
+    assert devices.device_of_models("mps") == "mps"  # loading says where there is none
+    # Their sums are in float64, which that device lacks.
+    assert _sum_device(SimpleNamespace(device=torch.device("mps"))) == torch.device("cpu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")

@@ -174,7 +174,9 @@ class DataOptions:
         "image-classification, zero-shot-image-classification, language-model, "
         "sequence-to-sequence, … (default: by the checkpoint's architecture).",
     )
-    device: str = option("cpu", "Where the model runs, collecting.")
+    device: str = option(
+        "cpu", "Where the model runs, collecting.", metavar="cpu | cuda | cuda:N | mps | auto"
+    )
     split: str | None = option(None, "Split of a `datasets` folder, or of images.")
     trust_code: bool = option(False, "Allow data from module:function.", "--trust-code")
     text_column: str = option("text", "Column of texts.")

@@ -245,7 +245,9 @@ def _quality(
                 tell(done, len(data), f"{name}, batch {number + 1}")
                 yield batch
 
-        routed.to(reading.device)
+        from eutectic.cluster.devices import device_of_models
+
+        routed.to(device_of_models(reading.device))
         try:
             named = {n: told(n, own, done) for done, (n, own) in enumerate(data.items())}
             return router_quality(routed, named)

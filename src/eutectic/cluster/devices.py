@@ -78,6 +78,20 @@ def device_named(text: str) -> str:
     return f"cuda:{number}"
 
 
+def device_of_models(text: str) -> str:
+    """Return where a model runs: "auto" is CUDA, else mps, else the CPU; others are themselves.
+
+    A model's forward pass is float32, so that mps serves, where matrices cannot be merged.
+    """
+    name = text.strip().lower()
+    if name != "auto":
+        return name
+    import torch
+
+    found = device_named(name)
+    return "mps" if found == CPU and torch.backends.mps.is_available() else found
+
+
 def device_memory(device: str) -> int | None:
     """Return the bytes that tasks may take of a device; None for the CPU."""
     if device == CPU:

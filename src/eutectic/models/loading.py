@@ -31,6 +31,7 @@ from eutectic.checkpoint.locating import locate, resolve
 from eutectic.checkpoint.opening import is_stated_quantised, open_reader
 from eutectic.checkpoint.reader import StateDictReader
 from eutectic.checkpoint.weight_files import names_in
+from eutectic.cluster.devices import device_of_models
 from eutectic.conventions import canonical_name
 from eutectic.errors import (
     CheckpointError,
@@ -114,6 +115,7 @@ def load_model(
     """
     transformers = transformers_for("running a checkpoint")
     kind = None if task is None else task_kind(task, COLLECTED)
+    device = device_of_models(device)
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
