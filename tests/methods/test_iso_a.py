@@ -118,3 +118,15 @@ def test_the_size_of_inputs_does_not_matter(scale: float):
 def test_a_rank_is_a_number_or_full(bad: object):
     with pytest.raises(MethodError, match="metric_rank"):
         merge_matrices("iso_a", deltas(), statistics=grams(), metric_rank=bad)
+
+
+def test_narrow_grams_are_multiplied_in_float32():
+    # With enough on the diagonal, so that rounding leaves no negative eigenvalue.
+    firm = [e.gram + 0.05 * e.gram.trace() * torch.eye(IN) for e in grams()]
+    narrow = [LayerStatistics(gram=gram.bfloat16(), count=300) for gram in firm]
+    widened = [LayerStatistics(gram=e.gram.float(), count=e.count) for e in narrow]
+    one, other = (
+        merge_matrices("iso_a", deltas(torch.float32), statistics=s, metric_rank=6)
+        for s in (narrow, widened)
+    )
+    assert torch.equal(one, other)
