@@ -70,7 +70,7 @@ def svc(
     counts experts of positive weight, which weigh the mean. A tensor that lacks a Gram is
     calibrated in the plain metric, and the record says so.
 
-    The calibrated sum has the size of one expert where they agree: its best α is near 1.
+    The calibrated sum has the size of one expert where they agree.
 
     Deviations from the source: weights; experts without a part are left out; `directions`.
 
