@@ -7,7 +7,9 @@ Names are canonical ones (`conventions_names`). Nothing here knows a file or a m
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 GATE_UP = ("gate", "up")
 QKV = ("q", "k", "v")
@@ -101,4 +103,22 @@ def packing(name: str, dimensions: int) -> Packing | None:
         if dimensions != (2 if kind == "weight" else 1):
             return None
         return Packing(group, _ROLES[role], kind)
+    return None
+
+
+def attention_heights(config: Mapping[str, Any], rows: int) -> tuple[int, int, int] | None:
+    """Return how many of the rows of a fused q, k and v are each; None where nothing says.
+
+    >>> attention_heights({"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8}, 48)
+    (32, 8, 8)
+    """
+    for part in (config, *(own for own in config.values() if isinstance(own, Mapping))):
+        heads, width = part.get("num_attention_heads"), part.get("hidden_size")
+        if not isinstance(heads, int) or heads < 1:
+            continue
+        pairs = part.get("num_key_value_heads") or heads
+        size = part.get("head_dim") or (width // heads if isinstance(width, int) else 0)
+        if isinstance(pairs, int) and isinstance(size, int) and size:
+            if (heads + 2 * pairs) * size == rows:
+                return heads * size, pairs * size, pairs * size
     return None

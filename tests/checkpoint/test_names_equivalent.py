@@ -289,8 +289,12 @@ def test_adapter_of_single_matrices_on_a_packed_base(tmp_path: Path) -> None:
     assert change[0, :6].unique().tolist() == [found.config["lora_alpha"]]
     assert not change[0, 6:].any()
     assert not change[1].any()
-    at = "base_model.model.model.layers.0.self_attn.q_proj"
-    tensors = {f"{at}.lora_A.weight": torch.ones(1, 4), f"{at}.lora_B.weight": torch.ones(4, 1)}
-    base = {"model.layers.0.self_attn.qkv_proj.weight": torch.zeros(8, 4)}
+
+
+def test_adapter_of_a_fused_matrix_on_a_base_that_keeps_its_parts(tmp_path: Path) -> None:
+    at = "base_model.model.model.layers.0.self_attn.qkv_proj"
+    tensors = {f"{at}.lora_A.weight": torch.ones(1, 4), f"{at}.lora_B.weight": torch.ones(8, 1)}
+    attention = "model.layers.0.self_attn"
+    base = {f"{attention}.{r}_proj.weight": torch.zeros(4 if r == "q" else 2, 4) for r in "qkv"}
     with pytest.raises(CheckpointError, match="packed otherwise: merge the adapter with peft"):
         open_adapter(write(tmp_path / "b", tensors), StateDictReader(base).entries)

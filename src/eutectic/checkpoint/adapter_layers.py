@@ -1,7 +1,7 @@
 """The changes of an adapter's layers, and which way round the base keeps each."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,11 +62,13 @@ def layer_changes(
     shapes: Mapping[str, Shape],
     base: BaseWeights,
     keys: Mapping[str, str],
+    straight: Collection[str] = (),
 ) -> tuple[dict[str, Factors], dict[str, Change]]:
     """Return thin factors by the base's names, and changes of every other form.
 
     `groups` are the parts that act on a tensor, `modules` its path in the adapted model, `shapes`
-    what the base has, `keys` its name in the base's file where that is another (tied tables).
+    what the base has, `keys` its name in the base's file where that is another (tied tables),
+    `straight` those known to be `[out, in]`.
     """
     acting = {n: group for n, group in groups.items() if group.keys() - {"full"} and n in shapes}
     scaled = {n: g["vera_lambda_b"] for n, g in acting.items() if "vera_lambda_b" in g}
@@ -77,7 +79,7 @@ def layer_changes(
         held = {part: e.shape for part, e in {**group, **adapter.shared}.items() if part != "full"}
         layers[name] = Layer(modules[name], shapes[name], held, adapter.settings, sizes)
         formulas[name] = None if _ROWS in group else _formula(adapter, layers[name])
-    turned = _orientations(adapter, layers, formulas)
+    turned = _orientations(adapter, layers, formulas, straight)
     factored: dict[str, Factors] = {}
     changes: dict[str, Change] = {}
     for name, group in acting.items():
@@ -113,6 +115,19 @@ def acts_on(adapter: OpenAdapter, module: str, group: Group, shape: Shape) -> bo
     held = {part: e.shape for part, e in {**group, **adapter.shared}.items() if part != "full"}
     layer = Layer(module, shape, held, adapter.settings)
     return bool(_feasible(layer, _formula(adapter, layer)))
+
+
+def parts_fit(adapter: OpenAdapter, module: str, group: Group, shape: Shape) -> bool:
+    """Tell whether parts make a change of a tensor of this shape that is kept `[out, in]`."""
+    held = {part: e.shape for part, e in {**group, **adapter.shared}.items()}
+    sizes = ((shape[0], shape[1]),) if len(shape) == 2 else ()
+    layer = Layer(module, shape, held, adapter.settings, sizes)
+    return False in _feasible(layer, _formula(adapter, layer))
+
+
+def module_of(own: str) -> str:
+    """Return the module of a parameter, as PEFT's patterns see it; a bare parameter is its own."""
+    return own.removesuffix(".weight").removesuffix(".bias")
 
 
 def _formula(adapter: OpenAdapter, layer: Layer) -> Formula | None:
@@ -168,7 +183,10 @@ def _feasible(layer: Layer, formula: Formula | None) -> tuple[bool, ...]:
 
 
 def _orientations(
-    adapter: OpenAdapter, layers: Mapping[str, Layer], formulas: Mapping[str, Formula | None]
+    adapter: OpenAdapter,
+    layers: Mapping[str, Layer],
+    formulas: Mapping[str, Formula | None],
+    straight: Collection[str],
 ) -> dict[str, bool]:
     """Tell for each layer whether the base stores [in, out] instead of [out, in].
 
@@ -184,7 +202,9 @@ def _orientations(
         found = _feasible(layer, formulas[name])
         if not found:
             raise _another_base(adapter, name, layer)
-        if "lora_embedding_A" in layer.parts:
+        if name in straight:
+            fixed[name] = False
+        elif "lora_embedding_A" in layer.parts:
             fixed[name] = True
         elif len(found) == 2:
             fixed.update({name: False} if is_output_table(name) else {})

@@ -19,6 +19,7 @@ from eutectic.checkpoint.adapter_layers import (
     acts_on,
     factor_pair,
     layer_changes,
+    module_of,
 )
 from eutectic.checkpoint.changes import BaseWeights
 from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG, Expert
@@ -26,11 +27,11 @@ from eutectic.checkpoint.index import TensorEntry, open_adapter_index, read_json
 from eutectic.checkpoint.meeting import meet_names, named_like_base
 from eutectic.checkpoint.odd_adapters import other_adapter
 from eutectic.checkpoint.packed_adapters import BareAdapter, MetBase, meet_bare
+from eutectic.checkpoint.parts_of_packed import changes_of_packed, find_places
 from eutectic.checkpoint.peft_kinds.formulas import AdapterSettings, Layer, settings_of
 from eutectic.checkpoint.peft_kinds.kinds import KINDS, LORA_PARTS, Kind
-from eutectic.checkpoint.peft_kinds.low_rank import has_residual, lora_scaling
+from eutectic.checkpoint.peft_kinds.low_rank import lora_scaling
 from eutectic.checkpoint.reader import CheckpointReader
-from eutectic.checkpoint.single_experts import SingleExperts, meet_single_experts
 from eutectic.conventions_layouts import packing
 from eutectic.conventions_ties import is_output_table, is_token_table
 from eutectic.errors import CheckpointError
@@ -91,8 +92,8 @@ def open_adapter(
     )
     rest = [own for own in found.parameters if own not in mapping]
     left = {own: found.parameters[own] for own in rest}
-    singles = _single_experts(adapter, reader, left, met_base, label)
-    rest = [own for own in rest if own not in singles.met]
+    places = find_places(opened, left, met_base)
+    rest = [own for own in rest if own not in places]
     called = named_like_base(rest, mapping, alignment, base)
     for own in rest:
         group, name = found.parameters[own], called[own]
@@ -109,12 +110,18 @@ def open_adapter(
         tied[name] = table
         extra[name] = replace(_entry(base[table], group), name=name)
     shapes = {n: base[tied.get(n, n)].shape for n in groups if n in base or n in tied}
-    modules = {name: _module(own) for name, own in owns.items()}
+    modules = {name: module_of(own) for name, own in owns.items()}
     held = weights or BaseWeights(None)
-    factored, changes = layer_changes(opened, groups, modules, shapes, held, tied)
+    for own, place in places.items():
+        modules[own], shapes[own] = module_of(own), place.shape
+    acting = {**groups, **{own: left[own] for own in places}}
+    made = layer_changes(opened, acting, modules, shapes, held, tied, places)
+    packed, packed_read = changes_of_packed(places, left, made, opened, met_base, held)
+    factored = {name: own for name, own in made[0].items() if name not in places}
+    changes = {name: own for name, own in made[1].items() if name not in places}
     stored = {n: g["full"] for n, g in groups.items() if "full" in g and n not in changes}
-    changes |= {**met.changes, **singles.changes}
-    for parts in (met.read, singles.read):
+    changes |= {**met.changes, **packed}
+    for parts in (met.read, packed_read):
         groups |= {name: {str(i): e for i, e in enumerate(read)} for name, read in parts.items()}
     return Expert(
         label,
@@ -133,11 +140,6 @@ def open_adapter(
     )
 
 
-def _module(own: str) -> str:
-    """Return the module of a parameter, as PEFT's patterns see it; a bare parameter is its own."""
-    return own.removesuffix(".weight").removesuffix(".bias")
-
-
 def _tied_table(
     opened: OpenAdapter, own: str, name: str, group: Group, base: Mapping[str, TensorEntry]
 ) -> str | None:
@@ -148,7 +150,7 @@ def _tied_table(
     if not (is_token_table(name) or is_output_table(name)):
         return None
     tables = (n for n in base if is_token_table(n) or is_output_table(n))
-    return next((n for n in tables if acts_on(opened, _module(own), group, base[n].shape)), None)
+    return next((n for n in tables if acts_on(opened, module_of(own), group, base[n].shape)), None)
 
 
 def _advice(own: str, base: MetBase) -> str:
@@ -286,27 +288,6 @@ def _bare_adapter(
     ranks = {own: adapter.settings.rank(own, adapter.fields.r) for own in owns}
     scalings = {own: lora_scaling(adapter.fields, layer) for own, layer in layers.items()}
     return replace(bare, ranks=ranks, scalings=scalings)
-
-
-def _single_experts(
-    adapter: _Adapter,
-    reader: CheckpointReader,
-    groups: Mapping[str, Group],
-    base: MetBase,
-    label: str,
-) -> SingleExperts:
-    """Return the changes by factors of matrices that the base keeps beside others."""
-    if adapter.fields is None:
-        return SingleExperts({}, {}, frozenset())
-    init = adapter.settings.raw.get("init_lora_weights")
-    plain: dict[str, Group] = {}
-    scalings: dict[str, float] = {}
-    for own, group in groups.items():
-        parts = {part: entry.shape for part, entry in group.items()}
-        layer = Layer(_module(own), (0, 0), parts, adapter.settings)
-        if not has_residual(layer, init):  # else a part of the base's matrix is in the factors
-            plain[own], scalings[own] = group, lora_scaling(adapter.fields, layer)
-    return meet_single_experts(reader, plain, scalings, base, label)
 
 
 def _entry(base: TensorEntry, group: Group) -> TensorEntry:

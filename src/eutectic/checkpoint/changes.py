@@ -57,8 +57,8 @@ class BaseWeights:
         self._source: TensorSource | None = source
         self._lock = threading.Lock()
 
-    def read(self, name: str) -> Tensor:
-        """Return a whole tensor of the base, 1-D in its dtype."""
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return elements [start, stop) of a tensor of the base, 1-D in its dtype."""
         with self._lock:
             if self._source is None:
                 if self._open is None:
@@ -67,7 +67,7 @@ class BaseWeights:
                         "which are not in files here.\nName a base in files."
                     )
                 self._source = self._open()
-        return self._source.read(name)
+        return self._source.read(name, start, stop)
 
     def close(self) -> None:
         """Release files."""
@@ -77,7 +77,7 @@ class BaseWeights:
                 self._source = None
 
 
-class _Kept:
+class Kept:
     """The last block that a thread computed, for ranges read one after the other."""
 
     def __init__(self) -> None:
@@ -98,9 +98,9 @@ class _Kept:
         return values
 
 
-def kept() -> _Kept:
+def kept() -> Kept:
     """Return a place for one block per thread."""
-    return _Kept()
+    return Kept()
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +114,7 @@ class WholeChange:
     shape: tuple[int, ...]  # of the base's tensor
     transposed: bool  # the base keeps [in, out]
     base: BaseWeights
-    kept: _Kept
+    kept: Kept
     whole: TensorEntry | None = None  # what the adapter has in full instead of W₀
 
     @property
@@ -229,8 +229,8 @@ class PackedProducts:
     experts: int
     scaling: float
     transposed: bool  # the stack keeps [in, out]
-    kept: _Kept
-    kept_b: _Kept  # every matrix takes a part of B, which does not lie in a row
+    kept: Kept
+    kept_b: Kept  # every matrix takes a part of B, which does not lie in a row
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
