@@ -183,3 +183,23 @@ def test_experts_of_too_few_directions_leave_the_choice_open() -> None:
     )
     assert found.factors.rank == 4
     assert found.lost == pytest.approx(1 - 4 / 9, abs=1e-6)
+
+
+@pytest.mark.parametrize("factored", [True, False])
+@pytest.mark.parametrize(("values", "flat"), [((1, 1, 1, 1), True), ((4, 2, 1, 1), False)])
+def test_others_choose_among_equal_directions_alone(
+    values: tuple[float, ...], flat: bool, factored: bool
+) -> None:
+    """And never so that more is lost than the energy allows."""
+    U = torch.linalg.qr(random(OUT, 4)).Q * torch.tensor(values, dtype=torch.float64)
+    V = torch.linalg.qr(random(IN, 4, seed=1)).Q
+    matrix, even = LowRank(U, V.mT), SecondMoment(torch.ones(IN, dtype=torch.float64))
+    among = [U[:, 2:] / U[:, 2:].norm(dim=0) * 3]
+    given = matrix if factored else matrix.dense()
+    cut = compressed_by_shift(given, even, rank=2, among=among)
+    expected = (U[:, 2:] @ V[:, 2:].mT) if flat else (U[:, :2] @ V[:, :2].mT)
+    torch.testing.assert_close(cut.factors.left @ cut.factors.right, expected)
+    for energy in (0.5, 0.9):
+        kept = compressed_by_shift(given, even, energy=energy, among=among)
+        assert kept.lost <= 1 - energy + 1e-9
+        assert kept.factors.lost == pytest.approx(kept.lost, abs=1e-9)

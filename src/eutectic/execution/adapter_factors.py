@@ -19,7 +19,12 @@ from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.checkpoint.writer import CheckpointWriter, OutputFile
 from eutectic.errors import NumericalError
 from eutectic.execution.input_moments import input_moment, mean_moment
-from eutectic.execution.matrix_merging import context_of, statistics_of, thin_deltas
+from eutectic.execution.matrix_merging import (
+    context_of,
+    part_statistics,
+    statistics_of,
+    thin_deltas,
+)
 from eutectic.execution.merging import (
     Emit,
     Finished,
@@ -39,7 +44,7 @@ from eutectic.execution.tensor_values import as_map, block_ranges, read_base, re
 from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.linalg.range_finder import Compressed, compressed
 from eutectic.linalg.shift import SecondMoment, compressed_by_shift, shift_of
-from eutectic.methods import get_method
+from eutectic.methods import Context, get_method
 from eutectic.methods.matrices import missing_needs, needed
 from eutectic.methods.sound_statistics import check_statistics
 from eutectic.planning.adapter_plan import THIN, Carried, thin_rank
@@ -211,28 +216,50 @@ def _thin_change(planned: TensorPlan, inputs: Inputs) -> tuple[Finished, LowRank
     deltas = thin_deltas(planned, inputs)
     if deltas is None:
         return None
-    context = context_of(planned)
-    needs = needed(method, planned.parameters)
-    if needs:
-        context = replace(context, statistics=statistics_of(planned, inputs))
-        if missing_needs(method, planned.parameters, context):
-            return None
-        check_statistics(needs, tuple(deltas.shape[1:]), context)
-    merged = method.thin(deltas, planned.parameters, context)
-    if merged is None:
-        return None
-    found = Finished(squares=Squares())
-    if planned.post is not None:
-        own = replace(context, statistics=context.statistics or statistics_of(planned, inputs))
-        merged, told = process(planned, merged, deltas, own)
-        assert isinstance(merged, LowRank)
-        found.record["matrix"] = told
+    found, record = Squares(), dict[str, Any]()
     near = read_base(planned, inputs, 0, planned.elements)
-    squares = squares_of(deltas, near, _NOTHING)
-    alone = LowRankStack((merged.left,), (merged.right,))
-    squares[0] = squares_of(alone, None, _NOTHING)[2]
-    found.squares[""] = squares
-    return found, LowRank(merged.left * planned.scale, merged.right)
+    parts: list[LowRank] = []
+    for part, rows, own in _parts(planned, inputs, deltas):
+        seen = deltas.rows(rows) if part else deltas
+        needs = needed(method, planned.parameters)
+        if missing_needs(method, planned.parameters, own):
+            return None
+        if needs:
+            check_statistics(needs, tuple(seen.shape[1:]), own)
+        merged = method.thin(seen, planned.parameters, own)
+        if merged is None:
+            return None
+        if planned.post is not None:
+            merged, record[part or "matrix"] = process(planned, merged, seen, own)
+            assert isinstance(merged, LowRank)
+        found[part] = squares_of(seen, as_map(near, planned)[rows] if part else near, _NOTHING)
+        alone = LowRankStack((merged.left,), (merged.right,))
+        found[part][0] = squares_of(alone, None, _NOTHING)[2]
+        parts.append(merged)
+    whole = parts[0]
+    if len(parts) > 1:  # one below the other
+        left = torch.block_diag(*(own.left for own in parts))
+        whole = LowRank(left, torch.cat([own.right for own in parts]))
+    scaled = LowRank(whole.left * planned.scale, whole.right)
+    return Finished(squares=found, record=record), scaled
+
+
+def _parts(
+    planned: TensorPlan, inputs: Inputs, deltas: LowRankStack
+) -> Iterator[tuple[str, slice, Context]]:
+    """Yield (label, rows, context) of each matrix that a method sees of a tensor."""
+    context = context_of(planned)
+    if planned.needs:
+        context = replace(context, statistics=statistics_of(planned, inputs))
+    if planned.post is None and get_method(planned.method).elementwise:
+        yield "", slice(None), context  # entries do not look at the part that they lie in
+        return
+    for part, rows in planned.row_parts(deltas.shape[1]):
+        if not part:
+            yield part, rows, context
+            continue
+        known = part_statistics(planned, inputs, context.statistics, rows)
+        yield part, rows, replace(context, tensor=context.tensor + part, statistics=known)
 
 
 def _cut(
@@ -250,11 +277,11 @@ def _cut(
     most, energy = carried.rank, carried.energy
     lossless = most is None and energy is None
     if lossless:
-        if isinstance(change, LowRank):
-            inner = change.left.shape[1]
-            if inner <= min(change.shape):
-                return Compressed(change.left, change.right, 0.0)
         most = thin_rank(planned, inputs)
+        if isinstance(change, LowRank):
+            fewer = _without_loss(change, most, seed)
+            if fewer is not None:
+                return fewer
     moment = mean_moment(planned, inputs) if planned.cut_in_inputs else None
     flat = _is_flat(planned, "plain" if moment is None else "inputs") and not lossless
     if moment is not None or flat:
@@ -273,6 +300,20 @@ def _cut(
             "Choose a rank, or rank: auto with an energy."
         )
     return found
+
+
+def _without_loss(change: LowRank, rank: int, seed: int) -> Compressed | None:
+    """Return a change at a rank, or at its own where it has more; None where that is no thin one.
+
+    Matrices of a fused one that stand below each other are given with as many factors each.
+    """
+    whole = Compressed(change.left, change.right, 0.0)
+    if whole.rank <= rank:
+        return whole
+    found = compressed(change, rank=rank, seed=seed)
+    if found.lost <= LOSSLESS:
+        return found
+    return whole if whole.rank <= min(change.shape) else None
 
 
 def _is_flat(planned: TensorPlan, metric: str) -> bool:

@@ -18,6 +18,8 @@ from eutectic.linalg import lapack
 from eutectic.linalg.lowrank import LowRank
 from eutectic.linalg.range_finder import Compressed, compressed
 
+FLAT = 1.25  # times what is lost: metrics of polynomials leave a flat spectrum some per cent uneven
+
 
 @dataclass(frozen=True, eq=False)
 class SecondMoment:
@@ -105,7 +107,8 @@ def compressed_by_shift(
         seed: of the sketch; derive it from the tensor's name.
         among: F_t `[out, k]` for an M·C^{1/2} that is flat, whose directions are all as good:
             taken are the r of its range with the most of Σ_t ‖F_t‖², such as `shift_of` experts.
-            Those of the closed form if there are none, or too few of them.
+            Those of the closed form if there are none, too few of them, or if these lose more
+            than `FLAT` times as much, or more than the energy allows: then it is not flat.
 
     Returns:
         Balanced factors in float64, of rank 0 for a zero matrix. C = c·I gives those of
@@ -129,8 +132,12 @@ def compressed_by_shift(
     basis, lost = lapack.orthonormal(found.left), found.lost
     if among and found.rank and lost:
         preferred = _preferred(seen, among, found.rank, seed)
-        if preferred.shape[1] == found.rank:
-            basis, lost = preferred, _lost(preferred, seen)
+        beyond = _lost(preferred, seen)
+        most = FLAT * lost
+        if energy is not None and lost <= 1 - energy:
+            most = min(most, 1 - energy)
+        if preferred.shape[1] == found.rank and beyond <= most:
+            basis, lost = preferred, beyond
     if isinstance(matrix, LowRank):
         right = (basis.mT @ matrix.left.double()) @ matrix.right.double()
         whole = _energy(lapack.qr(matrix.left.double())[1] @ matrix.right.double())

@@ -1,0 +1,85 @@
+"""Guards adapters of merges whose layers hold several matrices: each is merged for itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import eutectic
+
+from .test_compress_before import changes
+
+OUT, IN, RANKS = 48, 40, {"a": 2, "b": 3}
+NAME = "model.layers.0.attn.c_attn"
+
+
+def model(tmp_path: Path, turned: bool) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """Write a base of one layer, stored `[in, out]` if turned, and adapters of it."""
+    generator = torch.Generator().manual_seed(3)
+    (tmp_path / "base").mkdir()
+    weight = torch.randn(*((IN, OUT) if turned else (OUT, IN)), generator=generator)
+    save_file({f"{NAME}.weight": weight}, tmp_path / "base" / "model.safetensors")
+    kind = "gpt2" if turned else "none"
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": kind}))
+    paths: dict[str, Any] = {}
+    deltas: dict[str, Tensor] = {}
+    for name, rank in RANKS.items():
+        A = torch.randn(rank, IN, generator=generator)
+        B = torch.randn(OUT, rank, generator=generator)
+        (tmp_path / name).mkdir()
+        key = f"base_model.model.{NAME}"
+        tensors = {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
+        config: dict[str, Any] = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
+        config["fan_in_fan_out"] = turned
+        config["target_modules"] = ["c_attn"]
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+        paths[name], deltas[name] = str(tmp_path / name), B.double() @ A.double()
+    return str(tmp_path / "base"), paths, deltas
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("post", [None, "svc"])
+@pytest.mark.parametrize("method", ["task_arithmetic", "iso_c", "tsv_m", "core_ties", "knots_ties"])
+def test_an_adapter_holds_what_the_full_merge_does(
+    tmp_path: Path, method: str, post: str | None, turned: bool
+) -> None:
+    base, experts, _ = model(tmp_path, turned)
+    common: dict[str, Any] = {"base": base, "experts": experts, "method": method, "scale": 0.8}
+    common["tensors"] = [{"match": "*", "split": [24, 24]}]
+    if post:
+        common["post"] = post
+    full = eutectic.merge(**common, output=tmp_path / "full")
+    thin = eutectic.merge(**common, adapter={}, output=tmp_path / "thin")
+    files = (load_file(Path(f) / "model.safetensors") for f in (tmp_path / "full", base))
+    new, old = (own[f"{NAME}.weight"].double() for own in files)
+    wanted = (new - old).mT if turned else new - old
+    torch.testing.assert_close(changes(tmp_path / "thin")[NAME], wanted, rtol=1e-4, atol=2e-6)
+    told = thin.records[f"{NAME}.weight"]
+    if method != "knots_ties":  # whose matrices have rows beyond the adapters' own
+        assert told["adapter"]["rank"] == sum(RANKS.values())
+    if post:
+        assert (
+            set(told) == {"[0]", "[1]", "adapter"} == {*full.records[f"{NAME}.weight"], "adapter"}
+        )
+
+
+def test_iso_c_of_each_matrix(tmp_path: Path) -> None:
+    base, experts, deltas = model(tmp_path, turned=False)
+    eutectic.merge(
+        base=base, experts=experts, method="iso_c", scale=1.0, adapter={},
+        tensors=[{"match": "*", "split": [24, 24]}], output=tmp_path / "out",
+    )  # fmt: skip
+    parts: list[Tensor] = []
+    for part in sum(deltas.values()).split(24):  # type: ignore[union-attr]
+        U, S, Vh = torch.linalg.svd(part, full_matrices=False)
+        parts.append(S[:5].mean() * U[:, :5] @ Vh[:5])
+    torch.testing.assert_close(
+        changes(tmp_path / "out")[NAME], torch.cat(parts), rtol=1e-4, atol=1e-5
+    )
