@@ -101,6 +101,7 @@ def test_merge_at_a_rank_tells_what_the_experts_lose(place: Path) -> None:
         (["--compress", "before", "--rank", "auto"], "--compress before takes a rank that is a"),
         (["--compress", "first", "--rank", 2], "--compress: should be 'before' or 'after'"),
         (["--rank", 2, "--set", "output=model"], "--set output"),
+        (["--rank", 2, "--balance", 1], "--balance 1 says how experts are brought to shared"),
     ):
         bad = invoke(*words, *more, "-o", place / "bad", *experts)
         assert bad.code == 2

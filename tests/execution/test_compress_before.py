@@ -164,6 +164,32 @@ def test_methods_merge_what_the_shared_bases_leave(
             assert record["lost_energy"] < 1e-6
 
 
+def test_balanced_bases_are_those_of_changes_of_one_norm(
+    tmp_path: Path, base: str, experts: dict[str, str]
+) -> None:
+    """Against a naive iteration on changes that were scaled; the method merges them as they are."""
+    own = {n: changes(Path(p)) for n, p in experts.items()}
+    path = Path(experts["c"]) / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 5 * RANKS["c"]}))
+    own["c"] = {name: 5 * change for name, change in own["c"].items()}
+    how: dict[str, Any] = {"rank": 3, "compress": "before"}
+    found, told = merged(tmp_path / "all", base, experts, "iso_c", **how, balance=1.0)
+    plain, _ = merged(tmp_path / "none", base, experts, "iso_c", **how, balance=0.0)
+    for name, result in found.items():
+        deltas = torch.stack([own[n][name] for n in experts])
+        alike = deltas / deltas.flatten(1).norm(dim=1)[:, None, None]
+        Q = torch.linalg.svd(torch.cat(list(alike)), full_matrices=False)[2][:3].mT
+        for _ in range(200):
+            P = torch.linalg.svd(torch.cat([d @ Q for d in alike], 1))[0][:, :3]
+            Q = torch.linalg.svd(torch.cat([d.mT @ P for d in alike], 1))[0][:, :3]
+        cores = P.mT @ deltas @ Q
+        wanted = 0.7 * P @ merge_matrices("iso_c", cores) @ Q.mT
+        torch.testing.assert_close(result, wanted, rtol=0, atol=3e-3 * float(wanted.abs().max()))
+        assert not torch.allclose(result, plain[name], atol=1e-2 * float(wanted.abs().max()))
+        lost = 1 - cores.square().sum() / deltas.square().sum()
+        assert told[f"{name}.weight"]["lost_before"] == pytest.approx(float(lost), abs=1e-3)
+
+
 def test_other_orders_and_a_search_change_nothing(
     tmp_path: Path, base: str, experts: dict[str, str]
 ) -> None:
@@ -236,6 +262,8 @@ def test_full_checkpoints_and_zero_changes(
         ({"adapter": {"compress": "before", "rank": "auto"}}, "rank that is a number"),
         ({"adapter": {"compress": "before", "rank": 2, "energy": 0.9}}, "no energy"),
         ({"adapter": {"compress": "first", "rank": 2}}, "compress"),
+        ({"adapter": {"balance": 1, "rank": 2}}, "which compress: before does"),
+        ({"adapter": {"balance": 2, "rank": 2, "compress": "before"}}, "balance"),
         ({"output": "model", "adapter": {"compress": "before", "rank": 2}}, "asks for none"),
         ({"method": "slerp", "adapter": {"compress": "before", "rank": 2}}, "works on weights"),
         (

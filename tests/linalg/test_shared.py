@@ -125,3 +125,84 @@ def test_zeros_have_no_directions() -> None:
         assert found.lost == 0
     empty = LowRankStack((torch.zeros(5, 0),), (torch.zeros(0, 4),))
     assert shared(empty, 3).space.left.shape == (5, 0)
+
+
+# Shares of each matrix's energy that the bases keep, the first row and the norm of ΣP·core·Qᵀ. By
+# the formulas of CtM's authors (github.com/ZhengbaoHe/compress-then-merge: all matrices scaled to
+# β·norm + (1 − β)·mean norm, partial Tucker decomposition, cores of the matrices as they are),
+# computed with tensorly 0.10 to a tolerance of 1e-15.
+AUTHORS = {
+    0.0: (
+        [0.4779638, 0.5019933, 0.3376352],
+        [-0.5227866, 1.0452618, 3.7025543, 1.3336556, 0.1297110],
+        14.6352399,
+    ),
+    0.5: (
+        [0.1022780, 0.7736707, 0.2521049],
+        [-0.1010563, -1.1929134, 1.2124010, 0.3016274, -0.3835907],
+        16.9530080,
+    ),
+    1.0: (
+        [0.0973872, 0.7744820, 0.2508200],
+        [-0.0560467, -1.0921087, 1.1175380, 0.2222129, -0.3690917],
+        16.9324899,
+    ),
+}
+
+
+@pytest.mark.parametrize("beta", AUTHORS)
+def test_balanced_as_the_authors_of_compress_then_merge_do(beta: float) -> None:
+    size = (torch.arange(n, dtype=torch.float64) for n in (3, 7, 5))
+    t, i, j = torch.meshgrid(*size, indexing="ij")
+    dense = torch.cos(1.3 * i * (j + 1) + t) + 0.3 * torch.sin((t + 1) * i - 2 * j)
+    dense = dense * torch.tensor([1, 4, 0.25], dtype=torch.float64)[:, None, None]
+    how = {"weights": [1.0] * 3, "tolerance": TOLERANCE, "balance": 1 - beta}
+    found = shared_space(dense, 2, **how)
+    shares, row, norm = AUTHORS[beta]
+    kept = found.space.cores.square().sum((1, 2)) / dense.square().sum((1, 2))
+    # Steps end where the energy gains no more than 1e-9, or after thirty.
+    torch.testing.assert_close(kept, torch.tensor(shares, dtype=kept.dtype), rtol=0, atol=5e-4)
+    merged = found.space.expand(found.space.cores.sum(0)).dense()
+    wanted = torch.tensor(row, dtype=merged.dtype)
+    torch.testing.assert_close(merged[0], wanted, rtol=0, atol=0.02)
+    assert float(merged.norm()) == pytest.approx(norm, rel=1e-3)
+    lost = float((dense - expanded(found)).square().sum() / dense.square().sum())
+    assert found.lost == pytest.approx(lost, abs=1e-12)
+
+
+def test_balanced_bases_do_not_depend_on_the_sizes_of_experts() -> None:
+    deltas = stack()
+    larger = LowRankStack(
+        tuple(f * s for f, s in zip(deltas.left, (1, 50, 0.1), strict=True)), deltas.right
+    )
+    how = {"weights": [1.0] * 3, "tolerance": TOLERANCE, "balance": 1.0}
+    plain, scaled = shared_space(deltas, 3, **how), shared_space(larger, 3, **how)
+    for side in ("left", "right"):
+        one, other = (getattr(found.space, side) for found in (plain, scaled))
+        torch.testing.assert_close(one @ one.mT, other @ other.mT)
+    norms = deltas.dense().flatten(1).norm(dim=1)
+    alike = LowRankStack(
+        tuple(f / n for f, n in zip(deltas.left, norms, strict=True)), deltas.right
+    )
+    left = shared(alike, 3).space.left
+    torch.testing.assert_close(left @ left.mT, plain.space.left @ plain.space.left.mT)
+    # Of equal norms nothing is changed; half way is neither.
+    same = shared_space(alike, 3, **{**how, "balance": 0.5}).space.left
+    torch.testing.assert_close(left @ left.mT, same @ same.mT)
+    half = shared_space(larger, 3, **{**how, "balance": 0.5}).space.left
+    none = shared_space(larger, 3, **{**how, "balance": 0.0}).space.left
+    assert not torch.allclose(half @ half.mT, none @ none.mT, atol=1e-6)
+
+
+def test_balance_hears_nobody_of_weight_or_change_zero() -> None:
+    deltas = stack()
+    two = LowRankStack(deltas.left[:2], deltas.right[:2])
+    wanted = shared_space(two, 3, weights=[1, 1], tolerance=TOLERANCE, balance=0.7)
+    silent = shared_space(deltas, 3, weights=[1, 1, 0], tolerance=TOLERANCE, balance=0.7)
+    dense = torch.cat([two.dense(), torch.zeros(1, 20, 14, dtype=torch.float64)])
+    zero = shared_space(dense, 3, weights=[1, 1, 1], tolerance=TOLERANCE, balance=0.7)
+    for found in (silent, zero):
+        torch.testing.assert_close(expanded(found)[:2], expanded(wanted), rtol=1e-4, atol=1e-4)
+        assert found.lost == pytest.approx(wanted.lost, abs=1e-6)
+    nothing = shared_space(torch.zeros(2, 5, 4), 3, weights=[1, 1], tolerance=1e-9, balance=1.0)
+    assert nothing.space.cores.numel() == 0

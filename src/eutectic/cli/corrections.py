@@ -151,6 +151,7 @@ _OPTIONS: Mapping[str, str] = {
     "adapter.others": "--others",
     "adapter.tables": "--tables",
     "adapter.compress": "--compress",
+    "adapter.balance": "--balance",
     "adapter.cut": "--cut",
     "adapter.dtype": "--dtype",
     "scale.search": "--search",
@@ -166,7 +167,8 @@ _SEARCH_KEYS = re.compile(r"\b(search: |tasks|range|points|tolerance)\b")
 
 
 _OF_ADAPTER = re.compile(
-    r"\b(others|tables|compress|cut): (drop|save|low_rank|after|before|plain|inputs)"
+    r"\b(others|tables|compress|balance|cut): "
+    r"(drop|save|low_rank|after|before|plain|inputs|[01](?:\.\d+)?)"
 )
 
 

@@ -302,6 +302,13 @@ class RecipeOptions:
         "With --rank N: cut what is merged to its rank, or bring the experts to it before.",
         metavar="after | before",
     )
+    balance: float | None = option(
+        None,
+        "With --compress before: how far the experts' changes are brought to one norm where "
+        "their shared directions are looked for (0: as they are, 1: all alike).",
+        min=0,
+        max=1,
+    )
     cut: str | None = option(
         None,
         "What a cut to --rank or --energy keeps: the most of the change, or of the outputs' "
@@ -351,6 +358,7 @@ class SearchedRecipeOptions(RecipeOptions):
     energy: None = field(default=None, init=False)
     others: None = field(default=None, init=False)
     compress: None = field(default=None, init=False)
+    balance: None = field(default=None, init=False)
     cut: None = field(default=None, init=False)
 
 
@@ -413,7 +421,12 @@ def request(
     stated = {key: getattr(asked, key) for key in keys}
     options.update({key: value for key, value in stated.items() if value is not None})
     held = adapter_options(
-        asked.rank, asked.energy, asked.others, compress=asked.compress, cut=asked.cut
+        asked.rank,
+        asked.energy,
+        asked.others,
+        compress=asked.compress,
+        balance=asked.balance,
+        cut=asked.cut,
     )
     if held or asked.adapter:
         options["adapter"] = held
@@ -438,11 +451,12 @@ def adapter_options(
     others: str | None,
     tables: str | None = None,
     compress: str | None = None,
+    balance: float | None = None,
     cut: str | None = None,
 ) -> dict[str, Any]:
     """Return what words of a command line say of an adapter, as a recipe would."""
     found: dict[str, Any] = {"energy": energy, "others": others, "tables": tables}
-    found |= {"compress": compress, "cut": cut}
+    found |= {"compress": compress, "balance": balance, "cut": cut}
     stated: dict[str, Any] = {key: value for key, value in found.items() if value is not None}
     if rank is not None:
         if rank != "auto" and not rank.isdecimal():

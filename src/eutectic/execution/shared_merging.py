@@ -77,7 +77,7 @@ def _merged(
     method, rank = get_method(planned.method), planned.compress or 0
     seen, record = deltas, {LOST: 0.0}
     if method.elementwise or _needs_cut(deltas, rank):
-        shared = _shared(deltas, context, rank)
+        shared = _shared(deltas, context, planned)
         record = {LOST: shared.lost}
         space = shared.space
         if not space.cores.numel():
@@ -130,12 +130,13 @@ def _needs_cut(deltas: Tensor | LowRankStack, rank: int) -> bool:
     return own > rank
 
 
-def _shared(deltas: Tensor | LowRankStack, context: Context, rank: int) -> SharedSpace:
+def _shared(deltas: Tensor | LowRankStack, context: Context, planned: TensorPlan) -> SharedSpace:
     return shared_space(
         deltas,
-        rank,
+        planned.compress or 0,
         weights=context.weights,
         tolerance=default_tolerance(deltas.dtype, deltas.shape[1:]),
+        balance=planned.balance,
         seed=context.seed_for("shared"),
     )
 

@@ -39,6 +39,7 @@ def shared_space(
     *,
     weights: Sequence[float],
     tolerance: float,
+    balance: float = 0.0,
     seed: int = 0,
 ) -> SharedSpace:
     """Return bases of at most R directions that keep most of Σ_t ‖w_t PᵀΔ_tQ‖², and the cores.
@@ -52,12 +53,15 @@ def shared_space(
         deltas: `[T, out, in]`, or thin factors, which are not multiplied out.
         rank: R.
         weights: w_t; an expert of weight 0 has no say.
+        balance: b in 0 … 1: the bases are those of w_tΔ_t·(1 − b + b·ν/‖Δ_t‖), ν the mean norm of
+            the Δ_t that have a say. At 1 an expert of small changes has as much of a say as others.
         tolerance: directions below this fraction of the first are rounding, and left out.
         seed: of Krylov starts; derive it from the tensor's name.
 
     Returns:
-        The cores are those of Δ_t itself, without weights. R ≥ the ranks of the matrices side by
-        side and one above the other loses nothing; T = 1 gives the truncated SVD of Δ_1. The
+        The cores are those of Δ_t itself, without weights and balance. R ≥ the ranks of the
+        matrices side by side and one above the other loses nothing; T = 1 gives the truncated SVD
+        of Δ_1. The
         solution is a local optimum, and is not unique where singular values across the cut are
         equal. Zero deltas give m = n = 0.
 
@@ -69,6 +73,9 @@ def shared_space(
     assert isinstance(matrices, Tensor)
     unit = magnitude(matrices) or 1.0
     units = torch.tensor(weights, dtype=torch.float64, device=matrices.device) / unit
+    plain = units
+    if balance:
+        units = units * _balanced(matrices, units != 0, balance)
     own = matrices * units.to(matrices.dtype)[:, None, None]
     turned = own.mT
 
@@ -89,11 +96,31 @@ def shared_space(
         if kept - before <= GAIN * total:
             break
     cores = torch.stack([left.mT @ matrix.double() @ right for matrix in matrices])
+    if balance:  # what is lost is told of the changes as they are
+        sizes = torch.tensor([_square(m) for m in matrices], dtype=torch.float64)
+        held = torch.tensor([_square(core) for core in cores], dtype=torch.float64)
+        shares = plain.cpu().square()
+        total, kept = float(shares @ sizes), float(shares @ held)
     lost = 1.0 - kept / total if total else 0.0
     lost = lost if lost > ROUNDING else 0.0
     if outer is not None:
         left, right = outer.left @ left, outer.right @ right
     return SharedSpace(CoreSpace(left, right, cores), lost)
+
+
+def _balanced(matrices: Tensor, heard: Tensor, balance: float) -> Tensor:
+    """Return what brings the norms of matrices nearer to their mean; 1 for those not heard."""
+    norms = torch.tensor([_square(m) for m in matrices], dtype=torch.float64).sqrt()
+    norms = norms.to(matrices.device)
+    heard = heard & (norms > 0)
+    if not bool(heard.any()):
+        return torch.ones_like(norms)
+    mean = norms[heard].mean()
+    return torch.where(heard, 1 - balance + balance * mean / norms.clamp_min(1e-300), 1.0)
+
+
+def _square(matrix: Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) ** 2
 
 
 def _energy(matrices: Tensor, P: Tensor, Q: Tensor) -> float:

@@ -46,6 +46,7 @@ def adapter_outlook(plan: Plan, inputs: Inputs) -> dict[str, Any]:
         "ranks": {str(r or ENERGY): ranks[r] for r in sorted(ranks, key=lambda r: r or 0)},
         "energy": options.share,
         "compress": options.compress,
+        "balance": options.balance,
         "modules_to_save": sorted(saved),
         "not_held": [] if options.others == "save" else vectors,
         "loose": loose,
@@ -93,6 +94,8 @@ def outlook_in_words(held: Mapping[str, Any]) -> list[str]:
     elif ranks:
         of_rank = f" of the ranks that keep {held['energy']:g} of each change"
     before = ", to which the experts are brought before" if held["compress"] == "before" else ""
+    if held["balance"]:
+        before += f" (balance {held['balance']:g})"
     said = [f"thin factors of {counted(held['layers'], 'layer')}{of_rank}{before}"]
     if held["modules_to_save"]:
         said.append(f"saved whole (modules_to_save): {few(held['modules_to_save'])}")

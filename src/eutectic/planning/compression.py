@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from eutectic.errors import Fault
 from eutectic.methods import get_method
@@ -12,8 +13,10 @@ from eutectic.words import few
 
 def compressed_before(tensors: Sequence[TensorPlan], adapter: AdapterPlan) -> list[TensorPlan]:
     """Return the tensors, with the rank to which their experts are brought before the merge."""
-    rank = adapter.options.before
-    return [replace(t, compress=rank) if _is_thin(t, adapter) else t for t in tensors]
+    if (rank := adapter.options.before) is None:
+        return [*tensors]
+    how: dict[str, Any] = {"compress": rank, "balance": adapter.options.balance}
+    return [replace(t, **how) if _is_thin(t, adapter) else t for t in tensors]
 
 
 def compression_faults(tensors: Sequence[TensorPlan], adapter: AdapterPlan) -> list[Fault]:

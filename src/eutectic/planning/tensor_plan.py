@@ -130,6 +130,7 @@ class TensorPlan:
     must_agree: bool = False  # a copied buffer that every expert must hold alike
     # Most directions of the change, to which the experts are brought before they are merged.
     compress: int | None = None
+    balance: float = 0.0  # how far their changes are brought to one norm for that
     cut_in_inputs: bool = False  # its factors are those nearest in the outputs, not in ‖Δ‖
 
     @property

@@ -139,6 +139,9 @@ class AdapterOptions(BaseModel, extra="forbid", frozen=True):
     # Whether the experts are brought to `rank` shared directions before they are merged (CtM,
     # arXiv 2606.03723), or what is merged is cut after.
     compress: Literal["before", "after"] = "after"
+    # How far the experts' changes are brought to one norm where their shared directions are looked
+    # for: 0 as they are, 1 all alike (β = 1 − balance in the code of CtM's authors).
+    balance: Annotated[float, Field(ge=0, le=1)] = 0.0
     # What a cut after the merge keeps: the most of ‖Δ‖², or by the experts' statistics of ‖Δx‖².
     cut: Literal["plain", "inputs"] = "plain"
 
@@ -157,6 +160,11 @@ class AdapterOptions(BaseModel, extra="forbid", frozen=True):
             raise ValueError(f"compress: {self.compress} needs a rank (--rank N)")
         if self.compress == "before" and (self.most is None or self.energy is not None):
             raise ValueError("compress: before takes a rank that is a number, and no energy")
+        if "balance" in self.model_fields_set and self.compress != "before":
+            raise ValueError(
+                f"balance: {self.balance:g} says how experts are brought to shared directions, "
+                "which compress: before does"
+            )
         if "cut" in self.model_fields_set and self.most is None and self.share is None:
             raise ValueError(f"cut: {self.cut} needs a rank (--rank N)")
         if self.cut == "inputs" and self.compress == "before":
