@@ -229,11 +229,6 @@ class Entry:
     laws: frozenset[str]
     adapter: TypeAdapter[Any] = field(repr=False)
 
-    @property
-    def keeps_span(self) -> bool:
-        """Whether a merged matrix has no more directions than the deltas have together."""
-        return self.factors if self.spans is None else self.spans
-
     def parse(self, values: Mapping[str, Any], *, beside: Iterable[str] = ()) -> Any:
         """Return checked parameters; `beside` names keywords that are allowed beside them.
 
@@ -273,6 +268,11 @@ class Method(Entry, Takes, Cost, Rules):
     kind = "method"
     family: str
     function: MethodFunction
+
+    @property
+    def keeps_span(self) -> bool:
+        """Whether a merged matrix has no more directions than the deltas have together."""
+        return self.factors if self.spans is None else self.spans
 
     def check_expert_count(self, count: int) -> None:
         """Raise MethodError when the method is not defined for `count` experts."""
