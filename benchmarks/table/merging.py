@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -274,9 +274,9 @@ def merge_row(
     init: tuple[str, float] | None = None,
 ) -> MergedRow:  # fmt: skip
     """Merge from files to files in a process of its own, and take the deltas from the output."""
-    folder = work / "merged" / f"{suite.name}-{row.method}-{os.getpid()}"  # two runs may share it
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    (work / "merged").mkdir(parents=True, exist_ok=True)
+    # Two runs, of two machines perhaps, may share that folder.
+    folder = Path(tempfile.mkdtemp(prefix=f"{suite.name}-{row.method}-", dir=work / "merged"))
     parameters, scale = dict(row.parameters), 1.0
     if init is not None and row.calibrated:
         scale = init[1]

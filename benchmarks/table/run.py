@@ -8,6 +8,10 @@ experts on the proxy sample, which is drawn from their training texts, or (`held
 they were not trained on, or in closed form from the Grams. Test data are read once per row and α.
 A row that depends on the proxy sample is repeated for further samples at the α that validation
 chose for the first. Results of other experts, or of other numbers of examples, are not mixed.
+
+With `--executor ray` (`--ray-address HOST:PORT`) the workers of a Ray cluster measure the rows, a
+core each, and this process shows them. Its machines see this folder and DIR under the same paths.
+Accuracies are those of `--threads 1`; seconds are those of machines that do several rows at once.
 """
 
 from __future__ import annotations
@@ -41,9 +45,11 @@ from table.merging import (
     merge_row,
     set_weights,
 )
+from table.options import VALIDATION_TEXTS, parse, table_command
 from table.outcomes import keep
-from table.routing import add_row_options, routed_rows
+from table.routing import routed_rows
 from table.show import write_table
+from table.spreading import Workers, collect, measure_rows
 from table.suite import (
     SPLITS,
     Batches,
@@ -62,11 +68,7 @@ from eutectic.tuning.divergence import kl_divergence
 from eutectic.tuning.output_error import closed_form_scale, output_terms
 from eutectic.tuning.search import Measured, ScaleCurve, search_scale
 
-VALIDATION_TEXTS = 150
-# Of every task; of the adapters, all.
-TEST_EXAMPLES = {"text": 500, "mpnet": 500, "gemma": 500, "glyphs": 1000}
 DIVERGENCE_PROXIES = 64
-LABEL_FREE = ("divergence", "grams", "held_out")
 
 
 def load_suite(arguments: argparse.Namespace) -> Suite:
@@ -303,65 +305,52 @@ def _labelled(suite: Suite, row: Row, merged: MergedRow, first: Path, seed: int)
     return record
 
 
+def spread_rows(arguments: argparse.Namespace, suite: Suite, workers: Workers) -> None:
+    """Have the workers of a cluster measure what is asked for, a command each."""
+    known = ALL_ROWS if suite.adapters else ROWS
+    rows = arguments.rows if arguments.rows is not None else [*known, "routed"]
+    own = [known[name] for name in rows if name in known]
+    grams = "grams" in arguments.label_free and not all(row.fixed for row in own)
+    table = table_command(arguments)
+    if grams or "routed" in rows or any(row.needs_statistics for row in own):
+        collect(workers, table, rows, suite.tasks)
+    measure_rows(workers, table, rows, arguments.bases)
+
+
+def collect_parts(arguments: argparse.Namespace, suite: Suite) -> None:
+    """Collect the statistics of some tasks that the rows of the table read."""
+    own = {task: folder for task, folder in suite.experts.items() if task in arguments.collect}
+    part = replace(suite, experts=own)
+    names = arguments.rows if arguments.rows is not None else list(ALL_ROWS)
+    rows = [ALL_ROWS[name] for name in names if name in ALL_ROWS]
+    kinds = [{"fisher": False}] if names else []
+    if any(row.method == "fisher" for row in rows):
+        kinds.append({"fisher": True})
+    if suite.adapters and any(row.core for row in rows):
+        kinds.append({"core": True})
+    for seed, kind in product(range(arguments.seeds), kinds):
+        collect_statistics(part, arguments.work, seed, **kind)
+
+
 def main() -> None:
     """Fill what is missing and write the table."""
-    parser = argparse.ArgumentParser(description="Make a suite's table of methods.")
-    parser.add_argument("suite", choices=["text", "mpnet", "gemma", "glyphs", "adapters"])
-    parser.add_argument("--work", type=Path, required=True, help="folder of the suite's experts")
-    parser.add_argument(
-        "--regime", default="hard", help="kind, hard, lora, lora-unequal or lora-extracted (text)"
-    )
-    parser.add_argument(
-        "--tasks", type=int, default=8, help="the first so many tasks; 6: the miniature"
-    )
-    parser.add_argument("--seeds", type=int, default=3, help="proxy samples")
-    add_row_options(parser, "all")
-    parser.add_argument(
-        "--counts", type=int, nargs="*", default=[], help="smaller proxy samples for the routers"
-    )
-    parser.add_argument(
-        "--label-free",
-        nargs="*",
-        choices=LABEL_FREE,
-        default=LABEL_FREE[:2],
-        help="how α is chosen without labels (default: divergence grams; nothing: not at all)",
-    )
-    parser.add_argument("--no-alignment", action="store_true", help="no subspace alignment")
-    parser.add_argument(
-        "--test-texts", type=int, help="of every task; default: 500 texts, 1000 images"
-    )
-    parser.add_argument(
-        "--validation-texts", type=int, default=VALIDATION_TEXTS, help="of every task, to choose α"
-    )
-    parser.add_argument(
-        "--collect", nargs="*", help="only collect the statistics of these tasks", metavar="TASK"
-    )
-    parser.add_argument(
-        "--in-process", action="store_true", help="merge in this process: no peak memory of its own"
-    )
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
+    arguments, workers = parse()
     torch.set_num_threads(arguments.threads)
     merging.apart = not arguments.in_process
-    if arguments.test_texts is None:
-        arguments.test_texts = TEST_EXAMPLES.get(arguments.suite)
     suite = load_suite(arguments)
     if "held_out" in arguments.label_free:
         lacking = [task for task, own in suite.splits.items() if not len(own["held_out"].labels)]
         if lacking:
             raise SystemExit(f"No validation data are left to be held out: {', '.join(lacking)}.")
     if arguments.collect is not None:
-        own = {task: folder for task, folder in suite.experts.items() if task in arguments.collect}
-        part = replace(suite, experts=own)
-        for seed, fisher in product(range(arguments.seeds), (False, True)):
-            collect_statistics(part, arguments.work, seed, fisher=fisher)
-        for seed in range(arguments.seeds if suite.adapters else 0):
-            collect_statistics(part, arguments.work, seed, core=True)
+        collect_parts(arguments, suite)
         return
     results = arguments.work / "results" / suite.name
     check_settings(suite, results)
     fixed = fixed_models(suite, results)
     print(f"base {mean(fixed['base']):.1f}, experts {mean(fixed['experts']):.1f}", flush=True)
+    if workers is not None:
+        spread_rows(arguments, suite, workers)
     known = ALL_ROWS if suite.adapters else ROWS
     chosen = arguments.rows if arguments.rows is not None else [*known, "routed"]
     for name in (n for n in known if n in chosen):
