@@ -1,12 +1,17 @@
 """RegMean with a flat spectrum in the metric of the inputs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from tests.methods.test_core_metrics import NAMES, RANKS, apart, entries, projected, stack
 from torch import Tensor
 
 from eutectic import merge_matrices
 from eutectic.errors import MethodError
 from eutectic.linalg.lowrank import LowRankStack
+from eutectic.methods import Context, get_method
+from eutectic.methods.matrices import run_method
 from eutectic.types import LayerStatistics
 
 OUT, IN, EXPERTS, RIDGE = 20, 12, 3, 0.1
@@ -138,3 +143,43 @@ def test_refusals():
         merge_matrices("iso_regmean", deltas(), statistics=statistics(), weights=[1.0, -1.0, 1.0])
     with pytest.raises(MethodError, match="directions"):
         merge_matrices("iso_regmean", deltas(), statistics=statistics(), directions=0)
+
+
+@pytest.mark.parametrize("directions", [None, 4])
+@pytest.mark.parametrize("twice", [False, True])
+def test_grams_between_shared_rows_stay_there(directions: int | None, twice: bool):
+    """In the core it is the method on the expanded deltas and Grams, and no factor is expanded."""
+    thin = stack(twice)
+    given = entries(thin)
+    method = get_method("iso_regmean")
+    parameters = method.parameters(directions=directions)
+    context = Context(weights=(1.0, 0.5, 2.0), experts=NAMES, statistics=tuple(given))
+    assert method.thin is not None
+    found = method.thin(thin, parameters, context)
+    assert found is not None
+    assert found.left.shape[1] <= sum(RANKS)
+    whole = replace(context, statistics=tuple(projected(given)))
+    wanted = run_method(
+        method, thin.dense(), method.parameters(directions=directions, metric_rank="full"), whole
+    ).delta
+    assert apart(found.dense(), wanted) < 1e-8
+    assert apart(run_method(method, thin, parameters, context).delta, wanted) < 1e-8
+    # Dense deltas from such Grams, a silent expert, and one without inputs.
+    assert apart(run_method(method, thin.dense(), parameters, context).delta, wanted) < 1e-6
+    silent = replace(context, weights=(1.0, 0.0, 2.0), statistics=(given[0], None, given[2]))
+    dense = replace(silent, statistics=(projected(given)[0], None, projected(given)[2]))
+    one = method.thin(thin, parameters, silent)
+    assert one is not None
+    other = run_method(method, thin.dense(), parameters, dense).delta
+    assert apart(one.dense(), other) < 1e-6
+
+
+def test_factors_are_expanded_where_the_core_is_no_smaller():
+    method = get_method("iso_regmean")
+    thin = stack()
+    context = Context(weights=(1.0,) * 3, experts=NAMES, statistics=tuple(entries(thin)))
+    assert method.thin is not None
+    assert method.thin(thin, method.parameters(support="full"), context) is None
+    wide = LowRankStack(thin.left * 4, thin.right * 4)
+    many = Context(weights=(1.0,) * 12, experts=tuple(map(str, range(12))), statistics=None)
+    assert method.thin(wide, method.parameters(), many) is None

@@ -79,7 +79,13 @@ def test_what_is_kept_is_what_the_adapters_rows_see(
 @OLD_NAMES
 @pytest.mark.parametrize(
     ("method", "parameters"),
-    [("iso_a", {}), ("esm", {"preset": "none"}), ("mats", {}), ("regmean", {"off_diagonal": 1.0})],
+    [
+        ("iso_a", {}),
+        ("iso_regmean", {"directions": 4}),
+        ("esm", {"preset": "none"}),
+        ("mats", {}),
+        ("regmean", {"off_diagonal": 1.0}),
+    ],
 )
 def test_a_merge_is_that_of_the_dense_gram_between_the_rows(
     method: str,
@@ -120,7 +126,7 @@ def test_a_merge_is_that_of_the_dense_gram_between_the_rows(
 
 
 @OLD_NAMES
-@pytest.mark.parametrize("method", ["iso_a", "esm", "mats", "regmean"])
+@pytest.mark.parametrize("method", ["iso_a", "iso_regmean", "esm", "mats", "regmean"])
 def test_merges_at_a_rank_take_them(
     method: str, expert: Path, data: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -61,9 +61,8 @@ def shared_space(
     Returns:
         The cores are those of Δ_t itself, without weights and balance. R ≥ the ranks of the
         matrices side by side and one above the other loses nothing; T = 1 gives the truncated SVD
-        of Δ_1. The
-        solution is a local optimum, and is not unique where singular values across the cut are
-        equal. Zero deltas give m = n = 0.
+        of Δ_1. The solution is a local optimum, and is not unique where singular values across the
+        cut are equal. Zero deltas give m = n = 0.
 
     Cost: of thin factors two thin QR decompositions, then SVDs of `[Σ r_t, T·R]` for each step; of
     dense ones a partial SVD of `[T·out, in]` and 2·T·out·in·R multiplications a step.

@@ -174,7 +174,7 @@ def thin_iso_c(
     deltas: LowRankStack, parameters: IsoCParameters, context: Context
 ) -> LowRank | None:
     """Return Iso-C of thin factors as thin factors, None where they have to be expanded."""
-    if not _stays_thin(deltas, parameters):
+    if not keeps_factors(deltas, parameters):
         return None
     flat = polar(context.weigh(deltas).total(), **_bounds(parameters, context))
     return LowRank(flat.factor.left * flat.mean_singular_value, flat.factor.right)
@@ -188,7 +188,7 @@ def _bounds(parameters: IsoCParameters, context: Context) -> dict[str, Any]:
     }
 
 
-def _stays_thin(deltas: LowRankStack, parameters: IsoCParameters, beside: int = 0) -> bool:
+def keeps_factors(deltas: LowRankStack, parameters: IsoCParameters, beside: int = 0) -> bool:
     """Tell whether thin factors have the expanded deltas' result, and for less."""
     tolerance = parameters.rank_tolerance
     if parameters.support == "full" or not stays_thin(deltas, beside):
@@ -241,7 +241,7 @@ def iso_cts(
     Reference: Marczak et al., "No Task Left Behind: Isotropic Model Merging with Common and
     Task-Specific Subspaces", arXiv 2502.04959.
     """
-    tolerance, dependence = _tolerance(deltas, parameters), dependence_tolerance(deltas.dtype)
+    tolerance, dependence = kept_tolerance(deltas, parameters), dependence_tolerance(deltas.dtype)
     if isinstance(deltas, LowRankStack):
         thin = thin_iso_cts(deltas, parameters, context)
         if thin is not None:
@@ -255,9 +255,9 @@ def thin_iso_cts(
     deltas: LowRankStack, parameters: IsoCtsParameters, context: Context
 ) -> LowRank | None:
     """Return Iso-CTS of thin factors as thin factors, None where they have to be expanded."""
-    if not _stays_thin(deltas, parameters):
+    if not keeps_factors(deltas, parameters):
         return None
-    tolerance, dependence = _tolerance(deltas, parameters), dependence_tolerance(deltas.dtype)
+    tolerance, dependence = kept_tolerance(deltas, parameters), dependence_tolerance(deltas.dtype)
     space = core_space(context.weigh(deltas))
     own = _common_and_specific(space.cores, parameters, context, tolerance, dependence)
     return space.expand(own)
@@ -351,7 +351,7 @@ def iso_a(deltas: Tensor | LowRankStack, parameters: IsoAParameters, context: Co
     adapters' own rows (`collect --for`) the sides are Σ r_t, and nothing but the two bases is as
     wide as the layer. Otherwise, and where `iso_c` expands them, they are expanded.
     """
-    tolerance = _tolerance(deltas, parameters)
+    tolerance = kept_tolerance(deltas, parameters)
     if isinstance(deltas, LowRankStack):
         thin = thin_iso_a(deltas, parameters, context)
         if thin is not None:
@@ -368,14 +368,14 @@ def thin_iso_a(
     deltas: LowRankStack, parameters: IsoAParameters, context: Context
 ) -> LowRank | None:
     """Return Iso-A of thin factors as thin factors, None where they have to be expanded."""
-    if not _stays_thin(deltas, parameters):
+    if not keeps_factors(deltas, parameters):
         return None
     entries = context.statistics or (None,) * len(deltas)
     found = in_core(deltas, entries, parameters.ridge, parameters.powers(context.precision))
     if found is None:
         return None
     space, metrics = found
-    tolerance = _tolerance(deltas, parameters)
+    tolerance = kept_tolerance(deltas, parameters)
     return space.expand(_flat_in_metrics(space.cores, metrics, parameters, context, tolerance))
 
 
@@ -402,7 +402,8 @@ def _flat_in_metrics(
     return mean_metric(metrics, total).times(merged, -0.5)
 
 
-def _tolerance(deltas: Tensor | LowRankStack, parameters: IsoCParameters) -> float | None:
+def kept_tolerance(deltas: Tensor | LowRankStack, parameters: IsoCParameters) -> float | None:
+    """Return the bound below which directions of a sum are rounding; None where all are kept."""
     if parameters.support == "full":
         return None
     if parameters.rank_tolerance is not None:

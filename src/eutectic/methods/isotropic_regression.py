@@ -8,16 +8,15 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
-from eutectic.linalg.core import core_space_beside, stays_thin
 from eutectic.linalg.gram import explain_routes
 from eutectic.linalg.leading import explain_leading, leading_singular
-from eutectic.linalg.lowrank import LowRankStack
-from eutectic.linalg.metric import InputMetric, Metric, WideMetric, is_wide, mean_metric
+from eutectic.linalg.lowrank import LowRank, LowRankStack
+from eutectic.linalg.metric import Metric, WideMetric, is_wide, mean_metric
 from eutectic.linalg.remembered import digest
-from eutectic.linalg.svd import default_tolerance
+from eutectic.methods.core_metrics import in_core, with_factors
 from eutectic.methods.grams import negative_weights, participants
 from eutectic.methods.input_metrics import input_metric
-from eutectic.methods.isotropic import IsoAParameters
+from eutectic.methods.isotropic import IsoAParameters, keeps_factors, kept_tolerance
 from eutectic.methods.registry import Context, Cost, Precision, Rules, Takes, always, register
 
 
@@ -57,11 +56,16 @@ def _explain(shape: tuple[int, ...], parameters: IsoRegMeanParameters, precision
     paper="This project; RegMean is arXiv 2212.09849, Iso-C arXiv 2502.04959",
     parameters=IsoRegMeanParameters,
     laws={"permutation", "homogeneous", "zero", "absent", "rotation"},
-    takes=Takes(factors=True, needs=always({"gram"}), fallback=always("iso_c")),
+    takes=Takes(factors=True, core_grams=True, needs=always({"gram"}), fallback=always("iso_c")),
     cost=Cost(
         workspace=lambda count: 1.5 + 28 / count, keeps_rows=lambda p: p.metric_rank != "full"
     ),
-    rules=Rules(default_scale=always(2.0), explain=_explain, check=negative_weights),
+    rules=Rules(
+        default_scale=always(2.0),
+        explain=_explain,
+        check=negative_weights,
+        thin=lambda deltas, parameters, context: thin_iso_regmean(deltas, parameters, context),
+    ),
 )
 def iso_regmean(
     deltas: Tensor | LowRankStack, parameters: IsoRegMeanParameters, context: Context
@@ -82,32 +86,37 @@ def iso_regmean(
     deltas give zero; rank deficiency as in `iso_c`. Where singular values are equal across the cut,
     which of them are kept is a matter of choice.
 
-    Thin factors: as in `iso_a`.
+    Thin factors: as in `iso_a`; the result stays thin too.
 
     Raises:
         MethodError: negative weights.
     """
+    tolerance = kept_tolerance(deltas, parameters)
+    if isinstance(deltas, LowRankStack):
+        thin = thin_iso_regmean(deltas, parameters, context)
+        if thin is not None:
+            return thin.dense().to(deltas.dtype)
+        deltas = deltas.dense()
     size = deltas.shape[2]
-    entries = context.statistics or (None,) * len(deltas)
+    entries = with_factors(context.statistics or (None,) * len(deltas))
     how = parameters.powers(context.precision)
     metrics = [input_metric(e, parameters.ridge, how, size, deltas.device) for e in entries]
-    tolerance = None
-    if parameters.support == "numerical":
-        tolerance = parameters.rank_tolerance
-        if tolerance is None:
-            tolerance = default_tolerance(deltas.dtype, deltas.shape[1:])
-    if isinstance(deltas, LowRankStack):
-        few = [m for m in metrics if isinstance(m, InputMetric) and m.matrix is None]
-        held = [m.rows for m in few if m.rows is not None]
-        thin = len(few) == len(metrics) and tolerance is not None and stays_thin(deltas)
-        space = core_space_beside(deltas, held) if thin else None
-        if space is not None:
-            seen, width = iter(space.beside), space.right.shape[1]
-            inside = [m.between(width, None if m.rows is None else next(seen)) for m in few]
-            own = _merged(space.cores, inside, parameters, context, tolerance)
-            return space.expand(own).dense().to(deltas.dtype)
-        deltas = deltas.dense()
     return _merged(deltas, metrics, parameters, context, tolerance).to(deltas.dtype)
+
+
+def thin_iso_regmean(
+    deltas: LowRankStack, parameters: IsoRegMeanParameters, context: Context
+) -> LowRank | None:
+    """Return `iso_regmean` of thin factors as thin factors, None where they have to be expanded."""
+    if not keeps_factors(deltas, parameters):
+        return None
+    entries = context.statistics or (None,) * len(deltas)
+    found = in_core(deltas, entries, parameters.ridge, parameters.powers(context.precision))
+    if found is None:
+        return None
+    space, metrics = found
+    tolerance = kept_tolerance(deltas, parameters)
+    return space.expand(_merged(space.cores, metrics, parameters, context, tolerance))
 
 
 def _merged(
