@@ -511,3 +511,31 @@ def test_a_plan_bounds_the_bytes_of_what_it_cannot_know(tmp_path: Path) -> None:
         stored = load_file(out / "adapter_model.safetensors")
         written = sum(t.numel() * t.element_size() for t in stored.values())
         assert written <= made.cost["write_bytes"] <= 2.5 * written
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "iso_c"])
+def test_small_factors_fit_into_half_precision(tmp_path: Path, method: str) -> None:
+    """A B of 1e-8 has none of its bits in float16, beside an A of 1."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "none"}')
+    name = "model.layers.0.self_attn.q_proj"
+    save_file({f"{name}.weight": torch.zeros(24, 20)}, tmp_path / "base" / "model.safetensors")
+    torch.manual_seed(2)
+    A, B = torch.randn(3, 20), torch.randn(24, 3) * torch.tensor([1e-8, 1e-7, 1e-6])
+    (tmp_path / "a").mkdir()
+    key = f"base_model.model.{name}"
+    held = {f"{key}.lora_A.weight": A, f"{key}.lora_B.weight": B}
+    save_file(held, tmp_path / "a" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 3, "lora_alpha": 3, "target_modules": ["q_proj"]}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    products: list[Tensor] = []
+    for dtype in ("float32", "float16"):
+        eutectic.merge(
+            base=tmp_path / "base", experts={"a": str(tmp_path / "a")}, method=method, scale=1.0,
+            adapter={}, dtype=dtype, output=tmp_path / dtype,
+        )  # fmt: skip
+        own = load_file(tmp_path / dtype / "adapter_model.safetensors")
+        assert {str(t.dtype) for t in own.values()} == {f"torch.{dtype}"}
+        left, right = own[f"{key}.lora_B.weight"].double(), own[f"{key}.lora_A.weight"].double()
+        products.append(left @ right)
+    assert (products[1] - products[0]).norm() < 1e-3 * products[0].norm()

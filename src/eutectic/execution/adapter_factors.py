@@ -100,7 +100,10 @@ def write_part(
         told: dict[str, Any] = {}
         cut = [_cut(planned, carried, inputs, change, told) for change in changes]
         part = _together(cut) if planned.layout.stacked else cut[0]
-        sides = {LEFT: part.left, RIGHT: part.right}
+        left, right = part.left, part.right
+        if carried.dtype == torch.float16:
+            left, right = _within_half(left, right)
+        sides = {LEFT: left, RIGHT: right}
         held = {n: narrow_finite(planned.name, t, carried.dtype) for n, t in sides.items()}
         told = {"changed": part.rank > 0, "rank": part.rank, "lost_energy": part.lost, **told}
         if LOST in found.record:
@@ -137,6 +140,18 @@ def open_part(folder: Path, tensor: str) -> Iterator[CheckpointReader]:
         yield reader
     finally:
         reader.close()
+
+
+def _within_half(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors, direction by direction of alike size, by powers of two.
+
+    Float16 has no room for a trained B of 1e-6 beside an A of 1, though it has for their product.
+    """
+    here, there = left.abs().amax(-2), right.abs().amax(-1)
+    acts = (here > 0) & (there > 0)
+    ratio = torch.where(acts, there.double() / here.double(), 1.0)
+    factor = torch.exp2((ratio.log2() / 2).round())
+    return left.double() * factor[..., None, :], right.double() / factor[..., None]
 
 
 def _transposed(change: Tensor | LowRank) -> Tensor | LowRank:
