@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import eutectic
-from eutectic.errors import RecipeError
+from eutectic.errors import RecipeError, RequestError
 from helpers.folders import Tensors, load, save
 
 LAYERS = 3
@@ -234,3 +234,64 @@ def test_faults(folder, tmp_path, change, kind):
         eutectic.merge(recipe, output=tmp_path / "out")
     assert kind in {fault.kind for fault in caught.value.faults}, caught.value.faults
     assert "<" not in str(caught.value)
+
+
+RULES = """
+base: base
+experts: {a: a, b: b}
+method: task_arithmetic
+tensors: [{match: "*mlp*", method: average}]
+"""
+
+
+def test_options_win_over_recipes_with_rules(folder, tmp_path):
+    recipe = folder / "rules.yaml"
+    recipe.write_text(RULES)
+    asked = {"scale": 0.5, "dtype": "float64", "post": "svc:directions=sum"}
+    planned = eutectic.plan(recipe, **asked)
+    assert (planned.scale, planned.named) == (0.5, "task_arithmetic + svc")
+    rows = {row["name"]: row["merged_by"] for row in planned.tensors}
+    assert rows["model.layers.0.mlp.up_proj.weight"] == "average + svc"
+    eutectic.merge(recipe, scale=0.5, output=tmp_path / "out")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    wanted = BASE[name] + 0.5 * (A[name] + B[name] - 2 * BASE[name])
+    torch.testing.assert_close(load(tmp_path / "out")[name], wanted)
+    with pytest.raises(RecipeError, match="unknown post-processor"):
+        eutectic.plan(recipe, post="none")
+    tasks = tmp_path / "tasks.yaml"
+    tasks.write_text("tasks: {a: {kind: function, function: 'math:prod'}}")
+    with pytest.raises(RequestError, match="says something of single tensors"):
+        eutectic.compare(
+            recipe, methods=["ties"], tasks=tasks, output=tmp_path / "t", trust_code=True
+        )
+
+
+def test_mergekit_configurations_are_not_searched(folder):
+    models = [
+        {"model": str(folder / n), "parameters": {"weight": w}} for n, w in (("a", 2), ("b", 0))
+    ]
+    stated = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(folder / "base"),
+        "models": models,
+    }
+    (folder / "kit.yaml").write_text(yaml.safe_dump(stated))
+    for recipe in (folder / "kit.yaml", stated):
+        with pytest.raises(RequestError, match="eutectic convert"):
+            eutectic.tune(recipe, search="norm")
+    with pytest.raises(RequestError, match="a finite number"):
+        asked = {"experts": {"a": folder / "a"}, "method": "ties", "search": "norm"}
+        eutectic.tune(base=folder / "base", over="density", at=float("nan"), **asked)
+
+
+def test_options_win_over_stacks_of_layers_without_a_base(folder, tmp_path):
+    recipe = folder / "stack.yaml"
+    recipe.write_text(
+        "base: null\nexperts: {a: a, b: b}\nmethod: passthrough\n"
+        "layers: [{take: {a: [0, 2]}}, {take: {b: [1, 3]}}]\n"
+    )
+    eutectic.merge(recipe, dtype="float64", output=tmp_path / "out")
+    found = load(tmp_path / "out")
+    name = "model.layers.{}.mlp.up_proj.weight".format
+    for place, (owner, layer) in enumerate([(A, 0), (A, 1), (B, 1), (B, 2)]):
+        assert torch.equal(found[name(place)], owner[name(layer)].double())

@@ -186,9 +186,12 @@ def _recipe(
         given["method"] = "average"
     checked, _ = recipe_from(recipe, given)
     if checked.script is not None:
+        what = "a recipe that says something of single tensors or layers merges them its own way"
+        if checked.script.stated is not None:
+            what = "a mergekit configuration says a method of its own for every tensor"
         raise RequestError(
-            "a mergekit configuration says a method of its own for every tensor, and compare tries "
-            "many.\nMeasure its merge beside others: --model NAME=FOLDER; or name base and experts."
+            f"{what}, and compare tries many.\n"
+            "Measure its merge beside others: --model NAME=FOLDER; or name base and experts."
         )
     values = checked.model_dump(mode="json", exclude_unset=True)
     if placeholder:

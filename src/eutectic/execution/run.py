@@ -40,7 +40,8 @@ def recipe_from(
     source = Source()
     if isinstance(recipe, (str, Path)):
         checked, source = load_recipe(recipe, options)
-        if not options or checked.script is not None:
+        told = checked.script is not None and checked.script.stated is not None
+        if not options or told:  # in mergekit's words, which took them when it was read
             return checked, source
         # Paths of the file are resolved by now; lines no longer describe the whole.
         recipe = checked.model_dump(mode="json", exclude_unset=True)

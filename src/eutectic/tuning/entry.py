@@ -1,5 +1,6 @@
 """The public entries: a merge whose scale may be a search, and the search alone."""
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -217,6 +218,8 @@ def tune(
             "not a search.\nName one: --search validation or divergence with --tasks, or --search "
             "gram, in closed form from statistics, or --search norm."
         )
+    if at is not None and not math.isfinite(at):
+        raise RequestError(f"at (--at) is the α of every merge, a finite number; got {at}.")
     if over is not None:
         return _tune_over(checked, source, (over, at), output, work, limited)
     if at is not None:
@@ -291,6 +294,11 @@ def _with_search(
 ) -> tuple[Recipe, Source]:
     if not search:
         return recipe, source
+    if recipe.script is not None and recipe.script.stated is not None:
+        raise RequestError(
+            "a mergekit configuration says how much of each model is added, and is not searched.\n"
+            "Make a recipe of it, and search that: eutectic convert."
+        )
     stated = recipe.model_dump(mode="json", exclude_unset=True)
     if isinstance(search, str):
         return check_recipe({**stated, "scale": search}), source
