@@ -61,6 +61,16 @@ def test_equal_eigenvalues_beyond_a_block_are_not_forgotten(dtype: torch.dtype):
         assert apart(metric.times(M, exponent), expected) < 1e-2
 
 
+def test_a_polynomial_of_high_degree_does_not_run_away_beyond_the_spectrum():
+    """The end of a spectrum without gaps is found the better, the faster a polynomial grows."""
+    values = (1 - 1.4 * torch.arange(1024) / 1024).clamp_min(0).double()
+    M = torch.randn(8, 1024, generator=torch.Generator().manual_seed(0))
+    expected = M.double() * (0.03 + values) ** -0.5
+    for degree in (18, 32, 64):
+        metric = WideMetric(1024, 0.03, matrix=values.float().diag(), degree=degree)
+        assert apart(metric.times(M, -0.5), expected) < 0.03
+
+
 def test_a_positive_power_takes_a_third_of_the_degree():
     products: list[int] = []
 

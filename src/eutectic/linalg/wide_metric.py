@@ -18,6 +18,7 @@ ABOVE = 1.1  # times the next Ritz value, where the rest of a spectrum begins
 BLOCKS = 10  # of a quarter of the rank, that the leading directions are sought in
 PROBES = 8  # beside them
 PASSES, KEPT = 5, 0.7
+STEEP = 6  # degrees that a step of Lanczos more makes safe
 NODES = 400  # at which a polynomial is fitted
 SMOOTH = 3  # a positive power asks for this share of the degree of a negative one
 
@@ -41,7 +42,9 @@ class Leading:
     lost: float
 
 
-def leading_pairs(act: Act, shape: tuple[int, int], trace: float, *, like: Tensor) -> Leading:
+def leading_pairs(
+    act: Act, shape: tuple[int, int], trace: float, *, like: Tensor, steps: int = 2
+) -> Leading:
     """Return the leading eigenpairs of a semidefinite A, and what they leave of its trace.
 
     Block Lanczos with full re-orthogonalisation from a seeded start (Musco and Musco, arXiv
@@ -54,6 +57,7 @@ def leading_pairs(act: Act, shape: tuple[int, int], trace: float, *, like: Tenso
         shape: in, and the directions k that are kept.
         trace: tr A.
         like: the products' dtype and device; small matrices are in float64.
+        steps: of Lanczos from the random vectors, in which the next eigenvalue is sought.
 
     Cost: 2.5k products with A, O(in·k²) beside them.
     """
@@ -78,7 +82,7 @@ def leading_pairs(act: Act, shape: tuple[int, int], trace: float, *, like: Tenso
     following = float(values[rank]) if len(values) > rank else 0.0
     # What the space has missed couples to it through its next block; of equal ones, by chance.
     probes = torch.cat([_beside(space, image[:, -block:]), probes], 1)
-    missed = _largest_beside(act, vectors.to(like.dtype), probes)
+    missed = _largest_beside(act, vectors.to(like.dtype), probes, steps)
     return Leading(values[:rank], vectors, max(following, missed), lost)
 
 
@@ -94,13 +98,16 @@ def _beside(space: Tensor, block: Tensor) -> Tensor:
     return block
 
 
-def _largest_beside(act: Act, vectors: Tensor, probes: Tensor) -> float:
+def _largest_beside(act: Act, vectors: Tensor, probes: Tensor, steps: int) -> float:
     """Return about the largest eigenvalue of A beside some vectors, from below."""
-    block = _beside(vectors, probes)
-    image = act(block.mT).mT
-    further = _beside(torch.cat([vectors, block], 1), image)
-    space = torch.cat([block, further], 1)
-    small = (space.mT @ torch.cat([image, act(further.mT).mT], 1)).double()
+    space = _beside(vectors, probes)
+    width = space.shape[1]
+    image = act(space.mT).mT
+    for _ in range(min(steps, (len(space) - vectors.shape[1]) // width) - 1):
+        fresh = _beside(torch.cat([vectors, space], 1), image[:, -width:])
+        space = torch.cat([space, fresh], 1)
+        image = torch.cat([image, act(fresh.mT).mT], 1)
+    small = (space.mT @ image).double()
     return float(lapack.eigh((small + small.mT) / 2)[0][0])
 
 
@@ -165,9 +172,13 @@ class WideMetric:
     @cached_property
     def _leading(self) -> Leading:
         def find() -> Leading:
-            return leading_pairs(self._act, (self.size, self.rank), self.trace, like=self.like)
+            shape = (self.size, self.rank)
+            return leading_pairs(self._act, shape, self.trace, like=self.like, steps=steps)
 
-        return remembered(digest(self.key, self.rank), find)
+        # Beyond its end a polynomial of degree d is off on a scale of 1/d²; so is what d steps of
+        # Lanczos leave of the largest eigenvalue.
+        steps = max(2, 1 + self.degree // STEEP)
+        return remembered(digest(self.key, self.rank, steps), find)
 
     def times(self, matrix: Tensor, exponent: float) -> Tensor:
         """Return M·C^p for M `[n, in]`, in the wider dtype of M and the Gram.
