@@ -73,6 +73,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("mats", {"solver": "direct"}),
     ("mats", {"operator": "kfac", "iterations": 7}),
     ("mats", {"operator": "kfac", "iterations": 7, "off_diagonal": 0.5}),
+    ("mats", {"operator": "kfac", "iterations": 7, "off_diagonal": 0.0}),
     ("mats", {"operator": "kfac", "iterations": 3, "preconditioner": "kronecker"}),
 ]
 
@@ -112,6 +113,15 @@ def test_the_corners(method: str, case: str) -> None:
         near(found, deltas[0])
     zero = merge_matrices(method, 0 * deltas, statistics=entries, **options)
     assert case == "weight" or not bool(zero.any())
+
+
+@pytest.mark.parametrize("method", ["esm", "iso_a", "regmean", "mats"])
+def test_a_diagonal_without_rows_is_a_gram(method: str) -> None:
+    deltas = drawn(EXPERTS, OUT, IN, seed=99)
+    entries = [replace(e, output_gradient_factor=None) for e in in_rows(0)]
+    found = merge_matrices(method, deltas, statistics=entries, precision="exact")
+    whole = [LayerStatistics(gram=e.dense_gram(), count=e.count) for e in entries]
+    near(found, merge_matrices(method, deltas, statistics=whole, precision="exact"))
 
 
 def test_grams_without_anything_are_as_good_as_none() -> None:

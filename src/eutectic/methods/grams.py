@@ -109,7 +109,7 @@ class Gram:
         assert self.factor is not None
         if bool(self.factor.tril(-1).any()):
             return [(0, self.factor)]
-        starts = range(0, len(self.factor), PANEL)
+        starts = range(0, max(len(self.factor), 1), PANEL)  # a factor may have no rows
         return [(start, self.factor[start : start + PANEL, start:]) for start in starts]
 
 
@@ -222,6 +222,8 @@ class Sums:
         if self.off_diagonal != 1:
             own = (1 - self.off_diagonal) * scale * stored.square().sum(0)
             remainder = own if remainder is None else remainder + own
+        if self.off_diagonal == 0:  # a scale of zero could not be taken out of products
+            return Gram(None, stored[:0], remainder, roundoff(factor), scale)
         return Gram(None, stored, remainder, roundoff(factor), scale * self.off_diagonal)
 
     def fisher_diagonal(self, t: int) -> Tensor:
