@@ -200,7 +200,8 @@ def _check_vector(vector: TensorEntry, weight: TensorEntry | None, folder: Path)
     if weight is None or vector.numel != length:
         raise CheckpointError(
             f"{folder}: '{vector.name}' {list(vector.shape)} belongs to no layer of the base.\n"
-            "The adapter was trained on another base."
+            "The adapter was trained on another base, or on the same with its matrices kept apart: "
+            "then merge it with peft (merge_and_unload) into that, and name the result."
         )
     # `Conv1D` keeps [in, out]; kernels [out, in, k, k].
     sizes = (*weight.shape[:2], math.prod(weight.shape[1:]))
