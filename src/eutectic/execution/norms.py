@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eutectic.errors import Note
 from eutectic.execution.tensor_values import read_base
+from eutectic.linalg.gram import gram
 from eutectic.linalg.lowrank import LowRankStack
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
@@ -28,6 +29,9 @@ CHUNKS = 4  # of a tensor that are measured, about
 BOUND = 3.0  # times the experts' mean
 KIN = 10.0  # times the median of the other experts
 SHOWN = 4
+ROW = 1024  # entries that are summed in float32
+SOUND = 1e-18, 1e30  # squares that float32 holds, with those of the parts that matter
+CANCELLED = 1e-3  # of ‖L‖²‖R‖²: below it a product's square in float32 has not four digits
 BEARABLE = 1.25  # times the experts' mean, of language models at a scale that nobody chose
 
 
@@ -70,19 +74,32 @@ def add_chunk(
 def squares_of(deltas: Tensor | LowRankStack, base: Tensor | None, merged: Tensor) -> list[float]:
     """Return the squares of one matrix, its deltas given as `[T, *shape]` or as thin factors."""
     if isinstance(deltas, LowRankStack):
-        experts = [_square_of_product(p.left.double(), p.right.double()) for p in deltas]
+        experts = [_square_of_product(p.left, p.right) for p in deltas]
     else:
         experts = [_square(delta) for delta in deltas]
     return [_square(merged), 0.0 if base is None else _square(base), *experts]
 
 
 def _square(values: Tensor) -> float:
+    """Return ‖x‖², rows of it in float32 where its range holds that, their sum in float64."""
+    if values.dtype == torch.float32 and values.numel() % ROW == 0:
+        rows = torch.linalg.vector_norm(values.reshape(-1, ROW), dim=1)
+        found = float(rows.double().square().sum())
+        if SOUND[0] <= found <= SOUND[1]:
+            return found
     return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 def _square_of_product(left: Tensor, right: Tensor) -> float:
-    """Return ‖LR‖² = ⟨LᵀL, RRᵀ⟩ from two small Grams."""
-    return max(0.0, float(((left.mT @ left) * (right @ right.mT)).sum()))
+    """Return ‖LR‖² = ⟨LᵀL, RRᵀ⟩ from two small Grams, in float32 where nothing cancels."""
+    if left.dtype == right.dtype == torch.float32 and left.shape[1]:
+        sides = gram(left, left.dtype).double(), gram(right.mT, right.dtype).double()
+        most = float(sides[0].trace() * sides[1].trace())
+        found = float((sides[0] * sides[1]).sum())
+        if SOUND[0] <= most <= SOUND[1] and found >= CANCELLED * most:
+            return found
+    wide = left.double(), right.double()
+    return max(0.0, float(((wide[0].mT @ wide[0]) * (wide[1] @ wide[1].mT)).sum()))
 
 
 def with_layer_factors(

@@ -11,6 +11,7 @@ from torch import Tensor
 from eutectic.linalg import lapack
 from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.linalg.svd import magnitude, numerical_rank, thin_svd
+from eutectic.linalg.thin_basis import thin_basis
 
 # Measured: from 0.7 of the shorter side on, the thin QR decompositions cost as much.
 THIN = 2 / 3
@@ -200,10 +201,11 @@ def stays_thin(stack: LowRankStack, beside: int = 0) -> bool:
 
 def _basis(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor, float]:
     """Return Q `[n, r]`, R `[r, k]` and a unit with unit·Q·R the blocks' rows side by side."""
-    rows = torch.cat([block.double() for block in blocks])
+    rows = torch.cat(list(blocks))
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     unit = magnitude(rows) or 1.0
-    Q, R = lapack.qr((rows / unit).mT)
-    return Q, R, unit
+    found = thin_basis((rows / unit).mT)
+    return found.basis(), found.triangle, unit
 
 
 def _left_vectors(matrix: Tensor, tolerance: float) -> Tensor:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eutectic.linalg import lapack
 from eutectic.linalg.svd import magnitude
+from eutectic.linalg.thin_basis import ThinBasis, thin_basis
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +45,17 @@ class LowRank:
         All in float64. The unit is that of the factors, a power of two: K keeps its directions
         even where the product is beyond float64 (then the unit is 0 or Inf).
         """
-        units = [magnitude(factor) or 1.0 for factor in (self.left, self.right)]
-        P, R = lapack.qr(self.left.double() / units[0])
-        Q, L = lapack.qr(self.right.double().mT / units[1])
-        return P, R @ L.mT, Q, units[0] * units[1]
+        P, core, Q, unit = self.bases()
+        return P.basis(), core, Q.basis(), unit
+
+    def bases(self) -> tuple[ThinBasis, Tensor, ThinBasis, float]:
+        """Return what `core` does, with bases that are not multiplied out."""
+        # Half precision has no room for a division by the unit.
+        work = torch.promote_types(self.dtype, torch.float32)
+        sides = [factor.to(work) for factor in (self.left, self.right.mT)]
+        units = [magnitude(factor) or 1.0 for factor in sides]
+        P, Q = (thin_basis(factor / unit) for factor, unit in zip(sides, units, strict=True))
+        return P, P.triangle @ Q.triangle.mT, Q, units[0] * units[1]
 
 
 @dataclass(frozen=True, eq=False)

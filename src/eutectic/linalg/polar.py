@@ -126,11 +126,11 @@ def polar(
     if rank_tolerance is None:
         rank_tolerance = default_tolerance(matrix.dtype, matrix.shape)
     if isinstance(matrix, LowRank):
-        P, core, Q, unit = matrix.core()
+        P, core, Q, unit = matrix.bases()
         small = polar(
             core, support=support, rank_tolerance=rank_tolerance, precision=precision, route=route
         )
-        factor = LowRank((P @ small.factor).to(matrix.dtype), Q.mT.to(matrix.dtype))
+        factor = LowRank(P.times(small.factor, matrix.dtype), Q.times(None, matrix.dtype).mT)
         return Polar(factor, small.nuclear_norm * unit, small.rank, small.route)
     wide = matrix.shape[0] < matrix.shape[1]
     work = matrix.mT if wide else matrix
