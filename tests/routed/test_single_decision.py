@@ -13,7 +13,7 @@ from eutectic.routed.router_quality import estimated_quality, router_quality
 from eutectic.routed.single_decision import mad_router, sim_router
 from eutectic.types import LayerStatistics
 
-from .world import bert, gpt2, output, summed
+from .world import bert, gpt2, output, summed, t5
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -164,3 +164,24 @@ def test_exports(encoder, tmp_path):
 def test_refusals(encoder, options, message):
     with pytest.raises(RequestError, match=message):
         built(encoder, **options)
+
+
+def test_the_encoder_decides_for_its_decoder():
+    """Generation runs the encoder alone: what the decoder would say comes too late."""
+    world = t5()
+    routed = built(world, "mad")
+    decider = "encoder.block.1.layer.1.DenseReluDense.wi.weight"
+    assert routed.routing.decider == decider
+    batch = world.mixed()
+    with routing(routed, record=True) as whole:
+        routed(**batch)
+    source = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with routing(routed, record=True) as generated:
+        routed.generate(**source, max_new_tokens=3, do_sample=False)
+    with routing(routed, mode="base", record=True) as alone:
+        routed(**batch)
+    wanted = tuple(alone[decider].tolist())
+    for decisions in (whole, generated):
+        assert {tuple(own.tolist()) for own in decisions.values()} == {wanted}
+    with pytest.raises(RequestError, match="of the decoder"):
+        built(world, "mad", decider="decoder.block.0.layer.0.SelfAttention.q.weight")

@@ -28,7 +28,7 @@ from eutectic.evaluation.checkpoints import Checkpoint, Checkpoints, RoutingMode
 from eutectic.evaluation.embeddings import rows_hash, settings_for
 from eutectic.evaluation.identities import processor_hash
 from eutectic.evaluation.lm_eval_harness import HarnessRows, read_harness, run_harness
-from eutectic.evaluation.metrics import Outcomes
+from eutectic.evaluation.metrics import METRICS_OF_KIND, Outcomes
 from eutectic.evaluation.model_outputs import Precision, load_head, outcomes_of, outputs
 from eutectic.evaluation.splits import (
     BATCH_SIZE,
@@ -262,7 +262,8 @@ class Pairs:
                     base=self.checkpoints.base,
                 )
             except TaskError as error:
-                if task.labels is not None or checkpoint.role == "expert":
+                classes = "accuracy" in METRICS_OF_KIND[task.kind]
+                if not classes or task.labels is not None or checkpoint.role == "expert":
                     raise
                 *first, last = error.faults
                 hint = (

@@ -110,7 +110,8 @@ def build_routed(
 
             - `accumulate`: layers decide by the sum of the log-posteriors of the layers passed so
               far. Default: yes for the discriminant, no for prototypes (as published).
-            - `decider`: of "mad" and "sim", the layer that decides (default: the last routed one).
+            - `decider`: of "mad" and "sim", the layer that decides (default: the last routed
+              one, of the encoder where there is a decoder too).
             - `base`: the checkpoint before merging; only adapters need it.
             - `shrinkage`: of the discriminant's covariance, in (0, 1]; default: estimated.
             - `statistics_of`: `expert`: statistics must have been collected on the expert itself,
@@ -171,7 +172,7 @@ def build_routed(
             f"shrinkage belongs to the discriminant router and mad, got router='{router}'.\n"
             "Leave it out, or give statistics with pooled sums and router='discriminant'."
         )
-    decider = _decider(router, asked, paths)
+    decider = _decider(router, asked, chosen)
     routed = copy.deepcopy(model)
     steps = router == "discriminant" if asked.accumulate is None else asked.accumulate
     routing = Routing(
@@ -197,8 +198,11 @@ def build_routed(
     return finish(routed, routing, asked.heads)
 
 
-def _decider(router: RouterKind, asked: RoutedSettings, layers: Sequence[str]) -> str | None:
-    """Return the layer that decides for the whole network; None where every layer does."""
+def _decider(router: RouterKind, asked: RoutedSettings, chosen: Sequence[Site]) -> str | None:
+    """Return the layer that decides for the whole network; None where every layer does.
+
+    Of an encoder and a decoder it is the encoder's: generation runs it before the decoder is known.
+    """
     if router not in SINGLE:
         if asked.decider is not None:
             raise RequestError(
@@ -207,10 +211,14 @@ def _decider(router: RouterKind, asked: RoutedSettings, layers: Sequence[str]) -
         return None
     if asked.accumulate:
         raise RequestError(f"the router '{router}' decides once: there is nothing to accumulate.")
+    encoder = [layer.name for layer in chosen if layer.role == "encoder"]
+    layers = encoder or [layer.name for layer in chosen]
     if asked.decider is not None and asked.decider not in layers:
+        known = asked.decider in [layer.name for layer in chosen]
+        why = "\nIt is of the decoder, and the encoder decides." if known else ""
         raise RequestError(
             f"no routed layer '{asked.decider}' that could decide."
-            f"{suggest(asked.decider, list(layers))}"
+            f"{suggest(asked.decider, list(layers))}{why}"
         )
     return asked.decider or layers[-1]
 
