@@ -9,6 +9,8 @@
 3. Time: seconds of a merge of four experts on the device and on all cores of the CPU, at sides as
    language models have them; the first run warms up and is not counted.
 4. Whole files: `eutectic merge --device` of a small checkpoint against the CPU's.
+5. Models: `eutectic evaluate --device` of a small random language model against the CPU's losses,
+   the same again, and the seconds of both; on Apple's GPUs (`--device mps`) this step alone.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import eutectic
-from eutectic.cluster.devices import device_model, device_named
+from eutectic.cluster.devices import device_model, device_of_models
 from eutectic.methods import all_methods
 from eutectic.methods.matrices import merge_matrices
 from eutectic.types import LayerStatistics
@@ -126,17 +128,53 @@ def files(device: str) -> dict[str, float]:
     return found
 
 
+def models(device: str) -> dict[str, Any]:
+    """Evaluate a random language model there and here: the largest relative error of its losses."""
+    import transformers as hf
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+
+    torch.manual_seed(0)
+    words = {word: number for number, word in enumerate(["<unk>", *map(str, range(999))])}
+    config = hf.GPT2Config(vocab_size=1000, n_positions=256, n_embd=512, n_layer=8, n_head=8)
+    core = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        hf.GPT2LMHeadModel(config).save_pretrained(root / "model")
+        hf.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<unk>").save_pretrained(
+            root / "model"
+        )
+        rows = [" ".join(map(str, row)) for row in torch.randint(0, 999, (32, 128)).tolist()]
+        text = "".join(json.dumps({"text": row}) + "\n" for row in rows)
+        (root / "rows.jsonl").write_text(text)
+        (root / "tasks.yaml").write_text(
+            "tasks: {lm: {kind: language-model, data: {test: rows.jsonl}, metric: loss}}"
+        )
+        took: dict[str, float] = {}
+        values: list[float] = []
+        for place in (device, "cpu", device):  # the first run there warms up
+            started = time.perf_counter()
+            found = eutectic.evaluate(
+                root / "tasks.yaml", models={"m": root / "model"}, device=place, resamples=0
+            )
+            took[place] = time.perf_counter() - started
+            values.append(float(found.results[0].value or 0.0))
+    error = abs(values[2] - values[1]) / abs(values[1])
+    return {"loss": values[1], "error": error, "same_again": values[0] == values[2], "took": took}
+
+
 def main() -> None:
     """Measure, print, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--device", default="auto", help="cuda, cuda:1, cpu; default: what is there"
+        "--device", default="auto", help="cuda, cuda:1, mps, cpu; default: what is there"
     )
     parser.add_argument("--sides", default="1024,4096", help="of the matrices that are timed")
     parser.add_argument("--limit", type=float, default=220.0, help="seconds; later steps are left")
     parser.add_argument("--output", type=Path, help="a JSON file")
     asked = parser.parse_args()
-    device, started = device_named(asked.device), time.perf_counter()
+    device, started = device_of_models(asked.device), time.perf_counter()
     report: dict[str, Any] = {
         "device": device_model(device) or "cpu",
         "torch": torch.__version__,
@@ -144,7 +182,9 @@ def main() -> None:
         "same_again": {},
         "seconds": {},
     }
-    for name in METHODS:
+    report["models"] = models(device)
+    print("evaluate:", report["models"])
+    for name in METHODS if device != "mps" else ():
         errors: dict[str, float] = {}
         for dtype, bound in ((torch.float32, 1e-3), (torch.float64, 1e-8)):
             for rank in (None, 8):
@@ -160,9 +200,10 @@ def main() -> None:
                     report["same_again"][name] = bool(torch.equal(found, run(name, there)))
         report["parity"][name] = errors
         print(f"{name:20} {max(errors.values()):.1e}  same again: {report['same_again'][name]}")
-    report["files"] = files(device)
-    print("whole files:", {name: f"{error:.1e}" for name, error in report["files"].items()})
-    for side in (int(side) for side in asked.sides.split(",")):
+    if device != "mps":
+        report["files"] = files(device)
+        print("whole files:", {name: f"{error:.1e}" for name, error in report["files"].items()})
+    for side in (int(side) for side in asked.sides.split(",") if device != "mps"):
         for name in TIMED:
             if time.perf_counter() - started > asked.limit:
                 print(f"{name} at {side}: left out, {asked.limit:g} seconds are over")

@@ -22,7 +22,9 @@ from eutectic.cluster.gpus import CONTEXT_BYTES, Gpu, device_of_workers, own_sha
 from eutectic.cluster.spread import Call, _again, _Attempt
 from eutectic.cluster.workers import Answer
 from eutectic.errors import EutecticError, RequestError
+from eutectic.evaluation import spread_pairs
 from eutectic.execution import executors, ray_executor, tasks
+from evaluation import world
 from helpers import ray_calls
 from helpers.folders import digests, make_base, make_expert, save
 from helpers.pretended_device import DEVICE, pretended
@@ -97,6 +99,7 @@ def test_the_smallest_gpu_decides_what_a_task_may_take(machines: Any) -> None:
     [
         ("cuda:1", None, r"Ray chooses which GPU .*\n.*CUDA_VISIBLE_DEVICES"),
         ("cuda", {}, r"no machine of the cluster has a GPU .*\n.*--num-gpus"),
+        ("mps", None, "Ray knows of no GPUs of Apple's"),
         ("gpu", None, "device is cpu, cuda, cuda:N or auto, got 'gpu'"),
         ("cuda", {"10.0.0.6": []}, r"worker 10.0.0.6: .*torch finds none"),
         (
@@ -192,3 +195,38 @@ def test_matrices_are_merged_on_the_gpus_of_workers(
             if other["node"] == one["node"] and other["start"] <= one["start"] < other["stop"]
         ]
         assert sum(beside) <= 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_models_run_on_the_gpus_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu_nodes: str
+) -> None:
+    labels = ("no", "maybe", "yes")
+    for name in ("one", "two"):
+        rows = [{"text": t, "label": labels[i % 3]} for i, t in enumerate(world.sentences(8))]
+        world.jsonl(tmp_path / f"{name}.jsonl", rows)
+    kinds = {
+        name: {"kind": "text-classification", "data": str(tmp_path / f"{name}.jsonl")}
+        for name in ("one", "two")
+    }
+    world.save(world.make("bert"), tmp_path / "m")
+    asked: dict[str, Any] = {
+        "tasks": world.tasks(tmp_path / "tasks.yaml", **kinds),
+        "models": {"m": tmp_path / "m"},
+    }
+    alone = eutectic.evaluate(**asked)
+    monkeypatch.setattr(gpus, "gpus_here", ray_calls.pretended_gpus)
+    log = tmp_path / "log"
+    there = partial(ray_calls.measured_on_pretended_gpu, str(log))
+    monkeypatch.setattr(spread_pairs, "measured", there)
+    where: dict[str, Any] = {"executor": "ray", "ray_address": gpu_nodes, "device": "cuda"}
+    found = eutectic.evaluate(**asked, **where)
+    for one, other in zip(found.results, alone.results, strict=True):
+        assert one.value == pytest.approx(other.value)
+    noted = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sorted(note["pair"] for note in noted) == [["m", "one"], ["m", "two"]]
+    for note in noted:
+        assert note["ran"] == [DEVICE.type]
+        assert note["waits"] == ["cpu"]  # the GPU is another's by now
+        assert 0.9 < note["share"] < 1  # of this GPU: a batch, the process, the model

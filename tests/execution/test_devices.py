@@ -170,7 +170,11 @@ def test_models_run_on_apples_gpus_too(cuda, mps, found, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: bool(mps))
     assert devices.device_of_models("auto") == found
-    assert devices.device_of_models("mps") == "mps"  # loading says where there is none
+    if mps:
+        assert devices.device_of_models("mps") == "mps"
+    else:
+        with pytest.raises(RequestError, match="finds no GPU of Apple's here"):
+            devices.device_of_models("mps")
     # Their sums are in float64, which that device lacks.
     assert _sum_device(SimpleNamespace(device=torch.device("mps"))) == torch.device("cpu")
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -22,14 +24,26 @@ class There(Tensor):
     """A tensor on the pretended device; `held` has its values."""
 
     held: Tensor
+    float64 = True  # whether the device has it
 
     @staticmethod
     def __new__(cls, held: Tensor) -> There:
+        if held.dtype == torch.float64 and not cls.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
         made = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, held.shape, strides=held.stride(), dtype=held.dtype, device=DEVICE
         )
         made.held = held
         return made
+
+    @property
+    def data(self) -> There:  # type: ignore[override]
+        """Return the same memory; set, the tensor shares that of another."""
+        return _wrapped(self.held)
+
+    @data.setter
+    def data(self, other: There) -> None:
+        self.held = other.held
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -41,6 +55,17 @@ class _Factories(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _called(func, args, kwargs or {})
+
+
+class _Tensors(TorchFunctionMode):
+    """`torch.tensor`, which makes its result without a dispatch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        target = kwargs.get("device")
+        if func is torch.tensor and target is not None and torch.device(target) == DEVICE:
+            return func(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
+        return func(*args, **kwargs)
 
 
 def _called(func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -76,11 +101,31 @@ def _held(x: Any) -> Any:
 
 
 def _wrapped(x: Any) -> Any:
-    return There(x) if isinstance(x, Tensor) and not isinstance(x, There) else x
+    if not isinstance(x, Tensor) or isinstance(x, There):
+        return x
+    with torch.inference_mode(False):  # torch counts versions of a view as it does of its base
+        return There(x)
 
 
 @contextmanager
-def pretended() -> Iterator[torch.device]:
-    """Let `.to("cuda:0")` and `device="cuda:0"` lead to the pretended device inside the block."""
-    with torch.no_grad(), _Factories():
+def pretended(*, float64: bool = True) -> Iterator[torch.device]:
+    """Let `.to(DEVICE)` and `device=DEVICE` lead to the pretended device inside the block.
+
+    Without `float64` it refuses such numbers, as Apple's GPUs do.
+    """
+    entered = mock.patch.multiple(
+        torch.inference_mode, __enter__=_enter_no_grad, __exit__=_leave_no_grad
+    )
+    refusing = mock.patch.object(There, "float64", float64)
+    with torch.no_grad(), entered, refusing, _Tensors(), _Factories():
         yield DEVICE
+
+
+def _enter_no_grad(self: Any) -> None:
+    # In inference mode whole operations arrive at the dispatch, in place of their parts.
+    self.instead = torch.no_grad()
+    self.instead.__enter__()
+
+
+def _leave_no_grad(self: Any, *raised: Any) -> None:
+    self.instead.__exit__(*raised)

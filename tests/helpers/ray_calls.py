@@ -7,12 +7,12 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from eutectic.cluster import gpus
+from eutectic.cluster import gpus, workers
 from eutectic.cluster.devices import DeviceFullError
 from eutectic.errors import NumericalError, RecipeError
 from eutectic.execution import ray_executor, tasks
@@ -122,3 +122,35 @@ def on_pretended_gpu(log: str, full: str | None, batch: ray_executor.Batch) -> A
     finally:
         with Path(log).open("a") as file:
             file.write(json.dumps({**noted, "stop": time.monotonic()}) + "\n")
+
+
+def measured_on_pretended_gpu(log: str, asked: Any) -> Any:
+    """Measure a pair on the pretended device; note which, and with which share of a GPU."""
+    import ray
+
+    from eutectic.evaluation import pairs, spread_pairs
+
+    seen: list[str] = []
+    outputs = pairs.outputs
+
+    def noting(model: Any, *given: Any, **how: Any) -> Any:
+        seen.append(next(model.parameters()).device.type)
+        return outputs(model, *given, **how)
+
+    with (
+        mock.patch.object(spread_pairs, "given_gpu", lambda: str(DEVICE)),
+        mock.patch.object(spread_pairs, "own_share", lambda *_: nullcontext()),
+        mock.patch.object(pairs, "outputs", noting),
+        pretended(),
+    ):
+        found = spread_pairs.measured(asked)
+        kept = [own[0] for own in workers._kept.values()]
+    noted = {
+        "pair": [asked.checkpoint, asked.task],
+        "ran": seen,
+        "share": ray.get_runtime_context().get_assigned_resources()["GPU"],
+        "waits": [next(own._loaded[1].parameters()).device.type for own in kept],
+    }
+    with Path(log).open("a") as file:
+        file.write(json.dumps(noted) + "\n")
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as encoding
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +149,9 @@ def _merge_best(found: Comparison, folder: Path, limits: LimitOptions) -> Path |
         err.print(f"[bold yellow]warning: [/]'{found.best}' is no merge: nothing is written.")
         return None
     with progress_bar("merging") as bar:
+        # No model runs any more, and matrices are not merged on Apple's GPUs.
+        if limits.device.strip().lower() == "mps":
+            limits = replace(limits, device="cpu")
         merge(recipe, output=folder, progress=bar, **vars(limits))
     return folder
 

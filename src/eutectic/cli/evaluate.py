@@ -40,7 +40,13 @@ class MeasureOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SpreadMeasureOptions(MeasureOptions, WhereOptions):
-    """The same where pairs may be spread over a cluster."""
+    """The same where pairs may be spread over a cluster, and models run on a device."""
+
+    device: str = option(
+        "cpu",
+        "Where models run; auto: on an accelerator where there is one.",
+        metavar="cpu | cuda | cuda:N | mps | auto",
+    )
 
 
 @verb

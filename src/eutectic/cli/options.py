@@ -157,8 +157,9 @@ class LimitOptions(WhereOptions):
     memory: str | None = option(None, "Limit, such as 4GB (default: 60 % of what is available).")
     device: str = option(
         "cpu",
-        "Where matrices are merged; auto: on an accelerator where there is one.",
-        metavar="cpu | cuda | cuda:N | auto",
+        "Where matrices are merged and models of a search run; auto: on an accelerator where there "
+        "is one; mps: for models alone.",
+        metavar="cpu | cuda | cuda:N | mps | auto",
     )
 
 

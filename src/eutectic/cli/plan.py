@@ -91,7 +91,7 @@ def _plan(checked: "Recipe", source: "Source", shown: _Shown) -> dict[str, Any]:
     from eutectic.planning.adapter_outlook import outlook_in_words
 
     doing("reading headers")
-    allowed = limits_of(**vars(shown.limits))
+    allowed = limits_of(**vars(shown.limits), models=checked.runs_models)
     made = planned(checked, source, allowed, explain=shown.explain)
     rows = made.tensors
     if shown.json:

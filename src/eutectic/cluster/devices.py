@@ -1,17 +1,20 @@
-"""Where methods compute: the CPU, or an accelerator of this machine."""
+"""Where methods compute and models run: the CPU, or an accelerator of this machine."""
 
 from __future__ import annotations
 
+import platform
 import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from eutectic.errors import RequestError
+from eutectic.errors import RequestError, first_line
 
 CPU = "cpu"
 SHARE = 0.9  # of what is free on a device: the allocator needs some
+MPS = "mps"
+WITHOUT_FLOAT64 = frozenset({MPS})
 _CUDA = re.compile(r"cuda(:\d{1,3})?")
 _kept = threading.local()
 
@@ -22,7 +25,7 @@ class DeviceFullError(RequestError):
 
 @dataclass(frozen=True)
 class Device:
-    """Where matrices are merged.
+    """Where matrices are merged, or models run.
 
     Attributes:
         name: as torch has it; "cuda" alone is whichever GPU a worker of a cluster is given.
@@ -54,7 +57,7 @@ def device_named(text: str) -> str:
     name = text.strip().lower()
     if name == CPU:
         return CPU
-    if name == "mps":
+    if name == MPS:
         raise RequestError(
             "methods cannot compute on mps: Apple's GPUs have no float64, in which Grams are "
             "decomposed.\nLeave the device out; models that are run may use it."
@@ -82,14 +85,51 @@ def device_of_models(text: str) -> str:
     """Return where a model runs: "auto" is CUDA, else mps, else the CPU; others are themselves.
 
     A model's forward pass is float32, so that mps serves, where matrices cannot be merged.
+
+    Raises:
+        RequestError: no such device here.
     """
     name = text.strip().lower()
-    if name != "auto":
+    if name == CPU:
         return name
+    if name == "auto" or _CUDA.fullmatch(name):
+        found = device_named(name)
+        return MPS if found == CPU and _has_mps() else found
     import torch
 
-    found = device_named(name)
-    return "mps" if found == CPU and torch.backends.mps.is_available() else found
+    if name == MPS:
+        if _has_mps():
+            return name
+        raise RequestError(
+            f"device mps: torch {torch.__version__} finds no GPU of Apple's here.\n"
+            "Leave the device out, or say auto, which takes one where there is one."
+        )
+    try:
+        if torch.empty(0, device=name).is_meta:
+            raise RuntimeError("it holds no values")
+    except (RuntimeError, AssertionError) as error:
+        raise RequestError(
+            f"--device {name} cannot be used here: {first_line(error)}.\n"
+            "Devices are cpu, cuda, cuda:N, mps and auto."
+        ) from error
+    return name
+
+
+def models_here(text: str) -> Device:
+    """Return the device of this machine that models run on, see `device_of_models`."""
+    name = device_of_models(text)
+    return Device(name, device_model(name))
+
+
+def has_float64(kind: str) -> bool:
+    """Tell whether a kind of device, `Tensor.device.type`, has that dtype."""
+    return kind not in WITHOUT_FLOAT64
+
+
+def _has_mps() -> bool:
+    import torch
+
+    return torch.backends.mps.is_available()
 
 
 def device_memory(device: str) -> int | None:
@@ -103,10 +143,17 @@ def device_memory(device: str) -> int | None:
 
 def device_model(device: str) -> str:
     """Return what decides rounding: the kind of a device with its name; empty for the CPU."""
-    if device == CPU:
+    kind = device.partition(":")[0]
+    if kind == CPU:
         return ""
+    if kind == MPS:
+        return (
+            f"{kind} {platform.processor() or platform.machine()} {platform.mac_ver()[0]}".strip()
+        )
     import torch
 
+    if kind != "cuda":
+        return device
     return f"{device.partition(':')[0]} {torch.cuda.get_device_name(device)}"
 
 
@@ -132,4 +179,25 @@ def computing_on(device: str) -> Iterator[None]:
         raise DeviceFullError(
             f"device {device} ran out of memory: something else uses it.\n"
             "Run the same command again to go on, on the CPU without --device."
+        ) from error
+
+
+@contextmanager
+def running_on(device: str) -> Iterator[None]:
+    """Run models on a device; what it says of full memory comes in words.
+
+    Raises:
+        DeviceFullError: the device ran out of memory.
+    """
+    if device == CPU:
+        yield
+        return
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:  # the CPU's is a plain RuntimeError
+        raise DeviceFullError(
+            f"device {device} ran out of memory: the model and its batch need more.\n"
+            "Take smaller batches or another device; what is finished is kept."
         ) from error

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from eutectic.cluster.connection import import_ray, machines_with_gpus
 from eutectic.cluster.devices import (
     CPU,
+    MPS,
     ON_CPU,
     Device,
     device_here,
@@ -58,6 +59,10 @@ def device_of_workers(text: str) -> Device:
         raise RequestError(
             f"device {text}: Ray chooses which GPU of a machine a task is given.\n"
             "Say cuda, and start the node with CUDA_VISIBLE_DEVICES if it shall use some only."
+        )
+    if name == MPS:
+        raise RequestError(
+            "device mps: Ray knows of no GPUs of Apple's.\nLeave the device out, or the executor."
         )
     if name not in (CUDA, "auto"):
         device_here(text)  # tells what else is wrong with it

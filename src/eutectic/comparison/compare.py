@@ -90,7 +90,8 @@ def compare(
             `points`, `tolerance`, `compare`); `models`: name -> folder of models to measure
             beside, sweeps and routed ones among them; settings and `proxy` of
             `eutectic.evaluate` (`seed` is that of the bootstrap); `executor`, `ray_address`,
-            `device` of `eutectic.merge`; keys of a recipe (`base`, `experts`, `dtype`, …).
+            `device` of `eutectic.merge`, where models run too; keys of a recipe (`base`,
+            `experts`, `dtype`, …).
 
     Returns:
         The table, the best row first.
@@ -104,7 +105,7 @@ def compare(
         >>> eutectic.compare("recipe.yaml", tasks="tasks.yaml", output="comparison",
         ...                  methods=["iso_c", "ties:density=0.3"])  # doctest: +SKIP
     """
-    limits = limits_of(threads, memory, **taken_for_merge(options))
+    limits = limits_of(threads, memory, **taken_for_merge(options), models=True)
     asked, settings, options = _sorted(options)
     folder = local_path(output)
     check_folder(folder)
@@ -129,7 +130,9 @@ def compare(
     )
     references = len(checkpoints.all)
     meter = _Meter(references + sum(1 + 2 * len(r.ways) for r in requests), progress)
-    pairs = Pairs(checkpoints, known, counted, settings, meter.within(references, ""))
+    pairs = Pairs(
+        checkpoints, known, counted, settings, meter.within(references, ""), limits.models
+    )
     with kept_folder(folder, LOCK) as place, open_journal(place / RESULTS) as journal:
         outcomes = pairs.outcomes(journal)
         meter.finish(references)

@@ -224,7 +224,7 @@ def _row(
     search = way.search
     chosen = [way.name, plan.scale if way.scale is None else way.scale]
     if search is not None:
-        chosen = [search_identity(search, plan, place.inputs, opened)]
+        chosen = [search_identity(search, plan, place.inputs, opened, place.pairs.device)]
     identity = digest_of([place.deltas, *chosen])
     found = read_found(place.folder, name, identity)
     outcomes = None if found is None else place.outcomes(found.scale)

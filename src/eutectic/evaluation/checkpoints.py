@@ -229,8 +229,12 @@ class Checkpoints:
         }
         return digest_of(described)
 
-    def load(self, checkpoint: Checkpoint, task: Task) -> Any:
-        """Return the model that runs a task; see `models.load_model`."""
+    def load(self, checkpoint: Checkpoint, task: Task, device: str = "cpu") -> Any:
+        """Return the model that runs a task, on a device; see `models.load_model`."""
+        model = self._load(checkpoint, task)
+        return model if device == "cpu" else model.to(device)
+
+    def _load(self, checkpoint: Checkpoint, task: Task) -> Any:
         if not checkpoint.routed:
             head = self.head_of(checkpoint, task)
             return load_model(checkpoint.folder, task, base=self.base, expert=head)

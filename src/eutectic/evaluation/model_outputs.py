@@ -1,6 +1,7 @@
 """What a model makes of a prepared split, and the score of that."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from eutectic.cluster.devices import has_float64
 from eutectic.errors import CheckpointError, Fault, NumericalError, RequestError, TaskError
 from eutectic.evaluation.embeddings import vector_outcomes
 from eutectic.evaluation.metrics import Array, Outcomes, metric_value, per_example
@@ -106,8 +108,7 @@ def outputs(
     device, takes = next(model.parameters()).device, signature_of(model).taken
     found: list[Tensor] = []
     told = Shares(len(prepared), len(prepared.order))
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-    with evaluating(model), autocast:
+    with evaluating(model), _precision(device.type, dtype):
         compute = _computation(model, prepared, head)
         for batch in prepared.batches:
             placed = {name: batch[name].to(device) for name in takes(batch)}
@@ -174,6 +175,18 @@ def outcomes_of(results: Tensor, prepared: Prepared) -> Outcomes:
     return Outcomes(results.argmax(-1).double().numpy(), references)
 
 
+def _precision(kind: str, dtype: Precision) -> AbstractContextManager[Any]:
+    """Return the context of forward passes in a dtype on a kind of device."""
+    if dtype == "float32":
+        return nullcontext()
+    if not torch.amp.is_autocast_available(kind):
+        raise RequestError(
+            f"dtype bfloat16: torch {torch.__version__} has no autocast on {kind}.\n"
+            "Leave the dtype out, or the device."
+        )
+    return torch.autocast(kind, torch.bfloat16)
+
+
 def _check_length(model: Any, batch: dict[str, Tensor], task: Task) -> None:
     """Say so if inputs are longer than the model's table of positions."""
     limit = positions_of(getattr(model, "config", None))
@@ -236,6 +249,8 @@ def _likelihood(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         logits.float().transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none"
     )
     counts = (labels != IGNORED_LABEL).sum(1)
+    if not has_float64(losses.device.type):
+        losses, counts = losses.cpu(), counts.cpu()
     return torch.stack([losses.double().sum(1), counts.double()], dim=1)
 
 

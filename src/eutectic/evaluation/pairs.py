@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from eutectic.checkpoint.experts import is_adapter
+from eutectic.cluster.devices import ON_CPU, Device, running_on
 from eutectic.data.columns import Row
 from eutectic.data.python_functions import imported
 from eutectic.errors import (
@@ -94,6 +95,7 @@ class Pairs:
     rows: Mapping[str, dict[str, int]]
     settings: EvaluationSettings
     progress: Progress | None = None
+    device: Device = ON_CPU  # where models run
     hashes: dict[str, str] = field(default_factory=dict[str, str])
     _done: int = 0
     _total: int = 0
@@ -131,6 +133,8 @@ class Pairs:
     def identity(self, checkpoint: Checkpoint, task: Task) -> str:
         """Return a hash of all that decides a pair's outcomes, for a task that was run."""
         asked = [self.settings.split, self.settings.limit, self.settings.dtype]
+        if self.device.model and task.kind != "function":  # which runs where it likes
+            asked.append(self.device.model)
         return self.checkpoints.pair_identity(checkpoint, task, self.hashes[task.name], asked)
 
     def count(self, task: Task) -> int:
@@ -175,13 +179,28 @@ class Pairs:
     def computed(self, checkpoint: Checkpoint, task: Task) -> Outcomes:
         """Return a pair's outcomes, computed now."""
         compute = {"function": self._by_function, "lm-eval": self._by_harness}
-        return compute.get(task.kind, self._by_model)(checkpoint, task)
+        with running_on(self.device.name):
+            return compute.get(task.kind, self._by_model)(checkpoint, task)
 
     def elsewhere(self) -> Pairs:
         """Return the same for another process: without what is open here."""
         return replace(
             self, progress=None, _done=0, _prepared={}, _harness={}, _loaded=(None, None)
         )
+
+    @contextmanager
+    def running_on(self, name: str) -> Iterator[None]:
+        """Run models on a device of this process meanwhile; a loaded one waits on the CPU."""
+        before = self.device
+        self.device = replace(before, name=name)
+        if self._loaded[1] is not None:
+            self._loaded[1].to(name)
+        try:
+            yield
+        finally:
+            self.device = before
+            if self._loaded[1] is not None:
+                self._loaded[1].to("cpu")
 
     def _rows_of_harness(self, task: Task) -> HarnessRows:
         if task.name not in self._harness:
@@ -242,7 +261,7 @@ class Pairs:
         key = (checkpoint.name, own, task.pooling == "pooler")
         if self._loaded[0] != key:
             self._loaded = (None, None)  # the old model's memory first
-            self._loaded = (key, self.checkpoints.load(checkpoint, task))
+            self._loaded = (key, self.checkpoints.load(checkpoint, task, self.device.name))
         return self._loaded[1]
 
     def _encoded(self, checkpoint: Checkpoint, task: Task) -> Prepared:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from eutectic.checkpoint.writer import check_replaced, write_atomically
-from eutectic.cluster.where import ExecutorName, check_where, joined, taken_where
+from eutectic.cluster.devices import CPU, ON_CPU, models_here
+from eutectic.cluster.gpus import device_of_workers
+from eutectic.cluster.where import ExecutorName, check_where, joined, taken_for_merge
 from eutectic.data.python_functions import untrusted
 from eutectic.errors import RequestError, suggest
 from eutectic.evaluation.checkpoints import RoutingMode, named_checkpoints
@@ -40,6 +42,7 @@ class EvaluationOptions(TypedDict, total=False):
     trust_code: bool
     executor: ExecutorName
     ray_address: str | None
+    device: str
 
 
 @with_bar("evaluating")
@@ -78,7 +81,10 @@ def evaluate(
             bootstrap; `trust_code` (allow tasks of the kind `function`, and harness tasks of the
             user's own, which run Python code); `executor` (`threads`, or `ray`: pairs of checkpoint
             and task go to the workers of a cluster, each with a core and a model of its own) and
-            `ray_address`, as for `eutectic.merge`.
+            `ray_address`, as for `eutectic.merge`; `device`, where models run: "cpu" (the default),
+            "cuda", "cuda:N", "mps", or "auto" for an accelerator where there is one. Tasks of the
+            kind `function` run where their code says. With Ray, "cuda" is whichever GPU a worker is
+            given.
 
     Raises:
         TaskError: faults of the tasks; splits that share rows.
@@ -87,21 +93,26 @@ def evaluate(
         NumericalError: NaN or Inf in a model's outputs.
         MissingExtraError: transformers, or lm-eval where a task needs it, is not installed.
     """
-    where = taken_where(rest := dict(options))
+    where = taken_for_merge(rest := dict(options))
     settings = options_from(EvaluationSettings, rest, "evaluate")
     settings.check()
     check_where(where.get("executor", "threads"), where.get("ray_address"))
     target = None if output is None else local_path(output)
     if target is not None:
         check_replaced(target, {"schema_version", "results"}, "results")
+    on_ray = where.get("executor") == "ray"
+    device = ON_CPU if on_ray else models_here(where.get("device", CPU))
     known = dict(tasks) if isinstance(tasks, Mapping) else load_tasks(tasks)
     check_trust(known, settings.trust_code)
     checkpoints = named_checkpoints(known, base, experts or {}, models, settings.routing)
     counted = checked_splits(known, proxy or {}, settings.trust_code)
-    pairs = Pairs(checkpoints, known, counted, settings, progress)
+    cluster = joined(where.get("ray_address")) if on_ray else None
+    if cluster is not None:
+        device = device_of_workers(where.get("device", CPU))
+    pairs = Pairs(checkpoints, known, counted, settings, progress, device)
     with open_journal(target) as journal:
-        if where.get("executor") == "ray":
-            spread_pairs(pairs, journal, joined(where.get("ray_address")))
+        if cluster is not None:
+            spread_pairs(pairs, journal, cluster)
             pairs.progress = None  # all of them have been told
         outcomes = pairs.outcomes(journal)
     results = results_of(pairs, outcomes)

@@ -10,6 +10,7 @@ from typing import Any
 
 from eutectic.checkpoint.experts import is_adapter
 from eutectic.cluster.connection import Cluster, import_ray
+from eutectic.cluster.gpus import given_gpu, own_share, share_of
 from eutectic.cluster.spread import Bounds, Call, spread
 from eutectic.cluster.workers import kept, working_in
 from eutectic.errors import RequestError
@@ -18,6 +19,9 @@ from eutectic.evaluation.metrics import Outcomes
 from eutectic.evaluation.pairs import Journal, Pairs
 
 _PROCESS_BYTES = 1_000_000_000  # interpreter, torch, transformers, a batch on its way
+_BATCH_BYTES = (
+    500_000_000  # of a GPU: activations, and what decoding keeps; more is asked for again
+)
 _COPIES = 2.5  # of the files: the model, in float32 where they are halves, and one tensor more
 
 
@@ -36,8 +40,9 @@ class _Asked:
 def spread_pairs(pairs: Pairs, journal: Journal, cluster: Cluster) -> None:
     """Measure what the journal lacks on the workers of a cluster, and note it there.
 
-    A worker has one core and one model in memory at a time. A pair whose worker is lost is
-    measured again.
+    A worker has one core, or the share of a GPU that holds the model, and one model in memory at a
+    time. A pair whose worker is lost is measured again; so is one that ran out of its GPU's memory,
+    with a larger share.
     """
     progress = pairs.progress or (lambda *_: None)
     pairs.progress = None
@@ -56,10 +61,14 @@ def spread_pairs(pairs: Pairs, journal: Journal, cluster: Cluster) -> None:
     calls = {}
     for number, (checkpoint, task, identity) in enumerate(missing):
         asked = _Asked(reference, key, checkpoint.name, task.name, identity, str(Path.cwd()))
-        memory = min(_memory(checkpoint, pairs.checkpoints.base), cluster.largest)
+        model = _bytes_of_model(checkpoint, pairs.checkpoints.base)
+        on_gpu = bool(pairs.device.model) and task.kind != "function"
+        gpus = share_of(pairs.device, _BATCH_BYTES + model) if on_gpu else 0.0
+        largest = cluster.largest_with_gpu if on_gpu else cluster.largest
+        memory = min(_PROCESS_BYTES + model, largest)
         name = f"{checkpoint.name}, {task.name}"
         # In their order: a worker that goes on with the same checkpoint need not load it again.
-        calls[asked] = Call(name, measured, asked, memory, seconds=len(missing) - number)
+        calls[asked] = Call(name, measured, asked, memory, len(missing) - number, gpus)
     for call, answer in spread(list(calls.values()), Bounds(cluster.cpus, cluster.memory)):
         asked, found = call.payload, answer.value
         journal.add(asked.identity, asked.checkpoint, asked.task, found)
@@ -83,10 +92,14 @@ def measured(asked: _Asked) -> Outcomes:
                 f"{checkpoint.folder}: has another content here than where the evaluation began.\n"
                 "Every machine that takes part must see checkpoints and data under the same paths."
             )
-        return pairs.computed(checkpoint, task)
+        if not pairs.device.model or task.kind == "function":
+            return pairs.computed(checkpoint, task)
+        name = given_gpu()
+        with own_share(name, pairs.device), pairs.running_on(name):
+            return pairs.computed(checkpoint, task)
 
 
-def _memory(checkpoint: Checkpoint, base: Path | None) -> int:
+def _bytes_of_model(checkpoint: Checkpoint, base: Path | None) -> int:
     """Return about how much memory a model needs, by the size of its files."""
     folders = [checkpoint.folder]
     if base is not None and is_adapter(checkpoint.folder):
@@ -97,4 +110,4 @@ def _memory(checkpoint: Checkpoint, base: Path | None) -> int:
         for file in ([folder] if folder.is_file() else folder.glob("*"))
         if file.is_file()
     )
-    return int(_PROCESS_BYTES + _COPIES * held)
+    return int(_COPIES * held)

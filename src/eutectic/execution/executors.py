@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import psutil
 import torch
 
-from eutectic.cluster.devices import CPU, ON_CPU, Device, device_here
+from eutectic.cluster.devices import CPU, MPS, ON_CPU, Device, device_here, models_here
 from eutectic.cluster.gpus import device_of_workers
 from eutectic.cluster.where import (
     ExecutorName,
@@ -54,6 +54,7 @@ class Limits:
     memory: int  # bytes of the whole process
     progress: Progress | None = None
     device: Device = ON_CPU  # where methods on matrices compute
+    models: Device = ON_CPU  # where models run, of this process
     executor: ExecutorName = "threads"  # who carries out the tasks
     machine: int | None = None  # bytes for tasks of the largest machine, where there are several
 
@@ -74,6 +75,7 @@ def limits_of(
     executor: ExecutorName = "threads",
     ray_address: str | None = None,
     device: str = CPU,
+    models: bool = False,
 ) -> Limits:
     """Return what to use where a caller says nothing.
 
@@ -82,6 +84,10 @@ def limits_of(
     side by side and together take `memory`, over all machines. `device` is that of methods on
     matrices: "cpu", "cuda", "cuda:N", or "auto" for an accelerator where there is one; what is free
     on it is all that their tasks take there together. With Ray it is the GPU that a task is given.
+
+    `models` says that this process runs models: on the same device; with Ray on this machine's
+    accelerator, if any. Only then is "mps" a device: models run there, matrices are merged on the
+    CPU.
     """
     check_where(executor, ray_address)
     size = None if memory is None else parse_bytes(memory)
@@ -90,18 +96,28 @@ def limits_of(
     if threads is not None and threads > MOST_THREADS:
         raise RequestError(f"threads must be at most {MOST_THREADS:,}, got {threads:,}.")
     if executor == "threads":
-        chosen = device_here(device)
+        chosen, running = _devices(device, models)
         cores, memory = threads or default_threads(), size or default_memory()
-        return Limits(cores, memory, progress, chosen)
+        return Limits(cores, memory, progress, chosen, running)
     found = joined(ray_address, threads, size)
+    matrices = device_of_workers(device)
     return Limits(
         threads or found.cpus,
         size or found.memory,
         progress,
-        device_of_workers(device),
+        matrices,
+        models_here("auto") if models and matrices.model else ON_CPU,
         executor=executor,
         machine=found.largest,
     )
+
+
+def _devices(text: str, models: bool) -> tuple[Device, Device]:
+    """Return where matrices are merged and where models run, in this process."""
+    if models and text.strip().lower() == MPS:
+        return ON_CPU, models_here(text)
+    chosen = device_here(text)
+    return chosen, models_here(text) if models and not chosen.model else chosen
 
 
 class Executor(Protocol):

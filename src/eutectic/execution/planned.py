@@ -171,7 +171,8 @@ def plan(
             "See them one by one with `eutectic plan`, or plan each as a recipe of its own."
         )
     checked, source = recipe_from(recipe, options)
-    return planned(checked, source, limits_of(threads, memory, **where), explain=explain)
+    allowed = limits_of(threads, memory, **where, models=checked.runs_models)
+    return planned(checked, source, allowed, explain=explain)
 
 
 def planned(

@@ -150,11 +150,15 @@ def merge(
 
     Without `choose`, a recipe that asks for a search is refused.
     """  # noqa: D417 - described there
-    run = _Run(limits_of(threads, memory, progress, **taken_for_merge(options)), restart, choose)
+    where = taken_for_merge(options)
     stages = read_stages(recipe) if isinstance(recipe, (str, Path)) else ()
     if stages:
+        run = _Run(limits_of(threads, memory, progress, **where), restart, choose)
         return _merge_stages(stages, local_path(output), run, options)
-    return _merge_one(*recipe_from(recipe, options), local_path(output), run)
+    checked, source = recipe_from(recipe, options)
+    models = checked.runs_models and choose is not None
+    run = _Run(limits_of(threads, memory, progress, **where, models=models), restart, choose)
+    return _merge_one(checked, source, local_path(output), run)
 
 
 @dataclass(frozen=True)
@@ -326,7 +330,7 @@ def sweep(
     stated = checked.model_dump(mode="json", exclude_unset=True)
     reports: dict[float, MergeReport] = {}
     output = local_path(output)
-    model = limits_of(threads, memory, **where).device.model
+    model = limits_of(threads, memory, **where, models=checked.runs_models).device.model
     with _only_sweep(output):
         for value in mixtures:
             folder = output / mixture_name(value)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -163,6 +164,12 @@ def tokens_first(lead: Sequence[int], counts: Collection[int], batch_first: bool
     There may be as many samples as `counts` says; where both orders fit, `batch_first` decides.
     """
     return len(lead) == 2 and lead[1] in counts and (lead[0] not in counts or not batch_first)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which float32 stays float32, on whatever kind of device."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def token_means(arranged: Tensor, mask: Tensor | None) -> Tensor:

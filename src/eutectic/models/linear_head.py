@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from eutectic.errors import CheckpointError, RequestError
-from eutectic.models.batches import token_means
+from eutectic.models.batches import token_means, without_autocast
 from eutectic.storage.small_files import check_regular
 
 Pooling = Literal["mean", "cls", "pooler"]
@@ -42,7 +42,7 @@ class Head:
                 f"the head takes {self.weight.shape[1]} features, the model gives "
                 f"{pooled.shape[1]}.\nName the head that was made for this model and pooling."
             )
-        with torch.autocast(pooled.device.type, enabled=False):
+        with without_autocast(pooled.device):
             wide = pooled.float()
             if self.normalize:
                 wide = nn.functional.normalize(wide, dim=-1)

@@ -116,12 +116,6 @@ def load_model(
     transformers = transformers_for("running a checkpoint")
     kind = None if task is None else task_kind(task, COLLECTED)
     device = device_of_models(device)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise RequestError(
-            f"--device {device} cannot be used here: {first_line(error)}."
-        ) from error
     for given in (checkpoint, base):
         if given is not None and not given.is_dir():
             raise CheckpointError(f"{given}: no such folder.")

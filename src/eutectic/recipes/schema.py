@@ -217,6 +217,11 @@ class ScaleSearch(BaseModel, extra="forbid", frozen=True):
     # Relative precision of α at which the golden section around the best one stops.
     tolerance: Annotated[float, Field(gt=0, lt=1)] = 0.05
 
+    @property
+    def runs_models(self) -> bool:
+        """Whether α is chosen by what models make of data."""
+        return self.search not in _CLOSED
+
     @model_validator(mode="after")
     def _fits_together(self) -> ScaleSearch:
         if idle := sorted(self.model_fields_set & NOT_TAKEN[self.search]):
@@ -306,6 +311,11 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
     def reference(self) -> str:
         """The model that lends names, shapes and configuration: the base, or the first expert."""
         return next(iter(self.experts.values())).path if self.base is None else self.base
+
+    @property
+    def runs_models(self) -> bool:
+        """Whether a search for α runs models on data."""
+        return isinstance(self.scale, ScaleSearch) and self.scale.runs_models
 
     @property
     def script(self) -> Script | None:

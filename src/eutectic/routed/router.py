@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from eutectic.errors import StatisticsError
 from eutectic.linalg import lapack
 from eutectic.linalg.rows_and_diagonal import few_rows, invert, times_without
+from eutectic.models.batches import without_autocast
 from eutectic.types import LayerStatistics
 
 RouterKind = Literal["discriminant", "prototype", "mad", "sim"]
@@ -38,7 +39,7 @@ class Router(nn.Module):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Return scores `[N, T]` of pooled inputs `[N, in]`, float32."""
-        with torch.autocast(pooled.device.type, enabled=False):
+        with without_autocast(pooled.device):
             return nn.functional.linear(pooled.float(), self.weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

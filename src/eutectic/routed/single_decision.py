@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eutectic.errors import StatisticsError
 from eutectic.linalg import lapack
+from eutectic.models.batches import without_autocast
 from eutectic.routed.router import (
     DiscriminantRouter,
     PrototypeRouter,
@@ -44,7 +45,7 @@ class SimRouter(Router):
 
     def forward(self, pooled: Tensor) -> Tensor:
         """Return scores `[N, T]` in [0, 1]; a pooled input of zero scores zero everywhere."""
-        with torch.autocast(pooled.device.type, enabled=False):
+        with without_autocast(pooled.device):
             unit = torch.nn.functional.normalize(pooled.float(), dim=-1)
             seen = unit @ self.weight.mT
             return seen.unflatten(-1, (len(self.bias), -1)).square().sum(-1) + self.bias

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from eutectic.cluster.devices import has_float64
 from eutectic.errors import NumericalError
 
 # Rows summed by one product: enough to make the addition of its [d, d] result cheap, few enough
@@ -194,6 +195,6 @@ def check_finite(rows: Tensor, name: str, batch: int, what: str) -> None:
 def as_float(values: Tensor) -> Tensor:
     """Return values detached, in float32 at least, on a device that can add in float64."""
     values = values.detach()
-    if values.device.type == "mps":
+    if not has_float64(values.device.type):
         values = values.cpu()
     return values if values.dtype == torch.float64 else values.float()

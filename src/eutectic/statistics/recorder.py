@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eutectic.cluster.devices import has_float64
 from eutectic.errors import NumericalError, StatisticsError
 from eutectic.models.batches import Layout, Tokens, same_memory, token_means
 from eutectic.models.sites import Site, as_matrix, output_rows
@@ -136,7 +137,8 @@ def stored_form(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _sum_device(parameter: Tensor) -> torch.device:
     # Apple's GPUs cannot add in float64.
-    return torch.device("cpu") if parameter.device.type == "mps" else parameter.device
+    device = parameter.device
+    return device if has_float64(device.type) else torch.device("cpu")
 
 
 @dataclass

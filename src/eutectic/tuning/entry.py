@@ -87,7 +87,8 @@ def merge(
             input and the output is visible to (default: `RAY_ADDRESS`, or one is started here).
             With Ray, `threads` and `memory` count over all machines. `device`: where matrices are
             merged, "cpu" (the default), "cuda", "cuda:N", or "auto" for a GPU where there is one;
-            element-wise methods and what is too large for it stay on the CPU.
+            element-wise methods and what is too large for it stay on the CPU. A search for α runs
+            its models there too; with one, "mps" is a device for these alone.
 
     Returns:
         A report. The same facts, without times, are in the output's `eutectic.json`.
@@ -197,7 +198,7 @@ def tune(
         at: with `over`, the α of every merge (default: the method's).
         **options: `threads`, `memory`, `restart`, `executor`, `ray_address`, `device`, `progress`
             (while searching, called with numbers of values), keys of a recipe and parameters of
-            the method, as for `eutectic.merge`.
+            the method, as for `eutectic.merge`. On `device` matrices are merged and models run.
 
     Returns:
         The best α, or value, and the curve.
@@ -238,7 +239,7 @@ def tune(
     if work is not None and url_of(local_path(work)) is not None:
         raise RequestError(f"{work}: deltas are kept on a disk.\nName a folder of this machine.")
     restart = limited.pop("restart", False)
-    limits = limits_of(**limited)
+    limits = limits_of(**limited, models=checked.runs_models)
     with open_inputs(checked, source) as inputs, ExitStack() as stack:
         if work is None:
             work = stack.enter_context(tempfile.TemporaryDirectory(prefix="eutectic-tune-"))
@@ -271,10 +272,12 @@ def _tune_over(
         )
     if restart and output is None:
         raise RequestError("restart discards an unfinished run, and none is kept without output.")
-    found = search_parameter(checked, source, over, at, limits_of(**limited))
+    limits = limits_of(**limited, models=True)
+    found = search_parameter(checked, source, over, at, limits)
     made = None
     notes = tuple(found.notes)
     if output is not None:
+        limited["device"] = limits.device.name  # of matrices: no model runs any more
         made = merge(found.recipe, output=output, restart=restart, **limited)
         notes = (*made.note_records, *(n for n in notes if n not in made.note_records))
     return TuneReport(

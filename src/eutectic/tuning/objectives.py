@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from eutectic.cluster.devices import ON_CPU, Device, running_on
 from eutectic.conventions_patterns import fits
 from eutectic.errors import Note, NumericalError
 from eutectic.evaluation.metrics import LOWER_IS_BETTER
@@ -56,7 +57,8 @@ def prepare_objective(
 
     def choose(unscaled: Unscaled) -> Choice:
         progress = unscaled.limits.progress
-        memory = _Memory(unscaled.journal, search, tasks)
+        device = unscaled.limits.models
+        memory = _Memory(unscaled.journal, search, tasks, device)
 
         def tell(done: int, total: int, scale: float) -> None:
             if progress is not None:
@@ -65,7 +67,7 @@ def prepare_objective(
         @functools.cache
         def load() -> Callable[[float], Measured]:
             if key not in opened.references:
-                opened.references[key] = _references(tasks, inputs, labelled)
+                opened.references[key] = _references(tasks, inputs, labelled, device)
             references = opened.references[key]
             if labelled:
                 memory.add("experts", Measured(1.0, references))
@@ -91,6 +93,7 @@ def prepare_objective(
             "range": list(search.range),
             "tolerance": search.tolerance,
             "tasks": {t.task.name: t.described() for t in tasks},
+            **({"device": device.model} if device.model else {}),
         }
         if labelled:
             if "experts" not in memory:  # the line was lost
@@ -123,7 +126,8 @@ def measured_at(search: ScaleSearch, scale: float, unscaled: Unscaled, opened: O
     tasks, key = tasks_of(search, unscaled.plan, unscaled.inputs, opened)
     labelled = search.search == "validation"
     if key not in opened.references:
-        opened.references[key] = _references(tasks, unscaled.inputs, labelled)
+        device = unscaled.limits.models
+        opened.references[key] = _references(tasks, unscaled.inputs, labelled, device)
     measure = _metric if labelled else _divergence
     return _objective(tasks, opened.references[key], measure, unscaled)(scale)
 
@@ -138,24 +142,33 @@ def tasks_of(
     return opened.tasks[key], key
 
 
-def search_identity(search: ScaleSearch, plan: Plan, inputs: Inputs, opened: Opened) -> str:
-    """Return a hash of all that decides the α of a search, besides the deltas."""
+def search_identity(
+    search: ScaleSearch, plan: Plan, inputs: Inputs, opened: Opened, device: Device = ON_CPU
+) -> str:
+    """Return a hash of all that decides the α of a search, besides the deltas.
+
+    `device` is that of the models that a search runs.
+    """
     described: list[Any] = [search.model_dump(mode="json", exclude={"tasks"})]
     if search.tasks is not None:
         described += [task.identity() for task in tasks_of(search, plan, inputs, opened)[0]]
+        described += [device.model] if device.model else []
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _references(tasks: list[TuningTask], inputs: Inputs, labelled: bool) -> dict[str, Any]:
+def _references(
+    tasks: list[TuningTask], inputs: Inputs, labelled: bool, device: Device
+) -> dict[str, Any]:
     """Run every expert once; return what the merged model is held against, task by task."""
 
     def of(task: TuningTask) -> Any:
-        model = task.expert_model(inputs)
+        model = task.expert_model(inputs, device.name)
         if labelled:
             return score(task.outputs(model), task.prepared).value
         return task.comparable(model)
 
-    return {task.task.name: of(task) for task in tasks}
+    with running_on(device.name):
+        return {task.task.name: of(task) for task in tasks}
 
 
 def _metric(task: TuningTask, expert: float, model: Any) -> tuple[float, float]:
@@ -180,8 +193,10 @@ def _objective(
     tasks: list[TuningTask], references: Mapping[str, Any], measure: Measure, unscaled: Unscaled
 ) -> Callable[[float], Measured]:
     """Return α -> mean over tasks, in models that are loaded now."""
-    models = _load_bodies(tasks, unscaled)
-    put = putting(unscaled, share_bodies(models, _body_shapes(tasks, unscaled)))
+    device = unscaled.limits.models.name
+    with running_on(device):
+        models = _load_bodies(tasks, unscaled, device)
+        put = putting(unscaled, share_bodies(models, _body_shapes(tasks, unscaled)))
 
     def objective(scale: float) -> Measured:
         put(scale)
@@ -190,7 +205,8 @@ def _objective(
         for task, model in zip(tasks, models, strict=True):
             name = task.task.name
             try:
-                found[name], value = measure(task, references[name], model)
+                with running_on(device):
+                    found[name], value = measure(task, references[name], model)
             except NumericalError:  # the model overflows at this α: the worst value
                 found[name], value = math.nan, math.nan
             values.append(value)
@@ -199,16 +215,16 @@ def _objective(
     return objective
 
 
-def _load_bodies(tasks: list[TuningTask], unscaled: Unscaled) -> list[nn.Module]:
-    """Load the base once per head."""
+def _load_bodies(tasks: list[TuningTask], unscaled: Unscaled, device: str) -> list[nn.Module]:
+    """Load the base once per head, onto a device."""
     bare: dict[bool, nn.Module] = {}  # a pooler may be missing where no task uses it
     models: list[nn.Module] = []
     for task in tasks:
         pooler = task.task.pooling == "pooler"
         if task.task.head is None:
-            models.append(task.body_model(unscaled.inputs))
+            models.append(task.body_model(unscaled.inputs, device))
         else:
-            bare[pooler] = bare.get(pooler) or task.body_model(unscaled.inputs)
+            bare[pooler] = bare.get(pooler) or task.body_model(unscaled.inputs, device)
             models.append(bare[pooler])
     dtype = unscaled.plan.output.dtype
     if dtype is not None and not is_of_vectors(unscaled.inputs):
@@ -229,8 +245,12 @@ def _body_shapes(tasks: list[TuningTask], unscaled: Unscaled) -> list[dict[str, 
 class _Memory:
     """What a search measured, in the journal beside the deltas, under the identity of its data."""
 
-    def __init__(self, journal: Ledger, search: ScaleSearch, tasks: list[TuningTask]) -> None:
-        described = [search.search, search.compare, [t.identity() for t in tasks]]
+    def __init__(
+        self, journal: Ledger, search: ScaleSearch, tasks: list[TuningTask], device: Device
+    ) -> None:
+        described: list[Any] = [search.search, search.compare, [t.identity() for t in tasks]]
+        if device.model:
+            described.append(device.model)
         self._identity = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
         self._journal = journal
 

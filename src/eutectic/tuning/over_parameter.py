@@ -145,6 +145,7 @@ def search_parameter(
         "range": list(search.range),
         "tolerance": search.tolerance,
         "tasks": data["tasks"],
+        **({"device": limits.models.model} if limits.models.model else {}),
     }
     if search.search == "validation":
         (references,) = opened.references.values()

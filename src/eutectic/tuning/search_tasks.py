@@ -58,14 +58,15 @@ class TuningTask:
             return _token_logits(model, self.prepared)
         return self.outputs(model)
 
-    def expert_model(self, inputs: Inputs) -> nn.Module:
+    def expert_model(self, inputs: Inputs, device: str) -> nn.Module:
         """Load the expert itself."""
-        return load_model(_expert(inputs, self.expert), self.task, base=base_folder(inputs))
+        own, base = _expert(inputs, self.expert), base_folder(inputs)
+        return load_model(own, self.task, base=base, device=device)
 
-    def body_model(self, inputs: Inputs) -> nn.Module:
+    def body_model(self, inputs: Inputs, device: str) -> nn.Module:
         """Load the base with the expert's head, for deltas to be added to its body."""
         base, expert = base_folder(inputs), _expert(inputs, self.expert)
-        return load_model(base, self.task, base=base, expert=expert)
+        return load_model(base, self.task, base=base, expert=expert, device=device)
 
     def described(self) -> dict[str, Any]:
         """Return what the record says of the task's data."""
