@@ -81,6 +81,11 @@ def test_what_does_not_go_with_statistics_is_refused(files, more, told):
     assert result.exit_code == 2 and told in " ".join(result.output.split())
 
 
+def test_a_file_that_is_not_there_is_named(files, tmp_path):
+    result = inspected(tmp_path / "none.stats.safetensors")
+    assert result.exit_code == 2 and "no such file" in " ".join(result.output.split())
+
+
 def test_another_file_is_not_replaced(files, tmp_path):
     (tmp_path / "mine.json").write_text("{}")
     with pytest.raises(RequestError, match="holds something else"):

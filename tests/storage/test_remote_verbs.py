@@ -75,6 +75,14 @@ def test_verbs_from_a_store_to_a_store(tmp_path: Path, store: Any, s3: Proxy) ->
         found = json.loads(file.read_bytes())
         figures[at] = [(r["checkpoint"], r["value"]) for r in found["results"]]
         assert str(cache) not in file.read_text()
+    again = f"{AT}/a.stats.safetensors"
+    words = [f"{AT}/a", "--data", f"{AT}/rows.jsonl", "-o", again, "--json"]
+    told = json.loads(_run(cache, "collect", *words))
+    local = (tmp_path / "a.stats.safetensors").stat().st_size
+    # Its record names the checkpoint by its place.
+    assert told["output"] == again and abs(told["bytes"] - local) < 0.1 * local
+    held = json.loads(_run(cache, "inspect", again, "--json"))["statistics"]
+    assert [own["file"] for own in held.values()] == [again]
     assert figures[AT] == figures[str(tmp_path)]
     assert len(figures[AT]) == 3
     for name in ("model.safetensors", "config.json", "tokenizer.json"):

@@ -26,6 +26,7 @@ from eutectic.cli.options import (
 from eutectic.errors import RequestError
 from eutectic.options import dtype_name
 from eutectic.recipes.units import format_bytes, parse_bytes
+from eutectic.storage import storage_of, url_of
 from eutectic.words import few
 
 if TYPE_CHECKING:
@@ -316,9 +317,10 @@ def _report(
     seconds: float,
     json: bool,
 ) -> None:
+    held = storage_of(output).identity(output)  # in a store the file here only stands for it
     report: dict[str, Any] = {
-        "output": str(output),
-        "bytes": output.stat().st_size,
+        "output": str(url_of(output) or output),
+        "bytes": 0 if held is None else held[0],
         "examples": result.provenance["data"]["examples"],
         "layers": len(result),
         "checkpoint": result.fingerprint,

@@ -137,11 +137,15 @@ def inspect(
 def _statistics(words: list[str]) -> dict[str, str]:
     """Return name -> file where the words name statistics; empty where they name none."""
     from eutectic.statistics.statistics_file import holds_statistics
+    from eutectic.storage import meant, view
 
     if not any(word.endswith(".safetensors") for word in words):
         return {}
     files = named_paths(words, "statistics")
     held = {name: path for name, path in files.items() if holds_statistics(path)}
+    missing = [p for p in files.values() if p.endswith(".safetensors") and not view(p).exists()]
+    if missing and not held:
+        raise RequestError(f"{missing[0]}: no such file.{meant(missing[0])}")
     if held and len(held) < len(files):
         other = next(path for name, path in files.items() if name not in held)
         raise RequestError(

@@ -49,11 +49,11 @@ def inspect_statistics(
         kept = [f for f in forms if layers is None or any(fnmatchcase(n, layers) for n in f.layers)]
         if forms and not kept:
             raise RequestError(
-                f"{public_path(Path(file))}: no layer is called like '{layers}'.\n"
+                f"{_public(file)}: no layer is called like '{layers}'.\n"
                 f"It has, for instance, {forms[0].layers[0]}"
             )
         found[name] = {
-            "file": public_path(Path(file)),
+            "file": _public(file),
             "examples": held.provenance.get("data", {}).get("examples"),
             "checkpoint": held.fingerprint,
             "grams": [asdict(form) for form in kept],
@@ -77,6 +77,10 @@ def kept_in_words(form: GramForm) -> str:
     if form.directions is None:
         return "whole"
     return f"{form.directions:,} rows" if form.beside is None else f"{form.directions:,} directions"
+
+
+def _public(file: str | Path) -> str:
+    return public_path(url_of(file) or Path(file))
 
 
 def _checked(output: str | Path) -> Path:

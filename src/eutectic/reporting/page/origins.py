@@ -39,6 +39,7 @@ from eutectic.reporting.page.source_views import (
 )
 from eutectic.statistics import StatisticsFile
 from eutectic.statistics.statistics_file import STATISTICS
+from eutectic.storage import storage_of
 from eutectic.types import gram_names
 from eutectic.words import counted, public_path
 
@@ -307,6 +308,8 @@ def run_costs(name: str, run: MergeReport) -> Iterator[Cost]:
 def folder_costs(name: str, folder: Path, what: str) -> Iterator[Cost]:
     """Yield how large a folder of a model, or a file, is on disk."""
     paths = folder.rglob("*") if folder.is_dir() else [folder]
-    sizes = {path: path.stat().st_size for path in paths if path.is_file()}
+    storage = storage_of(folder)  # in a store the files here only stand for others
+    known = {path: storage.identity(path) for path in paths if path.is_file()}
+    sizes = {path: held[0] for path, held in known.items() if held is not None}
     if any(path.suffix in _WEIGHTS for path in sizes):
         yield Cost(name=name, what=what, value=float(sum(sizes.values())), unit="bytes")
