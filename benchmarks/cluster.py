@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 
 EXPERTS = ("a", "b", "c", "d")
-METHODS = ("task_arithmetic", "ties", "iso_c")
+METHODS = ("task_arithmetic", "ties", "iso_c", "esm")
 NODE_MEMORY = 4_000_000_000
 
 
@@ -56,8 +56,28 @@ def digest(folder: Path) -> str:
 
 def request(folder: Path, method: str) -> dict[str, Any]:
     """Return a merge's recipe."""
-    experts = {name: str(folder / name) for name in EXPERTS}
+    experts: dict[str, Any] = {name: {"path": str(folder / name)} for name in EXPERTS}
+    if method == "esm":
+        for name, own in experts.items():
+            own["statistics"] = str(folder / f"{name}.stats.safetensors")
     return {"base": str(folder / "base"), "experts": experts, "method": method, "scale": 1.0}
+
+
+def draw_statistics(folder: Path) -> None:
+    """Write statistics of rank 64 of every expert, drawn at random, where they are missing."""
+    from llama_width import write_statistics
+    from safetensors import safe_open
+
+    for seed, name in enumerate(EXPERTS):
+        path = folder / f"{name}.stats.safetensors"
+        if path.is_file():
+            continue
+        shapes: dict[str, tuple[int, int]] = {}
+        for part in (folder / name).glob("*.safetensors"):
+            with safe_open(part, "pt") as file:
+                found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            shapes |= {key: own for key, own in found.items() if key.endswith("proj.weight")}
+        write_statistics(path, shapes, seed)
 
 
 def merged(recipe: dict[str, Any], output: Path, **options: Any) -> tuple[float, str]:
@@ -85,16 +105,19 @@ def overhead(calls: int) -> float:
 def paired(folder: Path, work: Path, methods: list[str], repeats: int, cores: int, address: str):
     """Yield a row per method: seconds of both, their ratio, and whether the bytes are the same."""
     where = {"executor": "ray", "ray_address": address}
-    merged(
-        request(folder, methods[0]), work / "ray", **where
-    )  # workers have imported what they need
+    warm = request(folder, "task_arithmetic")
+    merged(warm, work / "ray", **where)  # workers have imported what they need
     for method in methods:
         recipe = request(folder, method)
         times: list[tuple[float, float]] = []
         same = True
-        for _ in range(repeats):
-            alone, first = merged(recipe, work / "threads", threads=cores)
-            spread, second = merged(recipe, work / "ray", threads=cores, **where)
+        for turn in range(repeats):
+            took: dict[str, tuple[float, str]] = {}
+            for kind in ("threads", "ray") if turn % 2 == 0 else ("ray", "threads"):
+                own = where if kind == "ray" else {}
+                took[kind] = merged(recipe, work / kind, threads=cores, **own)
+                print(f"{method}, {kind}: {took[kind][0]:.1f} s", flush=True)
+            (alone, first), (spread, second) = took["threads"], took["ray"]
             times.append((alone, spread))
             same = same and first == second
         yield {
@@ -102,6 +125,8 @@ def paired(folder: Path, work: Path, methods: list[str], repeats: int, cores: in
             "threads_seconds": statistics.median(t for t, _ in times),
             "ray_seconds": statistics.median(r for _, r in times),
             "ratio": statistics.median(r / t for t, r in times),
+            "ratios": [r / t for t, r in times],
+            "load": os.getloadavg()[1],  # mean number of processes that wanted a core, 5 minutes
             "same_bytes": same,
             "digest": first,
         }
@@ -204,11 +229,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file of the figures")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--skip-kills", action="store_true", help="kill neither node nor driver")
     parser.add_argument("--skip-memory", action="store_true", help="leave Ray's guard alone")
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     work = (arguments.work or folder / "cluster").resolve()
     work.mkdir(parents=True, exist_ok=True)
+    if "esm" in arguments.methods:
+        draw_statistics(folder)
     from eutectic.cluster.connection import Share, connect, disconnect
 
     cores = len(os.sched_getaffinity(0))
@@ -224,12 +252,13 @@ def main() -> None:
         ):
             print(json.dumps(row), flush=True)
             found["rows"].append(row)
-        recipe, known = request(folder, arguments.methods[0]), found["rows"][0]["digest"]
-        found["driver_killed"] = driver_killed(recipe, work, cluster.address)
-        found["node_killed"] = node_killed(cluster, nodes[1], recipe, work, cluster.address)
-        for name in ("driver_killed", "node_killed"):
-            found[name]["same_bytes"] = found[name].pop("digest") == known
-            print(name, json.dumps(found[name]), flush=True)
+        if not arguments.skip_kills:
+            recipe, known = request(folder, arguments.methods[0]), found["rows"][0]["digest"]
+            found["driver_killed"] = driver_killed(recipe, work, cluster.address)
+            found["node_killed"] = node_killed(cluster, nodes[1], recipe, work, cluster.address)
+            for name in ("driver_killed", "node_killed"):
+                found[name]["same_bytes"] = found[name].pop("digest") == known
+                print(name, json.dumps(found[name]), flush=True)
     finally:
         disconnect()
         cluster.shutdown()
