@@ -102,3 +102,16 @@ def test_factors_stay_thin_and_seeds_repeat() -> None:
     assert cut.lost == pytest.approx(whole.lost, rel=1e-5)
     again = compressed(pair.dense(), rank=4)
     assert torch.equal(again.left, whole.left)
+
+
+@pytest.mark.parametrize("shape", [(218, 197), (139, 189), (98, 209)])
+def test_nearly_flat_spectra_lose_no_more_than_is_said(shape: tuple[int, int]) -> None:
+    """Where power steps gain least, and so end early."""
+    side = min(shape)
+    torch.manual_seed(side)
+    U, V = (torch.linalg.qr(torch.randn(n, side)).Q for n in shape)
+    values = (1 + torch.arange(side)) ** -0.05
+    matrix = (U * values) @ V.mT
+    found = compressed(matrix, rank=side // 6)
+    exact = torch.linalg.svdvals(matrix.double()).square()
+    assert found.lost <= 1.03 * float(exact[side // 6 :].sum() / exact.sum())

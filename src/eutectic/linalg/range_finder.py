@@ -61,7 +61,7 @@ def compressed(
 
     Returns:
         Factors in float64, of rank 0 for a zero matrix. Directions that are rounding are left out,
-        so that the rank may be smaller than asked for. The error is within 1 % of the least
+        so that the rank may be smaller than asked for. The error is within 3 % of the least
         possible, or the factors are those of the exact decomposition.
 
     Cost: O(out·in·r) per power step, in float32 for float32; factors O((out + in)·r²).
