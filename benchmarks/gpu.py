@@ -136,7 +136,15 @@ def models(device: str) -> dict[str, Any]:
 
     torch.manual_seed(0)
     words = {word: number for number, word in enumerate(["<unk>", *map(str, range(999))])}
-    config = hf.GPT2Config(vocab_size=1000, n_positions=256, n_embd=512, n_layer=8, n_head=8)
+    config = hf.GPT2Config(
+        vocab_size=1000,
+        n_positions=256,
+        n_embd=512,
+        n_layer=8,
+        n_head=8,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     core = Tokenizer(WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     with tempfile.TemporaryDirectory() as folder:

@@ -24,6 +24,7 @@ from eutectic.cluster.workers import Answer
 from eutectic.errors import EutecticError, RequestError
 from eutectic.evaluation import spread_pairs
 from eutectic.execution import executors, ray_executor, tasks
+from eutectic.statistics import sharded_pass
 from evaluation import world
 from helpers import ray_calls
 from helpers.folders import digests, make_base, make_expert, save
@@ -230,3 +231,30 @@ def test_models_run_on_the_gpus_of_workers(
         assert note["ran"] == [DEVICE.type]
         assert note["waits"] == ["cpu"]  # the GPU is another's by now
         assert 0.9 < note["share"] < 1  # of this GPU: a batch, the process, the model
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_statistics_are_added_up_on_the_gpus_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu_nodes: str
+) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    batches = [torch.randn(4, 6) for _ in range(5)]
+    alone = eutectic.collect(model, batches)
+    monkeypatch.setattr(gpus, "gpus_here", ray_calls.pretended_gpus)
+    log = tmp_path / "log"
+    adder = partial(ray_calls.adder_on_pretended_gpu, str(log))
+    monkeypatch.setattr(sharded_pass, "_Adder", adder)
+    where: dict[str, Any] = {"executor": "ray", "ray_address": gpu_nodes, "device": "cuda"}
+    found = eutectic.collect(model, batches, **where)
+    for name in alone:
+        gram = found[name].dense_gram()
+        assert type(gram) is torch.Tensor  # of this process, which has no GPU
+        torch.testing.assert_close(gram, alone[name].dense_gram(), atol=1e-4, rtol=1e-5)
+    noted = [json.loads(line) for line in log.read_text().splitlines()]
+    assert noted == [[1.0, DEVICE.type]] * 2
+    with pytest.raises(RequestError, match="3 shards need a GPU each, and the cluster has 2"):
+        eutectic.collect(model, batches, **where, shards=3)
+    with pytest.raises(RequestError, match="device are for the workers of a cluster"):
+        eutectic.collect(model, batches, device="cuda")

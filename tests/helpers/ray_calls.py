@@ -154,3 +154,33 @@ def measured_on_pretended_gpu(log: str, asked: Any) -> Any:
     with Path(log).open("a") as file:
         file.write(json.dumps(noted) + "\n")
     return found
+
+
+def adder_on_pretended_gpu(log: str, work: Any) -> Any:
+    """Return a worker of a collection whose GPU is the pretended device; note its share of one."""
+    import ray
+
+    from eutectic.statistics import sharded_pass
+
+    class Adder(sharded_pass._Adder):
+        def __init__(self, work: Any) -> None:
+            with (
+                mock.patch.object(sharded_pass, "given_gpu", lambda: str(DEVICE)),
+                mock.patch.object(sharded_pass, "own_share", lambda *_: nullcontext()),
+                pretended(),
+            ):
+                super().__init__(work)
+
+        def add(self, *given: Any) -> None:
+            with pretended():
+                super().add(*given)
+
+        def state(self) -> Any:
+            own = ray.get_runtime_context().get_assigned_resources()["GPU"]
+            runs = next(self._job.model.parameters()).device.type
+            with Path(log).open("a") as file:
+                file.write(json.dumps([own, runs]) + "\n")
+            with pretended():
+                return super().state()
+
+    return Adder(work)

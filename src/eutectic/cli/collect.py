@@ -223,7 +223,8 @@ def _collected(
     own = None if head is None else read_head(head, gradients.pooling, gradients.normalize)  # pyright: ignore[reportArgumentType]
     wanted = "feature-extraction" if own is not None else task
     doing("loading the model")
-    loaded = load_model(expert.checkpoint, expert.base, wanted, reading.device)
+    on_ray = sums.executor == "ray"  # whose workers have the device: here the model is looked at
+    loaded = load_model(expert.checkpoint, expert.base, wanted, "cpu" if on_ray else reading.device)
     if gradients.any and loaded.task == ZERO_SHOT:
         loaded, own = _with_texts(expert.checkpoint, loaded, data, gradients, reading)
     elif gradients.any:
@@ -240,13 +241,13 @@ def _collected(
     memory, *_ = map(options.pop, ("memory", "prompt", *_WITH_HEAD))
     options["memory_bytes"] = None if memory is None else parse_bytes(memory)
     options.update(head=own, fingerprint=loaded.fingerprint)
-    if sums.executor == "ray":
+    if on_ray:
+        options["device"] = reading.device
         options["open_model"] = partial(
             _opened_elsewhere,
             expert.checkpoint,
             expert.base,
             wanted,
-            reading.device,
             str(Path.cwd()),
         )
     if expert.adapters:
@@ -264,15 +265,13 @@ def _collected(
     return result, loaded.randomly_initialised
 
 
-def _opened_elsewhere(
-    checkpoint: Path, base: Path | None, task: str | None, device: str, folder: str
-) -> Any:
+def _opened_elsewhere(checkpoint: Path, base: Path | None, task: str | None, folder: str) -> Any:
     """Open the model of a collection on a worker."""
     from eutectic.cluster.workers import working_in
     from eutectic.models.loading import load_model
 
     with working_in(folder):
-        return load_model(checkpoint, base, task, device).model
+        return load_model(checkpoint, base, task).model
 
 
 def _rank(given: str | None) -> int | Literal["auto"] | None:

@@ -7,7 +7,9 @@ from contextlib import suppress
 from typing import Any
 
 from eutectic.cluster.connection import Cluster, import_ray, size_of_cluster
+from eutectic.cluster.gpus import ALL_VISIBLE
 from eutectic.cluster.workers import Answer, answer, versions
+from eutectic.errors import EutecticError
 
 
 class LostMember(Exception):
@@ -40,20 +42,32 @@ class _Host:
 
 
 class Crew:
-    """Members that stay; `make(payload)`, both picklable, makes each on its worker."""
+    """Members that stay; `make(payload)`, both picklable, makes each on its worker.
+
+    Each has a core and the share `gpus` of a GPU, which is `gpus.given_gpu()` there.
+    """
 
     def __init__(
-        self, make: Callable[[Any], Any], payload: Any, count: int, memory: int, cluster: Cluster
+        self,
+        make: Callable[[Any], Any],
+        payload: Any,
+        count: int,
+        memory: int,
+        cluster: Cluster,
+        gpus: float = 0.0,
     ) -> None:
         self._ray = import_ray()
         self._make, self._payload = make, self._ray.put(payload)
-        self._memory, self._expected = min(memory, cluster.largest), versions()
+        largest = cluster.largest_with_gpu if gpus else cluster.largest
+        self._memory, self._expected, self._gpus = min(memory, largest), versions(), gpus
         self._members = [self._hire(1, self._memory) for _ in range(count)]
 
     def _hire(self, cpus: int, memory: int) -> Any:
         hosts = self._ray.remote(max_restarts=0, max_task_retries=0)(_Host)
-        own = hosts.options(num_cpus=cpus, memory=memory or None)
-        return own.remote(self._make, self._payload)
+        own: dict[str, Any] = {"num_cpus": cpus, "memory": memory or None}
+        if self._gpus:
+            own |= {"num_gpus": self._gpus, "runtime_env": ALL_VISIBLE}
+        return hosts.options(**own).remote(self._make, self._payload)
 
     def __len__(self) -> int:
         return len(self._members)
@@ -86,6 +100,12 @@ class Crew:
         with suppress(Exception):
             self._ray.kill(self._members[number])
         room = size_of_cluster()
+        if room.gpus < self._gpus * len(self):
+            raise EutecticError(
+                f"{len(self)} workers need {self._gpus:.1%} of a GPU each, and the cluster has "
+                f"{room.gpus:g} left.\nWhat was saved is kept for the same command, which takes "
+                "as many workers as there are GPUs."
+            )
         fits = room.cpus >= len(self) and room.memory >= self._memory * len(self)
         self._members[number] = self._hire(int(fits), self._memory if fits else 0)
 

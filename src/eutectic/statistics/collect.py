@@ -18,14 +18,22 @@ import torch
 from torch import Tensor, nn
 
 from eutectic.checkpoint.reader import StateDictReader
-from eutectic.cluster.where import check_where, joined, taken_where
+from eutectic.cluster.devices import CPU, device_model
+from eutectic.cluster.gpus import device_of_workers
+from eutectic.cluster.where import check_where, joined, taken_for_merge
 from eutectic.errors import RequestError, StatisticsError
 from eutectic.models.batches import Batch, mask_policy, sample_count
 from eutectic.models.names import saved_names
 from eutectic.models.sites import is_encoder_decoder
 from eutectic.notebook import with_bar
 from eutectic.options import options_from
-from eutectic.statistics.collection_plan import Plan, describe_layers, make_plan, sample_weights
+from eutectic.statistics.collection_plan import (
+    Plan,
+    describe_layers,
+    device_of,
+    make_plan,
+    sample_weights,
+)
 from eutectic.statistics.data_pass import Pass, run_pass
 from eutectic.statistics.least_tokens import check_least_tokens
 from eutectic.statistics.recorder import PassSums
@@ -135,6 +143,8 @@ def collect(
               worker i mod `shards` (default: one per core); the sums are added in the order of the
               workers, so that the result depends on `shards` alone, and on that as on rounding.
               `open_model` opens the same model on a worker, where it is too large to be sent.
+              `device` ("cpu"): "cuda" gives every worker a GPU, "auto" where the cluster has any;
+              this process needs none, and the model stays where it is. `shards` then are GPUs.
 
     Returns:
         The statistics, a mapping from parameter name to `LayerStatistics` with `.provenance`. A
@@ -189,7 +199,7 @@ def collect(
         "saved_as": saved_names(model),
     }
     path = None if output is None else local_path(output)
-    partial = None if path is None else _begin(path, record, parts)
+    partial = None if path is None else _begin(path, {**record, **_device(model, sharing)}, parts)
     total = len(batches) if hasattr(batches, "__len__") else None  # pyright: ignore
 
     def report(index: int, done: int) -> None:
@@ -232,21 +242,36 @@ class _Running:
         return snapshot.batches, snapshot.sums
 
 
+def _device(model: nn.Module, sharing: Sharing | None) -> dict[str, str]:
+    """Return the device that adds up, by its model: another may round otherwise."""
+    found = device_model(str(device_of(model))) if sharing is None else sharing.device.model
+    return {"device": found} if found else {}
+
+
 def _sharing(given: dict[str, Any]) -> Sharing | None:
     """Take out of the options what says who collects; None for this process."""
-    where = taken_where(given)
+    where = taken_for_merge(given)
+    device = where.get("device")
     shards, open_model = given.pop("shards", None), given.pop("open_model", None)
     check_where(where.get("executor", "threads"), where.get("ray_address"))
     if where.get("executor") != "ray":
-        if shards is not None or open_model is not None:
+        if shards is not None or open_model is not None or device is not None:
             raise RequestError(
-                "shards and open_model are for the workers of a cluster.\n"
-                "Choose the executor ray, or leave them out."
+                "shards, open_model and device are for the workers of a cluster.\n"
+                "Choose the executor ray, or leave them out; a model here is where it is."
             )
         return None
     if shards is not None and shards < 1:
         raise RequestError(f"shards must be at least 1, got {shards}.")
     cluster = joined(where.get("ray_address"))
+    workers = device_of_workers(device or CPU)
+    if workers.model:
+        if shards is not None and shards > cluster.gpus:
+            raise RequestError(
+                f"{shards} shards need a GPU each, and the cluster has {cluster.gpus:g}.\n"
+                "Ask for fewer, or add machines."
+            )
+        return Sharing(cluster, shards or int(cluster.gpus), open_model, workers)
     if shards is not None and shards > cluster.cpus:
         raise RequestError(
             f"{shards} shards need a core each, and the cluster has {cluster.cpus}.\n"

@@ -161,6 +161,7 @@ class CollectOptions(TypedDict, total=False):
     snapshot_seconds: float
     executor: ExecutorName
     ray_address: str | None
+    device: str
     shards: int | None
     open_model: Callable[[], nn.Module] | None
 

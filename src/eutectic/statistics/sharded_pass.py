@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from eutectic.cluster.connection import Cluster
 from eutectic.cluster.crew import Crew, LostMember
+from eutectic.cluster.devices import ON_CPU, Device, running_on
+from eutectic.cluster.gpus import given_gpu, own_share
 from eutectic.errors import EutecticError
 from eutectic.models.batches import Batch
 from eutectic.statistics.collection_plan import make_plan
@@ -41,6 +43,7 @@ class Sharing:
     cluster: Cluster
     shards: int
     open_model: OpenModel | None = None  # on a worker; None: the model is sent there
+    device: Device = ON_CPU  # of the workers: the CPU, or the GPU that each is given
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class _Work:
     first: Batch
     settings: Settings
     part: int
+    device: Device = ON_CPU
 
 
 class _Adder:
@@ -58,20 +62,27 @@ class _Adder:
 
     def __init__(self, work: _Work) -> None:
         model = work.model if isinstance(work.model, nn.Module) else work.model()
+        self._open = ExitStack()
+        if work.device.model:
+            name = given_gpu()
+            self._open.enter_context(own_share(name, work.device))
+            model = model.to(name)
+        self._device = work.device.name
         plan = make_plan(model, work.first, work.settings).parts(work.settings)[work.part]
         sums = PassSums(plan, work.settings)
         self._job = Pass(model, (), plan, work.settings, sums, DataLog(), 0, lambda _: None)
-        self._open = ExitStack()
         self._add: AddBatch = self._open.enter_context(adding(self._job))
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         self._job.sums.load(state)
 
     def add(self, index: int, batch: Batch, hashes: list[int]) -> None:
-        self._add(index, batch, hashes)
+        with running_on(self._device):
+            self._add(index, batch, hashes)
 
     def state(self) -> dict[str, Tensor]:
-        return self._job.sums.state()
+        # Whoever reads them may have no GPU.
+        return {name: tensor.cpu() for name, tensor in self._job.sums.state().items()}
 
 
 def states_of(saved: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -108,9 +119,12 @@ class ShardedPass:
         saved: Callable[[], Saved | None],
     ) -> None:
         self._job, self._saved = job, saved
-        work = _Work(sharing.open_model or job.model, first, job.settings, part)
+        opened = sharing.open_model or job.model
+        work = _Work(opened, first, job.settings, part, sharing.device)
+        # One worker a GPU: a second would be no faster, and would hold the model once more.
+        gpus = 1.0 if sharing.device.model else 0.0
         memory = _PROCESS_BYTES + _bytes_of_model(job.model) + _bytes_of_sums(job.sums)
-        self._crew = Crew(_Adder, work, sharing.shards, memory, sharing.cluster)
+        self._crew = Crew(_Adder, work, sharing.shards, memory, sharing.cluster, gpus)
         self._waiting: list[deque[Any]] = [deque() for _ in range(sharing.shards)]
         self._given = [job.start] * sharing.shards  # batches before it are in a worker's sums
         self._before: list[dict[str, Tensor]] = []  # of a run with another number of workers
