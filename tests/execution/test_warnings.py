@@ -10,6 +10,7 @@ import torch
 
 import eutectic
 from eutectic.errors import MergeWarning, RequestError
+from eutectic.execution.norms import norm_notes
 from eutectic.types import LayerStatistics
 from helpers.cli import invoke
 from helpers.folders import Tensors, make_base, make_expert
@@ -125,3 +126,12 @@ def test_one_rule_for_statistics_in_all_three_entries(method: str, tmp_path: Pat
         assert found[kind].subject == (MATRICES[1],)
         assert (found[kind].numbers["tensors"], found[kind].numbers["of"]) == (1, 2)
         assert found[kind].numbers["share"] == pytest.approx(0.5)
+
+
+def test_a_far_expert_is_told_by_what_is_unusual_alone() -> None:
+    """A norm that is like the others' is no sign of a stranger, and is not named as one."""
+    norms = {"base": 1.0, "experts": {"a": 2.0, "b": 2.5, "c": 0.1}, "above": 0, "ratio": None}
+    told = {n.subject[0]: n for n in norm_notes(norms) if n.kind == "unrelated"}
+    assert set(told) == {"a", "b"}
+    assert told["a"].numbers == {"share": 2.0, "kin": None}
+    assert "by 2 times the base's own norm: was" in told["a"].text

@@ -1,6 +1,8 @@
 """What `eutectic inspect` says of statistics files."""
 
 import json
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from typer.testing import CliRunner
 import eutectic
 from eutectic.cli.main import app
 from eutectic.errors import RequestError
-from eutectic.reporting.held_statistics import inspect_statistics
+from eutectic.reporting.held_statistics import inspect_statistics, kept_in_words
+from eutectic.statistics.gram_forms import GramForm
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +93,9 @@ def test_another_file_is_not_replaced(files, tmp_path):
     (tmp_path / "mine.json").write_text("{}")
     with pytest.raises(RequestError, match="holds something else"):
         inspect_statistics(files, output=tmp_path / "mine.json")
+
+
+@pytest.mark.parametrize(("directions", "told"), [(1, "1 direction"), (1200, "1,200 directions")])
+def test_one_direction_is_told_in_the_singular(directions, told):
+    form = SimpleNamespace(adapters=None, directions=directions, beside=0.1)
+    assert kept_in_words(cast(GramForm, form)) == told

@@ -174,6 +174,16 @@ def test_an_alpha_at_the_edge_is_told_and_a_wider_range_named():
     assert not report.curves[0].at_edge and "edge" not in kinds(report)
 
 
+def test_a_searched_parameter_is_not_called_alpha():
+    made = {**curve({0.1: 0.5, 0.5: 0.7, 1.0: 0.8}, 1.0), "over": "tau"}
+    report = eutectic.report(made)
+    assert "tau = 1 is the largest" in finding(report, "edge").text
+    assert finding(report, "widen").command == "eutectic tune recipe.yaml --over tau --range 1:10"
+    assert "Search tau of" in finding(report, "widen").text
+    assert "α = " not in report.html() and "tau = 1" in report.html()
+    assert "(tau)" in report.markdown()
+
+
 def test_weak_routers_are_told(tmp_path):
     import json
 

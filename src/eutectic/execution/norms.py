@@ -215,8 +215,8 @@ def norm_notes(norms: Mapping[str, Any]) -> list[Note]:
             notes.append(Note("changes_nothing", (name,), level="warning"))
         elif (base and norm > base) or (kin and norm > KIN * kin):
             told = {
-                "share": _digits(norm / base) if base else None,
-                "kin": _digits(norm / kin) if kin else None,
+                "share": _digits(norm / base) if base and norm > base else None,
+                "kin": _digits(norm / kin) if kin and norm > KIN * kin else None,
             }
             notes.append(Note("unrelated", (name,), told, "warning"))
     return notes

@@ -15,7 +15,7 @@ from eutectic.errors import RequestError
 from eutectic.statistics.gram_forms import GramForm, gram_forms
 from eutectic.statistics.statistics_file import StatisticsFile, load_statistics
 from eutectic.storage import local_path, url_of
-from eutectic.words import public_path
+from eutectic.words import counted, public_path
 
 
 def inspect_statistics(
@@ -76,7 +76,7 @@ def kept_in_words(form: GramForm) -> str:
         return f"{form.adapters} adapters' rows"
     if form.directions is None:
         return "whole"
-    return f"{form.directions:,} rows" if form.beside is None else f"{form.directions:,} directions"
+    return counted(form.directions, "row" if form.beside is None else "direction")
 
 
 def _public(file: str | Path) -> str:

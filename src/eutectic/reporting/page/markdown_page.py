@@ -101,7 +101,8 @@ def _curves(curves: Sequence[Curve]) -> list[str]:
     if not curves:
         return []
     rows = [
-        [c.name, f"{c.chosen:.4g}{' (at the edge)' if c.at_edge else ''}", len(c.points),
+        [c.name if c.symbol == "α" else f"{c.name} ({c.symbol})",
+         f"{c.chosen:.4g}{' (at the edge)' if c.at_edge else ''}", len(c.points),
          f"{c.points[0].scale:.3g} to {c.points[-1].scale:.3g}", c.objective]
         for c in curves
     ]  # fmt: skip

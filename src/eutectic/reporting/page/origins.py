@@ -187,6 +187,7 @@ def curve_of(name: str, own: CurveView) -> Curve:
     scales = [point.scale for point in points]
     return Curve(
         name=name,
+        symbol=own.over or "α",
         search=own.search,
         objective=own.objective,
         maximise=own.maximise,

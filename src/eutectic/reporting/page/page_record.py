@@ -112,9 +112,10 @@ class CurvePoint(_Strict):
 
 
 class Curve(_Strict):
-    """A search for α."""
+    """A search for α, or for a parameter."""
 
     name: str
+    symbol: str = Field("α", description="what was searched: α, or a parameter's name.")
     search: str
     objective: str
     maximise: bool

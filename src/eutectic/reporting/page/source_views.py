@@ -26,12 +26,13 @@ class PointView(_View):
 
 
 class CurveView(_View):
-    """A search for α, as `eutectic tune --json`, `--plot` and `eutectic.json` have it."""
+    """A search for α, or for `over`, as `tune --json`, `--plot` and `eutectic.json` have it."""
 
     search: _Text = ""
     objective: _Text
     maximise: bool = False
     scale: float
+    over: _Text | None = None
     points: Annotated[list[PointView], Field(min_length=1, max_length=10_000)]
     method: _Text = ""
 

@@ -182,7 +182,8 @@ def curve_chart(curve: Curve, key: str) -> Markup:
     x = scale_axis([p.scale for p in curve.points if p.scale > 0])
     low, high = visible_range([v for _, v in known], curve.maximise)
     y = Axis(low, high, bottom, top)
-    lines = [frame(x, y, ("scale α", _label(curve)), number)]
+    name = "scale α" if curve.symbol == "α" else curve.symbol
+    lines = [frame(x, y, (name, _label(curve)), number)]
     place = x.at(curve.chosen)
     lines.append(tag("line", x1=place, x2=place, y1=bottom, y2=top, class_="chosen"))
     points = [(x.at(s), y.beyond(v)) for s, v in known]
@@ -194,13 +195,19 @@ def curve_chart(curve: Curve, key: str) -> Markup:
             tip, foot = (bottom, bottom - 8) if value < low else (top, top + 8)
             at = x.at(scale)
             corners = [(at, tip), (at - 5, foot), (at + 5, foot)]
-            title = tag("title", f"α = {scale:.4g}: {value:.4g}, beyond the axis")
+            title = tag("title", f"{curve.symbol} = {scale:.4g}: {value:.4g}, beyond the axis")
             lines.append(tag("path", title, d=path_of(corners) + "Z", class_="outside"))
     anchor = "end" if place > right - 50 else "start" if place < left + 50 else "middle"
     lines.append(
-        tag("text", f"α = {curve.chosen:.3g}", x=place, y=top - 8, class_=f"label strong {anchor}")
+        tag(
+            "text",
+            f"{curve.symbol} = {curve.chosen:.3g}",
+            x=place,
+            y=top - 8,
+            class_=f"label strong {anchor}",
+        )  # fmt: skip
     )
-    return picture(f"{curve.name}: {curve.objective} against α", *lines, key=key)
+    return picture(f"{curve.name}: {curve.objective} against {curve.symbol}", *lines, key=key)
 
 
 def scale_axis(scales: Sequence[float]) -> Axis:

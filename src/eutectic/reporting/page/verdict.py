@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -322,8 +323,8 @@ def _of_curves(curves: Sequence[Curve]) -> Iterator[Finding]:
             side = "smallest" if curve.chosen == curve.points[0].scale else "largest"
             yield _finding(
                 "edge", "bad",
-                f"{curve.name}: α = {curve.chosen:.3g} is the {side} value that was tried; the "
-                "optimum may lie outside.",
+                f"{curve.name}: {curve.symbol} = {curve.chosen:.3g} is the {side} value that was "
+                "tried; the optimum may lie outside.",
                 (curve.name,), scale=curve.chosen,
             )  # fmt: skip
     inside = [curve for curve in curves if not curve.at_edge]
@@ -334,8 +335,8 @@ def _of_curves(curves: Sequence[Curve]) -> Iterator[Finding]:
             by = f" by {curve.search}" if curve.search else ""
             yield _finding(
                 "scale", "info",
-                f"{curve.name}: α = {curve.chosen:.3g} was chosen{by} among {len(curve.points)} "
-                "values.",
+                f"{curve.name}: {curve.symbol} = {curve.chosen:.3g} was chosen{by} among "
+                f"{len(curve.points)} values.",
                 (curve.name,), scale=curve.chosen,
             )  # fmt: skip
         return
@@ -417,9 +418,10 @@ def _what_next(
     for curve in curves:
         if curve.at_edge:
             low, high = curve.points[0].scale, curve.points[-1].scale
+            over = "" if curve.symbol == "α" else f" --over {shlex.quote(curve.symbol)}"
             wider = f"{low / 10:g}:{low:g}" if curve.chosen == low else f"{high:g}:{10 * high:g}"
-            yield _next("widen", f"Search α of {curve.name} beyond the edge.",
-                        f"eutectic tune recipe.yaml --range {wider}")  # fmt: skip
+            yield _next("widen", f"Search {curve.symbol} of {curve.name} beyond the edge.",
+                        f"eutectic tune recipe.yaml{over} --range {wider}")  # fmt: skip
     exploded = [m for m in merges if m.growth and m.bound and m.growth > m.bound]
     if exploded:
         yield _next("smaller", f"Choose a smaller α for {few([m.name for m in exploded])}.",
