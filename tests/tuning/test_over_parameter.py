@@ -90,6 +90,9 @@ def test_the_command_draws_the_path(folder, tmp_path):
     assert "tau of flow, at scale 1" in (tmp_path / "path.svg").read_text()
     record = json.loads((tmp_path / "path.json").read_text())
     assert record["over"] == "tau" and len(record["points"]) >= 3
+    told = json.loads(invoke("tune", *words, "--at", 0.8, "--json").out)
+    assert told["scale"] == told["at"] == 0.8
+    assert told["value"] in [point["scale"] for point in told["points"]]
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,8 @@ def tune(
         plot_curve(record, plot)
     if json:
         tell_notes(report.note_records, warnings_only=True)
+        if report.over is not None:  # of the curve, `scale` is the abscissa
+            record |= {"scale": report.scale, "value": report.value}
         print_json(record)
         return
     show_curve(report.search)
