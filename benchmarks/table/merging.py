@@ -133,6 +133,7 @@ ADAPTER_ROWS: dict[str, Row] = {
             adapter={"rank": rank, "cut": "inputs"},
         )
         for name, method, parameters, start in (
+            ("iso_a_core", "iso_a", {}, 0.8),
             ("regmean_core", "regmean", {"off_diagonal": 1.0}, 1.0),
             ("task_arithmetic", "task_arithmetic", {}, 0.2),
         )
