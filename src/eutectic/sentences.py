@@ -74,7 +74,7 @@ def _exploded(_: Sequence[str], numbers: Mapping[str, Any]) -> str:
             + (" …" if numbers["above"] > len(numbers["largest"]) else "")
             + " (of those that an expert changes)"
         )
-    return text + ". Such a model is seldom any good: try a smaller scale, or damping"
+    return text + ". Such a model is seldom any good: try a smaller scale, or scale: norm"
 
 
 def _unrelated(subject: Sequence[str], numbers: Mapping[str, Any]) -> str:

@@ -191,10 +191,10 @@ def adapter_rows(records: Mapping[str, Any]) -> list[tuple[str, str]]:
     after = {n: told["lost_energy"] for n, told in thin.items()}
     before = {n: told["lost_before"] for n, told in thin.items() if "lost_before" in told}
     if before:
-        rows.append(("lost energy", f"of the experts' changes {_spread(before)}"))
+        rows.append(("lost energy", f"of the experts' changes: {_spread(before)}"))
     shift = {n: told["lost_shift"] for n, told in thin.items() if "lost_shift" in told}
     if shift:
-        rows.append(("lost outputs", f"of the squares of what is added to them {_spread(shift)}"))
+        rows.append(("lost outputs", f"of the energy that is added to them: {_spread(shift)}"))
     if after and (not before or max(after.values()) > ROUNDING):
         rows.append(("lost energy", _spread(after)))
     return rows
@@ -203,7 +203,9 @@ def adapter_rows(records: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _spread(lost: Mapping[str, float]) -> str:
     worst = max(lost, key=lambda name: lost[name])
     mean = sum(lost.values()) / len(lost)
-    return f"{percent(mean)} on average, at most {percent(lost[worst])} at {worst}"
+    if not lost[worst]:
+        return "nothing"
+    return f"{percent(mean)} on average, {percent(lost[worst])} at most ({worst})"
 
 
 MOST_MIXTURES = 1_000
