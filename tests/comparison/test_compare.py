@@ -171,9 +171,9 @@ def test_every_method_is_merged_once_and_every_expert_run_once(
     loaded: Counter[str] = Counter()
     real = TuningTask.expert_model
 
-    def expert_model(self, inputs):
+    def expert_model(self, *given):
         loaded[self.task.name, self.prepared.split] += 1
-        return real(self, inputs)
+        return real(self, *given)
 
     monkeypatch.setattr(TuningTask, "expert_model", expert_model)
     asked = {**request_of, "output": tmp_path / "out", "search": SEARCH, "resamples": 0}
