@@ -351,23 +351,40 @@ def iso_a(deltas: Tensor | LowRankStack, parameters: IsoAParameters, context: Co
     adapters' own rows (`collect --for`) the sides are Σ r_t, and nothing but the two bases is as
     wide as the layer. Otherwise, and where `iso_c` expands them, they are expanded.
     """
-    tolerance = kept_tolerance(deltas, parameters)
-    if isinstance(deltas, LowRankStack):
-        thin = thin_iso_a(deltas, parameters, context)
-        if thin is not None:
-            return thin.dense().to(deltas.dtype)
-        deltas = deltas.dense()
-    size = deltas.shape[2]
-    entries = with_factors(context.statistics or (None,) * len(deltas))
-    how = parameters.powers(context.precision)
-    metrics = [input_metric(e, parameters.ridge, how, size, deltas.device) for e in entries]
-    return _flat_in_metrics(deltas, metrics, parameters, context, tolerance).to(deltas.dtype)
+    return merged_in_metrics(deltas, parameters, context, _flat_in_metrics)
 
 
 def thin_iso_a(
     deltas: LowRankStack, parameters: IsoAParameters, context: Context
 ) -> LowRank | None:
     """Return Iso-A of thin factors as thin factors, None where they have to be expanded."""
+    return thin_in_metrics(deltas, parameters, context, _flat_in_metrics)
+
+
+# From deltas `[T, out, in]`, their metrics, parameters, context and rank tolerance to the merge.
+InMetrics = Callable[[Tensor, Sequence[Metric], Any, Context, float | None], Tensor]
+
+
+def merged_in_metrics(
+    deltas: Tensor | LowRankStack, parameters: IsoAParameters, context: Context, merge: InMetrics
+) -> Tensor:
+    """Return what `merge` makes of deltas and their inputs' metrics; in a core where it can."""
+    if isinstance(deltas, LowRankStack):
+        thin = thin_in_metrics(deltas, parameters, context, merge)
+        if thin is not None:
+            return thin.dense().to(deltas.dtype)
+    tolerance = kept_tolerance(deltas, parameters)
+    dense = deltas.dense() if isinstance(deltas, LowRankStack) else deltas
+    entries = with_factors(context.statistics or (None,) * len(dense))
+    how, size = parameters.powers(context.precision), dense.shape[2]
+    metrics = [input_metric(e, parameters.ridge, how, size, dense.device) for e in entries]
+    return merge(dense, metrics, parameters, context, tolerance).to(dense.dtype)
+
+
+def thin_in_metrics(
+    deltas: LowRankStack, parameters: IsoAParameters, context: Context, merge: InMetrics
+) -> LowRank | None:
+    """Return the same of thin factors as thin factors, None where they have to be expanded."""
     if not keeps_factors(deltas, parameters):
         return None
     entries = context.statistics or (None,) * len(deltas)
@@ -376,7 +393,7 @@ def thin_iso_a(
         return None
     space, metrics = found
     tolerance = kept_tolerance(deltas, parameters)
-    return space.expand(_flat_in_metrics(space.cores, metrics, parameters, context, tolerance))
+    return space.expand(merge(space.cores, metrics, parameters, context, tolerance))
 
 
 def _flat_in_metrics(

@@ -13,10 +13,8 @@ from eutectic.linalg.leading import explain_leading, leading_singular
 from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.linalg.metric import Metric, WideMetric, is_wide, mean_metric
 from eutectic.linalg.remembered import digest
-from eutectic.methods.core_metrics import in_core, with_factors
 from eutectic.methods.grams import negative_weights, participants
-from eutectic.methods.input_metrics import input_metric
-from eutectic.methods.isotropic import IsoAParameters, keeps_factors, kept_tolerance
+from eutectic.methods.isotropic import IsoAParameters, merged_in_metrics, thin_in_metrics
 from eutectic.methods.registry import Context, Cost, Precision, Rules, Takes, always, register
 
 
@@ -91,32 +89,14 @@ def iso_regmean(
     Raises:
         MethodError: negative weights.
     """
-    tolerance = kept_tolerance(deltas, parameters)
-    if isinstance(deltas, LowRankStack):
-        thin = thin_iso_regmean(deltas, parameters, context)
-        if thin is not None:
-            return thin.dense().to(deltas.dtype)
-        deltas = deltas.dense()
-    size = deltas.shape[2]
-    entries = with_factors(context.statistics or (None,) * len(deltas))
-    how = parameters.powers(context.precision)
-    metrics = [input_metric(e, parameters.ridge, how, size, deltas.device) for e in entries]
-    return _merged(deltas, metrics, parameters, context, tolerance).to(deltas.dtype)
+    return merged_in_metrics(deltas, parameters, context, _merged)
 
 
 def thin_iso_regmean(
     deltas: LowRankStack, parameters: IsoRegMeanParameters, context: Context
 ) -> LowRank | None:
     """Return `iso_regmean` of thin factors as thin factors, None where they have to be expanded."""
-    if not keeps_factors(deltas, parameters):
-        return None
-    entries = context.statistics or (None,) * len(deltas)
-    found = in_core(deltas, entries, parameters.ridge, parameters.powers(context.precision))
-    if found is None:
-        return None
-    space, metrics = found
-    tolerance = kept_tolerance(deltas, parameters)
-    return space.expand(_merged(space.cores, metrics, parameters, context, tolerance))
+    return thin_in_metrics(deltas, parameters, context, _merged)
 
 
 def _merged(
