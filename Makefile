@@ -25,7 +25,7 @@ help:
 	@echo "make test           run every test; JOBS=$(JOBS) processes"
 	@echo "make test-quick     those that are quick and run no models: under a minute"
 	@echo "make test-kills     end or fail each verb at each of its system calls: an hour"
-	@echo "make test-ray       those on a real cluster of three nodes: a minute"
+	@echo "make test-ray       those on a real cluster of three nodes: some minutes"
 	@echo "make test-stores    Google's and Azure's stores, by their emulators (npm): some minutes"
 	@echo "make test-transformers  those marked so, with the oldest and the newest transformers"
 	@echo "make check          ruff, pyright, import-linter"
