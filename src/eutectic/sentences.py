@@ -348,6 +348,11 @@ SENTENCES: dict[str, Template] = {
     "scaled_by_zero": (
         "expert '{0}' is an adapter whose scaling is 0 (lora_alpha): its factors change nothing"
     ),
+    "trimmed_away": (
+        "{method} keeps nothing of {count:n layer} ({few}): the experts' core has at most "
+        "{entries:,} entries there, and density {density:g} keeps none of so few. A density of "
+        "{least:g} keeps one"
+    ),
     "rank_above_layer": (
         "expert '{0}' has factors of rank {rank} for {1}, which has {side} directions: the change "
         "is what the factors make, and no adapter needs more than {side} for it"
@@ -432,6 +437,10 @@ SENTENCES: dict[str, Template] = {
     "uncollected": _uncollected,
     # What a merge shows of its experts and of itself.
     "exploded": _exploded,
+    "vanished": (
+        "the experts change {count:n matrix/matrices} of which the merge leaves no change at all: "
+        "{all}. A larger density keeps more; changes of opposite sign cancel"
+    ),
     "changes_nothing": ("expert '{0}' changes nothing that was looked at: is it the base itself?"),
     "unrelated": _unrelated,
     "no_kin": _no_kin,

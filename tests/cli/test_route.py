@@ -114,6 +114,9 @@ def test_requests_that_cannot_be_met_end_with_2(folder: Path, tmp_path: Path):
         [folder / "merged", "--dry-run"],
         [folder / "merged", "--rank", 4],
         [*request(folder), "-o", tmp_path / "new", "--device", "cpu"],
+        [*request(folder), "--dry-run", "--router", "mad", "--decider", "x"],
+        [*request(folder), "--dry-run", "--decider", "x"],
+        [*request(folder), "--dry-run", "--router", "sim", "--accumulate"],
     ):
         assert run(*words).exit_code == 2, words
     assert run(folder / "merged").exit_code == 1

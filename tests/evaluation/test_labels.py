@@ -9,6 +9,7 @@ import pytest
 
 import eutectic
 from eutectic.errors import CheckpointError, TaskError
+from eutectic.evaluation import pairs
 from evaluation import world
 
 LABELS = ("no", "maybe", "yes")
@@ -77,7 +78,11 @@ def test_classes_of_another_task_are_refused_with_the_way_out(folder: Path):
     assert figures(folder, answers, head_tensors=["classifier.*"])["base"] > 0
 
 
-def test_a_body_without_any_head_is_told_so(folder: Path):
+def test_a_body_without_any_head_is_told_so_before_any_work(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
     figures(folder, ["no"] * 40)  # writes the data and the tasks
-    with pytest.raises(CheckpointError, match=r"classifier.*\n.*--expert a=PATH"):
-        eutectic.evaluate(folder / "t.yaml", models=[folder / "body"], resamples=0)
+    monkeypatch.setattr(pairs, "outputs", None)
+    for models in ([folder / "body"], [folder / "turned", folder / "body"]):
+        with pytest.raises(CheckpointError, match=r"body: .*classifier.*\n.*--expert a=PATH"):
+            eutectic.evaluate(folder / "t.yaml", models=models, resamples=0)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import eutectic
+from eutectic.errors import RecipeError
 
 from .test_compress_before import changes
 
@@ -83,3 +84,27 @@ def test_iso_c_of_each_matrix(tmp_path: Path) -> None:
     torch.testing.assert_close(
         changes(tmp_path / "out")[NAME], torch.cat(parts), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("method", ["knots_ties", "knots_dare_linear"])
+def test_rows_of_more_directions_than_a_layer_has_are_refused_in_the_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    ranks = {"a": 9, "b": 12}  # 16 of each third, 48 in all, of 40
+    monkeypatch.setattr(f"{__name__}.RANKS", ranks)
+    base, experts, _ = model(tmp_path, turned=False)
+    thirds = [{"match": "*", "split": [16, 16, 16]}]
+    asked: dict[str, Any] = {"base": base, "experts": experts, "tensors": thirds, "adapter": {}}
+    with pytest.raises(RecipeError, match=r"more directions .*\(1 layer, such as"):
+        eutectic.plan(**asked, method=method)
+    held = eutectic.plan(**asked, method="knots_linear").adapter  # whose rows are those of A
+    assert held is not None and held["ranks"] == {"21": 1}
+
+
+def test_a_plan_knows_the_rank_of_rows_trimmed_part_by_part(tmp_path: Path) -> None:
+    base, experts, _ = model(tmp_path, turned=False)
+    asked: dict[str, Any] = {"base": base, "experts": experts, "method": "knots_ties"}
+    asked |= {"tensors": [{"match": "*", "split": [24, 24]}], "adapter": {}}
+    held = eutectic.plan(**asked).adapter
+    made = eutectic.merge(**asked, output=tmp_path / "out").records[f"{NAME}.weight"]["adapter"]
+    assert held is not None and held["ranks"] == {str(made["rank"]): 1} == {"10": 1}

@@ -78,3 +78,35 @@ def test_a_file_without_tensors_is_refused(base: Path, tmp_path: Path) -> None:
     save_file({}, folder / "adapter_model.safetensors")
     with pytest.raises(RequestError, match=r"adapter_model.safetensors: holds no tensors"):
         notes(base, folder)
+
+
+def test_a_core_of_which_nothing_is_kept_is_told(base: Path, tmp_path: Path) -> None:
+    experts = {n: str(adapter(tmp_path / n, rank=1)) for n in ("a", "b")}
+    asked: dict[str, Any] = {"base": base, "experts": experts, "method": "core_ties"}
+    (note,) = (n for n in eutectic.plan(**asked).note_records if n.kind == "trimmed_away")
+    told = {"method": "core_ties", "density": 0.2, "count": 2, "entries": 4, "least": 0.25}
+    assert note.numbers == told and note.level == "warning"
+    kept = eutectic.plan(**asked, parameters={"density": 0.25}).note_records
+    assert "trimmed_away" not in {n.kind for n in kept}
+    side_by_side = eutectic.plan(**{**asked, "method": "knots_ties"}).note_records  # 2 x 6 entries
+    assert "trimmed_away" not in {n.kind for n in side_by_side}
+
+
+@pytest.mark.filterwarnings("ignore::eutectic.errors.MergeWarning")
+def test_a_merge_that_leaves_no_change_is_told(base: Path, tmp_path: Path) -> None:
+    one = adapter(tmp_path / "a", rank=1)
+    # Twice the same: the core has one entry, and headers only say that it has at most four.
+    asked: dict[str, Any] = {"base": base, "method": "core_ties", "parameters": {"density": 0.3}}
+    twice = {"a": str(one), "b": str(one)}
+    made = eutectic.merge(**asked, experts=twice, output=tmp_path / "out")
+    (note,) = (n for n in made.note_records if n.kind == "vanished")
+    assert note.numbers == {"count": 2}
+    assert "trimmed_away" not in {n.kind for n in made.note_records}
+    other = {"a": str(one), "b": str(adapter(tmp_path / "b", rank=1))}
+    kinds = {
+        n.kind
+        for n in eutectic.merge(
+            **{**asked, "parameters": {"density": 0.2}}, experts=other, output=tmp_path / "two"
+        ).note_records
+    }
+    assert "trimmed_away" in kinds and "vanished" not in kinds  # told once

@@ -169,8 +169,8 @@ def _build(
     from eutectic.execution.model_card import UNKNOWN, licence_of
     from eutectic.models.loading import load_stored
     from eutectic.routed import build_routed, routed_costs
+    from eutectic.routed.build import deciding_layer, open_experts
     from eutectic.routed.build import expert_statistics as check_statistics
-    from eutectic.routed.build import open_experts
     from eutectic.routed.head_files import find_heads
     from eutectic.routed.routed_card import CARD, routed_card
     from eutectic.routed.routed_folder import write_adapters, write_routed
@@ -181,6 +181,7 @@ def _build(
     model = load_stored(merged)
     of_experts = _open(statistics.statistics, "--statistics")
     chosen, left_out = routed_layers(model, build.layers, of_experts)
+    deciding_layer(build.router, build.accumulate, build.decider, chosen)  # pyright: ignore[reportArgumentType]
     costs = asdict(routed_costs(model, len(named), build.rank, build.layers, of_experts))
     places = {"routed": [s.name for s in chosen], "not_routed": unrouted_layers(model, chosen)}
     if not asides:

@@ -12,7 +12,7 @@ from eutectic.checkpoint.index import read_json_object
 from eutectic.checkpoint.locating import locate
 from eutectic.checkpoint.module_folders import MODULES_NAME
 from eutectic.data.python_functions import source_file
-from eutectic.errors import RequestError, suggest
+from eutectic.errors import CheckpointError, RequestError, suggest
 from eutectic.evaluation.identities import (
     ROUTED,
     ROUTED_HEADS,
@@ -29,6 +29,7 @@ from eutectic.models.task_kinds import (
     ARCHITECTURES,
     CLASSIFICATION,
     EMBEDDING,
+    MODEL_CLASSES,
     PICTURES,
     WITH_HEAD,
     ZERO_SHOT,
@@ -39,11 +40,14 @@ from eutectic.models.task_models import (
     borrows_head,
     checkpoint_tensors,
     completing,
+    head_advice,
+    lacking_head,
     load_model,
 )
 from eutectic.models.zero_shot import embed_pictures
 from eutectic.storage import view_once
 from eutectic.vocabulary.chat_templates import template_of
+from eutectic.words import few
 
 # Of a task: what counts by its content, not by its name.
 _BY_CONTENT = {"name", "data", "head", "base_head", "corpus"}
@@ -291,6 +295,41 @@ class Checkpoints:
         expert = task.expert_name if self.routing == "oracle" else None
         with routing(model, mode=self.routing, expert=expert):
             yield
+
+
+def check_heads(checkpoints: Checkpoints, tasks: Mapping[str, Task]) -> None:
+    """Refuse, before any row is run, checkpoints that have no head for a task and borrow none.
+
+    Raises:
+        CheckpointError: naming the tasks, and the experts to name.
+    """
+    for checkpoint in checkpoints.all:
+        own = [
+            t
+            for t in tasks.values()
+            if checkpoint.role != "expert" or t.expert_name == checkpoint.name
+        ]
+        lacking: dict[str, tuple[str, ...]] = {}
+        known: dict[str, tuple[str, ...]] = {}
+        for task in own:
+            if checkpoint.routed or checkpoints.head_of(checkpoint, task) is not None:
+                continue
+            if checkpoint.of_expert(task).is_dir() or task.head is not None:
+                continue
+            auto = MODEL_CLASSES.get(task.kind, "")
+            if auto not in known:
+                known[auto] = lacking_head(checkpoint.folder, task, checkpoints.base)
+            if known[auto]:
+                lacking[task.name] = known[auto]
+        if lacking:
+            first = tasks[next(iter(lacking))]
+            which = f"task '{first.name}' ({first.kind}) needs"
+            if len(lacking) > 1:
+                which = f"{len(lacking)} tasks ({few(list(lacking))}) need"
+            raise CheckpointError(
+                f"{checkpoint.folder}: {which} tensors that the checkpoint lacks: "
+                f"{few(lacking[first.name])}.\n{head_advice(first.expert_name)}"
+            )
 
 
 def named_checkpoints(

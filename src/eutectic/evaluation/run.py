@@ -12,7 +12,7 @@ from eutectic.cluster.gpus import device_of_workers
 from eutectic.cluster.where import ExecutorName, check_where, joined, taken_for_merge
 from eutectic.data.python_functions import untrusted
 from eutectic.errors import RequestError, suggest
-from eutectic.evaluation.checkpoints import RoutingMode, named_checkpoints
+from eutectic.evaluation.checkpoints import RoutingMode, check_heads, named_checkpoints
 from eutectic.evaluation.figures import results_of
 from eutectic.evaluation.pairs import EvaluationSettings, Pairs, Progress, open_journal
 from eutectic.evaluation.results import Results
@@ -105,6 +105,7 @@ def evaluate(
     known = dict(tasks) if isinstance(tasks, Mapping) else load_tasks(tasks)
     check_trust(known, settings.trust_code)
     checkpoints = named_checkpoints(known, base, experts or {}, models, settings.routing)
+    check_heads(checkpoints, known)
     counted = checked_splits(known, proxy or {}, settings.trust_code)
     cluster = joined(where.get("ray_address")) if on_ray else None
     if cluster is not None:

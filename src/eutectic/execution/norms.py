@@ -17,6 +17,7 @@ from eutectic.errors import Note
 from eutectic.execution.tensor_values import read_base
 from eutectic.linalg.gram import gram
 from eutectic.linalg.lowrank import LowRankStack
+from eutectic.methods import get_method
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.planning.tensor_plan import TensorPlan, chunk_entries
@@ -148,7 +149,9 @@ def measured(plan: Plan, squares: Mapping[str, Squares]) -> dict[str, Any]:
     total, base = 0.0, 0.0
     experts: dict[str, float] = {}
     layers: list[Growth] = []
+    vanished: list[str] = []
     for planned in plan.tensors:
+        sampled = planned.merged and get_method(planned.method).elementwise
         for label, (merged, held, *own) in squares.get(planned.name, {}).items():
             if not all(map(math.isfinite, (merged, held, *own))):
                 continue
@@ -158,6 +161,8 @@ def measured(plan: Plan, squares: Mapping[str, Squares]) -> dict[str, Any]:
                 experts[source.owner] = experts.get(source.owner, 0.0) + square
             if len(planned.shape) > 1 and (one := growth_of(planned.name + label, merged, own)):
                 layers.append(one)
+                if planned.scale and not (merged or sampled):
+                    vanished.append(one.name)
     whole = growth_of("", total, list(experts.values()))
     if not experts or not math.isfinite(total + base):
         return {}
@@ -166,6 +171,7 @@ def measured(plan: Plan, squares: Mapping[str, Squares]) -> dict[str, Any]:
         "base": _digits(math.sqrt(base)),
         "experts": {name: _digits(math.sqrt(square)) for name, square in experts.items()},
         **summary_of(whole, layers),
+        **({"vanished": len(vanished), "such_as": vanished[:SHOWN]} if vanished else {}),
     }
 
 
@@ -208,6 +214,8 @@ def norm_notes(norms: Mapping[str, Any]) -> list[Note]:
         return []
     notes = explosion(norms)
     experts, base = norms["experts"], norms["base"]
+    if count := norms.get("vanished"):
+        notes.append(Note("vanished", tuple(norms["such_as"]), {"count": count}, "warning"))
     for name, norm in experts.items():
         others = [own for other, own in experts.items() if other != name and own > 0]
         kin = statistics.median(others) if others else 0.0
@@ -230,6 +238,8 @@ def new_norm_notes(plan: Plan, norms: Mapping[str, Any]) -> list[Note]:
     """Return the warnings of `norm_notes` that a plan's notes have not told."""
     known = {(note.kind, note.subject) for note in plan.notes}
     told = [n for n in norm_notes(norms) if (_SAID.get(n.kind, ""), n.subject) not in known]
+    trimmed = sum(n.numbers["count"] for n in plan.notes if n.kind == "trimmed_away")
+    told = [n for n in told if n.kind != "vanished" or n.numbers["count"] > trimmed]
     ratio = norms.get("ratio") if norms else None
     if plan.request.default_for_texts and ratio is not None and ratio > BEARABLE:
         numbers = {

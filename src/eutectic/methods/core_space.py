@@ -28,6 +28,7 @@ from eutectic.methods.ties import Aggregate, TiesParameters
 CORE_PAPER = "Accurate and efficient low-rank model merging in core space, arXiv 2509.17786"
 KNOTS_PAPER = "Model merging with SVD to tie the KnOTS, arXiv 2410.19735"
 COST = Cost(workspace=lambda count: 4.0, products=8.0)
+SPARSE_INNER = ("ties", "dare_linear", "dare_ties")
 SPARSE = Takes(factors=True, per_expert={"density"})
 
 Deltas = Tensor | LowRankStack
@@ -191,6 +192,19 @@ Reference: Stoica et al., "Model merging with SVD to tie the KnOTS", arXiv 2410.
 )
 
 
+def most_entries(method: str, shape: tuple[int, int], rank: int) -> int | None:
+    """Return how many entries a form trims of a layer `[out, in]` at most; None of other methods.
+
+    `rank` is how many directions all experts have together, Σ r_t: [Σ r_t, Σ r_t] in the core,
+    `[Σ r_t, in]` side by side, cut to what the layer has.
+    """
+    form = next((own for own in _FORMS if own.name == method and own.inner in SPARSE_INNER), None)
+    if form is None:
+        return None
+    out, inner = shape
+    return min(out, rank) * (min(inner, rank) if form.basis == "core" else inner)
+
+
 def _enter(form: _Form) -> None:
     """Register a row of the table."""
 
@@ -217,7 +231,8 @@ def _enter(form: _Form) -> None:
         laws={"permutation", "homogeneous", "zero", "absent", *form.further_laws},
         takes=form.takes,
         cost=COST,
-        rules=Rules(thin=thin),
+        # Entries that are trimmed in coordinates of the inputs leave the span of the rows.
+        rules=Rules(thin=thin, shares_rows=form.basis == "core" or form.inner not in SPARSE_INNER),
     )(merge)
 
 

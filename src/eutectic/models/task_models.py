@@ -12,12 +12,19 @@ from eutectic.checkpoint.experts import Expert, is_adapter, is_ia3, open_expert,
 from eutectic.checkpoint.index import CheckpointIndex
 from eutectic.checkpoint.opening import logical_index, open_reader
 from eutectic.conventions import CLASSIFIERS
+from eutectic.conventions_heads import output_part
 from eutectic.conventions_patterns import fits
 from eutectic.errors import CheckpointError, EutecticError, first_line
 from eutectic.models.linear_head import Pooling
 from eutectic.models.loading import base_folder, load_config, pretrained, transformers_for
 from eutectic.models.sentence_modules import hang_on
-from eutectic.models.task_kinds import EMBEDDING, MODEL_CLASSES, ZERO_SHOT, TaskKind
+from eutectic.models.task_kinds import (
+    EMBEDDING,
+    MODEL_CLASSES,
+    WITH_HEAD,
+    ZERO_SHOT,
+    TaskKind,
+)
 from eutectic.models.zero_shot import completed, embed_pictures, is_whole
 
 GENERATION = "generation_config.json"
@@ -189,6 +196,42 @@ def borrows_head(
         return bool(lender.extra.keys() - lender.tied or _head_names(lender, index, task))
 
 
+def head_advice(expert: str) -> str:
+    """Return what helps where a checkpoint has no head for a task."""
+    return (
+        f"Name the expert that has this head with --expert {expert}=PATH, or a linear head with "
+        "`head:` in the task."
+    )
+
+
+def lacking_head(
+    folder: str | Path, task: ModelTask, base: str | Path | None = None
+) -> tuple[str, ...]:
+    """Return the head's parameters where a checkpoint of its own holds none of a task's head.
+
+    Told by headers and the configuration, before any tensor is read; empty where the checkpoint has
+    some part of the head, or where that is only known when the model is loaded.
+    """
+    if task.head is not None or task.kind not in WITH_HEAD:
+        return ()
+    body = base_folder(Path(folder), base)
+    held = {*logical_index(body).entries}
+    if is_adapter(Path(folder)):
+        with closing(open_expert(Path(folder), logical_index(body))) as adapter:
+            held |= {*adapter.extra, *adapter.entries}
+    transformers = transformers_for("Evaluating models")
+    try:
+        with torch.device("meta"):
+            empty = getattr(transformers, MODEL_CLASSES[task.kind]).from_config(
+                load_config(body), trust_remote_code=False
+            )
+    except Exception:  # loading the model says what is wrong
+        return ()
+    own = {n: output_part(n) for n, _ in empty.named_parameters()}
+    head = {n: part for n, part in own.items() if part and not part.startswith("pooler")}
+    return () if {*map(output_part, held)} & {*head.values()} else tuple(sorted(head))
+
+
 def _build(folder: Path, task: ModelTask, state: Mapping[str, Tensor]) -> Any:
     """Return the model of a folder's configuration with the tensors of a state, by file keys."""
     transformers = transformers_for("Evaluating models")
@@ -216,8 +259,7 @@ def _build(folder: Path, task: ModelTask, state: Mapping[str, Tensor]) -> Any:
         named = ", ".join([*sorted(missing), *wrong][:4])
         raise CheckpointError(
             f"{folder}: task '{task.name}' ({task.kind}) needs tensors that the checkpoint lacks "
-            f"or has in another shape: {named}.\nName the expert that has this head with --expert "
-            f"{task.expert_name}=PATH, or a linear head with `head:` in the task."
+            f"or has in another shape: {named}.\n{head_advice(task.expert_name)}"
         )
     return model.eval()
 

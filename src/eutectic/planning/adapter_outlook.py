@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from eutectic.conventions_heads import is_buffer
 from eutectic.methods import get_method
-from eutectic.planning.adapter_plan import THIN, AdapterPlan, thin_rank
+from eutectic.planning.adapter_plan import THIN, AdapterPlan, held_rank
 from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.words import counted, few
@@ -137,10 +137,10 @@ def _rank(planned: TensorPlan, adapter: AdapterPlan, inputs: Inputs) -> int | No
     if options.most is None and options.share is not None:
         return None
     if options.most is None:
-        return thin_rank(planned, inputs)
+        return min(held_rank(planned, inputs), side)
     most = min(options.most, side)
     own = [(inputs.owner(s), s.tensor) for s in planned.experts if s.tensor is not None]
     acting = [(e, name) for e, name in own if not e.is_delta or name in e.entries]
     known = all(e.inner_rank(name) is not None for e, name in acting)
     spans = known and get_method(planned.method).keeps_span
-    return min(most, thin_rank(planned, inputs)) if spans else most
+    return min(most, held_rank(planned, inputs)) if spans else most

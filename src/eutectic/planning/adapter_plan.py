@@ -22,7 +22,7 @@ from eutectic.planning.inputs import Inputs
 from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.recipes.schema import AdapterOptions
 from eutectic.types import Treatment
-from eutectic.words import few
+from eutectic.words import counted, few
 
 # factors: LoRA on a linear layer; table: LoRA on an embedding; whole: a module that is saved;
 # bias: a linear layer's; stack: LoRA on a bare parameter that stacks a mixture's matrices; loose:
@@ -102,6 +102,17 @@ def thin_rank(planned: TensorPlan, inputs: Inputs) -> int:
     return max(1, min(total, *planned.shape[-2:]))
 
 
+def held_rank(planned: TensorPlan, inputs: Inputs) -> int:
+    """Return how many directions a merge of thin factors has at most.
+
+    More than the factors where a fused matrix's parts are merged one by one into rows of their own.
+    """
+    rank = thin_rank(planned, inputs)
+    if len(planned.layout.split) < 2 or get_method(planned.method).shares_rows:
+        return rank
+    return sum(min(rank, *shape) for shape in planned.matrix_shapes)
+
+
 def adapter_plan(
     tensors: Sequence[TensorPlan],
     heads: Mapping[str, tuple[TensorEntry, ...]],
@@ -168,8 +179,8 @@ def _not_thin(
         ]
         if lacking:
             what = (
-                f"its change has no thin factors, so that an adapter has to cut it ({len(lacking)} "
-                f"layers, such as {lacking[0]})."
+                "its change has no thin factors, so that an adapter has to cut it "
+                f"({counted(len(lacking), 'layer')}, such as {lacking[0]})."
             )
             where = f"expert '{name}'"
             choose = "Choose a rank, or rank: auto (--rank auto --energy 0.99)."
@@ -189,17 +200,19 @@ def _beyond(
     found: dict[str, list[str]] = {}
     for planned in tensors:
         own = carried.get(planned.name)
-        if own is None or own.form not in THIN or get_method(planned.method).keeps_span:
+        if own is None or own.form not in THIN:
             continue
-        rank = thin_rank(planned, inputs)
-        if 0 < rank < min(planned.shape[-2:]):
+        rank, side = thin_rank(planned, inputs), min(planned.shape[-2:])
+        if get_method(planned.method).keeps_span and held_rank(planned, inputs) <= side:
+            continue
+        if 0 < rank < side:
             found.setdefault(planned.method, []).append(planned.name)
     choose = "Choose a rank, or rank: auto (--rank auto --energy 0.99)."
     return [
         Fault(
             "rank_needed",
             f"what {method} makes of adapters has more directions than their factors, so that an "
-            f"adapter has to cut it ({len(names)} layers, such as {names[0]}).",
+            f"adapter has to cut it ({counted(len(names), 'layer')}, such as {names[0]}).",
             "output",
             next=choose,
         )

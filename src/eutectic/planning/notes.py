@@ -1,5 +1,6 @@
 """What a user should know of a plan."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from eutectic.conventions_adapters import VERA_PROJECTIONS, adapter_part
 from eutectic.conventions_patterns import fits
 from eutectic.conventions_quantised import is_called_quantised
 from eutectic.errors import Note
+from eutectic.methods.core_space import TiesInBasisParameters, most_entries
 from eutectic.methods.registry import all_methods
 from eutectic.planning import coverage
 from eutectic.planning.fallbacks import FALLEN, fallen_share, option_for
@@ -129,6 +131,7 @@ def notes_on(
     notes += _on_quantised(inputs)
     notes += _drawn_again(inputs)
     notes += _odd_factors(inputs)
+    notes += _trimmed_away(tensors, inputs)
     notes += request.ties.notes
 
     def tell(kind: str, subject: Iterable[str], numbers: Mapping[str, Any] | None = None) -> None:
@@ -234,6 +237,33 @@ def _odd_factors(inputs: Inputs) -> list[Note]:
             first, rank = next(iter(above.items()))
             numbers = {"rank": rank, "side": sides[first], "count": len(above)}
             notes.append(Note("rank_above_layer", (name, first), numbers))
+    return notes
+
+
+def _trimmed_away(tensors: Sequence[TensorPlan], inputs: Inputs) -> list[Note]:
+    """Return a warning where a core is so small that its density keeps no entry of any expert.
+
+    The number of entries is a bound: factors that depend on each other have a smaller core.
+    """
+    found: dict[tuple[str, float], dict[str, int]] = {}
+    for planned in tensors:
+        if not planned.merged or not isinstance(planned.parameters, TiesInBasisParameters):
+            continue
+        rank = 0
+        for source in planned.experts:
+            own = source.tensor and inputs.owner(source).inner_rank(source.tensor)
+            rank += min(planned.shape[-2:]) if own is None else int(own or 0)
+        given = [s.parameters or planned.parameters for s in planned.experts if s.weight]
+        density = max((p.density for p in given), default=0.0)
+        sizes = [most_entries(planned.method, shape, rank) or 0 for shape in planned.matrix_shapes]
+        if all(entries and int(density * entries) < 1 for entries in sizes):
+            found.setdefault((planned.method, density), {})[planned.name] = max(sizes)
+    notes: list[Note] = []
+    for (method, density), entries in found.items():
+        told: dict[str, Any] = {"method": method, "density": density, "count": len(entries)}
+        told["entries"] = most = max(entries.values())
+        told["least"] = math.ceil(1000 / most) / 1000
+        notes.append(Note("trimmed_away", tuple(entries), told, level="warning"))
     return notes
 
 

@@ -172,7 +172,7 @@ def build_routed(
             f"shrinkage belongs to the discriminant router and mad, got router='{router}'.\n"
             "Leave it out, or give statistics with pooled sums and router='discriminant'."
         )
-    decider = _decider(router, asked, chosen)
+    decider = deciding_layer(router, asked.accumulate, asked.decider, chosen)
     routed = copy.deepcopy(model)
     steps = router == "discriminant" if asked.accumulate is None else asked.accumulate
     routing = Routing(
@@ -198,29 +198,33 @@ def build_routed(
     return finish(routed, routing, asked.heads)
 
 
-def _decider(router: RouterKind, asked: RoutedSettings, chosen: Sequence[Site]) -> str | None:
+def deciding_layer(
+    router: RouterKind | None, accumulate: bool | None, decider: str | None, chosen: Sequence[Site]
+) -> str | None:
     """Return the layer that decides for the whole network; None where every layer does.
 
     Of an encoder and a decoder it is the encoder's: generation runs it before the decoder is known.
+    A router of None is one that decides at every layer.
+
+    Raises:
+        RequestError: the router does not take these, or the decider is no routed layer.
     """
     if router not in SINGLE:
-        if asked.decider is not None:
-            raise RequestError(
-                f"decider belongs to the routers {' and '.join(SINGLE)}, got router='{router}'."
-            )
+        if decider is not None:
+            got = "no router" if router is None else f"router='{router}'"
+            raise RequestError(f"decider belongs to the routers {' and '.join(SINGLE)}, got {got}.")
         return None
-    if asked.accumulate:
+    if accumulate:
         raise RequestError(f"the router '{router}' decides once: there is nothing to accumulate.")
     encoder = [layer.name for layer in chosen if layer.role == "encoder"]
     layers = encoder or [layer.name for layer in chosen]
-    if asked.decider is not None and asked.decider not in layers:
-        known = asked.decider in [layer.name for layer in chosen]
+    if decider is not None and decider not in layers:
+        known = decider in [layer.name for layer in chosen]
         why = "\nIt is of the decoder, and the encoder decides." if known else ""
         raise RequestError(
-            f"no routed layer '{asked.decider}' that could decide."
-            f"{suggest(asked.decider, list(layers))}{why}"
+            f"no routed layer '{decider}' that could decide.{suggest(decider, list(layers))}{why}"
         )
-    return asked.decider or layers[-1]
+    return decider or layers[-1]
 
 
 def _pooled_in(statistics: Statistics, name: str) -> bool:
