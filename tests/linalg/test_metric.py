@@ -205,6 +205,18 @@ def test_a_core_beside_rows_of_its_own_span_is_the_core():
     assert float((space.beside[0] @ space.right.mT - inside).norm() / inside.norm()) < 1e-12
 
 
+def test_rows_that_are_the_right_factors_are_read_off_their_decomposition():
+    wide = adapters()
+    stack = LowRankStack(
+        tuple(f.float() for f in wide.left), tuple(f.float() * 3 for f in wide.right)
+    )
+    own = torch.cat([factor.double() for factor in stack.right])
+    space = core_space_beside(stack, [own, own.flip(0)])
+    assert space is not None and space.right.shape == (IN, 5)
+    for block, seen in zip((own, own.flip(0)), space.beside, strict=True):
+        assert float((seen @ space.right.mT - block).norm() / block.norm()) < 1e-12
+
+
 def test_a_core_is_widened_by_rows_beyond_it():
     stack = adapters()
     rows = [torch.randn(2, IN).double(), stack.right[1], torch.randn(1, IN).double()]

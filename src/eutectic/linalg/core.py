@@ -25,13 +25,37 @@ class CoreSpace:
         left: U `[out, m]`, orthonormal columns.
         right: V `[in, n]`, orthonormal columns.
         cores: `[T, m, n]`.
-        beside: other rows `[k, in]` in the coordinates of V, `[k, n]` each.
     """
 
     left: Tensor
     right: Tensor
     cores: Tensor
-    beside: tuple[Tensor, ...] = ()
+
+    def expand(self, core: Tensor) -> LowRank:
+        """Return U·core·Vᵀ `[out, in]` as thin factors."""
+        return LowRank(self.left @ core.double(), self.right.mT)
+
+
+@dataclass(frozen=True, eq=False)
+class WideCoreSpace:
+    """T matrices Δ_t = U·core_t·Vᵀ whose cores stay thin, and rows beside them, all in float64.
+
+    Attributes:
+        left: U `[out, m]`, orthonormal columns.
+        right: V `[in, n]`, orthonormal columns.
+        thin: the T cores as factors `[m, r_t]` and `[r_t, n]`.
+        beside: other rows `[k, in]` in the coordinates of V, `[k, n]` each.
+    """
+
+    left: Tensor
+    right: Tensor
+    thin: LowRankStack
+    beside: tuple[Tensor, ...]
+
+    @property
+    def cores(self) -> Tensor:
+        """The cores multiplied out, `[T, m, n]`."""
+        return self.thin.dense()
 
     def expand(self, core: Tensor) -> LowRank:
         """Return U·core·Vᵀ `[out, in]` as thin factors."""
@@ -94,7 +118,7 @@ def output_space(stack: LowRankStack) -> tuple[Tensor, Tensor]:
     return U, torch.stack(inner) * unit
 
 
-def core_space_beside(stack: LowRankStack, rows: Sequence[Tensor]) -> CoreSpace | None:
+def core_space_beside(stack: LowRankStack, rows: Sequence[Tensor]) -> WideCoreSpace | None:
     """Return a core whose V spans some other rows too, with these in its coordinates.
 
     Args:
@@ -103,18 +127,24 @@ def core_space_beside(stack: LowRankStack, rows: Sequence[Tensor]) -> CoreSpace 
 
     Returns:
         n = Σ r_t and as many as there are rows beyond the right factors' span; None where that is
-        no small core (`stays_thin`). Every row is multiplied once.
+        no small core (`stays_thin`). Every row is multiplied once, and not at all where a block is
+        the right factors themselves, one above the other.
     """
     U, left, left_unit = _basis([factor.mT for factor in stack.left])
     basis, right, right_unit = _basis(stack.right)
-    blocks = [block.double() for block in rows]
-    seen = [block @ basis for block in blocks]
+    own_rows = torch.cat([factor.double() for factor in stack.right])
+    seen: list[Tensor] = []
     rest: list[Tensor] = []
-    for block, own in zip(blocks, seen, strict=True):
+    blocks = [block.double() for block in rows]
+    for block in blocks:
+        if torch.equal(block, own_rows):
+            seen.append(right.mT * right_unit)
+            continue
+        seen.append(block @ basis)
         whole = block.square().sum(1)
-        apart = whole - own.square().sum(1) > WITHIN**2 * whole
+        apart = whole - seen[-1].square().sum(1) > WITHIN**2 * whole
         if bool(apart.any()):
-            rest.append(block[apart] - own[apart] @ basis.mT)
+            rest.append(block[apart] - seen[-1][apart] @ basis.mT)
     if not stays_thin(stack, sum(map(len, rest))):
         return None
     if rest:
@@ -124,13 +154,10 @@ def core_space_beside(stack: LowRankStack, rows: Sequence[Tensor]) -> CoreSpace 
         basis = torch.cat([basis, more], 1)
         seen = [torch.cat([own, block @ more], 1) for block, own in zip(blocks, seen, strict=True)]
     ranks = [factor.shape[1] for factor in stack.left]
-    starts = [sum(ranks[:t]) for t in range(len(ranks))]
-    unit = left_unit * right_unit
-    cores = torch.zeros(len(ranks), U.shape[1], basis.shape[1], dtype=U.dtype, device=U.device)
-    for core, start, rank in zip(cores, starts, ranks, strict=True):
-        own = right[:, start : start + rank]
-        core[:, : len(own)] = left[:, start : start + rank] @ own.mT * unit
-    return CoreSpace(U, basis, cores, tuple(seen))
+    spanned = torch.zeros(sum(ranks), basis.shape[1], dtype=U.dtype, device=U.device)
+    spanned[:, : len(right)] = right.mT * (left_unit * right_unit)
+    thin = LowRankStack(left.split(ranks, 1), spanned.split(ranks))
+    return WideCoreSpace(U, basis, thin, tuple(seen))
 
 
 DEPENDENT = 1e-12  # of the largest eigenvalue of rows' products: rows that are others' sums

@@ -8,13 +8,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from eutectic.linalg.core import CoreSpace, core_root, core_space_beside, pseudo_inverse
-from eutectic.linalg.lowrank import LowRankStack
+from eutectic.linalg.core import WideCoreSpace, core_root, core_space_beside, pseudo_inverse
+from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.linalg.metric import InputMetric, Metric
 from eutectic.methods.input_metrics import input_metric
 from eutectic.types import LayerStatistics
 
 Entries = Sequence[LayerStatistics | None]
+
+
+def times(metric: Metric, delta: Tensor | LowRank, exponent: float) -> Tensor:
+    """Return Δ·C^p `[out, in]`; of a thin Δ the right factor alone meets the metric."""
+    if isinstance(delta, LowRank):
+        return delta.left @ metric.times(delta.right, exponent)
+    return metric.times(delta, exponent)
 
 
 def with_factors(entries: Entries) -> list[LayerStatistics | None]:
@@ -37,7 +44,7 @@ def with_factors(entries: Entries) -> list[LayerStatistics | None]:
 
 def in_core(
     deltas: LowRankStack, entries: Entries, ridge: float, how: tuple[int, int] | None
-) -> tuple[CoreSpace, list[Metric]] | None:
+) -> tuple[WideCoreSpace, list[Metric]] | None:
     """Return a core of thin deltas and the metric C_t of each expert's inputs in it.
 
     Of a C_t = ε_t·I + (what lies within V) no part beside V reaches the core. None where there is
@@ -87,7 +94,7 @@ def _shared_rows(entries: Entries) -> Tensor | None:
     return rows
 
 
-def _between(space: CoreSpace, entries: Entries, ridge: float, size: int) -> list[Metric]:
+def _between(space: WideCoreSpace, entries: Entries, ridge: float, size: int) -> list[Metric]:
     (rows,) = space.beside
     width = space.right.shape[1]
     inverse = pseudo_inverse(rows)

@@ -16,7 +16,7 @@ from eutectic.linalg.metric import Metric, is_wide, mean_metric
 from eutectic.linalg.polar import Precision, Support, explain_polar, polar
 from eutectic.linalg.svd import default_tolerance, dependence_tolerance
 from eutectic.linalg.wide_metric import positive_degree
-from eutectic.methods.core_metrics import in_core, with_factors
+from eutectic.methods.core_metrics import in_core, times, with_factors
 from eutectic.methods.input_metrics import input_metric
 from eutectic.methods.linear import weighted_sum
 from eutectic.methods.registry import Context, Cost, Parameters, Rules, Takes, always, register
@@ -361,8 +361,9 @@ def thin_iso_a(
     return thin_in_metrics(deltas, parameters, context, _flat_in_metrics)
 
 
-# From deltas `[T, out, in]`, their metrics, parameters, context and rank tolerance to the merge.
-InMetrics = Callable[[Tensor, Sequence[Metric], Any, Context, float | None], Tensor]
+# From deltas `[T, out, in]` or thin ones, their metrics, parameters, context and rank tolerance to
+# the merge.
+InMetrics = Callable[[Tensor | LowRankStack, Sequence[Metric], Any, Context, float | None], Tensor]
 
 
 def merged_in_metrics(
@@ -393,11 +394,11 @@ def thin_in_metrics(
         return None
     space, metrics = found
     tolerance = kept_tolerance(deltas, parameters)
-    return space.expand(merge(space.cores, metrics, parameters, context, tolerance))
+    return space.expand(merge(space.thin, metrics, parameters, context, tolerance))
 
 
 def _flat_in_metrics(
-    deltas: Tensor,
+    deltas: Tensor | LowRankStack,
     metrics: Sequence[Metric],
     parameters: IsoAParameters,
     context: Context,
@@ -406,7 +407,7 @@ def _flat_in_metrics(
     """Return mean(S)·U Vᵀ·C̄^{-1/2} in float64; the bound is that of the expanded deltas."""
     total: Tensor | None = None
     for delta, weight, metric in zip(deltas, context.weights, metrics, strict=True):
-        shift = metric.times(delta, 0.5)
+        shift = times(metric, delta, 0.5)
         total = shift.mul_(weight) if total is None else total.add(shift, alpha=weight)
     assert total is not None
     flat = polar(

@@ -100,7 +100,7 @@ def thin_iso_regmean(
 
 
 def _merged(
-    deltas: Tensor,
+    deltas: Tensor | LowRankStack,
     metrics: Sequence[Metric],
     parameters: IsoRegMeanParameters,
     context: Context,
@@ -113,9 +113,10 @@ def _merged(
     if not present:
         return total
     own: list[Metric] = []
+    each = list(deltas)
     for t in present:
         weight = context.weights[t] / whole
-        total += weight * shifted(metrics[t], deltas[t])
+        total += weight * shifted(metrics[t], each[t])
         own.append(_scaled(metrics[t], weight * len(present)))
     mean = mean_metric(own, total)
     total = mean.times(total, -0.5)
@@ -142,8 +143,10 @@ def _scaled(metric: Metric, share: float) -> Metric:
     return replace(metric, rows=rows, matrix=matrix, **changed)
 
 
-def shifted(metric: Metric, matrix: Tensor) -> Tensor:
-    """Return M·C `[n, in]` in float64, by products alone."""
+def shifted(metric: Metric, matrix: Tensor | LowRank) -> Tensor:
+    """Return M·C `[n, in]` in float64, by products alone; of a thin M those of its right factor."""
+    if isinstance(matrix, LowRank):
+        return matrix.left.double() @ shifted(metric, matrix.right)
     result = matrix.double() * metric.isotropic
     scale = metric.scale if isinstance(metric, WideMetric) else 1.0
     if metric.matrix is not None:
