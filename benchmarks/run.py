@@ -50,9 +50,9 @@ def names_of(suite: str, tasks: int) -> tuple[str, ...]:
         from tasks import TASKS
 
         return tuple(TASKS)[:tasks]
-    from sources import first_tasks
+    from confirmation import named_tasks
 
-    return first_tasks(tasks)
+    return named_tasks(tasks)
 
 
 def make_experts(arguments: argparse.Namespace, workers: Workers) -> None:

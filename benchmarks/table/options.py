@@ -24,7 +24,10 @@ def parse() -> tuple[argparse.Namespace, Workers | None]:
         "--regime", default="hard", help="kind, hard, lora, lora-unequal or lora-extracted (text)"
     )
     parser.add_argument(
-        "--tasks", type=int, default=8, help="the first so many tasks; 6: the miniature"
+        "--tasks",
+        type=int,
+        default=8,
+        help="the first so many tasks; 6: the miniature; 0: the texts of confirmation.py",
     )
     parser.add_argument("--seeds", type=int, default=3, help="proxy samples")
     add_row_options(parser, "all")

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from bases import BASES, MINILM, Base
+from confirmation import CONFIRMATION
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sources import TASKS, Splits, digest, load_splits
@@ -43,6 +44,7 @@ from precision import fast_products, has_bfloat16
 from texts import Example
 
 logger = logging.getLogger("experts")
+ALL_TASKS = TASKS | CONFIRMATION
 PROXY_TEXTS = 128
 BASE = MINILM.find(Path())
 
@@ -63,6 +65,13 @@ class Recipe:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Shuffled(Recipe):
+    """A recipe whose training labels are exchanged at random: it makes an expert of noise."""
+
+    shuffled: bool = True
+
+
 REGIMES = tuple(MINILM.rates)
 # Ranks of `lora-unequal` and `lora-extracted`, task by task, again from the first after the last.
 RANKS = (64, 4, 8, 32, 16, 48, 24, 12)
@@ -80,7 +89,7 @@ def base_record(base: Base) -> dict[str, str]:
 
 def prepare_task(name: str, work: Path, recipe: Recipe, base: Base) -> Splits:
     """Write the task's splits and head, unless they are there; return the splits."""
-    splits = load_splits(TASKS[name], work / "cache")
+    splits = load_splits(ALL_TASKS[name], work / "cache")
     folder = work / "tasks" / name
     record = {
         "labels": splits.labels,
@@ -112,7 +121,7 @@ def prepare_task(name: str, work: Path, recipe: Recipe, base: Base) -> Splits:
 def write_tasks(work: Path, recipe: Recipe) -> None:
     """Write `tasks.yaml`, the suite as `eutectic evaluate` and `eutectic tune` take it."""
     lines = ["tasks:"]
-    for name in TASKS:
+    for name in ALL_TASKS:
         folder = work / "tasks" / name
         if (folder / "task.json").is_file():
             lines += [
@@ -194,6 +203,12 @@ def accuracy(encoder: Encoder, head: nn.Linear, examples: list[Example], tokens:
     return round((scores.argmax(1) == labels).float().mean().item(), 4)
 
 
+def shuffle_labels(train: list[Example], seed: int) -> list[Example]:
+    """Return the same texts with each other's labels."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [Example(own.text, train[i].label) for own, i in zip(train, order, strict=True)]
+
+
 def make_expert(name: str, regime: str, work: Path, recipe: Recipe, base: Base) -> None:
     """Train and write one expert, or leave what an equal recipe and equal texts have made."""
     splits = prepare_task(name, work, recipe, base)
@@ -210,7 +225,9 @@ def make_expert(name: str, regime: str, work: Path, recipe: Recipe, base: Base) 
     encoder = Encoder(found)
     tokens = recipe.max_tokens
     before = accuracy(encoder, head, splits.validation, tokens)
-    fine_tune(encoder, head, splits.train, recipe, base)
+    shuffled = isinstance(recipe, Shuffled)
+    train = shuffle_labels(splits.train, recipe.seed) if shuffled else splits.train
+    fine_tune(encoder, head, train, recipe, base)
     expert = accuracy(encoder, head, splits.validation, tokens)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -255,7 +272,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of everything it makes")
     parser.add_argument("--base", choices=list(BASES), default="text", help="text: MiniLM")
     parser.add_argument("--regime", action="append", choices=REGIMES, help="default: all")
-    parser.add_argument("--task", action="append", choices=list(TASKS), help="default: all")
+    parser.add_argument(
+        "--task", action="append", choices=list(ALL_TASKS), help="default: the twenty"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of training; other than 0: in REGIME-seed-N"
+    )
     parser.add_argument("--steps", type=int, help="default: 200")
     parser.add_argument("--head-texts", type=int, help="default: 6000")
     parser.add_argument("--max-tokens", type=int, help="default: 32")
@@ -266,13 +288,15 @@ def main() -> None:
     base = BASES[arguments.base]
     for regime in arguments.regime or REGIMES:
         asked = {name: getattr(arguments, name) for name in ("steps", "head_texts", "max_tokens")}
-        recipe = replace(recipe_of(regime, base), **{k: v for k, v in asked.items() if v})
+        recipe = replace(recipe_of(regime, base), seed=arguments.seed)
+        recipe = replace(recipe, **{k: v for k, v in asked.items() if v})
+        folder = f"{regime}-seed-{arguments.seed}" if arguments.seed else regime
         for name in arguments.task or TASKS:
             if regime == "lora-extracted":
                 extract_expert(name, arguments.work, recipe, base)
             else:
                 unequal = {"lora_rank": rank_of(name)} if regime == "lora-unequal" else {}
-                make_expert(name, regime, arguments.work, replace(recipe, **unequal), base)
+                make_expert(name, folder, arguments.work, replace(recipe, **unequal), base)
         write_tasks(arguments.work, recipe)
 
 

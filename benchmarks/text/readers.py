@@ -89,7 +89,8 @@ def bbc(cache: Path) -> Iterator[Row]:
 # --- Debian --------------------------------------------------------------------------------------
 
 
-def _debian(cache: Path, package: str) -> tarfile.TarFile:
+def debian(cache: Path, package: str) -> tarfile.TarFile:
+    """Fetch a package of Debian and open its files."""
     archive = fetch(cache, f"{package}_*.deb", ["apt-get", "download", package])
     unpack = ["dpkg-deb", "--fsys-tarfile", str(archive)]
     content = subprocess.run(unpack, check=True, capture_output=True).stdout
@@ -135,7 +136,7 @@ def facet(name: str) -> Callable[[Path], Iterator[Row]]:
 
 def computing(cache: Path) -> Iterator[Row]:
     """Senses of the Free On-line Dictionary of Computing, with the first field of each."""
-    with _debian(cache, "dict-foldoc") as package:
+    with debian(cache, "dict-foldoc") as package:
         packed = read_member(package, "./usr/share/dictd/foldoc.dict.dz")
     headword = ""
     for paragraph in re.split(r"\n\s*\n", gzip.decompress(packed).decode("utf-8", "replace")):
@@ -152,7 +153,7 @@ _MIXED = {"ascii-art", "translate-me", "goedel", "miscellaneous", "cookie", "deb
 
 def fortunes(cache: Path) -> Iterator[Row]:
     """Sayings with the collection that they are from, without whom they are by."""
-    with _debian(cache, "fortunes") as package:
+    with debian(cache, "fortunes") as package:
         for member in package:
             name = re.fullmatch(r"\./usr/share/games/fortunes/([\w-]+)", member.name)
             if name is None or not member.isfile() or name[1] in _MIXED:
@@ -169,7 +170,7 @@ _NOISE = re.compile(r"\[[^\]]*\]|\b1[89]\d\d\b|--\s?[A-Z]\w+\.?.*|[{}]|^\W+")
 
 def dictionary(cache: Path) -> Iterator[Row]:
     """Definitions that the dictionary marks with a field, such as (Bot.) or (Law.)."""
-    with _debian(cache, "dict-gcide") as package:
+    with debian(cache, "dict-gcide") as package:
         packed = read_member(package, "./usr/share/dictd/gcide.dict.dz")
     content = gzip.decompress(packed).decode("utf-8", errors="replace")
     headword = ""
@@ -195,7 +196,7 @@ def languages(cache: Path) -> Iterator[Row]:
     for language in ("en", *LANGUAGES):
         package = "manpages-dev" if language == "en" else f"manpages-{language}"
         lines: list[Row] = []
-        with _debian(cache, package) as archive:
+        with debian(cache, package) as archive:
             for member in archive:
                 match = re.fullmatch(r".*/man\d/([^/]+)\.gz", member.name)
                 stream = archive.extractfile(member) if match and member.isfile() else None
@@ -235,11 +236,11 @@ def addresses(cache: Path) -> Iterator[Row]:
                 continue
             address = json.loads(read_member(package, member))
             first = (address["year"] - 1790) // PERIOD * PERIOD + 1790
-            for passage in _passages(address["text"]):
+            for passage in passages(address["text"]):
                 yield Row(passage, str(first), f"{address['year']} {address['name']}")
 
 
-def _passages(text: str) -> Iterator[str]:
+def passages(text: str) -> Iterator[str]:
     """Runs of whole sentences of thirty words or more."""
     run = ""
     for sentence in re.split(r"(?<=[.?!]) +", text):

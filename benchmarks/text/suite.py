@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from bases import MINILM, Base
+from confirmation import named_tasks
 from experts import load_head
-from sources import first_tasks
 from table.merging import dense_expert
 from table.suite import SPLITS, Batches, Inputs, Suite
 from torch import Tensor
@@ -19,8 +19,11 @@ BATCH = 64
 
 
 def load_suite(work: Path, regime: str, count: int, base: Base = MINILM) -> Suite:
-    """Read what `experts.py` has made: the first tasks, or the miniature's if `count` is six."""
-    tasks = first_tasks(count)
+    """Read what `experts.py` has made: the first tasks, or the miniature's if `count` is six.
+
+    For none, those of the confirmation.
+    """
+    tasks = named_tasks(count)
     found = base.find(work / "cache")
     tokenizer = AutoTokenizer.from_pretrained(found, local_files_only=True)
     model = AutoModel.from_pretrained(
@@ -33,7 +36,7 @@ def load_suite(work: Path, regime: str, count: int, base: Base = MINILM) -> Suit
     adapters = {t: f for t, f in trained.items() if (f / "adapter_config.json").is_file()}
 
     def rows(task: str, split: str) -> list[dict[str, Any]]:
-        lines = (folders[task] / f"{split}.jsonl").read_text("utf-8").splitlines()
+        lines = (work / "tasks" / task / f"{split}.jsonl").read_text("utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
     def proxies(task: str, seed: int, count: int) -> Batches:
@@ -43,7 +46,7 @@ def load_suite(work: Path, regime: str, count: int, base: Base = MINILM) -> Suit
         return encode(tokenizer, [train[i] for i in chosen], max_tokens)
 
     return Suite(
-        name=f"{base.name}-{regime}-{len(tasks)}",
+        name=f"{base.name}-{regime}-{len(tasks) if count else 'confirmation'}",
         base=found,
         experts={
             task: dense_expert(found, folder, work / f"{regime}-dense" / task)

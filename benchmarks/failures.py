@@ -1,0 +1,379 @@
+"""What merging does where it is at its worst: odd experts among eight of the text suite.
+
+    python benchmarks/text/experts.py --work DIR --regime hard            # the first eight tasks
+    python benchmarks/text/experts.py --work DIR --regime lora            # likewise
+    python benchmarks/failures.py --work DIR --output FILE.json           # resumable
+
+Every case is merged by ten methods, at the α that 40 validation texts a task choose and at the
+method's default, and measured on 150 test texts a task. What an odd expert does to the *others* is
+the paired difference from the merge of eight ordinary experts, over the tasks that both have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE / "text")]
+
+from bases import MINILM
+from experts import Shuffled, make_expert, recipe_of
+from safetensors.torch import load_file
+from suite import load_suite
+from table import merging
+from table.merging import ROWS, MergedRow, collect_on, dense_expert, merge_row, set_weights
+from table.outcomes import difference
+from table.run import cached, part_of
+from table.suite import (
+    Batches,
+    Suite,
+    accuracies,
+    correct,
+    mean,
+    normalised,
+    outcomes,
+    percentages,
+    set_parameters,
+)
+
+import eutectic
+from eutectic.methods.registry import get_method
+from eutectic.statistics import load_statistics
+from eutectic.tuning.search import Measured, search_scale
+from eutectic.types import Statistics
+
+METHODS = (
+    "average",
+    "task_arithmetic",
+    "ties",
+    "tsv_m",
+    "iso_c",
+    "iso_cts",
+    "regmean",
+    "esm_roberta",
+    "iso_a",
+)
+ROUTED, RANK = "iso_a_routed", 32
+PROXIES, TESTED, CHOSEN_ON = 128, 150, 40
+SAID = {
+    "ordinary": "eight ordinary",
+    "far": "one far",
+    "near": "one near",
+    "twice": "one twice",
+    "noise": "one of noise",
+    "base": "the base",
+    "lora": "four by LoRA",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Which experts are merged.
+
+    Attributes:
+        experts: name -> folder below the work folder; those of the suite's tasks are measured.
+        odd: the tasks whose own expert is not the ordinary one.
+        texts: name of an expert without a task of its own -> the task whose texts it is given.
+    """
+
+    experts: Mapping[str, str]
+    odd: tuple[str, ...] = ()
+    texts: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+def cases(tasks: tuple[str, ...]) -> dict[str, Case]:
+    """Return every case, by name."""
+    hard = {task: f"hard/{task}" for task in tasks}
+    by_lora = tasks[::2]
+    return {
+        "ordinary": Case(hard),
+        # Four times the learning rate, and a quarter of it.
+        "far": Case(hard | {"langid": "hard-fast/langid"}, ("langid",)),
+        "near": Case(hard | {"wn_noun": "kind/wn_noun"}, ("wn_noun",)),
+        # The same task and recipe, another seed: one task has two experts.
+        "twice": Case(hard | {"again": "hard-seed-1/wn_verb"}, ("wn_verb",), {"again": "wn_verb"}),
+        # Labels exchanged at random, of texts that no other expert has.
+        "noise": Case(hard | {"noise": "noise/wn_pos"}, (), {"noise": "wn_pos"}),
+        "base": Case(hard | {"base": "base/base"}, (), {"base": "20news"}),
+        "lora": Case(hard | {task: f"lora/{task}" for task in by_lora}, by_lora),
+    }
+
+
+def train(work: Path) -> None:
+    """Make the odd experts that are not there yet."""
+    hard, kind = recipe_of("hard", MINILM), recipe_of("kind", MINILM)
+    fast = replace(hard, learning_rate=4 * hard.learning_rate)
+    make_expert("langid", "hard-fast", work, fast, MINILM)
+    make_expert("wn_noun", "kind", work, kind, MINILM)
+    make_expert("wn_verb", "hard-seed-1", work, replace(hard, seed=1), MINILM)
+    make_expert("wn_pos", "noise", work, Shuffled(**asdict(hard)), MINILM)
+    if not (work / "base" / "base").is_dir():
+        shutil.copytree(MINILM.find(work / "cache"), work / "base" / "base")
+
+
+def short(suite: Suite) -> Suite:
+    """Return the suite with fewer examples."""
+    splits = {
+        task: {
+            "validation": part_of(own["validation"], 0, CHOSEN_ON),
+            "test": part_of(own["test"], 0, TESTED),
+        }
+        for task, own in suite.splits.items()
+    }
+    return replace(suite, splits=splits)
+
+
+def arranged(suite: Suite, case: Case, work: Path) -> Suite:
+    """Return the suite whose tasks are measured, with the case's experts of them."""
+    dense: dict[str, Path] = {}
+    adapters: dict[str, Path] = {}
+    for name, place in case.experts.items():
+        dense[name] = work / place
+        if (work / place / "adapter_config.json").is_file():
+            adapters[name] = work / place
+            own = work / f"{Path(place).parent}-dense" / name
+            dense[name] = dense_expert(suite.base, work / place, own)
+    return replace(suite, experts=dense, adapters=adapters)
+
+
+def grams(
+    suite: Suite, case: Case, work: Path, proxies: Callable[[str], Batches]
+) -> dict[str, Path]:
+    """Collect the input Grams of every expert on texts of its own task."""
+    files: dict[str, Path] = {}
+    for name, folder in suite.experts.items():
+        kept = work / "statistics" / f"grams-{folder.parent.name}"
+        files[name] = file = kept / f"{name}.safetensors"
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            set_weights(suite.model, load_file(folder / "model.safetensors"))
+            task = case.texts.get(name, name)
+            collect_on(suite, task, proxies(task), file, gradients=False)
+    return files
+
+
+def measured(suite: Suite, tasks: tuple[str, ...]) -> Suite:
+    """Return the suite of those experts alone that have a task."""
+    return replace(suite, experts={task: suite.experts[task] for task in tasks})
+
+
+def save(right: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Return outcomes as they are written: 1 where an example is right."""
+    return {task: own.int().tolist() for task, own in right.items()}
+
+
+def best_scale(suite: Suite, merged: MergedRow, start: float) -> float:
+    """Search α on validation texts, coarsely: cases are compared, not neighbouring methods."""
+
+    def objective(scale: float) -> Measured:
+        set_parameters(suite.model, merged.base, merged.deltas, scale)
+        values = accuracies(suite, suite.model, "validation")
+        return Measured(mean(values), values)
+
+    low, high = start / 10, start * 3
+    return search_scale(objective, low=low, high=high, points=6, tolerance=0.4, maximise=True).scale
+
+
+def static(
+    suite: Suite, tasks: tuple[str, ...], method: str, work: Path, files: Mapping[str, Path]
+) -> dict[str, Any]:
+    """One method: its outcomes at the α of validation and at its default."""
+    row = ROWS[method]
+    merged = merge_row(suite, row, work, 0, files if row.needs_statistics else None)
+    own = measured(suite, tasks)
+
+    def test(scale: float) -> dict[str, list[int]]:
+        set_parameters(suite.model, merged.base, merged.deltas, scale)
+        return save(outcomes(own, suite.model, "test"))
+
+    default = get_method(row.method).default_scale(len(suite.experts))
+    chosen = default if row.fixed else best_scale(own, merged, row.start)
+    at_default = test(default)
+    return {
+        "scale": chosen,
+        "default": default,
+        "test": at_default if chosen == default else test(chosen),
+        "at_default": at_default,
+    }
+
+
+def routed(
+    suite: Suite,
+    case: Case,
+    tasks: tuple[str, ...],
+    work: Path,
+    files: Mapping[str, Path],
+    scales: tuple[float, float],
+    proxies: Callable[[str], Batches],
+) -> dict[str, Any]:
+    """Iso-A with thin experts beside it and a discriminant router, at both α of Iso-A."""
+    merged = merge_row(suite, ROWS["iso_a"], work, 0, files)
+    chosen, default = scales
+    found = [_routed(suite, case, tasks, work, files, merged, own, proxies) for own in scales]
+    return {"scale": chosen, "default": default, "test": found[0], "at_default": found[1]}
+
+
+def _routed(
+    suite: Suite,
+    case: Case,
+    tasks: tuple[str, ...],
+    work: Path,
+    files: Mapping[str, Path],
+    merged: MergedRow,
+    scale: float,
+    proxies: Callable[[str], Batches],
+) -> dict[str, list[int]]:
+    set_parameters(suite.model, merged.base, merged.deltas, scale)
+    seen: dict[str, Statistics] = {}
+    file = work / "statistics" / "merged.safetensors"
+    for name in suite.experts:
+        file.unlink(missing_ok=True)
+        task = case.texts.get(name, name)
+        collect_on(suite, task, proxies(task), file, gradients=False)
+        seen[name] = load_statistics(file)
+    model = eutectic.build_routed(
+        suite.model,
+        experts={n: load_file(f / "model.safetensors") for n, f in suite.experts.items()},
+        statistics={name: load_statistics(own) for name, own in files.items()},
+        router_statistics=seen,
+        rank=RANK,
+        router="discriminant",
+    )
+    return save({task: correct(suite, model, task, "test") for task in tasks})
+
+
+def measure(suite: Suite, work: Path, name: str, case: Case, methods: tuple[str, ...]) -> None:
+    """Measure one case, a file for each method."""
+    tasks = suite.tasks
+    results = work / "failures" / name
+    own = arranged(suite, case, work)
+
+    def proxies(task: str) -> Batches:
+        return suite.proxies(task, 0, PROXIES)
+
+    def experts() -> dict[str, list[int]]:
+        found: dict[str, Tensor] = {}
+        for task in tasks:
+            set_weights(suite.model, load_file(own.experts[task] / "model.safetensors"))
+            found[task] = correct(suite, suite.model, task, "test")
+        return save(found)
+
+    cached(results / "experts.json", experts)
+    files = grams(own, case, work, proxies)
+    for method in methods:
+        if method == ROUTED:
+            base = json.loads((results / "iso_a.json").read_text())
+            scales = base["scale"], base["default"]
+            compute = partial(routed, own, case, tasks, work, files, scales, proxies)
+        else:
+            compute = partial(static, own, tasks, method, work, files)
+        row = cached(results / f"{method}.json", compute)
+        print(name, method, f"α {row['scale']:.3g}", flush=True)
+
+
+def right(saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read outcomes."""
+    return {task: torch.tensor(own, dtype=torch.float64) for task, own in saved.items()}
+
+
+def summary(work: Path, tasks: tuple[str, ...], known: Mapping[str, Case]) -> dict[str, Any]:
+    """Return case -> method -> share of the experts, on the odd tasks, and the others' change."""
+    folder = work / "failures"
+
+    def read(case: str, method: str) -> dict[str, Any] | None:
+        file = folder / case / f"{method}.json"
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    ordinary = right(read("ordinary", "experts") or {})
+    found: dict[str, Any] = {}
+    for name, case in known.items():
+        own = read(name, "experts")
+        if own is None:
+            continue
+        experts = right(own)
+        others = [task for task in tasks if task not in case.odd]
+        found[name] = {"experts": percentages(experts), "methods": {}}
+        for method in (*METHODS, ROUTED):
+            row, control = read(name, method), read("ordinary", method)
+            if row is None or control is None:
+                continue
+            entry: dict[str, Any] = {"scale": row["scale"], "default_scale": row["default"]}
+            for key in ("test", "at_default"):
+                mine, theirs = right(row[key]), right(control[key])
+                shares = percentages(mine)
+                held = percentages(experts)
+                entry[key] = {
+                    "share": normalised(shares, held),
+                    "odd": normalised({t: shares[t] for t in case.odd}, held) if case.odd else None,
+                    "others": difference(
+                        {t: mine[t] for t in others},
+                        {t: theirs[t] for t in others},
+                        {t: ordinary[t] for t in others},
+                    ),
+                }
+            found[name]["methods"][method] = entry
+    return found
+
+
+def table(found: Mapping[str, Any], key: str) -> str:
+    """Return a table of methods by cases: the odd tasks' share; the others' change and error."""
+    names = [name for name in SAID if name in found]
+    lines = [
+        "| | " + " | ".join(SAID[name] for name in names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for method in (*METHODS, ROUTED):
+        cells: list[str] = []
+        for name in names:
+            entry = found[name]["methods"].get(method)
+            if entry is None:
+                cells.append(" ")
+            elif name == "ordinary":
+                cells.append(f"{entry[key]['share']:.1f}")
+            else:
+                change, error = entry[key]["others"]
+                odd = entry[key]["odd"]
+                text = f"{change:+.1f} ± {error:.1f}".replace("-", "−")
+                cells.append(text if odd is None else f"{odd:.0f}; {text}")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Train, measure and print what is missing."""
+    parser = argparse.ArgumentParser(description="Odd experts among ordinary ones.")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the text suite")
+    parser.add_argument("--case", action="append", choices=list(SAID), help="default: all")
+    parser.add_argument("--method", action="append", choices=[*METHODS, ROUTED])
+    parser.add_argument("--output", type=Path, help="file of all results")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(1)
+    merging.apart = False
+    train(arguments.work)
+    suite = short(load_suite(arguments.work, "hard", 8))
+    known = cases(suite.tasks)
+    for name in arguments.case or known:
+        methods = tuple(arguments.method or (*METHODS, ROUTED))
+        measure(suite, arguments.work, name, known[name], methods)
+    found = summary(arguments.work, suite.tasks, known)
+    for key in ("test", "at_default"):
+        print(f"\n{key}\n{table(found, key)}")
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
