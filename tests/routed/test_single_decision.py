@@ -9,6 +9,7 @@ import torch
 
 from eutectic.errors import RequestError, StatisticsError
 from eutectic.routed import build_routed, export_lora, load_routed, routing
+from eutectic.routed.routed_modules import RoutedLinear
 from eutectic.routed.router_quality import estimated_quality, router_quality
 from eutectic.routed.single_decision import mad_router, sim_router
 from eutectic.types import LayerStatistics
@@ -121,6 +122,32 @@ def test_one_decision_for_all_layers(encoder, router, tmp_path):
     assert (guess is None) == (router == "sim")
     if guess is not None:
         assert guess.decisions == guess.layers[routed.routing.decider]
+
+
+@pytest.mark.parametrize("router", ["mad", "sim"])
+def test_soft_weights_and_votes_are_those_of_the_deciding_layer(encoder, router):
+    routed, batch = built(encoder, router), {k: v[:1] for k, v in encoder.mixed().items()}
+    layers = {m.experts.name: m for m in routed.modules() if isinstance(m, RoutedLinear)}
+    seen = []
+    deciding = layers[routed.routing.decider].experts.router
+    handle = deciding.register_forward_hook(lambda module, args, scores: seen.append(scores))
+    with torch.no_grad(), routing(routed, mode="base", record=True):
+        routed(**batch)
+    handle.remove()
+    temperature = float(seen[0].max() - seen[0].min())
+    weights = (seen[0][0] / temperature).softmax(-1)
+    with torch.no_grad(), routing(routed, mode="soft", temperature=temperature):
+        mixed = output(routed, batch)
+    with torch.no_grad():
+        alone = output(routed, batch)
+    with torch.no_grad(), routing(routed, mode="vote", record=True) as voted:
+        assert torch.equal(output(routed, batch), alone)
+    assert all(int(chosen) == int(seen[0].argmax()) for chosen in voted.values())
+    for layer in layers.values():  # the mixture as one dense change, experts off
+        experts = layer.experts
+        layer.weight.data += torch.einsum("t,tor,tri->oi", weights, experts.up, experts.down)
+    with torch.no_grad(), routing(routed, mode="base"):
+        torch.testing.assert_close(output(routed, batch), mixed, atol=1e-5, rtol=1e-5)
 
 
 def test_another_layer_decides_where_it_is_named(encoder):

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 import eutectic
 from eutectic.errors import RequestError
 from eutectic.methods import get_method
+from eutectic.reporting.page.origins import curve_of
+from eutectic.reporting.page.source_views import CurveView
 from helpers.cli import invoke
 
 pytest.importorskip("transformers")
@@ -45,10 +47,11 @@ def asked(folder, **options):
 def test_tau_of_flow_is_found_and_written(folder, tmp_path):
     report = eutectic.tune(**asked(folder), over="tau", at=0.8, output=tmp_path / "out")
     assert (report.over, report.scale) == ("tau", 0.8)
-    points = {p["scale"]: p["value"] for p in report.search["points"]}
+    points = {p["parameter"]: p["value"] for p in report.search["points"]}
     assert {0.1, 1.0, 10.0} <= set(points)
     assert points[report.value] == min(points.values())
-    assert report.search["over"] == "tau" and report.search["at"] == 0.8
+    assert report.search["over"] == "tau" and report.search["scale"] == 0.8
+    assert report.search["value"] == report.value
     made = json.loads((tmp_path / "out" / "eutectic.json").read_text())
     assert made["recipe"]["parameters"]["tau"] == report.value and made["scale"] == 0.8
     by_hand = tmp_path / "by-hand"
@@ -89,10 +92,19 @@ def test_the_command_draws_the_path(folder, tmp_path):
     assert "tau = " in shown.out and "of flow at scale 1" in shown.out
     assert "tau of flow, at scale 1" in (tmp_path / "path.svg").read_text()
     record = json.loads((tmp_path / "path.json").read_text())
-    assert record["over"] == "tau" and len(record["points"]) >= 3
+    assert record["over"] == "tau" and record["scale"] == 1
     told = json.loads(invoke("tune", *words, "--at", 0.8, "--json").out)
-    assert told["scale"] == told["at"] == 0.8
-    assert told["value"] in [point["scale"] for point in told["points"]]
+    assert told["scale"] == 0.8
+    for search in (record, told):  # one form, which the report reads
+        tried = [point["parameter"] for point in search["points"]]
+        assert len(tried) >= 3 and search["value"] in tried
+        curve = curve_of("search", CurveView.model_validate(search))
+        assert (curve.symbol, curve.chosen) == ("tau", search["value"])
+        assert [point.scale for point in curve.points] == tried
+    refused = invoke("tune", *[*words, "--search", "auto"])
+    assert refused.code == 2 and "validation or divergence (--search)" in refused.err
+    refused = invoke("tune", *[*words, "--range", "0:10"])
+    assert refused.code == 2 and "--range: should be greater than 0" in refused.err
 
 
 @pytest.mark.parametrize(
@@ -105,7 +117,7 @@ def test_the_command_draws_the_path(folder, tmp_path):
         ({"at": 1.0}, "name it by over"),
         ({"over": "tau", "search": "norm"}, "runs the merged model on data"),
         ({"over": "tau", "range": None}, "needs a range"),
-        ({"over": "density", "method": "ties", "parameters": {}}, "density"),
+        ({"over": "density", "method": "ties", "parameters": {}}, "0.1 to 10 .--range.*density"),
     ],
 )
 def test_refusals(folder, said, message):

@@ -217,6 +217,7 @@ def _of_options(fault: Fault, stated: Mapping[str, Any], known: Mapping[str, str
         if what.startswith("--"):
             return replace(fault, what=what, where="")
         fault = replace(fault, what=what)
-    if fault.where in known:
-        return replace(fault, where=known[fault.where])
+    whole = re.sub(r"\.\d+$", "", fault.where)  # an entry of a list, such as a range's end
+    if whole in known:
+        return replace(fault, where=known[whole])
     return replace(fault, where=f"--set {fault.where}") if fault.where else fault

@@ -115,8 +115,6 @@ def tune(
         plot_curve(record, plot)
     if json:
         tell_notes(report.note_records, warnings_only=True)
-        if report.over is not None:  # of the curve, `scale` is the abscissa
-            record |= {"scale": report.scale, "value": report.value}
         print_json(record)
         return
     show_curve(report.search)
@@ -153,12 +151,11 @@ def show_curve(search: Mapping[str, Any]) -> None:
     Bars show where values lie between the smallest and the largest of those near the best one: a
     bad α at the edge of the range must not make the others look alike. « and » lie outside.
     """
-    from eutectic.tuning.search import near_the_best
+    from eutectic.tuning.search import chosen, near_the_best, tried
 
-    points = search["points"]
+    points, scales, best = search["points"], tried(search), chosen(search)
     curve = [math.nan if p["value"] is None else float(p["value"]) for p in points]
-    at = next((i for i, p in enumerate(points) if p["scale"] == search["scale"]), 0)
-    low, high = near_the_best([curve], at) or (-math.inf, math.inf)
+    low, high = near_the_best([curve], scales.index(best)) or (-math.inf, math.inf)
     inside = [value for value in curve if low <= value <= high]
     first, last = (min(inside), max(inside)) if inside else (0.0, 0.0)
 
@@ -170,7 +167,7 @@ def show_curve(search: Mapping[str, Any]) -> None:
         length = 1 + round((BAR - 1) * (value - first) / ((last - first) or 1.0))
         return "█" * length + "░" * (BAR - length)
 
-    marks = [" ◀" if point["scale"] == search["scale"] else "" for point in points]
+    marks = [" ◀" if scale == best else "" for scale in scales]
     values = [f"{_shown(p['value'])} {bar(own)}" for p, own in zip(points, curve, strict=True)]
     direction = "↑" if search.get("maximise") else "↓"
     columns = [(f"objective {direction}", values)]
@@ -178,7 +175,7 @@ def show_curve(search: Mapping[str, Any]) -> None:
         (name, [_shown(p["parts"].get(name)) for p in points]) for name in points[0]["parts"]
     ]
     styles = ["bold green" if mark else None for mark in marks]
-    names = [f"{p['scale']:.3g}{mark}" for p, mark in zip(points, marks, strict=True)]
+    names = [f"{scale:.3g}{mark}" for scale, mark in zip(scales, marks, strict=True)]
     title = search.get("over") or "α"
     print_named(names, [[column] for column in columns], title=title, styles=styles)
     if first < last:

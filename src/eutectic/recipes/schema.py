@@ -230,7 +230,7 @@ class ScaleSearch(BaseModel, extra="forbid", frozen=True):
         if self.search not in _CLOSED and self.tasks is None:
             raise ValueError(f"search: {self.search} needs tasks, a file that names the data")
         if self.range[0] >= self.range[1]:
-            raise ValueError("range is [smallest, largest]")
+            raise ValueError(f"range is [smallest, largest], got {list(self.range)}")
         return self
 
 

@@ -41,7 +41,7 @@ Group = tuple[int | str, int]
 
 @dataclass(frozen=True, eq=False)
 class Settings:
-    """How the experts are chosen, see `routing`; `ballots` takes what layers decide, for a vote."""
+    """How the experts are chosen, see `routing`; `ballots` takes layers' scores, for a vote."""
 
     mode: Mode = "route"
     experts: tuple[int, ...] = ()
@@ -49,6 +49,12 @@ class Settings:
     layer: str | None = None
     decisions: Decisions | None = None
     ballots: dict[Group, list[tuple[str, Tensor]]] | None = None
+
+    def chosen(self, scores: Tensor) -> Tensor:
+        """Return what scores `[N, T]` decide: an expert each `[N]`, or weights `[N, T]` (soft)."""
+        if self.mode == "soft":
+            return (scores / self.temperature).softmax(-1)
+        return scores.argmax(-1)
 
 
 class Decisions(dict[str, Tensor]):
@@ -79,7 +85,7 @@ class Encoded:
 
     first: Tensor  # its outputs at the first position, by which the decoder's call knows it
     running: Tensor | None  # its summed log-posteriors [samples, T], if it has any
-    voted: Tensor | None  # one expert per sample, if there was a vote
+    voted: Tensor | None  # one decision per sample, if there was a vote
 
 
 @dataclass(eq=False)
@@ -92,7 +98,7 @@ class Call:
     carried: Encoded | None = None  # what an encoder that ran in a call of its own leaves
     choices: dict[str, Tensor] = field(default_factory=dict)  # the decisions taken so far
     held: Held | None = None  # those of the prompt that this call continues
-    voted: Mapping[Group, Tensor] = field(default_factory=dict)  # one expert per sample
+    voted: Mapping[Group, Tensor] = field(default_factory=dict)  # one decision per sample
     generating: bool = False  # a cache was passed
 
 
@@ -236,7 +242,7 @@ class _Scope:
         if call.held is None and (run := _RUN.get()) is not None:
             call.held = run.get(id(module))
         call.carried = _carried(given)
-        once = call.settings.mode == "route" and self.routing.decider is not None
+        once = self.routing.decider is not None and call.settings.mode in ("route", "soft")
         if (once or call.settings.mode == "vote") and call.held is None:
             call.voted = _vote(module, self.signature, given, call)
         _CALL.set(call)
@@ -290,32 +296,37 @@ def _close(call: Call, frame: Frame, given: Mapping[str, Any], output: Any) -> N
 def _vote(
     module: nn.Module, signature: Signature, given: Mapping[str, Any], call: Call
 ) -> dict[Group, Tensor]:
-    """Run once with the experts off and return one expert per sample for each group of layers.
+    """Run once with the experts off and return one decision per sample for each group of layers.
 
+    That of the layer which the settings name, or the model's own; a group that does not pass it
+    takes the expert of most of its layers, or in soft mode the mean of their weights.
     A decoder goes on with the vote of an encoder that ran in a call of its own.
     """
     if call.carried is not None:
         voted, scores = call.carried.voted, call.carried.running
         if voted is None:
             assert scores is not None
-            voted = scores.argmax(-1)
+            voted = call.settings.chosen(scores)
         return {(0, len(voted)): voted}
     first = Settings(mode="base", ballots={})
     with applying(call.routing, first), torch.no_grad():
         module(**signature.without_cache(given))
     ballots, layer = first.ballots or {}, call.settings.layer
     passed = [name for cast in ballots.values() for name, _ in cast]
-    if layer is None and call.settings.mode == "route":
-        layer = call.routing.decider  # a call that does not pass it takes the majority
-    elif layer is not None and layer not in passed:
+    if layer is None:
+        layer = call.routing.decider
+    elif layer not in passed:
         raise RequestError(
             f"the layer '{layer}' was not passed, so it cannot vote.\n"
             f"Passed: {', '.join(passed[:5])}, …"
         )
     elected: dict[Group, Tensor] = {}
     for group, cast in ballots.items():
-        # The expert of the named layer, or else of most layers.
-        named = [votes for name, votes in cast if name == layer]
-        votes = torch.stack(named or [votes for _, votes in cast])
-        elected[group] = nn.functional.one_hot(votes, len(call.routing.experts)).sum(0).argmax(-1)
+        named = [scores for name, scores in cast if name == layer]
+        votes = torch.stack([call.settings.chosen(s) for s in named or [s for _, s in cast]])
+        if call.settings.mode == "soft":
+            elected[group] = votes.mean(0)
+        else:
+            counts = nn.functional.one_hot(votes, len(call.routing.experts)).sum(0)
+            elected[group] = counts.argmax(-1)
     return elected

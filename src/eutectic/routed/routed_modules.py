@@ -48,13 +48,12 @@ class Experts(nn.Module):
         if group in call.voted:
             choice = call.voted[group].to(x.device)
         else:
-            scores, mixed = self._scores(x, frame), settings.mode == "soft"
-            choice = (scores / settings.temperature).softmax(-1) if mixed else scores.argmax(-1)
+            choice = settings.chosen(scores := self._scores(x, frame))
+            if settings.ballots is not None:
+                settings.ballots.setdefault(group, []).append((self.name, scores))
         if settings.decisions is not None:
             winner = choice.argmax(-1) if choice.is_floating_point() else choice
             settings.decisions.add(self.name, winner)
-        if settings.ballots is not None:
-            settings.ballots.setdefault(group, []).append((self.name, choice))
         if settings.mode == "base":
             return None
         call.choices[self.name] = choice

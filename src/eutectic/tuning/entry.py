@@ -23,6 +23,7 @@ from eutectic.recipes.load import Source, check_recipe
 from eutectic.recipes.schema import NOT_TAKEN, Recipe, ScaleSearch
 from eutectic.storage import local_path, url_of
 from eutectic.tables import InNotebooks, Shown, data_frame, facts, number, table
+from eutectic.tuning.search import tried
 
 if TYPE_CHECKING:
     from eutectic.tuning.objectives import Opened
@@ -140,8 +141,9 @@ class TuneReport(InNotebooks):
     def to_pandas(self) -> Any:
         """Return the curve as a data frame: the objective and its parts by α or the parameter."""
         points, name = self.search["points"], self.over or "scale"
+        rows = zip(tried(self.search), points, strict=True)
         return data_frame(
-            ({name: p["scale"], "objective": p["value"], **p["parts"]} for p in points), name
+            ({name: at, "objective": p["value"], **p["parts"]} for at, p in rows), name
         )
 
     def __repr__(self) -> str:
@@ -160,12 +162,12 @@ class TuneReport(InNotebooks):
             "output": None if self.output is None else self.output.output,
         }
         points = self.search["points"]
-        chosen = self.scale if self.over is None else self.value
+        best = self.scale if self.over is None else self.value
         parts = list(points[0]["parts"])[:8]
         rows = [
-            [f"{p['scale']:.3g}{' ◀' if p['scale'] == chosen else ''}", number(p["value"])]
+            [f"{at:.3g}{' ◀' if at == best else ''}", number(p["value"])]
             + [number(p["parts"].get(name)) for name in parts]
-            for p in points
+            for at, p in zip(tried(self.search), points, strict=True)
         ]
         return facts("TuneReport", known), table([self.over or "α", "objective", *parts], rows)
 
@@ -212,6 +214,10 @@ def tune(
         ... # doctest: +SKIP
     """
     limited = {name: options.pop(name) for name in _RUN if name in options}
+    if over is not None:
+        from eutectic.tuning.over_parameter import check_search_over
+
+        check_search_over(over, search if isinstance(search, str) else (search or {}).get("search"))
     checked, source = _with_search(*recipe_from(recipe, options), search)
     if not isinstance(checked.scale, ScaleSearch):
         raise RequestError(

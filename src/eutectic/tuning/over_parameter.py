@@ -33,7 +33,8 @@ class Found:
         recipe: the recipe with it, and with α, as a mapping.
         value: the value.
         scale: α, at which every value was measured.
-        record: the whole curve, JSON-serialisable; its abscissa is under `scale`.
+        record: the whole curve, JSON-serialisable: `scale` is α, `value` the best value of the
+            parameter `over`, and each point has its value of it as `parameter`.
         notes: what a user should know.
     """
 
@@ -59,18 +60,32 @@ def check_over(recipe: Recipe, over: str) -> None:
             f"a search over '{over}' is for recipes that say the same of all tensors.\n"
             "Leave out tensors, layers and parameters of single experts, or search α."
         )
-    if not isinstance(search, ScaleSearch) or search.search not in ("validation", "divergence"):
-        raise RequestError(
-            f"a search over '{over}' runs the merged model on data.\n"
-            "Choose search: validation or divergence (--search), with tasks."
-        )
+    if not isinstance(search, ScaleSearch):
+        raise _without_data(over)
+    check_search_over(over, search.search)
     if "range" not in search.model_fields_set:
         raise RequestError(f"a search over '{over}' needs a range (--range LOW:HIGH).")
     for value in search.range:
         try:
             method.parse({**recipe.parameters, over: value})
         except MethodError as error:
-            raise RequestError(str(error)) from None
+            low, high = search.range
+            raise RequestError(
+                f"the range {low:g} to {high:g} (--range) holds what '{over}' cannot be.\n{error}"
+            ) from None
+
+
+def check_search_over(over: str, search: str | None) -> None:
+    """Refuse a search by name that runs no model: it cannot tell values of a parameter apart."""
+    if search in ("auto", "gram", "norm"):
+        raise _without_data(over)
+
+
+def _without_data(over: str) -> RequestError:
+    return RequestError(
+        f"a search over '{over}' runs the merged model on data.\n"
+        "Choose search: validation or divergence (--search), with tasks."
+    )
 
 
 def real_parameters(method: Method) -> list[str]:
@@ -138,10 +153,16 @@ def search_parameter(
         tell=tell,
     )
     assert alpha is not None
+    described = curve.described(search.search)
     record = {
-        **curve.described(search.search),
+        **described,
         "over": over,
-        "at": alpha,
+        "value": curve.scale,
+        "scale": alpha,
+        "points": [
+            {"parameter": value, **{k: v for k, v in point.items() if k != "scale"}}
+            for value, point in zip(curve.points, described["points"], strict=True)
+        ],
         "range": list(search.range),
         "tolerance": search.tolerance,
         "tasks": data["tasks"],

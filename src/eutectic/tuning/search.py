@@ -214,6 +214,16 @@ def plain_parts(parts: Mapping[str, float]) -> dict[str, float | None]:
     return {name: _plain(value) for name, value in parts.items()}
 
 
+def tried(search: Mapping[str, Any]) -> list[float]:
+    """Return, of a record of a search, what was tried: values of α, or of `over`'s parameter."""
+    return [p["scale" if search.get("over") is None else "parameter"] for p in search["points"]]
+
+
+def chosen(search: Mapping[str, Any]) -> float:
+    """Return, of a record of a search, the best of what was tried."""
+    return search["scale" if search.get("over") is None else "value"]
+
+
 FORMATS = (".png", ".svg", ".pdf")
 
 
@@ -247,10 +257,10 @@ def plot_curve(search: Mapping[str, Any], path: Path) -> None:
     parts = list(points[0]["parts"])
     figure = new_figure(6.4, 5.8 if parts else 3.8)
     panels = figure.subplots(1 + bool(parts), 1, sharex=True, squeeze=False)[:, 0]
-    scales = [p["scale"] for p in points]
+    scales, best = tried(search), chosen(search)
     mean = [_number(p["value"]) for p in points]
     panels[0].plot(scales, mean, "o-", color="black", markersize=3, label="objective")
-    _frame(panels[0], scales, [mean], mean.index(_best_of(search)))
+    _frame(panels[0], scales, [mean], scales.index(best))
     better = "higher" if search.get("maximise") else "lower"
     label = textwrap.fill(f"{search['objective']} ({better} is better)", 42)
     panels[0].set_ylabel(label, fontsize=7)
@@ -263,12 +273,12 @@ def plot_curve(search: Mapping[str, Any], path: Path) -> None:
         for index, (name, own) in enumerate(zip(parts, values, strict=True)):
             style = ("-", "--", ":")[index // 10 % 3]
             panels[1].plot(scales, own, style, linewidth=1, label=name, color=f"C{index % 10}")
-        _frame(panels[1], scales, values, scales.index(search["scale"]))
+        _frame(panels[1], scales, values, scales.index(best))
         shares = "share of the expert's metric" if "experts" in search else "part of the objective"
         panels[1].set_ylabel(f"{shares}, task by task", fontsize=7)
         panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     for axes in panels:
-        axes.axvline(search["scale"], color="tab:red", linestyle="--", linewidth=1)
+        axes.axvline(best, color="tab:red", linestyle="--", linewidth=1)
         axes.set_xscale("log")
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=8)
@@ -279,7 +289,7 @@ def plot_curve(search: Mapping[str, Any], path: Path) -> None:
     over = search.get("over")
     label = "scale α of the merged change (no unit)"
     if over is not None:
-        label = f"{over} of {search.get('method') or 'the method'}, at scale {search['at']:g}"
+        label = f"{over} of {search.get('method') or 'the method'}, at scale {search['scale']:g}"
     panels[-1].set_xlabel(label, fontsize=9)
     text = json.dumps(dict(search), indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(numbers_of(path), (text + "\n").encode())
@@ -290,21 +300,16 @@ _TICKS = [m * 10.0**e for e in range(-4, 4) for m in (1, 2, 5)]
 _NEAR = 0.01  # of the best value
 
 
-def _best_of(search: Mapping[str, Any]) -> float:
-    """Return the objective's value at the chosen α."""
-    found = (p["value"] for p in search["points"] if p["scale"] == search["scale"])
-    return _number(next(found))
-
-
 def _finding(search: Mapping[str, Any]) -> str:
     """Say which α is best, and which neighbours are as good within one percent."""
-    points, chosen, best = search["points"], search["scale"], _best_of(search)
+    points, scales, found = search["points"], tried(search), chosen(search)
+    place = scales.index(found)
+    best = _number(points[place]["value"])
     name = f"{search['method']}: " if search.get("method") else ""
     axis = search.get("over") or "α"
-    said = f"{name}{axis} = {chosen:.3g} is best ({best:.4g})"
-    if chosen in (points[0]["scale"], points[-1]["scale"]) and len(points) > 1:
+    said = f"{name}{axis} = {found:.3g} is best ({best:.4g})"
+    if place in (0, len(points) - 1) and len(points) > 1:
         return f"{said}\nat the edge of what was tried: a wider range may hold a better one"
-    place = [p["scale"] for p in points].index(chosen)
     near = [abs(_number(p["value"]) - best) <= _NEAR * abs(best) for p in points]
     low = high = place
     while low > 0 and near[low - 1]:
@@ -313,7 +318,7 @@ def _finding(search: Mapping[str, Any]) -> str:
         high += 1
     if low == high:
         return said
-    ends = f"{points[low]['scale']:.2g} to {points[high]['scale']:.2g}"
+    ends = f"{scales[low]:.2g} to {scales[high]:.2g}"
     return f"{said}\nwithin 1 % of it: {axis} from {ends}"
 
 

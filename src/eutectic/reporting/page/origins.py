@@ -182,18 +182,18 @@ def residuals_of(name: str, made: ProvenanceView) -> Iterator[Residuals]:
 
 
 def curve_of(name: str, own: CurveView) -> Curve:
-    """Return a search for α."""
-    points = sorted(own.points, key=lambda point: point.scale)
-    scales = [point.scale for point in points]
+    """Return a search for α, or over a parameter."""
+    points = sorted(own.points, key=lambda point: point.at)
+    tried = [point.at for point in points]
     return Curve(
         name=name,
         symbol=own.over or "α",
         search=own.search,
         objective=own.objective,
         maximise=own.maximise,
-        chosen=own.scale,
-        at_edge=len(scales) > 1 and own.scale in (scales[0], scales[-1]),
-        points=[CurvePoint(scale=p.scale, value=p.value, parts=p.parts) for p in points],
+        chosen=own.chosen,
+        at_edge=len(tried) > 1 and own.chosen in (tried[0], tried[-1]),
+        points=[CurvePoint(scale=p.at, value=p.value, parts=p.parts) for p in points],
     )
 
 

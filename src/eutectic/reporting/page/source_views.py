@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 _Text = Annotated[str, Field(max_length=20_000)]
 _Count = Annotated[int, Field(ge=0)]
@@ -18,9 +18,9 @@ class _View(BaseModel):
 
 
 class PointView(_View):
-    """One α of a curve."""
+    """One α of a curve, or one value of the parameter that was searched over."""
 
-    scale: float
+    at: float = Field(validation_alias=AliasChoices("scale", "parameter"))
     value: float | None
     parts: dict[str, float | None] = Field(default_factory=dict)
 
@@ -33,8 +33,14 @@ class CurveView(_View):
     maximise: bool = False
     scale: float
     over: _Text | None = None
+    value: float | None = None
     points: Annotated[list[PointView], Field(min_length=1, max_length=10_000)]
     method: _Text = ""
+
+    @property
+    def chosen(self) -> float:
+        """The best α, or value of the parameter."""
+        return self.scale if self.over is None or self.value is None else self.value
 
 
 class ClosedFormView(_View):
