@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -332,7 +331,7 @@ def test_command_and_draft(tmp_path: Path):
 
 
 def test_routed_models_are_measured(tmp_path: Path):
-    """With its experts off a routed model is the merged one, if it is given the Dense module."""
+    """With its experts off a routed model is the merged one, Dense modules and all."""
     base = sentence_model(tmp_path / "base", "cls_token", dense=6)
     experts = {
         n: sentence_model(tmp_path / n, "cls_token", dense=6, seed=s)
@@ -349,15 +348,15 @@ def test_routed_models_are_measured(tmp_path: Path):
     words = [f"{name}={folder}" for name, folder in experts.items()]
     words += [w for name, file in files.items() for w in ("-s", f"{name}={file}")]
     words += ["--rank", "2", "--router", "prototype", "-o", tmp_path / "routed"]
-    done = invoke("route", merged, *words)
+    done = invoke("route", merged, *words, "--export", tmp_path / "export")
     assert done.code == 0, done.err
+    dense = merged / "2_Dense" / "model.safetensors"
+    for folder in (tmp_path / "routed", tmp_path / "export" / "merged"):
+        assert (folder / "2_Dense" / "model.safetensors").read_bytes() == dense.read_bytes()
+        assert (folder / "modules.json").read_bytes() == (merged / "modules.json").read_bytes()
+        assert (folder / "1_Pooling" / "config.json").is_file()
     data = pair_file(tmp_path / "pairs.jsonl")
     tasks = world.tasks(tmp_path / "t.yaml", a={"kind": "sentence-similarity", "data": str(data)})
-    with pytest.raises(
-        CheckpointError, match="2_Dense .* has no weight .*\n.*Copy its folder there"
-    ):
-        eutectic.evaluate(tasks, models=[tmp_path / "routed"])
-    shutil.copytree(merged / "2_Dense", tmp_path / "routed" / "2_Dense", dirs_exist_ok=True)
     values = [
         eutectic.evaluate(tasks, models=[folder], base=base, **options).results[-1].value
         for folder, options in (
@@ -368,3 +367,8 @@ def test_routed_models_are_measured(tmp_path: Path):
     ]
     assert values[0] == pytest.approx(values[1], abs=1e-6)
     assert values[2] != values[1]
+    (tmp_path / "routed" / "2_Dense" / "model.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match="2_Dense .* has no weight .*\n.*Copy its folder there"
+    ):
+        eutectic.evaluate(tasks, models=[tmp_path / "routed"])

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from eutectic.checkpoint.index import open_index
 from eutectic.checkpoint.module_folders import MODULES_NAME, ROUTER_CONFIGS, module_folders
 from eutectic.checkpoint.names import check_inside
 from eutectic.checkpoint.odd_files import pointer, pointers_among
@@ -24,12 +25,14 @@ _FEEDING = (
     *("prophetnet.tokenizer", "emoji.json", "byte_maps.json", "*.tiktoken", "bpe.codes"),
     *("word_shape.json", "word_pronunciation.json", "normalizer.json", "chat_template*"),
 )
+# What names the modules of sentence-transformers, lengths and prompts.
+_OF_VECTORS = (MODULES_NAME, "*config_sentence_transformers.json", "sentence_*_config.json")
 # What a model needs to be loaded and used, and what its licence asks to be kept: copied whatever
 # its size, and from folders that are no model's too, such as that of a lone file or of an adapter.
 _PATTERNS = (
-    *("config.json", "configuration.json", "generation_config.json", MODULES_NAME),
-    *("*config_sentence_transformers.json", "sentence_*_config.json", "router_config.json"),
+    *("config.json", "configuration.json", "generation_config.json", "router_config.json"),
     "open_clip_config.json",
+    *_OF_VECTORS,
     *_FEEDING,
     *("LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*"),
 )
@@ -108,6 +111,20 @@ def feeding_files(folder: Path) -> tuple[str, ...]:
     """Return the side files that make a model's inputs: tokenizer, chat template, processors."""
     names = side_files(folder)
     return tuple(n for n in names if _matches(n, (*_FEEDING, f"{_CHAT_TEMPLATES}/*")))
+
+
+def module_files(folder: Path) -> tuple[str, ...]:
+    """Return the files that make vectors of a sentence-transformers model's states, sorted.
+
+    Those of the modules behind the first, weights too, and what names them; none of other models.
+    """
+    modules = {module.folder for module in module_folders(folder) if module.prefix}
+    if not modules:
+        return ()
+    named = (*side_files(folder), *open_index(folder).weight_files)
+    return tuple(
+        sorted(n for n in named if n.rpartition("/")[0] in modules or _matches(n, _OF_VECTORS))
+    )
 
 
 def check_side_files(folder: Path | None) -> None:

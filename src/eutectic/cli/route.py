@@ -164,7 +164,7 @@ def _build(
         _put_in_place(asides)
         _report({name: str(aside.output) for name, aside in asides.items()}, json)
         return
-    from eutectic.checkpoint.folder import copy_side_files, side_files
+    from eutectic.checkpoint.folder import copy_side_files, module_files, side_files
     from eutectic.checkpoint.writer import write_atomically
     from eutectic.execution.model_card import UNKNOWN, licence_of
     from eutectic.models.loading import load_stored
@@ -177,7 +177,7 @@ def _build(
     from eutectic.routed.routed_layers import routed_layers, unrouted_layers
 
     doing("loading the merged model")
-    beside = side_files(merged)
+    beside = dict.fromkeys((*side_files(merged), *module_files(merged)))
     model = load_stored(merged)
     of_experts = _open(statistics.statistics, "--statistics")
     chosen, left_out = routed_layers(model, build.layers, of_experts)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from eutectic.checkpoint.folder import copy_side_files, feeding_files
+from eutectic.checkpoint.folder import copy_side_files, feeding_files, module_files
 from eutectic.checkpoint.reader import StateDictReader
 from eutectic.checkpoint.writer import CheckpointWriter, OutputFile, write_atomically
 from eutectic.errors import CheckpointError, OutputError, RequestError, why_failed
@@ -261,7 +261,8 @@ def export_lora(routed: nn.Module, folder: str | Path, beside: str | Path | None
     Args:
         routed: a routed transformers model.
         folder: must be empty or absent; written aside, it gets its name when it is complete.
-        beside: a model's folder whose tokenizer, chat template and processors go into all folders.
+        beside: a model's folder whose tokenizer, chat template and processors go into all folders;
+            modules of sentence-transformers, with their weights, go into `merged/`.
 
     Raises:
         RequestError: not a routed model, a packed in-projection (which LoRA has no form for), a
@@ -302,7 +303,8 @@ def write_adapters(routed: nn.Module, path: Path, output: Path, beside: Path | N
     try:
         save(routed, path / "merged")
         if beside is not None:
-            copy_side_files(beside, path / "merged", feeding_files(beside))
+            names = (*feeding_files(beside), *module_files(beside))
+            copy_side_files(beside, path / "merged", names)
         for expert in enumerate(handle.experts):
             write_expert(routed, layers, expert, Export(path, output, beside, save))
         routers = {
