@@ -174,6 +174,28 @@ def test_an_alpha_at_the_edge_is_told_and_a_wider_range_named():
     assert not report.curves[0].at_edge and "edge" not in kinds(report)
 
 
+def test_many_searches_are_told_together(tmp_path):
+    """Of each kind up to three are told one by one; the same advice is given once."""
+    inside, edge = {0.1: 0.5, 0.5: 0.9, 1.0: 0.8}, {0.1: 0.5, 0.5: 0.7, 1.0: 0.8}
+    closed = {"search": "norm", "scale": 0.4, "method": "iso_c", "objective": "", "points": []}
+    for count, wanted in ((3, ["edge", "scale", "closed_form"]), (4, ["edges", "scales"])):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for number in range(count):
+            for name, made in (("e", curve(edge, 1.0)), ("i", curve(inside, 0.5)), ("c", closed)):
+                (folder / f"{name}{number}.json").write_text(json.dumps(made))
+        report = eutectic.report(folder)
+        found = kinds(report)
+        wanted = wanted if count == 3 else [*wanted, "closed_forms"]
+        assert [found.count(kind) for kind in wanted] == [3 if count == 3 else 1] * 3
+        assert found.count("widen") == 1
+        assert all(name in finding(report, "widen").text for name in ("e0", "e1", "e2"))
+    told = finding(report, "edges")
+    assert told.numbers["count"] == 4 and "e3 α = 1" in told.text
+    assert "i3 α = 0.5" in finding(report, "scales").text
+    assert "c3 α = 0.4 (norm)" in finding(report, "closed_forms").text
+
+
 def test_a_searched_parameter_is_not_called_alpha():
     made = {**curve({0.1: 0.5, 0.5: 0.7, 1.0: 0.8}, 1.0), "over": "tau"}
     report = eutectic.report(made)

@@ -72,7 +72,7 @@ def verdict(
         found += _of_scores(own, alone=len(scores) == 1)
     found += _of_merges(merges, bool(scores))
     found += _of_curves(curves)
-    found += [_closed(name, own) for name, own in rest["closed"]]
+    found += _of_closed_forms(rest["closed"])
     found += _of_residuals(rest["residuals"])
     for routed in routing:
         found += _of_routing(routed)
@@ -318,39 +318,55 @@ def _faults_of(merge: Merge) -> Iterator[Finding]:
 
 
 def _of_curves(curves: Sequence[Curve]) -> Iterator[Finding]:
-    for curve in curves:
-        if curve.at_edge:
-            side = "smallest" if curve.chosen == curve.points[0].scale else "largest"
-            yield _finding(
-                "edge", "bad",
-                f"{curve.name}: {curve.symbol} = {curve.chosen:.3g} is the {side} value that was "
-                "tried; the optimum may lie outside.",
-                (curve.name,), scale=curve.chosen,
-            )  # fmt: skip
+    edges = [curve for curve in curves if curve.at_edge]
     inside = [curve for curve in curves if not curve.at_edge]
-    if not inside:
-        return
-    if len(inside) <= _MOST:
-        for curve in inside:
-            by = f" by {curve.search}" if curve.search else ""
-            yield _finding(
-                "scale", "info",
-                f"{curve.name}: {curve.symbol} = {curve.chosen:.3g} was chosen{by} among "
-                f"{len(curve.points)} values.",
-                (curve.name,), scale=curve.chosen,
-            )  # fmt: skip
-        return
-    chosen = ", ".join(f"{curve.name} {curve.chosen:.3g}" for curve in inside[:12])
-    more = f" and {len(inside) - 12} more" if len(inside) > 12 else ""
-    yield _finding(
-        "scales", "info", f"α was searched for {len(inside)} merges: {chosen}{more}.",
-        [curve.name for curve in inside], count=len(inside),
-    )  # fmt: skip
+    for curve in edges if len(edges) <= _MOST else ():
+        side = "smallest" if curve.chosen == curve.points[0].scale else "largest"
+        yield _finding(
+            "edge", "bad",
+            f"{curve.name}: {curve.symbol} = {curve.chosen:.3g} is the {side} value that was "
+            "tried; the optimum may lie outside.",
+            (curve.name,), scale=curve.chosen,
+        )  # fmt: skip
+    if len(edges) > _MOST:
+        yield _finding(
+            "edges", "bad",
+            f"{len(edges)} searches ended at the smallest or largest value that was tried, beyond "
+            f"which the optimum may lie: {_values(edges)}.",
+            [curve.name for curve in edges], count=len(edges),
+        )  # fmt: skip
+    for curve in inside if len(inside) <= _MOST else ():
+        by = f" by {curve.search}" if curve.search else ""
+        yield _finding(
+            "scale", "info",
+            f"{curve.name}: {curve.symbol} = {curve.chosen:.3g} was chosen{by} among "
+            f"{len(curve.points)} values.",
+            (curve.name,), scale=curve.chosen,
+        )  # fmt: skip
+    if len(inside) > _MOST:
+        yield _finding(
+            "scales", "info",
+            f"{len(inside)} searches found their best value: {_values(inside)}.",
+            [curve.name for curve in inside], count=len(inside),
+        )  # fmt: skip
 
 
-def _closed(name: str, own: ClosedFormView) -> Finding:
-    text = f"{name}: α = {own.scale:.3g} was computed by {own.search}, without trying values."
-    return _finding("closed_form", "info", text, (name,), scale=own.scale)
+def _values(curves: Sequence[Curve]) -> str:
+    """Say what several searches chose."""
+    return few([f"{c.name} {c.symbol} = {c.chosen:.3g}" for c in curves], 12)
+
+
+def _of_closed_forms(closed: Sequence[tuple[str, ClosedFormView]]) -> Iterator[Finding]:
+    for name, own in closed if len(closed) <= _MOST else ():
+        text = f"{name}: α = {own.scale:.3g} was computed by {own.search}, without trying values."
+        yield _finding("closed_form", "info", text, (name,), scale=own.scale)
+    if len(closed) > _MOST:
+        found = few([f"{name} α = {own.scale:.3g} ({own.search})" for name, own in closed], 12)
+        yield _finding(
+            "closed_forms", "info",
+            f"{len(closed)} values of α were computed, without trying values: {found}.",
+            [name for name, _ in closed], count=len(closed),
+        )  # fmt: skip
 
 
 def _of_residuals(residuals: Sequence[Residuals]) -> Iterator[Finding]:
@@ -415,13 +431,16 @@ def _what_next(
     curves: Sequence[Curve],
     rest: Mapping[str, Any],
 ) -> Iterator[Finding]:
+    wider: dict[tuple[str, str], list[str]] = {}
     for curve in curves:
         if curve.at_edge:
             low, high = curve.points[0].scale, curve.points[-1].scale
             over = "" if curve.symbol == "α" else f" --over {shlex.quote(curve.symbol)}"
-            wider = f"{low / 10:g}:{low:g}" if curve.chosen == low else f"{high:g}:{10 * high:g}"
-            yield _next("widen", f"Search {curve.symbol} of {curve.name} beyond the edge.",
-                        f"eutectic tune recipe.yaml{over} --range {wider}")  # fmt: skip
+            beyond = f"{low / 10:g}:{low:g}" if curve.chosen == low else f"{high:g}:{10 * high:g}"
+            command = f"eutectic tune recipe.yaml{over} --range {beyond}"
+            wider.setdefault((curve.symbol, command), []).append(curve.name)
+    for (symbol, command), names in wider.items():
+        yield _next("widen", f"Search {symbol} of {few(names)} beyond the edge.", command)
     exploded = [m for m in merges if m.growth and m.bound and m.growth > m.bound]
     if exploded:
         yield _next("smaller", f"Choose a smaller α for {few([m.name for m in exploded])}.",
