@@ -26,6 +26,33 @@ from .matching_cases import (
     randn,
 )
 
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("preconditioner", ["none", "kronecker"])
+def test_a_singular_sum_keeps_the_guess_where_no_input_reaches(preconditioner, dtype, rows):
+    """Inputs of rank 12 in 64: the other directions keep x₀, the reached ones match the experts."""
+    g = torch.Generator().manual_seed(3)
+    width, experts = 64, 3
+    deltas = 0.1 * torch.randn(experts, 20, width, generator=g).to(dtype)
+    inputs = torch.randn(experts, 4, width, generator=g).to(dtype)
+    grams = inputs.mT @ inputs
+    statistics = [
+        LayerStatistics(gram=None, gram_factor=x, count=4) if rows else
+        LayerStatistics(gram=a, count=4)
+        for x, a in zip(inputs, grams, strict=True)
+    ]  # fmt: skip
+    found = merge_matrices(
+        "mats", deltas, statistics=statistics, preconditioner=preconditioner, init_scale=0.3
+    )
+    start = 0.3 * deltas.sum(0).double()
+    basis = torch.linalg.svd(inputs.flatten(0, 1).double())[2]
+    hidden = (found.double() - start) @ basis[12:].mT
+    assert float(hidden.norm() / start.norm()) < 1e-4
+    total = grams.double().sum(0)
+    wanted = (deltas.double() @ grams.double()).sum(0)
+    assert float((found.double() @ total - wanted).norm() / wanted.norm()) < 2e-5
+
+
 # --- initial guesses ----------------------------------------------------------------------------
 
 

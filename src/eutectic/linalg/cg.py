@@ -273,9 +273,9 @@ def kronecker(
 
     f is 1/λ where a Gram determines something and goes to 0 in its null space, where an inverse
     would blow up the rounding of residuals until no search direction has curvature any more.
-    Gradients of a softmax, or before a layer norm, always lie in a subspace. Of one Gram alone the
-    ridged inverse is all but the operator's own: a step or two solve the system before rounding
-    grows, and Cholesky solves cost less than forming f(A).
+    Gradients of a softmax, or before a layer norm, always lie in a subspace. Of one Gram alone that
+    is not singular the ridged inverse is all but the operator's own, and Cholesky solves cost less
+    than forming f(A); of a singular one f(A) is formed of its eigenvalues.
 
     Args:
         left: H `[out, out]`, or None for the identity.
@@ -284,16 +284,61 @@ def kronecker(
         unit_roundoff: the largest eps among the dtypes that the Grams came in.
 
     Cost: of two factors a Cholesky inverse and two products each, in float64, and two products an
-    application; of one factor n³/3 in float64 and two triangular solves an application.
+    application; of one factor n³/3 in float64 and two triangular solves an application, or an
+        eigenproblem and one product.
     """
     unit_roundoff = max(unit_roundoff, torch.finfo(dtype).eps)
     if left is None:
-        factor = _factor(right, ROUNDING_ERRORS * unit_roundoff)[0].to(dtype)
+        wide, ridge = _factor(right, ROUNDING_ERRORS * unit_roundoff)
+        if _reaches(wide, ridge):
+            values, vectors = lapack.eigh(right.double())
+            inverse = ((vectors * _filtered(values, unit_roundoff)) @ vectors.mT).to(dtype)
+            return lambda r: r @ inverse
+        factor = wide.to(dtype)
         return lambda r: torch.cholesky_solve(r.mT, factor).mT
     left_inverse, right_inverse = (
         _filtered_inverse(gram, unit_roundoff).to(dtype) for gram in (left, right)
     )
     return lambda r: left_inverse @ r @ right_inverse
+
+
+def of_rows(rows: Tensor, dtype: torch.dtype, unit_roundoff: float = 0.0) -> LinearMap:
+    """Return R -> R f(FᵀF) for rows F `[k, in]`, f as in `kronecker`; it stays among the rows.
+
+    Cost: an eigenproblem of side k in float64, and two products `[out, in]·[in, k]` an application.
+    """
+    unit_roundoff = max(unit_roundoff, torch.finfo(dtype).eps)
+    wide = rows.double()
+    values, vectors = lapack.eigh(wide @ wide.mT)
+    kept = _filtered(values, unit_roundoff)
+    # The directions Fᵀu/√λ have norm 1; their f goes with λ² to 0.
+    scaled = torch.where(values > 0, kept / values.clamp_min(torch.finfo(values.dtype).tiny), 0)
+    directions = (vectors.mT @ wide).to(dtype)
+    scaled = scaled.to(dtype)
+    return lambda r: ((r @ directions.mT) * scaled) @ directions
+
+
+def _filtered(values: Tensor, unit_roundoff: float) -> Tensor:
+    """Return λ²/(λ + ε)³ of a Gram's eigenvalues over their mean size, ε ten rounding errors."""
+    size = float(lapack.norm(values))
+    if not size:
+        return torch.zeros_like(values)
+    values = values.clamp_min(0) / size
+    return values.square() / (values + ROUNDING_ERRORS * unit_roundoff) ** 3
+
+
+def _reaches(factor: Tensor, ridge: float) -> bool:
+    """Tell whether (A + εI)⁻¹, of a Cholesky factor, is next to 1/ε somewhere: A is singular.
+
+    By three steps of inverse iteration, which find the norm of an inverse that large.
+    """
+    start = torch.Generator().manual_seed(0)
+    x = torch.randn(len(factor), 1, dtype=factor.dtype, generator=start).to(factor.device)
+    largest = 0.0
+    for _ in range(3):
+        x = torch.cholesky_solve(x / lapack.norm(x), factor)
+        largest = float(lapack.norm(x))
+    return ridge * largest > NEGLIGIBLE
 
 
 def _factor(gram: Tensor, ridge: float) -> tuple[Tensor, float]:

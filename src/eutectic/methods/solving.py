@@ -17,6 +17,7 @@ from eutectic.linalg.cg import (
     eigenbasis_pays,
     jacobi,
     kronecker,
+    of_rows,
 )
 from eutectic.linalg.gram import RidgedCholesky, ridged_cholesky
 from eutectic.linalg.rows_and_diagonal import RidgedInverse, ridged_inverse
@@ -124,6 +125,9 @@ def _approximate_inverse(system: System, preconditioner: Preconditioner) -> Line
         return None
     if preconditioner == "kronecker" and system.thin is not None:
         eps = max(system.unit_roundoff, torch.finfo(system.right_side.dtype).eps)
+        rest, rows = system.thin.remainder, system.thin.factor
+        if rows is not None and (rest is None or not bool(rest.any())):
+            return of_rows(rows, system.right_side.dtype, eps)
         inverse = _thin_inverse(system, ROUNDING_ERRORS * eps).inverse
         return lambda r: inverse.times(r).to(r)
     if preconditioner == "kronecker" and system.right is not None:
