@@ -43,7 +43,9 @@ class LayerStatistics:
     gradients Y `[n, out]` of the log-likelihood with respect to the layer's outputs:
 
     Attributes:
-        gram: A = XᵀX `[in, in]`, uncentred. None when `gram_factor` holds it instead.
+        gram: A = XᵀX `[in, in]`, uncentred. None when `gram_factor` holds it instead. Of a
+            convolution X are the patches that its kernels see; where it has several groups A is
+            `[groups, in, in]`, and `input_sum` `[groups·in]`.
         count: n, the number of tokens summed into `gram`.
         output_gradient_gram: H = YᵀY `[out, out]`. None when `output_gradient_factor` holds it.
         fisher_diagonal: Σ over examples of the squared gradient, in the parameter's shape.

@@ -417,17 +417,17 @@ def test_convolutions_on_request() -> None:
     assert_near(layer.dense_gram(), flat.T @ flat)
 
 
-def test_one_dimensional_and_grouped_convolutions() -> None:
+def test_one_dimensional_convolutions_and_those_that_are_left_out() -> None:
     model = nn.Sequential(nn.Conv1d(3, 4, 3, padding="same", padding_mode="reflect"))
     x = torch.randn(2, 3, 6)
     layer = collect(model, [x], convolutions=True)["0.weight"]
     rows = nn.functional.pad(x, (1, 1), mode="reflect").unfold(2, 3, 1)  # [2, 3, 6, 3]
     flat = rows.permute(0, 2, 1, 3).reshape(-1, 9).double()
     assert_near(layer.dense_gram(), flat.T @ flat)
-    grouped = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2), nn.Conv1d(4, 4, 1))
-    found = collect(grouped, [torch.randn(2, 4, 6)], convolutions=True)
+    turned = nn.Sequential(nn.ConvTranspose1d(4, 4, 3), nn.Conv1d(4, 4, 1))
+    found = collect(turned, [torch.randn(2, 4, 6)], convolutions=True)
     assert list(found) == ["1.weight"]
-    assert "grouped" in found.provenance["skipped"]["0.weight"]
+    assert "transposed" in found.provenance["skipped"]["0.weight"]
 
 
 def test_examples_without_a_token_are_refused(tmp_path: Path) -> None:

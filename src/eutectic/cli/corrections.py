@@ -142,6 +142,7 @@ _OPTIONS: Mapping[str, str] = {
     "method": "--method",
     "scale": "--scale",
     "post": "--post",
+    "convolutions": "--convolutions",
     "fallback": "--fallback",
     "shard_size": "--shard-size",
     "vocabulary": "--vocabulary",

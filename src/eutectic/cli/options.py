@@ -262,6 +262,11 @@ class RecipeOptions:
         "What follows the merge of every matrix, such as svc; see `eutectic methods`.",
         metavar="NAME[:KEY=VALUE,…]",
     )
+    convolutions: str | None = option(
+        None,
+        "matrix: kernels as matrices over the patches that they see (default: averaged).",
+        metavar="average | matrix",
+    )
     weight: list[str] | None = option(
         None, "Weight of an expert (default 1).", "--weight", "-w", metavar="NAME=W"
     )
@@ -414,6 +419,7 @@ def request(
         "method",
         "scale",
         "post",
+        "convolutions",
         "fallback",
         "shard_size",
         "vocabulary",

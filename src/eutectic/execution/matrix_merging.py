@@ -10,6 +10,7 @@ from torch import Tensor
 from eutectic.checkpoint.experts import Expert
 from eutectic.conventions import PARTS, is_packed
 from eutectic.errors import NumericalError
+from eutectic.execution.grouped_kernels import merge_groups
 from eutectic.execution.norms import Squares, squares_of
 from eutectic.execution.tensor_values import as_map, check_finite, read_base, read_delta, read_stack
 from eutectic.linalg.lowrank import LowRankStack
@@ -212,6 +213,8 @@ def merge_parts(
     suffix: str,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Merge one matrix `[T, out, in]`, part by part where it is a fused one."""
+    if planned.layout.groups > 1:
+        return _merge_kernels(planned, deltas, context, suffix)
     if not planned.layout.split:
         result = run_checked(planned, deltas, context)
         return result.delta, {suffix or "matrix": result.record} if result.record else {}
@@ -232,6 +235,20 @@ def merge_parts(
         if result.record:
             records[suffix + part] = result.record
     return torch.cat(merged), records
+
+
+def _merge_kernels(
+    planned: TensorPlan, deltas: Tensor | LowRankStack, context: Context, suffix: str
+) -> tuple[Tensor, dict[str, Any]]:
+    """Merge a convolution of several groups, each a matrix with inputs of its own."""
+    dense = deltas.dense() if isinstance(deltas, LowRankStack) else deltas
+
+    def merge(rows: Tensor, own: Context) -> tuple[Tensor, dict[str, Any]]:
+        result = run_checked(planned, rows, own)
+        return result.delta, result.record
+
+    merged, record = merge_groups(dense, context, planned.layout.groups, merge)
+    return merged, {suffix or "matrix": record} if record else {}
 
 
 def run_checked(planned: TensorPlan, deltas: Tensor | LowRankStack, context: Context) -> Merged:

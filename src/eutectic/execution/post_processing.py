@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import NumericalError
+from eutectic.execution.grouped_kernels import merge_groups
 from eutectic.execution.matrix_merging import (
     context_of,
     part_statistics,
@@ -54,6 +55,12 @@ def process_matrices(
         matrix = as_map(merged[slice(*span)], planned).to(inputs.device)
         results: list[Tensor] = []
         record: dict[str, Any] = {}
+        if planned.layout.groups > 1:
+            assert isinstance(deltas, Tensor)
+            matrix, told = _process_groups(planned, matrix, deltas, context)
+            squares[suffix] = squares_of(deltas, near, matrix)
+            yield span[0], matrix.flatten().cpu(), {suffix or "matrix": told}
+            continue
         for part, rows in planned.row_parts(len(matrix)):
             seen = some_rows(deltas, rows) if part else deltas
             own = dataclasses.replace(context, tensor=context.tensor + part) if part else context
@@ -69,6 +76,20 @@ def process_matrices(
         if planned.layout.transpose:
             whole = whole.mT
         yield span[0], whole.contiguous().flatten().cpu(), record
+
+
+def _process_groups(
+    planned: TensorPlan, merged: Tensor, deltas: Tensor, context: Context
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return what the post-processor makes of every group of a convolution."""
+    parts = iter(merged.chunk(planned.layout.groups))
+
+    def merge(rows: Tensor, own: Context) -> tuple[Tensor, dict[str, Any]]:
+        result, told = process(planned, next(parts), rows, own)
+        assert isinstance(result, Tensor)
+        return result, told
+
+    return merge_groups(deltas, context, planned.layout.groups, merge)
 
 
 def process(

@@ -66,7 +66,7 @@ def _check(parameters: FlowParameters, weights: Sequence[float]) -> str | None:
         fallback=always("flow"),
     ),
     cost=Cost(workspace=always(5.0), products=20.0, statistics_copies=always(1.0)),
-    rules=Rules(check=_check, spans=True),
+    rules=Rules(check=_check, spans=True, each_row=True),
 )
 def flow(deltas: Tensor, parameters: FlowParameters, context: Context) -> Merged:
     """Return X(τ) = X₀ + (D − X₀C)·Q diag(h(λ)/λ) Qᵀ, with C = Σ w_tA_t = QΛQᵀ, D = Σ w_tΔ_tA_t.

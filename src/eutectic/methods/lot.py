@@ -38,7 +38,7 @@ class LotParameters(Parameters):
     laws={"permutation", "homogeneous", "zero", "absent", "rotation"},
     takes=Takes(needs=always(frozenset({"gram"})), fallback=always("lot")),
     cost=Cost(workspace=always(3.0), products=20.0, statistics_copies=always(1.0)),
-    rules=Rules(check=negative_weights, spans=True),
+    rules=Rules(check=negative_weights, spans=True, each_row=True),
 )
 def lot(deltas: Tensor, parameters: LotParameters, context: Context) -> Merged:
     """Return (Σ w_tΔ_tA_t)(Σ w_tA_t)⁺, the Δ of least norm that minimises Σ w_t‖X_t(Δ − Δ_t)ᵀ‖².

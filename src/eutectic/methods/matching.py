@@ -142,7 +142,7 @@ def _explain(shape: tuple[int, ...], parameters: MatsParameters, precision: Prec
         statistics_copies=lambda p: 1.0 if p.operator == "kfac" else 0.0,
         keeps_rows=lambda p: p.operator != "kfac" or p.preconditioner != "kronecker",
     ),
-    rules=Rules(check=negative_weights, explain=_explain),
+    rules=Rules(check=negative_weights, explain=_explain, each_row=True),
 )
 def mats(deltas: Tensor | LowRankStack, parameters: MatsParameters, context: Context) -> Merged:
     """Return an approximate solution Δ of Σ w_tC_t(Δ) = Σ w_tC_t(Δ_t), from an initial guess.
@@ -302,7 +302,7 @@ class RegMeanParameters(Parameters):
         fallback=always("regmean"),
     ),
     cost=Cost(workspace=always(4.0), products=4.0, keeps_rows=always(True)),
-    rules=Rules(check=negative_weights),
+    rules=Rules(check=negative_weights, each_row=True),
 )
 def regmean(
     deltas: Tensor | LowRankStack, parameters: RegMeanParameters, context: Context

@@ -203,6 +203,8 @@ class Rules:
             more directions than they have together; None: as those do that take thin factors.
         shares_rows: whether the parts of a fused matrix, merged one by one, have their rows in one
             span, so that together they have no more directions than each alone.
+        each_row: whether it merges the rows of a matrix each by itself, so that one row is merged
+            as well as many: solutions of linear systems on the inputs. Others flatten a spectrum.
         flat_in: the metric in which all directions of the merged delta are alike: "plain" for Δ,
             "inputs" for ΔC̄^{1/2}. What cuts it there has to choose by something else.
     """
@@ -217,6 +219,7 @@ class Rules:
     thin: Callable[[LowRankStack, Any, Context], LowRank | None] | None = None
     spans: bool | None = None
     shares_rows: bool = True
+    each_row: bool = False
     flat_in: Literal["plain", "inputs"] | None = None
 
 

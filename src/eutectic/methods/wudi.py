@@ -16,7 +16,7 @@ from eutectic.types import Merged
     paper="Whoever started the interference should end it, arXiv 2503.08099",
     laws={"permutation", "homogeneous", "zero", "single", "copies", "absent"},
     cost=Cost(workspace=always(6.0), products=12.0),
-    rules=Rules(check=negative_weights, spans=True),
+    rules=Rules(check=negative_weights, spans=True, each_row=True),
 )
 def wudi(deltas: Tensor, parameters: Parameters, context: Context) -> Merged:
     """Return the Δ of least norm that minimises Σ w_t‖(Δ − Δ_t)Δ_tᵀ‖²_F/‖Δ_t‖²_F.

@@ -40,6 +40,7 @@ class Site:
     shape: tuple[int, int]  # [out, in] of the linear map, whatever the weight's own layout
     weight: Tensor
     tied: list[nn.Module] = field(default_factory=list)  # they add to the same statistics
+    groups: int = 1  # of a convolution, each a map of its own `[out / groups, in / groups]`
 
     def matrix(self, stored: Tensor) -> Tensor:
         """Return the map `[out, in]` of a layer from its parameter as stored; no convolution's."""
@@ -56,19 +57,25 @@ class Sites:
 
 
 def find_sites(
-    model: nn.Module, patterns: Sequence[str] | None = None, convolutions: bool = False
+    model: nn.Module,
+    patterns: Sequence[str] | None = None,
+    convolutions: bool = False,
+    grouped: bool = False,
 ) -> Sites:
     """Return the linear layers of `model` in module order.
 
     `nn.Linear` and its subclasses, transformers' `Conv1D`, both projections of
-    `nn.MultiheadAttention`, and (`convolutions`) ungrouped `nn.Conv1d` and `nn.Conv2d`. Matrices
-    that are multiplied in another way are listed as skipped. `patterns` are globs over parameter
-    names; None observes all layers.
+    `nn.MultiheadAttention`, and (`convolutions`) `nn.Conv1d` and `nn.Conv2d`, those of several
+    groups only where they are asked for (`grouped`). Matrices that are multiplied in another way
+    are listed as skipped. `patterns` are globs over parameter names; None observes all layers.
     """
     sites = Sites([], {}, {})
     by_weight: dict[tuple[int, str], Site] = {}
     observed: set[int] = set()
     for site in _linear_maps(model, convolutions, sites.skipped):
+        if site.groups > 1 and not grouped:
+            sites.skipped[site.name] = "grouped convolution"
+            continue
         observed.add(id(site.weight))
         if not selected(site.name, patterns):
             continue
@@ -169,7 +176,7 @@ def as_matrix(site: Site, inputs: Tensor) -> Tensor:
     """Return the inputs with features last: patches of a convolution, else unchanged.
 
     A convolution's `[B, C, *spatial]` becomes `[B, positions, C·k·k]`, in the order of
-    `weight.flatten(1)`.
+    `weight.flatten(1)`, group after group.
     """
     if site.kind != "convolution":
         return inputs
@@ -239,11 +246,12 @@ def _linear_maps(model: nn.Module, convolutions: bool, skipped: dict[str, str]) 
             shape = (weight.shape[1], weight.shape[0])
             yield Site(name, path, module, "conv1d", role, shape, weight)
         elif convolutions and isinstance(module, _CONVOLUTIONS):
-            if isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == 1:
-                shape = (module.weight.shape[0], module.weight[0].numel())
-                yield Site(name, path, module, "convolution", role, shape, module.weight)
+            if isinstance(module, nn.Conv1d | nn.Conv2d):
+                weight, groups = module.weight, module.groups
+                shape = (weight.shape[0], groups * weight[0].numel())
+                yield Site(name, path, module, "convolution", role, shape, weight, groups=groups)
             else:
-                skipped[name] = "grouped, transposed or 3-D convolution"
+                skipped[name] = "transposed or 3-D convolution"
 
 
 def _attention_sites(path: str, module: nn.MultiheadAttention, role: Role) -> Iterator[Site]:

@@ -69,7 +69,7 @@ def cut_notes(tensors: Sequence[TensorPlan], adapter: AdapterPlan) -> list[Note]
 
 def _has_inputs(planned: TensorPlan, adapter: AdapterPlan, inputs: Inputs) -> bool:
     """Tell whether every expert that has a say knows the inputs of a layer."""
-    if not _is_thin(planned, adapter) or planned.layout.stacked:
+    if not _is_thin(planned, adapter) or planned.layout.stacked or planned.layout.groups > 1:
         return False
     taking = [s for s in planned.experts if s.weight]
     return bool(taking) and not any(

@@ -36,6 +36,7 @@ from eutectic.planning.cut_metric import cut_faults, cut_in_inputs, cut_notes
 from eutectic.planning.directions import directed, first_direction
 from eutectic.planning.fallbacks import fallback_faults, fallen_share, merged_mostly_by
 from eutectic.planning.inputs import Inputs, MergeRequest
+from eutectic.planning.kernels import kernel_faults
 from eutectic.planning.layer_config import Edit, layer_edits
 from eutectic.planning.notes import notes_on
 from eutectic.planning.shapes import another_base, empty_heads, shape_faults
@@ -163,6 +164,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
         placed = [with_vocabulary(t, vocabulary, opened) for t in tensors]
         _refuse([fault for fault in placed if isinstance(fault, Fault)], source)
         tensors = [t for t in placed if not isinstance(t, Fault)]
+    _refuse(kernel_faults(tensors, request), source)
     substitutes = fallback_faults(tensors, request) if recipe.fallback == "error" else []
     _refuse([*substitutes, *_unfit(tensors)], source)
     heads = _heads(recipe, opened, tensors, request.ties)
@@ -321,6 +323,8 @@ def _stated_request(recipe: Recipe) -> StatedRequest:
     complete, hub_base = recipe.model_dump(mode="json"), _is_hub_id(recipe.reference)
     if recipe.post is None:  # as before there were any
         complete = {k: v for k, v in complete.items() if k != "post"}
+    if recipe.convolutions == "average":
+        complete = {k: v for k, v in complete.items() if k != "convolutions"}
     if recipe.adapter_options is None:
         complete = {k: v for k, v in complete.items() if k not in ("output", "adapter")}
     else:  # what becomes of other changes is decided when all is merged

@@ -14,6 +14,7 @@ from eutectic.conventions_patterns import fits
 from eutectic.errors import Fault, Note
 from eutectic.methods import get_method
 from eutectic.planning.inputs import MergeRequest
+from eutectic.planning.kernels import rows_apart, with_kernels
 from eutectic.planning.statistics_match import lacks
 from eutectic.planning.tensor_plan import Source, TensorPlan
 from eutectic.planning.treatment import Decision, decide
@@ -29,6 +30,7 @@ def plan_tensor(entry: TensorEntry, request: MergeRequest) -> TensorPlan | Fault
     decision = _decide(entry, partner, request)
     if isinstance(decision, Fault):
         return decision
+    decision = with_kernels(entry, decision, request)
     having: dict[str, TensorEntry] = {}
     lacking: list[str] = []
     taking = request.taking(entry.name)
@@ -206,6 +208,8 @@ def with_method(planned: TensorPlan, request: MergeRequest) -> TensorPlan:
             has_rule = planned.name not in {*tied, *tied.values()}
             reason += () if has_rule else (Note("averaged_as_tied"),)
         chosen = method.name if has_rule else "average"
+    elif rows_apart(planned) and not (method.elementwise or method.each_row):
+        chosen, reason = "average", (*reason, Note("kernels_of_one_row"))
     if chosen == method.name and needs and planned.layout.stacked:
         chosen = method.fallback(parameters)
         reason += (Note("no_statistics_of_stacks"),)

@@ -277,6 +277,8 @@ class Recipe(BaseModel, extra="forbid", frozen=True):
     post: Annotated[str | dict[str, Any] | None, BeforeValidator(_post)] = None
     scale: Scale | None = None  # α, or a search for it; None takes the method's default
     scale_tensors: Literal["all", "matrix"] = "all"  # what α multiplies
+    # Kernels of convolutions: averaged, or as matrices `[out, in·k·k]` over the patches they see.
+    convolutions: Literal["average", "matrix"] = "average"
     # Of the output, also as bf16, fp16, fp32, fp64; None leaves every tensor in its own.
     dtype: Literal["float16", "bfloat16", "float32", "float64"] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0  # of all random numbers

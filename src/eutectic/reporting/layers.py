@@ -143,7 +143,7 @@ def _factors(planned: TensorPlan, inputs: Inputs) -> dict[str, LowRank]:
 
 
 def _records(planned: TensorPlan, inputs: Inputs) -> dict[str, LayerStatistics]:
-    if planned.layout.stacked:
+    if planned.layout.stacked or planned.layout.groups > 1:
         return {}  # the blocks see different inputs
     return {
         source.owner: statistics.read(inside, _GRAM)

@@ -31,6 +31,7 @@ from eutectic.models.sites import (
     is_encoder_decoder,
     named_parameters,
 )
+from eutectic.statistics.group_gram import group_bytes
 from eutectic.statistics.settings import Settings
 from eutectic.statistics.sketch import sum_bytes
 
@@ -106,6 +107,8 @@ class Plan:
             if settings.core is not None:
                 width = len(settings.core.rows[leader.name])
             need = 2 * sum_bytes(width, settings.rank) if settings.grams else 0
+            if leader.groups > 1:
+                need = group_bytes(leader.groups, width // leader.groups) if settings.grams else 0
             need += sum(sum_bytes(s.shape[0], settings.rank) for s in outputs)
             if need:
                 units.append((Plan(dict.fromkeys(members, leader), outputs), need))
@@ -132,7 +135,7 @@ def make_plan(model: nn.Module, batch: Batch, settings: Settings) -> Plan:
             plan.block[name] = p
     if not (settings.grams or settings.output_gradients):
         return plan
-    sites = find_sites(model, settings.layers, settings.convolutions)
+    sites = find_sites(model, settings.layers, settings.convolutions, grouped=True)
     device = device_of(model)
     sample = transform(examples(batch, 0, min(2, sample_count(batch))), lambda t: t.to(device))
     probe = Probe(make_layout(model, sample, settings))

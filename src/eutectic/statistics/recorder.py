@@ -12,6 +12,7 @@ from eutectic.models.batches import Layout, Tokens, same_memory, token_means
 from eutectic.models.sites import Site, as_matrix, output_rows
 from eutectic.statistics.collection_plan import Plan
 from eutectic.statistics.gram import GramSum, Rank, as_float, check_finite
+from eutectic.statistics.group_gram import GroupedGramSum
 from eutectic.statistics.settings import Settings
 from eutectic.statistics.sketch import SketchSum, sum_of
 from eutectic.types import gram_names
@@ -29,13 +30,16 @@ class PassSums:
     """
 
     def __init__(self, plan: Plan, settings: Settings) -> None:
-        self.grams: dict[str, GramSum | SketchSum] = {}
+        self.grams: dict[str, GramSum | SketchSum | GroupedGramSum] = {}
         self.totals: dict[str, Tensor] = {}
         self._devices: dict[str, torch.device] = {}
         self._core = {} if settings.core is None else settings.core.rows
         for site in dict.fromkeys(plan.leaders.values()) if settings.grams else ():
             if self._core:
                 self._begin(f"{site.name}/{CORE}", len(self._core[site.name]), site.weight)
+                continue
+            if site.groups > 1:
+                self._begin_groups(site)
                 continue
             for gram, total in _OF_INPUTS.items():
                 self._begin(f"{site.name}/{gram}", site.shape[1], site.weight, settings.rank)
@@ -54,6 +58,13 @@ class PassSums:
     def _begin(self, key: str, width: int, parameter: Tensor, rank: Rank | None = None) -> None:
         self.grams[key], self._devices[key] = sum_of(width, rank), _sum_device(parameter)
 
+    def _begin_groups(self, site: Site) -> None:
+        """Begin what is kept of a grouped convolution: no router ever reads its pooled sums."""
+        key, width = f"{site.name}/gram", site.shape[1]
+        self.grams[key] = GroupedGramSum(site.groups, width // site.groups)
+        self._devices[key] = _sum_device(site.weight)
+        self.totals[f"{site.name}/input_sum"] = torch.zeros(width, dtype=torch.float64)
+
     def add_inputs(self, site: Site, rows: Tensor, means: Tensor | None) -> None:
         """Add tokens `[n, in]` and per-sample means `[samples, in]`."""
         if self._core:
@@ -61,7 +72,7 @@ class PassSums:
             self.grams[f"{site.name}/{CORE}"].add(seen)
             return
         for added, (gram, total) in zip((rows, means), _OF_INPUTS.items(), strict=True):
-            if added is not None:
+            if added is not None and f"{site.name}/{gram}" in self.grams:
                 self.totals[f"{site.name}/{total}"] += added.sum(0, dtype=torch.float64).cpu()
                 self.grams[f"{site.name}/{gram}"].add(added)
 
@@ -102,7 +113,8 @@ class PassSums:
         for key, gram in self.grams.items():
             name, _, statistic = key.rpartition("/")
             if statistic == "gram":
-                found[name] = (gram.count, self.grams[f"{name}/pooled_gram"].count)
+                pooled = self.grams.get(f"{name}/pooled_gram")
+                found[name] = (gram.count, 0 if pooled is None else pooled.count)
             elif statistic == CORE:
                 found[name] = (gram.count, 0)
             elif statistic == "output_gradient_gram":

@@ -2,7 +2,8 @@
 
 A safetensors file that any reader of the format opens. Tensors are `<parameter>/<statistic>`:
 
-    gram | gram_factor, gram_diagonal                    Σ x xᵀ over tokens
+    gram | gram_factor, gram_diagonal                    Σ x xᵀ over tokens; [groups, in, in] of a
+                                                         convolution of several groups
     core_gram | core_factor                              Σ (Ax)(Ax)ᵀ over tokens, A adapters' rows
     input_sum                                            Σ x over tokens
     pooled_gram | pooled_factor, pooled_diagonal         Σ x̄ x̄ᵀ over samples, x̄ the mean of a sample
@@ -19,6 +20,7 @@ under which, beside counts, shapes and provenance. `examples` holds a hash of ev
 from __future__ import annotations
 
 import json
+import math
 from collections import ChainMap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -320,10 +322,22 @@ def _check_tensor(path: Path, name: str, shape: tuple[int, ...], record: Mapping
     else:
         width = size[:1] if stored.startswith("output_gradient") else size[-1:]
         sound = len(shape) in (1, 2) and [*shape[-1:]] == [*width]
+        if stored == "gram" and (groups := groups_of(layers[layer])) > 1:
+            inner = size[-1] // groups
+            sound = [*shape] == [groups, inner, inner]
     if not sound:
         raise StatisticsError(
             f"{path}: tensor '{name}' {[*shape]} does not fit a layer of shape {size}."
         )
+
+
+def groups_of(layer: Mapping[str, Any]) -> int:
+    """Return how many groups a layer of a record has: 1 but for grouped convolutions."""
+    shape, parameter = layer["shape"], layer["parameter"]
+    kernel = math.prod(parameter[1:])
+    if layer.get("kind") != "convolution" or len(shape) != 2 or not kernel:
+        return 1
+    return max(shape[1] // kernel, 1)
 
 
 def core_ranks(record: Mapping[str, Any]) -> Mapping[str, list[int]]:

@@ -170,6 +170,7 @@ def _usable_layers(plan: Plan, inputs: Inputs) -> list[TensorPlan]:
         if t.tunable
         and t.treatment is Treatment.MATRIX
         and not t.layout.stacked
+        and t.layout.groups == 1
         and all(_has_gram(source, inputs) for source in t.experts)
     ]
 

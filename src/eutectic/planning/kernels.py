@@ -1,0 +1,92 @@
+"""Convolutions as matrices over patches: which kernels are, in how many groups, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from eutectic.checkpoint.index import TensorEntry
+from eutectic.errors import Fault, Note
+from eutectic.methods import get_method
+from eutectic.planning.inputs import MergeRequest
+from eutectic.planning.tensor_plan import TensorPlan
+from eutectic.planning.treatment import Decision
+from eutectic.statistics.statistics_file import groups_of
+from eutectic.types import Treatment
+
+KERNEL = "kernel_as_matrix"
+_NO_STATISTICS = frozenset({"no_statistics"})
+
+
+def with_kernels(entry: TensorEntry, decision: Decision, request: MergeRequest) -> Decision:
+    """Return the decision for a kernel that the recipe takes as a matrix, and its groups.
+
+    A kernel `[out, in/groups, *k]` is the matrix `[out, in·k]` of its patches, one for each group.
+    No header says how many groups there are: statistics do, which have a Gram for each. Kernels of
+    one channel may be a map of one input or one for every channel, so that without statistics they
+    are averaged.
+    """
+    axes = len(entry.shape)
+    if axes < 3 or decision.layout.stacked or decision.layout.split:
+        return decision
+    asked = request.recipe.convolutions == "matrix" and decision.treatment is Treatment.CONV
+    if decision.treatment is not Treatment.MATRIX and (decision.ruled or not asked):
+        return decision
+    groups = _groups(entry, request)
+    if asked:
+        if groups is None and entry.shape[1] == 1:
+            return decision.because(*decision.reason, Note("groups_unknown"))
+        decision = decision.because(Note(KERNEL), treatment=Treatment.MATRIX)
+    if groups is None or groups == 1 or entry.shape[0] % groups:
+        return decision
+    return replace(decision, layout=replace(decision.layout, groups=groups))
+
+
+def _groups(entry: TensorEntry, request: MergeRequest) -> int | None:
+    """Return the groups that statistics of any expert have of a kernel, None where none says so."""
+    for owner, statistics in request.inputs.statistics.items():
+        own = request.statistics_names.get(owner, {}).get(entry.name)
+        if own is None or not statistics.has(own, "gram"):
+            continue
+        layers = statistics.provenance.get("layers")
+        if layers is not None:
+            return groups_of(layers[own])
+        gram = statistics.read(own, {"gram"}).gram  # in memory, where nothing is read
+        return 1 if gram is None or gram.ndim < 3 else len(gram)
+    return None
+
+
+def rows_apart(planned: TensorPlan) -> bool:
+    """Tell whether each row of a kernel sees channels of its own: a depthwise convolution."""
+    return 1 < planned.layout.groups == planned.shape[0]
+
+
+def kernel_faults(tensors: Sequence[TensorPlan], request: MergeRequest) -> list[Fault]:
+    """Return why `convolutions: matrix` would change nothing, or would have no statistics."""
+    if request.recipe.convolutions == "average":
+        return []
+    line = request.document.line("convolutions")
+    kernels = [t for t in tensors if any(note.kind == KERNEL for note in t.reason)]
+    if not kernels:
+        what = "no tensor that is merged is a convolution whose groups are known."
+        choose = "Leave convolutions out, or give statistics with them (collect --convolutions)."
+        return [Fault("no_convolution", what, "convolutions", line, next=choose)]
+    if all(get_method(t.method).elementwise and t.post is None for t in kernels):
+        apart = sorted({t.method for t in kernels})[0]
+        if any(note.kind == "kernels_of_one_row" for t in kernels for note in t.reason):
+            what = "all convolutions here are depthwise, each row a map of its own, and "
+            what += f"{request.method.name} averages single rows."
+        else:
+            what = f"{apart} works entry by entry, whatever shape the entries have."
+        choose = "Leave convolutions out, or choose a method on matrices."
+        return [Fault("convolutions_apart", what, "convolutions", line, next=choose)]
+    without = [t for t in kernels if any(note.kind in _NO_STATISTICS for note in t.reason)]
+    if without and len(without) == len(kernels) and request.recipe.fallback == "error":
+        what = f"method '{request.method.name}' needs statistics of the convolutions of every "
+        what += "expert, and of none are there any."
+        choose = (
+            "Collect them with --convolutions (eutectic collect EXPERT --data FILE --convolutions "
+            "-o FILE), leave convolutions out, or choose fallback: allow."
+        )
+        return [Fault("statistics_needed", what, "convolutions", line, next=choose)]
+    return []

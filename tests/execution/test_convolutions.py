@@ -1,0 +1,214 @@
+"""Convolutions as matrices over patches: 1×1 kernels are linear layers, groups stand apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import eutectic
+from eutectic.errors import RequestError
+from eutectic.statistics import collect
+from helpers.cli import invoke
+from helpers.folders import save
+
+SEEDS = {"a": 1, "b": 2, "c": 3}
+METHODS: dict[str, dict[str, Any]] = {
+    "iso_a": {},
+    "iso_c": {},
+    "regmean": {},
+    "mats": {"operator": "gram", "iterations": 4},
+    "esm": {"preset": "vit"},
+    "flow": {},
+    "lot": {},
+}
+
+
+def model(seed: int, groups: int = 1, kernel: int = 3, scale: float = 0.1) -> nn.Sequential:
+    """A convolution and a linear layer, near those of seed 0."""
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Conv2d(4, 8, kernel, padding=kernel // 2, groups=groups))
+    made.append(nn.Flatten()).append(nn.Linear(8 * 25, 3))
+    if seed:
+        torch.manual_seed(seed)
+        for parameter in made.parameters():
+            parameter.data += scale * torch.randn_like(parameter)
+    return made
+
+
+def images(seed: int) -> Tensor:
+    torch.manual_seed(10 + seed)
+    return torch.randn(6, 4, 5, 5) * torch.rand(4, 1, 1) + torch.randn(4, 1, 1)
+
+
+def merged(method: str, groups: int, kernel: int = 3, **options: Any) -> dict[str, Tensor]:
+    experts = {name: model(seed, groups, kernel) for name, seed in SEEDS.items()}
+    statistics = {
+        name: collect(expert, [images(SEEDS[name])], convolutions=True)
+        for name, expert in experts.items()
+    }
+    base = kernel_of(model(0, groups, kernel))
+    found = eutectic.merge_state_dicts(
+        base,
+        {name: kernel_of(expert) for name, expert in experts.items()},
+        method=method,
+        statistics=statistics,
+        **{"scale": 1.0, "convolutions": "matrix", **options},
+    )
+    return {name: tensor.double() - base[name] for name, tensor in found.items()}
+
+
+def kernel_of(made: nn.Sequential) -> dict[str, Tensor]:
+    """The convolution alone: no other layer is compared with it."""
+    return {name: t for name, t in made.state_dict().items() if name.startswith("0.")}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_1x1_convolution_is_a_linear_layer_on_pixels(method: str) -> None:
+    found = merged(method, 1, 1, **METHODS[method])["0.weight"]
+    base, linear = model(0, 1, 1)[0].weight[:, :, 0, 0], {}
+    for name, seed in SEEDS.items():
+        linear[name] = nn.Sequential(nn.Linear(4, 8, bias=False))
+        linear[name][0].weight.data = model(seed, 1, 1)[0].weight[:, :, 0, 0].detach()
+    statistics = {
+        name: collect(one, [images(SEEDS[name]).permute(0, 2, 3, 1).reshape(6, 25, 4)])
+        for name, one in linear.items()
+    }
+    expected = eutectic.merge_state_dicts(
+        {"0.weight": base.detach()},
+        {name: one.state_dict() for name, one in linear.items()},
+        method=method,
+        statistics=statistics,
+        scale=1.0,
+        **METHODS[method],
+    )["0.weight"]
+    torch.testing.assert_close(
+        found[:, :, 0, 0], (expected - base).double().detach(), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_least_squares_of_a_convolution_is_that_of_its_outputs() -> None:
+    """Against a solver that knows convolutions only: the kernel whose outputs fit best."""
+    for groups in (1, 2, 4):
+        found = merged("regmean", groups, off_diagonal=1.0)["0.weight"]
+        rows, wanted = [], []
+        for seed in SEEDS.values():
+            x = images(seed).double()
+            delta = (model(seed, groups)[0].weight - model(0, groups)[0].weight).double()
+            basis = torch.eye(delta.numel(), dtype=torch.float64).view(-1, *delta.shape)
+            each = [nn.functional.conv2d(x, e, None, 1, 1, 1, groups).flatten() for e in basis]
+            rows.append(torch.stack(each, 1))
+            wanted.append(nn.functional.conv2d(x, delta, None, 1, 1, 1, groups).flatten())
+        fitted = torch.linalg.lstsq(torch.cat(rows), torch.cat(wanted)[:, None]).solution
+        torch.testing.assert_close(found.flatten(), fitted.flatten(), rtol=1e-3, atol=1e-4)
+
+
+def test_groups_are_matrices_of_their_own_and_single_rows_have_no_spectrum() -> None:
+    for groups in (1, 2):
+        found = merged("iso_c", groups)["0.weight"].flatten(1).chunk(groups)
+        deltas = [
+            (model(seed, groups)[0].weight - model(0, groups)[0].weight).detach().flatten(1)
+            for seed in SEEDS.values()
+        ]
+        for index, own in enumerate(found):
+            stack = torch.stack([d.chunk(groups)[index] for d in deltas])
+            u, s, v = torch.linalg.svd(stack.double().sum(0), full_matrices=False)
+            torch.testing.assert_close(own, u @ v * s.mean(), rtol=1e-4, atol=1e-5)
+    # Depthwise: Iso-A would only add the experts up; their mean is taken.
+    torch.manual_seed(0)
+    experts = {n: depthwise(seed) for n, seed in SEEDS.items()}
+    statistics = {n: collect(e, [images(SEEDS[n])], convolutions=True) for n, e in experts.items()}
+    states = {n: e.state_dict() for n, e in experts.items()}
+    base = depthwise(0).state_dict()
+    options: dict[str, Any] = {"statistics": statistics, "scale": 1.0}
+    found = eutectic.merge_state_dicts(
+        base, states, method="iso_a", convolutions="matrix", **options
+    )
+    mean = torch.stack([s["0.weight"] for s in states.values()]).mean(0)
+    torch.testing.assert_close(found["0.weight"], mean)
+    plain = eutectic.merge_state_dicts(base, states, method="iso_a", **options)
+    assert not torch.allclose(found["1.weight"], plain["1.weight"], atol=1e-3)
+
+
+def depthwise(seed: int) -> nn.Sequential:
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 6, 3))
+    torch.manual_seed(seed)
+    for parameter in made.parameters() if seed else ():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return made
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_one_expert_gives_itself_and_zero_deltas_the_base(groups: int) -> None:
+    base, expert = model(0, groups), model(1, groups)
+    statistics = {"a": collect(expert, [images(1)], convolutions=True)}
+    for kept in (expert, base):
+        found = eutectic.merge_state_dicts(
+            base.state_dict(),
+            {"a": kept.state_dict()},
+            method="regmean",
+            statistics=statistics,
+            statistics_of="any",
+            convolutions="matrix",
+        )
+        for name, tensor in kept.state_dict().items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-4)
+
+
+def test_files_give_what_memory_gives_and_the_plan_says_so(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", depthwise(0).state_dict())
+    words = ["--base", str(base), "--convolutions", "matrix", "--scale", "1"]
+    states: dict[str, Any] = {}
+    statistics: dict[str, Any] = {}
+    for name, seed in SEEDS.items():
+        expert = depthwise(seed)
+        states[name] = expert.state_dict()
+        folder = save(tmp_path / name, states[name])
+        file = tmp_path / f"{name}.safetensors"
+        statistics[name] = collect(expert, [images(seed)], file, convolutions=True)
+        words += [f"{name}={folder}", "--statistics", f"{name}={file}"]
+    shown = invoke("plan", "-m", "regmean", *words, "--all")
+    assert "convolution as a matrix over patches" in shown.out, shown.err
+    assert invoke("merge", "-m", "regmean", *words, "-o", tmp_path / "out").code == 0
+    expected = eutectic.merge_state_dicts(
+        depthwise(0).state_dict(),
+        states,
+        method="regmean",
+        statistics=statistics,
+        convolutions="matrix",
+        scale=1.0,
+    )
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "ties"}, "ties works entry by entry"),
+        ({"method": "regmean"}, "of none are there any"),
+        ({"method": "iso_c", "convolutions": "patches"}, "average"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(options: dict[str, Any], said: str) -> None:
+    base, experts = model(0), {n: model(s).state_dict() for n, s in SEEDS.items()}
+    linear = {n: collect(model(s), [images(s)], layers=["2.weight"]) for n, s in SEEDS.items()}
+    with pytest.raises(RequestError, match=said):
+        eutectic.merge_state_dicts(
+            base.state_dict(),
+            experts,
+            **{"statistics": linear, "convolutions": "matrix", **options},
+        )
+
+
+def test_models_without_convolutions_are_refused() -> None:
+    base = {"0.weight": torch.randn(4, 3)}
+    with pytest.raises(RequestError, match="no tensor that is merged is a convolution"):
+        eutectic.merge_state_dicts(
+            base, {"a": base, "b": base}, method="iso_c", convolutions="matrix"
+        )
