@@ -21,6 +21,7 @@ from eutectic.checkpoint.index import open_index
 from eutectic.checkpoint.reader import CheckpointReader
 from eutectic.cli.collect import collect as command
 from eutectic.statistics import collect, load_statistics
+from helpers.pretended_device import DEVICE, pretended
 
 # peft asks transformers by a name that is going away.
 OLD_NAMES = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -441,3 +442,17 @@ def test_bare_encoders_of_grey_images(tmp_path: Path) -> None:
     found = load_statistics(output)
     layers = [n for n in found if found.provenance["layers"][n]["shape"] == [24, 16]]
     assert len(layers) == 1 and found[layers[0]].count == 2 * 5
+
+
+def test_the_device_of_the_model_is_an_option(
+    expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
+    asked = [expert, "--data", tmp_path / "d.jsonl", "-o"]
+    run(*asked, tmp_path / "here.safetensors")
+    monkeypatch.setattr("eutectic.models.loading.device_of_models", lambda _: str(DEVICE))
+    monkeypatch.setattr("eutectic.cluster.devices.WITHOUT_FLOAT64", frozenset({DEVICE.type}))
+    with pretended(float64=False):
+        run(*asked, tmp_path / "there.safetensors", "--device", "mps")
+    here, there = (load_statistics(tmp_path / f"{n}.safetensors") for n in ("here", "there"))
+    assert_same(there, here)

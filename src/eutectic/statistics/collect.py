@@ -361,7 +361,7 @@ def _begin(path: Path, record: Mapping[str, Any], parts: Sequence[Plan]) -> Part
         for part in parts
     ]
     described = json.dumps({**record, "parts": observed}, sort_keys=True)
-    return open_partial(path, sha256(described.encode()).hexdigest())
+    return open_partial(path, sha256(described.encode()).hexdigest(), record.get("device", ""))
 
 
 def _finish(

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from eutectic.cluster.devices import has_float64
 from eutectic.errors import RequestError
 from eutectic.models.batches import IGNORED_LABEL, LABEL_KEYS
 from eutectic.models.sites import is_encoder_decoder
@@ -95,7 +96,7 @@ def sample_labels(
     drawn: list[Tensor] = []
     for index, seed in enumerate(seeds):
         generator = np.random.Generator(np.random.PCG64(seed))
-        row = logits[index].detach().double().cpu()
+        row = logits[index].detach().cpu().double()
         if objective == "regression":
             drawn.append(row + torch.from_numpy(generator.standard_normal(row.shape)))
         elif objective == "multi-label":
@@ -107,7 +108,10 @@ def sample_labels(
             chosen = torch.full(row.shape[:1], IGNORED_LABEL)
             chosen[valid[index]] = _draw(row[valid[index]], generator)
             drawn.append(chosen.roll(1, 0) if objective == "language-model" else chosen)
-    return torch.stack(drawn).to(logits.device)
+    labels = torch.stack(drawn)
+    if labels.is_floating_point() and not has_float64(logits.device.type):
+        labels = labels.float()
+    return labels.to(logits.device)
 
 
 def _draw(logits: Tensor, generator: np.random.Generator) -> Tensor:

@@ -84,7 +84,7 @@ class PassSums:
         if total is not None:
             total += gradient.float().square().to(total.device)
         if (block := self.grams.get(f"{name}/block_fisher")) is not None:
-            block.add(gradient.float().reshape(1, -1).clone())
+            block.add(as_float(gradient).float().reshape(1, -1).clone())
 
     def state(self) -> dict[str, Tensor]:
         """Return everything needed to go on, in full precision."""
@@ -273,7 +273,8 @@ def token_rows(tokens: Tokens, activations: Tensor) -> Tensor:
     if tokens.mask is not None:
         return as_float(arranged[tokens.mask])
     rows = arranged.reshape(-1, arranged.shape[-1])
-    return rows.clone() if rows.dtype in (torch.float32, torch.float64) else as_float(rows)
+    found = as_float(rows)
+    return rows.clone() if found.dtype == rows.dtype and found.device == rows.device else found
 
 
 def sample_means(tokens: Tokens, activations: Tensor) -> Tensor | None:

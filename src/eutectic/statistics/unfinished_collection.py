@@ -20,6 +20,7 @@ from eutectic.errors import (
 )
 from eutectic.statistics.statistics_file import TensorFile, lock_output, write_tensors
 from eutectic.storage import Lock, storage_of
+from eutectic.words import shown
 
 _KEY = "eutectic_collection"
 _SNAPSHOT = "snapshot.safetensors"
@@ -75,12 +76,14 @@ class Partial:
     """The folder `<output>.partial` of one collection.
 
     `snapshot.safetensors` holds the running sums of the current pass in full precision,
-    `pass-<n>.safetensors` what a finished pass gave.
+    `pass-<n>.safetensors` what a finished pass gave. `device` is the model of the accelerator that
+    runs the collected model, empty for the CPU: another one rounds otherwise.
     """
 
     folder: Path
     identity: str
     lock: Lock  # of the output
+    device: str = ""
 
     def save(self, snapshot: Snapshot) -> None:
         """Replace the snapshot."""
@@ -118,7 +121,7 @@ class Partial:
         return file, counts
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        write_tensors(self.folder / name, tensors, _KEY, {"identity": self.identity, **record})
+        write_tensors(self.folder / name, tensors, _KEY, self._stamp | record)
 
     def _read(self, name: str) -> TensorFile | None:
         path = self.folder / name
@@ -129,12 +132,26 @@ class Partial:
         except StatisticsError as error:
             raise ResumeError(f"{error}\nRemove {self.folder} to start anew.") from error
         if file.record.get("identity") != self.identity:
+            begun = file.record.get("device", "")
+            if begun != self.device:
+                raise ResumeError(
+                    f"{self.folder}: the unfinished collection in it was begun on "
+                    f"{shown(begun) if begun else 'the CPU'}, and this one runs on "
+                    f"{self.device or 'the CPU'}: sums of both would be those of neither.\n"
+                    "Repeat it with the --device it was begun on, or remove the folder to start "
+                    "anew."
+                )
             raise ResumeError(
                 f"{self.folder}: the unfinished collection in it has another model or other "
                 "settings.\n"
                 "Repeat that one with its own arguments, or remove the folder to start anew."
             )
         return file
+
+    @property
+    def _stamp(self) -> dict[str, str]:
+        """Return what every file says of the collection that it belongs to."""
+        return {"identity": self.identity, **({"device": self.device} if self.device else {})}
 
     def remove(self) -> None:
         """Delete the folder with all that a collection keeps there; this one is finished."""
@@ -151,12 +168,12 @@ def _is_own(name: str) -> bool:
     return name == _SNAPSHOT or _A_PASS.fullmatch(name) is not None
 
 
-def open_partial(output: Path, identity: str) -> Partial:
+def open_partial(output: Path, identity: str, device: str = "") -> Partial:
     """Create or take up the folder beside `output`, which nobody else may write from here on."""
     folder = output.with_name(f"{output.name}.partial")
     lock = lock_output(output)
     try:
-        return _opened(Partial(folder, identity, lock))
+        return _opened(Partial(folder, identity, lock, device))
     except BaseException:
         lock.release()
         raise
