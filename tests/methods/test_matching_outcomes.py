@@ -26,6 +26,7 @@ from .matching_cases import (
     randn,
 )
 
+
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("preconditioner", ["none", "kronecker"])

@@ -23,7 +23,6 @@ from eutectic.recipes.load import Source, check_recipe
 from eutectic.recipes.schema import NOT_TAKEN, Recipe, ScaleSearch
 from eutectic.storage import local_path, url_of
 from eutectic.tables import InNotebooks, Shown, data_frame, facts, number, table
-from eutectic.tuning.search import tried
 
 if TYPE_CHECKING:
     from eutectic.tuning.objectives import Opened
@@ -140,6 +139,8 @@ class TuneReport(InNotebooks):
 
     def to_pandas(self) -> Any:
         """Return the curve as a data frame: the objective and its parts by α or the parameter."""
+        from eutectic.tuning.search import tried
+
         points, name = self.search["points"], self.over or "scale"
         rows = zip(tried(self.search), points, strict=True)
         return data_frame(
@@ -152,6 +153,8 @@ class TuneReport(InNotebooks):
 
     def _parts(self) -> Sequence[Shown]:
         """Return the same for notebooks too."""
+        from eutectic.tuning.search import tried
+
         known = {
             "method": self.method,
             "scale": f"{self.scale:g}",
