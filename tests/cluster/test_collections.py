@@ -43,40 +43,47 @@ def same_sums(one: Any, other: Any) -> None:
     assert one.provenance["data"] == other.provenance["data"]
 
 
-@pytest.fixture
-def where(address: str) -> dict[str, Any]:
-    return {"executor": "ray", "ray_address": address}
+@pytest.fixture(scope="module")
+def where(nodes: Any) -> dict[str, Any]:
+    """Two workers: each is a process, whose start takes longer than all that it does here."""
+    return {"executor": "ray", "ray_address": str(nodes.address), "shards": 2}
 
 
-@pytest.mark.parametrize("opened", [False, True])
+@pytest.fixture(scope="module")
+def undisturbed(where: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What a collection that nothing disturbs writes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    eutectic.collect(a_model(), some_batches(), folder / "a", **where)
+    return digests(folder)["a"]
+
+
 def test_workers_add_up_to_what_one_process_has(
-    tmp_path: Path, where: dict[str, Any], opened: bool
+    tmp_path: Path, where: dict[str, Any], undisturbed: str
 ) -> None:
-    if opened:
-        where["open_model"] = a_model
     batches = some_batches()
-    alone = eutectic.collect(a_model(), batches)
     told: list[int] = []
-    first = eutectic.collect(
+    found = eutectic.collect(
         a_model(),
-        iter(batches) if opened else batches,
+        iter(batches),
         tmp_path / "a",
         progress=lambda done, _: told.append(done),
-        **where,
+        **{**where, "shards": None},  # as many as the cluster has cores
+        open_model=a_model,
     )
-    same_sums(first, alone)
+    same_sums(found, eutectic.collect(a_model(), batches))
     naive = sum(x.double().T @ x.double() for x in batches)
-    close(first["0.weight"].dense_gram().double(), naive)
+    close(found["0.weight"].dense_gram().double(), naive)
     assert told == list(range(1, 10))
-    eutectic.collect(a_model(), batches, tmp_path / "b", **where)
-    assert digests(tmp_path)["a"] == digests(tmp_path)["b"]
+    one = eutectic.collect(a_model(), batches, tmp_path / "b", **where)
+    assert digests(tmp_path)["b"] == undisturbed
+    same_sums(one, found)
 
 
 def test_gradients_are_added_too(where: dict[str, Any]) -> None:
     asked: dict[str, Any] = {"fisher": True, "output_gradients": True, "labels": "sample"}
     batches = some_batches(5)
     alone = eutectic.collect(a_model(), batches, **asked)
-    found = eutectic.collect(a_model(), batches, **asked, shards=2, **where)
+    found = eutectic.collect(a_model(), batches, **asked, **where)
     same_sums(found, alone)
     for name in alone:
         one, other = found[name], alone[name]
@@ -86,10 +93,13 @@ def test_gradients_are_added_too(where: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("saved", [False, True])
 def test_a_lost_worker_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: dict[str, Any], saved: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: dict[str, Any],
+    undisturbed: str,
+    saved: bool,
 ) -> None:
     batches = some_batches()
-    eutectic.collect(a_model(), batches, tmp_path / "undisturbed", **where)
     ask: Callable[..., Any] = crew_file.Crew.ask
     asked: list[int] = []
 
@@ -104,7 +114,7 @@ def test_a_lost_worker_is_replaced(
     seconds = 0.0 if saved else 60.0
     eutectic.collect(a_model(), batches, tmp_path / "lost", snapshot_seconds=seconds, **where)
     assert "lost" in asked
-    assert digests(tmp_path)["lost"] == digests(tmp_path)["undisturbed"]
+    assert digests(tmp_path)["lost"] == undisturbed
 
 
 @pytest.mark.parametrize("then", ["ray", "fewer", "threads"])
@@ -123,7 +133,7 @@ def test_an_interrupted_collection_goes_on(
         )
     told: list[int] = []
     further: dict[str, dict[str, Any]] = {
-        "ray": where, "fewer": {**where, "shards": 2}, "threads": {},
+        "ray": where, "fewer": {**where, "shards": 1}, "threads": {},
     }  # fmt: skip
     found = eutectic.collect(
         a_model(), batches, output, progress=lambda n, _: told.append(n), **further[then]
@@ -150,7 +160,7 @@ def test_options_of_a_cluster_need_one(options: dict[str, Any], text: str) -> No
 
 def test_more_shards_than_cores_are_refused(where: dict[str, Any]) -> None:
     with pytest.raises(eutectic.EutecticError, match="the cluster has 3"):
-        eutectic.collect(a_model(), some_batches(), shards=4, **where)
+        eutectic.collect(a_model(), some_batches(), **{**where, "shards": 4})
 
 
 @pytest.mark.parametrize("counts", [(3, 2), (700, 5), (600, 900)])

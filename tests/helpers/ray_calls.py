@@ -81,7 +81,7 @@ def pretended_gpus(_: object) -> list[gpus.Gpu]:
     return [gpus.Gpu("a pretended GPU", 2 * gpus.CONTEXT_BYTES)]
 
 
-def on_pretended_gpu(log: str, full: str | None, batch: ray_executor.Batch) -> Any:
+def on_pretended_gpu(log: str, full: str, batch: ray_executor.Batch) -> Any:
     """Carry out a batch on the pretended device; note where, when, and with which share of a GPU.
 
     `full` is a tensor that does not fit the first time.
