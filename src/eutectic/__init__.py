@@ -12,11 +12,11 @@ Names are imported on first use, so that `import eutectic` and `eutectic --help`
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from eutectic.on_first_use import names_on_first_use
+from eutectic.versions import version
 
 if TYPE_CHECKING:
     from eutectic.calibration import CalibrationReport, calibrate

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +53,7 @@ from eutectic.options import options_from
 from eutectic.storage import local_path, storage_of
 from eutectic.storage.small_files import JOURNAL_BYTES, read_json
 from eutectic.tables import InNotebooks, Shown, data_frame, facts, number, table
+from eutectic.versions import version
 from eutectic.words import few
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from eutectic.errors import EutecticError, RequestError
+from eutectic.versions import version
 
 _NO_MEMORY = re.compile(r"(can't|cannot) allocate|not enough memory|out of memory", re.I)
 _kept: dict[str, tuple[Any, Callable[[], None]]] = {}

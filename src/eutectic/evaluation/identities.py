@@ -5,7 +5,7 @@ import json
 import os
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from eutectic.checkpoint.experts import fingerprint_of, is_adapter
 from eutectic.evaluation.task_files import Task
 from eutectic.models.loading import base_folder
 from eutectic.storage.small_files import open_regular
+from eutectic.versions import version
 
 _PROCESSOR_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),

@@ -8,7 +8,6 @@ import logging
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import islice
 from typing import Any
 
@@ -19,6 +18,7 @@ from eutectic.errors import MissingExtraError, RequestError, first_line
 from eutectic.evaluation.metrics import Outcomes
 from eutectic.evaluation.model_outputs import Precision
 from eutectic.evaluation.task_files import Task
+from eutectic.versions import version
 
 
 @dataclass(frozen=True, eq=False)

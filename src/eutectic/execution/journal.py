@@ -7,7 +7,6 @@ import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from eutectic.planning.inputs import Inputs
 from eutectic.planning.plan import Plan
 from eutectic.storage import AppendedFile, local_path, storage_of
 from eutectic.storage.small_files import parse_json
+from eutectic.versions import version
 from eutectic.words import few
 
 # All that a run keeps in its work folder.

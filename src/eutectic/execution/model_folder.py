@@ -4,7 +4,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from eutectic.planning.layer_config import with_edits
 from eutectic.planning.plan import OutputLayout, Plan
 from eutectic.storage.small_files import JOURNAL_BYTES, read_json
 from eutectic.types import Statistics
+from eutectic.versions import version
 
 
 def document(

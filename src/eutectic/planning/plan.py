@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -51,6 +50,7 @@ from eutectic.recipes.load import Source
 from eutectic.recipes.particular import constant
 from eutectic.recipes.schema import Recipe, ScaleSearch
 from eutectic.types import Treatment
+from eutectic.versions import version
 from eutectic.vocabulary.agreement import Vocabulary
 from eutectic.words import few, plain
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -32,6 +31,7 @@ from eutectic.reporting.schema import Inspection, Layer
 from eutectic.reporting.summary import growth, summarise
 from eutectic.storage import local_path, url_of, view_once
 from eutectic.storage.small_files import INDEX_BYTES, read_bytes
+from eutectic.versions import version
 from eutectic.words import public_path
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import yaml
@@ -17,6 +16,7 @@ from eutectic.routed.routed_folder import experts_of
 from eutectic.routed.routed_layers import layer_kinds
 from eutectic.routed.routed_modules import Experts
 from eutectic.routed.routing_modes import routing_of
+from eutectic.versions import version
 from eutectic.words import as_markdown, counted, plain
 
 CARD = "README.md"

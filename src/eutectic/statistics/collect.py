@@ -9,7 +9,6 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -48,6 +47,7 @@ from eutectic.statistics.statistics_file import (
 from eutectic.statistics.unfinished_collection import DataLog, Partial, Snapshot, open_partial
 from eutectic.storage import local_path
 from eutectic.types import gram_names
+from eutectic.versions import version
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

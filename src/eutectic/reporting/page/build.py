@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +18,7 @@ from eutectic.reporting.page.source_views import ClosedFormView, CurveView
 from eutectic.reporting.page.verdict import verdict
 from eutectic.storage import can_hold, local_path, url_of, view
 from eutectic.storage.small_files import read_start
+from eutectic.versions import version
 
 Format = Literal["html", "md", "json"]
 MARK = b'<meta name="generator" content="eutectic report">'
