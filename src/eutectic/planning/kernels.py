@@ -11,7 +11,6 @@ from eutectic.methods import get_method
 from eutectic.planning.inputs import MergeRequest
 from eutectic.planning.tensor_plan import TensorPlan
 from eutectic.planning.treatment import Decision
-from eutectic.statistics.statistics_file import groups_of
 from eutectic.types import Treatment
 
 KERNEL = "kernel_as_matrix"
@@ -50,6 +49,8 @@ def _groups(entry: TensorEntry, request: MergeRequest) -> int | None:
             continue
         layers = statistics.provenance.get("layers")
         if layers is not None:
+            from eutectic.statistics.statistics_file import groups_of
+
             return groups_of(layers[own])
         gram = statistics.read(own, {"gram"}).gram  # in memory, where nothing is read
         return 1 if gram is None or gram.ndim < 3 else len(gram)
