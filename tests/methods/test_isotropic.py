@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eutectic.errors import MethodError
-from eutectic.methods import get_method, merge_matrices
+from eutectic.linalg.lowrank import LowRankStack
+from eutectic.methods import Context, get_method, merge_matrices
 from eutectic.methods.isotropic import split_spectrum
 from eutectic.types import LayerStatistics
 
@@ -249,3 +250,22 @@ def test_iso_a_in_a_metric_without_preference_is_iso_c(gram):
 def test_iso_a_needs_statistics():
     with pytest.raises(MethodError, match="gram"):
         merge_matrices("iso_a", random_deltas(2, 4, 4))
+
+
+def test_iso_c_keeps_factors_of_nearly_full_rank_thin():
+    """The core is in float64: nearer to the exact result than the expanded float32 deltas are."""
+    generator = torch.Generator().manual_seed(3)
+    left = tuple(torch.randn(20, 8, generator=generator) for _ in range(2))
+    right = tuple(torch.randn(8, 48, generator=generator) for _ in range(2))
+    stack, method = LowRankStack(left, right), get_method("iso_c")
+    assert method.thin is not None
+    thin = method.thin(stack, method.parse({}), Context(weights=(1.0, 1.0), experts=("a", "b")))
+    assert thin is not None and thin.left.shape == (20, 16)
+    U, S, Vh = torch.linalg.svd(
+        sum(a.double() @ b.double() for a, b in zip(left, right, strict=True))
+    )
+    exact = S[:16].mean() * U[:, :16] @ Vh[:16]
+    assert float((thin.dense().double() - exact).norm() / exact.norm()) < 1e-6
+    wide = LowRankStack((*left, left[0][:, :3]), (*right, right[0][:3]))  # 19 of 20
+    context = Context(weights=(1.0,) * 3, experts=("a", "b", "c"))
+    assert method.thin(wide, method.parse({}), context) is None

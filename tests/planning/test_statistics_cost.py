@@ -10,6 +10,7 @@ import torch
 
 import eutectic
 from eutectic.errors import RecipeError
+from eutectic.methods import get_method
 from eutectic.planning.cost import PROCESS_BYTES, check_memory, tensor_cost
 from eutectic.planning.inputs import open_inputs
 from eutectic.planning.plan import make_plan
@@ -115,3 +116,21 @@ def test_long_matrices_need_fewer_multiples_of_themselves(tmp_path: Path) -> Non
         assert 0.4 * square < wide < 0.8 * square
     for shape in ((64, 64), (64, 224)):
         assert multiples(shape, "ties") == multiples((64, 64), "ties")
+
+
+def test_time_goes_by_the_outputs_where_a_matrix_of_their_side_is_decomposed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`esm` decomposes the directions of both experts, 24 each, in 96 outputs."""
+    monkeypatch.setattr("eutectic.planning.cost.machine_rates", lambda: (1.0, 1e30))
+    for name in ("base", "a", "b"):
+        save(tmp_path / name, {"up.weight": torch.ones(96, 24), "down.weight": torch.ones(24, 96)})
+    experts = {n: tmp_path / n for n in "ab"}
+    recipe = check_recipe({"base": tmp_path / "base", "experts": experts, "method": "tsv_m"})
+    with open_inputs(recipe) as inputs:
+        for planned in make_plan(recipe, inputs).tensors:
+            esm = replace(planned, method="esm", parameters=get_method("esm").parse({}))
+            product = 2 * 2 * 96 * 24 * 24  # of two experts
+            more = 3.7 * (2**2 - 1) if planned.name == "up.weight" else 0
+            assert tensor_cost(esm, inputs).seconds == pytest.approx((19 + more) * product)
+            assert tensor_cost(planned, inputs).seconds == pytest.approx(10 * product)

@@ -11,10 +11,13 @@ from torch import Tensor
 from eutectic.linalg import lapack
 from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.linalg.svd import magnitude, numerical_rank, thin_svd
-from eutectic.linalg.thin_basis import thin_basis
+from eutectic.linalg.thin_basis import ThinBasis, thin_basis
 
-# Measured: from 0.7 of the shorter side on, the thin QR decompositions cost as much.
+# Measured: from 0.7 of the shorter side on, the thin QR decompositions cost as much. A polar factor
+# alone, whose bases need not be multiplied out, takes a third of the expanded one's time there
+# and a half at 0.9 (sides 512 and 2048).
 THIN = 2 / 3
+THIN_SUM = 0.9
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,25 +44,39 @@ class WideCoreSpace:
     """T matrices Δ_t = U·core_t·Vᵀ whose cores stay thin, and rows beside them, all in float64.
 
     Attributes:
-        left: U `[out, m]`, orthonormal columns.
-        right: V `[in, n]`, orthonormal columns.
+        outputs: U `[out, m]`, orthonormal columns.
+        inputs: V `[in, n]`, orthonormal columns.
         thin: the T cores as factors `[m, r_t]` and `[r_t, n]`.
         beside: other rows `[k, in]` in the coordinates of V, `[k, n]` each.
+        inverse: (A⁺)ᵀ `[k, n]` in the coordinates of V, where A, the only block beside, is the
+            right factors themselves and well conditioned; else None.
     """
 
-    left: Tensor
-    right: Tensor
+    outputs: ThinBasis
+    inputs: ThinBasis
     thin: LowRankStack
     beside: tuple[Tensor, ...]
+    inverse: Tensor | None = None
+
+    @property
+    def right(self) -> Tensor:
+        """V `[in, n]`."""
+        return self.inputs.basis()
+
+    @property
+    def width(self) -> int:
+        """How many columns V has."""
+        return self.thin.shape[2]
 
     @property
     def cores(self) -> Tensor:
         """The cores multiplied out, `[T, m, n]`."""
         return self.thin.dense()
 
-    def expand(self, core: Tensor) -> LowRank:
-        """Return U·core·Vᵀ `[out, in]` as thin factors."""
-        return LowRank(self.left @ core.double(), self.right.mT)
+    def expand(self, core: Tensor, dtype: torch.dtype = torch.float64) -> LowRank:
+        """Return U·core·Vᵀ `[out, in]` as thin factors; in float32 they are multiplied there."""
+        left = self.outputs.times(core.double(), dtype)
+        return LowRank(left, self.inputs.times(None, dtype).mT)
 
 
 # Of a row's length: what lies beyond a span by less no float32 shows. It is seen by the difference
@@ -130,34 +147,52 @@ def core_space_beside(stack: LowRankStack, rows: Sequence[Tensor]) -> WideCoreSp
         no small core (`stays_thin`). Every row is multiplied once, and not at all where a block is
         the right factors themselves, one above the other.
     """
-    U, left, left_unit = _basis([factor.mT for factor in stack.left])
-    basis, right, right_unit = _basis(stack.right)
-    own_rows = torch.cat([factor.double() for factor in stack.right])
-    seen: list[Tensor] = []
-    rest: list[Tensor] = []
-    blocks = [block.double() for block in rows]
-    for block in blocks:
-        if torch.equal(block, own_rows):
-            seen.append(right.mT * right_unit)
-            continue
-        seen.append(block @ basis)
-        whole = block.square().sum(1)
-        apart = whole - seen[-1].square().sum(1) > WITHIN**2 * whole
-        if bool(apart.any()):
-            rest.append(block[apart] - seen[-1][apart] @ basis.mT)
-    if not stays_thin(stack, sum(map(len, rest))):
+    if not stays_thin(stack):
         return None
-    if rest:
-        more = lapack.orthonormal(torch.cat(rest).mT)
-        # Once more: what rounding left of V in short remainders would be made long.
-        more = lapack.orthonormal(more - basis @ (basis.mT @ more))
-        basis = torch.cat([basis, more], 1)
-        seen = [torch.cat([own, block @ more], 1) for block, own in zip(blocks, seen, strict=True)]
+    outputs, left_unit = _found([factor.mT for factor in stack.left])
+    inputs, right_unit = _found(stack.right)
+    own_rows = torch.cat([factor.double() for factor in stack.right])
+    blocks = [block.double() for block in rows]
+    inverse = None
+    if all(torch.equal(block, own_rows) for block in blocks):
+        seen = [inputs.triangle.mT * right_unit for _ in blocks]
+        if len(blocks) == 1 and inputs.inverse is not None:
+            inverse = inputs.inverse / right_unit
+    else:
+        found = _widened(stack, inputs, blocks)
+        if found is None:
+            return None
+        inputs, seen = ThinBasis(found[0], None, inputs.triangle), found[1]
     ranks = [factor.shape[1] for factor in stack.left]
-    spanned = torch.zeros(sum(ranks), basis.shape[1], dtype=U.dtype, device=U.device)
+    width = inputs.columns.shape[1]
+    left, right = outputs.triangle, inputs.triangle
+    spanned = torch.zeros(sum(ranks), width, dtype=torch.float64, device=stack.device)
     spanned[:, : len(right)] = right.mT * (left_unit * right_unit)
     thin = LowRankStack(left.split(ranks, 1), spanned.split(ranks))
-    return WideCoreSpace(U, basis, thin, tuple(seen))
+    return WideCoreSpace(outputs, inputs, thin, tuple(seen), inverse)
+
+
+def _widened(
+    stack: LowRankStack, inputs: ThinBasis, blocks: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]] | None:
+    """Return a basis `[in, n]` that spans some rows too, and their coordinates in it."""
+    basis = inputs.basis()
+    seen = [block @ basis for block in blocks]
+    rest: list[Tensor] = []
+    for block, own in zip(blocks, seen, strict=True):
+        whole = block.square().sum(1)
+        apart = whole - own.square().sum(1) > WITHIN**2 * whole
+        if bool(apart.any()):
+            rest.append(block[apart] - own[apart] @ basis.mT)
+    if not stays_thin(stack, sum(map(len, rest))):
+        return None
+    if not rest:
+        return basis, seen
+    more = lapack.orthonormal(torch.cat(rest).mT)
+    # Once more: what rounding left of V in short remainders would be made long.
+    more = lapack.orthonormal(more - basis @ (basis.mT @ more))
+    seen = [torch.cat([own, block @ more], 1) for block, own in zip(blocks, seen, strict=True)]
+    return torch.cat([basis, more], 1), seen
 
 
 DEPENDENT = 1e-12  # of the largest eigenvalue of rows' products: rows that are others' sums
@@ -221,18 +256,26 @@ def _singular_bases(
     return left, right
 
 
-def stays_thin(stack: LowRankStack, beside: int = 0) -> bool:
-    """Tell whether a core costs less than the expanded matrices; `beside` counts further rows."""
-    return stack.rank + beside <= THIN * min(stack.shape[1:])
+def stays_thin(stack: LowRankStack, beside: int = 0, share: float = THIN) -> bool:
+    """Tell whether a core costs less than the expanded matrices.
+
+    `beside` counts further rows, `share` is that of the shorter side from which it does not.
+    """
+    return stack.rank + beside <= share * min(stack.shape[1:])
 
 
 def _basis(blocks: Sequence[Tensor]) -> tuple[Tensor, Tensor, float]:
     """Return Q `[n, r]`, R `[r, k]` and a unit with unit·Q·R the blocks' rows side by side."""
+    found, unit = _found(blocks)
+    return found.basis(), found.triangle, unit
+
+
+def _found(blocks: Sequence[Tensor]) -> tuple[ThinBasis, float]:
+    """Return the same with a basis that is not multiplied out."""
     rows = torch.cat(list(blocks))
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     unit = magnitude(rows) or 1.0
-    found = thin_basis((rows / unit).mT)
-    return found.basis(), found.triangle, unit
+    return thin_basis((rows / unit).mT), unit
 
 
 def _left_vectors(matrix: Tensor, tolerance: float) -> Tensor:

@@ -74,7 +74,7 @@ def in_core(
     space = core_space_beside(deltas, [m.rows for m in few if m.rows is not None])
     if space is None:
         return None
-    seen, width = iter(space.beside), space.right.shape[1]
+    seen, width = iter(space.beside), space.width
     return space, [m.between(width, None if m.rows is None else next(seen)) for m in few]
 
 
@@ -96,8 +96,8 @@ def _shared_rows(entries: Entries) -> Tensor | None:
 
 def _between(space: WideCoreSpace, entries: Entries, ridge: float, size: int) -> list[Metric]:
     (rows,) = space.beside
-    width = space.right.shape[1]
-    inverse = pseudo_inverse(rows)
+    width = space.width
+    inverse = pseudo_inverse(rows) if space.inverse is None else space.inverse
     found: list[Metric] = []
     for entry in entries:
         metric = InputMetric(width, 1.0)

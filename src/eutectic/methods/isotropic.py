@@ -8,7 +8,7 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
-from eutectic.linalg.core import core_space, stays_thin
+from eutectic.linalg.core import THIN, THIN_SUM, core_space, stays_thin
 from eutectic.linalg.gram import explain_routes
 from eutectic.linalg.leading import explain_leading, leading_singular, leading_singular_stack
 from eutectic.linalg.lowrank import LowRank, LowRankStack
@@ -152,7 +152,7 @@ def iso_c(deltas: Tensor | LowRankStack, parameters: IsoCParameters, context: Co
     Thin factors: the polar factor of their sum is found in its core of side Σ r_t, in float64, and
     multiplied out once. The result is that of the expanded deltas up to their rounding, which in
     float32 moves it by 1e-7 over the smallest kept singular value, relative to S₁. They are
-    expanded where that costs no more (Σ r_t from ⅔ min(out, in) on), and where the null space is
+    expanded where that costs no more (Σ r_t above 0.9 min(out, in)), and where the null space is
     kept, which is rounding then: `support="full"`, or a `rank_tolerance` below the default.
 
     Deviations from the source: the numerical support; weights; the default tolerance for half
@@ -174,7 +174,7 @@ def thin_iso_c(
     deltas: LowRankStack, parameters: IsoCParameters, context: Context
 ) -> LowRank | None:
     """Return Iso-C of thin factors as thin factors, None where they have to be expanded."""
-    if not keeps_factors(deltas, parameters):
+    if not keeps_factors(deltas, parameters, THIN_SUM):
         return None
     flat = polar(context.weigh(deltas).total(), **_bounds(parameters, context))
     return LowRank(flat.factor.left * flat.mean_singular_value, flat.factor.right)
@@ -188,10 +188,10 @@ def _bounds(parameters: IsoCParameters, context: Context) -> dict[str, Any]:
     }
 
 
-def keeps_factors(deltas: LowRankStack, parameters: IsoCParameters, beside: int = 0) -> bool:
+def keeps_factors(deltas: LowRankStack, parameters: IsoCParameters, share: float = THIN) -> bool:
     """Tell whether thin factors have the expanded deltas' result, and for less."""
     tolerance = parameters.rank_tolerance
-    if parameters.support == "full" or not stays_thin(deltas, beside):
+    if parameters.support == "full" or not stays_thin(deltas, share=share):
         return False
     # A tighter bound keeps directions that only the rounding of the expanded sum has.
     return tolerance is None or tolerance >= default_tolerance(deltas.dtype, deltas.shape[1:])
@@ -233,7 +233,8 @@ def iso_cts(
     `support="full"` is the official behaviour. Both agree at full rank.
 
     Thin factors: the same in their core of side Σ r_t, in float64, multiplied out once. They are
-    expanded where `iso_c` expands them.
+    expanded where that costs no more (Σ r_t above ⅔ min(out, in)), and where `iso_c` keeps the null
+    space.
 
     Deviations from the source: the numerical support; weights. Task and common blocks of U_* are
     orthogonal to each other by construction, so only the former need a polar factor.
@@ -349,7 +350,7 @@ def iso_a(deltas: Tensor | LowRankStack, parameters: IsoAParameters, context: Co
     Thin factors: with Grams of few rows all happens between bases of the factors and these rows,
     of side Σ r_t and Σ r_t + Σ k_t, in float64, and is multiplied out once. Of Grams between the
     adapters' own rows (`collect --for`) the sides are Σ r_t, and nothing but the two bases is as
-    wide as the layer. Otherwise, and where `iso_c` expands them, they are expanded.
+    wide as the layer. Otherwise, and where `iso_cts` expands them, they are expanded.
     """
     return merged_in_metrics(deltas, parameters, context, _flat_in_metrics)
 
@@ -394,7 +395,8 @@ def thin_in_metrics(
         return None
     space, metrics = found
     tolerance = kept_tolerance(deltas, parameters)
-    return space.expand(merge(space.thin, metrics, parameters, context, tolerance))
+    merged = merge(space.thin, metrics, parameters, context, tolerance)
+    return space.expand(merged, deltas.dtype)
 
 
 def _flat_in_metrics(

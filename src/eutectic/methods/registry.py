@@ -168,6 +168,8 @@ class Cost:
         squares: the share of that scratch memory which goes by the square of the shorter side, and
             so is less for long matrices.
         products: time, in matrix products `[out, in] @ [in, in]` per expert (smaller side).
+        tall: as many products more for each min(out/in, T)² − 1 of a matrix with more outputs than
+            inputs, where a method decomposes what T experts have in the outputs side by side.
         statistics_copies: from the parameters to how many float64 copies of each expert's Grams
             it may hold beside the stored ones.
         keeps_rows: whether, with these parameters, Grams that come in few rows and a diagonal stay
@@ -177,6 +179,7 @@ class Cost:
     workspace: Callable[[int], float] = always(3.0)
     squares: float = 0.0
     products: float = 10.0
+    tall: float = 0.0
     statistics_copies: Callable[[Any], float] = always(0.0)
     keeps_rows: Callable[[Any], bool] = always(False)
 

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -56,7 +57,12 @@ def tensor_cost(planned: TensorPlan, inputs: Inputs) -> Cost:
         blocks, held = planned.blocks
         rows = planned.shape[0 if blocks == 1 else 1] if planned.shape else 1
         small = min(rows, held // max(rows, 1))
-        work = method.products * count * 2 * planned.elements * small / flops
+        products = method.products
+        if method.tall:
+            out, inner = max(planned.matrix_shapes, default=(1, 1))
+            side = min(out / max(inner, 1), count)  # of all experts' directions side by side
+            products += method.tall * max(side**2 - 1, 0.0)
+        work = products * count * 2 * planned.elements * small / flops
     stack, workspace = held * count * width, method.workspace(count)
     if method.squares:
         aspect = max((min(s) / max(*s, 1) for s in planned.matrix_shapes), default=1.0)
@@ -140,24 +146,31 @@ def check_memory(plan: Plan, inputs: Inputs, memory: int) -> None:
 
 @cache
 def machine_rates() -> tuple[float, float]:
-    """Measure (flops, bytes/s) of one core, once per process, in about 30 ms."""
+    """Measure (flops, bytes/s) of one core, once per process, in about 30 ms.
+
+    Each rate is the best of some short tries: a machine that does other work just then interrupts
+    one or the other, and would look many times slower than it is.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         a = torch.full((384, 384), 0.5)
-        torch.mm(a, a)
-        start = time.perf_counter()
-        for _ in range(4):
-            torch.mm(a, a)
-        flops = 4 * 2 * 384**3 / (time.perf_counter() - start)
         x = torch.zeros(1 << 21, dtype=torch.bfloat16)
-        x.float()
-        start = time.perf_counter()
-        x.float()
-        moved = x.numel() * 6 / (time.perf_counter() - start)
+        flops = 2 * 384**3 / _shortest(lambda: torch.mm(a, a), 8)
+        moved = x.numel() * 6 / _shortest(x.float, 4)
     finally:
         torch.set_num_threads(threads)
     return flops, moved
+
+
+def _shortest(work: Callable[[], object], tries: int) -> float:
+    """Return the seconds of the shortest of some tries, after one that counts for nothing."""
+    took: list[float] = []
+    for _ in range(tries + 1):
+        start = time.perf_counter()
+        work()
+        took.append(time.perf_counter() - start)
+    return min(took[1:])
 
 
 def treatments(plan: Plan) -> dict[str, int]:
