@@ -70,7 +70,7 @@ CLAIMS = (
     Claim("14 texts, hard", "text-hard-14"),
     Claim("20 texts, hard", "text-hard-20", 20 * 500),
     Claim("8 texts, hard, second seed", "text-hard-seed-1-8"),
-    Claim("6 texts, confirmation", "text-hard-confirmation"),
+    Claim("4 new texts, hard (confirmation)", "text-hard-confirmation"),
     Claim("8 texts, kind", "text-kind-8", 8 * 500),
     Claim("14 texts, kind", "text-kind-14", 14 * 500),
     Claim("8 texts, LoRA", "text-lora-8-core"),
