@@ -130,3 +130,30 @@ def test_narrow_grams_are_multiplied_in_float32():
         for s in (narrow, widened)
     )
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("method", ["iso_a", "iso_regmean"])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("size", [1e-32, 1e32])
+def test_wide_grams_of_any_size_give_the_same_merge(method, rows, size):
+    """A factor on all Grams cancels, up to the ends of float32's range."""
+    g = torch.Generator().manual_seed(2)
+    width = 80
+    stack = 0.02 * torch.randn(2, 12, width, generator=g)
+    inputs = torch.randn(2, 120, width, generator=g).double() * torch.logspace(0, -2, width)
+
+    def merged(factor: float) -> torch.Tensor:
+        entries = []
+        for x in inputs:
+            if rows:
+                gram = {
+                    "gram": None,
+                    "gram_factor": (x[:40] * factor**0.5).float(),
+                    "gram_diagonal": (x[40:].square().sum(0) * factor).float(),
+                }
+            else:
+                gram = {"gram": (x.T @ x * factor).float()}
+            entries.append(LayerStatistics(**gram, count=len(x)))
+        return merge_matrices(method, stack, statistics=entries, metric_rank=8)
+
+    assert apart(merged(size), merged(1.0)) < 1e-5

@@ -12,7 +12,7 @@ from torch import Tensor
 from eutectic.linalg import lapack
 from eutectic.linalg.gram import gram
 from eutectic.linalg.remembered import digest, remembered
-from eutectic.linalg.wide_metric import WideMetric
+from eutectic.linalg.wide_metric import WideMetric, to_near_one
 
 # Rows below this share of the width are cheaper than the matrix, whose eigenproblem is the cost.
 FEW = 0.5
@@ -48,6 +48,13 @@ class InputMetric:
     def count(self) -> int:
         """How many rows there are."""
         return 0 if self.rows is None else len(self.rows)
+
+    @property
+    def level(self) -> float:
+        """About the largest entry of C beside the identity."""
+        if self.matrix is not None:
+            return float(self.matrix.diagonal().max())
+        return 0.0 if self.rows is None else float(self.rows.abs().max()) ** 2
 
     @property
     def thin(self) -> bool:
@@ -153,7 +160,9 @@ def _mean_wide(metrics: Sequence[Metric], like: Tensor) -> WideMetric:
     scaled = [(m, share * (m.scale if isinstance(m, WideMetric) else 1.0)) for m in metrics]
     dtype = first.like.dtype
     key = digest(*(part for m, scale in scaled for part in (m.key, scale)))
-    first = replace(first, key=key)
+    factor = to_near_one(max(scale * m.level for m, scale in scaled))
+    scaled = [(m, scale * factor) for m, scale in scaled]
+    first = replace(first, key=key, scale=1 / factor)
     if all(m.matrix is None for m in metrics):
         rows = [m.rows.to(dtype) * scale**0.5 for m, scale in scaled if m.rows is not None]
         diagonals = [
@@ -162,7 +171,7 @@ def _mean_wide(metrics: Sequence[Metric], like: Tensor) -> WideMetric:
             if isinstance(m, WideMetric) and m.diagonal is not None
         ]
         rest = sum(diagonals[1:], diagonals[0]) if diagonals else None
-        return replace(first, isotropic=isotropic, rows=torch.cat(rows), diagonal=rest, scale=1.0)
+        return replace(first, isotropic=isotropic, rows=torch.cat(rows), diagonal=rest)
     total = torch.zeros(first.size, first.size, dtype=dtype, device=like.device)
     held = [(m.matrix, scale) for m, scale in scaled if m.matrix is not None]
     for start in range(0, first.size, PANEL):  # the sum of few rows stays in the cache
@@ -174,4 +183,4 @@ def _mean_wide(metrics: Sequence[Metric], like: Tensor) -> WideMetric:
             total.add_(gram(m.rows, dtype), alpha=scale)
             if isinstance(m, WideMetric) and m.diagonal is not None:
                 total.diagonal().add_(m.diagonal.to(dtype), alpha=scale)
-    return replace(first, isotropic=isotropic, matrix=total, rows=None, diagonal=None, scale=1.0)
+    return replace(first, isotropic=isotropic, matrix=total, rows=None, diagonal=None)

@@ -22,6 +22,8 @@ STEEP = 6  # degrees that a step of Lanczos more makes safe
 NODES = 400  # at which a polynomial is fitted
 SMOOTH = 3  # a positive power asks for this share of the degree of a negative one
 
+NEAR_ONE = 2.0**40  # sizes whose products with one another stay in the range of float32
+
 Act = Callable[[Tensor], Tensor]
 
 
@@ -158,6 +160,27 @@ class WideMetric:
         rest = 0.0 if self.diagonal is None else float(self.diagonal.sum(dtype=torch.float64))
         return float(self.like.square().sum(dtype=torch.float64)) + rest
 
+    @property
+    def level(self) -> float:
+        """About the largest entry of A."""
+        if self.matrix is not None:
+            return float(self.matrix.diagonal().max())
+        rest = 0.0 if self.diagonal is None else float(self.diagonal.max())
+        return max(float(self.like.abs().max()) ** 2, rest)
+
+    def in_range(self) -> WideMetric:
+        """Return the same with an A near 1, where products with its own are out of range."""
+        factor = to_near_one(self.level)
+        if factor == 1:
+            return self
+        return replace(
+            self,
+            matrix=None if self.matrix is None else self.matrix * factor,
+            rows=None if self.rows is None else self.rows * factor**0.5,
+            diagonal=None if self.diagonal is None else self.diagonal * factor,
+            scale=self.scale / factor,
+        )
+
     def ridged(self, ridge: float) -> WideMetric:
         """Return C + ridge·I."""
         return replace(self, isotropic=self.isotropic + ridge)
@@ -186,6 +209,9 @@ class WideMetric:
         Cost: as many products with A as the polynomial's degree, beside the leading directions,
         which are found once.
         """
+        factor = to_near_one(float(matrix.abs().max())) if matrix.numel() else 1.0
+        if factor != 1:
+            return self.times(matrix * factor, exponent).div_(factor)
         found = self._leading
         rest = matrix.to(torch.promote_types(matrix.dtype, self.like.dtype))
         V = found.vectors.to(rest.dtype)
@@ -216,6 +242,16 @@ class WideMetric:
             first, second = second, step(second, 2).sub_(first)
             result.add_(second, alpha=weight)
         return result
+
+
+def to_near_one(level: float) -> float:
+    """Return an even power of 2 that brings a size to about 1, and 1 for sizes near enough.
+
+    Products with it round nothing.
+    """
+    if not level or not math.isfinite(level) or 1 / NEAR_ONE <= level <= NEAR_ONE:
+        return 1.0
+    return 4.0 ** -round(math.log2(level) / 2)
 
 
 def positive_degree(degree: int) -> int:

@@ -53,7 +53,7 @@ def input_metric(
             rank=how[0],
             degree=how[1],
             key=_key(entry),
-        )
+        ).in_range()
         energy = held.trace * held.scale / size
         return held.ridged(ridge * energy) if energy else identity
     moment = _computed(entry.gram, device) if how is not None else None
