@@ -393,6 +393,10 @@ SENTENCES: dict[str, Template] = {
     "heads_kept": lambda experts, heads: (
         "heads kept per expert: " + "; ".join(f"{n}: {few(heads[n])}" for n in experts)
     ),
+    "rank_untold": (
+        "{0} merges all directions, which are cut to {rank} afterwards: --param "
+        "directions={rank} has it choose them itself"
+    ),
     "uncarried": "the adapter does not hold the change of these: {few}",
     "heads_left_out": "heads left out of the output: {few}",
     "side_files_left": "beside the base's weights, and not copied: {few}",

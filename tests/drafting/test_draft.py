@@ -333,3 +333,20 @@ def test_steps_beside_other_models_keep_their_names(world: Path) -> None:
 )
 def test_forms_of_language_models(present: list[str], renamed: Any, lacking: list[str]) -> None:
     assert columns_for("language-model", present) == (renamed, lacking)
+
+
+def test_rows_that_one_word_of_an_experts_name_is_called_by(tmp_path: Path) -> None:
+    """`cook.jsonl` is of `lora-cook`; a word that several experts share tells none of them."""
+    save(tmp_path / "base", BASE)
+    for seed, name in enumerate(("lora-cook", "lora-chess"), 1):
+        save(tmp_path / name, make_expert(BASE, seed), CLASSES)
+    row = {"text": "a", "label": 1}
+    jsonl(tmp_path / "data" / "cook.jsonl", row)
+    jsonl(tmp_path / "data" / "chess" / "test.jsonl", row)
+    jsonl(tmp_path / "data" / "lora.jsonl", row)
+    drawn = draft([tmp_path / n for n in ("base", "lora-cook", "lora-chess")], tmp_path)
+    (tmp_path / "tasks.yaml").write_text(drawn.tasks)
+    held = {n: task.data for n, task in load_tasks(tmp_path / "tasks.yaml").items()}
+    assert {Path(split.path).name for split in held["lora-cook"].values()} == {"cook.jsonl"}
+    assert Path(held["lora-chess"]["test"].path).parts[-2:] == ("chess", "test.jsonl")
+    assert "data/lora.jsonl" not in drawn.tasks

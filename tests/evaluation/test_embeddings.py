@@ -323,7 +323,13 @@ def test_command_and_draft(tmp_path: Path):
     assert "kind: sentence-similarity  # by its modules.json" in drawn.tasks
     (tmp_path / "sre.test.jsonl").write_text((tmp_path / "queries.jsonl").read_text())
     drawn = draft([base, expert], tmp_path, base=str(base))
-    assert "kind: retrieval" in drawn.tasks and "corpus: sre/corpus.jsonl  # EDIT" in drawn.tasks
+    assert "kind: retrieval" in drawn.tasks and "    corpus: ./corpus.jsonl\n" in drawn.tasks
+    assert not drawn.open
+    (tmp_path / "tasks.yaml").write_text(drawn.tasks)
+    assert load_tasks(tmp_path / "tasks.yaml")["sre"].kind == "retrieval"
+    (tmp_path / "corpus.jsonl").unlink()
+    drawn = draft([base, expert], tmp_path, base=str(base))
+    assert "corpus: sre/corpus.jsonl  # EDIT" in drawn.tasks
     assert any("corpus" in line for line in drawn.open)
     world.jsonl(tmp_path / "sre.test.jsonl", [{"text": "w1", "label": "a"}])
     drawn = draft([base, expert], tmp_path, base=str(base))

@@ -14,6 +14,7 @@ from helpers.cli import invoke
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("base", "models/sst2", "models/mnli"):
         (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "models" / "have.stats.safetensors").touch()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -26,6 +27,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("model/sst2", " Did you mean 'models/sst2'?"),
         ("model/qqp", ""),  # the folder was meant, but nothing of that name is in it
         ("other", ""),
+        ("models/have", " Did you mean 'models/have.stats.safetensors'?"),
         ("base", ""),
         ("s3://bucket/bas", ""),
         ("", ""),

@@ -148,8 +148,9 @@ def _statistics(words: list[str]) -> dict[str, str]:
         raise RequestError(f"{missing[0]}: no such file.{meant(missing[0])}")
     if held and len(held) < len(files):
         other = next(path for name, path in files.items() if name not in held)
+        why = "" if view(other).exists() else f": no such file.{meant(other)}"
         raise RequestError(
-            f"{next(iter(held.values()))} holds statistics, {other} does not.\n"
+            f"{next(iter(held.values()))} holds statistics, {other} does not{why or '.'}\n"
             "Inspect statistics files alone; those of an expert are named by --statistics."
         )
     return {name.removesuffix(".stats"): path for name, path in held.items()}

@@ -27,6 +27,9 @@ _SPLITS: Mapping[str, tuple[str, ...]] = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+# Words of paths that tell no expert from another.
+_USUAL = {w for words in _SPLITS.values() for w in words} | {"data", "dataset", "datasets", "tasks"}
+_CORPUS = re.compile(r"(?i)(^|[^a-z])(corpus|documents|docs|passages)($|[^a-z])")
 _CALLED: Mapping[str, tuple[str, ...]] = {
     "text": ("text", "sentence", "sentence1", "premise", "question1", "review", "content")
     + ("question", "document", "comment", "body", "title", "sentence_0", "query", "anchor"),
@@ -123,19 +126,45 @@ def _columns(path: Path) -> list[str]:
 
 
 def belongs_to(rows: Rows, names: Sequence[str]) -> str | None:
-    """Return the expert whose name a path holds, the longest where several do."""
+    """Return the expert whose name a path holds, the longest where several do.
+
+    Else the one of whose words alone a file or its folder holds one: `cook.jsonl` is of
+    `lora-cook` where there is `lora-chess` beside it, and no other cook.
+    """
     text = "/".join(rows.path.parts[-3:]).lower()
     within = [
         name
         for name in names
         if re.search(rf"(?<![a-z0-9]){re.escape(name.lower())}(?![a-z0-9])", text)
     ]
-    return max(within, key=len) if within else None
+    if within:
+        return max(within, key=len)
+    words = {name: _words(name) for name in names}
+    called = _words(rows.path.stem) | _words(rows.path.parent.name)
+    told = [
+        name
+        for name, own in words.items()
+        if (own - {w for n, other in words.items() if n != name for w in other}) & called
+    ]
+    return told[0] if len(told) == 1 and len(words) > 1 else None
+
+
+def _words(name: str) -> set[str]:
+    """Return the words of a name that may tell an expert: no splits, no numbers, no letters."""
+    found = re.split(r"[^a-z0-9]+", name.lower())
+    return {w for w in found if len(w) > 2 and not w.isdigit() and w not in _USUAL}
+
+
+def holds_corpus(rows: Rows) -> bool:
+    """Tell whether rows are the documents of a retrieval task, by their name and columns."""
+    columns = {column.lower() for column in rows.columns}
+    return bool(_CORPUS.search(rows.path.stem)) and not columns & set(_CALLED["relevant"])
 
 
 def beside(names: Sequence[str], folders: Sequence[Path]) -> list[Path]:
     """Return files of rows that are called like an expert, in or one level below some folders.
 
+    Documents of retrieval tasks too, whose they may be.
     Two levels below where the first is called like one of data: `data/<expert>/test.jsonl`.
     """
     found: list[Path] = []
@@ -146,7 +175,7 @@ def beside(names: Sequence[str], folders: Sequence[Path]) -> list[Path]:
         # A .json may be anything; such a file of rows has to be named.
         rows = [p for p in (*inner, *deeper) if p.suffix.lower() != ".json" and is_data(p)]
         rows += [p for one in called for p in within(one, names)]
-        found += [p for p in rows if belongs_to(look(p), names)]
+        found += [p for p in rows if belongs_to(o := look(p), names) or holds_corpus(o)]
     return list(dict.fromkeys(found))
 
 

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eutectic.checkpoint.hub import hub_id
-from eutectic.drafting.data import Rows, belongs_to, beside, columns_for, is_data, look, within
+from eutectic.drafting.data import (
+    Rows,
+    belongs_to,
+    beside,
+    columns_for,
+    holds_corpus,
+    is_data,
+    look,
+    within,
+)
 from eutectic.drafting.models import (
     Base,
     Found,
@@ -91,7 +100,10 @@ def draft(
     empty = [path for path in places if not within(path, names)]
     parents = [(one.path if one.path.is_dir() else one.path.parent).parent for one in experts]
     parents += [p.parent for p in parents if p.parent != p][:1]
-    looked = [look(p) for p in dict.fromkeys([*rows, *beside(names, parents)])]
+    paths = {p.resolve(): p for p in reversed([*rows, *beside(names, parents)])}
+    looked = [look(p) for p in reversed(paths.values())]  # links to the same files once
+    corpora = [one for one in looked if holds_corpus(one)]
+    looked = [one for one in looked if one not in corpora]
     of: dict[str, list[Rows]] = {name: [] for name in names}
     is_named = any(belongs_to(one, names) for one in looked)
     for one in looked:
@@ -106,7 +118,8 @@ def draft(
     recipe = _recipe(chosen, dict(zip(names, experts, strict=True)), statistics, place)
     parts: list[str] = []
     for name, expert in zip(names, experts, strict=True):
-        text, missing = _task(name, expert, chosen.found, of[name], place)
+        corpus = _corpus_of(name, names, of[name], corpora)
+        text, missing = _task(name, expert, chosen.found, (of[name], corpus), place)
         parts.append(text)
         left += [f"tasks.yaml: {name}: {what}" for what in missing]
     strays = [o.path for o in looked if not any(o in own for own in of.values())]
@@ -120,6 +133,16 @@ def draft(
     found += [f"{n}: {_described(e)}" for n, e in zip(names, experts, strict=True)]
     found, left = [with_urls(text) for text in found], [with_urls(text) for text in left]
     return Draft(recipe, _TASKS_HEAD + "".join(parts), tuple(found), tuple(left))
+
+
+def _corpus_of(
+    name: str, names: Sequence[str], rows: Sequence[Rows], corpora: Sequence[Rows]
+) -> Path | None:
+    """Return the documents that are called like an expert, or lie alone beside its rows."""
+    beside = {row.path.parent for row in rows}
+    of_name = [one.path for one in corpora if belongs_to(one, names) == name]
+    near = [one.path for one in corpora if one.path.parent in beside]
+    return next((found[0] for found in (of_name, near) if len(found) == 1), None)
 
 
 def _is_of_data(path: Path) -> bool:
@@ -243,9 +266,14 @@ tasks:
 
 
 def _task(
-    name: str, expert: Found, base: Found | None, rows: Sequence[Rows], place: Path
+    name: str,
+    expert: Found,
+    base: Found | None,
+    data: tuple[Sequence[Rows], Path | None],
+    place: Path,
 ) -> tuple[str, list[str]]:
-    """Return the lines of a task, and what is left open in it."""
+    """Return the lines of a task, and what is left open in it; data are rows and a corpus."""
+    rows, corpus = data
     missing: list[str] = []
     kind = kind_of(expert, base)
     order = ("test", "validation", None, "proxy")  # proxies need no labels
@@ -290,7 +318,9 @@ def _task(
         lines.append(f"    # its classes: {' '.join(listed.split())}")
     if kind == ZERO_SHOT:
         lines.append("    # prompts: [a photo of a {}.]  # texts with {} for the name of a class")
-    if kind == "retrieval":
+    if kind == "retrieval" and corpus is not None:
+        lines.append(f"    corpus: {_written(corpus, place)}")
+    elif kind == "retrieval":
         lines.append(f"    corpus: {name}/corpus.jsonl  # EDIT: the documents, `id` and `text`")
         missing.append("corpus")
     metrics = METRICS_OF_KIND[shown]

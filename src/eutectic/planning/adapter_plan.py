@@ -155,12 +155,19 @@ def adapter_plan(
 
 
 def rank_notes(tensors: Sequence[TensorPlan], adapter: AdapterPlan) -> list[Note]:
-    """Return that a rank is asked for which no layer has."""
+    """Return that a rank is asked for which no layer has, or that a method is not told it."""
+    most = adapter.options.most
+    untold = {
+        t.method
+        for t in tensors
+        if t.merged and most is not None and getattr(t.parameters, "directions", most) is None
+    }
+    told = [Note("rank_untold", (name,), {"rank": most}) for name in sorted(untold)]
     held = [t for t in tensors if t.name in adapter.carried]
     sides = [min(t.shape[-2:]) for t in held if adapter.carried[t.name].form in THIN]
-    if adapter.options.most is None or adapter.options.most <= max(sides, default=0) or not sides:
-        return []
-    return [Note("rank_above_layers", (), {"rank": adapter.options.most, "side": max(sides)})]
+    if most is None or most <= max(sides, default=0) or not sides:
+        return told
+    return [*told, Note("rank_above_layers", (), {"rank": most, "side": max(sides)})]
 
 
 def _not_thin(

@@ -23,6 +23,8 @@ def meant(path: str | Path) -> str:
         with os.scandir(Path(*parts[:there])) as entries:
             names = [e.name for e in itertools.islice(entries, _LOOKED_AT)]
         near = get_close_matches(parts[there], names, n=1, cutoff=0.75)
+        longer = [name for name in names if name.startswith(f"{parts[there]}.")]
+        near = near or (longer if len(longer) == 1 else [])  # an ending was left out
         if len(names) == _LOOKED_AT or not near:
             return ""
         found = Path(*parts[:there], near[0], *parts[there + 1 :])
