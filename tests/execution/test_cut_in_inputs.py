@@ -307,3 +307,16 @@ def test_extraction_takes_statistics(tmp_path: Path, base: str, experts: dict[st
         assert not torch.allclose(plain[name], own, rtol=1e-2)
     refused = invoke("extract", "--base", base, str(tmp_path / "no"), "-o", str(tmp_path / "x"))
     assert refused.code == 2 and "experts.no.path" in refused.err
+
+
+def test_a_method_that_could_merge_at_the_rank_is_told_it(
+    tmp_path: Path, base: str, experts: dict[str, str]
+) -> None:
+    told, _ = with_statistics(tmp_path, experts)
+    asked: dict[str, Any] = {"base": base, "experts": told, "method": "iso_regmean"}
+    for rank, parameters, count in ((3, {}, 1), (3, {"directions": 3}, 0), (None, {}, 0)):
+        adapter = {} if rank is None else {"adapter": {"rank": rank}}
+        notes = eutectic.plan(**asked, **adapter, parameters=parameters).note_records
+        found = [str(note) for note in notes if note.kind == "rank_untold"]
+        assert len(found) == count
+        assert all("--param directions=3" in text for text in found)
