@@ -17,7 +17,6 @@ from table.suite import Suite, correct, set_parameters
 from torch import Tensor
 
 import eutectic
-from eutectic.routed import routing_accuracy
 from eutectic.statistics import load_statistics
 
 RANKS = (8, 32)
@@ -132,6 +131,9 @@ def _test(
 
 def _decisions(suite: Suite, model: Any, task: str, index: int) -> dict[str, float]:
     """Share of a task's validation examples sent to their own expert, layer by layer."""
+    # Here, since every command of a suite imports this file, and it takes torch's compiler along.
+    from eutectic.routed import routing_accuracy
+
     right: dict[str, int] = {}
     seen = 0
     for inputs in suite.splits[task]["validation"].inputs:

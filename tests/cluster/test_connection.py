@@ -51,6 +51,24 @@ def test_options_that_do_not_go_together_are_refused(options: Any, text: str) ->
         limits_of(**options)
 
 
+def test_a_cluster_that_starts_too_slowly_is_told_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray, ended, folders = pytest.importorskip("ray"), list[int](), list[str]()
+
+    def slow(**options: Any) -> None:
+        folders.append(options["_temp_dir"])
+        raise Exception("The current node timed out during startup. This could happen because …")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", slow)
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(1))
+    with pytest.raises(RequestError, match=r"could not start .* timed out.*\n.*very busy"):
+        connect(share=lambda: Share(1, 1))
+    assert ended and not Path(folders[0]).exists()
+
+
 STARTED = """
 from eutectic.cluster.connection import _connection
 from eutectic.cluster.where import joined

@@ -172,10 +172,16 @@ def _begin(ray: Any, address: str | None, share: Callable[[], Share]) -> None:
         options["address"] = address
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = "on this machine" if address is None else f"at {address}"
+    except Exception as error:  # Ray raises a bare one where its processes start too slowly
+        disconnect()  # some of them may be there
+        if address is None:
+            raise RequestError(
+                f"Ray could not start a cluster on this machine: {first_line(error)}\n"
+                "A machine that is very busy is too slow for it: repeat the command later, or "
+                "leave --executor ray out. One that runs already is named by --ray-address."
+            ) from None
         raise RequestError(
-            f"there is no Ray cluster to work with {where}: {first_line(error)}\n"
+            f"there is no Ray cluster to work with at {address}: {first_line(error)}\n"
             "Start one with `ray start --head`, and name its address with --ray-address."
         ) from None
     _quieten()
