@@ -181,8 +181,10 @@ def _begin(ray: Any, address: str | None, share: Callable[[], Share]) -> None:
                 "leave --executor ray out. One that runs already is named by --ray-address."
             ) from None
         raise RequestError(
-            f"there is no Ray cluster to work with at {address}: {first_line(error)}\n"
-            "Start one with `ray start --head`, and name its address with --ray-address."
+            f"the Ray cluster at {address} cannot be joined: {first_line(error)}\n"
+            "Is one running there (`ray start --head`), of the version that is installed here?\n"
+            "One that asks for a token (Ray 2.59 and newer) needs RAY_AUTH_MODE=token and its "
+            "token in RAY_AUTH_TOKEN or ~/.ray/auth_token."
         ) from None
     _quieten()
 
