@@ -191,6 +191,7 @@ def test_files_give_what_memory_gives_and_the_plan_says_so(tmp_path: Path) -> No
     ("options", "said"),
     [
         ({"method": "ties"}, "ties works entry by entry"),
+        ({"method": "fisher", "fallback": "allow"}, "fisher works entry by entry"),
         ({"method": "regmean"}, "of none are there any"),
         ({"method": "iso_c", "convolutions": "patches"}, "average"),
     ],

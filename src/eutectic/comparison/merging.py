@@ -20,7 +20,7 @@ from eutectic.evaluation.results import CheckpointRecord
 from eutectic.execution.executors import Limits
 from eutectic.execution.output_folder import unscaled_folder, unscaled_identity, write_model
 from eutectic.execution.schedule import Unscaled
-from eutectic.methods import all_methods
+from eutectic.methods import get_method
 from eutectic.planning.cost import check_memory
 from eutectic.planning.inputs import InputPaths, Inputs, open_inputs
 from eutectic.planning.plan import Plan, make_plan
@@ -88,10 +88,11 @@ def planned(
         values |= {"method": candidate.method, "parameters": dict(candidate.parameters)}
         if candidate.post is not None:
             values["post"] = candidate.post
-        own = all_methods().get(candidate.method)
-        if own is not None and own.elementwise and values.get("post") is None:
-            values.pop("convolutions", None)  # which it merges alike, as matrices or not
         try:
+            if "convolutions" in values and values.get("post") is None:
+                own = get_method(candidate.method)
+                if own.in_entries(own.parse(candidate.parameters)):
+                    del values["convolutions"]  # it merges them alike, as matrices or not
             checked = check_recipe(values)
             with open_inputs(checked) as inputs:
                 plan = make_plan(checked, inputs)

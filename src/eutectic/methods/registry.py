@@ -283,6 +283,10 @@ class Method(Entry, Takes, Cost, Rules):
         """Whether a merged matrix has no more directions than the deltas have together."""
         return self.factors if self.spans is None else self.spans
 
+    def in_entries(self, parameters: Any) -> bool:
+        """Tell whether it merges each entry by itself, whatever shape the entries stand in."""
+        return self.elementwise or self.needs(parameters) == {"fisher_diagonal"}
+
     def check_expert_count(self, count: int) -> None:
         """Raise MethodError when the method is not defined for `count` experts."""
         low, high = self.experts

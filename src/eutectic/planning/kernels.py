@@ -72,7 +72,7 @@ def kernel_faults(tensors: Sequence[TensorPlan], request: MergeRequest) -> list[
         what = "no tensor that is merged is a convolution whose groups are known."
         choose = "Leave convolutions out, or give statistics with them (collect --convolutions)."
         return [Fault("no_convolution", what, "convolutions", line, next=choose)]
-    if all(get_method(t.method).elementwise and t.post is None for t in kernels):
+    if all(get_method(t.method).in_entries(t.parameters) and t.post is None for t in kernels):
         apart = sorted({t.method for t in kernels})[0]
         if any(note.kind == "kernels_of_one_row" for t in kernels for note in t.reason):
             what = "all convolutions here are depthwise, each row a map of its own, and "

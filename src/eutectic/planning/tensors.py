@@ -208,7 +208,7 @@ def with_method(planned: TensorPlan, request: MergeRequest) -> TensorPlan:
             has_rule = planned.name not in {*tied, *tied.values()}
             reason += () if has_rule else (Note("averaged_as_tied"),)
         chosen = method.name if has_rule else "average"
-    elif rows_apart(planned) and not (method.elementwise or method.each_row):
+    elif rows_apart(planned) and not (method.in_entries(parameters) or method.each_row):
         chosen, reason = "average", (*reason, Note("kernels_of_one_row"))
     if chosen == method.name and needs and planned.layout.stacked:
         chosen = method.fallback(parameters)
