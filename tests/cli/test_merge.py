@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eutectic.cli.merge import adapter_rows
+
 RECIPE = """\
 base: ./base
 experts: {a: ./a, b: {path: ./b, weight: 3}}
@@ -150,3 +152,29 @@ def test_work_that_fails_says_where(eutectic, models):
     assert result.exit_code == 1
     assert "model.layers.1.mlp.down_proj.weight" in result.stderr and "'b'" in result.stderr
     assert not (models / "out").exists()
+
+
+def test_what_an_adapter_lost_is_told_by_what_it_is_a_share_of():
+    """Means and worst layers, of the experts' changes, of the merge and of what it adds."""
+    layer = {"rank": 4, "changed": True, "lost_energy": 0.02}
+    records = {
+        "a": {"adapter": layer},
+        "b": {"adapter": layer | {"rank": 8, "lost_energy": 0.04}},
+        "norm": {"adapter": {"changed": True}},
+        "c": {"adapter": layer | {"changed": False, "lost_energy": 0.9}},
+        "copied": {},
+    }
+    assert adapter_rows(records) == [
+        ("adapter", "2 layers of rank 4 to 8, 1 other tensor changed"),
+        ("lost energy", "of the merged change: 3 % on average, 4 % at most (b)"),
+    ]
+    before = {"a": {"adapter": layer | {"lost_before": 0.5, "lost_energy": 0.0}}}
+    assert adapter_rows(before)[1:] == [
+        ("lost energy", "of the experts' changes: 50 % on average, 50 % at most (a)")
+    ]
+    shift = {"a": {"adapter": layer | {"lost_shift": 0.0}}}
+    assert adapter_rows(shift)[1:] == [
+        ("lost outputs", "of the energy that is added to them: nothing"),
+        ("lost energy", "of the merged change: 2 % on average, 2 % at most (a)"),
+    ]
+    assert adapter_rows({"copied": {}}) == []

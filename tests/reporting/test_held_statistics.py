@@ -88,7 +88,8 @@ def test_a_file_that_is_not_there_is_named(files, tmp_path):
     result = inspected(tmp_path / "none.stats.safetensors")
     assert result.exit_code == 2 and "no such file" in " ".join(result.output.split())
     result = inspected(files["few"], "missing")  # no model of the hub: a file beside others
-    assert result.exit_code == 2 and "missing does not: no such file." in " ".join(result.output.split())
+    assert result.exit_code == 2
+    assert "missing does not: no such file." in " ".join(result.output.split())
 
 
 def test_another_file_is_not_replaced(files, tmp_path):

@@ -196,7 +196,7 @@ def adapter_rows(records: Mapping[str, Any]) -> list[tuple[str, str]]:
     if shift:
         rows.append(("lost outputs", f"of the energy that is added to them: {_spread(shift)}"))
     if after and (not before or max(after.values()) > ROUNDING):
-        rows.append(("lost energy", _spread(after)))
+        rows.append(("lost energy", f"of the merged change: {_spread(after)}"))
     return rows
 
 

@@ -78,6 +78,16 @@ OWN_NOISE = 1e-11  # least ridge an input, or solving costs more digits than flo
 LARGEST_NOISE = 1e-3  # a pivot above this share of its diagonal entry is never called noise
 
 
+def noise_share(size: int, unit_roundoff: float) -> float:
+    """Return the share of its diagonal entry below which a pivot of a Gram is noise."""
+    return min(4 * size**0.5 * unit_roundoff, LARGEST_NOISE)
+
+
+def next_ridge(ridge: float, size: int, unit_roundoff: float, largest: float) -> float:
+    """Return the ridge to try after one that did not help: `size` rounding errors, then tenfold."""
+    return min(max(10 * ridge, size * unit_roundoff), largest)
+
+
 @dataclass(frozen=True)
 class RidgedCholesky:
     """A Cholesky factor and what it took to get it.
@@ -120,7 +130,7 @@ def ridged_cholesky(gram: Tensor, *, ridge: float, unit_roundoff: float) -> Ridg
     diagonal = gram.diagonal()
     mean = float(diagonal.mean())
     dead = diagonal == 0
-    sound = min(4 * n**0.5 * unit_roundoff, LARGEST_NOISE)
+    sound = noise_share(n, unit_roundoff)
     largest = max(LARGEST_RIDGE, ridge)
     rho = ridge
     while True:
@@ -138,4 +148,4 @@ def ridged_cholesky(gram: Tensor, *, ridge: float, unit_roundoff: float) -> Ridg
                 f"{smallest:.3g}, the mean of its diagonal {mean:.3g}.\n"
                 "Collect the statistics again; if they are right, set a larger ridge."
             )
-        rho = min(max(10 * rho, n * unit_roundoff), largest)
+        rho = next_ridge(rho, n, unit_roundoff, largest)

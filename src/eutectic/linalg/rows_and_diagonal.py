@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eutectic.errors import NumericalError
 from eutectic.linalg import lapack
-from eutectic.linalg.gram import LARGEST_NOISE, LARGEST_RIDGE, OWN_NOISE
+from eutectic.linalg.gram import LARGEST_RIDGE, OWN_NOISE, next_ridge, noise_share
 
 FEW = 0.5  # of the width: so many rows are multiplied faster than the matrix that they make
 
@@ -118,7 +118,7 @@ def ridged_inverse(
     whole = rows.square().sum(0) + diagonal
     mean = float(whole.mean())
     dead = whole == 0
-    sound = min(4 * n**0.5 * unit_roundoff, LARGEST_NOISE)
+    sound = noise_share(n, unit_roundoff)
     largest = max(LARGEST_RIDGE, ridge)
     rho = ridge
     while True:
@@ -140,7 +140,7 @@ def ridged_inverse(
                 f"the mean of its diagonal is {mean:.3g}.\n"
                 "Collect the statistics again; if they are right, set a larger ridge."
             )
-        rho = min(max(10 * rho, n * unit_roundoff), largest)
+        rho = next_ridge(rho, n, unit_roundoff, largest)
 
 
 def times_without(right: Tensor, inverse: Inverse, taken: Tensor) -> Tensor | None:

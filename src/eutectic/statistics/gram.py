@@ -1,6 +1,7 @@
 """Sums of outer products, in as little memory as the number of rows allows."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Literal
 
@@ -18,42 +19,100 @@ TAIL = 0.1  # of the trace: what "auto" leaves to the diagonal, as far as `MOST`
 MOST = 512
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 4
+_ROWS = {"count", "rows"}  # of a state; the rest of it are sums
 
 
-class GramSum:
-    """Σ x xᵀ over rows x `[d]`, exact in form: rows while they are few, a matrix from then on.
+class RowSum(ABC):
+    """A sum over rows `[d]`, added up by blocks of them.
 
-    Products of blocks of rows are formed in float32 (float64 for float64 rows) and added up in
-    float64. Blocks are cut at fixed row numbers, so that the sum does not depend on how the rows
-    were batched. Memory: at most 8d² bytes and one block.
+    Blocks are cut at fixed row numbers, so that the sum does not depend on how the rows were
+    batched. `_sums` has the blocks' sums by name, in float64; the rows after the last one wait.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, block: int) -> None:
         self.width = width
         self.count = 0
+        self._block = block
         self._rows: list[Tensor] = []
         self._waiting = 0
-        self._matrix: Tensor | None = None
-
-    @property
-    def most_bytes(self) -> int:
-        """How many bytes it takes at most, beside one block of rows."""
-        return 8 * self.width**2
+        self._sums: dict[str, Tensor] = {}
 
     def add(self, rows: Tensor) -> None:
         """Add rows `[n, d]`, float32 or float64; they may be kept, and must not change later."""
         self._rows.append(rows)
         self._waiting += len(rows)
         self.count += len(rows)
-        block = max(self.width, BLOCK_ROWS)
-        if self._waiting >= block:
+        if self._waiting >= self._block:
             whole = self._gather()
-            cut = len(whole) - len(whole) % block
-            for start in range(0, cut, block):
-                self._multiply(whole[start : start + block])
+            cut = len(whole) - len(whole) % self._block
+            for start in range(0, cut, self._block):
+                self._multiply(whole[start : start + self._block])
             # A copy, so that the block's memory is freed.
             self._rows = [whole[cut:].clone()]
             self._waiting = len(whole) - cut
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything needed to go on with the sum, in full precision."""
+        rows = {"rows": self._gather()} if self._waiting else {}
+        return {"count": torch.tensor(self.count), **rows, **self._sums}
+
+    def load(self, state: Mapping[str, Tensor], device: torch.device | None = None) -> None:
+        """Go on from a `state`."""
+        self.count = int(state["count"])
+        rows = state.get("rows")
+        self._rows = [] if rows is None else [rows.to(device)]
+        self._waiting = 0 if rows is None else len(rows)
+        self._sums = {n: held.to(device) for n, held in state.items() if n not in _ROWS}
+
+    def join(self, state: Mapping[str, Tensor]) -> None:
+        """Add another sum of the same form, by its `state`."""
+        for name in state.keys() - _ROWS:
+            own, other = self._sums.get(name), state[name]
+            self._sums[name] = other.clone() if own is None else own + other
+        rows = state.get("rows")
+        self.count += int(state["count"]) - (0 if rows is None else len(rows))
+        if rows is not None:
+            self.add(rows)
+
+    def _gather(self) -> Tensor:
+        """Return the rows that wait."""
+        if not self._rows:
+            return torch.zeros(0, self.width)
+        if len(self._rows) > 1:
+            self._rows = [torch.cat(self._rows)]
+        return self._rows[0]
+
+    def _finish(self) -> None:
+        """Take the rows that wait as the last block."""
+        self._multiply(self._gather())
+        self._rows, self._waiting = [], 0
+
+    def _plus(self, name: str, value: Tensor) -> None:
+        """Add to one of the sums."""
+        if name in self._sums:
+            self._sums[name] += value
+        else:
+            self._sums[name] = value.double()
+
+    @abstractmethod
+    def _multiply(self, rows: Tensor) -> None:
+        """Add a block's sums."""
+
+
+class GramSum(RowSum):
+    """Σ x xᵀ over rows x `[d]`, exact in form: rows while they are few, a matrix from then on.
+
+    Products of blocks of rows are formed in float32 (float64 for float64 rows) and added up in
+    float64. Memory: at most 8d² bytes and one block.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, max(width, BLOCK_ROWS))
+
+    @property
+    def most_bytes(self) -> int:
+        """How many bytes it takes at most, beside one block of rows."""
+        return 8 * self.width**2
 
     def tensors(self, rank: Rank | None = None, seed: str = "") -> dict[str, Tensor]:
         """Return the sum in float64, nothing for n = 0.
@@ -64,7 +123,7 @@ class GramSum:
         """
         if self.count == 0:
             return {}
-        if self._matrix is None and self.count < self.width:
+        if not self._sums and self.count < self.width:
             factor = triangular_factor(self._gather().double())
             return {"factor": factor} if rank is None else leading_rows(factor, rank)
         gram = self.dense()
@@ -76,51 +135,13 @@ class GramSum:
 
     def dense(self) -> Tensor:
         """Return A `[d, d]`, symmetric, float64."""
-        if self._waiting or self._matrix is None:
-            self._multiply(self._gather())
-            self._rows, self._waiting = [], 0
-        assert self._matrix is not None
-        return (self._matrix + self._matrix.T) / 2
-
-    def state(self) -> dict[str, Tensor]:
-        """Return everything needed to go on with the sum, in full precision."""
-        state = {"count": torch.tensor(self.count)}
-        if self._waiting:
-            state["rows"] = self._gather()
-        if self._matrix is not None:
-            state["matrix"] = self._matrix
-        return state
-
-    def load(self, state: dict[str, Tensor], device: torch.device | None = None) -> None:
-        """Go on from a `state`."""
-        self.count = int(state["count"])
-        rows = state.get("rows")
-        self._rows = [] if rows is None else [rows.to(device)]
-        self._waiting = 0 if rows is None else len(rows)
-        self._matrix = state["matrix"].to(device) if "matrix" in state else None
-
-    def join(self, state: Mapping[str, Tensor]) -> None:
-        """Add another sum of the same width, by its `state`."""
-        rows, matrix = state.get("rows"), state.get("matrix")
-        if matrix is not None:
-            self._matrix = matrix.clone() if self._matrix is None else self._matrix + matrix
-        self.count += int(state["count"]) - (0 if rows is None else len(rows))
-        if rows is not None:
-            self.add(rows)
-
-    def _gather(self) -> Tensor:
-        if not self._rows:
-            return torch.zeros(0, self.width)
-        if len(self._rows) > 1:
-            self._rows = [torch.cat(self._rows)]
-        return self._rows[0]
+        if self._waiting or not self._sums:
+            self._finish()
+        matrix = self._sums["matrix"]
+        return (matrix + matrix.T) / 2
 
     def _multiply(self, rows: Tensor) -> None:
-        product = rows.T @ rows
-        if self._matrix is None:
-            self._matrix = product.double()
-        else:
-            self._matrix += product
+        self._plus("matrix", rows.T @ rows)
 
 
 def triangular_factor(rows: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -14,6 +12,7 @@ from eutectic.statistics.gram import (
     MOST,
     GramSum,
     Rank,
+    RowSum,
     leading_rows,
     triangular_factor,
 )
@@ -47,7 +46,7 @@ def sum_bytes(width: int, rank: Rank | None) -> int:
     return 8 * width**2
 
 
-class SketchSum:
+class SketchSum(RowSum):
     """Σ x xᵀ over rows x `[d]` as Y = A·Ω `[d, s]`, Ω Gaussian, and the diagonal of A.
 
     One pass, additive, and the same whatever batches the rows came in. At the end A ≈ Â =
@@ -59,31 +58,13 @@ class SketchSum:
     """
 
     def __init__(self, width: int, rank: Rank) -> None:
-        self.width = width
+        super().__init__(width, BLOCK_ROWS)
         self.rank: Rank = rank
-        self.count = 0
-        self._rows: list[Tensor] = []
-        self._waiting = 0
-        self._image: Tensor | None = None
-        self._diagonal: Tensor | None = None
 
     @property
     def most_bytes(self) -> int:
         """How many bytes it takes at most, beside one block of rows."""
         return sum_bytes(self.width, self.rank)
-
-    def add(self, rows: Tensor) -> None:
-        """Add rows `[n, d]`, float32 or float64; they may be kept, and must not change later."""
-        self._rows.append(rows)
-        self._waiting += len(rows)
-        self.count += len(rows)
-        if self._waiting >= BLOCK_ROWS:
-            whole = torch.cat(self._rows)
-            cut = len(whole) - len(whole) % BLOCK_ROWS
-            for start in range(0, cut, BLOCK_ROWS):
-                self._multiply(whole[start : start + BLOCK_ROWS])
-            self._rows = [whole[cut:].clone()]
-            self._waiting = len(whole) - cut
 
     def tensors(self, rank: Rank | None = None, seed: str = "") -> dict[str, Tensor]:
         """Return `{"factor": F [k, d], "diagonal": e}` in float64, nothing for n = 0.
@@ -94,43 +75,12 @@ class SketchSum:
         """
         if not self.count:
             return {}
-        if self._image is None:
-            factor = triangular_factor(torch.cat(self._rows).double())
+        if not self._sums:
+            factor = triangular_factor(self._gather().double())
             return leading_rows(factor, self.rank)
         if self._waiting:
-            self._multiply(torch.cat(self._rows))
-            self._rows, self._waiting = [], 0
-        assert self._diagonal is not None
-        return leading_rows(self._root(), self.rank, self._diagonal)
-
-    def state(self) -> dict[str, Tensor]:
-        """Return everything needed to go on with the sum, in full precision."""
-        state = {"count": torch.tensor(self.count)}
-        if self._waiting:
-            state["rows"] = torch.cat(self._rows)
-        if self._image is not None and self._diagonal is not None:
-            state |= {"matrix": self._image, "diagonal": self._diagonal}
-        return state
-
-    def load(self, state: dict[str, Tensor], device: torch.device | None = None) -> None:
-        """Go on from a `state`."""
-        self.count = int(state["count"])
-        rows = state.get("rows")
-        self._rows = [] if rows is None else [rows.to(device)]
-        self._waiting = 0 if rows is None else len(rows)
-        self._image = state["matrix"].to(device) if "matrix" in state else None
-        self._diagonal = state["diagonal"].to(device) if "diagonal" in state else None
-
-    def join(self, state: Mapping[str, Tensor]) -> None:
-        """Add another sum of the same width and rank, by its `state`."""
-        rows, image, diagonal = (state.get(part) for part in ("rows", "matrix", "diagonal"))
-        if image is not None and diagonal is not None:
-            self._image = image.clone() if self._image is None else self._image + image
-            own = self._diagonal
-            self._diagonal = diagonal.clone() if own is None else own + diagonal
-        self.count += int(state["count"]) - (0 if rows is None else len(rows))
-        if rows is not None:
-            self.add(rows)
+            self._finish()
+        return leading_rows(self._root(), self.rank, self._sums["diagonal"])
 
     def _test(self, like: Tensor) -> Tensor:
         """Return Ω `[d, s]`, the same for all sums of one width and rank: they add up."""
@@ -139,28 +89,23 @@ class SketchSum:
         return drawn.to(like.device, like.dtype)
 
     def _multiply(self, rows: Tensor) -> None:
-        image = rows.T @ (rows @ self._test(rows))
-        squares = rows.double().square().sum(0)
-        if self._image is None or self._diagonal is None:
-            self._image, self._diagonal = image.double(), squares
-        else:
-            self._image += image
-            self._diagonal += squares
+        self._plus("matrix", rows.T @ (rows @ self._test(rows)))
+        self._plus("diagonal", rows.double().square().sum(0))
 
     def _root(self) -> Tensor:
         """Return R `[s, d]` with RᵀR = Â, its rows orthogonal and descending."""
-        assert self._image is not None
-        test = self._test(self._image)
+        image = self._sums["matrix"]
+        test = self._test(image)
         # The shift silences the rounding of float32 products; it is taken off again.
-        shift = torch.finfo(torch.float32).eps * lapack.norm(self._image)
+        shift = torch.finfo(torch.float32).eps * lapack.norm(image)
         if not shift:
-            return self._image.new_zeros(0, self.width)
+            return image.new_zeros(0, self.width)
         for _ in range(_SHIFTS):
-            image = self._image + shift * test
-            inner = test.T @ image
+            shifted = image + shift * test
+            inner = test.T @ shifted
             lower = lapack.cholesky((inner + inner.T) / 2)
             if lower is not None:
-                whitened = lapack.solve_lower(lower, image.T)
+                whitened = lapack.solve_lower(lower, shifted.T)
                 values, turned = lapack.eigh(whitened @ whitened.T)
                 rows = (turned.T @ whitened) / values.clamp_min(shift).sqrt()[:, None]
                 return rows * (values - shift).clamp_min(0).sqrt()[:, None]

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from eutectic.recipes.schema import ScaleSearch
 from eutectic.tuning.divergence import feature_distance, kl_divergence
 from eutectic.tuning.inplace import round_tensors, share_bodies
 from eutectic.tuning.putting import common_shapes, is_of_vectors, putting
-from eutectic.tuning.search import Measured, plain_parts, search_scale
+from eutectic.tuning.search import Measured, ScaleCurve, plain_parts, search_scale
 from eutectic.tuning.search_tasks import TuningTask, lent_heads, open_tasks
 
 STAGE = "scale"  # of measurements in the journal
@@ -79,28 +79,11 @@ def prepare_objective(
                 memory.add(name, load()(scale))
             return memory.get(name)
 
-        curve = search_scale(
-            objective,
-            low=search.range[0],
-            high=search.range[1],
-            points=search.points,
-            tolerance=search.tolerance,
-            maximise=labelled,
-            tell=tell,
-        )
-        record = {
-            **curve.described(search.search),
-            "range": list(search.range),
-            "tolerance": search.tolerance,
-            "tasks": {t.task.name: t.described() for t in tasks},
-            **({"device": device.model} if device.model else {}),
-        }
-        if labelled:
-            if "experts" not in memory:  # the line was lost
-                load()
-            record["experts"] = plain_parts(memory.get("experts").parts)
-        elif search.compare == "features":
-            record["compare"] = "features"
+        curve = searched(search, objective, tell)
+        if labelled and "experts" not in memory:  # the line was lost
+            load()
+        experts = memory.get("experts").parts if labelled else None
+        record = search_record(search, curve, tasks, device, experts)
         numbers = {
             "scale": curve.scale,
             "search": search.search,
@@ -116,6 +99,45 @@ def prepare_objective(
         return Choice(curve.scale, note, record)
 
     return choose
+
+
+def searched(
+    search: ScaleSearch,
+    objective: Callable[[float], Measured],
+    tell: Callable[[int, int, float], None],
+) -> ScaleCurve:
+    """Run a search over data with the settings of a recipe."""
+    return search_scale(
+        objective,
+        low=search.range[0],
+        high=search.range[1],
+        points=search.points,
+        tolerance=search.tolerance,
+        maximise=search.search == "validation",
+        tell=tell,
+    )
+
+
+def search_record(
+    search: ScaleSearch,
+    curve: ScaleCurve,
+    tasks: Sequence[TuningTask],
+    device: Device,
+    experts: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    """Return what files say of a search over data; `experts` are their metrics, with labels."""
+    record = {
+        **curve.described(search.search),
+        "range": list(search.range),
+        "tolerance": search.tolerance,
+        "tasks": {t.task.name: t.described() for t in tasks},
+        **({"device": device.model} if device.model else {}),
+    }
+    if experts is not None:
+        record["experts"] = plain_parts(experts)
+    elif search.compare == "features":
+        record["compare"] = "features"
+    return record
 
 
 def measured_at(search: ScaleSearch, scale: float, unscaled: Unscaled, opened: Opened) -> Measured:

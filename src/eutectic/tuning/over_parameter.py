@@ -21,8 +21,9 @@ from eutectic.planning.inputs import open_inputs
 from eutectic.planning.plan import make_plan
 from eutectic.recipes.load import Source, check_recipe
 from eutectic.recipes.schema import Recipe, ScaleSearch
-from eutectic.tuning.objectives import Opened, measured_at, tasks_of
-from eutectic.tuning.search import Measured, plain_parts, search_scale
+from eutectic.tuning.objectives import Opened, measured_at, search_record, searched, tasks_of
+from eutectic.tuning.search import Measured
+from eutectic.tuning.search_tasks import TuningTask
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,14 @@ def search_parameter(
     stated = recipe.model_dump(mode="json", exclude_unset=True)
     opened = Opened()
     notes: dict[Note, None] = {}
-    data: dict[str, Any] = {}
+    tasks: list[TuningTask] = []
     alpha = scale
 
     def with_value(value: float) -> dict[str, Any]:
         return {**stated, "parameters": {**recipe.parameters, over: value}}
 
     def objective(value: float) -> Measured:
-        nonlocal alpha
+        nonlocal alpha, tasks
         checked = check_recipe(with_value(value), source)
         with (
             open_inputs(checked, source) as inputs,
@@ -134,8 +135,6 @@ def search_parameter(
             notes.update(dict.fromkeys(plan.notes))
             alpha = plan.scale if alpha is None else alpha
             tasks, _ = tasks_of(search, plan, inputs, opened)
-            data["tasks"] = {t.task.name: t.described() for t in tasks}
-            data["split"] = tasks[0].prepared.split
             with unscaled_folder(Path(folder), plan, inputs, limits) as unscaled:
                 return measured_at(search, alpha, unscaled, opened)
 
@@ -143,41 +142,25 @@ def search_parameter(
         if limits.progress is not None:
             limits.progress(done, total, f"{over} = {value:.3g}")
 
-    curve = search_scale(
-        objective,
-        low=search.range[0],
-        high=search.range[1],
-        points=search.points,
-        tolerance=search.tolerance,
-        maximise=search.search == "validation",
-        tell=tell,
-    )
+    curve = searched(search, objective, tell)
     assert alpha is not None
-    described = curve.described(search.search)
-    record = {
-        **described,
+    (references,) = opened.references.values()
+    experts = references if search.search == "validation" else None
+    record = search_record(search, curve, tasks, limits.models, experts)
+    record |= {
         "over": over,
         "value": curve.scale,
         "scale": alpha,
         "points": [
             {"parameter": value, **{k: v for k, v in point.items() if k != "scale"}}
-            for value, point in zip(curve.points, described["points"], strict=True)
+            for value, point in zip(curve.points, record["points"], strict=True)
         ],
-        "range": list(search.range),
-        "tolerance": search.tolerance,
-        "tasks": data["tasks"],
-        **({"device": limits.models.model} if limits.models.model else {}),
     }
-    if search.search == "validation":
-        (references,) = opened.references.values()
-        record["experts"] = plain_parts(references)
-    elif search.compare == "features":
-        record["compare"] = "features"
     numbers = {
         "value": curve.scale,
         "scale": alpha,
         "search": search.search,
-        "split": data["split"],
+        "split": tasks[0].prepared.split,
         "points": len(curve.points),
     }
     told = [*notes, Note("searched_parameter", (over,), numbers)]
