@@ -216,7 +216,7 @@ def _prose(page: str) -> list[str]:
         line = _TROFF.sub("", raw).replace("\\-", "-").strip()
         if "\\" in line or not 5 <= len(line.split()) <= 20:
             continue
-        if sum(character.isalpha() or character == " " for character in line) > 0.85 * len(line):
+        if sum(map(str.isalpha, line)) + line.count(" ") > 0.85 * len(line):
             lines.append(line)
     return sorted(lines, key=lambda line: hash_to_unit(f"page {line}"))[:LINES_PER_PAGE]
 
