@@ -207,7 +207,7 @@ def main() -> None:
         }
         merged = {name: vectors(suite, base) for name in missing}
         if missing:
-            files = collect_statistics(suite, arguments.work, 0, count, fisher=False)
+            files = collect_statistics(suite, arguments.work, 0, count, gradients=True)
             for matrix, layer in layers(suite, files, base):
                 for name, variant in missing.items():
                     merged[name][matrix] = variant(layer).float()

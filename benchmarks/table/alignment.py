@@ -52,8 +52,7 @@ def main() -> None:
         def measure(row: Row = row) -> dict[str, float]:
             used = None
             if row.needs_statistics:
-                fisher = row.method == "fisher"
-                used = collect_statistics(suite, arguments.work, 0, fisher=fisher)
+                used = collect_statistics(suite, arguments.work, 0, **row.statistics)
             init = initial_merge(row, results)
             merged = merge_row(suite, row, arguments.work, 0, used, init)
             return alignments(suite, merged, arguments.error)

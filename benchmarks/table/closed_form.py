@@ -41,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     suite = load_suite(arguments)
     results = arguments.work / "results" / suite.name
-    files = collect_statistics(suite, arguments.work, 0, fisher=False)
+    files = collect_statistics(suite, arguments.work, 0)
     statistics = [load_statistics(files[task]) for task in suite.tasks]
     opened = [safe_open(f / "model.safetensors", "pt") for f in suite.experts.values()]
     base = load_file(suite.base / "model.safetensors")

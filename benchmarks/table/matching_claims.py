@@ -62,7 +62,7 @@ def rows() -> dict[str, Row]:
 def measured(suite: Suite, name: str, row: Row, work: Path, results: Path, seed: int) -> Any:
     """One merge: accuracy on the test texts at the α that validation chose, and at 1."""
     init = initial_merge(row, results)
-    files = collect_statistics(suite, work, seed, fisher=False) if row.seeded else None
+    files = collect_statistics(suite, work, seed, **row.statistics) if row.seeded else None
     merged = merge_row(suite, row, work, seed, files, init)
 
     def on(split: str, scale: float) -> dict[str, float]:

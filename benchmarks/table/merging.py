@@ -63,6 +63,13 @@ class Row:
         """Whether the method reads statistics files."""
         return self.seeded and not self.method.startswith("dare")
 
+    @property
+    def statistics(self) -> dict[str, bool]:
+        """What it reads of them, as `collect_statistics` takes it."""
+        fisher = self.method == "fisher"
+        gradients = fisher or self.parameters.get("operator") == "kfac"
+        return {"fisher": fisher, "gradients": gradients, "core": self.core}
+
 
 ROWS: dict[str, Row] = {
     "average": Row("average", fixed=True),
@@ -202,15 +209,18 @@ def collect_statistics(
     work: Path,
     seed: int,
     count: int = PROXIES,
-    fisher: bool = True,
+    fisher: bool = False,
     core: bool = False,
+    gradients: bool = False,
 ) -> dict[str, Path]:
     """Collect every expert's statistics on its proxies, labels sampled: unlabelled data suffice.
 
-    The diagonal Fisher takes a pass for every example; `fisher=False` leaves it out. `core` keeps
-    what the suite's adapters see of the inputs, and nothing else.
+    Input Grams, and the Grams of output gradients if asked for, which double memory and files. The
+    diagonal Fisher takes a pass for every example, and has both. `core` keeps what the suite's
+    adapters see of the inputs, and nothing else.
     """
-    kind = "-core" if core else "" if fisher else "-kfac"
+    gradients |= fisher
+    kind = "-core" if core else "" if fisher else "-kfac" if gradients else "-gram"
     rows = core_rows(suite.model, suite.adapters, suite.base) if core else None
     files: dict[str, Path] = {}
     for task, folder in suite.experts.items():
@@ -221,8 +231,10 @@ def collect_statistics(
             weights = load_file(folder / "model.safetensors")
             set_weights(suite.model, weights)
             proxies = suite.proxies(task, seed, count)
-            own = {"gradients": rows is None, "fisher": fisher and rows is None, "core": rows}
-            collect_on(suite, task, proxies, file, **own)
+            if rows is None:
+                collect_on(suite, task, proxies, file, gradients, fisher)
+            else:
+                collect_on(suite, task, proxies, file, False, core=rows)
     return files
 
 

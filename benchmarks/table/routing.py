@@ -83,8 +83,8 @@ def _merged(
     suite: Suite, base: str, work: Path, results: Path, seed: int, count: int
 ) -> dict[str, Any]:
     """Put the merged base into the suite's model; return the statistics of experts and of it."""
-    files = collect_statistics(suite, work, seed, count, fisher=False)
-    full = collect_statistics(suite, work, seed, fisher=False)
+    files = collect_statistics(suite, work, seed, count)
+    full = collect_statistics(suite, work, seed)
     row = merge_row(suite, ROWS[base], work, seed, full)
     scale = json.loads((results / f"{base}-0.json").read_text())["scale"]
     seen: dict[str, Any] = {}

@@ -245,10 +245,8 @@ def static_row(
     if record and record["parameters"] != dict(row.parameters):
         raise SystemExit(f"{file}: measured with other parameters; move it away to measure anew.")
     init = initial_merge(row, results)
-    fisher = row.method == "fisher"
     reads = "grams" in kinds or row.needs_statistics
-    asked = {"fisher": fisher, "core": row.core}
-    files = collect_statistics(suite, work, seed, **asked) if reads else {}
+    files = collect_statistics(suite, work, seed, **row.statistics) if reads else {}
     merged = merge_row(suite, row, work, seed, files if row.needs_statistics else None, init)
     if aligned:
         cached(results / "alignment" / f"{name}.json", lambda: alignments(suite, merged))
@@ -323,11 +321,8 @@ def collect_parts(arguments: argparse.Namespace, suite: Suite) -> None:
     part = replace(suite, experts=own)
     names = arguments.rows if arguments.rows is not None else list(ALL_ROWS)
     rows = [ALL_ROWS[name] for name in names if name in ALL_ROWS]
-    kinds = [{"fisher": False}] if names else []
-    if any(row.method == "fisher" for row in rows):
-        kinds.append({"fisher": True})
-    if suite.adapters and any(row.core for row in rows):
-        kinds.append({"core": True})
+    routed = [{}] if "routed" in names else []
+    kinds = [*routed, *(row.statistics for row in rows if suite.adapters or not row.core)]
     for seed, kind in product(range(arguments.seeds), kinds):
         collect_statistics(part, arguments.work, seed, **kind)
 
