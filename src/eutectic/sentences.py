@@ -153,7 +153,7 @@ def _searched(tasks: Sequence[str], numbers: Mapping[str, Any]) -> str:
     for task, other, count in numbers["shared"]:
         text += f"; {count} rows of {task} are test rows of {other}"
     if numbers["ignored"]:
-        text += f"; experts without a task had no say: {', '.join(numbers['ignored'])}"
+        text += f"; experts without a task were ignored: {', '.join(numbers['ignored'])}"
     return text
 
 
@@ -174,9 +174,7 @@ def read_as(own: str, base: str, count: int) -> str:
 
 def _no_gain(_: Sequence[str], values: Mapping[str, Any]) -> str:
     listed = ", ".join(f"{t} ({own:.4g}, base {base:.4g})" for t, (own, base) in values.items())
-    return (
-        "the expert is not better than the base, so that a larger NAI says nothing good: " + listed
-    )
+    return "the expert does not outperform the base, so NAI is not meaningful here: " + listed
 
 
 def _mixture(names: Sequence[str], numbers: Mapping[str, Any]) -> str:
@@ -564,7 +562,7 @@ SENTENCES: dict[str, Template] = {
     ),
     "best_of_many": (
         "the best of {count} is best by luck in part: for a figure to report, measure it on rows "
-        "that had no say"
+        "that chose nothing"
     ),
     "inspected": "{matrices:n matrix/matrices}; left aside: {others:n other tensor}",
     "unchanged": "expert '{0}' leaves {unchanged} of {matrices:n matrix/matrices} unchanged",

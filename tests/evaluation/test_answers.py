@@ -188,7 +188,7 @@ def test_an_expert_below_its_base_is_told(tmp_path: Path):
     }
     found = eutectic.evaluate(tasks, **folders, resamples=0)
     assert found.results[0].value == 1 > found.results[1].value
-    assert len(found.notes) == 1 and "larger NAI says nothing good: a (" in found.notes[0]
+    assert len(found.notes) == 1 and "NAI is not meaningful here: a (" in found.notes[0]
     world.save(base, tmp_path / "a")
     world.save(world.make("bert", seed=3), tmp_path / "base")
     assert eutectic.evaluate(tasks, **folders, resamples=0).notes == ()

@@ -225,7 +225,7 @@ def test_one_row_of_the_test_data_is_enough_to_refuse(tmp_path, folder, search):
 def test_experts_without_a_task_are_named(folder):
     request = options(folder, "divergence", tasks=edited(folder, lambda t: t.pop("right")))
     report = eutectic.tune(**request)
-    assert "experts without a task had no say: right" in report.notes[-1]
+    assert "experts without a task were ignored: right" in report.notes[-1]
 
 
 def test_tune_needs_a_search_and_one_place(tmp_path, folder):
