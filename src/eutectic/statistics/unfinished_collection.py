@@ -121,7 +121,7 @@ class Partial:
         return file, counts
 
     def _write(self, name: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        write_tensors(self.folder / name, tensors, _KEY, self._stamp | record)
+        write_tensors(self.folder / name, tensors, _KEY, {**self._stamp, **record})
 
     def _read(self, name: str) -> TensorFile | None:
         path = self.folder / name
