@@ -54,6 +54,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return None
 
 
+def _patience(item: pytest.Item) -> float:
+    """Return the seconds that a test may take, where it says so: those that take long do."""
+    marker = item.get_closest_marker("timeout")
+    return marker.args[0] if marker else 0
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin every process's share with its part of the slow tests.
 
@@ -61,6 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     a process should have quick tests left at the end, and none all the slow ones.
     """
     slow = [item for item in items if item.get_closest_marker("slow")]
+    slow.sort(key=_patience, reverse=True)  # the longest go to one process each
     quick = [item for item in items if not item.get_closest_marker("slow")]
     if config.getoption("--quick"):
         config.hook.pytest_deselected(items=slow)

@@ -212,7 +212,7 @@ def lacking_head(
     Told by headers and the configuration, before any tensor is read; empty where the checkpoint has
     some part of the head, or where that is only known when the model is loaded.
     """
-    if task.head is not None or task.kind not in WITH_HEAD:
+    if task.head is not None or task.kind not in WITH_HEAD or is_ia3(Path(folder)):
         return ()
     body = base_folder(Path(folder), base)
     held = {*logical_index(body).entries}

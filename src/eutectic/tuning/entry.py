@@ -217,6 +217,8 @@ def tune(
         ... # doctest: +SKIP
     """
     limited = {name: options.pop(name) for name in _RUN if name in options}
+    if at is not None and not math.isfinite(at):
+        raise RequestError(f"at (--at) is the α of every merge, a finite number; got {at}.")
     if over is not None:
         from eutectic.tuning.over_parameter import check_search_over
 
@@ -228,8 +230,6 @@ def tune(
             "not a search.\nName one: --search validation or divergence with --tasks, or --search "
             "gram, in closed form from statistics, or --search norm."
         )
-    if at is not None and not math.isfinite(at):
-        raise RequestError(f"at (--at) is the α of every merge, a finite number; got {at}.")
     if over is not None:
         return _tune_over(checked, source, (over, at), output, work, limited)
     if at is not None:
