@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch  # noqa: E402 - after the settings above
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 torch.set_num_threads(1)
+gc.set_threshold(50_000, 20, 20)  # a tenth of the time went into looking at what stays anyway
 
 # The same cases in every run, however slow the machine is.
 settings.register_profile(
@@ -52,6 +54,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     if config.getoption("--quick") and collection_path.match("test_*.py"):
         return bool(_MODELS.search(collection_path.read_text(encoding="utf-8"))) or None
     return None
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported and collected out of every further look for garbage."""
+    gc.freeze()
 
 
 def _patience(item: pytest.Item) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,11 +119,10 @@ def test_a_lost_worker_is_replaced(
     assert digests(tmp_path)["lost"] == undisturbed
 
 
-@pytest.mark.parametrize("then", ["ray", "fewer", "threads"])
 def test_an_interrupted_collection_goes_on(
-    tmp_path: Path, where: dict[str, Any], then: str
+    tmp_path: Path, where: dict[str, Any], undisturbed: str
 ) -> None:
-    batches, output = some_batches(), tmp_path / "out"
+    batches, alone = some_batches(), eutectic.collect(a_model(), some_batches())
 
     def interrupt(done: int, _: object) -> None:
         if done == 6:
@@ -129,24 +130,25 @@ def test_an_interrupted_collection_goes_on(
 
     with pytest.raises(KeyboardInterrupt):
         eutectic.collect(
-            a_model(), batches, output, progress=interrupt, snapshot_seconds=0.0, **where
+            a_model(), batches, tmp_path / "ray", progress=interrupt, snapshot_seconds=0.0, **where
         )
-    told: list[int] = []
-    further: dict[str, dict[str, Any]] = {
-        "ray": where, "fewer": {**where, "shards": 1}, "threads": {},
-    }  # fmt: skip
-    found = eutectic.collect(
-        a_model(), batches, output, progress=lambda n, _: told.append(n), **further[then]
-    )
-    assert told[0] <= 7 if then == "threads" else told[0] == 7
-    same_sums(found, eutectic.collect(a_model(), batches))
-    assert not (tmp_path / "out.partial").exists()
+    further = {"ray": where, "fewer": {**where, "shards": 1}, "threads": {}}
+    for then in ("fewer", "threads"):
+        shutil.copytree(tmp_path / "ray.partial", tmp_path / f"{then}.partial")
+    for then, asked in further.items():
+        told: list[int] = []
+        tell: Callable[..., None] = partial(lambda told, n, _: told.append(n), told)
+        found = eutectic.collect(a_model(), batches, tmp_path / then, progress=tell, **asked)
+        assert told[0] <= 7 if then == "threads" else told[0] == 7
+        same_sums(found, alone)
+        assert not (tmp_path / f"{then}.partial").exists()
+    assert digests(tmp_path)["ray"] == undisturbed
 
 
 def test_an_error_of_a_worker_is_raised_here(where: dict[str, Any]) -> None:
     bad = [*some_batches(3), torch.full((2, WIDTH), torch.nan)]
     with pytest.raises(eutectic.EutecticError, match=r"0\.weight"):
-        eutectic.collect(a_model(), bad, **where)
+        eutectic.collect(a_model(), bad, **{**where, "shards": 1})
 
 
 @pytest.mark.parametrize(
