@@ -213,3 +213,16 @@ def test_models_without_convolutions_are_refused() -> None:
         eutectic.merge_state_dicts(
             base, {"a": base, "b": base}, method="iso_c", convolutions="matrix"
         )
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_cores_of_kernels_have_the_size_of_their_matrices(tmp_path: Path, kernel: int) -> None:
+    """Not of the kernels' last two axes, by which a warning would say that nothing is kept."""
+    folders = {n: save(tmp_path / n, kernel_of(model(s, 1, kernel))) for n, s in SEEDS.items()}
+    base = save(tmp_path / "base", kernel_of(model(0, 1, kernel)))
+    asked: dict[str, Any] = {"base": base, "experts": {n: str(f) for n, f in folders.items()}}
+    asked |= {"method": "core_ties", "convolutions": "matrix"}
+    most = {1: 8 * 4, 3: 8 * 24}[kernel]  # `[8, 4]` and `[8, 36]` with 4 and 8 directions each
+    for density, told in ((1.5 / most, []), (0.5 / most, [most])):
+        notes = eutectic.plan(**asked, parameters={"density": density}).note_records
+        assert [n.numbers["entries"] for n in notes if n.kind == "trimmed_away"] == told

@@ -249,13 +249,16 @@ def _trimmed_away(tensors: Sequence[TensorPlan], inputs: Inputs) -> list[Note]:
     for planned in tensors:
         if not planned.merged or not isinstance(planned.parameters, TiesInBasisParameters):
             continue
-        rank = 0
-        for source in planned.experts:
-            own = source.tensor and inputs.owner(source).inner_rank(source.tensor)
-            rank += min(planned.shape[-2:]) if own is None else int(own or 0)
+        ranks = [
+            source.tensor and inputs.owner(source).inner_rank(source.tensor)
+            for source in planned.experts
+        ]
         given = [s.parameters or planned.parameters for s in planned.experts if s.weight]
         density = max((p.density for p in given), default=0.0)
-        sizes = [most_entries(planned.method, shape, rank) or 0 for shape in planned.matrix_shapes]
+        sizes: list[int] = []
+        for shape in planned.matrix_shapes:
+            rank = sum(min(shape) if own is None else int(own or 0) for own in ranks)
+            sizes.append(most_entries(planned.method, shape, rank) or 0)
         if all(entries and int(density * entries) < 1 for entries in sizes):
             found.setdefault((planned.method, density), {})[planned.name] = max(sizes)
     notes: list[Note] = []
