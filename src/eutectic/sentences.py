@@ -262,6 +262,7 @@ SENTENCES: dict[str, Template] = {
     "convolution": "convolution kernel",
     "kernel_as_matrix": "convolution as a matrix over patches",
     "groups_unknown": "no statistics say how many groups it has",
+    "groups_assumed": "no statistics say how many groups it has: taken as one",
     "kernels_of_one_row": "averaged: each row is a map of its own",
     "table": "lookup table",
     "single_row": "a single row or column",

@@ -226,3 +226,12 @@ def test_cores_of_kernels_have_the_size_of_their_matrices(tmp_path: Path, kernel
     for density, told in ((1.5 / most, []), (0.5 / most, [most])):
         notes = eutectic.plan(**asked, parameters={"density": density}).note_records
         assert [n.numbers["entries"] for n in notes if n.kind == "trimmed_away"] == told
+
+
+def test_what_is_taken_as_one_group_is_said(tmp_path: Path) -> None:
+    folders = {n: save(tmp_path / n, kernel_of(model(s, 2, 3))) for n, s in SEEDS.items()}
+    base = save(tmp_path / "base", kernel_of(model(0, 2, 3)))
+    asked: dict[str, Any] = {"base": base, "experts": {n: str(f) for n, f in folders.items()}}
+    found = eutectic.plan(**asked, method="iso_c", convolutions="matrix").tensors
+    said = {planned["name"]: planned["why"] for planned in found}
+    assert "no statistics say how many groups it has: taken as one" in said["0.weight"]

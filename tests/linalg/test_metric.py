@@ -215,6 +215,15 @@ def test_rows_that_are_the_right_factors_are_read_off_their_decomposition():
     assert space is not None and space.right.shape == (IN, 5)
     for block, seen in zip((own, own.flip(0)), space.beside, strict=True):
         assert float((seen @ space.right.mT - block).norm() / block.norm()) < 1e-12
+    for blocks in ([own], [own, own]):  # the same rows: neither is multiplied
+        space = core_space_beside(stack, blocks)
+        assert space is not None and len(space.beside) == len(blocks)
+        assert (space.inverse is not None) == (len(blocks) == 1)
+        for seen in space.beside:
+            assert float((seen @ space.right.mT - own).norm() / own.norm()) < 1e-12
+            if space.inverse is not None:
+                apart_by = seen @ space.inverse.mT - torch.eye(5).double()
+                assert float(apart_by.norm()) < 1e-12
 
 
 def test_a_core_is_widened_by_rows_beyond_it():

@@ -35,7 +35,8 @@ def with_kernels(entry: TensorEntry, decision: Decision, request: MergeRequest) 
     if asked:
         if groups is None and entry.shape[1] == 1:
             return decision.because(*decision.reason, Note("groups_unknown"))
-        decision = decision.because(Note(KERNEL), treatment=Treatment.MATRIX)
+        assumed = () if groups is not None else (Note("groups_assumed"),)
+        decision = decision.because(Note(KERNEL), *assumed, treatment=Treatment.MATRIX)
     if groups is None or groups == 1 or entry.shape[0] % groups:
         return decision
     return replace(decision, layout=replace(decision.layout, groups=groups))
