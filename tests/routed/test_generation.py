@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,15 @@ from torch import nn
 
 from eutectic.errors import RequestError
 from eutectic.routed import build_routed, routing
+from eutectic.routed.routed_modules import RoutedLinear
 
 from .world import EXPERTS, WORLDS, World, output, texts
 
 
 @cache
-def built(kind: str, accumulate: bool = True) -> tuple[World, nn.Module]:
+def built(
+    kind: str, accumulate: bool | None = True, router: Any = "discriminant"
+) -> tuple[World, nn.Module]:
     world = WORLDS[kind]()
     routed = build_routed(
         world.merged,
@@ -25,6 +29,7 @@ def built(kind: str, accumulate: bool = True) -> tuple[World, nn.Module]:
         world.statistics(),
         world.statistics(of_merged=True),
         rank=4,
+        router=router,
         accumulate=accumulate,
     )
     return world, routed
@@ -164,6 +169,93 @@ def test_an_encoder_run_by_itself_votes_for_the_decoder_too(accumulate: bool):
     assert len(votes[0].unique()) > 1
     assert all(torch.equal(chosen, votes[0]) for chosen in votes)
     assert all(torch.equal(chosen, votes[0].repeat_interleave(2)) for chosen in beams)
+
+
+def encoded(routed: Any, **settings: Any) -> Any:
+    with torch.no_grad(), routing(routed, **settings):
+        return routed.encoder(**prompts("t5"))
+
+
+def decoded(routed: Any, outputs: Any, **settings: Any) -> torch.Tensor:
+    """The decoder's logits of two tokens, from an encoder's outputs."""
+    start = torch.tensor([[0, 5]]).expand(len(outputs[0]), -1)
+    mask = prompts("t5")["attention_mask"]
+    with torch.no_grad(), routing(routed, **settings):
+        return routed(
+            encoder_outputs=outputs, attention_mask=mask, decoder_input_ids=start, use_cache=False
+        ).logits
+
+
+def named(routed: Any, chosen: torch.Tensor) -> dict[str, Any]:
+    return {"mode": "oracle", "expert": [routed.routing.experts[t] for t in chosen.tolist()]}
+
+
+def test_a_decoder_in_another_mode_than_its_encoder_decides_by_its_own():
+    """An encoder leaves scores: weights of `soft` are no decision of `route`, and conversely."""
+    routed: Any = copy.deepcopy(built("t5", accumulate=None, router="mad")[1])
+    layers = {m.experts.name: m for m in routed.modules() if isinstance(m, RoutedLinear)}
+    seen: list[torch.Tensor] = []
+    deciding = layers[routed.routing.decider].experts.router
+    handle = deciding.register_forward_hook(lambda module, args, scores: seen.append(scores))
+    encoded(routed, mode="base", record=True)
+    handle.remove()
+    scores = seen[0]
+    temperature = float((scores.max(1).values - scores.min(1).values).max())
+    soft = {"mode": "soft", "temperature": temperature}
+    mixed = encoded(routed, **soft)
+    assert torch.equal(
+        decoded(routed, mixed, mode="route"),
+        decoded(routed, mixed, **named(routed, scores.argmax(1))),
+    )
+    weights = (scores / (2 * temperature)).softmax(1)
+    for encoding in ({"mode": "route"}, {"mode": "vote"}, soft):
+        outputs = encoded(routed, **encoding)
+        found = decoded(routed, outputs, mode="soft", temperature=2 * temperature)
+        plain = copy.deepcopy(routed)
+        for layer in plain.decoder.modules():  # the first prompt's mixture as one dense change
+            if isinstance(layer, RoutedLinear):
+                up, down = layer.experts.up, layer.experts.down
+                layer.weight.data += torch.einsum("t,tor,tri->oi", weights[0], up, down)
+        wanted = decoded(plain, outputs, mode="base")
+        torch.testing.assert_close(found[0], wanted[0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_decoder_votes_anew_where_another_layer_is_to_decide():
+    routed: Any = copy.deepcopy(built("t5", accumulate=False)[1])
+    layers = {m.experts.name: m for m in routed.modules() if isinstance(m, RoutedLinear)}
+    other = "encoder.block.0.layer.0.SelfAttention.k.weight"
+    of_decoder = "decoder.block.0.layer.1.EncDecAttention.k.weight"
+    for name, turns in ((other, 1), (of_decoder, 2)):  # these two contradict all the rest
+        layers[name].experts.router.register_forward_hook(
+            lambda module, args, scores, turns=turns: scores.roll(turns, -1)
+        )
+    with routing(routed, mode="base", record=True) as alone:
+        routed(**prompts("t5"), decoder_input_ids=torch.zeros(6, 1, dtype=torch.long))
+    cast = torch.stack([alone[name] for name in alone if name.startswith("encoder")])
+    most = torch.nn.functional.one_hot(cast, 3).sum(0).argmax(1)
+    assert not torch.equal(alone[other], most)
+    for encoding, decoding, wanted in (
+        ({"layer": other}, {}, most),
+        ({}, {"layer": other}, alone[other]),
+        ({}, {"layer": of_decoder}, alone[of_decoder]),
+    ):
+        outputs = encoded(routed, mode="vote", **encoding)
+        found = decoded(routed, outputs, mode="vote", **decoding)
+        assert torch.equal(found, decoded(routed, outputs, **named(routed, wanted)))
+    with pytest.raises(RequestError, match="was not passed, so it cannot vote"):
+        decoded(routed, encoded(routed, mode="route"), mode="vote", layer=other)
+
+
+def test_a_vote_is_evidence_for_a_decoder_that_adds_it_up():
+    routed: Any = built("t5")[1]
+    with routing(routed, mode="base", record=True) as alone:
+        routed.encoder(**prompts("t5"))
+    last = [*alone.values()][-1]
+    outputs = encoded(routed, mode="vote")
+    start = torch.zeros(len(last), 1, dtype=torch.long)
+    with torch.no_grad(), routing(routed, record=True) as decisions:
+        routed(encoder_outputs=outputs, decoder_input_ids=start, use_cache=False)
+    assert torch.equal(next(iter(decisions.values())), last)
 
 
 def test_threads_do_not_see_each_other():

@@ -37,6 +37,7 @@ MODES = ("route", "oracle", "base", "soft", "vote")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 # A layer's tower, by number, or the layer itself where it has none; and how many samples it saw.
 Group = tuple[int | str, int]
+Ballots = list[tuple[str, Tensor]]  # layers as they were passed, and scores [samples, T]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ class Settings:
     temperature: float = 1.0
     layer: str | None = None
     decisions: Decisions | None = None
-    ballots: dict[Group, list[tuple[str, Tensor]]] | None = None
+    ballots: dict[Group, Ballots] | None = None
 
     def chosen(self, scores: Tensor) -> Tensor:
         """Return what scores `[N, T]` decide: an expert each `[N]`, or weights `[N, T]` (soft)."""
@@ -81,11 +82,14 @@ class Held:
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """What an encoder leaves to its decoder: generation runs the two in calls of their own."""
+    """What an encoder leaves to its decoder: generation runs the two in calls of their own.
+
+    It leaves scores and no decision, since the decoder may be run in another mode.
+    """
 
     first: Tensor  # its outputs at the first position, by which the decoder's call knows it
     running: Tensor | None  # its summed log-posteriors [samples, T], if it has any
-    voted: Tensor | None  # one decision per sample, if there was a vote
+    ballots: Ballots  # empty without a vote
 
 
 @dataclass(eq=False)
@@ -98,6 +102,7 @@ class Call:
     carried: Encoded | None = None  # what an encoder that ran in a call of its own leaves
     choices: dict[str, Tensor] = field(default_factory=dict)  # the decisions taken so far
     held: Held | None = None  # those of the prompt that this call continues
+    ballots: Mapping[Group, Ballots] = field(default_factory=dict)  # of the vote, if there is one
     voted: Mapping[Group, Tensor] = field(default_factory=dict)  # one decision per sample
     generating: bool = False  # a cache was passed
 
@@ -244,7 +249,8 @@ class _Scope:
         call.carried = _carried(given)
         once = self.routing.decider is not None and call.settings.mode in ("route", "soft")
         if (once or call.settings.mode == "vote") and call.held is None:
-            call.voted = _vote(module, self.signature, given, call)
+            call.ballots = _ballots(module, self.signature, given, call)
+            call.voted = _elected(call)
         _CALL.set(call)
         return call
 
@@ -271,9 +277,12 @@ def _carried(given: Mapping[str, Any]) -> Encoded | None:
     divides = len(hidden) == copies * len(encoded.first)
     if not (divides and torch.equal(hidden[::copies, 0], encoded.first)):
         return None
-    held = (encoded.running, encoded.voted)
-    rows = (None if x is None else x.repeat_interleave(copies, dim=0) for x in held)
-    return Encoded(hidden[:, 0], *rows)
+    running = encoded.running
+    return Encoded(
+        hidden[:, 0],
+        None if running is None else running.repeat_interleave(copies, dim=0),
+        [(name, scores.repeat_interleave(copies, dim=0)) for name, scores in encoded.ballots],
+    )
 
 
 def _close(call: Call, frame: Frame, given: Mapping[str, Any], output: Any) -> None:
@@ -288,31 +297,43 @@ def _close(call: Call, frame: Frame, given: Mapping[str, Any], output: Any) -> N
         hidden = hidden_states(output)
         if hidden is not None:
             running = frame.tower.running.get(len(hidden))
-            voted = call.voted.get((frame.tower.number, len(hidden)))
-            if running is not None or voted is not None:
-                _ENCODED.set(Encoded(hidden[:, 0].detach(), running, voted))
+            ballots = call.ballots.get((frame.tower.number, len(hidden)), [])
+            if running is None and ballots and call.routing.accumulate:
+                running = ballots[-1][1]
+            if running is not None or ballots:
+                _ENCODED.set(Encoded(hidden[:, 0].detach(), running, ballots))
 
 
-def _vote(
+def _ballots(
     module: nn.Module, signature: Signature, given: Mapping[str, Any], call: Call
-) -> dict[Group, Tensor]:
-    """Run once with the experts off and return one decision per sample for each group of layers.
+) -> Mapping[Group, Ballots]:
+    """Run once with the experts off and return what every layer says, by groups of layers.
 
-    That of the layer which the settings name, or the model's own; a group that does not pass it
-    takes the expert of most of its layers, or in soft mode the mean of their weights.
-    A decoder goes on with the vote of an encoder that ran in a call of its own.
+    A decoder goes on with the ballots of an encoder that ran in a call of its own, or else with
+    the log-posteriors that this one has summed; not where a layer is to decide that is not
+    among them.
     """
-    if call.carried is not None:
-        voted, scores = call.carried.voted, call.carried.running
-        if voted is None:
-            assert scores is not None
-            voted = call.settings.chosen(scores)
-        return {(0, len(voted)): voted}
+    carried, layer = call.carried, call.settings.layer
+    if carried is not None and (layer is None or layer in dict(carried.ballots)):
+        ballots = carried.ballots
+        if not ballots:
+            assert carried.running is not None
+            ballots = [("", carried.running)]
+        return {(0, len(carried.first)): ballots}
     first = Settings(mode="base", ballots={})
     with applying(call.routing, first), torch.no_grad():
         module(**signature.without_cache(given))
-    ballots, layer = first.ballots or {}, call.settings.layer
-    passed = [name for cast in ballots.values() for name, _ in cast]
+    return first.ballots or {}
+
+
+def _elected(call: Call) -> dict[Group, Tensor]:
+    """Return one decision per sample for each group of layers.
+
+    That of the layer which the settings name, or the model's own; a group that does not pass it
+    takes the expert of most of its layers, or in soft mode the mean of their weights.
+    """
+    layer = call.settings.layer
+    passed = [name for cast in call.ballots.values() for name, _ in cast]
     if layer is None:
         layer = call.routing.decider
     elif layer not in passed:
@@ -321,7 +342,7 @@ def _vote(
             f"Passed: {', '.join(passed[:5])}, …"
         )
     elected: dict[Group, Tensor] = {}
-    for group, cast in ballots.items():
+    for group, cast in call.ballots.items():
         named = [scores for name, scores in cast if name == layer]
         votes = torch.stack([call.settings.chosen(s) for s in named or [s for _, s in cast]])
         if call.settings.mode == "soft":
