@@ -146,6 +146,9 @@ def is_magnitude(name: str) -> bool:
 _EXPERTS = re.compile(r"expert|(^|[._])moe([._]|$)", re.IGNORECASE)
 _EXPERTS_IN_ROWS = re.compile(r"(^|\.)experts\.mlp\.(w[12]|v1)$")
 _KERNEL = re.compile(r"conv|(^|[._])(kernel|filter)s?([._]|$)", re.IGNORECASE)
+_TRANSPOSED_KERNEL = re.compile(
+    r"deconv|conv_?transpose|transposed?_?conv|convtr([._]|$)|convt_", re.IGNORECASE
+)
 _EXPERT_COUNT = re.compile(r"^(moe_)?(num|n)_(\w+_)?experts$|^moe_num_experts$")
 # Kernels of several experts in two axes, `[E, out·in·k·k]`, of timm's CondConv.
 _FLAT_KERNEL = re.compile(r"^conv_(dw|pwl?)$")
@@ -178,6 +181,15 @@ def experts_in_rows(name: str, rows: int, config: Mapping[str, Any]) -> int:
 def is_kernel(name: str) -> bool:
     """Tell whether a name says that a weight is a convolution's."""
     return _KERNEL.search(name) is not None
+
+
+def is_transposed_kernel(name: str) -> bool:
+    """Tell whether a name says that a weight is a transposed convolution's.
+
+    >>> is_transposed_kernel("deconv_layers.0.weight"), is_transposed_kernel("conv1.weight")
+    (True, False)
+    """
+    return _TRANSPOSED_KERNEL.search(name) is not None
 
 
 def is_linear_module(module: str) -> bool:

@@ -235,3 +235,52 @@ def test_what_is_taken_as_one_group_is_said(tmp_path: Path) -> None:
     found = eutectic.plan(**asked, method="iso_c", convolutions="matrix").tensors
     said = {planned["name"]: planned["why"] for planned in found}
     assert "no statistics say how many groups it has: taken as one" in said["0.weight"]
+
+
+def transposed(seed: int, channels: int, groups: int, name: str, bias: bool) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    made = nn.Module()
+    made.add_module(name, nn.ConvTranspose2d(6, channels, 2, groups=groups, bias=bias))
+    torch.manual_seed(seed)
+    for parameter in made.parameters() if seed else ():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return {key: tensor.detach() for key, tensor in made.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("channels", "name", "bias"), [(4, "up", True), (6, "deconv", True), (4, "deconv", False)]
+)
+def test_a_transposed_convolution_is_a_matrix_from_inputs_to_patches(
+    tmp_path: Path, channels: int, name: str, bias: bool
+) -> None:
+    """`[in, out, k, k]` in the file: wudi, which tells rows from columns, sees `[out·k·k, in]`."""
+    states = {n: transposed(s, channels, 1, name, bias) for n, s in SEEDS.items()}
+    base, key = transposed(0, channels, 1, name, bias), f"{name}.weight"
+    linear = {n: {"0.weight": s[key].flatten(1).T.contiguous()} for n, s in states.items()}
+    for method in ("wudi", "iso_c"):
+        options: dict[str, Any] = {"method": method, "scale": 1.0}
+        found = eutectic.merge_state_dicts(base, states, convolutions="matrix", **options)
+        flat = {"0.weight": base[key].flatten(1).T.contiguous()}
+        expected = eutectic.merge_state_dicts(flat, linear, **options)["0.weight"]
+        torch.testing.assert_close(found[key].flatten(1).T, expected, rtol=1e-5, atol=1e-6)
+    folders = {n: str(save(tmp_path / n, s)) for n, s in states.items()}
+    asked: dict[str, Any] = {"base": save(tmp_path / "base", base), "experts": folders}
+    planned = eutectic.plan(**asked, method="iso_c", convolutions="matrix").tensors
+    said = {tensor["name"]: tensor["why"] for tensor in planned}
+    assert "transposed convolution as a matrix from inputs to patches" in said[key]
+
+
+def test_groups_of_transposed_convolutions_stay_averaged_and_the_plan_says_so(
+    tmp_path: Path,
+) -> None:
+    both = {n: transposed(s, 4, 2, "up", True) | model(s).state_dict() for n, s in SEEDS.items()}
+    base = transposed(0, 4, 2, "up", True) | model(0).state_dict()
+    found = eutectic.merge_state_dicts(
+        base, both, method="iso_c", convolutions="matrix", scale=1.0
+    )["up.weight"]
+    torch.testing.assert_close(found, torch.stack([s["up.weight"] for s in both.values()]).mean(0))
+    folders = {n: str(save(tmp_path / n, s)) for n, s in both.items()}
+    asked: dict[str, Any] = {"base": save(tmp_path / "base", base), "experts": folders}
+    planned = eutectic.plan(**asked, method="iso_c", convolutions="matrix").tensors
+    said = {tensor["name"]: tensor["why"] for tensor in planned}
+    assert "transposed convolution of several groups" in said["up.weight"]

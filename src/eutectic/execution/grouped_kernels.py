@@ -9,21 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eutectic.linalg.lowrank import LowRankStack
 from eutectic.methods import Context
 from eutectic.types import LayerStatistics
 
-# Merges the deltas `[T, rows, in]` of some rows; returns the result and its record.
-MergeRows = Callable[[Tensor, Context], tuple[Tensor, Mapping[str, Any]]]
+# Takes which rows they are, their deltas `[T, rows, in]` and context; returns result and record.
+OfRows = Callable[[slice, Tensor, Context], tuple[Tensor, Mapping[str, Any]]]
 
 
-def merge_groups(
-    deltas: Tensor, context: Context, groups: int, merge: MergeRows
+def by_groups(
+    deltas: Tensor | LowRankStack, context: Context, groups: int, of_rows: OfRows
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Return a kernel `[out, in]` merged group by group from deltas `[T, out, in]`, and its record.
+    """Return what a function makes of each group of a kernel `[out, in]`, and its record.
 
     The record has how many groups there are, and of each number the largest of all groups.
     """
-    merged: list[Tensor] = []
+    deltas = deltas.dense() if isinstance(deltas, LowRankStack) else deltas
+    results: list[Tensor] = []
     record: dict[str, Any] = {}
     for index, rows in enumerate(group_rows(deltas.shape[1], groups)):
         own = replace(
@@ -33,12 +35,12 @@ def merge_groups(
             initial=None if context.initial is None else context.initial[rows],
             statistics=group_statistics(context.statistics, index, rows, groups),
         )
-        result, told = merge(deltas[:, rows], own)
-        merged.append(result)
+        result, told = of_rows(rows, deltas[:, rows], own)
+        results.append(result)
         for key, value in told.items():
             known = record.setdefault(key, value)
             record[key] = max(known, value) if isinstance(value, (int, float)) else known
-    return torch.cat(merged), {"groups": groups, **record} if record else {}
+    return torch.cat(results), {"groups": groups, **record} if record else {}
 
 
 def group_rows(rows: int, groups: int) -> Iterator[slice]:

@@ -1,7 +1,7 @@
 """A tensor merged as matrices, and the statistics and thin factors that come with them."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from eutectic.checkpoint.experts import Expert
 from eutectic.conventions import PARTS, is_packed
 from eutectic.errors import NumericalError
-from eutectic.execution.grouped_kernels import merge_groups
+from eutectic.execution.grouped_kernels import by_groups
 from eutectic.execution.norms import Squares, squares_of
 from eutectic.execution.tensor_values import as_map, check_finite, read_base, read_delta, read_stack
 from eutectic.linalg.lowrank import LowRankStack
@@ -214,7 +214,13 @@ def merge_parts(
 ) -> tuple[Tensor, dict[str, Any]]:
     """Merge one matrix `[T, out, in]`, part by part where it is a fused one."""
     if planned.layout.groups > 1:
-        return _merge_kernels(planned, deltas, context, suffix)
+
+        def of_rows(_: slice, seen: Tensor, own: Context) -> tuple[Tensor, Mapping[str, Any]]:
+            result = run_checked(planned, seen, own)
+            return result.delta, result.record
+
+        kernel, record = by_groups(deltas, context, planned.layout.groups, of_rows)
+        return kernel, {suffix or "matrix": record} if record else {}
     if not planned.layout.split:
         result = run_checked(planned, deltas, context)
         return result.delta, {suffix or "matrix": result.record} if result.record else {}
@@ -235,20 +241,6 @@ def merge_parts(
         if result.record:
             records[suffix + part] = result.record
     return torch.cat(merged), records
-
-
-def _merge_kernels(
-    planned: TensorPlan, deltas: Tensor | LowRankStack, context: Context, suffix: str
-) -> tuple[Tensor, dict[str, Any]]:
-    """Merge a convolution of several groups, each a matrix with inputs of its own."""
-    dense = deltas.dense() if isinstance(deltas, LowRankStack) else deltas
-
-    def merge(rows: Tensor, own: Context) -> tuple[Tensor, dict[str, Any]]:
-        result = run_checked(planned, rows, own)
-        return result.delta, result.record
-
-    merged, record = merge_groups(dense, context, planned.layout.groups, merge)
-    return merged, {suffix or "matrix": record} if record else {}
 
 
 def run_checked(planned: TensorPlan, deltas: Tensor | LowRankStack, context: Context) -> Merged:

@@ -6,6 +6,7 @@ The experts are read again instead of kept: the method may have seen them in chu
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eutectic.errors import NumericalError
-from eutectic.execution.grouped_kernels import merge_groups
+from eutectic.execution.grouped_kernels import by_groups
 from eutectic.execution.matrix_merging import (
     context_of,
     part_statistics,
@@ -56,10 +57,10 @@ def process_matrices(
         results: list[Tensor] = []
         record: dict[str, Any] = {}
         if planned.layout.groups > 1:
-            assert isinstance(deltas, Tensor)
-            matrix, told = _process_groups(planned, matrix, deltas, context)
-            squares[suffix] = squares_of(deltas, near, matrix)
-            yield span[0], matrix.flatten().cpu(), {suffix or "matrix": told}
+            of_rows = functools.partial(_of_rows, planned, matrix)
+            kernel, told = by_groups(deltas, context, planned.layout.groups, of_rows)
+            squares[suffix] = squares_of(deltas, near, kernel)
+            yield span[0], kernel.flatten().cpu(), {suffix or "matrix": told}
             continue
         for part, rows in planned.row_parts(len(matrix)):
             seen = some_rows(deltas, rows) if part else deltas
@@ -67,8 +68,7 @@ def process_matrices(
             if part:
                 known = part_statistics(planned, inputs, context.statistics, rows)
                 own = dataclasses.replace(own, statistics=known)
-            result, told = process(planned, matrix[rows], seen, own)
-            assert isinstance(result, Tensor)
+            result, told = _of_rows(planned, matrix, rows, seen, own)
             results.append(result)
             squares[suffix + part] = squares_of(seen, near[rows], result)
             record[suffix + part or "matrix"] = told
@@ -78,18 +78,17 @@ def process_matrices(
         yield span[0], whole.contiguous().flatten().cpu(), record
 
 
-def _process_groups(
-    planned: TensorPlan, merged: Tensor, deltas: Tensor, context: Context
+def _of_rows(
+    planned: TensorPlan,
+    merged: Tensor,
+    rows: slice,
+    deltas: Tensor | LowRankStack,
+    context: Context,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Return what the post-processor makes of every group of a convolution."""
-    parts = iter(merged.chunk(planned.layout.groups))
-
-    def merge(rows: Tensor, own: Context) -> tuple[Tensor, dict[str, Any]]:
-        result, told = process(planned, next(parts), rows, own)
-        assert isinstance(result, Tensor)
-        return result, told
-
-    return merge_groups(deltas, context, planned.layout.groups, merge)
+    """Return what the post-processor makes of some rows, whose deltas and context are given."""
+    result, told = process(planned, merged[rows], deltas, context)
+    assert isinstance(result, Tensor)
+    return result, told
 
 
 def process(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from eutectic.checkpoint.index import TensorEntry
+from eutectic.conventions_tensors import bias_beside, is_transposed_kernel
 from eutectic.errors import Fault, Note
 from eutectic.methods import get_method
 from eutectic.planning.inputs import MergeRequest
@@ -14,6 +15,7 @@ from eutectic.planning.treatment import Decision
 from eutectic.types import Treatment
 
 KERNEL = "kernel_as_matrix"
+TRANSPOSED = "transposed_kernel_as_matrix"
 _NO_STATISTICS = frozenset({"no_statistics"})
 
 
@@ -24,6 +26,10 @@ def with_kernels(entry: TensorEntry, decision: Decision, request: MergeRequest) 
     No header says how many groups there are: statistics do, which have a Gram for each. Kernels of
     one channel may be a map of one input or one for every channel, so that without statistics they
     are averaged.
+
+    A transposed convolution keeps `[in, out, *k]`: it maps the inputs of one position to a patch of
+    outputs, by the matrix `[out·k, in]`, which lies transposed in the file. Of several groups it
+    stays as it is.
     """
     axes = len(entry.shape)
     if axes < 3 or decision.layout.stacked or decision.layout.split:
@@ -31,6 +37,14 @@ def with_kernels(entry: TensorEntry, decision: Decision, request: MergeRequest) 
     asked = request.recipe.convolutions == "matrix" and decision.treatment is Treatment.CONV
     if decision.treatment is not Treatment.MATRIX and (decision.ruled or not asked):
         return decision
+    turned = _transposed_groups(entry, request)
+    if turned:
+        if turned > 1:
+            return decision.because(*decision.reason, Note("transposed_groups"))
+        layout = replace(decision.layout, transpose=True)
+        reason = (Note(TRANSPOSED),) if asked else decision.reason
+        decision = decision.because(*reason, treatment=Treatment.MATRIX)
+        return replace(decision, layout=layout)
     groups = _groups(entry, request)
     if asked:
         if groups is None and entry.shape[1] == 1:
@@ -40,6 +54,21 @@ def with_kernels(entry: TensorEntry, decision: Decision, request: MergeRequest) 
     if groups is None or groups == 1 or entry.shape[0] % groups:
         return decision
     return replace(decision, layout=replace(decision.layout, groups=groups))
+
+
+def _transposed_groups(entry: TensorEntry, request: MergeRequest) -> int:
+    """Return how many groups a transposed convolution has, 0 where a kernel is of another kind.
+
+    A bias has as many entries as there are outputs. Where inputs are as many, or no bias is there,
+    only a name can say it.
+    """
+    inputs, outputs = entry.shape[:2]
+    bias = request.inputs.base.entries.get(bias_beside(entry.name))
+    size = bias.shape[0] if bias is not None and len(bias.shape) == 1 else inputs
+    if size == inputs:
+        return 1 if is_transposed_kernel(entry.name) and outputs > 1 else 0
+    groups = size // outputs
+    return groups if groups and size % outputs == 0 and inputs % groups == 0 else 0
 
 
 def _groups(entry: TensorEntry, request: MergeRequest) -> int | None:
@@ -68,7 +97,7 @@ def kernel_faults(tensors: Sequence[TensorPlan], request: MergeRequest) -> list[
     if request.recipe.convolutions == "average":
         return []
     line = request.document.line("convolutions")
-    kernels = [t for t in tensors if any(note.kind == KERNEL for note in t.reason)]
+    kernels = [t for t in tensors if any(note.kind in (KERNEL, TRANSPOSED) for note in t.reason)]
     if not kernels:
         what = "no tensor that is merged is a convolution whose groups are known."
         choose = "Leave convolutions out, or give statistics with them (collect --convolutions)."
