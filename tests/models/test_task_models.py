@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ from safetensors.torch import save_file
 
 from eutectic.errors import CheckpointError
 from eutectic.evaluation import Task
-from eutectic.models.task_models import borrows_head, checkpoint_tensors, head_tensors, load_model
+from eutectic.models.task_models import (
+    _head_parameters,
+    borrows_head,
+    checkpoint_tensors,
+    head_tensors,
+    lacking_head,
+    load_model,
+)
 
 hf: Any = pytest.importorskip("transformers")
 QUERY = "encoder.layer.0.attention.self.query"
@@ -69,3 +77,30 @@ def test_what_an_adapter_only_changes_is_no_head(base: Path, tmp_path: Path) -> 
     task = _task(head_tensors=[f"{QUERY}.*"])
     with pytest.raises(CheckpointError, match=f"lora: holds '{QUERY}.weight' as a change"):
         load_model(base, task, base=base, expert=adapter)
+
+
+def test_a_head_is_looked_up_once_per_architecture(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merges of one base have one configuration but for names; an empty model is built for one."""
+    copies = [shutil.copytree(base, tmp_path / f"merge{i}") for i in range(3)]
+    for number, folder in enumerate(copies):
+        written = json.loads((folder / "config.json").read_text())
+        labels = {str(i): f"{number}{i}" for i in range(2)}
+        (folder / "config.json").write_text(json.dumps(written | {"id2label": labels}))
+    built: list[int] = []
+    made: Any = hf.BertForSequenceClassification
+
+    def counted(self: Any, config: Any, *, original: Any = made.__init__) -> None:
+        built.append(config.num_labels)
+        original(self, config)
+
+    monkeypatch.setattr(made, "__init__", counted)
+    _head_parameters.cache_clear()
+    for folder in (base, *copies):
+        for kind in ("text-classification", "regression"):
+            found = lacking_head(folder, _task(kind=kind))
+            assert found == ("classifier.bias", "classifier.weight")
+    assert built == [2]
+    hf.BertModel(_config(labels=3)).save_pretrained(tmp_path / "wider")
+    assert lacking_head(tmp_path / "wider", _task()) and built == [2, 3]

@@ -1,7 +1,10 @@
 """Checkpoints as models for a task; bodies without the task's head borrow the expert's."""
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +39,10 @@ _SEARCH = (
     *("min_length", "min_new_tokens", "repetition_penalty", "encoder_repetition_penalty"),
     *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty"),
     *("return_dict_in_generate", "output_scores", "output_logits"),
+)
+# Keys of a configuration on which no parameter depends; of labels the number counts.
+_NO_PARAMETERS = frozenset(
+    {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "id2label", "label2id"}
 )
 EXPERTS = "experts"  # the folder of a merged model that holds one loadable folder per expert
 
@@ -219,17 +226,43 @@ def lacking_head(
     if is_adapter(Path(folder)):
         with closing(open_expert(Path(folder), logical_index(body))) as adapter:
             held |= {*adapter.extra, *adapter.entries}
-    transformers = transformers_for("Evaluating models")
+    transformers_for("Evaluating models")
     try:
-        with torch.device("meta"):
-            empty = getattr(transformers, MODEL_CLASSES[task.kind]).from_config(
-                load_config(body), trust_remote_code=False
-            )
+        config = load_config(body)
+        head = _head_parameters(MODEL_CLASSES[task.kind], _Architecture(_described(config), config))
     except Exception:  # loading the model says what is wrong
         return ()
-    own = {n: output_part(n) for n, _ in empty.named_parameters()}
-    head = {n: part for n, part in own.items() if part and not part.startswith("pooler")}
     return () if {*map(output_part, held)} & {*head.values()} else tuple(sorted(head))
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """A configuration, equal to all that describe the same parameters."""
+
+    text: str
+    config: Any = field(compare=False)
+
+
+def _described(config: Any) -> str:
+    """Return what a configuration says of its model's parameters, and of little else."""
+    told = {k: v for k, v in config.to_dict().items() if k not in _NO_PARAMETERS}
+    return json.dumps([told, config.num_labels], default=str, sort_keys=True)
+
+
+@lru_cache(maxsize=64)
+def _head_parameters(auto: str, architecture: _Architecture) -> Mapping[str, str]:
+    """Return the head's parameters in a model of a class, and which part of a head each is.
+
+    An empty model is built for it, once for the merges of one base. None can be: nothing.
+    """
+    try:
+        with torch.device("meta"):
+            made = getattr(transformers_for("Evaluating models"), auto)
+            empty = made.from_config(architecture.config, trust_remote_code=False)
+    except Exception:  # loading the model says what is wrong
+        return {}
+    own = {n: output_part(n) for n, _ in empty.named_parameters()}
+    return {n: part for n, part in own.items() if part and not part.startswith("pooler")}
 
 
 def _build(folder: Path, task: ModelTask, state: Mapping[str, Tensor]) -> Any:
