@@ -10,7 +10,8 @@ PART_NAMES = (
     r"lora_(?:embedding_)?[AB]|lora_E|lora_magnitude_vector"
     r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)"
     r"|oft_(?:embedding_)?R|boft_[Rs]|hra_u|hira_(?:embedding_)?[AB]"
-    r"|vera_lambda_[bd]|vera_[AB]|vblora_logits_[AB]|vblora_vector_bank|fourierft_spectrum|c3a_kernel|miss_block"
+    r"|vera_lambda_[bd]|vera_[AB]|vblora_logits_[AB](?:_topk_(?:indices|weights))?|vblora_vector_bank"
+    r"|fourierft_spectrum|c3a_kernel|miss_block"
     r"|shira_(?:weight|indices)|trainable_tokens_delta|ia3_l"
 )
 VERA_PROJECTIONS = frozenset({"vera_A", "vera_B"})  # common to all layers

@@ -200,6 +200,15 @@ CASES: dict[str, tuple[Build, str, dict[str, Any]]] = {
     ),
     "vera, Conv1D": (gpt2, "Vera", {"target_modules": ["c_attn", "c_fc"], "r": 6}),
     "vblora": (llama, "VBLoRA", {**ALL, "num_vectors": 12, "vector_length": 4, "r": 2}),
+    "vblora, shares alone": (
+        gpt2,
+        "VBLoRA",
+        {
+            "target_modules": ["c_attn"],
+            **{"num_vectors": 12, "vector_length": 4, "r": 2, "topk": 3},
+            "save_only_topk_weights": True,
+        },
+    ),
     "fourierft": (llama, "FourierFT", {**ALL, "n_frequency": 30, "scaling": 20.0}),
     "fourierft, Conv1D": (gpt2, "FourierFT", {"target_modules": ["c_attn"], "n_frequency": 30}),
     "c3a": (llama, "C3A", {**ALL, "block_size": 4}),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -358,6 +359,37 @@ def test_an_adapter_that_peft_keeps_tied(options: dict[str, Any], tmp_path: Path
     assert "lm_head.weight" not in load_file(out / "model.safetensors")
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
     torch.testing.assert_close(logits(loaded(out)), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "table"), [("llama", "embed_tokens"), ("t5", "shared")])
+def test_trained_tokens_that_are_saved_under_every_name(kind: str, table: str, tmp_path: Path):
+    """PEFT writes the rows once for each of the tied layers; other rows of a head untie it."""
+    from peft import TrainableTokensConfig, get_peft_model
+
+    save(build(kind), tmp_path / "base")
+    config = TrainableTokensConfig(token_indices=[7, 2], target_modules=[table])
+    rows = torch.randn(2, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft, about tied tables
+        model = get_peft_model(build(kind), config).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(rows)
+        model.save_pretrained(tmp_path / "a")
+    file = tmp_path / "a/adapter_model.safetensors"
+    held = load_file(file)
+    assert len(held) == {"llama": 2, "t5": 4}[kind]
+    out = merge(tmp_path, "a")
+    found, base = (load_file(p / "model.safetensors") for p in (out, tmp_path / "base"))
+    assert found.keys() == base.keys()
+    torch.testing.assert_close(logits(loaded(out)), logits(model), rtol=1e-4, atol=1e-5)
+    held["base_model.model.lm_head.trainable_tokens_delta"] += 1
+    save_file(held, file)
+    shutil.rmtree(out)
+    head = load_file(merge(tmp_path, "a") / "model.safetensors")["lm_head.weight"]
+    wanted = next(v for n, v in base.items() if "shared" in n or "embed_tokens" in n).clone()
+    wanted[[7, 2]] = rows + 1
+    torch.testing.assert_close(head, wanted)
 
 
 def test_the_saved_head_of_an_adapter_keeps_the_one_name_of_its_bias(tmp_path: Path):

@@ -112,6 +112,8 @@ def layer_changes(
 
 def acts_on(adapter: OpenAdapter, module: str, group: Group, shape: Shape) -> bool:
     """Tell whether parts make a change of a tensor of this shape, either way round."""
+    if _ROWS in group:
+        return len(shape) == 2 and group[_ROWS].shape[1:] == shape[1:]
     held = {part: e.shape for part, e in {**group, **adapter.shared}.items() if part != "full"}
     layer = Layer(module, shape, held, adapter.settings)
     return bool(_feasible(layer, _formula(adapter, layer)))

@@ -198,6 +198,14 @@ class TokenRows:
         """None: it is no product of stored factors."""
         return None
 
+    def same_as(self, other: "TokenRows") -> bool:
+        """Tell whether both replace the same rows by the same values, and nothing else."""
+        if (self.tokens, self.places, self.width) != (other.tokens, other.places, other.width):
+            return False
+        if self.whole is not None or other.whole is not None:
+            return False
+        return torch.equal(*(held.source.read(held.rows.name) for held in (self, other)))
+
     def delta(self, start: int, stop: int, base: Tensor, dtype: torch.dtype) -> Tensor:
         """Return W_t − W₀ in rows that were trained; elsewhere 0, or what the full table says."""
         if self.whole is None:

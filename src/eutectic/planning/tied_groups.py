@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from eutectic import conventions_ties as habits
+from eutectic.checkpoint.changes import TokenRows
 from eutectic.checkpoint.experts import Expert
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.reader import TensorSource
@@ -175,9 +176,12 @@ def has(expert: Expert, name: str, like: TensorEntry) -> bool:
 
 
 def same_in(expert: Expert, first: str, second: str) -> bool:
-    """Tell whether an expert stores the same values under two names."""
+    """Tell whether an expert stores the same values, or trained the same rows, under two names."""
     if first == second:
         return True
+    rows, other = expert.changes.get(first), expert.changes.get(second)
+    if isinstance(rows, TokenRows) and isinstance(other, TokenRows):
+        return rows.same_as(other)
     if not (_holds(expert, first) and _holds(expert, second)):
         return False
     one, two = expert.stored[first], expert.stored[second]

@@ -27,7 +27,12 @@ KINDS: Mapping[str, Kind] = {
     "LOKR": _kind(low_rank.lokr, "lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2"),
     "HIRA": _kind(low_rank.hira, "hira_A hira_B hira_embedding_A hira_embedding_B"),
     "VERA": _kind(low_rank.vera, "vera_lambda_b vera_lambda_d", "vera_A vera_B"),
-    "VBLORA": _kind(low_rank.vblora, "vblora_logits_A vblora_logits_B", "vblora_vector_bank"),
+    "VBLORA": _kind(
+        low_rank.vblora,
+        "vblora_logits_A vblora_logits_A_topk_indices vblora_logits_A_topk_weights "
+        "vblora_logits_B vblora_logits_B_topk_indices vblora_logits_B_topk_weights",
+        "vblora_vector_bank",
+    ),
     "OFT": _kind(rotations.oft, "oft_R oft_embedding_R"),
     "BOFT": _kind(rotations.boft, "boft_R boft_s"),
     "HRA": _kind(rotations.hra, "hra_u"),

@@ -162,19 +162,28 @@ class _VbLora(BaseModel):
 
 
 def vblora(layer: Layer) -> Formula:
-    """VB-LoRA (arXiv 2405.15179): the factors' tiles are mixtures of k vectors of one bank."""
+    """VB-LoRA (arXiv 2405.15179): the factors' tiles are mixtures of k vectors of one bank.
+
+    Stored are the logits of all vectors, or (`save_only_topk_weights`) which k it takes and the
+    shares of all of them but the last.
+    """
     top = layer.settings.stated(_VbLora).topk
 
-    def tiles(logits: Tensor, bank: Tensor) -> Tensor:
-        values, indices = logits.topk(top, dim=-1)
-        return (values.softmax(-1)[..., None] * bank[indices]).sum(-2)
+    def tiles(parts: Parts, side: str) -> Tensor:
+        name, bank = f"vblora_logits_{side}", parts["vblora_vector_bank"]
+        if (logits := parts.get(name)) is not None:
+            values, indices = logits.topk(top, dim=-1)
+            shares = values.softmax(-1)
+        else:
+            indices, stored = parts[f"{name}_topk_indices"].long(), parts[f"{name}_topk_weights"]
+            shares = torch.cat([stored, 1 - stored.sum(-1, keepdim=True)], -1)
+            if indices.shape != shares.shape:
+                raise ValueError("as many shares as vectors")
+        return (shares[..., None] * bank[indices]).sum(-2)
 
     def compute(parts: Parts, base: Tensor) -> Tensor:
-        logits_a, logits_b = parts["vblora_logits_A"], parts["vblora_logits_B"]
-        bank = parts["vblora_vector_bank"]
-        a = tiles(logits_a, bank).reshape(logits_a.shape[0], -1)
-        b = tiles(logits_b, bank).transpose(1, 2).reshape(-1, logits_b.shape[1])
-        return b @ a
+        a, b = tiles(parts, "A"), tiles(parts, "B")
+        return b.transpose(1, 2).reshape(-1, b.shape[1]) @ a.reshape(a.shape[0], -1)
 
     return Formula(compute)
 
