@@ -4,13 +4,15 @@
     python benchmarks/run.py glyphs --work DIR --tasks 8 --seeds 3
     python benchmarks/run.py mpnet --work DIR2 --tasks 8    # the text tasks, five times the size
     python benchmarks/run.py gemma --work DIR3 --tasks 8    # a decoder: answers of one token
+    python benchmarks/run.py emoji --work DIR5 --tasks 8    # a network of convolutions
 
 Every step is resumable, so the same command continues a killed run and repeats nothing. As many
 processes as there are cores (two at most, one thread each) share the work: first one proxy sample
 of every row, then, with `--seeds`, further samples of the rows that read any. Every row is measured
-except MaTS at a hundred plain steps, which takes as long as all the others, on 500 test texts or
-1000 test images a task (`--test-texts` for another number). With `--executor ray` the processes are
-those of a Ray cluster, a core each, whose machines see this folder and DIR under the same paths.
+except MaTS at a hundred plain steps, which takes as long as all the others, on 500 test texts,
+1000 glyphs or 300 emoji a task (`--test-texts` for another number). With `--executor ray` the
+processes are those of a Ray cluster, a core each, whose machines see this folder and DIR under the
+same paths.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE)]
 
-from table.merging import ALL_ROWS, ROWS
+from table.merging import known_rows
 from table.routing import add_row_options
 from table.spreading import (
     PROCESSES,
@@ -42,7 +44,7 @@ from table.spreading import (
 def names_of(suite: str, tasks: int) -> tuple[str, ...]:
     """Return the names of the first tasks of a suite."""
     sys.path[:0] = [str(HERE / ("text" if suite == "mpnet" else suite))]
-    if suite == "glyphs":
+    if suite in ("glyphs", "emoji"):
         from data import TASKS
 
         return TASKS[:tasks]
@@ -65,10 +67,12 @@ def make_experts(arguments: argparse.Namespace, workers: Workers) -> None:
     parts = workers.divided(names)
     words = [[word for name in part for word in ("--task", name)] for part in parts]
     regime = ("--regime", arguments.regime)
-    script = "gemma/experts.py" if arguments.suite == "gemma" else "text/experts.py"
-    based = () if arguments.suite == "gemma" else ("--base", arguments.suite)
+    own_script = arguments.suite in ("gemma", "emoji")
+    script = f"{arguments.suite if own_script else 'text'}/experts.py"
+    based = () if own_script else ("--base", arguments.suite)
     commands = [python(script, *based, *work, *regime, *own) for own in words]
-    if arguments.suite != "text" and not (arguments.work / "tasks").is_dir():
+    made = any((arguments.work / folder).is_dir() for folder in ("tasks", "base"))
+    if arguments.suite != "text" and not made:
         # Both would unpack the base.
         first = python(script, *based, *work, *regime, *words[0][:2])
         workers.share([first], "packages and the first expert")
@@ -83,8 +87,10 @@ def make_table(
     words += ["--tasks", str(arguments.tasks), "--seeds", str(seeds), *others]
     table = python("table/run.py", *words)
     adapters = arguments.regime.startswith("lora")
-    known = ALL_ROWS if adapters else ROWS
-    asked = set(arguments.rows or [*(n for n in known if not n.endswith("_100")), "routed"])
+    convolutions = arguments.suite == "emoji"
+    known = known_rows(adapters, convolutions)
+    routed = [] if convolutions else ["routed"]
+    asked = set(arguments.rows or [*(n for n in known if not n.endswith("_100")), *routed])
     asked |= set(arguments.bases if "routed" in asked else ())
     asked = needed_rows(asked, known)
     rows = [name for name in known if name in asked and (seeds == 1 or known[name].seeded)]
@@ -107,7 +113,7 @@ def main() -> None:
         epilog="Other options go to table/run.py: --test-texts, --validation-texts, --label-free, "
         "--no-alignment.",
     )
-    parser.add_argument("suite", choices=["text", "mpnet", "gemma", "glyphs"])
+    parser.add_argument("suite", choices=["text", "mpnet", "gemma", "glyphs", "emoji"])
     parser.add_argument("--work", type=Path, required=True, help="folder of everything it makes")
     parser.add_argument(
         "--regime",

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Row:
         adapter: keys of an adapter that is the output, such as its rank; None for a checkpoint.
         scale_of: the row whose α is taken over, as that of a merge that is cut afterwards.
         post: what follows the merge.
+        convolutions: kernels are merged as matrices over patches.
     """
 
     method: str
@@ -57,6 +58,7 @@ class Row:
     adapter: Mapping[str, Any] | None = None
     scale_of: str | None = None
     post: Mapping[str, Any] | None = None
+    convolutions: bool = False
 
     @property
     def needs_statistics(self) -> bool:
@@ -175,7 +177,21 @@ ADAPTER_ROWS: dict[str, Row] = {
         for when in ("after", "before")
     },
 }  # fmt: skip
-ALL_ROWS = ROWS | ADAPTER_ROWS
+# Rows that networks of convolutions have, which methods on matrices average by default.
+CONVOLUTION_ROWS: dict[str, Row] = {
+    f"{name}_convolutions": replace(ROWS[name], convolutions=True)
+    for name in ("regmean", "tsv_m", "iso_c", "iso_cts", "esm_vit", "iso_a", "iso_regmean")
+}
+ALL_ROWS = ROWS | ADAPTER_ROWS | CONVOLUTION_ROWS
+
+
+def known_rows(adapters: bool, convolutions: bool) -> dict[str, Row]:
+    """Return the static rows that a suite of adapters, or of networks of convolutions, has."""
+    if convolutions:
+        return {
+            name: ROWS[name] for name in ("average", "task_arithmetic", "ties", "dare", "iso_c")
+        } | CONVOLUTION_ROWS
+    return ROWS | ADAPTER_ROWS if adapters else ROWS
 
 
 def dense_expert(base: Path, adapter: Path, folder: Path) -> Path:
@@ -261,6 +277,7 @@ def collect_on(
         objective=log_likelihoods if gradients else "auto",
         layers=suite.layers,
         core=core,
+        convolutions=suite.convolutions,
     )
 
 
@@ -313,6 +330,8 @@ def merge_row(
         recipe |= {"output": "adapter", "adapter": dict(row.adapter)}
     if row.post is not None:
         recipe["post"] = dict(row.post)
+    if row.convolutions:
+        recipe["convolutions"] = "matrix"
     file = folder / "recipe.json"
     file.write_text(json.dumps(recipe))
     report = _merge_file(file, folder / "out")
@@ -357,13 +376,17 @@ def alignments(suite: Suite, merged: MergedRow, error: float = 0.05) -> dict[str
     """Mean SAR over the matrices, task by task.
 
     Directions of equal singular value, as a flat spectrum has, are taken in the order of ΣΔ_t.
+    Of networks of convolutions, kernels of more than one channel are matrices over patches.
     """
     opened = [safe_open(f / "model.safetensors", "pt") for f in suite.experts.values()]
-    names = [name for name, delta in merged.deltas.items() if delta.ndim == 2]
+    kernels = {n for n, d in merged.deltas.items() if d.ndim == 4 and d.shape[1] > 1}
+    names = [n for n, d in merged.deltas.items() if d.ndim == 2]
+    names += sorted(kernels) if suite.convolutions else []
     ratios: list[Tensor] = []
     for name in names:
         own = torch.stack([file.get_tensor(name) - merged.base[name] for file in opened])
-        total, delta = own.sum(0).double(), merged.deltas[name].double()
+        own = own.flatten(2)
+        total, delta = own.sum(0).double(), merged.deltas[name].double().flatten(1)
         delta += TIE * delta.norm() / total.norm().clamp_min(1e-300) * total
         ratios.append(subspace_alignment_ratio(delta, own, error))
     values = torch.stack(ratios).nanmean(0)

@@ -11,14 +11,14 @@ from table.spreading import Workers, add_executor_options, asked_workers, python
 VALIDATION_TEXTS = 150
 LABEL_FREE = ("divergence", "grams", "held_out")
 # Of every task; of the adapters, all.
-TEST_EXAMPLES = {"text": 500, "mpnet": 500, "gemma": 500, "glyphs": 1000}
+TEST_EXAMPLES = {"text": 500, "mpnet": 500, "gemma": 500, "glyphs": 1000, "emoji": 300}
 THREADS = 2
 
 
 def parse() -> tuple[argparse.Namespace, Workers | None]:
     """Return what the command line asks for, and the workers of a cluster if it names one."""
     parser = argparse.ArgumentParser(description="Make a suite's table of methods.")
-    parser.add_argument("suite", choices=["text", "mpnet", "gemma", "glyphs", "adapters"])
+    parser.add_argument("suite", choices=["text", "mpnet", "gemma", "glyphs", "emoji", "adapters"])
     parser.add_argument("--work", type=Path, required=True, help="folder of the suite's experts")
     parser.add_argument(
         "--regime", default="hard", help="kind, hard, lora, lora-unequal or lora-extracted (text)"
@@ -43,7 +43,7 @@ def parse() -> tuple[argparse.Namespace, Workers | None]:
     )
     parser.add_argument("--no-alignment", action="store_true", help="no subspace alignment")
     parser.add_argument(
-        "--test-texts", type=int, help="of every task; default: 500 texts, 1000 images"
+        "--test-texts", type=int, help="of every task; default: 500 texts, 1000 glyphs, 300 emoji"
     )
     parser.add_argument(
         "--validation-texts", type=int, default=VALIDATION_TEXTS, help="of every task, to choose α"

@@ -37,11 +37,11 @@ sys.path[:0] = [str(HERE.parent)]
 from table import merging
 from table.merging import (
     ALL_ROWS,
-    ROWS,
     MergedRow,
     Row,
     alignments,
     collect_statistics,
+    known_rows,
     merge_row,
     set_weights,
 )
@@ -212,12 +212,21 @@ def by_grams(suite: Suite, merged: MergedRow, files: Mapping[str, Path]) -> floa
 
     statistics = [load_statistics(files[task]) for task in suite.tasks]
     opened = [safe_open(f / "model.safetensors", "pt") for f in suite.experts.values()]
-    names = [n for n in merged.deltas if all(n in s and s[n].count for s in statistics)]
+    names = [
+        name
+        for name, delta in merged.deltas.items()
+        if all(name in s and s[name].count for s in statistics)
+        # Depthwise convolutions have a Gram for each channel.
+        and (delta.ndim < 4 or delta.shape[1] > 1)
+    ]
+
+    def matrix(delta: Tensor) -> Tensor:
+        return delta.flatten(1) if delta.ndim == 4 else delta
 
     def terms() -> Iterable[Any]:
         for name in names:
-            own = [file.get_tensor(name) - merged.base[name] for file in opened]
-            yield output_terms(own, merged.deltas[name], [s[name] for s in statistics])
+            own = [matrix(file.get_tensor(name) - merged.base[name]) for file in opened]
+            yield output_terms(own, matrix(merged.deltas[name]), [s[name] for s in statistics])
 
     return closed_form_scale(terms()).scale
 
@@ -305,7 +314,7 @@ def _labelled(suite: Suite, row: Row, merged: MergedRow, first: Path, seed: int)
 
 def spread_rows(arguments: argparse.Namespace, suite: Suite, workers: Workers) -> None:
     """Have the workers of a cluster measure what is asked for, a command each."""
-    known = ALL_ROWS if suite.adapters else ROWS
+    known = known_rows(bool(suite.adapters), suite.convolutions)
     rows = arguments.rows if arguments.rows is not None else [*known, "routed"]
     own = [known[name] for name in rows if name in known]
     grams = "grams" in arguments.label_free and not all(row.fixed for row in own)
@@ -346,7 +355,7 @@ def main() -> None:
     print(f"base {mean(fixed['base']):.1f}, experts {mean(fixed['experts']):.1f}", flush=True)
     if workers is not None:
         spread_rows(arguments, suite, workers)
-    known = ALL_ROWS if suite.adapters else ROWS
+    known = known_rows(bool(suite.adapters), suite.convolutions)
     chosen = arguments.rows if arguments.rows is not None else [*known, "routed"]
     for name in (n for n in known if n in chosen):
         for seed in range(arguments.seeds if known[name].seeded else 1):

@@ -49,6 +49,7 @@ class Suite:
         adapters: task -> what the merging command is given instead of `experts[task]`, where the
             expert is an adapter and `experts[task]` the same made dense, to be measured.
         general: figures of the model as it is that belong to no task, such as what it forgot.
+        convolutions: whether statistics have them too.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Suite:
     proxies: Callable[[str, int, int], Batches]
     adapters: Mapping[str, Path] = field(default_factory=dict[str, Path])
     general: Callable[[], dict[str, float]] | None = None
+    convolutions: bool = False
 
     @property
     def tasks(self) -> tuple[str, ...]:
