@@ -103,6 +103,10 @@ ROWS: dict[str, Row] = {
     "esm_vit": Row("esm", {"preset": "vit"}, seeded=True, start=0.3),
     "iso_a": Row("iso_a", seeded=True, start=0.7),
     "iso_regmean": Row("iso_regmean", seeded=True, start=1.0),
+    **{  # RegMean's directions with a flat spectrum, with its own, and between
+        f"iso_regmean_{spectrum}": Row("iso_regmean", {"spectrum": spectrum}, seeded=True)
+        for spectrum in (0.0, 0.6, 1.0)
+    },
     "iso_a_calibrated": Row("iso_a", seeded=True, fixed=True, init="iso_a", calibrated=True),
     "consensus": Row("consensus", start=0.3),
     "pcb": Row("pcb", start=1.0),

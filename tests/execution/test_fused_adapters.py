@@ -49,8 +49,9 @@ def model(tmp_path: Path, turned: bool) -> tuple[str, dict[str, Any], dict[str, 
 @pytest.mark.parametrize("post", [None, "svc"])
 @pytest.mark.parametrize("method", ["task_arithmetic", "iso_c", "tsv_m", "core_ties", "knots_ties"])
 def test_an_adapter_holds_what_the_full_merge_does(
-    tmp_path: Path, method: str, post: str | None, turned: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, post: str | None, turned: bool
 ) -> None:
+    monkeypatch.setattr("eutectic.execution.adapter_factors.PIECE", 1000)  # of 1920 entries
     base, experts, _ = model(tmp_path, turned)
     common: dict[str, Any] = {"base": base, "experts": experts, "method": method, "scale": 0.8}
     common["tensors"] = [{"match": "*", "split": [24, 24]}]
@@ -62,6 +63,8 @@ def test_an_adapter_holds_what_the_full_merge_does(
     new, old = (own[f"{NAME}.weight"].double() for own in files)
     wanted = (new - old).mT if turned else new - old
     torch.testing.assert_close(changes(tmp_path / "thin")[NAME], wanted, rtol=1e-4, atol=2e-6)
+    for norm in ("merged", "base", "experts"):
+        assert thin.norms[norm] == pytest.approx(full.norms[norm], rel=1e-3)
     told = thin.records[f"{NAME}.weight"]
     if method != "knots_ties":  # whose matrices have rows beyond the adapters' own
         assert told["adapter"]["rank"] == sum(RANKS.values())

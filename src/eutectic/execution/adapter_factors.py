@@ -5,6 +5,7 @@ its change is: the adapter's one file is put together from them at the end.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,7 +38,7 @@ from eutectic.execution.merging import (
     squares_with_factors,
     with_factors,
 )
-from eutectic.execution.norms import Squares, squares_of
+from eutectic.execution.norms import Squares, square, squares_of
 from eutectic.execution.post_processing import process
 from eutectic.execution.shared_merging import LOST, merge_shared_stack
 from eutectic.execution.tensor_values import as_map, block_ranges, read_base, read_stack
@@ -55,6 +56,7 @@ from eutectic.storage import storage_of
 LEFT, RIGHT, WHOLE = "left", "right", "whole"  # names in a part's file
 LOST_SHIFT = "lost_shift"  # in a tensor's record: share of ‖Δx‖² that a cut by inputs loses
 LOSSLESS = 1e-7  # of the energy: so little is rounding where nothing may be lost be
+PIECE = 1 << 20  # entries of the base
 _READ = 1 << 22
 _NOTHING = torch.zeros(1)
 
@@ -232,7 +234,6 @@ def _thin_change(planned: TensorPlan, inputs: Inputs) -> tuple[Finished, LowRank
     if deltas is None:
         return None
     found, record = Squares(), dict[str, Any]()
-    near = read_base(planned, inputs, 0, planned.elements)
     parts: list[LowRank] = []
     for part, rows, own in _parts(planned, inputs, deltas):
         seen = deltas.rows(rows) if part else deltas
@@ -247,9 +248,10 @@ def _thin_change(planned: TensorPlan, inputs: Inputs) -> tuple[Finished, LowRank
         if planned.post is not None:
             merged, record[part or "matrix"] = process(planned, merged, seen, own)
             assert isinstance(merged, LowRank)
-        found[part] = squares_of(seen, as_map(near, planned)[rows] if part else near, _NOTHING)
+        found[part] = squares_of(seen, None, _NOTHING)
         alone = LowRankStack((merged.left,), (merged.right,))
         found[part][0] = squares_of(alone, None, _NOTHING)[2]
+        found[part][1] = _base_square(planned, inputs, rows if part else None)
         parts.append(merged)
     whole = parts[0]
     if len(parts) > 1:  # one below the other
@@ -257,6 +259,15 @@ def _thin_change(planned: TensorPlan, inputs: Inputs) -> tuple[Finished, LowRank
         whole = LowRank(left, torch.cat([own.right for own in parts]))
     scaled = LowRank(whole.left * planned.scale, whole.right)
     return Finished(squares=found, record=record), scaled
+
+
+def _base_square(planned: TensorPlan, inputs: Inputs, rows: slice | None) -> float:
+    """Return ‖W₀‖² of a matrix, or of these rows of it, the whole of it piece by piece."""
+    if rows is not None:
+        return square(as_map(read_base(planned, inputs, 0, planned.elements), planned)[rows])
+    starts = range(0, planned.elements, PIECE)
+    spans = [(start, min(start + PIECE, planned.elements)) for start in starts]
+    return math.fsum(square(read_base(planned, inputs, *span)) for span in spans)
 
 
 def _parts(

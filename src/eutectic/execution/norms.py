@@ -77,11 +77,11 @@ def squares_of(deltas: Tensor | LowRankStack, base: Tensor | None, merged: Tenso
     if isinstance(deltas, LowRankStack):
         experts = [_square_of_product(p.left, p.right) for p in deltas]
     else:
-        experts = [_square(delta) for delta in deltas]
-    return [_square(merged), 0.0 if base is None else _square(base), *experts]
+        experts = [square(delta) for delta in deltas]
+    return [square(merged), 0.0 if base is None else square(base), *experts]
 
 
-def _square(values: Tensor) -> float:
+def square(values: Tensor) -> float:
     """Return ‖x‖², rows of it in float32 where its range holds that, their sum in float64."""
     if values.dtype == torch.float32 and values.numel() % ROW == 0:
         rows = torch.linalg.vector_norm(values.reshape(-1, ROW), dim=1)
