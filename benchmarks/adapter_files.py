@@ -154,7 +154,8 @@ def run(form: str, method: str, folder: Path, output: Path) -> None:
 def process(form: str, method: str, folder: Path) -> tuple[dict[str, float], Path]:
     """Run one form in a process of its own; return what it took, and its output."""
     output = folder / f"out-{form}"
-    shutil.rmtree(output, ignore_errors=True)
+    for left in (output, folder / f"{output.name}.partial"):  # the latter of a killed run
+        shutil.rmtree(left, ignore_errors=True)
     words = [sys.executable, __file__, "--one", form, method, str(folder), str(output)]
     started = time.perf_counter()
     done = subprocess.run(words, check=True, capture_output=True, text=True)
