@@ -69,6 +69,61 @@ def test_a_cluster_that_starts_too_slowly_is_told_and_leaves_nothing(
     assert ended and not Path(folders[0]).exists()
 
 
+def test_a_wrong_token_is_refused_before_ray_tries_it_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = pytest.importorskip("ray")
+    raised: list[Any] = [ray.exceptions.AuthenticationError("InvalidAuthToken"), TypeError("API")]
+
+    def refuse(**_: Any) -> None:
+        raise raised[0]
+
+    def begin(**_: Any) -> None:
+        raise ConnectionError("begun")
+
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", begin)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray._raylet, "GcsClient", refuse)
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        head.listen()
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        with pytest.raises(RequestError, match="asks for a token.*\n.*RAY_AUTH_TOKEN"):
+            connect(address, share=lambda: Share(1, 1))
+        raised.pop(0)  # a version of Ray that cannot be asked so
+        with pytest.raises(RequestError, match="cannot be joined: begun"):
+            connect(address, share=lambda: Share(1, 1))
+
+
+WITHOUT_TOKEN = """
+import socket
+from eutectic.cluster.connection import Share, connect
+from eutectic.errors import RequestError
+with socket.socket() as head:
+    head.bind(("127.0.0.1", 0))
+    head.listen()
+    try:
+        connect(f"127.0.0.1:{head.getsockname()[1]}", share=lambda: Share(1, 1))
+    except RequestError as error:
+        print(error)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_no_token_where_one_is_asked_for_is_an_error_in_words(tmp_path: Path) -> None:
+    """Ray's client would end the process."""
+    pytest.importorskip("ray")
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "HOME": str(tmp_path)}
+    environment.pop("RAY_AUTH_TOKEN", None)
+    words = [sys.executable, "-c", WITHOUT_TOKEN]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "RAY_AUTH_TOKEN or ~/.ray/auth_token" in done.stdout
+
+
 STARTED = """
 from eutectic.cluster.connection import _connection
 from eutectic.cluster.where import joined

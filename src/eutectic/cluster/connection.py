@@ -17,6 +17,7 @@ from eutectic.errors import MissingExtraError, RequestError, first_line
 
 OBJECT_STORE_BYTES = 128_000_000  # of a cluster that is started here; results are small
 _PATIENCE = 10.0  # seconds until an address counts as silent
+_TOKEN = "RAY_AUTH_MODE=token and its token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
 # Ray reports nothing of this to anybody, leaves the devices of tasks as they are, and lets workers
 # that it starts here run like any process of the user's: by default everything else goes first.
 _ENVIRONMENT = {
@@ -168,6 +169,7 @@ def _begin(ray: Any, address: str | None, share: Callable[[], Share]) -> None:
         }
     else:
         _check_answers(address)
+        _check_token(ray, address)
         del options["include_dashboard"]
         options["address"] = address
     try:
@@ -183,8 +185,7 @@ def _begin(ray: Any, address: str | None, share: Callable[[], Share]) -> None:
         raise RequestError(
             f"the Ray cluster at {address} cannot be joined: {first_line(error)}\n"
             "Is one running there (`ray start --head`), of the version that is installed here?\n"
-            "One that asks for a token (Ray 2.59 and newer) needs RAY_AUTH_MODE=token and its "
-            "token in RAY_AUTH_TOKEN or ~/.ray/auth_token."
+            f"One that asks for a token (Ray 2.59 and newer) needs {_TOKEN}."
         ) from None
     _quieten()
 
@@ -205,6 +206,26 @@ def _check_answers(address: str) -> None:
             f"nobody answers at the Ray address {address} ({error.strerror or error}).\n"
             "Is the head node running (`ray start --head --port 6379`), and the port open?"
         ) from None
+
+
+def _check_token(ray: Any, address: str) -> None:
+    """Refuse a wrong token, and a missing one, at once; Ray itself would try it twenty times."""
+    refusal = getattr(ray.exceptions, "AuthenticationError", None)
+    if refusal is None or address in ("auto", "local") or address.startswith("ray://"):
+        return
+    try:
+        from ray._private.authentication import authentication_token_setup as setup
+
+        # Without a token, where one is asked for, what comes next would end this process.
+        setup.ensure_token_if_auth_enabled(create_token_if_missing=False)
+        ray._raylet.GcsClient(address=address)
+    except refusal:
+        raise RequestError(
+            f"the Ray cluster at {address} asks for a token, and has not got the right one.\n"
+            f"It needs {_TOKEN}."
+        ) from None
+    except Exception:  # of other versions, or of what `ray.init` will tell
+        return
 
 
 def _quieten() -> None:
