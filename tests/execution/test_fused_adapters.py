@@ -104,6 +104,25 @@ def test_rows_of_more_directions_than_a_layer_has_are_refused_in_the_plan(
     assert held is not None and held["ranks"] == {"21": 1}
 
 
+def test_dare_that_drops_nothing_keeps_the_rows_of_the_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.RANKS", {"a": 9, "b": 12})
+    base, experts, deltas = model(tmp_path, turned=False)
+    asked: dict[str, Any] = {"base": base, "experts": experts, "method": "knots_dare_linear"}
+    asked |= {"tensors": [{"match": "*", "split": [16, 16, 16]}], "adapter": {}, "scale": 1.0}
+    held = eutectic.plan(**asked, parameters={"density": 1}).adapter
+    assert held is not None and held["ranks"] == {"21": 1}
+    made = eutectic.merge(**asked, parameters={"density": 1}, output=tmp_path / "out")
+    assert made.records[f"{NAME}.weight"]["adapter"]["rank"] == 21
+    torch.testing.assert_close(
+        changes(tmp_path / "out")[NAME], sum(deltas.values()), rtol=1e-4, atol=1e-5
+    )
+    own = {"a": {"path": experts["a"], "parameters": {"density": 0.9}}, "b": experts["b"]}
+    with pytest.raises(RecipeError, match="more directions"):
+        eutectic.plan(**{**asked, "experts": own}, parameters={"density": 1})
+
+
 def test_a_plan_knows_the_rank_of_rows_trimmed_part_by_part(tmp_path: Path) -> None:
     base, experts, _ = model(tmp_path, turned=False)
     asked: dict[str, Any] = {"base": base, "experts": experts, "method": "knots_ties"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
@@ -231,9 +232,19 @@ def _enter(form: _Form) -> None:
         laws={"permutation", "homogeneous", "zero", "absent", *form.further_laws},
         takes=form.takes,
         cost=COST,
-        # Entries that are trimmed in coordinates of the inputs leave the span of the rows.
-        rules=Rules(thin=thin, shares_rows=form.basis == "core" or form.inner not in SPARSE_INNER),
+        rules=Rules(thin=thin, shares_rows=partial(_shares_rows, form)),
     )(merge)
+
+
+def _shares_rows(form: _Form, parameters: Any) -> bool:
+    """Tell whether a merge keeps the span of the experts' rows.
+
+    Entries that are trimmed, or elected by their signs, in coordinates of the inputs leave it;
+    DARE that drops nothing adds rows up.
+    """
+    if form.basis == "core" or form.inner not in SPARSE_INNER:
+        return True
+    return form.inner == "dare_linear" and parameters.density == 1
 
 
 def _merged(inner: str, parameters: Any, inputs: Tensor, context: Context) -> Tensor:

@@ -204,8 +204,8 @@ class Rules:
             keep it thin; None where it is not, with these parameters and weights.
         spans: whether each merged matrix lies in the span of the deltas' columns, so that it has no
             more directions than they have together; None: as those do that take thin factors.
-        shares_rows: whether the parts of a fused matrix, merged one by one, have their rows in one
-            span, so that together they have no more directions than each alone.
+        shares_rows: whether, with these parameters, the parts of a fused matrix, merged one by one,
+            have their rows in one span, so that together they have no more directions than each.
         each_row: whether it merges the rows of a matrix each by itself, so that one row is merged
             as well as many: solutions of linear systems on the inputs. Others flatten a spectrum.
         flat_in: the metric in which all directions of the merged delta are alike: "plain" for Δ,
@@ -221,7 +221,7 @@ class Rules:
     finish: Callable[[Sequence[float], Any], Sequence[float]] | None = None
     thin: Callable[[LowRankStack, Any, Context], LowRank | None] | None = None
     spans: bool | None = None
-    shares_rows: bool = True
+    shares_rows: Callable[[Any], bool] = always(True)
     each_row: bool = False
     flat_in: Literal["plain", "inputs"] | None = None
 

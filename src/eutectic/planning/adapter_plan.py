@@ -108,7 +108,9 @@ def held_rank(planned: TensorPlan, inputs: Inputs) -> int:
     More than the factors where a fused matrix's parts are merged one by one into rows of their own.
     """
     rank = thin_rank(planned, inputs)
-    if len(planned.layout.split) < 2 or get_method(planned.method).shares_rows:
+    own = [source.parameters for source in planned.experts if source.parameters is not None]
+    shares_rows = map(get_method(planned.method).shares_rows, (planned.parameters, *own))
+    if len(planned.layout.split) < 2 or all(shares_rows):
         return rank
     return sum(min(rank, *shape) for shape in planned.matrix_shapes)
 
