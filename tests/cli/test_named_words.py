@@ -159,6 +159,8 @@ def test_faults_name_the_options_that_were_typed(place: Path) -> None:
     assert "--points: should be greater" in refused.err and "scale." not in refused.err
     closed = invoke(*common, "--search", "gram", "--points", 5)
     assert "--search gram is a closed form and takes no --points" in closed.err
+    closed = invoke(*common, "--search", "auto", "--tasks", "tasks.yaml")
+    assert closed.code == 2 and "--search auto is a closed form and takes no --tasks" in closed.err
     lacking = invoke(*common, "--search", "validation")
     assert "--search validation needs --tasks" in lacking.err
     wrong = invoke(

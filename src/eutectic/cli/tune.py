@@ -56,6 +56,12 @@ class SearchOptions:
             if key in keys:
                 keys[key] = plain(keys[key])
         if keys.get("search") == "auto":  # as in a recipe's `scale: auto`
+            idle = ", ".join(f"--{key}" for key in keys if key != "search")
+            if idle and self.over is None:
+                raise RequestError(
+                    f"--search auto is a closed form and takes no {idle}.\n"
+                    "Leave it out, or choose --search divergence or validation, with --tasks."
+                )
             keys["search"] = "gram"
         return keys
 
