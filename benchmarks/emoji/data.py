@@ -39,9 +39,9 @@ KINDS = {
     "travel": "Travel & Places",
     "objects": "Objects",
 }
-TASKS = ("skin", "gender", *NAMED, *KINDS)
+TASKS = (*NAMED, *KINDS)
 PEOPLE = ("person-role", "person-activity", "person-sport", "person-fantasy", "person-gesture")
-SIGNS = {"2640": "woman", "2642": "man", "1F469": "woman", "1F468": "man", "1F9D1": "person"}
+GENDERS = ("2640", "2642", "1F469", "1F468", "1F9D1")  # signs, woman, man, person
 
 
 @dataclass(frozen=True)
@@ -74,55 +74,45 @@ def seeded(*names: object) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(" ".join(map(str, names)).encode()))
 
 
-def tones(entry: dict[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Yield an emoji without and with every tone of skin; pairs of two tones are left out."""
-    yield "none", entry
-    for tone, own in entry.get("skin_variations", {}).items():
-        if "-" not in tone:
-            yield tone, own
+def drawings(entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return an emoji in no and in every tone of skin; pairs of two tones are left out."""
+    toned = entry.get("skin_variations", {})
+    return [entry, *(own for tone, own in toned.items() if "-" not in tone)]
 
 
-def without_gender(unified: str) -> tuple[str, str]:
-    """Return what of an emoji's code tells no gender, and the gender that it tells."""
-    parts = [part for part in unified.split("-") if part not in ("FE0F", "200D")]
-    told = [SIGNS[part] for part in parts if part in SIGNS]
-    return "-".join(part for part in parts if part not in SIGNS), told[0] if told else "person"
+def without_gender(unified: str) -> str:
+    """Return what of an emoji's code tells no gender."""
+    parts = unified.split("-")
+    return "-".join(p for p in parts if p not in GENDERS and p not in ("FE0F", "200D"))
 
 
-def labelled(entry: dict[str, Any], task: str) -> tuple[str, str] | None:
-    """Return label ("" for the tone of skin) and group of an emoji, None where it has no part."""
+def label_of(entry: dict[str, Any], task: str) -> str:
+    """Return an emoji's label, empty where the task has no part in it."""
     name, kind = entry["short_name"], entry["subcategory"]
-    person = kind in PEOPLE and "skin_variations" in entry
-    role, gender = without_gender(entry["unified"])
     if task in KINDS:
-        return (kind, name) if entry["category"] == KINDS[task] else None
-    if task == "skin":
-        hand = kind.startswith(("hand", "body"))
-        found = ("", name) if "skin_variations" in entry and (person or hand) else None
-    elif task == "gender":
-        found = (gender, role) if person and role else None
+        return kind if entry["category"] == KINDS[task] else ""
+    if task == "hands":
+        mine = kind.startswith("hand") and "skin_variations" in entry
     elif task == "roles":
-        found = (role, name) if person and role else None
-    elif task == "hands":
-        found = (name, name) if kind.startswith("hand") and "skin_variations" in entry else None
+        mine = kind in PEOPLE and "skin_variations" in entry
+        name = without_gender(entry["unified"])  # nothing is left of a person without a role
     elif task == "smileys":
-        found = (name, name) if kind.startswith(("face-", "cat-")) else None
+        mine = kind.startswith(("face-", "cat-"))
     else:
-        found = (name, name) if kind == "country-flag" else None
-    return found
+        mine = kind == "country-flag"
+    return name if mine else ""
 
 
 def pictures_of(emoji: Sequence[dict[str, Any]], task: str) -> list[Picture]:
     """Return a task's pictures; labels of fewer than `LEAST` emoji are left out of kinds."""
     found: list[Picture] = []
     for entry in emoji:
-        both = labelled(entry, task)
-        if both is None:
+        label = label_of(entry, task)
+        if not label:
             continue
-        label, group = both
-        for tone, own in tones(entry):
+        for own in drawings(entry):
             found += [
-                Picture(style, own["image"], label or tone, group)
+                Picture(style, own["image"], label, entry["short_name"])
                 for style in STYLES
                 if own[f"has_img_{style}"]
             ]
@@ -158,9 +148,8 @@ def splits_of(pictures: Sequence[Picture], task: str) -> dict[str, list[Picture]
             "test": [p for p in kept if p.file not in early],
         }
     place: dict[str, str] = {}
-    # A group that several labels have (a hand in six tones) goes where the first of them puts it.
     for label in sorted({p.label for p in pictures}):
-        groups = shuffled(p.group for p in pictures if p.label == label and p.group not in place)
+        groups = shuffled(p.group for p in pictures if p.label == label)
         first = max(round(len(groups) * SHARES["train"]), 1)
         second = first + max(round(len(groups) * SHARES["validation"]), 1)
         for index, group in enumerate(groups):

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from data import TASKS, build, load_split, seeded, write
 
-RATE, STEPS, WARMUP, BATCH = 1e-3, 100, 10, 32
+RATE, STEPS, WARMUP, BATCH = 1.5e-3, 100, 10, 32
 SHOTS, SHARPNESS = 16, 20.0  # of the heads
 
 

@@ -96,7 +96,7 @@ def test_zeros_stand_as_in_tensorflow(
 
 def test_no_picture_is_in_two_splits(suite: dict[str, Any]) -> None:
     data, listed = suite["data"], emoji()
-    for task in ("skin", "gender", "hands", "roles", "nature"):
+    for task in ("hands", "roles", "nature"):
         pictures = data.pictures_of(listed, task)
         splits = data.splits_of(pictures, task)
         assert splits == data.splits_of(pictures, task)
@@ -110,12 +110,10 @@ def test_no_picture_is_in_two_splits(suite: dict[str, Any]) -> None:
         else:
             groups = [{p.group for p in own} for own in splits.values()]
             assert len(set().union(*groups)) == sum(map(len, groups))
-    assert {p.label for p in data.pictures_of(listed, "skin")} == {"none", *TONES}
     assert {p.label for p in data.pictures_of(listed, "nature")} == {"animal-bird", "animal-bug"}
     assert {p.label for p in data.pictures_of(listed, "roles")} == {f"1F50{i}" for i in range(6)}
-    gender = {(p.group, p.label) for p in data.pictures_of(listed, "gender")}
-    assert gender == {(f"1F50{i}", label) for i in range(6) for label in ("woman", "man", "person")}
-    assert data.without_gender("1F93C-200D-2640-FE0F") == ("1F93C", "woman")
+    assert len(data.pictures_of(listed, "hands")) == 9 * 2 * (1 + len(TONES))
+    assert data.without_gender("1F93C-200D-2640-FE0F") == "1F93C"
 
 
 def test_labels_are_drawn_alike_and_pictures_stay_in_range(suite: dict[str, Any]) -> None:
