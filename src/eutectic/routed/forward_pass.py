@@ -7,11 +7,13 @@ do not see each other and the model itself keeps no state.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import wraps
 from types import MethodType
 from typing import Any, Literal, TypeVar
 
@@ -34,6 +36,7 @@ from eutectic.routed.router import RouterKind
 Mode = Literal["route", "oracle", "base", "soft", "vote"]
 MODES = ("route", "oracle", "base", "soft", "vote")
 
+_COMPILER = "torch._dynamo"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 # A layer's tower, by number, or the layer itself where it has none; and how many samples it saw.
 Group = tuple[int | str, int]
@@ -194,8 +197,24 @@ def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def uncompiled(function: _Function) -> _Function:
-    """Keep torch's compiler out of a function: `torch.compiler.disable` with its types."""
-    return torch.compiler.disable(function)  # type: ignore[return-value]
+    """Keep torch's compiler out of a function, as `torch.compiler.disable` does.
+
+    That one imports the compiler, which takes seconds; here this waits until somebody else does,
+    since nothing is compiled before.
+    """
+    disabled: Callable[..., Any] | None = None
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
+        if disabled is None:
+            if _COMPILER not in sys.modules:
+                return function(*args, **kwargs)
+            disabled = torch.compiler.disable(function)
+        return disabled(*args, **kwargs)
+
+    vars(call)["_torchdynamo_disable"] = True  # the compiler shall not look into it either
+    return call  # type: ignore[return-value]
 
 
 class _Scope:
