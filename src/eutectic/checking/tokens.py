@@ -11,11 +11,10 @@ from eutectic.checkpoint.odd_files import pointers_among
 from eutectic.checkpoint.weight_files import names_in, read_json_object
 from eutectic.conventions import is_token_embedding
 from eutectic.errors import CheckpointError, Fault, Note
+from eutectic.vocabulary.configuration import rows_stated, stated_size
 from eutectic.vocabulary.tokenizer_files import is_tokenizer_file
 from eutectic.vocabulary.tokens import ADDED, Tokens, read_tokens
 from eutectic.words import few
-
-_LARGEST_ID = 1 << 40
 
 
 def tokens_in(folder: Path) -> tuple[Tokens | None, list[Finding]]:
@@ -51,10 +50,6 @@ def _two_ids(folder: Path, tokens: Tokens) -> Iterator[Finding]:
             return
 
 
-def _is_id(value: object) -> bool:
-    return type(value) is int and 0 <= value < _LARGEST_ID
-
-
 def table_of(entries: Mapping[str, TensorEntry]) -> TensorEntry | None:
     """Return the table of the tokens that a model reads, None where no name tells which it is."""
     matrices = [e for e in entries.values() if len(e.shape) == 2]
@@ -77,8 +72,7 @@ def token_findings(
     if table is None:
         return
     rows = table.shape[0]
-    parts = [config, *habits.language_parts(config)]
-    stated = next((p["vocab_size"] for p in parts if _is_id(p.get("vocab_size"))), None)
+    stated = stated_size(config)
     if stated is not None and stated != rows:
         yield Fault(
             "vocab_size",
@@ -92,8 +86,8 @@ def token_findings(
             yield Note("output_rows", (entry.name,), told, "warning")
     if tokens is not None:
         yield from _without_rows(tokens, table)
-        yield from _other_roles(parts, generation, tokens)
-    yield from _special_ids(parts, generation, rows)
+        yield from _other_roles(config, generation, tokens)
+    yield from _special_ids(config, generation, rows)
 
 
 def _without_rows(tokens: Tokens, table: TensorEntry) -> Iterator[Finding]:
@@ -113,33 +107,24 @@ def _without_rows(tokens: Tokens, table: TensorEntry) -> Iterator[Finding]:
 
 
 def _special_ids(
-    parts: list[Mapping[str, Any]], generation: Mapping[str, Any], rows: int
+    config: Mapping[str, Any], generation: Mapping[str, Any], rows: int
 ) -> Iterator[Finding]:
     """Yield special ids for which the table has no row; negative ones mean none."""
-    for file, stated in (
-        *(("config.json", part) for part in parts),
-        ("generation_config.json", generation),
-    ):
-        for key, value in stated.items():
-            if key.endswith("_token_id"):
-                beyond = [i for i in _ids(value) if i >= rows]
-                if beyond:
-                    told = {"id": beyond[0], "rows": rows, "file": file}
-                    yield Note("special_id", (key,), told, "warning")
+    for file, stated in (("config.json", config), ("generation_config.json", generation)):
+        for key, ids in rows_stated(stated).items():
+            if beyond := [i for i in ids if i >= rows]:
+                told = {"id": beyond[0], "rows": rows, "file": file}
+                yield Note("special_id", (key,), told, "warning")
 
 
 def _other_roles(
-    parts: list[Mapping[str, Any]], generation: Mapping[str, Any], tokens: Tokens
+    config: Mapping[str, Any], generation: Mapping[str, Any], tokens: Tokens
 ) -> Iterator[Finding]:
     """Yield special tokens whose id is another one in the configuration than in the tokenizer."""
+    told_by = [rows_stated(part) for part in (config, generation)]
     for role, token in tokens.special.items():
-        stated = {i for part in (*parts, generation) for i in _ids(part.get(f"{role}_id"))}
+        stated = {i for ids in told_by for i in ids.get(f"{role}_id", ())}
         own = tokens.rows.get(token)
         if stated and own is not None and own not in stated:
             told = {"token": token, "own": own, "stated": ", ".join(map(str, sorted(stated)))}
             yield Note("other_special_id", (role,), told, "warning")
-
-
-def _ids(value: Any) -> list[int]:
-    stated: list[Any] = value if isinstance(value, list) else [value]
-    return [i for i in stated if _is_id(i)]
