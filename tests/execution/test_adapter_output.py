@@ -294,6 +294,27 @@ def test_weights_of_experts_count(tmp_path: Path, experts: dict[str, str]) -> No
     torch.testing.assert_close(stored[key("B")] @ stored[key("A")], wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("treatment", ["vector", "conv"])
+@pytest.mark.parametrize("adapter", [{}, {"rank": 16}, {"rank": 16, "compress": "before"}])
+def test_conv1d_layers_that_a_rule_merges_otherwise(
+    tmp_path: Path, treatment: str, adapter: dict[str, Any]
+) -> None:
+    """Their factors are those of the linear map, which the file keeps `[in, out]`, all the same."""
+    from transformers import GPT2LMHeadModel
+
+    moved(gpt2(), 0).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    own = {"target_modules": ["c_attn", "attn.c_proj"], "fan_in_fan_out": True}
+    experts = {n: str(lora(tmp_path / n, gpt2, i, r=2, **own)) for i, n in enumerate("ab")}
+    rules = [{"match": "*.attn.c_*.weight", "treatment": treatment}]
+    common: dict[str, Any] = {"base": str(tmp_path / "base"), "experts": experts}
+    common |= {"method": "task_arithmetic", "tensors": rules}
+    eutectic.merge(**common, output=tmp_path / "model")
+    eutectic.merge(**common, adapter=adapter, output=tmp_path / "adapter")
+    full = GPT2LMHeadModel.from_pretrained(tmp_path / "model")
+    wrapped = loaded(tmp_path / "base", tmp_path / "adapter", full)
+    torch.testing.assert_close(answer(wrapped), answer(full), rtol=1e-5, atol=1e-5)
+
+
 def test_lossless_is_refused_where_it_would_lose(
     tmp_path: Path, experts: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,10 +68,11 @@ def decide(
         if not mergeable:
             what = f"{entry.dtype} cannot be merged; use treatment copy or head."
             return Fault("dtype", what, entry.name)
-    layout = Layout()
+    # Whatever it is merged as: an adapter holds its change as one of a linear map.
+    layout = Layout(_is_transposed(entry, config))
     if treatment is Treatment.MATRIX:
         stacked = len(entry.shape) == 3 and kind not in ("convolution", "several_axes")
-        transpose = _is_transposed(entry, config) or (
+        transpose = layout.transpose or (
             # Only where rows are cut: a stack merges alike either way, but for rounding.
             stacked and split is not None and bool(_model_types(config) & INPUTS_FIRST)
         )
