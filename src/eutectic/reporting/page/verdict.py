@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import re
-import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from eutectic.methods import all_methods
+from eutectic.reporting.page.findings import POOR, WEAK, finding, named
+from eutectic.reporting.page.next_steps import what_next
 from eutectic.reporting.page.page_record import (
     Curve,
     Finding,
     LayerMap,
-    Level,
     Merge,
     ModelScore,
     Residuals,
@@ -29,30 +27,13 @@ from eutectic.reporting.page.shown_numbers import (
 from eutectic.reporting.page.source_views import ClosedFormView
 from eutectic.words import counted, few, percent
 
-POOR = 0.9  # of the expert: a task below it is worth another try
-FAIR = 0.97  # of the experts: a merge below it leaves something to gain
 SOLVED = 1e-2  # a relative residual above it is not solved
-WEAK = 0.6  # of what lies between chance and 1, a router's decisions
 _MOST = 3
 _WARNING = "warning: "  # how a merge's notes begin where its result may be wrong
 _UNPAIRED = (
     " The results hold no paired differences, so that this is cautious: models that were scored on "
     "the same rows differ more surely than their intervals say."
 )
-
-
-def _finding(
-    kind: str,
-    level: Level,
-    text: str,
-    subject: Sequence[str] = (),
-    *,
-    command: str = "",
-    **numbers: Any,
-) -> Finding:
-    return Finding(
-        kind=kind, level=level, text=text, subject=tuple(subject), numbers=numbers, command=command
-    )
 
 
 def verdict(
@@ -77,7 +58,7 @@ def verdict(
     for routed in routing:
         found += _of_routing(routed)
     found += _of_maps(maps)
-    found += _what_next(scores, merges, curves, rest)
+    found += what_next(scores, merges, curves, rest)
     order: dict[str, int] = {"headline": 0, "bad": 1, "good": 2, "info": 3, "next": 4}
     once = {(finding.level, finding.text): finding for finding in reversed(found)}
     told = [finding for finding in found if once[finding.level, finding.text] is finding]
@@ -88,13 +69,13 @@ def _of_scores(own: Scores, *, alone: bool) -> Iterator[Finding]:
     models = {m.name: m for m in own.models}
     merged = [m for m in own.models if m.role == "model"]
     if own.best is None:
-        yield _finding(
+        yield finding(
             "no_model", "headline",
             "Only the base and the experts were measured: no merged model is among these results.",
         )  # fmt: skip
         return
     best = models[own.best]
-    yield _finding(
+    yield finding(
         "best", "headline", ("" if alone else f"{own.name}: ") + _headline(own, best, len(merged)),
         (best.name,),
         share=best.share.value, mean=best.mean.value, models=len(merged),
@@ -118,7 +99,7 @@ def _headline(own: Scores, best: ModelScore, count: int) -> str:
         text += f" {joined} {mean}"
     references = [
         f"{name} {format_value(m.mean.value, metric)}"
-        for name, m in (("base", _named(own, "base")), ("experts", _named(own, "experts")))
+        for name, m in (("base", named(own, "base")), ("experts", named(own, "experts")))
         if m is not None and m.mean.value is not None
     ]
     beside = f" ({', '.join(references)})" if references else ""
@@ -133,10 +114,6 @@ def _metric(own: Scores) -> tuple[str, bool]:
     return (names[0] if len(names) == 1 else "metric"), all(t.higher_is_better for t in own.tasks)
 
 
-def _named(own: Scores, name: str) -> ModelScore | None:
-    return next((m for m in own.models if m.name == name), None)
-
-
 def _of_level(own: Scores, it: str, others: Sequence[ModelScore]) -> Iterator[Finding]:
     if not others:
         return
@@ -147,7 +124,7 @@ def _of_level(own: Scores, it: str, others: Sequence[ModelScore]) -> Iterator[Fi
     if level:
         names = few([m.name for m in level])
         verb = "is" if len(level) == 1 else "are"
-        yield _finding(
+        yield finding(
             "level", "info",
             f"{names} {verb} not distinguishable from {it}: the 95 % interval of the "
             f"difference holds 0.{how} Take the one that is cheapest to make.",
@@ -159,7 +136,7 @@ def _of_level(own: Scores, it: str, others: Sequence[ModelScore]) -> Iterator[Fi
     next_best = known[0]
     shown = _difference(own, next_best)
     rest = "every other model" if it == "it" else f"every other model of {own.name}"
-    yield _finding(
+    yield finding(
         "ahead", "good",
         f"{_first(it)} is ahead of {rest}; the closest, {next_best.name}, is {shown} behind.{how}",
         (next_best.name,), behind=next_best.behind.value,
@@ -188,7 +165,7 @@ def _of_tasks(own: Scores, best: ModelScore, it: str) -> Iterator[Finding]:
         worst = min(shares, key=lambda t: shares[t])
         figure = mine[worst].share
         poor = shares[worst] < POOR
-        yield _finding(
+        yield finding(
             "worst_task", "bad" if poor else "info",
             f"The weakest task of {best.name} is {worst}, with {with_interval(figure, 'share')} of "
             "its expert's figure.",
@@ -203,14 +180,14 @@ def _of_tasks(own: Scores, best: ModelScore, it: str) -> Iterator[Finding]:
     ]
     surely = [t for t in lost if not _within(mine[t].value.interval, below[t].value.value)]
     if surely:
-        yield _finding(
+        yield finding(
             "below_base", "bad",
             f"On {few(surely)}, {it} is below the base itself: there, merging lost what was known.",
             surely, count=len(surely),
         )  # fmt: skip
     perhaps = [t for t in lost if t not in surely]
     if perhaps:
-        yield _finding(
+        yield finding(
             "perhaps_below_base", "info",
             f"On {few(perhaps)}, {it} is below the base, which still lies within its 95 % "
             "interval.",
@@ -219,7 +196,7 @@ def _of_tasks(own: Scores, best: ModelScore, it: str) -> Iterator[Finding]:
     beats = [t for t, share in shares.items() if share > 1]
     if beats:
         text = "one task" if len(beats) == 1 else f"{len(beats)} of {len(shares)} tasks"
-        yield _finding(
+        yield finding(
             "above_expert", "good",
             f"{_first(it)} is above the task's own expert on {text} ({few(beats)}).",
             beats, count=len(beats),
@@ -244,13 +221,13 @@ def _of_merges(merges: Sequence[Merge], measured: bool) -> Iterator[Finding]:
         parts = [counted(done, "merged model")] if done else []
         parts += [counted(plans, "plan")] if plans else []
         names = few([merge.name for merge in merges])
-        yield _finding(
+        yield finding(
             "merges", "headline", f"{' and '.join(parts)}: {names}.", [m.name for m in merges],
             merged=done, planned=plans,
         )  # fmt: skip
     elif not measured:
         for merge in merges:
-            yield _finding(
+            yield finding(
                 "merge", "headline", _merge_text(merge), (merge.name,), growth=merge.growth
             )
     for merge in merges:
@@ -266,11 +243,11 @@ def _warnings_of(merges: Sequence[Merge]) -> Iterator[Finding]:
             if note.startswith(_WARNING):
                 warned.setdefault(note.removeprefix(_WARNING), []).append(merge.name)
     for text, names in list(warned.items())[:_MOST]:
-        yield _finding("warning", "bad", f"{few(names)}: {text}", names)
+        yield finding("warning", "bad", f"{few(names)}: {text}", names)
     if len(warned) > _MOST:
         more = counted(len(warned) - _MOST, "more warning")
         verb = "stands" if len(warned) == _MOST + 1 else "stand"
-        yield _finding(
+        yield finding(
             "more_warnings", "bad", f"{more} {verb} under “Where it comes from”.",
             count=len(warned) - _MOST,
         )  # fmt: skip
@@ -294,7 +271,7 @@ def _merge_text(merge: Merge) -> str:
 
 def _faults_of(merge: Merge) -> Iterator[Finding]:
     if merge.growth is not None and merge.bound is not None and merge.growth > merge.bound:
-        yield _finding(
+        yield finding(
             "exploded", "bad",
             f"{merge.name}: the change is {merge.growth:.3g} times the experts' mean norm, above "
             f"the bound of {merge.bound:.3g}: α is most likely too large.",
@@ -302,7 +279,7 @@ def _faults_of(merge: Merge) -> Iterator[Finding]:
         )  # fmt: skip
     left = merge.shares.get("left", 0.0)
     if left > 0:
-        yield _finding(
+        yield finding(
             "left", "bad",
             f"{merge.name}: {percent(left)} of the experts' numbers were left behind; the table "
             "of tensors says which.",
@@ -310,7 +287,7 @@ def _faults_of(merge: Merge) -> Iterator[Finding]:
         )  # fmt: skip
     if merge.fallback:
         by = "" if merge.mostly_by == merge.method else f" to {merge.mostly_by}"
-        yield _finding(
+        yield finding(
             "fallback", "bad",
             f"{merge.name}: {percent(merge.fallback)} of what {merge.method} is for fell back{by}.",
             (merge.name,), share=merge.fallback,
@@ -322,14 +299,14 @@ def _of_curves(curves: Sequence[Curve]) -> Iterator[Finding]:
     inside = [curve for curve in curves if not curve.at_edge]
     for curve in edges if len(edges) <= _MOST else ():
         side = "smallest" if curve.chosen == curve.points[0].scale else "largest"
-        yield _finding(
+        yield finding(
             "edge", "bad",
             f"{curve.name}: {curve.symbol} = {curve.chosen:.3g} is the {side} value that was "
             "tried; the optimum may lie outside.",
             (curve.name,), scale=curve.chosen,
         )  # fmt: skip
     if len(edges) > _MOST:
-        yield _finding(
+        yield finding(
             "edges", "bad",
             f"{len(edges)} searches ended at the smallest or largest value that was tried, beyond "
             f"which the optimum may lie: {_values(edges)}.",
@@ -337,14 +314,14 @@ def _of_curves(curves: Sequence[Curve]) -> Iterator[Finding]:
         )  # fmt: skip
     for curve in inside if len(inside) <= _MOST else ():
         by = f" by {curve.search}" if curve.search else ""
-        yield _finding(
+        yield finding(
             "scale", "info",
             f"{curve.name}: {curve.symbol} = {curve.chosen:.3g} was chosen{by} among "
             f"{len(curve.points)} values.",
             (curve.name,), scale=curve.chosen,
         )  # fmt: skip
     if len(inside) > _MOST:
-        yield _finding(
+        yield finding(
             "scales", "info",
             f"{len(inside)} searches found their best value: {_values(inside)}.",
             [curve.name for curve in inside], count=len(inside),
@@ -359,10 +336,10 @@ def _values(curves: Sequence[Curve]) -> str:
 def _of_closed_forms(closed: Sequence[tuple[str, ClosedFormView]]) -> Iterator[Finding]:
     for name, own in closed if len(closed) <= _MOST else ():
         text = f"{name}: α = {own.scale:.3g} was computed by {own.search}, without trying values."
-        yield _finding("closed_form", "info", text, (name,), scale=own.scale)
+        yield finding("closed_form", "info", text, (name,), scale=own.scale)
     if len(closed) > _MOST:
         found = few([f"{name} α = {own.scale:.3g} ({own.search})" for name, own in closed], 12)
-        yield _finding(
+        yield finding(
             "closed_forms", "info",
             f"{len(closed)} values of α were computed, without trying values: {found}.",
             [name for name, _ in closed], count=len(closed),
@@ -377,7 +354,7 @@ def _of_residuals(residuals: Sequence[Residuals]) -> Iterator[Finding]:
         worst = max(sizes, key=lambda n: sizes[n])
         value = bad[worst]
         shown = "not finite" if value is None else f"{value:.1e}"
-        yield _finding(
+        yield finding(
             "unsolved", "info",
             f"{len(bad)} of {len(ends)} linear systems stopped at a relative residual above "
             f"{SOLVED:g}, the worst at {shown} ({worst}). Matching stops early on purpose: see "
@@ -394,7 +371,7 @@ def _of_routing(own: Routing) -> Iterator[Finding]:
     bound = own.chance + WEAK * (1 - own.chance)
     how = "measured on data" if own.measured else "estimated from statistics"
     low = own.decisions[weakest] < bound
-    yield _finding(
+    yield finding(
         "routing", "bad" if low else "good",
         f"{own.name}: routers send {format_share(mean)} of the samples to the right expert on "
         f"average ({how}, by chance {format_share(own.chance)}); weakest is {weakest} with "
@@ -417,109 +394,9 @@ def _of_maps(maps: Sequence[LayerMap]) -> Iterator[Finding]:
             value, row, column = max(cells)
             if value > _MOST:
                 model = measure.key.removeprefix("growth ")
-                yield _finding(
+                yield finding(
                     "large_layer", "bad",
                     f"{model}: the largest change is {value:.3g} times the experts' mean, at {row}"
                     f" {column}; see the map.",
                     (model, row), growth=value,
                 )  # fmt: skip
-
-
-def _what_next(
-    scores: Sequence[Scores],
-    merges: Sequence[Merge],
-    curves: Sequence[Curve],
-    rest: Mapping[str, Any],
-) -> Iterator[Finding]:
-    wider: dict[tuple[str, str], list[str]] = {}
-    for curve in curves:
-        if curve.at_edge:
-            low, high = curve.points[0].scale, curve.points[-1].scale
-            over = "" if curve.symbol == "α" else f" --over {shlex.quote(curve.symbol)}"
-            beyond = f"{low / 10:g}:{low:g}" if curve.chosen == low else f"{high:g}:{10 * high:g}"
-            command = f"eutectic tune recipe.yaml{over} --range {beyond}"
-            wider.setdefault((curve.symbol, command), []).append(curve.name)
-    for (symbol, command), names in wider.items():
-        yield _next("widen", f"Search {symbol} of {few(names)} beyond the edge.", command)
-    exploded = [m for m in merges if m.growth and m.bound and m.growth > m.bound]
-    if exploded:
-        yield _next("smaller", f"Choose a smaller α for {few([m.name for m in exploded])}.",
-                    "eutectic merge recipe.yaml --scale norm -o merged/")  # fmt: skip
-    if any(m.planned for m in merges):
-        yield _next("merge", "Carry the plan out.",
-                    "eutectic merge recipe.yaml -o merged/ --report")  # fmt: skip
-    done = [m for m in merges if not m.planned]
-    if not scores and done:
-        yield _next("evaluate", "Nobody has measured the model yet: score it, the base and the "
-                    "experts on rows that nothing was chosen on.",
-                    "eutectic evaluate merged/ --tasks tasks.yaml --base BASE -e NAME=EXPERT "
-                    "-o results.json")  # fmt: skip
-    searched = {curve.name for curve in curves} | {name for name, _ in rest["closed"]}
-    calibrated = any(merge.calibrated for merge in merges)
-    for own in scores:
-        yield from _next_of_scores(own, rest, searched, calibrated)
-    weak = [r for r in rest["routing"] if r.decisions and r.chance is not None
-            and min(r.decisions.values()) < r.chance + WEAK * (1 - r.chance)]  # fmt: skip
-    if blind := [r.name for r in weak if not r.measured]:
-        yield _next("router", f"Give the routers statistics of the merged model itself "
-                    f"({few(blind)}): they are what routing sees.",
-                    "eutectic route MERGED … --router-data NAME=FILE")  # fmt: skip
-    if seen := [r.name for r in weak if r.measured]:
-        yield _next("oracle", f"Give the routers more inputs of each task ({few(seen)}), or where "
-                    "a request's task is known name its expert: "
-                    "`eutectic.routing(model, mode=\"oracle\", expert=NAME)`.", "")  # fmt: skip
-    if done and not curves and not exploded and not scores:
-        yield _next("tune", "Nothing chose α here: search it, without labels if you have none.",
-                    "eutectic tune recipe.yaml --search divergence --tasks tasks.yaml")  # fmt: skip
-
-
-def _next_of_scores(
-    own: Scores, rest: Mapping[str, Any], searched: Collection[str], calibrated: bool
-) -> Iterator[Finding]:
-    best = _named(own, own.best) if own.best else None
-    if best is None:
-        yield _next("compare", "Merge, and compare methods on the same rows.",
-                    "eutectic compare recipe.yaml --tasks tasks.yaml -o comparison/")  # fmt: skip
-        return
-    mine = [s for s in own.scores if s.model == best.name and s.share.value is not None]
-    poor = [s.task for s in mine if s.share.value is not None and s.share.value < POOR]
-    if poor and not rest["routing"]:
-        yield _next("route", f"{best.name} lost more than {percent(1 - POOR)} of the expert on "
-                    f"{few(poor)}: thin experts beside the merge, chosen per input, keep such "
-                    "tasks.",
-                    "eutectic route MERGED NAME=EXPERT… -s NAME=FILE… -o routed/")  # fmt: skip
-    data = rest["statistics"] or any(_needs_data(m.name) for m in own.models)
-    if best.share.value is not None and best.share.value < FAIR and not data:
-        text = (
-            "A few unlabelled inputs a task allow methods that use data (iso_a, regmean, esm), "
-            "which usually gain where merges without data stop."
-        )
-        command = "eutectic collect EXPERT --data inputs.jsonl -o NAME.stats.safetensors"
-        yield _next("collect", text, command)
-    routed = {routing.name for routing in rest["routing"]}
-    if best.name not in {*searched, *routed} and not best.note:
-        yield _next("tune_best", f"Nothing here chose the α of {best.name}: search it on rows that "
-                    "are not scored, or without labels.",
-                    "eutectic tune recipe.yaml --search divergence --tasks tasks.yaml")  # fmt: skip
-    if best.share.value is not None and best.share.value < FAIR and data:
-        if not calibrated and best.name not in routed:
-            yield _next("calibrate", f"Calibrate {best.name} layer by layer towards its experts: "
-                        "in closed form, from the same unlabelled inputs.",
-                        "eutectic calibrate MERGED NAME=EXPERT… --data NAME=inputs.jsonl "
-                        "-o calibrated/")  # fmt: skip
-    level = [m for m in own.models if m.level]
-    if len(level) > 1:
-        rows = min((task.rows for task in own.tasks), default=0)
-        yield _next("rows", f"More test rows tell the {len(level) + 1} models apart that are level "
-                    f"now; the smallest task has {rows:,}. Four times as many halve an interval.",
-                    "")  # fmt: skip
-
-
-def _needs_data(model: str) -> bool:
-    """Tell whether a model has the name of a method that reads statistics, α and the like aside."""
-    method = all_methods().get(re.split("[@: -]", model)[0])
-    return method is not None and bool(method.needs(method.parse({})) - {"base"})
-
-
-def _next(kind: str, text: str, command: str) -> Finding:
-    return _finding(kind, "next", text, command=command)
