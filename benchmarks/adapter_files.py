@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import resource
 import shutil
 import statistics
 import subprocess
@@ -131,6 +130,7 @@ def run(form: str, method: str, folder: Path, output: Path) -> None:
     """Merge once and print what it took."""
     import eutectic
     from eutectic.execution import adapter_factors, matrix_merging
+    from eutectic.execution.executors import peak_bytes
     from eutectic.methods import get_method
 
     torch.set_num_threads(1)
@@ -142,12 +142,12 @@ def run(form: str, method: str, folder: Path, output: Path) -> None:
     for room in ("tuning.entry", "statistics.core_view"):
         importlib.import_module(f"eutectic.{room}")
     get_method(method)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes()
     started, used = time.perf_counter(), time.process_time()
     eutectic.merge(recipe(folder, method, form), output=output, threads=1)
     took = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    took |= {"peak": max((peak - before) * 1024, SLACK), "process_peak": peak * 1024}
+    peak = peak_bytes()
+    took |= {"peak": max(peak - before, SLACK), "process_peak": peak}
     print(json.dumps(took))
 
 

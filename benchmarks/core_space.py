@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 
+from eutectic.execution.executors import peak_bytes
 from eutectic.linalg.lowrank import LowRankStack
 from eutectic.methods import merge_matrices
 from eutectic.types import LayerStatistics
@@ -75,13 +75,13 @@ def run(form: str, method: str, layer: str, result: Path) -> None:
     more = dict(METHODS[method])
     if method in ("iso_a", "esm", "mats"):
         more["statistics"] = grams(stack)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes()
     started = time.perf_counter()
     deltas = stack if form == "thin" else stack.dense()
     merged = merge_matrices(method, deltas, **more)
     seconds = time.perf_counter() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    torch.save({"seconds": seconds, "peak": peak * 1024, "merged": merged}, result)
+    peak = peak_bytes() - before
+    torch.save({"seconds": seconds, "peak": peak, "merged": merged}, result)
 
 
 def main() -> None:

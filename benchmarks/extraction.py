@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import statistics
 import subprocess
@@ -54,16 +53,17 @@ def run(form: str, base: str, expert: str, rank: int, output: str) -> None:
     """Extract once and print what it took."""
     import eutectic
     from eutectic.execution import adapter_factors
+    from eutectic.execution.executors import peak_bytes
 
     torch.set_num_threads(1)
     if form == "svd":
         adapter_factors.compressed = full_svd
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes()
     started, used = time.perf_counter(), time.process_time()
     eutectic.extract(expert, base=base, output=output, rank=rank, others="drop", threads=1)
     took = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps(took | {"peak": (peak - before) * 1024, "process_peak": peak * 1024}))
+    peak = peak_bytes()
+    print(json.dumps(took | {"peak": peak - before, "process_peak": peak}))
 
 
 def timed(arguments: argparse.Namespace, base: Path, expert: Path) -> list[dict[str, Any]]:

@@ -25,7 +25,6 @@ import argparse
 import json
 import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -259,6 +258,7 @@ def run(method: str, folder: Path, layers: int, output: Path) -> None:
     """Merge once and print what it took."""
     import eutectic
     from eutectic.execution import matrix_merging
+    from eutectic.execution.executors import peak_bytes
     from eutectic.methods import get_method
 
     torch.set_num_threads(1)
@@ -286,13 +286,13 @@ def run(method: str, folder: Path, layers: int, output: Path) -> None:
     if method in WITH_STATISTICS:
         for name, own in recipe["experts"].items():
             own["statistics"] = str(folder / f"{name}.safetensors")
-    before, moved = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, moved_bytes()
+    before, moved = peak_bytes(), moved_bytes()
     started, used = time.perf_counter(), time.process_time()
     eutectic.merge(recipe, output=output, threads=1, memory="64 GB")
     took: dict[str, Any] = {
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - used,
-        "peak": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024,
+        "peak": peak_bytes() - before,
         "bytes": {key: value - moved[key] for key, value in moved_bytes().items()},
         "layers": layers,
         "matrices": {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from table.suite import Batches, Inputs, Suite
 from torch import Tensor, nn
 
 import eutectic
+from eutectic.execution.executors import peak_bytes
 from eutectic.reporting import subspace_alignment_ratio
 from eutectic.statistics import CoreRows, core_rows
 
@@ -350,7 +350,7 @@ def merge_row(
         data = {task: suite.proxies(task, seed, PROXIES).inputs for task in suite.tasks}
         done = eutectic.calibrate(folder / "out", dict(suite.experts), data, out)
         report["seconds"] += done.seconds
-        report["peak_bytes"] = max(report["peak_bytes"], 1024 * peak_kib())
+        report["peak_bytes"] = max(report["peak_bytes"], peak_bytes())
     merged = load_file(out / "model.safetensors")
     names = {name for name, _ in suite.model.named_parameters()}
     deltas = {name: merged[name] - base[name] for name in names}
@@ -369,11 +369,6 @@ def adapter_deltas(folder: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor
             assert name in base, f"{name} is no tensor of the base"
             found[name] = left @ factors[key.replace("lora_B", "lora_A")]
     return found
-
-
-def peak_kib() -> int:
-    """Return the largest resident memory of this process so far, in KiB (Linux)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def alignments(suite: Suite, merged: MergedRow, error: float = 0.05) -> dict[str, float]:
