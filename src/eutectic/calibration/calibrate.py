@@ -125,19 +125,20 @@ def calibrate(
 ) -> CalibrationReport:
     """Calibrate a merged model towards its experts from a few unlabelled inputs of every task.
 
-    Layers are taken in the order of a forward pass. Each gets x from the model as far as it is
-    calibrated, its expert's own layer gets z in the expert's own pass, on the same inputs; with
+    Layers are taken in the order of a forward pass. On the same inputs, a layer gets x from the
+    model as far as it is calibrated, and its expert's layer gets z in the expert's own pass. With
     x* = (1 − a) x + a z, S_t = Σ x xᵀ and R_t = Σ x x*ᵀ over the tokens of task t that are no
     padding, both over ‖S_t‖_F,
 
         Wᵀ = (Σ S_t + λI)⁻¹ (Σ R_t W_tᵀ + λ (ρ W_merged + (1 − ρ) W_base)ᵀ),
         b = (Σ_t (b_t + W_t x̄*_t − W x̄_t) + λ b_a) / (T + λ),
 
-    b_a anchored like W; norms have the like in two unknowns a channel. `calibration.formulas` has
-    the derivation and the identities: T = 1 and λ → 0 reproduce the expert on its inputs where its
-    tables are the merged model's, λ → ∞ gives the anchor. In float64.
+    with b_a anchored like W; norms solve the same in two unknowns a channel.
+    `calibration.formulas` has the derivation and the identities: T = 1 and λ → 0 reproduce the
+    expert on its inputs where its tables are the merged model's, λ → ∞ gives the anchor. Sums and
+    solutions are in float64.
 
-    Calibrated are linear maps (`nn.Linear`, `Conv1D`), their biases, ungrouped convolutions and
+    It calibrates linear maps (`nn.Linear`, `Conv1D`), their biases, ungrouped convolutions and
     norms of any model of transformers that the merged folder's configuration names. Tables, heads,
     output vocabularies, modules that are called several times in a pass (ALBERT's) and what no
     layer multiplies by (packed mixtures, `nn.MultiheadAttention`) keep the merged values and are

@@ -37,9 +37,9 @@ def check(
 ) -> CheckReport:
     """Say what is wrong or unusual in checkpoints and adapters, before anyone merges them.
 
-    Read are headers, indices, configurations, tokenizers and adapters; of tensors only tables that
-    may be copies of each other, and with `values` everything once, piece by piece. Nothing is
-    written, no code of a checkpoint runs, and what cannot be read is a finding, not an error. Cost:
+    It reads headers, indices, configurations, tokenizers and adapters; of tensors only tables that
+    may be copies of each other, and with `values` everything once, piece by piece. It writes
+    nothing and runs no code of a checkpoint; what cannot be read is a finding, not an error. Cost:
     milliseconds a thousand tensors; with `values` the time of reading, in the memory of a few
     pieces of 4 million numbers.
 

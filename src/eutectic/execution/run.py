@@ -269,7 +269,7 @@ def merge_state_dicts(
 
     Warns:
         MergeWarning: what `eutectic.merge` warns of, such as a change that has exploded or experts
-            that are no kin; and tensors that fell back for lack of statistics, by which method,
+            unrelated to the base; and tensors that fell back for lack of statistics, by which method,
             and their share. `warning.note` is the record.
     """
     weights = dict(weights or {})

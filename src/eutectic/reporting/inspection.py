@@ -92,7 +92,7 @@ def inspect(
             its tasks those of the experts.
         output: file for the inspection as JSON, written at the end, whole or not at all.
         plots: folder for PNGs.
-        **options: what is measured, and who is told:
+        **options: what is measured, and within which limits:
 
             - `layers`: shell pattern over tensor names; other matrices are left out.
             - `rank`: k, leading singular triplets that overlaps compare; None: int(r/T).

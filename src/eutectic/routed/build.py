@@ -93,7 +93,7 @@ def build_routed(
     transformers models inside: `attention_mask`, or torch's `src_key_padding_mask`.
 
     Args:
-        model: the merged model, any module. Not modified; moved to no device.
+        model: the merged model, any module. It is not modified, and not moved to another device.
         experts: name -> state dict, checkpoint path (read tensor by tensor) or PEFT LoRA folder.
         statistics: name -> statistics of the expert on its proxy data, for the directions.
         router_statistics: name -> statistics of the *merged* model on the same data: what the
@@ -102,8 +102,8 @@ def build_routed(
             every input that its proxy data span.
         router: "discriminant", or "prototype" as published. Default: discriminant where every
             layer has pooled statistics, else prototype. "mad" and "sim" decide once for the whole
-            network, in a first pass with the experts off: by the Gaussian discriminant, or by what
-            each task's subspace leaves over, of one layer's pooled inputs.
+            network, in a first pass with the experts off, from one layer's pooled inputs: by the
+            Gaussian discriminant, or by how much of them each task's subspace leaves over.
         layers: globs over parameter names; default: attention projections and the first matrix of
             every MLP.
         **options: how experts are read and routed:
@@ -117,8 +117,8 @@ def build_routed(
             - `statistics_of`: `expert`: statistics must have been collected on the expert itself,
               and the router's on this model; `any`: they may come from any checkpoint.
             - `heads`: expert -> its head, of `eutectic.routed.find_heads`. The routed copy keeps
-              them: `routed.expert_heads[name]` is it with this head on, `eutectic.routed.predict`
-              takes the chosen expert's for every sample.
+              them: `routed.expert_heads[name]` is the routed model with that head, and
+              `eutectic.routed.predict` takes the chosen expert's for every sample.
 
     Returns:
         The routed copy. `routed.routing.short` tells, layer by layer, the experts whose tokens or

@@ -27,11 +27,11 @@ def routing(
         routed: from `build_routed` or `load_routed`.
         mode: "route": each layer decides per sample. "oracle": the caller names the expert.
             "base": experts off. "soft": all experts, weighted by softmax(scores / temperature).
-            Where one layer decides for the whole network (routers "mad" and "sim"), its scores
-            count in all of these modes, and "vote" is "route".
             "vote": one decision per sample for the whole network, or for each of its towers (texts
             and images of CLIP), from a first pass with the experts off (every batch is run twice;
             a prompt's decision is kept while decoding).
+            Where one layer decides for the whole network (routers "mad" and "sim"), its scores
+            count in all of these modes, and "vote" is "route".
         expert: for "oracle", one name, or one per sample of each batch.
         temperature: for "soft", above 0.
         layer: for "vote", the parameter name of the layer that decides for its tower; otherwise

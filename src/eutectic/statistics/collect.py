@@ -142,10 +142,10 @@ def collect(
             - `executor` ("threads"): with "ray", the workers of a cluster run a copy of the model
               each, and `ray_address` says where it is, as for `eutectic.merge`. Batch i goes to
               worker i mod `shards` (default: one per core); the sums are added in the order of the
-              workers, so that the result depends on `shards` alone, and on that as on rounding.
+              workers, so that the result depends on `shards` alone, and by rounding only.
               `open_model` opens the same model on a worker, where it is too large to be sent.
               `device` ("cpu"): "cuda" gives every worker a GPU, "auto" where the cluster has any;
-              this process needs none, and the model stays where it is. `shards` then are GPUs.
+              this process needs none, and the model stays where it is. `shards` then counts GPUs.
 
     Returns:
         The statistics, a mapping from parameter name to `LayerStatistics` with `.provenance`. A

@@ -39,8 +39,8 @@ def report(
         *sources: what to report on, as many as wanted: folders of merged or routed models or of a
             comparison; `results.json`; files of `inspect -o`, `plan --json` and `tune --json`; a
             recipe, which is planned; statistics; or what `evaluate`, `inspect`, `plan`, `merge`,
-            `tune` or `compare` returned. `"NAME=PATH"` gives a source a name. Of a folder that is
-            none of these everything known in it and in its folders is taken.
+            `tune` or `compare` returned. `"NAME=PATH"` gives a source a name. From any
+            other folder, every known file in it and below it is taken.
         output: file to write; None writes nothing. It may replace an earlier report only.
         format: `html` (one page that needs nothing else), `md` (tables alone) or `json` (the
             record; its schema is in docs/schemas). None: by the ending of `output`.
@@ -51,11 +51,11 @@ def report(
         the page itself.
 
     Raises:
-        RequestError: no source, or one that is nothing known; an output that holds something else.
+        RequestError: no source, or one of an unknown kind; an output that holds something else.
         MissingExtraError: HTML without jinja2.
         EutecticError: a file is damaged or cannot be written.
 
-    Nothing of a model's weights is read. Cost: of files, headers and JSON; well under a second for
+    No weights of a model are read. Cost: that of reading headers and JSON, well under a second for
     twelve models.
 
     Example:
