@@ -269,8 +269,8 @@ def merge_state_dicts(
 
     Warns:
         MergeWarning: what `eutectic.merge` warns of, such as a change that has exploded or experts
-            unrelated to the base; and tensors that fell back for lack of statistics, by which method,
-            and their share. `warning.note` is the record.
+            unrelated to the base; and tensors that fell back for lack of statistics, by which
+            method, and their share. `warning.note` is the record.
     """
     weights = dict(weights or {})
     unknown = [name for name in {**weights, **(statistics or {})} if name not in experts]
