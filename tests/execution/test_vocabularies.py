@@ -12,6 +12,7 @@ from tests.helpers.vocabularies import (
     BIAS,
     EMBED,
     HEAD,
+    WIDTH,
     naive_rows,
     rows_by_token,
     write_model,
@@ -102,6 +103,26 @@ def test_weights_count_in_rows_that_the_base_lacks(models):
     # Only one expert has them, so nothing is to be merged: its row, whatever its weight.
     assert torch.equal(merged[EMBED][rows["<a>"]], known["a"][0][EMBED][8])
     assert torch.equal(merged[BIAS][rows["<b>"]], known["b"][0][BIAS][9])
+
+
+def test_an_adapter_gets_the_tokenizer_of_its_rows(tmp_path):
+    """Without it nobody knows which tokens the rows are that it saves whole."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 4, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 1}
+    for seed, (name, added) in enumerate({"base": (), "a": ["<a>"], "b": ["<b>", "<c>"]}.items()):
+        write_model(tmp_path / name, WORDS, added, seed=seed, tied=True, config=sizes)
+    merged, rows, _ = merge(tmp_path, ("a", "b"), vocabulary="union")
+    asked = {"adapter": {"rank": 4}, "vocabulary": "union", "chat_template": "chatml"}
+    common = {"base": str(tmp_path / "base"), "method": "task_arithmetic", "scale": 1.0}
+    common["experts"] = {n: str(tmp_path / n) for n in "ab"}
+    adapter = eutectic.merge(**common, **asked, output=tmp_path / "adapter").output
+    held = load_file(adapter / "adapter_model.safetensors")
+    assert torch.equal(held[f"base_model.model.{EMBED}"], merged[EMBED])
+    assert rows_by_token(adapter) == rows
+    assert "im_start" in (adapter / "chat_template.jinja").read_text()
+    for lost in ({"chat_template": "chatml"}, {"shard_size": "1MB"}):
+        with pytest.raises(RecipeError, match="the output is an? (PEFT )?adapter"):
+            eutectic.plan(**common, adapter={"rank": 4}, **lost)
 
 
 def test_one_vocabulary_gives_the_bytes_of_a_plain_merge(tmp_path):

@@ -26,6 +26,7 @@ from eutectic.conventions_heads import is_buffer
 from eutectic.execution.adapter_factors import LEFT, RIGHT, WHOLE, open_part
 from eutectic.execution.adapter_stacks import Piece, nested_keys, stack_rank, stack_rows
 from eutectic.execution.expert_folders import head_values
+from eutectic.execution.model_vocabulary import write_adapter_vocabulary
 from eutectic.execution.tensor_values import flat_ranges
 from eutectic.planning.adapter_plan import AdapterPlan
 from eutectic.planning.inputs import Inputs
@@ -106,6 +107,7 @@ def write_adapter_folder(
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     write_atomically(model / ADAPTER_CONFIG, text.encode())
     _copy_tokenizer(plan, inputs, model)
+    write_adapter_vocabulary(plan, model)
     write_atomically(model / "README.md", card.encode())
     ranks = Counter([*content.ranks.values(), *[content.stack_rank] * len(content.stacks)])
     return {

@@ -42,6 +42,18 @@ def write_vocabulary(plan: Plan, model: Path, place: str) -> None:
             _write_template(folder / place, plan.output.chat_template)
 
 
+def write_adapter_vocabulary(plan: Plan, folder: Path) -> None:
+    """Put the tokenizer of a vocabulary that was asked for beside an adapter.
+
+    An adapter has no configuration of the model. May be repeated after a kill.
+    """
+    if plan.output.vocabulary is None:
+        return
+    write_tokenizer(plan.output.vocabulary, plan.output.tokenizers, folder)
+    if plan.output.chat_template is not None:
+        _write_template(folder, plan.output.chat_template)
+
+
 def check_vocabulary(model: Path, place: str, files: Sequence[OutputFile]) -> tuple[Note, ...]:
     """Return what of a written model's tables, tokenizer and configuration does not agree."""
     tables = {

@@ -143,7 +143,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
     """Decide what becomes of every tensor, from headers alone."""
     source = source or Source()
     faults: list[Fault] = []
-    _check_shards(recipe, inputs, source, faults)
+    _check_files(recipe, inputs, source, faults)
     found = find_vocabulary(recipe, inputs, source)
     _refuse(found.faults, source)
     opened, vocabulary = inputs, found.planned
@@ -411,13 +411,20 @@ def _refuse(faults: Sequence[Fault], source: Source) -> None:
         raise RecipeError(faults, source.name)
 
 
-def _check_shards(recipe: Recipe, inputs: Inputs, source: Source, faults: list[Fault]) -> None:
-    """Refuse shards of an adapter."""
-    adapter = inputs.index is not None and inputs.index.files[0] in WEIGHT_NAMES
-    if recipe.shard_size is not None and adapter:
-        what = "the output is an (IA)³ adapter, which PEFT reads from one file."
+def _check_files(recipe: Recipe, inputs: Inputs, source: Source, faults: list[Fault]) -> None:
+    """Refuse shards of an adapter, and a chat template where it gets no tokenizer."""
+    vectors = inputs.index is not None and inputs.index.files[0] in WEIGHT_NAMES
+    factors = recipe.adapter_options is not None
+    if recipe.shard_size is not None and (vectors or factors):
+        kind = "a PEFT" if factors else "an (IA)³"
+        what = f"the output is {kind} adapter, which PEFT reads from one file."
         where, line = "shard_size", source.line("shard_size")
         faults.append(Fault("adapter_in_shards", what, where, line, next="Leave shard_size out."))
+    if recipe.chat_template is not None and factors and recipe.vocabulary is None:
+        what = "the output is an adapter, which is used with the base's tokenizer and its template."
+        where, line = "chat_template", source.line("chat_template")
+        choose = "Leave it out, or choose a vocabulary: the adapter then gets a tokenizer."
+        faults.append(Fault("template_of_adapter", what, where, line, next=choose))
 
 
 def _unfit(tensors: Sequence[TensorPlan]) -> list[Fault]:
