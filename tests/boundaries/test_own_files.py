@@ -14,7 +14,7 @@ from safetensors.torch import save
 from tests.helpers.fuzzing import damaged, documents, outcome
 
 from eutectic.errors import EutecticError
-from eutectic.evaluation.pairs import open_journal
+from eutectic.evaluation.measured_pairs import open_journal
 from eutectic.execution.journal import Journal
 from eutectic.execution.merging import Finished
 from eutectic.execution.model_folder import read_provenance

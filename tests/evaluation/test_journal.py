@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from eutectic.errors import RequestError, ResumeError
-from eutectic.evaluation.pairs import open_journal
+from eutectic.evaluation.measured_pairs import open_journal
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from eutectic.comparison.table import Comparison, Made, file_name, ranked, refer
 from eutectic.errors import Note, RequestError
 from eutectic.evaluation.checkpoints import Checkpoint, named_checkpoints
 from eutectic.evaluation.figures import results_of
-from eutectic.evaluation.pairs import EvaluationSettings, Pairs, open_journal
+from eutectic.evaluation.measured_pairs import open_journal
+from eutectic.evaluation.pairs import EvaluationSettings, Pairs
 from eutectic.evaluation.results import Results
 from eutectic.evaluation.run import EvaluationOptions, check_trust, checked_splits
 from eutectic.evaluation.task_files import Task, load_tasks

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from eutectic.checkpoint.writer import write_atomically
 from eutectic.comparison.table import Made, file_name
 from eutectic.errors import OutputError, RequestError
-from eutectic.evaluation.pairs import SUFFIX
+from eutectic.evaluation.measured_pairs import SUFFIX
 from eutectic.storage import names_kept, storage_of
 from eutectic.storage.small_files import read_json
 

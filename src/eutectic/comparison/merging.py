@@ -14,8 +14,9 @@ from eutectic.comparison.table import Made, file_name
 from eutectic.errors import MethodError, NumericalError, RequestError
 from eutectic.evaluation.checkpoints import Checkpoint
 from eutectic.evaluation.identities import digest_of, fingerprint
+from eutectic.evaluation.measured_pairs import Journal
 from eutectic.evaluation.metrics import Outcomes
-from eutectic.evaluation.pairs import Journal, Pairs
+from eutectic.evaluation.pairs import Pairs
 from eutectic.evaluation.results import CheckpointRecord
 from eutectic.execution.executors import Limits
 from eutectic.execution.output_folder import unscaled_folder, unscaled_identity, write_model

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
 from eutectic.checkpoint.experts import is_adapter
 from eutectic.cluster.devices import ON_CPU, Device, running_on
@@ -18,17 +16,15 @@ from eutectic.data.columns import Row
 from eutectic.data.python_functions import imported
 from eutectic.errors import (
     NumericalError,
-    OutputError,
     RequestError,
-    ResumeError,
     TaskError,
     suggest,
-    why_failed,
 )
 from eutectic.evaluation.checkpoints import Checkpoint, Checkpoints, RoutingMode
 from eutectic.evaluation.embeddings import rows_hash, settings_for
 from eutectic.evaluation.identities import processor_hash
 from eutectic.evaluation.lm_eval_harness import HarnessRows, read_harness, run_harness
+from eutectic.evaluation.measured_pairs import Journal
 from eutectic.evaluation.metrics import METRICS_OF_KIND, Outcomes
 from eutectic.evaluation.model_outputs import Precision, load_head, outcomes_of, outputs
 from eutectic.evaluation.splits import (
@@ -41,12 +37,9 @@ from eutectic.evaluation.splits import (
 from eutectic.evaluation.task_files import Split, Task
 from eutectic.models.task_kinds import EMBEDDING
 from eutectic.options import dtype_name
-from eutectic.storage import AppendedFile, storage_of
-from eutectic.storage.small_files import parse_json
 
 Progress = Callable[[float, float, str], None]
 MOST_RESAMPLES = 1_000_000
-SUFFIX = ".outcomes.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,86 +323,3 @@ def call_function(
             "must give one finite number per row."
         )
     return Outcomes(numbers, np.ones(len(numbers)))
-
-
-_LINE = b'{"pair": "'  # how each begins
-
-
-@dataclass(frozen=True)
-class Journal:
-    """Outcomes by the identity of what made them, and the file that keeps them, one JSON line each.
-
-    A pair whose checkpoint, head, data or settings changed is computed again; the old line stays.
-    """
-
-    found: dict[str, Outcomes]
-    file: AppendedFile | None = None
-
-    def add(self, pair: str, checkpoint: str, task: str, outcomes: Outcomes) -> None:
-        """Note a finished pair; the line is handed to the system before this returns."""
-        self.found[pair] = outcomes
-        if self.file is None:
-            return
-        item: dict[str, Any] = {
-            "pair": pair,
-            "checkpoint": checkpoint,
-            "task": task,
-            "predictions": outcomes.predictions.tolist(),
-            "references": outcomes.references.tolist(),
-        }
-        try:
-            self.file.append(json.dumps(item).encode() + b"\n")
-        except OSError as error:
-            raise OutputError(f"the journal cannot be written ({why_failed(error)}).") from None
-
-
-@contextmanager
-def open_journal(output: Path | None) -> Iterator[Journal]:
-    """Open or create the journal of a results file, locked; None keeps outcomes in memory only."""
-    if output is None:
-        yield Journal({})
-        return
-    path = output.with_name(output.name + SUFFIX)
-    with ExitStack() as opened:
-        try:
-            opened.callback(storage_of(path).lock(path).release)
-            file = storage_of(path).append(path)
-            opened.callback(file.close)
-            journal = Journal(_finished(file, path), file)
-        except BlockingIOError:
-            raise RequestError(f"another process is evaluating into {output}.") from None
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written ({why_failed(error)}).") from None
-        yield journal
-
-
-class _Line(BaseModel):
-    """A line of the journal."""
-
-    model_config = ConfigDict(strict=True)
-
-    pair: str
-    predictions: list[Any]
-    references: list[Any]
-
-
-def _finished(file: AppendedFile, path: Path) -> dict[str, Outcomes]:
-    lines = file.read().splitlines(keepends=True)
-    # A kill may cut the last line short, and leaves its beginning.
-    if lines and not lines[-1].endswith(b"\n"):
-        torn = lines.pop()
-        if not (torn.startswith(_LINE) or _LINE.startswith(torn)):
-            lines.append(torn)
-    found: dict[str, Outcomes] = {}
-    for line in lines:
-        # A line that the disk lost costs its pair, which is computed again.
-        with suppress(ValueError):
-            item = _Line.model_validate(parse_json(line))
-            arrays = (np.array(a, dtype=np.float64) for a in (item.predictions, item.references))
-            found[item.pair] = Outcomes(*arrays)
-    if lines and not found:
-        raise ResumeError(
-            f"{path} is not a journal of evaluations.\nMove it away, or choose another output."
-        ) from None
-    file.cut(sum(map(len, lines)))
-    return found

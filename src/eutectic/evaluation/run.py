@@ -14,7 +14,8 @@ from eutectic.data.python_functions import untrusted
 from eutectic.errors import RequestError, suggest
 from eutectic.evaluation.checkpoints import RoutingMode, check_heads, named_checkpoints
 from eutectic.evaluation.figures import results_of
-from eutectic.evaluation.pairs import EvaluationSettings, Pairs, Progress, open_journal
+from eutectic.evaluation.measured_pairs import open_journal
+from eutectic.evaluation.pairs import EvaluationSettings, Pairs, Progress
 from eutectic.evaluation.results import Results
 from eutectic.evaluation.splits import check_disjoint
 from eutectic.evaluation.spread_pairs import spread_pairs

@@ -15,8 +15,9 @@ from eutectic.cluster.spread import Bounds, Call, spread
 from eutectic.cluster.workers import kept, working_in
 from eutectic.errors import RequestError
 from eutectic.evaluation.checkpoints import Checkpoint
+from eutectic.evaluation.measured_pairs import Journal
 from eutectic.evaluation.metrics import Outcomes
-from eutectic.evaluation.pairs import Journal, Pairs
+from eutectic.evaluation.pairs import Pairs
 
 _PROCESS_BYTES = 1_000_000_000  # interpreter, torch, transformers, a batch on its way
 _BATCH_BYTES = (

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import time
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -33,18 +31,19 @@ from eutectic.statistics.collection_plan import (
     make_plan,
     sample_weights,
 )
-from eutectic.statistics.data_pass import Pass, run_pass
+from eutectic.statistics.data_pass import Pass
+from eutectic.statistics.kept_pass import Counts, Running, one_pass
 from eutectic.statistics.least_tokens import check_least_tokens
 from eutectic.statistics.recorder import PassSums
 from eutectic.statistics.settings import CollectOptions, Settings
-from eutectic.statistics.sharded_pass import Saved, ShardedPass, Sharing, load_joined
+from eutectic.statistics.sharded_pass import Sharing
 from eutectic.statistics.statistics_file import (
     EXAMPLES,
     FORMAT,
     StatisticsFile,
     beside_directions,
 )
-from eutectic.statistics.unfinished_collection import DataLog, Partial, Snapshot, open_partial
+from eutectic.statistics.unfinished_collection import DataLog, Partial, open_partial
 from eutectic.storage import local_path
 from eutectic.types import gram_names
 from eutectic.versions import version
@@ -53,7 +52,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Progress = Callable[[int, int | None], None]
-Counts = Mapping[str, Sequence[int]]
 
 
 @with_bar("collecting")
@@ -212,8 +210,8 @@ def collect(
         for index, part in enumerate(parts):
             sums, tell = PassSums(part, settings), functools.partial(report, index)
             job = Pass(model, batches, part, settings, sums, log, 0, tell)
-            run = _Running(index, partial, len(parts) > 1, first, sharing)
-            results.append(_one_pass(job, run))
+            run = Running(index, partial, len(parts) > 1, first, sharing)
+            results.append(one_pass(job, run))
             log = job.log
         return _finish(path, partial, plan, record, log, results, settings.min_tokens)
     except BaseException:
@@ -223,24 +221,6 @@ def collect(
     finally:
         if partial is not None:
             partial.lock.release()
-
-
-@dataclass(frozen=True)
-class _Running:
-    """How one pass is run and kept."""
-
-    index: int
-    partial: Partial | None
-    keep: bool  # what it gave goes to a file: others follow
-    first: Batch
-    sharing: Sharing | None
-
-    def saved(self) -> Saved | None:
-        """Return what is kept of this pass, unfinished."""
-        snapshot = None if self.partial is None else self.partial.load()
-        if snapshot is None or snapshot.part != self.index:
-            return None
-        return snapshot.batches, snapshot.sums
 
 
 def _device(model: nn.Module, sharing: Sharing | None) -> dict[str, str]:
@@ -279,63 +259,6 @@ def _sharing(given: dict[str, Any]) -> Sharing | None:
             "Ask for fewer, or add machines."
         )
     return Sharing(cluster, shards or cluster.cpus, open_model)
-
-
-def _one_pass(job: Pass, run: _Running) -> tuple[Mapping[str, Tensor], Counts]:
-    """Run one pass, or take up what a killed run left of it."""
-    partial, index = run.partial, run.index
-    if partial is None:
-        _run(job, run)
-        return job.sums.tensors(job.settings), job.sums.counts()
-    snapshot = partial.load()
-    if snapshot is not None:
-        job.log = snapshot.log
-    if (finished := partial.load_pass(index)) is not None:
-        return finished
-    if snapshot is not None and snapshot.part == index:
-        job.start = snapshot.batches
-    _run(job, run)
-    if not run.keep:
-        return job.sums.tensors(job.settings), job.sums.counts()
-    # The whole log first: later passes check the data against it.
-    partial.save(Snapshot(index, len(job.log.batches), job.sums.state(), job.log))
-    partial.save_pass(index, job.sums.tensors(job.settings), job.sums.counts())
-    finished = partial.load_pass(index)
-    assert finished is not None
-    return finished
-
-
-def _run(job: Pass, run: _Running) -> None:
-    """Add up the data from where the pass stands, and save that now and then."""
-    saved, sharing = run.saved(), run.sharing
-    if sharing is None:
-        if saved is not None:
-            load_joined(job.sums, saved[1])
-        _save_now_and_then(job, run, job.sums.state)
-        run_pass(job)
-        return
-    shared = ShardedPass(job, run.index, run.first, sharing, run.saved)
-    _save_now_and_then(job, run, shared.state)
-    shared.run()
-
-
-def _save_now_and_then(job: Pass, run: _Running, state: Callable[[], Mapping[str, Tensor]]) -> None:
-    partial = run.partial
-    if partial is None:
-        return
-    report, saved, pause = job.after_batch, time.monotonic(), job.settings.snapshot_seconds
-
-    def after_batch(done: int) -> None:
-        nonlocal saved, pause
-        if done > job.start and (now := time.monotonic()) - saved >= pause:
-            partial.save(Snapshot(run.index, done, state(), job.log))
-            saved = time.monotonic()
-            if job.settings.snapshot_seconds:
-                # Large sums take long to write: no more than a tenth of the time goes there.
-                pause = max(job.settings.snapshot_seconds, 10 * (saved - now))
-        report(done)
-
-    job.after_batch = after_batch
 
 
 def _peek(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch], bool]:
