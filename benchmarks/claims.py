@@ -44,6 +44,11 @@ NAMES = {
     "iso_cts": "Iso-CTS",
     "esm": "ESM",
     "mats": "MaTS",
+    "lot": "LOT",
+    "wudi": "WUDI",
+    "dc_merge": "DC-Merge",
+    "consensus": "Consensus",
+    "pcb": "PCB",
     "routed-esm": "ESM++",
 }
 

@@ -184,7 +184,10 @@ ADAPTER_ROWS: dict[str, Row] = {
 # Rows that networks of convolutions have, which methods on matrices average by default.
 CONVOLUTION_ROWS: dict[str, Row] = {
     f"{name}_convolutions": replace(ROWS[name], convolutions=True)
-    for name in ("regmean", "tsv_m", "iso_c", "iso_cts", "esm_vit", "iso_a", "iso_regmean")
+    for name in (
+        *("regmean", "tsv_m", "iso_c", "iso_cts", "esm_vit", "iso_a", "iso_regmean"),
+        *("dc_merge", "wudi", "lot"),
+    )
 }
 ALL_ROWS = ROWS | ADAPTER_ROWS | CONVOLUTION_ROWS
 
