@@ -284,6 +284,29 @@ def test_same_weights_as_merge_and_unload(tmp_path: Path, case: str) -> None:
         adapter.close()
 
 
+@pytest.mark.parametrize("case", ["shira", "vblora, shares alone"])
+@pytest.mark.parametrize(("place", "message"), [(-1, "below 0"), (120, "out of (bounds|range)")])
+@pytest.mark.filterwarnings("ignore")
+def test_places_that_are_not_there(tmp_path: Path, case: str, place: int, message: str) -> None:
+    """A place below 0 would be counted from the end."""
+    from safetensors.torch import load_file, save_file
+
+    trained(*CASES[case], tmp_path)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    stored = {k: v.long() if "indices" in k else v for k, v in load_file(file).items()}
+    for key, values in stored.items():
+        if "indices" in key:
+            values.view(-1)[0] = place
+    save_file(stored, file)
+    with open_reader(tmp_path / "base") as base:
+        adapter = open_expert(tmp_path / "adapter", base.index)
+        name = next(iter(adapter.entries))
+        flat = base.read(name).float()
+        with pytest.raises(CheckpointError, match=message):
+            adapter.delta(name, base=flat, dtype=torch.float32)
+        adapter.close()
+
+
 # --- bare parameters of mixtures --------------------------------------------------------------
 
 

@@ -85,6 +85,13 @@ def test_what_is_asked_wrongly(place: Path, words: list[str], part: str) -> None
     assert part in answer.err
 
 
+def test_a_merge_that_adapters_cannot_hold_names_the_option(place: Path) -> None:
+    words = ["merge", "--base", place / "base", "-m", "ties", "--adapter", "-o", place / "out"]
+    answer = invoke(*words, *(f"{n}={place / n}" for n in "ab"))
+    assert answer.code == 2
+    assert "- --adapter: what ties makes of adapters has more directions" in answer.err
+
+
 def test_merge_at_a_rank_tells_what_the_experts_lose(place: Path) -> None:
     words = ["merge", "--base", place / "base", "-m", "task_arithmetic", "--scale", 1]
     experts = [f"{n}={place / n}" for n in "ab"]

@@ -147,6 +147,7 @@ _OPTIONS: Mapping[str, str] = {
     "shard_size": "--shard-size",
     "vocabulary": "--vocabulary",
     "chat_template": "--chat-template",
+    "adapter": "--adapter",
     "adapter.rank": "--rank",
     "adapter.energy": "--energy",
     "adapter.others": "--others",

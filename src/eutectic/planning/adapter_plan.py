@@ -222,7 +222,7 @@ def _beyond(
             "rank_needed",
             f"what {method} makes of adapters has more directions than their factors, so that an "
             f"adapter has to cut it ({counted(len(names), 'layer')}, such as {names[0]}).",
-            "output",
+            "adapter",
             next=choose,
         )
         for method, names in found.items()

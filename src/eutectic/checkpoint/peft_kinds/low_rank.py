@@ -179,6 +179,8 @@ def vblora(layer: Layer) -> Formula:
             shares = torch.cat([stored, 1 - stored.sum(-1, keepdim=True)], -1)
             if indices.shape != shares.shape:
                 raise ValueError("as many shares as vectors")
+            if indices.device.type != "meta" and (indices < 0).any():
+                raise ValueError("vectors below 0")
         return (shares[..., None] * bank[indices]).sum(-2)
 
     def compute(parts: Parts, base: Tensor) -> Tensor:

@@ -85,6 +85,8 @@ def shira(layer: Layer) -> Formula:
             raise ValueError("as many places as values")
         change = torch.zeros(base.shape, dtype=values.dtype, device=values.device)
         if values.device.type != "meta":
+            if (places < 0).any():  # torch would count from the end
+                raise ValueError("places below 0")
             change.index_put_((places[0].long(), places[1].long()), values, accumulate=True)
         return change
 

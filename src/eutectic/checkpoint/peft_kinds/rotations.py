@@ -17,7 +17,7 @@ class _Oft(BaseModel):
     eps: float = 6e-5
     block_share: bool = False
     use_cayley_neumann: bool = False
-    num_cayley_neumann_terms: int = Field(default=5, ge=1)
+    num_cayley_neumann_terms: int = Field(default=5, ge=1, le=1_000)  # each is a product
 
 
 def oft(layer: Layer) -> Formula:
