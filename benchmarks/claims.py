@@ -122,9 +122,9 @@ def error_of(one: str, other: str, claim: Claim, document: dict[str, Any]) -> tu
 def name_of(row: str) -> str:
     """Return what a row is called."""
     stem = row
-    while stem not in NAMES:
-        stem = stem[: max(stem.rfind("_"), stem.rfind("-"))]
-    return NAMES[stem]
+    while stem and stem not in NAMES:
+        stem = stem[: max(stem.rfind("_"), stem.rfind("-"), 0)]
+    return NAMES.get(stem, row)
 
 
 def line(claim: Claim) -> list[str]:

@@ -54,6 +54,17 @@ def test_a_line_takes_the_best_published_row_and_its_paired_error(claims: Any) -
     assert starred.endswith(f"± {paired[1] * (14 / 20) ** 0.5:.1f}*)")
 
 
+def test_rows_have_names_and_convolutions_are_a_row_of_their_method(claims: Any) -> None:
+    names = {row: claims.name_of(row) for row in ("lot_convolutions", "esm_vit", "knots_ties")}
+    assert names == {"lot_convolutions": "LOT", "esm_vit": "ESM", "knots_ties": "knots_ties"}
+    found = {e["row"]: e["normalised"] for e in claims.read("emoji-hard-8")["entries"]}
+    cells = claims.line(claims.Claim("x", "emoji-hard-8"))
+    best = max(v for row, v in found.items() if row.endswith("_convolutions") and "iso_a" not in row
+               and "iso_regmean" not in row)  # fmt: skip
+    assert cells[2] == f"{best:.1f} LOT"
+    assert cells[3].startswith(f"{found['iso_a_convolutions']:.1f} (+") and cells[4:] == ["", ""]
+
+
 def test_the_citation() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
     assert cited["cff-version"] == "1.2.0" and cited["license"] == "Apache-2.0"
