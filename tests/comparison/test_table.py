@@ -77,7 +77,7 @@ def test_names_of_methods():
     (merged,) = candidates_of(["ties:density=0.3"], own, False)
     assert merged.parameters == {"density": 0.3, "scope": "model"}
     names = [c.name for c in candidates_of(None, own, True)]
-    assert names[0] == "ties" and names[-3:] == ["regmean", "esm", "iso_a"]
+    assert names[0] == "ties" and names[-4:] == ["regmean", "esm", "iso_a", "iso_regmean"]
     (named,) = candidates_of([{"method": "ties", "parameters": {"density": 0.1}}], {}, False)
     assert named.name == "ties:density=0.1"
 

@@ -89,7 +89,8 @@ def compare(
     Each method is merged once, whatever α is tried; base and experts are run once. A killed
     comparison is continued by the same command, and a finished one takes up further methods,
     searches and models. Without --method the usual ones are compared: average, task_arithmetic,
-    ties, tsv_m, iso_c, iso_cts, and with statistics of every expert regmean, esm, iso_a.
+    ties, tsv_m, iso_c, iso_cts, and with statistics of every expert regmean, esm, iso_a,
+    iso_regmean.
 
     Examples:
 

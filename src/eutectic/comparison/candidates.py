@@ -12,7 +12,7 @@ from eutectic.recipes.named_values import name_and_values
 from eutectic.recipes.schema import NOT_TAKEN, Recipe, ScaleSearch
 
 USUAL = ("average", "task_arithmetic", "ties", "tsv_m", "iso_c", "iso_cts")
-WITH_STATISTICS = ("regmean", "esm", "iso_a")  # where every expert has some
+WITH_STATISTICS = ("regmean", "esm", "iso_a", "iso_regmean")  # where every expert has some
 _PLUS = re.compile(r"\+(?=[A-Za-z_])")  # before a post-processor
 SEARCHES = ("default", "norm", "auto", "divergence", "validation")
 

@@ -85,11 +85,11 @@ def compare(
         **options: `methods`: names, `NAME:KEY=VALUE,…`, either with `+POST` behind
             it, or `{method, parameters, post, name}` (default:
             average, task_arithmetic, ties, tsv_m, iso_c, iso_cts; with statistics of every expert
-            regmean, esm, iso_a too); `searches`: `default` (the method's own α), numbers, `norm`,
-            `auto`, `divergence`, `validation` (default: `default` and the first of `validation`,
-            `divergence`, `auto`, `norm` that the data allow); `search`: keys of searches (`range`,
-            `points`, `tolerance`, `compare`); `models`: name -> folder of models to measure
-            beside, sweeps and routed ones among them; settings and `proxy` of
+            regmean, esm, iso_a, iso_regmean too); `searches`: `default` (the method's own α),
+            numbers, `norm`, `auto`, `divergence`, `validation` (default: `default` and the first of
+            `validation`, `divergence`, `auto`, `norm` that the data allow); `search`: keys of
+            searches (`range`, `points`, `tolerance`, `compare`); `models`: name -> folder of models
+            to measure beside, sweeps and routed ones among them; settings and `proxy` of
             `eutectic.evaluate` (`seed` is that of the bootstrap); `executor`, `ray_address`,
             `device` of `eutectic.merge`, where models run too; keys of a recipe (`base`,
             `experts`, `dtype`, …).
