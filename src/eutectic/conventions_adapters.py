@@ -14,6 +14,8 @@ PART_NAMES = (
     r"|fourierft_spectrum|c3a_kernel|miss_block"
     r"|shira_(?:weight|indices)|trainable_tokens_delta|ia3_l"
 )
+# Modules by which PEFT knows that a table is to be kept tied; of others it warns.
+TIED_BY_PEFT = frozenset({"embed_tokens", "lm_head"})
 VERA_PROJECTIONS = frozenset({"vera_A", "vera_B"})  # common to all layers
 _PART = re.compile(rf"(?P<module>.+)\.(?P<part>{PART_NAMES})(?P<bias>\.bias)?(?:\.weight)?")
 # A bare parameter of a module is adapted by a wrapper, several of them by one in another.

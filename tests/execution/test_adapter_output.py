@@ -212,6 +212,23 @@ def test_tables_as_thin_factors(tmp_path: Path) -> None:
     torch.testing.assert_close(answer(wrapped), answer(tuned), rtol=1e-4, atol=1e-5)
 
 
+def test_the_bias_of_an_output_layer_goes_along_with_its_tied_table(tmp_path: Path) -> None:
+    """A masked model's decoder is the table and a bias, which its file has under another name."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(vocab_size=40, num_attention_heads=2, **sizes))
+    model.cls.predictions.bias.data.copy_(torch.linspace(-1, 1, 40))
+    model.save_pretrained(tmp_path / "base")
+    tuned = BertForMaskedLM.from_pretrained(tmp_path / "base")
+    tuned.bert.embeddings.word_embeddings.weight.data[3:9] += 0.5
+    tuned.save_pretrained(tmp_path / "tuned")
+    eutectic.extract(tmp_path / "tuned", base=tmp_path / "base", rank=2, output=tmp_path / "out")
+    wrapped = loaded(tmp_path / "base", tmp_path / "out", tuned)
+    torch.testing.assert_close(answer(wrapped), answer(tuned), rtol=1e-5, atol=1e-5)
+
+
 def test_norms_that_change_are_refused_or_named(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = llama()

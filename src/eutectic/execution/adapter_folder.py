@@ -22,6 +22,7 @@ from eutectic.checkpoint.expert_tensors import ADAPTER_CONFIG
 from eutectic.checkpoint.folder import copy_side_files, survey
 from eutectic.checkpoint.writer import CheckpointWriter, OutputFile, write_atomically
 from eutectic.conventions import PEFT_ROOT
+from eutectic.conventions_adapters import TIED_BY_PEFT
 from eutectic.conventions_heads import is_buffer
 from eutectic.execution.adapter_factors import LEFT, RIGHT, WHOLE, open_part
 from eutectic.execution.adapter_stacks import Piece, nested_keys, stack_rank, stack_rows
@@ -95,6 +96,7 @@ def write_adapter_folder(
     _complete_modules(content, adapter, inputs)
     _add_placeholder(content, adapter, inputs)
     _add_twins(content, adapter)
+    _complete_modules(content, adapter, inputs)  # an output layer has a bias beside the table
     rows = tuple((key, dtype, shape) for key, (dtype, shape, _) in content.rows.items())
     file = OutputFile(WEIGHT_NAMES[0], rows, {"format": "pt"})
     storage_of(model).remove(model / file.name)  # what a killed run had begun
@@ -210,12 +212,14 @@ def _read_head(
 
 def _complete_modules(content: _Content, adapter: AdapterPlan, inputs: Inputs) -> None:
     """Add what else a saved module has: PEFT takes it whole. It stays as it is in the base."""
-    for name, own in adapter.names.items():
-        module = own.rpartition(".")[0]
-        key = f"{PEFT_ROOT}{own}"
-        if module in content.saved and key not in content.rows and name in inputs.base.entries:
-            entry = inputs.base.entries[name]
-            content.rows[key] = (entry.dtype, entry.shape, partial(inputs.base.read, name))
+    twins = {} if adapter.outline is None else adapter.outline.twins
+    for name, first in adapter.names.items():
+        for own in (first, *twins.get(first, ())):
+            module = own.rpartition(".")[0]
+            key = f"{PEFT_ROOT}{own}"
+            if module in content.saved and key not in content.rows and name in inputs.base.entries:
+                entry = inputs.base.entries[name]
+                content.rows[key] = (entry.dtype, entry.shape, partial(inputs.base.read, name))
 
 
 def _add_placeholder(content: _Content, adapter: AdapterPlan, inputs: Inputs) -> None:
@@ -240,8 +244,9 @@ def _zeros(start: int, stop: int) -> Tensor:
 def _add_twins(content: _Content, adapter: AdapterPlan) -> None:
     """Say a saved table again under its other names: PEFT ties what it is told to.
 
-    It knows tables by the names `embed_tokens` and `lm_head`, of which one is among them so, and
-    ties output layers alone: where stacks share a table, each has a copy, and PEFT warns of it.
+    It knows tables by the names `embed_tokens` and `lm_head`; where neither is among them, each
+    has a copy. It ties output layers alone: where stacks share a table, each has a copy too, and
+    PEFT warns of it.
     """
     kinds = {} if adapter.outline is None else adapter.outline.kinds
     for own, others in adapter.twins.items():
@@ -251,7 +256,9 @@ def _add_twins(content: _Content, adapter: AdapterPlan) -> None:
         for other in others:
             content.rows[f"{PEFT_ROOT}{other}"] = row
             content.saved.add(other.rpartition(".")[0])
-        content.tied = all(kinds.get(other, "linear") == "linear" for other in others)
+        modules = {name.rpartition(".")[0].rpartition(".")[2] for name in (own, *others)}
+        outputs = all(kinds.get(other, "linear") == "linear" for other in others)
+        content.tied = outputs and bool(modules & TIED_BY_PEFT)
 
 
 def _config(content: _Content, plan: Plan, inputs: Inputs) -> dict[str, Any]:
