@@ -332,6 +332,17 @@ def test_conv1d_layers_that_a_rule_merges_otherwise(
     torch.testing.assert_close(answer(wrapped), answer(full), rtol=1e-5, atol=1e-5)
 
 
+def test_an_adapter_of_conv1d_layers_that_changes_nothing(tmp_path: Path) -> None:
+    gpt2().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    base = str(tmp_path / "base")
+    common = {"base": base, "method": "task_arithmetic", "scale": 0, "adapter": {"rank": 2}}
+    eutectic.merge(**common, experts={"a": base}, output=tmp_path / "out")
+    like = gpt2()
+    wrapped = loaded(tmp_path / "base", tmp_path / "out", like)
+    same = type(like).from_pretrained(base)  # type: ignore[attr-defined]
+    assert torch.equal(answer(wrapped), answer(same))
+
+
 def test_lossless_is_refused_where_it_would_lose(
     tmp_path: Path, experts: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

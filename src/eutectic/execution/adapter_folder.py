@@ -94,7 +94,7 @@ def write_adapter_folder(
         else:
             content.rows[f"{PEFT_ROOT}{module}.bias"] = row
     _complete_modules(content, adapter, inputs)
-    _add_placeholder(content, adapter, inputs)
+    _add_placeholder(content, plan, adapter, inputs)
     _add_twins(content, adapter)
     _complete_modules(content, adapter, inputs)  # an output layer has a bias beside the table
     rows = tuple((key, dtype, shape) for key, (dtype, shape, _) in content.rows.items())
@@ -222,14 +222,17 @@ def _complete_modules(content: _Content, adapter: AdapterPlan, inputs: Inputs) -
                 content.rows[key] = (entry.dtype, entry.shape, partial(inputs.base.read, name))
 
 
-def _add_placeholder(content: _Content, adapter: AdapterPlan, inputs: Inputs) -> None:
+def _add_placeholder(content: _Content, plan: Plan, adapter: AdapterPlan, inputs: Inputs) -> None:
     """Give an adapter without any factors a pair of zeros, which PEFT wants at least."""
     if content.ranks or content.stacks:
         return
+    turned = {planned.name for planned in plan.tensors if planned.layout.transpose}
     for name, own in adapter.carried.items():
         if own.form != "factors" or own.module in content.saved:
             continue
         out, width = inputs.base.entries[name].shape[:2]
+        if name in turned:
+            out, width, content.turned = width, out, True
         for side, shape in (("A", (1, width)), ("B", (out, 1))):
             read: Read = _zeros
             content.rows[f"{PEFT_ROOT}{own.module}.lora_{side}.weight"] = (own.dtype, shape, read)
