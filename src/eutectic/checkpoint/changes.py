@@ -162,7 +162,8 @@ class WholeChange:
         except (RuntimeError, IndexError, ValueError) as error:
             raise CheckpointError(
                 f"'{self.name}': the adapter's parts make no change of this tensor "
-                f"({str(error).splitlines()[0]}).\nThe adapter belongs to another base."
+                f"({str(error).splitlines()[0]}).\n"
+                "The adapter belongs to another base, or its file is damaged."
             ) from error
         change = change.to(dtype)
         return (change.mT if self.transposed else change).contiguous().view(-1)
