@@ -312,10 +312,19 @@ def _labelled(suite: Suite, row: Row, merged: MergedRow, first: Path, seed: int)
     return record
 
 
+def asked_rows(asked: Sequence[str] | None, suite: Suite) -> list[str]:
+    """Return the rows that are asked for, by default all that the suite has; refuse others."""
+    has = [*known_rows(bool(suite.adapters), suite.convolutions)]
+    has += [] if suite.convolutions else ["routed"]  # nothing there is routed
+    if lacking := [name for name in asked or () if name not in has]:
+        raise SystemExit(f"{suite.name} has no row {', '.join(lacking)}; it has {', '.join(has)}.")
+    return has if asked is None else list(asked)
+
+
 def spread_rows(arguments: argparse.Namespace, suite: Suite, workers: Workers) -> None:
     """Have the workers of a cluster measure what is asked for, a command each."""
     known = known_rows(bool(suite.adapters), suite.convolutions)
-    rows = arguments.rows if arguments.rows is not None else [*known, "routed"]
+    rows = asked_rows(arguments.rows, suite)
     own = [known[name] for name in rows if name in known]
     grams = "grams" in arguments.label_free and not all(row.fixed for row in own)
     table = table_command(arguments)
@@ -349,6 +358,7 @@ def main() -> None:
     if arguments.collect is not None:
         collect_parts(arguments, suite)
         return
+    chosen = asked_rows(arguments.rows, suite)
     results = arguments.work / "results" / suite.name
     check_settings(suite, results)
     fixed = fixed_models(suite, results)
@@ -356,7 +366,6 @@ def main() -> None:
     if workers is not None:
         spread_rows(arguments, suite, workers)
     known = known_rows(bool(suite.adapters), suite.convolutions)
-    chosen = arguments.rows if arguments.rows is not None else [*known, "routed"]
     for name in (n for n in known if n in chosen):
         for seed in range(arguments.seeds if known[name].seeded else 1):
             start = time.monotonic()

@@ -270,17 +270,20 @@ def test_a_transposed_convolution_is_a_matrix_from_inputs_to_patches(
     assert "transposed convolution as a matrix from inputs to patches" in said[key]
 
 
+@pytest.mark.parametrize(("channels", "name"), [(4, "up"), (6, "deconv")])
 def test_groups_of_transposed_convolutions_stay_averaged_and_the_plan_says_so(
-    tmp_path: Path,
+    tmp_path: Path, channels: int, name: str
 ) -> None:
-    both = {n: transposed(s, 4, 2, "up", True) | model(s).state_dict() for n, s in SEEDS.items()}
-    base = transposed(0, 4, 2, "up", True) | model(0).state_dict()
-    found = eutectic.merge_state_dicts(
-        base, both, method="iso_c", convolutions="matrix", scale=1.0
-    )["up.weight"]
-    torch.testing.assert_close(found, torch.stack([s["up.weight"] for s in both.values()]).mean(0))
+    key = f"{name}.weight"
+    both = {
+        n: transposed(s, channels, 2, name, True) | model(s).state_dict() for n, s in SEEDS.items()
+    }
+    base = transposed(0, channels, 2, name, True) | model(0).state_dict()
+    options: dict[str, Any] = {"method": "iso_c", "convolutions": "matrix", "scale": 1.0}
+    found = eutectic.merge_state_dicts(base, both, **options)[key]
+    torch.testing.assert_close(found, torch.stack([s[key] for s in both.values()]).mean(0))
     folders = {n: str(save(tmp_path / n, s)) for n, s in both.items()}
     asked: dict[str, Any] = {"base": save(tmp_path / "base", base), "experts": folders}
     planned = eutectic.plan(**asked, method="iso_c", convolutions="matrix").tensors
     said = {tensor["name"]: tensor["why"] for tensor in planned}
-    assert "transposed convolution of several groups" in said["up.weight"]
+    assert "transposed convolution of several groups" in said[key]

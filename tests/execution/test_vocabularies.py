@@ -123,6 +123,9 @@ def test_an_adapter_gets_the_tokenizer_of_its_rows(tmp_path):
     for lost in ({"chat_template": "chatml"}, {"shard_size": "1MB"}):
         with pytest.raises(RecipeError, match="the output is an? (PEFT )?adapter"):
             eutectic.plan(**common, adapter={"rank": 4}, **lost)
+    by_number = {**common, "experts": {"same": common["base"]}, "vocabulary": "error"}
+    with pytest.raises(RecipeError, match="the output is an adapter"):
+        eutectic.plan(**by_number, adapter={"rank": 4}, chat_template="chatml")
 
 
 def test_one_vocabulary_gives_the_bytes_of_a_plain_merge(tmp_path):

@@ -64,11 +64,14 @@ def _transposed_groups(entry: TensorEntry, request: MergeRequest) -> int:
     """
     inputs, outputs = entry.shape[:2]
     bias = request.inputs.base.entries.get(bias_beside(entry.name))
-    size = bias.shape[0] if bias is not None and len(bias.shape) == 1 else inputs
-    if size == inputs:
-        return 1 if is_transposed_kernel(entry.name) and outputs > 1 else 0
-    groups = size // outputs
-    return groups if groups and size % outputs == 0 and inputs % groups == 0 else 0
+    size = bias.shape[0] if bias is not None and len(bias.shape) == 1 else None
+    if size in (None, inputs) and not (is_transposed_kernel(entry.name) and outputs > 1):
+        return 0
+    if size is None:
+        return 1
+    groups = size // max(outputs, 1)
+    whole = outputs and size % outputs == 0 and groups and inputs % groups == 0
+    return groups if whole else 0
 
 
 def _groups(entry: TensorEntry, request: MergeRequest) -> int | None:

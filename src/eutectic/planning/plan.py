@@ -420,7 +420,8 @@ def _check_files(recipe: Recipe, inputs: Inputs, source: Source, faults: list[Fa
         what = f"the output is {kind} adapter, which PEFT reads from one file."
         where, line = "shard_size", source.line("shard_size")
         faults.append(Fault("adapter_in_shards", what, where, line, next="Leave shard_size out."))
-    if recipe.chat_template is not None and factors and recipe.vocabulary is None:
+    chosen = recipe.vocabulary is not None and recipe.vocabulary.source != "error"
+    if recipe.chat_template is not None and factors and not chosen:
         what = "the output is an adapter, which is used with the base's tokenizer and its template."
         where, line = "chat_template", source.line("chat_template")
         choose = "Leave it out, or choose a vocabulary: the adapter then gets a tokenizer."
