@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import zlib
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,9 +23,11 @@ from typing import Any
 import torch
 from fetch import LIST, STYLES, package
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+from table.drawings import seeded, write
 
 SIDE = 64  # as in the packages
 SIZES = {"train": 2000, "validation": 200, "test": 600}
@@ -59,19 +61,6 @@ class Picture:
     file: str
     label: str
     group: str
-
-
-def write(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, part)
-    part.replace(path)
-
-
-def seeded(*names: object) -> torch.Generator:
-    """Return a generator seeded by names, the same on every machine."""
-    return torch.Generator().manual_seed(zlib.crc32(" ".join(map(str, names)).encode()))
 
 
 def drawings(entry: dict[str, Any]) -> list[dict[str, Any]]:

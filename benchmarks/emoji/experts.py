@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -23,23 +24,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data import TASKS, build, load_split, seeded, write
+from data import TASKS, build, load_split
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+from table.drawings import prototype_head, seeded, write
 
 RATE, STEPS, WARMUP, BATCH = 1.5e-3, 100, 10, 32
-SHOTS, SHARPNESS = 16, 20.0  # of the heads
-
-
-def prototype_head(inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Return weight `[classes, 1280]` and bias: the cosine to each class's mean, times `SHARPNESS`.
-
-    Means are over the first `SHOTS` examples of a class, and relative to the mean of all examples;
-    the length of a feature is taken to be the average one, which keeps the head linear.
-    """
-    centre = inputs.mean(0)
-    first = [(labels == c).nonzero()[:SHOTS, 0] for c in range(int(labels.max()) + 1)]
-    directions = F.normalize(torch.stack([inputs[rows].mean(0) - centre for rows in first]), dim=1)
-    weight = SHARPNESS * directions / (inputs - centre).norm(dim=1).mean()
-    return {"weight": weight, "bias": -weight @ centre}
 
 
 def head_of(work: Path, task: str, model: nn.Module) -> dict[str, Tensor]:

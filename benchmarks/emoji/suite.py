@@ -8,9 +8,9 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
 import torch
 from model import load_model
-from safetensors.torch import load_file
+from table.drawings import load_head
 from table.suite import SPLITS, Batches, Inputs, Suite
-from torch import Tensor, nn
+from torch import Tensor
 
 from data import TASKS, load_split
 
@@ -41,14 +41,6 @@ def load_suite(work: Path, regime: str, count: int) -> Suite:
         proxies=proxies,
         convolutions=True,
     )
-
-
-def load_head(file: Path) -> nn.Linear:
-    """Read a frozen head."""
-    tensors = load_file(file)
-    head = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0])
-    head.load_state_dict(tensors)
-    return head.requires_grad_(False)
 
 
 def batched(images: Tensor, labels: Tensor) -> Batches:

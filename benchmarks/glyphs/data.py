@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import sys
 import unicodedata
 import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,12 @@ import torch
 from fetch import fetch
 from render import MARKS, SCRIPTS, SIDE, SPLITS, render
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+from table.drawings import seeded, write
 
 SIZES = {"train": 6000, "validation": 600, "test": 1500}
 REAL = ("mnist", "silhouettes", "digits")
@@ -37,19 +40,6 @@ PRETRAINING = (
     *("latin", "greek", "cyrillic", "hiragana", "kanji", "armenian", "bengali", "gurmukhi"),
     *("gujarati", "tamil", "malayalam", "myanmar", "tibetan"),
 )
-
-
-def write(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, part)
-    part.replace(path)
-
-
-def seeded(*names: object) -> torch.Generator:
-    """Return a generator seeded by names, the same on every machine."""
-    return torch.Generator().manual_seed(zlib.crc32(" ".join(map(str, names)).encode()))
 
 
 def distort(images: Tensor, generator: torch.Generator) -> Tensor:

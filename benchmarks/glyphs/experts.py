@@ -24,26 +24,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data import TASKS, load_task, seeded, write
+from data import TASKS, load_task
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from precision import fast_products
+from table.drawings import prototype_head, seeded, write
 
 RATE, STEPS, WARMUP, BATCH = 5e-4, 300, 30, 64
-SHOTS, SHARPNESS = 16, 20.0  # of the heads
-
-
-def prototype_head(inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Return weight [classes, hidden] and bias: the cosine to each class's mean, times `SHARPNESS`.
-
-    Means are over the first `SHOTS` examples of a class, and relative to the mean of all examples;
-    the length of a feature is taken to be the average one, which keeps the head linear.
-    """
-    centre = inputs.mean(0)
-    first = [(labels == c).nonzero()[:SHOTS, 0] for c in range(int(labels.max()) + 1)]
-    directions = F.normalize(torch.stack([inputs[rows].mean(0) - centre for rows in first]), dim=1)
-    weight = SHARPNESS * directions / (inputs - centre).norm(dim=1).mean()
-    return {"weight": weight, "bias": -weight @ centre}
 
 
 def head_of(work: Path, task: str, base: nn.Module) -> dict[str, Tensor]:

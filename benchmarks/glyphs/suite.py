@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from model import load_model
-from safetensors.torch import load_file
+from table.drawings import load_head
 from table.suite import SPLITS, Batches, Inputs, Suite
-from torch import Tensor, nn
+from torch import Tensor
 
 from data import TASKS, load_task
 
@@ -43,14 +43,6 @@ def load_suite(work: Path, regime: str, count: int) -> Suite:
         layers=("*",),
         proxies=proxies,
     )
-
-
-def load_head(file: Path) -> nn.Linear:
-    """Read a frozen head."""
-    tensors = load_file(file)
-    head = nn.Linear(tensors["weight"].shape[1], tensors["weight"].shape[0])
-    head.load_state_dict(tensors)
-    return head.requires_grad_(False)
 
 
 def batched(images: Tensor, labels: Tensor) -> Batches:
