@@ -75,7 +75,7 @@ class Claim:
 CLAIMS = (
     Claim("8 texts, hard", "text-hard-8-label-free", 8 * 500),
     Claim("the same, trained in bfloat16", "text-hard-8", 8 * 1000),
-    Claim("the same, trained once more", "text-hard-8-iso-regmean"),
+    Claim("8 texts, hard, trained once more", "text-hard-8-iso-regmean"),
     Claim("14 texts, hard", "text-hard-14"),
     Claim("20 texts, hard", "text-hard-20", 20 * 500),
     Claim("8 texts, hard, second seed", "text-hard-seed-1-8"),

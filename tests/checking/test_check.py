@@ -256,6 +256,9 @@ CASES: Mapping[str, tuple[Change, str, str, str]] = {
     "a special id without a row": (
         stated(pad_token_id=32), "special_id", "warning", "pad_token_id is 32"
     ),
+    "a special id of the text part, beside a size": (
+        stated(text_config={"pad_token_id": 40}), "special_id", "warning", "pad_token_id is 40"
+    ),
     "a special id for generation": (
         put("generation_config.json", {"eos_token_id": [2, 99]}),
         "special_id", "warning", "generation_config.json: eos_token_id is 99",

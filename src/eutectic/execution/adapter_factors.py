@@ -234,6 +234,7 @@ def _thin_change(planned: TensorPlan, inputs: Inputs) -> tuple[Finished, LowRank
     if deltas is None:
         return None
     found, record = Squares(), dict[str, Any]()
+    near: Tensor | None = None  # the base, where its parts are measured
     parts: list[LowRank] = []
     for part, rows, own in _parts(planned, inputs, deltas):
         seen = deltas.rows(rows) if part else deltas
@@ -251,7 +252,9 @@ def _thin_change(planned: TensorPlan, inputs: Inputs) -> tuple[Finished, LowRank
         found[part] = squares_of(seen, None, _NOTHING)
         alone = LowRankStack((merged.left,), (merged.right,))
         found[part][0] = squares_of(alone, None, _NOTHING)[2]
-        found[part][1] = _base_square(planned, inputs, rows if part else None)
+        if part and near is None:
+            near = as_map(read_base(planned, inputs, 0, planned.elements), planned)
+        found[part][1] = _base_square(planned, inputs) if near is None else square(near[rows])
         parts.append(merged)
     whole = parts[0]
     if len(parts) > 1:  # one below the other
@@ -261,10 +264,8 @@ def _thin_change(planned: TensorPlan, inputs: Inputs) -> tuple[Finished, LowRank
     return Finished(squares=found, record=record), scaled
 
 
-def _base_square(planned: TensorPlan, inputs: Inputs, rows: slice | None) -> float:
-    """Return ‖W₀‖² of a matrix, or of these rows of it, the whole of it piece by piece."""
-    if rows is not None:
-        return square(as_map(read_base(planned, inputs, 0, planned.elements), planned)[rows])
+def _base_square(planned: TensorPlan, inputs: Inputs) -> float:
+    """Return ‖W₀‖² of a tensor, a piece of which is in memory at a time."""
     starts = range(0, planned.elements, PIECE)
     spans = [(start, min(start + PIECE, planned.elements)) for start in starts]
     return math.fsum(square(read_base(planned, inputs, *span)) for span in spans)

@@ -17,13 +17,20 @@ Config = Mapping[str, Any]
 
 def main_part(config: Config) -> tuple[str, ...]:
     """Return where a configuration states the size of the table of tokens: keys to the part."""
-    if any(isinstance(config.get(key), int) for key in SIZES):
+    if _size(config) is not None:
         return ()
-    for name in _TEXT_PARTS:
-        part = config.get(name)
-        if isinstance(part, Mapping):
-            return (name, *main_part(cast("Config", part)))
-    return ()
+    name = _text_part(config)
+    return () if name is None else (name, *main_part(config[name]))
+
+
+def _text_part(config: Config) -> str | None:
+    """Return the key of a configuration's language part; None where it has none."""
+    return next((n for n in _TEXT_PARTS if isinstance(config.get(n), Mapping)), None)
+
+
+def _size(part: Config) -> int | None:
+    """Return the number of tokens that one part of a configuration states by itself."""
+    return next((part[key] for key in SIZES if isinstance(part.get(key), int)), None)
 
 
 def stated_size(config: Config) -> int | None:
@@ -31,7 +38,7 @@ def stated_size(config: Config) -> int | None:
     part: Any = config
     for key in main_part(config):
         part = part[key]
-    return next((part[key] for key in SIZES if isinstance(part.get(key), int)), None)
+    return _size(part)
 
 
 def with_size(config: Config, before: Collection[int], size: int) -> dict[str, Any]:
@@ -72,20 +79,20 @@ def is_token_key(key: str) -> bool:
 
 
 def rows_stated(config: Config) -> dict[str, list[int]]:
-    """Return key -> rows of tokens that the language part of a configuration names."""
+    """Return key -> rows of tokens that a configuration and its language parts name.
+
+    A part that states a vocabulary of another size is left out: its rows are of another table.
+    """
     found: dict[str, list[int]] = {}
-
-    def add(part: Config) -> None:
-        for key, value in part.items():
-            if is_token_key(key):
-                found.setdefault(key, []).extend(row for row in _flat(value) if row >= 0)
-
-    add(config)
-    part: Any = config
-    for key in main_part(config):
-        part = part[key]
-        add(part)
-    return found
+    main, part = stated_size(config), config
+    while True:
+        if _size(part) in (None, main):
+            for key, value in part.items():
+                if is_token_key(key):
+                    found.setdefault(key, []).extend(row for row in _flat(value) if row >= 0)
+        if (name := _text_part(part)) is None:
+            return found
+        part = part[name]
 
 
 def _flat(value: object) -> list[int]:
@@ -112,7 +119,7 @@ def with_rows(
         return value
 
     def changed(part: Config) -> dict[str, Any]:
-        own = next((part[key] for key in SIZES if isinstance(part.get(key), int)), None)
+        own = _size(part)
         if own is not None and own not in sizes:
             return dict(part)
         written: dict[str, Any] = {}
