@@ -316,6 +316,8 @@ def test_refusals(world: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
     refused("ridge must be at least 0", ridge=-1)
+    refused("ridge must be at least 0, and finite; got inf", ridge=float("inf"))
+    refused("anchor_scale must be finite; got nan", anchor_scale=float("nan"))
     refused("expert_share must be between", expert_share=1.5)
     refused("sites are .* 'matrixes'. Did you mean 'matrices'", sites=["matrixes"])
     refused("no option 'rigde'. Did you mean 'ridge'", rigde=1)

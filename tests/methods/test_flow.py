@@ -83,6 +83,29 @@ def test_directions_without_data_keep_the_guess():
         close(found @ null, 0.3 * DELTAS[0] @ null, 1e-9)
 
 
+@pytest.mark.parametrize(
+    "options", [{"filter": "solution"}, {"filter": "cut"}, {"tau": 1.0}, {"tau": 1e5}], ids=str
+)
+@pytest.mark.parametrize("missing", [1, 20])
+def test_grams_in_float32_of_inputs_on_a_subspace_are_those_in_float64(options, missing):
+    # Their sum has eigenvalues of rounding, of either sign, where there are no inputs.
+    generator = torch.Generator().manual_seed(missing)
+    deltas = torch.randn(3, 6, 48, generator=generator)
+    spread = torch.randn(48 - missing, 48, generator=generator)
+    seen = [torch.randn(300, 48 - missing, generator=generator) @ spread for _ in deltas]
+    narrow = [LayerStatistics(gram=x.T @ x, count=300) for x in seen]
+    wide = [LayerStatistics(gram=x.double().T @ x.double(), count=300) for x in seen]
+
+    def run(statistics):
+        return merge_matrices("flow", deltas, statistics=statistics, init="zero", **options)
+
+    found, right = run(narrow), run(wide)
+    assert float((found - right).norm() / right.norm()) < 2e-3
+    rows = torch.linalg.qr(spread.T.double()).Q
+    outside = found.double() - found.double() @ rows @ rows.T
+    assert float(outside.norm() / right.norm()) < 2e-3
+
+
 def test_without_a_gram_it_averages_and_says_so():
     merged = merge_matrices(
         "flow", DELTAS, statistics=[None] * EXPERTS, fallback="allow", full_output=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import FrozenInstanceError, dataclass
 from typing import Annotated, Literal
 
@@ -105,6 +106,15 @@ def test_a_method_without_parameters_says_so():
 def test_numbers_that_are_none_are_out_of_range(sample, value):
     with pytest.raises(MethodError, match="density"):
         sample.parse({"density": value})
+
+
+@pytest.mark.parametrize("name", sorted(all_methods()))
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_no_method_takes_a_parameter_that_is_no_finite_number(name, value):
+    method = get_method(name)
+    for field in dataclasses.fields(method.parameters):
+        with pytest.raises(MethodError, match=field.name):
+            method.parse({field.name: value})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a calibration is asked for, checked before any work."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
@@ -31,8 +32,10 @@ class Settings:
     def check(self) -> None:
         """Raise RequestError naming everything that is out of range."""
         faults: list[str] = []
-        if not self.ridge >= 0:
-            faults.append(f"ridge must be at least 0; got {self.ridge}")
+        if not 0 <= self.ridge < math.inf:
+            faults.append(f"ridge must be at least 0, and finite; got {self.ridge}")
+        if not math.isfinite(self.anchor_scale):
+            faults.append(f"anchor_scale must be finite; got {self.anchor_scale}")
         if not 0 <= self.expert_share <= 1:
             faults.append(f"expert_share must be between 0 and 1; got {self.expert_share}")
         if not 0 <= self.holdout < 1:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eutectic.errors import MethodError, NumericalError
 from eutectic.linalg import lapack
+from eutectic.linalg.gram import noise_share
 from eutectic.linalg.select import magnitude_thresholds
 from eutectic.linalg.svd import default_tolerance
 from eutectic.methods.grams import Sums, lack, negative_weights, participants
@@ -79,8 +80,10 @@ def flow(deltas: Tensor, parameters: FlowParameters, context: Context) -> Merged
     Shapes: deltas `[T, out, in]`, Grams `[in, in]` -> `[out, in]`. float64. Cost: T + 2 products
     `[out, in]·[in, in]` (of task Grams one more each) and one eigenproblem of side `in`. T = 1
     ends at the expert where its Gram has full rank; zero deltas give zero where the guess is zero.
-    Rank deficiency: directions without data keep X₀; eigenvalues below `in` rounding errors of the
-    first count as none, of task Grams those below the square of the deltas' rounding. A tensor
+    Rank deficiency: directions without data keep X₀. Eigenvalues below `in` rounding errors of
+    float64 times the first count as none; of Grams that come in float32 also those below 4√in of
+    its rounding errors, unless τ is so short that none of them matters; of task Grams those below
+    the square of the deltas' rounding. A tensor
     that lacks a Gram for one expert is averaged; the record tells `rest` and `reason`. The
     record holds the effective rank Σh, τ and where it started.
 
@@ -102,17 +105,19 @@ def flow(deltas: Tensor, parameters: FlowParameters, context: Context) -> Merged
         if reason is not None:
             return averaged(deltas, context, reason)
     wide = deltas.double()
-    total, right_side = _system(wide, members, parameters, context)
+    total, right_side, roundoff = _system(wide, members, parameters, context)
     if not bool(total.any()):
         return averaged(deltas, context, "the Grams of all experts are zero")
     start, origin = initial_guess(deltas, parameters.init, parameters.init_scale, context)
     values, basis = lapack.eigh(total)
-    bound = len(values) * torch.finfo(torch.float64).eps * float(values[0])
-    if float(values[-1]) < -100 * bound:
+    size, most = len(values), float(values[0])
+    if float(values[-1]) < -100 * size * roundoff * most:
         raise NumericalError("the summed Gram is not positive semidefinite.")
-    if parameters.gram != "inputs":  # squares of deltas, whose rounding says nothing
-        noise = default_tolerance(deltas.dtype, deltas.shape[1:]) ** 2
-        bound = max(bound, noise * float(values[0]))
+    if parameters.gram == "inputs":
+        noise = _noise(values, parameters, roundoff)
+    else:  # squares of deltas, whose rounding says nothing
+        noise = default_tolerance(deltas.dtype, deltas.shape[1:]) ** 2 * most
+    bound = max(size * torch.finfo(torch.float64).eps * most, noise)
     values = torch.where(values > bound, values, 0)
     share, factors = _filtered(values, parameters)
     first = start.double()
@@ -124,12 +129,28 @@ def flow(deltas: Tensor, parameters: FlowParameters, context: Context) -> Merged
     return Merged(merged.to(deltas), record)
 
 
+def _noise(values: Tensor, parameters: FlowParameters, roundoff: float) -> float:
+    """Return the eigenvalue of C below which an inverse would be one of the Grams' rounding.
+
+    A short flow never inverts there: h(λ)/λ is at most τ.
+    """
+    if roundoff <= torch.finfo(torch.float64).eps:
+        return 0.0
+    noise = max(noise_share(len(values), roundoff) * float(values[0]), -2 * float(values[-1]))
+    short = parameters.filter == "flow" and noise * _time(values, parameters) <= 1
+    return 0.0 if short else noise
+
+
+def _time(values: Tensor, parameters: FlowParameters) -> float:
+    """Return τ in units of 1/eigenvalue."""
+    return (parameters.tau or 1.0) / float(values.mean())
+
+
 def _filtered(values: Tensor, parameters: FlowParameters) -> tuple[Tensor, Tensor]:
     """Return h(λ) and h(λ)/λ of descending eigenvalues, 0 where there is none."""
     there = values > 0
     if parameters.filter == "flow":
-        time = (parameters.tau or 1.0) / float(values.mean())
-        share = -torch.expm1(-time * values)
+        share = torch.where(there, -torch.expm1(-_time(values, parameters) * values), 0)
     elif parameters.filter == "cut":
         ratio = float(values.sum() ** 2 / values.square().sum())
         rank = min(parameters.rank or max(round(ratio), 1), int(there.sum()))
@@ -142,15 +163,18 @@ def _filtered(values: Tensor, parameters: FlowParameters) -> tuple[Tensor, Tenso
 
 def _system(
     deltas: Tensor, members: list[int], parameters: FlowParameters, context: Context
-) -> tuple[Tensor, Tensor]:
-    """Return C `[in, in]` and D `[out, in]`."""
-    size = deltas.shape[2]
+) -> tuple[Tensor, Tensor, float]:
+    """Return C `[in, in]`, D `[out, in]`, and the relative rounding of C's entries."""
+    size, roundoff = deltas.shape[2], torch.finfo(torch.float64).eps
     total = torch.zeros(size, size, dtype=deltas.dtype, device=deltas.device)
     right_side = torch.zeros_like(deltas[0])
     sums = Sums(context, True, 1.0, deltas)
     for t in members:
         if parameters.gram == "inputs":
-            gram = sums.gram(t, "gram", 1.0).dense()
+            stored = sums.gram(t, "gram", 1.0)
+            gram = stored.dense()
+            if stored.factor is None:  # rows multiplied here are exact where they span nothing
+                roundoff = max(roundoff, stored.unit_roundoff)
         else:
             rows = _rows(deltas[t], parameters.gram)
             gram = rows.T @ rows
@@ -160,7 +184,7 @@ def _system(
             weight = weight / trace if trace > 0 else 0.0
         total.add_(gram, alpha=weight)
         right_side.addmm_(deltas[t], gram, alpha=weight)
-    return total, right_side
+    return total, right_side, roundoff
 
 
 def _rows(delta: Tensor, gram: FilterGram) -> Tensor:

@@ -42,9 +42,11 @@ LAWS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
-    """Base of every method's parameters: frozen, keyword-only, unknown keys refused."""
+    """Base of every method's parameters: frozen, keyword-only, numbers finite, no unknown keys."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    __pydantic_config__ = ConfigDict(
+        extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
