@@ -284,27 +284,81 @@ def test_same_weights_as_merge_and_unload(tmp_path: Path, case: str) -> None:
         adapter.close()
 
 
+SEEDS = [
+    ("fourierft", {**ALL, "n_frequency": 4}, "random_loc_seed"),
+    ("vera", {**ALL, "r": 6, "save_projection": False}, "projection_prng_key"),
+]
+
+
 @pytest.mark.parametrize("case", ["shira", "vblora, shares alone"])
-@pytest.mark.parametrize(("place", "message"), [(-1, "below 0"), (120, "out of (bounds|range)")])
+@pytest.mark.parametrize("place", [-1, 120, 0.0])
 @pytest.mark.filterwarnings("ignore")
-def test_places_that_are_not_there(tmp_path: Path, case: str, place: int, message: str) -> None:
-    """A place below 0 would be counted from the end."""
+def test_places_that_are_not_there(tmp_path: Path, case: str, place: float) -> None:
+    """They are refused before anything is computed: by the plan, and by the check of the file.
+
+    torch would count a place below 0 from the end, and cut what follows the point.
+    """
     from safetensors.torch import load_file, save_file
 
+    import eutectic
+
     trained(*CASES[case], tmp_path)
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    stored = {k: v.long() if "indices" in k else v for k, v in load_file(file).items()}
+    folder = tmp_path / "adapter"
+    file = folder / "adapter_model.safetensors"
+    kept = torch.float32 if isinstance(place, float) else torch.int64
+    stored = {k: v.to(kept) if "indices" in k else v for k, v in load_file(file).items()}
+    bounds = {k: 12 for k in stored} if "vblora" in case else {}
     for key, values in stored.items():
         if "indices" in key:
-            values.view(-1)[0] = place
+            values.view(-1)[-1] = place
     save_file(stored, file)
-    with open_reader(tmp_path / "base") as base:
-        adapter = open_expert(tmp_path / "adapter", base.index)
-        name = next(iter(adapter.entries))
-        flat = base.read(name).float()
-        with pytest.raises(CheckpointError, match=message):
-            adapter.delta(name, base=flat, dtype=torch.float32)
-        adapter.close()
+    if case == "shira":  # the last index is a column's
+        with open_reader(tmp_path / "base") as base:
+            shapes = {k.removesuffix(".weight"): e.shape for k, e in base.entries.items()}
+        bounds = {
+            k: next(s[1] for n, s in shapes.items() if k.startswith(f"base_model.model.{n}."))
+            for k in stored
+        }
+    indices = [k for k in stored if "indices" in k]
+    says = [f"'{k}' holds the index {place}, and 0 to {bounds[k] - 1} are allowed" for k in indices]
+    if isinstance(place, float):
+        says = [f"'{k}' holds float32, where indices are whole numbers" for k in indices]
+    with pytest.raises(eutectic.EutecticError) as refused:
+        eutectic.plan(
+            base=str(tmp_path / "base"), experts={"a": str(folder)}, method="linear", scale=1.0
+        )
+    assert any(text in str(refused.value) for text in says)
+    assert len(indices) == 1 or f"({len(indices) - 1} more tensor" in str(refused.value)
+    assert str(folder) in str(refused.value)
+    (alone,) = eutectic.check(folder)
+    known = "vblora" in case or place <= 0
+    assert [f.kind for f in alone.faults] == ["misplaced_indices"] * known
+    (against,) = eutectic.check(folder, base=tmp_path / "base")
+    assert [f.kind for f in against.faults] == ["misplaced_indices" if known else "other_base"]
+    assert any(text in against.faults[0].what for text in says) or known
+
+
+@pytest.mark.parametrize(("kind", "options", "field"), SEEDS)
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+@pytest.mark.filterwarnings("ignore")
+def test_seeds_that_no_generator_takes(
+    tmp_path: Path, kind: str, options: dict[str, Any], field: str, seed: int
+) -> None:
+    import json
+
+    import eutectic
+
+    trained(llama, {"fourierft": "FourierFT", "vera": "Vera"}[kind], options, tmp_path)
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: seed}))
+    says = rf"adapter_config.json: '{field}' .* got {seed}"
+    with (
+        open_reader(tmp_path / "base") as base,
+        pytest.raises(CheckpointError, match=says),
+    ):
+        open_expert(tmp_path / "adapter", base.index)
+    (checked,) = eutectic.check(tmp_path / "adapter")
+    assert any(field in fault.what for fault in checked.faults)
 
 
 # --- bare parameters of mixtures --------------------------------------------------------------

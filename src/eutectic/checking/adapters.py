@@ -4,11 +4,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from eutectic.checking.report import Finding
-from eutectic.checkpoint.adapter_keys import adapter_weights, plain_keys
+from eutectic.checkpoint.adapter_keys import adapter_weights, grouped, plain_keys
+from eutectic.checkpoint.adapter_places import counted, misplaced
 from eutectic.checkpoint.adapters import check_adapter
 from eutectic.checkpoint.experts import is_ia3
 from eutectic.checkpoint.index import CheckpointIndex, open_adapter_index, read_json_object
 from eutectic.checkpoint.odd_adapters import other_adapter
+from eutectic.checkpoint.peft_kinds.kinds import KINDS
 from eutectic.checkpoint.reader import TensorSource
 from eutectic.checkpoint.weight_files import ADAPTER_CONFIG, is_full_weights, names_in
 from eutectic.conventions import lora_factor
@@ -50,6 +52,20 @@ def adapter_findings(folder: Path, index: CheckpointIndex) -> Iterator[Finding]:
         idle = [t for t in targets if isinstance(t, str) and t.rpartition(".")[2] not in held]
         if idle:
             yield Note("idle_targets", tuple(idle), level="warning")
+
+
+def place_faults(folder: Path, index: CheckpointIndex, source: TensorSource) -> Iterator[Finding]:
+    """Yield that an adapter stores indices at which there is nothing, as far as it says itself."""
+    kind = KINDS.get(str(read_json_object(folder / ADAPTER_CONFIG).get("peft_type")))
+    if kind is None or kind.places is None:
+        return
+    found = grouped(index.entries, kind.parts, kind.shared, (), str(folder))
+    wrong: list[str] = []
+    for group in found.parameters.values():
+        shapes = {part: entry.shape for part, entry in {**group, **found.shared}.items()}
+        wrong += misplaced(source, group, kind.places(shapes, None))
+    if wrong:
+        yield Fault("misplaced_indices", f"{counted(wrong)}.")
 
 
 def idle_factors(folder: Path, index: CheckpointIndex, source: TensorSource) -> Iterator[Finding]:

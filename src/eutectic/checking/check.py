@@ -8,7 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from eutectic.checking.adapters import adapter_findings, idle_factors, open_adapter
+from eutectic.checking.adapters import (
+    adapter_findings,
+    idle_factors,
+    open_adapter,
+    place_faults,
+)
 from eutectic.checking.against import Base, findings_against
 from eutectic.checking.configuration import config_of, configuration_findings, plain_dtype
 from eutectic.checking.files import file_findings, held_bytes, tensors_of_pickles
@@ -128,7 +133,9 @@ def _look_at_adapter(one: _Looked, values: bool, progress: Progress | None) -> N
     one.findings.add(*wrong)
     with closing(CheckpointReader(index)) as source:
         one.counts |= _counts(source, index)
-        one.findings.add(*tensor_findings(source, {}))
+        misplaced = [*place_faults(one.path, index, source)]
+        one.readable = not misplaced  # else the base would have the same to say
+        one.findings.add(*misplaced, *tensor_findings(source, {}))
         if values:
             one.findings.add(*value_findings(source, source.entries, progress))
             one.findings.add(*idle_factors(one.path, index, source))

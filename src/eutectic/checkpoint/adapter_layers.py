@@ -9,6 +9,7 @@ from torch import Tensor
 
 from eutectic.checkpoint.adapter_config import LoraFields
 from eutectic.checkpoint.adapter_keys import Group
+from eutectic.checkpoint.adapter_places import misplaced, refuse_misplaced
 from eutectic.checkpoint.changes import BaseWeights, Change, WholeChange, kept
 from eutectic.checkpoint.expert_tensors import Factors
 from eutectic.checkpoint.header import TensorEntry
@@ -80,6 +81,7 @@ def layer_changes(
         layers[name] = Layer(modules[name], shapes[name], held, adapter.settings, sizes)
         formulas[name] = None if _ROWS in group else _formula(adapter, layers[name])
     turned = _orientations(adapter, layers, formulas, straight)
+    _check_places(adapter, acting, layers, turned)
     factored: dict[str, Factors] = {}
     changes: dict[str, Change] = {}
     for name, group in acting.items():
@@ -108,6 +110,26 @@ def layer_changes(
                 group.get("full"),
             )
     return factored, changes
+
+
+def _check_places(
+    adapter: OpenAdapter,
+    acting: Mapping[str, Group],
+    layers: Mapping[str, Layer],
+    turned: Mapping[str, bool],
+) -> None:
+    """Refuse indices that point at nothing; CheckpointError, before anything is computed."""
+    if adapter.kind is None or adapter.kind.places is None:
+        return
+    wrong: list[str] = []
+    for name, group in acting.items():
+        if name not in turned:
+            continue
+        shape = layers[name].shape
+        matrix = (shape[0], math.prod(shape[1:]))
+        places = adapter.kind.places(layers[name].parts, matrix[::-1] if turned[name] else matrix)
+        wrong += misplaced(adapter.source, group, places)
+    refuse_misplaced(wrong, adapter.label)
 
 
 def acts_on(adapter: OpenAdapter, module: str, group: Group, shape: Shape) -> bool:

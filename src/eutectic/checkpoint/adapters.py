@@ -211,12 +211,17 @@ def _read_config(folder: Path) -> _Adapter:
 
 
 def check_adapter(folder: Path) -> None:
-    """Raise CheckpointError where the configuration of a LoRA is not what it must be."""
-    raw = read_json_object(folder / ADAPTER_CONFIG)
-    if raw.get("peft_type") == "LORA":
-        path = folder / ADAPTER_CONFIG
+    """Raise CheckpointError where the configuration of an adapter is not what it must be."""
+    path = folder / ADAPTER_CONFIG
+    raw = read_json_object(path)
+    kind = raw.get("peft_type")
+    if kind == "LORA":
         lora_fields(raw, path)
         settings_of(raw, path)
+    elif isinstance(kind, str) and kind in KINDS:
+        settings = settings_of(raw, path)
+        if (states := KINDS[kind].states) is not None:
+            settings.stated(states)
 
 
 def _check_stated(found: Grouped, adapter: _Adapter, label: str) -> None:

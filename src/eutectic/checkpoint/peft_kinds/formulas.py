@@ -7,7 +7,7 @@ what a paper leaves open, `merge_and_unload` is what they are held to.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -46,6 +46,9 @@ class Settings(BaseModel):
 
 Stated = TypeVar("Stated", bound=BaseModel)
 Rank = Field(ge=1, le=1_000_000)
+Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1)]  # what torch's generators take
+# Part -> how many places there are for each row of indices in it; None where it is not known.
+Places = Mapping[str, tuple[int | None, ...]]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Kinds whose change is, or begins with, a product of two thin factors."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from eutectic.checkpoint.adapter_config import LoraFields
-from eutectic.checkpoint.peft_kinds.formulas import Formula, Layer, Parts, Shape, refuse
+from eutectic.checkpoint.peft_kinds.formulas import (
+    Formula,
+    Layer,
+    Parts,
+    Places,
+    Seed,
+    Shape,
+    refuse,
+)
 
 
 def lora_scaling(fields: LoraFields, layer: Layer) -> float:
@@ -72,7 +80,9 @@ def _leading_columns(base: Tensor, rank: int, scaling: float) -> Tensor:
     return (scaling * (q[:, :rank] @ r[:rank])).to(base.dtype)
 
 
-class _AdaLora(BaseModel):
+class AdaLora(BaseModel):
+    """What AdaLoRA states."""
+
     model_config = ConfigDict(extra="ignore")
 
     init_r: int = Field(default=12, ge=1)
@@ -81,7 +91,7 @@ class _AdaLora(BaseModel):
 
 def adalora(layer: Layer) -> Formula:
     """AdaLoRA (arXiv 2303.10512): Δ = s·B·(A ⊙ E), s = alpha / (initial rank + 1e-5)."""
-    stated = layer.settings.stated(_AdaLora)
+    stated = layer.settings.stated(AdaLora)
     alpha = stated.lora_alpha if stated.lora_alpha > 0 else float(layer.parts["lora_A"][0])
     scaling = alpha / (stated.init_r + 1e-5)
 
@@ -103,7 +113,9 @@ def hira(layer: Layer) -> Formula:
     return Formula(compute, True, 2.0, True if embedding else None)
 
 
-class _Lycoris(BaseModel):
+class Lycoris(BaseModel):
+    """What LoHa and LoKr state."""
+
     model_config = ConfigDict(extra="ignore")
 
     r: int = Field(default=8, ge=1)
@@ -111,7 +123,7 @@ class _Lycoris(BaseModel):
 
 
 def _lycoris_scaling(layer: Layer) -> float:
-    stated, module = layer.settings.stated(_Lycoris), layer.module
+    stated, module = layer.settings.stated(Lycoris), layer.module
     return layer.settings.alpha(module, stated.alpha) / layer.settings.rank(module, stated.r)
 
 
@@ -155,7 +167,9 @@ def _through_core(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.einsum("ijkl,io,jn->onkl", core, a, b)
 
 
-class _VbLora(BaseModel):
+class VbLora(BaseModel):
+    """What VB-LoRA states."""
+
     model_config = ConfigDict(extra="ignore")
 
     topk: int = Field(default=2, ge=1)
@@ -167,7 +181,7 @@ def vblora(layer: Layer) -> Formula:
     Stored are the logits of all vectors, or (`save_only_topk_weights`) which k it takes and the
     shares of all of them but the last.
     """
-    top = layer.settings.stated(_VbLora).topk
+    top = layer.settings.stated(VbLora).topk
 
     def tiles(parts: Parts, side: str) -> Tensor:
         name, bank = f"vblora_logits_{side}", parts["vblora_vector_bank"]
@@ -179,8 +193,6 @@ def vblora(layer: Layer) -> Formula:
             shares = torch.cat([stored, 1 - stored.sum(-1, keepdim=True)], -1)
             if indices.shape != shares.shape:
                 raise ValueError("as many shares as vectors")
-            if indices.device.type != "meta" and (indices < 0).any():
-                raise ValueError("vectors below 0")
         return (shares[..., None] * bank[indices]).sum(-2)
 
     def compute(parts: Parts, base: Tensor) -> Tensor:
@@ -190,11 +202,20 @@ def vblora(layer: Layer) -> Formula:
     return Formula(compute)
 
 
-class _Vera(BaseModel):
+def vblora_places(parts: Mapping[str, Shape], matrix: Shape | None) -> Places:
+    """Return how many vectors the bank has, for each part that says which of them are taken."""
+    bank = parts.get("vblora_vector_bank")
+    size = bank[0] if bank else None
+    return {f"vblora_logits_{side}_topk_indices": (size,) for side in "AB"}
+
+
+class Vera(BaseModel):
+    """What VeRA states."""
+
     model_config = ConfigDict(extra="ignore")
 
     r: int = Field(default=256, ge=1, le=1_000_000)
-    projection_prng_key: int = 0
+    projection_prng_key: Seed = 0
 
 
 def vera(layer: Layer) -> Formula:
@@ -203,7 +224,7 @@ def vera(layer: Layer) -> Formula:
     They are stored, or drawn again from the seed that the configuration names, as large as the
     largest layer: each takes its first rows and columns.
     """
-    stated = layer.settings.stated(_Vera)
+    stated = layer.settings.stated(Vera)
     if not layer.sizes:
         raise refuse(layer, "no layer of the base fits the adapter")
     largest = tuple(max(size[side] for size in layer.sizes) for side in (0, 1))

@@ -1,22 +1,33 @@
 """Kinds whose change repeats, or is sparse: in a matrix, or in its spectrum."""
 
+from collections.abc import Mapping
+
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from eutectic.checkpoint.peft_kinds.formulas import Formula, Layer, Parts
+from eutectic.checkpoint.peft_kinds.formulas import (
+    Formula,
+    Layer,
+    Parts,
+    Places,
+    Seed,
+    Shape,
+)
 
 
-class _Fourier(BaseModel):
+class Fourier(BaseModel):
+    """What FourierFT states."""
+
     model_config = ConfigDict(extra="ignore")
 
     scaling: float = 150.0
-    random_loc_seed: int | None = 777
+    random_loc_seed: Seed | None = 777
 
 
 def fourierft(layer: Layer) -> Formula:
     """FourierFT (arXiv 2405.03003): Δ = s·Re(IDFT of n coefficients), their places from a seed."""
-    stated = layer.settings.stated(_Fourier)
+    stated = layer.settings.stated(Fourier)
 
     def compute(parts: Parts, base: Tensor) -> Tensor:
         values = parts["fourierft_spectrum"]
@@ -48,7 +59,9 @@ def c3a(layer: Layer) -> Formula:
     return Formula(compute)
 
 
-class _Miss(BaseModel):
+class Miss(BaseModel):
+    """What MiSS states."""
+
     model_config = ConfigDict(extra="ignore")
 
     init_weights: bool | str = True
@@ -56,7 +69,7 @@ class _Miss(BaseModel):
 
 def miss(layer: Layer) -> Formula:
     """MiSS (arXiv 2409.15371): Δ[o, i] = D[i mod r, o mod m]; its form "bat" multiplies W₀ too."""
-    bat = layer.settings.stated(_Miss).init_weights == "bat"
+    bat = layer.settings.stated(Miss).init_weights == "bat"
 
     def compute(parts: Parts, base: Tensor) -> Tensor:
         block = parts["miss_block"]
@@ -85,9 +98,13 @@ def shira(layer: Layer) -> Formula:
             raise ValueError("as many places as values")
         change = torch.zeros(base.shape, dtype=values.dtype, device=values.device)
         if values.device.type != "meta":
-            if (places < 0).any():  # torch would count from the end
-                raise ValueError("places below 0")
             change.index_put_((places[0].long(), places[1].long()), values, accumulate=True)
         return change
 
     return Formula(compute)
+
+
+def shira_places(parts: Mapping[str, Shape], matrix: Shape | None) -> Places:
+    """Return how many rows and columns the changed matrix has, where it is known."""
+    del parts
+    return {"shira_indices": (None, None) if matrix is None else matrix}

@@ -9,7 +9,9 @@ from torch import Tensor
 from eutectic.checkpoint.peft_kinds.formulas import Formula, Layer, Parts, refuse
 
 
-class _Oft(BaseModel):
+class Oft(BaseModel):
+    """What OFT states."""
+
     model_config = ConfigDict(extra="ignore")
 
     oft_block_size: int | None = None
@@ -26,7 +28,7 @@ def oft(layer: Layer) -> Formula:
     (I − Q)(I + Q)⁻¹ or, where the configuration says so, the Neumann series of it cut off. An
     embedding's rows are turned, which is W₀·R.
     """
-    stated = layer.settings.stated(_Oft)
+    stated = layer.settings.stated(Oft)
     if stated.oft_block_size is None:
         raise refuse(layer, "the parts are those of OFT before PEFT 0.14, which no longer reads it")
     embedding = "oft_embedding_R" in layer.parts
@@ -76,7 +78,9 @@ def boft(layer: Layer) -> Formula:
     return Formula(compute, True, 4.0)
 
 
-class _Hra(BaseModel):
+class Hra(BaseModel):
+    """What HRA states."""
+
     model_config = ConfigDict(extra="ignore")
 
     apply_GS: bool = False
@@ -84,7 +88,7 @@ class _Hra(BaseModel):
 
 def hra(layer: Layer) -> Formula:
     """HRA (arXiv 2405.17484): R is a product of r reflections, made orthogonal where asked."""
-    orthogonal = layer.settings.stated(_Hra).apply_GS
+    orthogonal = layer.settings.stated(Hra).apply_GS
 
     def compute(parts: Parts, base: Tensor) -> Tensor:
         vectors = parts["hra_u"]
