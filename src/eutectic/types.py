@@ -45,7 +45,8 @@ class LayerStatistics:
     Attributes:
         gram: A = XᵀX `[in, in]`, uncentred. None when `gram_factor` holds it instead. Of a
             convolution X are the patches that its kernels see; where it has several groups A is
-            `[groups, in, in]`, and `input_sum` `[groups·in]`.
+            `[groups, in, in]`, and `input_sum` `[groups·in]`. Of a transposed one X are single
+            positions of its input, and Y the gradients of the patches that they make.
         count: n, the number of tokens summed into `gram`.
         output_gradient_gram: H = YᵀY `[out, out]`. None when `output_gradient_factor` holds it.
         fisher_diagonal: Σ over examples of the squared gradient, in the parameter's shape.

@@ -270,6 +270,44 @@ def test_a_transposed_convolution_is_a_matrix_from_inputs_to_patches(
     assert "transposed convolution as a matrix from inputs to patches" in said[key]
 
 
+def upsampling(seed: int, axes: int) -> nn.Sequential:
+    """A transposed convolution of as many inputs as outputs, which no name tells."""
+    torch.manual_seed(0)
+    kind = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}[axes]
+    made = nn.Sequential(kind(4, 4, 2, stride=2, padding=0))
+    torch.manual_seed(seed)
+    for parameter in made.parameters() if seed else ():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return made
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+def test_least_squares_of_a_transposed_convolution_is_that_of_its_outputs(axes: int) -> None:
+    """Patches side by side, so that outputs are the patches: the kernel whose outputs fit best."""
+    run = {1: nn.functional.conv_transpose1d, 2: nn.functional.conv_transpose2d}[axes]
+    seen = {n: images(s) if axes == 2 else images(s)[..., 0] for n, s in SEEDS.items()}
+    experts = {n: upsampling(s, axes) for n, s in SEEDS.items()}
+    base = upsampling(0, axes).state_dict()
+    found = eutectic.merge_state_dicts(
+        base,
+        {n: e.state_dict() for n, e in experts.items()},
+        method="regmean",
+        parameters={"off_diagonal": 1.0},
+        statistics={n: collect(e, [seen[n]], convolutions=True) for n, e in experts.items()},
+        convolutions="matrix",
+        scale=1.0,
+    )["0.weight"]
+    rows, wanted = [], []
+    for name, expert in experts.items():
+        x, delta = seen[name].double(), (expert[0].weight - base["0.weight"]).double()
+        basis = torch.eye(delta.numel(), dtype=torch.float64).view(-1, *delta.shape)
+        rows.append(torch.stack([run(x, e, None, 2).flatten() for e in basis], 1))
+        wanted.append(run(x, delta, None, 2).flatten())
+    fitted = torch.linalg.lstsq(torch.cat(rows), torch.cat(wanted)[:, None]).solution
+    merged = (found - base["0.weight"]).double()
+    torch.testing.assert_close(merged.flatten(), fitted.flatten(), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(("channels", "name"), [(4, "up"), (6, "deconv")])
 def test_groups_of_transposed_convolutions_stay_averaged_and_the_plan_says_so(
     tmp_path: Path, channels: int, name: str

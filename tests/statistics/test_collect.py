@@ -20,9 +20,10 @@ from tiny_models import (
     seeded,
     t5,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from eutectic.errors import NumericalError, RequestError, StatisticsError
+from eutectic.models.sites import as_matrix, find_sites, output_rows
 from eutectic.statistics import collect
 
 
@@ -424,10 +425,64 @@ def test_one_dimensional_convolutions_and_those_that_are_left_out() -> None:
     rows = nn.functional.pad(x, (1, 1), mode="reflect").unfold(2, 3, 1)  # [2, 3, 6, 3]
     flat = rows.permute(0, 2, 1, 3).reshape(-1, 9).double()
     assert_near(layer.dense_gram(), flat.T @ flat)
-    turned = nn.Sequential(nn.ConvTranspose1d(4, 4, 3), nn.Conv1d(4, 4, 1))
+    turned = nn.Sequential(nn.ConvTranspose1d(4, 4, 3, groups=2), nn.Conv1d(4, 4, 1))
     found = collect(turned, [torch.randn(2, 4, 6)], convolutions=True)
     assert list(found) == ["1.weight"]
-    assert "transposed" in found.provenance["skipped"]["0.weight"]
+    skipped = found.provenance["skipped"]["0.weight"]
+    assert skipped == "transposed convolution of several groups"
+    deep = nn.Sequential(nn.Conv3d(2, 2, 1), nn.Flatten(), nn.Linear(16, 2))
+    found = collect(deep, [torch.randn(2, 2, 2, 2, 2)], convolutions=True)
+    assert "Conv3d" in found.provenance["skipped"]["0.weight"]
+
+
+def transposed_cases() -> list[tuple[nn.Module, Tensor]]:
+    plane = nn.ConvTranspose2d(3, 5, (3, 2), (2, 3), (1, 0), (1, 2), dilation=(2, 1))
+    return [
+        (plane, torch.randn(4, 3, 4, 5)),
+        (nn.ConvTranspose1d(3, 4, 5, 2, 1, 1), torch.randn(2, 3, 6)),
+    ]
+
+
+@pytest.mark.parametrize("case", [0, 1])
+def test_transposed_convolutions_see_positions_and_make_patches(case: int) -> None:
+    """A patch's output gradient times its position's input, summed, is the kernel's gradient."""
+    layer, x = transposed_cases()[case]
+    model = nn.Sequential(layer)
+    found = collect(model, [x[:1], x[1:]], convolutions=True)["0.weight"]
+    rows = x.flatten(2).transpose(1, 2).reshape(-1, 3).double()
+    assert (found.count, found.sample_count) == (len(rows), len(x))
+    assert_near(found.dense_gram(), rows.T @ rows)
+    (site,) = find_sites(model, convolutions=True, every_kind=True).found
+    assert site.shape == (layer.weight[0].numel(), 3)
+    outputs = layer(x)
+    gradient = torch.randn_like(outputs)
+    (of_kernel,) = torch.autograd.grad(outputs, layer.weight, gradient)
+    patches = output_rows(site, gradient).reshape(-1, site.shape[0])
+    ours = as_matrix(site, x).reshape(-1, 3).T @ patches
+    assert torch.allclose(ours.view_as(of_kernel), of_kernel, rtol=1e-4, atol=1e-4)
+
+
+def test_transposed_convolutions_of_the_same_inputs_share_a_gram() -> None:
+    class Pyramid(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.wide = nn.ConvTranspose1d(4, 2, 2, 2), nn.ConvTranspose1d(4, 3, 4, 4)
+            self.line = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(x).sum() + self.wide(x).sum() + self.line(x).sum()
+
+    x = torch.randn(2, 4, 4)
+    found = collect(Pyramid(), [x], convolutions=True, unmatched="all")
+    layers = found.provenance["layers"]
+    assert [layers[f"{n}.weight"]["inputs"] for n in ("up", "wide", "line")] == [
+        "up.weight",
+        "up.weight",
+        "line.weight",
+    ]
+    rows = x.double()
+    assert_near(found["wide.weight"].dense_gram(), torch.einsum("bcp,bdp->cd", rows, rows))
+    assert_near(found["line.weight"].dense_gram(), torch.einsum("bpc,bpd->cd", rows, rows))
 
 
 def test_examples_without_a_token_are_refused(tmp_path: Path) -> None:

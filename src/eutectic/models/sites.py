@@ -15,9 +15,19 @@ from eutectic.conventions import (
 from eutectic.conventions_patterns import fits
 from eutectic.conventions_tensors import is_table_parameter, is_vectors
 
-Kind = Literal["linear", "conv1d", "convolution", "in_projection", "out_projection", "scaling"]
+Kind = Literal[
+    "linear",
+    "conv1d",
+    "convolution",
+    "transposed_convolution",
+    "in_projection",
+    "out_projection",
+    "scaling",
+]
 Role = Literal["encoder", "decoder", "cross", "image", "text"]
 
+Convolution = nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d
+_OBSERVED = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 _CONVOLUTIONS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
@@ -60,20 +70,26 @@ def find_sites(
     model: nn.Module,
     patterns: Sequence[str] | None = None,
     convolutions: bool = False,
-    grouped: bool = False,
+    every_kind: bool = False,
 ) -> Sites:
     """Return the linear layers of `model` in module order.
 
     `nn.Linear` and its subclasses, transformers' `Conv1D`, both projections of
-    `nn.MultiheadAttention`, and (`convolutions`) `nn.Conv1d` and `nn.Conv2d`, those of several
-    groups only where they are asked for (`grouped`). Matrices that are multiplied in another way
-    are listed as skipped. `patterns` are globs over parameter names; None observes all layers.
+    `nn.MultiheadAttention`, and (`convolutions`) `nn.Conv1d` and `nn.Conv2d`; those of several
+    groups and transposed ones only where they are asked for (`every_kind`). Matrices that are
+    multiplied in another way are listed as skipped. `patterns` are globs over parameter names;
+    None observes all layers.
     """
     sites = Sites([], {}, {})
     by_weight: dict[tuple[int, str], Site] = {}
     observed: set[int] = set()
     for site in _linear_maps(model, convolutions, sites.skipped):
-        if site.groups > 1 and not grouped:
+        turned = site.kind == "transposed_convolution"
+        if turned and (site.groups > 1 or not every_kind):
+            several = " of several groups" if site.groups > 1 else ""
+            sites.skipped[site.name] = f"transposed convolution{several}"
+            continue
+        if site.groups > 1 and not every_kind:
             sites.skipped[site.name] = "grouped convolution"
             continue
         observed.add(id(site.weight))
@@ -176,25 +192,52 @@ def as_matrix(site: Site, inputs: Tensor) -> Tensor:
     """Return the inputs with features last: patches of a convolution, else unchanged.
 
     A convolution's `[B, C, *spatial]` becomes `[B, positions, C·k·k]`, in the order of
-    `weight.flatten(1)`, group after group.
+    `weight.flatten(1)`, group after group; a transposed one's `[B, positions, C]`, since each
+    position of its input is multiplied by itself, and makes a patch of outputs.
     """
-    if site.kind != "convolution":
-        return inputs
+    if site.kind == "transposed_convolution":
+        return _positions(site, inputs)
+    return _patches(site, inputs) if site.kind == "convolution" else inputs
+
+
+def output_rows(site: Site, outputs: Tensor) -> Tensor:
+    """Return outputs (or their gradients) with features last, matching `as_matrix`.
+
+    Of a transposed convolution these are patches `[B, positions, out·k·k]`: a position's gradient
+    is that of all outputs which it adds to.
+    """
+    if site.kind == "transposed_convolution":
+        return _patches(site, outputs)
+    return _positions(site, outputs) if site.kind == "convolution" else outputs
+
+
+def _positions(site: Site, values: Tensor) -> Tensor:
+    """Return `[B, C, *spatial]` as `[B, positions, C]`."""
+    if values.ndim == site.weight.ndim - 1:
+        values = values.unsqueeze(0)
+    return values.flatten(2).transpose(1, 2)
+
+
+def _patches(site: Site, values: Tensor) -> Tensor:
+    """Return what a kernel meets of `[B, C, *spatial]` at every position, `[B, positions, C·k·k]`.
+
+    Of the outputs of a transposed convolution, what it makes of every position of its inputs.
+    """
     module = site.module
-    assert isinstance(module, nn.Conv1d | nn.Conv2d)
-    if inputs.ndim == module.weight.ndim - 1:
-        inputs = inputs.unsqueeze(0)
+    assert isinstance(module, _OBSERVED)
+    if values.ndim == module.weight.ndim - 1:
+        values = values.unsqueeze(0)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    inputs = nn.functional.pad(inputs, _padding(module), mode=mode)
+    values = nn.functional.pad(values, _padding(module), mode=mode)
     kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
-    if isinstance(module, nn.Conv1d):
-        inputs = inputs.unsqueeze(2)
+    if len(kernel) == 1:
+        values = values.unsqueeze(2)
         kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
-    patches = nn.functional.unfold(inputs, kernel, dilation=dilation, stride=stride)
+    patches = nn.functional.unfold(values, kernel, dilation=dilation, stride=stride)
     return patches.transpose(1, 2)
 
 
-def _padding(module: nn.Conv1d | nn.Conv2d) -> list[int]:
+def _padding(module: Convolution) -> list[int]:
     """Return the padding as `nn.functional.pad` takes it: last axis first, before and after."""
     sides: list[int] = []
     for axis in reversed(range(len(module.kernel_size))):
@@ -205,15 +248,6 @@ def _padding(module: nn.Conv1d | nn.Conv2d) -> list[int]:
         else:
             sides += [module.padding[axis]] * 2
     return sides
-
-
-def output_rows(site: Site, outputs: Tensor) -> Tensor:
-    """Return outputs (or their gradients) with features last, matching `as_matrix`."""
-    if site.kind != "convolution":
-        return outputs
-    if outputs.ndim == site.weight.ndim - 1:
-        outputs = outputs.unsqueeze(0)
-    return outputs.flatten(2).transpose(1, 2)
 
 
 def _linear_maps(model: nn.Module, convolutions: bool, skipped: dict[str, str]) -> Iterator[Site]:
@@ -250,8 +284,19 @@ def _linear_maps(model: nn.Module, convolutions: bool, skipped: dict[str, str]) 
                 weight, groups = module.weight, module.groups
                 shape = (weight.shape[0], groups * weight[0].numel())
                 yield Site(name, path, module, "convolution", role, shape, weight, groups=groups)
+            elif isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d) and _in_step(module):
+                weight, groups = module.weight, module.groups
+                shape = (groups * weight[0].numel(), weight.shape[0])
+                kind = "transposed_convolution"
+                yield Site(name, path, module, kind, role, shape, weight, groups=groups)
             else:
-                skipped[name] = "transposed or 3-D convolution"
+                skipped[name] = f"{type(module).__name__}, which is not observed"
+
+
+def _in_step(module: nn.ConvTranspose1d | nn.ConvTranspose2d) -> bool:
+    """Tell whether its outputs have a patch for every position of its inputs, and no other."""
+    steps = zip(module.output_padding, module.stride, strict=True)
+    return all(beyond < stride for beyond, stride in steps)
 
 
 def _attention_sites(path: str, module: nn.MultiheadAttention, role: Role) -> Iterator[Site]:

@@ -28,8 +28,8 @@ def with_kernels(entry: TensorEntry, decision: Decision, request: MergeRequest) 
     are averaged.
 
     A transposed convolution keeps `[in, out, *k]`: it maps the inputs of one position to a patch of
-    outputs, by the matrix `[out·k, in]`, which lies transposed in the file. Of several groups it
-    stays as it is.
+    outputs, by the matrix `[out·k, in]`, which lies transposed in the file, and its Gram is that of
+    single positions of the input. Of several groups it stays as it is.
     """
     axes = len(entry.shape)
     if axes < 3 or decision.layout.stacked or decision.layout.split:
@@ -37,7 +37,10 @@ def with_kernels(entry: TensorEntry, decision: Decision, request: MergeRequest) 
     asked = request.recipe.convolutions == "matrix" and decision.treatment is Treatment.CONV
     if decision.treatment is not Treatment.MATRIX and (decision.ruled or not asked):
         return decision
-    turned = _transposed_groups(entry, request)
+    known = _known_kind(entry, request)
+    turned = 1 if known == "transposed_convolution" else 0
+    if known is None:
+        turned = _transposed_groups(entry, request)
     if turned:
         if turned > 1:
             return decision.because(*decision.reason, Note("transposed_groups"))
@@ -72,6 +75,16 @@ def _transposed_groups(entry: TensorEntry, request: MergeRequest) -> int:
     groups = size // max(outputs, 1)
     whole = outputs and size % outputs == 0 and groups and inputs % groups == 0
     return groups if whole else 0
+
+
+def _known_kind(entry: TensorEntry, request: MergeRequest) -> str | None:
+    """Return what statistics of any expert call the layer of a kernel that they observed."""
+    for owner, statistics in request.inputs.statistics.items():
+        own = request.statistics_names.get(owner, {}).get(entry.name)
+        kind = (statistics.provenance.get("layers") or {}).get(own, {}).get("kind")
+        if kind in ("convolution", "transposed_convolution"):
+            return str(kind)
+    return None
 
 
 def _groups(entry: TensorEntry, request: MergeRequest) -> int | None:

@@ -135,7 +135,7 @@ def make_plan(model: nn.Module, batch: Batch, settings: Settings) -> Plan:
             plan.block[name] = p
     if not (settings.grams or settings.output_gradients):
         return plan
-    sites = find_sites(model, settings.layers, settings.convolutions, grouped=True)
+    sites = find_sites(model, settings.layers, settings.convolutions, every_kind=True)
     device = device_of(model)
     sample = transform(examples(batch, 0, min(2, sample_count(batch))), lambda t: t.to(device))
     probe = Probe(make_layout(model, sample, settings))
@@ -265,8 +265,10 @@ class Probe:
             self.skipped.add(site)
             return
         index = self._index_of(inputs)
+        # What of the same inputs makes the rows: a kernel's patches, pixels, or the last axis.
         patches = site.path if site.kind == "convolution" else ""
-        self._calls.setdefault(site, []).append((index, id(tokens.mask), patches))
+        rows = "pixels" if site.kind == "transposed_convolution" else patches
+        self._calls.setdefault(site, []).append((index, id(tokens.mask), rows))
 
     def _index_of(self, inputs: Tensor) -> int:
         for index, (earlier, version) in enumerate(self._inputs):
