@@ -1,7 +1,8 @@
 """Keyword arguments of public functions as frozen records."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 from eutectic.errors import RequestError, suggest
@@ -36,3 +37,38 @@ def options_from(record: type[Record], given: Mapping[str, Any], of: str) -> Rec
                 f"{of} has no option '{name}'.{suggest(name, known)}\nIt has: {', '.join(known)}."
             )
     return record(**given)
+
+
+def listed(value: Any) -> Any:
+    """Return several names or patterns as they are, and one that stands alone as a list of it.
+
+    A string is a sequence too, of characters, and a `*` among these would match everything.
+
+    >>> listed("*query*"), listed(["a", "b"]), listed(None)
+    (['*query*'], ['a', 'b'], None)
+    """
+    return [value] if isinstance(value, str) else value
+
+
+def not_names(values: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with values that have to be None or several strings."""
+    return [
+        f"{name} must be a list of strings; got {value!r}"
+        for name, value in values.items()
+        if value is not None
+        and not (isinstance(value, Sequence) and all(isinstance(v, str) for v in value))
+    ]
+
+
+def not_numbers(values: Mapping[str, Any], *, whole: bool) -> list[str]:
+    """Return what is wrong with values that have to be None or numbers; True is none.
+
+    >>> not_numbers({"seed": "x", "samples": 1.5, "threads": None}, whole=True)
+    ["seed must be a whole number; got 'x'", 'samples must be a whole number; got 1.5']
+    """
+    kind, called = (Integral, "a whole number") if whole else (Real, "a number")
+    return [
+        f"{name} must be {called}; got {value!r}"
+        for name, value in values.items()
+        if value is not None and (isinstance(value, bool) or not isinstance(value, kind))
+    ]

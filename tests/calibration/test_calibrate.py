@@ -222,7 +222,7 @@ def test_only_what_is_asked_for_changes(world: Path, tmp_path: Path) -> None:
     assert all("LayerNorm" in n for n in changed(sites=["norms"]))
     biases = changed(sites=["biases"])
     assert biases and all(n.endswith("bias") and "LayerNorm" not in n for n in biases)
-    assert changed(sites=["matrices"], layers=["*.0.*query*"]) == {
+    assert changed(sites="matrices", layers="*.0.*query*") == {
         "encoder.layer.0.attention.self.query.weight"
     }
 
@@ -318,13 +318,18 @@ def test_refusals(world: Path, tmp_path: Path) -> None:
     refused("ridge must be at least 0", ridge=-1)
     refused("ridge must be at least 0, and finite; got inf", ridge=float("inf"))
     refused("anchor_scale must be finite; got nan", anchor_scale=float("nan"))
+    refused("ridge must be a number; got 'big'", ridge="big")
+    refused("samples must be a whole number; got 1.5", samples=1.5)
+    refused("seed must have at most 64 bits", seed=2**70)
+    refused("layers must be a list of strings; got 5", layers=5)
+    refused("got 'matrixes'. Did you mean 'matrices'", sites="matrixes")
     refused("expert_share must be between", expert_share=1.5)
     refused("sites are .* 'matrixes'. Did you mean 'matrices'", sites=["matrixes"])
     refused("no option 'rigde'. Did you mean 'ridge'", rigde=1)
     refused("needs the base", anchor_scale=2)
     refused("a, b: no data", data={})
     refused("data of 'c', which is no expert", data={"c": []})
-    refused("has 0 examples", data={"a": [], "b": []})
+    refused("have no examples", data={"a": [], "b": []})
     refused("no layer to calibrate", layers=["nothing*"])
     refused("no such file or folder", CheckpointError, merged=tmp_path / "absent")
     nan = {"inputs_embeds": torch.full((2, 3, 16), float("nan"))}

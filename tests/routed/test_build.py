@@ -74,7 +74,8 @@ def test_costs_are_what_is_installed(world: World):
 
 
 def test_experts_are_the_leading_directions_of_the_shift(world: World):
-    routed = build(world, layers=["encoder.layer.0.intermediate.dense.weight"], rank=3)
+    routed = build(world, layers="encoder.layer.0.intermediate*", rank=3)
+    assert sum(isinstance(m, RoutedLinear) for m in routed.modules()) == 1  # one glob, by itself
     name = "encoder.layer.0.intermediate.dense"
     layer = routed.get_submodule(name)
     for t, (expert, model) in enumerate(world.experts.items()):

@@ -368,6 +368,11 @@ def test_shuffled_batches_are_noticed_on_the_second_pass() -> None:
         ({"labels": "mine"}, "labels must be one of data, sample"),
         ({"grams": False}, "nothing is asked for"),
         ({"layers": ["nothing.*"]}, "no layer matches"),
+        ({"layers": "nothing.*"}, "no layer matches"),  # not each of its characters
+        ({"layers": 5}, "layers must be a list of strings; got 5"),
+        ({"memory_bytes": "4GB"}, "memory_bytes must be a whole number; got '4GB'"),
+        ({"max_examples": 1.5, "seed": "x"}, "max_examples must be a whole.*\n.*seed must be"),
+        ({"layers_per_pass": 0}, "layers_per_pass must be at least 1"),
         ({"layers": ["nothing.*"], "grams": False, "fisher": True}, "no layer matches"),
         (
             {"grams": False, "output_gradients": True, "output_gradient_limit": 2},

@@ -66,9 +66,10 @@ def _split(chosen: Any, holdout: float, task: str) -> tuple[list[int], list[int]
     count = len(chosen)
     apart = max(1, round(count * holdout)) if holdout else 0
     if count <= apart:
+        held = f" beside the {apart} held out" if apart else ""
         raise RequestError(
-            f"the task '{task}' has {count} examples, of which {apart} are held out.\n"
-            "Calibration needs at least one; some tens are better."
+            f"the data of the task '{task}' have {count or 'no'} example{'s' * (count != 1)}.\n"
+            f"Calibration needs at least one{held}; some tens are better."
         )
     return list(chosen[: count - apart]), list(chosen[count - apart :])
 

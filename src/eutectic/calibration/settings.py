@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 
 from eutectic.data.encoded_rows import BatchOptions
 from eutectic.errors import RequestError, suggest
+from eutectic.options import listed, not_names, not_numbers
 
 SITES = ("matrices", "biases", "norms", "convolutions")
 _HOW = ("reading", "threads", "restart")  # they decide no byte, or only through the data
@@ -29,9 +30,23 @@ class Settings:
     threads: int | None = None
     restart: bool = False
 
+    def __post_init__(self) -> None:
+        """Take one site or pattern by itself."""
+        for name in ("sites", "layers"):
+            object.__setattr__(self, name, listed(getattr(self, name)))
+
     def check(self) -> None:
         """Raise RequestError naming everything that is out of range."""
-        faults: list[str] = []
+        shares = ("ridge", "anchor_scale", "expert_share", "holdout")
+        faults = [
+            *not_numbers({n: getattr(self, n) for n in shares}, whole=False),
+            *not_numbers({n: getattr(self, n) for n in ("samples", "seed", "threads")}, whole=True),
+            *not_names({"sites": self.sites, "layers": self.layers}),
+        ]
+        if faults:
+            raise RequestError("calibrate refuses its arguments:\n  - " + "\n  - ".join(faults))
+        if not -(2**63) <= self.seed < 2**64:
+            faults.append(f"seed must have at most 64 bits; got {self.seed}")
         if not 0 <= self.ridge < math.inf:
             faults.append(f"ridge must be at least 0, and finite; got {self.ridge}")
         if not math.isfinite(self.anchor_scale):

@@ -10,6 +10,7 @@ from torch import nn
 from eutectic.conventions import PARTS, is_attention_or_mlp_input, layer_group
 from eutectic.errors import RequestError
 from eutectic.models.sites import Site, routable_sites, selected
+from eutectic.options import listed
 from eutectic.routed.routed_modules import RoutedAttention, RoutedLinear
 
 
@@ -33,7 +34,7 @@ def choose_layers(model: nn.Module, patterns: Sequence[str] | None = None) -> li
     """
     if any(isinstance(m, RoutedLinear | RoutedAttention) for m in model.modules()):
         raise RequestError("the model is routed already; build from the merged model itself.")
-    layers = routable_sites(model)
+    layers, patterns = routable_sites(model), listed(patterns)
     if patterns is None:
         chosen = [layer for layer in layers if is_attention_or_mlp_input(layer.name)]
     else:

@@ -11,7 +11,7 @@ from eutectic.cluster.where import ExecutorName
 from eutectic.errors import RequestError
 from eutectic.models.batches import TokenMask, Unmatched
 from eutectic.models.linear_head import Head
-from eutectic.options import dtype_name
+from eutectic.options import dtype_name, listed, not_names, not_numbers
 from eutectic.statistics.core_rows import CoreRows
 from eutectic.statistics.function_identity import describe_callable
 from eutectic.statistics.gram import Rank
@@ -24,6 +24,8 @@ _HOW = (
     *("share_inputs", "output_gradient_limit", "block_limit", "memory_bytes"),
     *("layers_per_pass", "fingerprint", "snapshot_seconds", "min_tokens"),
 )
+_COUNTS = ("max_examples", "min_tokens", "memory_bytes", "layers_per_pass")  # of at least 1
+_WHOLE = (*_COUNTS, "seed", "output_gradient_limit", "block_limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +72,10 @@ class Settings:
         return default if self.max_examples is None else self.max_examples
 
     def __post_init__(self) -> None:
-        """Take names of dtypes too, such as "float64" or "fp64"."""
+        """Take names of dtypes too, such as "float64" or "fp64", and one pattern by itself."""
         named = getattr(torch, str(dtype_name(self.dtype)), None)
         object.__setattr__(self, "dtype", named if isinstance(named, torch.dtype) else self.dtype)
+        object.__setattr__(self, "layers", listed(self.layers))
 
     def check(self) -> None:
         """Raise RequestError naming everything that is out of range."""
@@ -81,8 +84,13 @@ class Settings:
             *_choice("labels", self.labels, ("data", "sample")),
             *_choice("unmatched", self.unmatched, ("error", "all", "skip")),
             *_choice("dtype", self.dtype, (torch.float32, torch.float64)),
+            *not_numbers({name: getattr(self, name) for name in _WHOLE}, whole=True),
+            *not_numbers({"snapshot_seconds": self.snapshot_seconds}, whole=False),
+            *not_names({"layers": self.layers}),
         ]
-        counts = {"max_examples": self.max_examples, "min_tokens": self.min_tokens}
+        if faults:
+            raise RequestError("collect refuses its arguments:\n  - " + "\n  - ".join(faults))
+        counts = {name: getattr(self, name) for name in _COUNTS}
         for name, value in counts.items():
             if value is not None and value < 1:
                 faults.append(f"{name} must be at least 1; got {value}")
