@@ -163,6 +163,12 @@ def test_faults_name_the_options_that_were_typed(place: Path) -> None:
     assert closed.code == 2 and "--search auto is a closed form and takes no --tasks" in closed.err
     lacking = invoke(*common, "--search", "validation")
     assert "--search validation needs --tasks" in lacking.err
+    bare = invoke(*common, "--search", "auto")
+    said = " ".join(bare.err.split())
+    assert "--search auto needs statistics of every expert, and sst2, last have none." in said
+    assert "--search divergence --tasks tasks.yaml, or --search validation with labels." in said
+    bare = invoke("merge", *common[1:], "--scale", "auto", "-o", "x")
+    assert bare.code == 2 and "--scale auto needs statistics" in bare.err
     wrong = invoke(
         "merge", "--base", "base", "-m", "ties", "-p", "density=3", "-w", "last=x",
         "--set", "dtype=int4", "last", "runs/sst2", "-o", "x",

@@ -28,12 +28,24 @@ _TYPED: ContextVar[Mapping[str, str]] = ContextVar("eutectic_typed_options", def
 _OF_ARGUMENT = re.compile(
     r"^((?:  - )?)([a-z_]+)(?= (?:(?:is|are) one of|must be|are [a-z]|'[^'\n]*' is none of))", re.M
 )
+# How sentences about the choice of α spell it: as the key of a recipe.
+_OF_SCALE = re.compile(
+    r"(?<![-\w])(?:scale: (auto)\b|(?:scale: \{)?search: (\w+)(?:, tasks: ([^\s{}]+)\})?)"
+)
 
 
 def with_options(text: str) -> str:
     """Return an error's text with options, as they were typed, for the arguments behind them."""
     typed = _TYPED.get()
-    return _OF_ARGUMENT.sub(lambda m: m[1] + typed.get(m[2], m[2]), text)
+    text = _OF_ARGUMENT.sub(lambda m: m[1] + typed.get(m[2], m[2]), text)
+    if "search" in typed:
+        return _OF_SCALE.sub(_as_search, text)
+    return text.replace("scale: auto", f"{typed['scale']} auto") if "scale" in typed else text
+
+
+def _as_search(found: re.Match[str]) -> str:
+    way, tasks = found[1] or found[2], found[3]
+    return f"--search {way}" + (f" --tasks {tasks}" if tasks else "")
 
 
 class Verb(TyperCommand):

@@ -38,7 +38,10 @@ def choose_scale(plan: Plan, inputs: Inputs, opened: "Opened | None" = None) -> 
     """
     search = plan.search
     if search is None:
-        raise RequestError(f"the recipe's scale is {plan.scale}: there is nothing to search.")
+        raise RequestError(
+            f"the recipe's scale is {plan.scale}: there is nothing to search.\n"
+            "Choose search: validation or divergence (--search) with tasks, or gram or norm."
+        )
     if not any(t.tunable for t in plan.tensors):
         raise RequestError(
             "no tensor takes the recipe's scale: rules or scale_tensors fix every one of them.\n"

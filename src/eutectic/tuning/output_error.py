@@ -125,7 +125,8 @@ def prepare_closed_form(plan: Plan, inputs: Inputs) -> Choose:
         raise RequestError(
             f"scale: auto needs statistics of every expert, and {', '.join(lacking)} "
             f"{'has' if len(lacking) == 1 else 'have'} none.\n"
-            "Collect them (eutectic collect) and name them in the recipe, or search with data:\n"
+            "Collect them (eutectic collect) and name them as the experts' statistics, or search "
+            "with data:\n"
             "scale: {search: divergence, tasks: tasks.yaml}, or search: validation with labels."
         )
     if not _usable_layers(plan, inputs):
