@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from tests.helpers.fuzzing import damaged, documents, mutated, outcome, values
 
-from eutectic.cli.options import RecipeOptions, request
+from eutectic.cli.options import RecipeOptions
+from eutectic.cli.recipe_request import request
 from eutectic.data.images import open_image
 from eutectic.data.row_files import read_rows
 from eutectic.errors import RecipeError, StatisticsError, TaskError

@@ -20,7 +20,7 @@ from eutectic.drafting.draft import draft
 from eutectic.errors import EutecticError
 from eutectic.recipes.load import load_recipe
 from eutectic.routed.routed_folder import load_routed
-from eutectic.statistics.statistics_file import write_tensors
+from eutectic.statistics.tensor_file import write_tensors
 from eutectic.storage import announce, folder_aside
 
 from .test_checkpoints import CONFIG, WEIGHTS

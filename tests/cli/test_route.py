@@ -17,7 +17,7 @@ from eutectic.checkpoint import folder as side_files
 from eutectic.cli.route import route
 from eutectic.errors import RequestError
 from eutectic.routed import export_lora, load_routed, routed_folder
-from eutectic.routed.build import open_experts
+from eutectic.routed.expert_weights import open_experts
 from eutectic.statistics import collect
 from eutectic.storage import FolderAside
 from eutectic.storage.local_disk import LocalDisk

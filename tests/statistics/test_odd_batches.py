@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from eutectic.data.columns import ClassLabels, Columns
 from eutectic.data.encoded_rows import EncodedRows
 from eutectic.errors import RequestError, StatisticsError
-from eutectic.models.loading import longest_input
+from eutectic.models.model_inputs import longest_input
 from eutectic.statistics import add_statistics, collect
 from helpers.configs import tiny_model
 

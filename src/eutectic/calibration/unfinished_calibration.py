@@ -15,7 +15,7 @@ from eutectic.errors import (
     StatisticsError,
     why_failed,
 )
-from eutectic.statistics.statistics_file import TensorFile, write_tensors
+from eutectic.statistics.tensor_file import TensorFile, write_tensors
 from eutectic.storage import Lock, WrittenFiles, storage_of
 
 MODEL = "model"  # the folder of the output, in the work folder until it is complete

@@ -24,7 +24,8 @@ from eutectic.cli.console import (
 from eutectic.cli.corrections import options_in_faults
 from eutectic.cli.evaluate import MeasureOptions, grouped_proxy
 from eutectic.cli.named_words import named_paths
-from eutectic.cli.options import Json, LimitOptions, SharedRecipeOptions, option, request
+from eutectic.cli.options import Json, LimitOptions, SharedRecipeOptions, option
+from eutectic.cli.recipe_request import request
 from eutectic.cli.tune import parse_range
 from eutectic.errors import RequestError
 from eutectic.words import between, few

@@ -5,14 +5,8 @@ from pathlib import Path
 from eutectic.cli.console import grid, out, print_json, progress_bar, tell_done, tell_notes, verb
 from eutectic.cli.corrections import options_in_faults
 from eutectic.cli.merge import adapter_rows
-from eutectic.cli.options import (
-    ExtractOptions,
-    Json,
-    LimitOptions,
-    adapter_options,
-    argument,
-    option,
-)
+from eutectic.cli.options import ExtractOptions, Json, LimitOptions, argument, option
+from eutectic.cli.recipe_request import adapter_options
 from eutectic.recipes.units import format_bytes
 
 

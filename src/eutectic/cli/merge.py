@@ -11,7 +11,8 @@ from rich.markup import escape
 
 from eutectic.cli.console import grid, out, print_json, progress_bar, tell_done, tell_notes, verb
 from eutectic.cli.corrections import options_in_faults
-from eutectic.cli.options import Json, LimitOptions, RecipeOptions, option, request
+from eutectic.cli.options import Json, LimitOptions, RecipeOptions, option
+from eutectic.cli.recipe_request import request
 from eutectic.cli.report import page_beside, write_page
 from eutectic.cli.tune import known_scale
 from eutectic.errors import RequestError

@@ -15,7 +15,8 @@ from eutectic.cli.console import (
     verb,
 )
 from eutectic.cli.corrections import options_in_faults
-from eutectic.cli.options import Json, LimitOptions, RecipeOptions, option, request
+from eutectic.cli.options import Json, LimitOptions, RecipeOptions, option
+from eutectic.cli.recipe_request import request
 from eutectic.recipes.units import format_bytes
 from eutectic.sentences import shares
 from eutectic.words import counted

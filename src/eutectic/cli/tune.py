@@ -18,7 +18,8 @@ from eutectic.cli.console import (
     verb,
 )
 from eutectic.cli.corrections import options_in_faults
-from eutectic.cli.options import Json, LimitOptions, SearchedRecipeOptions, option, request
+from eutectic.cli.options import Json, LimitOptions, SearchedRecipeOptions, option
+from eutectic.cli.recipe_request import request
 from eutectic.errors import RequestError
 
 BAR = 16

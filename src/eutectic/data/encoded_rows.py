@@ -28,7 +28,8 @@ from eutectic.data.images import image_inputs, locate_images
 from eutectic.data.row_files import read_rows
 from eutectic.errors import RequestError
 from eutectic.models.batches import IGNORED_LABEL, Batch
-from eutectic.models.loading import LoadedModel, image_mode, longest_input, padding_id, takes_images
+from eutectic.models.loading import LoadedModel
+from eutectic.models.model_inputs import image_mode, longest_input, padding_id, takes_images
 from eutectic.models.task_kinds import GENERATIVE, PICTURES, TaskKind
 
 

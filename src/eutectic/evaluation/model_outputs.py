@@ -20,7 +20,7 @@ from eutectic.models.arguments import signature_of
 from eutectic.models.batches import IGNORED_LABEL
 from eutectic.models.hooks import evaluating
 from eutectic.models.linear_head import Head, features, read_head
-from eutectic.models.loading import padding_id, positions_of, tell_padding
+from eutectic.models.model_inputs import padding_id, positions_of, tell_padding
 from eutectic.models.sentence_modules import sentence_vectors
 from eutectic.models.task_kinds import EMBEDDING, ZERO_SHOT
 from eutectic.models.zero_shot import class_embeddings, class_logits

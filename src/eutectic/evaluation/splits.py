@@ -49,13 +49,8 @@ from eutectic.evaluation.embeddings import (
 )
 from eutectic.evaluation.identities import processor_hash
 from eutectic.evaluation.task_files import SPLITS, Part, Split, Task
-from eutectic.models.loading import (
-    image_mode,
-    load_config,
-    load_processor,
-    longest_input,
-    positions_of,
-)
+from eutectic.models.loading import load_config, load_processor
+from eutectic.models.model_inputs import image_mode, longest_input, positions_of
 from eutectic.models.task_kinds import EMBEDDING, PICTURES, ZERO_SHOT
 from eutectic.words import counted
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from eutectic.conventions import image_tower_names
 from eutectic.errors import CheckpointError, RequestError
 from eutectic.models.linear_head import Head
-from eutectic.models.loading import in_words, load_config, positions_of, transformers_for
+from eutectic.models.loading import in_words, load_config, transformers_for
+from eutectic.models.model_inputs import positions_of
 from eutectic.models.task_kinds import MODEL_CLASSES, ZERO_SHOT
 
 PROMPTS = ("a photo of a {}.",)

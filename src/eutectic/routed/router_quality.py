@@ -13,7 +13,7 @@ from eutectic.conventions import block_of
 from eutectic.errors import Note, RequestError
 from eutectic.models.arguments import signature_of
 from eutectic.models.hooks import evaluating
-from eutectic.routed.build import expert_statistics
+from eutectic.routed.expert_weights import expert_statistics
 from eutectic.routed.routed_folder import experts_of
 from eutectic.routed.routed_modules import Experts
 from eutectic.routed.router import POOLED, has_pooled, pooled_form

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from eutectic.statistics.statistics_file import StatisticsFile, core_ranks, entries_of
+from eutectic.statistics.statistics_file import StatisticsFile, core_ranks
+from eutectic.statistics.tensor_file import entries_of
 from eutectic.types import gram_names
 
 

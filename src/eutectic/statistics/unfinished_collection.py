@@ -18,7 +18,8 @@ from eutectic.errors import (
     first_line,
     why_failed,
 )
-from eutectic.statistics.statistics_file import TensorFile, lock_output, write_tensors
+from eutectic.statistics.statistics_file import lock_output
+from eutectic.statistics.tensor_file import TensorFile, write_tensors
 from eutectic.storage import Lock, storage_of
 from eutectic.words import shown
 

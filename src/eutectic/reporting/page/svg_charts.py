@@ -21,6 +21,15 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 66, 14, 24, 44
 SERIES = 5  # colours that stay apart; beyond, lines are dashed too
 
 
+@dataclass(frozen=True)
+class Legend:
+    """Which line is whose."""
+
+    name: str
+    kind: str
+    note: str = ""
+
+
 def tag(name: str, *inside: object, **attributes: object) -> Markup:
     """Return an element; `class_` and `font_size` are written `class` and `font-size`.
 
