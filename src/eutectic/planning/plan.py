@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
 from eutectic.checkpoint.adapters import WEIGHT_NAMES
 from eutectic.checkpoint.folder import check_side_files
-from eutectic.checkpoint.hub import hub_id
 from eutectic.checkpoint.index import TensorEntry
 from eutectic.checkpoint.output_format import (
     InShards,
@@ -40,6 +39,7 @@ from eutectic.planning.layer_config import Edit, layer_edits
 from eutectic.planning.notes import notes_on
 from eutectic.planning.shapes import another_base, empty_heads, shape_faults
 from eutectic.planning.shares import Shares, shares_of
+from eutectic.planning.stated_request import StatedRequest, stated_request
 from eutectic.planning.statistics_match import statistics_faults, statistics_names
 from eutectic.planning.table_rows import as_one_size, head_faults, with_vocabulary
 from eutectic.planning.tensor_plan import TensorPlan
@@ -52,23 +52,9 @@ from eutectic.recipes.schema import Recipe, ScaleSearch
 from eutectic.types import Treatment
 from eutectic.versions import version
 from eutectic.vocabulary.agreement import Vocabulary
-from eutectic.words import few, plain
+from eutectic.words import few
 
 USUAL_SHARD = 5_000_000_000  # bytes in a file, where the base's own files are no pattern
-
-
-@dataclass(frozen=True)
-class StatedRequest:
-    """A recipe as it was written."""
-
-    complete: Mapping[str, Any]  # every value, defaults included; it identifies the request
-    # what a user would write to get the same, without the folders of local paths, since cards are
-    # published. The scale is as asked for, a search included
-    published: Mapping[str, Any]
-    names: Mapping[str, str]  # parent ("base", "initial", the experts) -> its name in public
-    statistics_files: Mapping[str, str]  # expert -> its statistics file
-    hub_base: bool = False  # whether the base is a model of the hub, which cards may link to
-    default_for_texts: bool = False  # no scale is stated, and the models write texts
 
 
 @dataclass(frozen=True)
@@ -218,7 +204,7 @@ def make_plan(recipe: Recipe, inputs: Inputs, source: Source | None = None) -> P
             found.chat_template,
         ),
         request=replace(
-            _stated_request(recipe),
+            stated_request(recipe),
             default_for_texts=_defaults_for_texts(recipe, inputs),
         ),
         shares=shares,
@@ -303,58 +289,6 @@ def _defaults_for_texts(recipe: Recipe, inputs: Inputs) -> bool:
     named = inputs.config.get("architectures")
     listed = [str(name) for name in named] if isinstance(named, list) else []
     return kind_of_architectures(listed) in GENERATIVE
-
-
-def _stated_request(recipe: Recipe) -> StatedRequest:
-    """Return what a recipe says."""
-    values = recipe.model_dump(mode="json", exclude_defaults=True)
-    names = {"base": _shown(recipe.reference)}
-    values["base"] = None if recipe.base is None else names["base"]
-    init = recipe.parameters.get("init")
-    if isinstance(init, str):
-        names["initial"] = _shown(init)
-        values["parameters"] = {**recipe.parameters, "init": names["initial"]}
-    for name, spec in recipe.experts.items():
-        own = spec.model_dump(mode="json", exclude_defaults=True)
-        own = {k: _shown(v) if isinstance(v, str) else v for k, v in own.items()}
-        values["experts"][name] = own["path"] if len(own) == 1 else own
-        names[name] = own["path"]
-    files = {n: s.statistics for n, s in recipe.experts.items() if s.statistics is not None}
-    complete, hub_base = recipe.model_dump(mode="json"), _is_hub_id(recipe.reference)
-    if recipe.post is None:  # as before there were any
-        complete = {k: v for k, v in complete.items() if k != "post"}
-    if recipe.convolutions == "average":
-        complete = {k: v for k, v in complete.items() if k != "convolutions"}
-    if recipe.adapter_options is None:
-        complete = {k: v for k, v in complete.items() if k not in ("output", "adapter")}
-    else:  # what becomes of other changes is decided when all is merged
-        complete = {**complete, "adapter": {**(complete["adapter"] or {}), "others": None}}
-    if recipe.script is not None and recipe.script.stated is not None:
-        complete = {**complete, "stated": recipe.script.stated}
-        values = {"stated": _published(recipe.script.stated)}
-    return StatedRequest(complete, values, names, files, hub_base)
-
-
-def _published(stated: Any) -> Any:
-    """Return what was written without the folders of local paths."""
-    if isinstance(stated, Mapping):
-        items = cast("Mapping[str, Any]", stated).items()
-        return {key: _published(value) for key, value in items}
-    if isinstance(stated, (list, tuple)):
-        return [_published(value) for value in cast("Sequence[Any]", stated)]
-    if isinstance(stated, str) and "/" in stated and "\n" not in stated:
-        return "+".join(_shown(part) for part in stated.split("+"))
-    return stated
-
-
-def _shown(path: str) -> str:
-    """Return a hub id as it is, and of a local path its last part."""
-    return path if _is_hub_id(path) else plain(Path(path).name) or path
-
-
-def _is_hub_id(path: str) -> bool:
-    """Tell whether a checked recipe means a model of the hub: its local paths lead somewhere."""
-    return hub_id(path) is not None and not Path(path).exists()
 
 
 def _request(recipe: Recipe, inputs: Inputs, source: Source) -> MergeRequest:
