@@ -58,7 +58,7 @@ def lot(deltas: Tensor, parameters: LotParameters, context: Context) -> Merged:
 
     Deviations from the source: weights; scales of norms are averaged, where the source weighs
     them by the squares of what they multiply, of which statistics hold nothing; convolutions are
-    averaged too. Its λ is the scale α, 1 by default.
+    averaged unless they are taken as matrices. Its λ is the scale α, 1 by default.
 
     Raises:
         MethodError: negative weights, statistics of another shape.
