@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -153,8 +154,9 @@ def _stated(value: Any) -> dict[str, Any]:
 def vector_outcomes(task: Task, vectors: Tensor, references: Sequence[Any]) -> Outcomes:
     """Return the outcomes of vectors in the order of `embedded_texts`, one for every row.
 
-    Similarity: the cosines of pairs, and their scores. Retrieval: the figure of every query; see
-    `ranking_figure`. Cost of retrieval: queries × documents × width, in blocks of queries.
+    Similarity: the cosines of pairs, and their scores. Retrieval: the figure of every query, see
+    `ranking_figure`; of equal cosines the mean over their orders, see `tied_figure`.
+    Cost of retrieval: queries × documents × width, in blocks of queries.
     """
     assert task.kind in EMBEDDING
     count = len(references)
@@ -166,10 +168,18 @@ def vector_outcomes(task: Task, vectors: Tensor, references: Sequence[Any]) -> O
     values: list[float] = []
     for start in range(0, count, _QUERIES):
         cosines = units[start : min(start + _QUERIES, count)] @ documents.T
-        # Stable: of equal documents the first in the corpus comes first.
-        ranked = cosines.sort(dim=1, descending=True, stable=True).indices[:, :DEPTH].tolist()
-        for place, order in enumerate(ranked, start):
-            values.append(ranking_figure(task.metric_name, order, references[place]))
+        best = cosines.topk(min(DEPTH, cosines.shape[1]), dim=1)
+        reached = (cosines >= best.values[:, -1:]).sum(1).tolist()
+        for row, places in enumerate(best.indices.tolist()):
+            relevant, own = references[start + row], best.values[row].tolist()
+            if reached[row] == len(own) == len(set(own)):
+                values.append(ranking_figure(task.metric_name, places, relevant))
+                continue
+            sizes = Counter(own)
+            sizes[own[-1]] += reached[row] - len(own)
+            among = {place: float(cosines[row, place]) for place in relevant}
+            ties = [(n, [relevant[p] for p in among if among[p] == v]) for v, n in sizes.items()]
+            values.append(tied_figure(task.metric_name, ties, relevant))
     return Outcomes(np.array(values), np.ones(count))
 
 
@@ -189,6 +199,36 @@ def ranking_figure(metric: str, order: Sequence[int], relevant: Relevance) -> fl
     best = sorted(relevant.values(), reverse=True)[:DEPTH]
     found = _discounted([relevant.get(place, 0.0) for place in first])
     return found / _discounted(best)
+
+
+def tied_figure(
+    metric: str, ties: Sequence[tuple[int, Sequence[float]]], relevant: Relevance
+) -> float:
+    """Return the mean of a figure over all orders of documents of the same cosine.
+
+    `ties` are how many documents have each of the largest cosines, and the grades of those that
+    are relevant. Their order in the corpus tells nothing: a model whose vectors are all alike
+    would else find what stands first there. scikit-learn's nDCG is the same mean.
+    """
+    before, found, none_yet = 0, 0.0, 1.0
+    for size, grades in ties:
+        ranks = range(before + 1, min(before + size, DEPTH) + 1)
+        before += size
+        if metric == "recall_at_10":
+            found += len(grades) * len(ranks) / size
+        elif metric == "ndcg_at_10":
+            found += (
+                sum(grades) / size * _discounted([0.0] * (ranks.start - 1) + [1.0] * len(ranks))
+            )
+        else:  # one over the first relevant one's rank, times how likely it is the first
+            for passed, rank in enumerate(ranks):
+                hit = min(len(grades) / (size - passed), 1.0)
+                found += none_yet * hit / rank
+                none_yet *= 1 - hit
+    if metric == "recall_at_10":
+        return found / len(relevant)
+    best = sorted(relevant.values(), reverse=True)[:DEPTH]
+    return found / _discounted(best) if metric == "ndcg_at_10" else found
 
 
 def _discounted(grades: Sequence[float]) -> float:

@@ -119,7 +119,8 @@ def schema_fault(item: Any, source: Source, known_keys: Callable[[Location], lis
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
     got = item.get("input")
     shown = repr(got) if isinstance(got, (str, int, float, bool)) else ""
-    return Fault(item["type"], f"{message[0].lower()}{message[1:]}.", name, line, shown)
+    message = f"{message[0].lower()}{message[1:]}{'.' * (message[-1] not in '.?')}"
+    return Fault(item["type"], message, name, line, shown)
 
 
 def inside(path: str, source: Source) -> Path:
