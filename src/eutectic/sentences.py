@@ -250,7 +250,6 @@ SENTENCES: dict[str, Template] = {
     "convolution": "convolution kernel",
     "kernel_as_matrix": "convolution as a matrix over patches",
     "transposed_kernel_as_matrix": "transposed convolution as a matrix from inputs to patches",
-    "transposed_groups": "transposed convolution of several groups, which are not told apart",
     "groups_unknown": "no statistics say how many groups it has",
     "groups_assumed": "no statistics say how many groups it has: taken as one",
     "kernels_of_one_row": "averaged: each row is a map of its own",

@@ -270,24 +270,26 @@ def test_a_transposed_convolution_is_a_matrix_from_inputs_to_patches(
     assert "transposed convolution as a matrix from inputs to patches" in said[key]
 
 
-def upsampling(seed: int, axes: int) -> nn.Sequential:
+def upsampling(seed: int, axes: int, groups: int) -> nn.Sequential:
     """A transposed convolution of as many inputs as outputs, which no name tells."""
     torch.manual_seed(0)
     kind = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d}[axes]
-    made = nn.Sequential(kind(4, 4, 2, stride=2, padding=0))
+    made = nn.Sequential(kind(4, 4, 2, stride=2, groups=groups))
     torch.manual_seed(seed)
     for parameter in made.parameters() if seed else ():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return made
 
 
-@pytest.mark.parametrize("axes", [1, 2])
-def test_least_squares_of_a_transposed_convolution_is_that_of_its_outputs(axes: int) -> None:
+@pytest.mark.parametrize(("axes", "groups"), [(1, 1), (2, 1), (1, 2), (2, 2), (2, 4)])
+def test_least_squares_of_a_transposed_convolution_is_that_of_its_outputs(
+    axes: int, groups: int
+) -> None:
     """Patches side by side, so that outputs are the patches: the kernel whose outputs fit best."""
     run = {1: nn.functional.conv_transpose1d, 2: nn.functional.conv_transpose2d}[axes]
     seen = {n: images(s) if axes == 2 else images(s)[..., 0] for n, s in SEEDS.items()}
-    experts = {n: upsampling(s, axes) for n, s in SEEDS.items()}
-    base = upsampling(0, axes).state_dict()
+    experts = {n: upsampling(s, axes, groups) for n, s in SEEDS.items()}
+    base = upsampling(0, axes, groups).state_dict()
     found = eutectic.merge_state_dicts(
         base,
         {n: e.state_dict() for n, e in experts.items()},
@@ -301,27 +303,35 @@ def test_least_squares_of_a_transposed_convolution_is_that_of_its_outputs(axes: 
     for name, expert in experts.items():
         x, delta = seen[name].double(), (expert[0].weight - base["0.weight"]).double()
         basis = torch.eye(delta.numel(), dtype=torch.float64).view(-1, *delta.shape)
-        rows.append(torch.stack([run(x, e, None, 2).flatten() for e in basis], 1))
-        wanted.append(run(x, delta, None, 2).flatten())
+        each = [run(x, e, None, 2, 0, 0, groups).flatten() for e in basis]
+        rows.append(torch.stack(each, 1))
+        wanted.append(run(x, delta, None, 2, 0, 0, groups).flatten())
     fitted = torch.linalg.lstsq(torch.cat(rows), torch.cat(wanted)[:, None]).solution
     merged = (found - base["0.weight"]).double()
     torch.testing.assert_close(merged.flatten(), fitted.flatten(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("post", [None, "svc"])
 @pytest.mark.parametrize(("channels", "name"), [(4, "up"), (6, "deconv")])
-def test_groups_of_transposed_convolutions_stay_averaged_and_the_plan_says_so(
-    tmp_path: Path, channels: int, name: str
+def test_groups_of_transposed_convolutions_are_matrices_of_their_own(
+    tmp_path: Path, channels: int, name: str, post: str | None
 ) -> None:
+    """Without statistics, by the size of the bias; each as a linear layer on its own channels."""
     key = f"{name}.weight"
-    both = {
-        n: transposed(s, channels, 2, name, True) | model(s).state_dict() for n, s in SEEDS.items()
-    }
-    base = transposed(0, channels, 2, name, True) | model(0).state_dict()
-    options: dict[str, Any] = {"method": "iso_c", "convolutions": "matrix", "scale": 1.0}
-    found = eutectic.merge_state_dicts(base, both, **options)[key]
-    torch.testing.assert_close(found, torch.stack([s[key] for s in both.values()]).mean(0))
-    folders = {n: str(save(tmp_path / n, s)) for n, s in both.items()}
+    states = {n: transposed(s, channels, 2, name, True) for n, s in SEEDS.items()}
+    base = transposed(0, channels, 2, name, True)
+    options: dict[str, Any] = {"method": "iso_c", "scale": 1.0, "post": post}
+    found = eutectic.merge_state_dicts(base, states, convolutions="matrix", **options)[key]
+
+    def linear(state: dict[str, Tensor], half: int) -> dict[str, Tensor]:
+        return {"0.weight": state[key].chunk(2)[half].flatten(1).T.contiguous()}
+
+    for half, own in enumerate(found.chunk(2)):
+        apart = {n: linear(s, half) for n, s in states.items()}
+        expected = eutectic.merge_state_dicts(linear(base, half), apart, **options)["0.weight"]
+        torch.testing.assert_close(own.flatten(1).T, expected, rtol=1e-5, atol=1e-6)
+    folders = {n: str(save(tmp_path / n, s)) for n, s in states.items()}
     asked: dict[str, Any] = {"base": save(tmp_path / "base", base), "experts": folders}
     planned = eutectic.plan(**asked, method="iso_c", convolutions="matrix").tensors
     said = {tensor["name"]: tensor["why"] for tensor in planned}
-    assert "transposed convolution of several groups" in said[key]
+    assert "transposed convolution as a matrix from inputs to patches" in said[key]

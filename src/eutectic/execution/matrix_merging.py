@@ -12,7 +12,14 @@ from eutectic.conventions import PARTS, is_packed
 from eutectic.errors import NumericalError
 from eutectic.execution.grouped_kernels import by_groups
 from eutectic.execution.norms import Squares, squares_of
-from eutectic.execution.tensor_values import as_map, check_finite, read_base, read_delta, read_stack
+from eutectic.execution.tensor_values import (
+    as_map,
+    as_stored,
+    check_finite,
+    read_base,
+    read_delta,
+    read_stack,
+)
 from eutectic.linalg.lowrank import LowRankStack
 from eutectic.methods import Context, get_method
 from eutectic.methods.matrices import run_method
@@ -72,9 +79,7 @@ def _as_matrix(entry: LayerStatistics, planned: TensorPlan) -> LayerStatistics:
     fisher = entry.fisher_diagonal
     if fisher is None or tuple(fisher.shape) != planned.shape:
         return entry  # of another shape, which the method will refuse
-    fisher = fisher.reshape(planned.matrix_shape)
-    if planned.layout.transpose:
-        fisher = fisher.mT
+    fisher = as_map(fisher.reshape(-1), planned)
     return dataclasses.replace(entry, fisher_diagonal=fisher)
 
 
@@ -152,9 +157,7 @@ def merge_matrices(
                 seen = some_rows(deltas, rows)
                 near, result = None if near is None else near[rows], merged[rows]
             squares[suffix + part] = squares_of(seen, near, result)
-        if planned.layout.transpose:
-            merged = merged.mT
-        yield start, merged.contiguous().flatten().cpu(), record
+        yield start, as_stored(merged, planned).cpu(), record
 
 
 def _thin(planned: TensorPlan, inputs: Inputs, base: Tensor) -> LowRankStack | None:

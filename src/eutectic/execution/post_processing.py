@@ -23,7 +23,7 @@ from eutectic.execution.matrix_merging import (
     thin_deltas,
 )
 from eutectic.execution.norms import Squares, squares_of
-from eutectic.execution.tensor_values import as_map, read_base, read_stack
+from eutectic.execution.tensor_values import as_map, as_stored, read_base, read_stack
 from eutectic.linalg.lowrank import LowRank, LowRankStack
 from eutectic.methods import Context
 from eutectic.methods.matrices import processed
@@ -60,7 +60,7 @@ def process_matrices(
             of_rows = functools.partial(_of_rows, planned, matrix)
             kernel, told = by_groups(deltas, context, planned.layout.groups, of_rows)
             squares[suffix] = squares_of(deltas, near, kernel)
-            yield span[0], kernel.flatten().cpu(), {suffix or "matrix": told}
+            yield span[0], as_stored(kernel, planned).cpu(), {suffix or "matrix": told}
             continue
         for part, rows in planned.row_parts(len(matrix)):
             seen = some_rows(deltas, rows) if part else deltas
@@ -72,10 +72,7 @@ def process_matrices(
             results.append(result)
             squares[suffix + part] = squares_of(seen, near[rows], result)
             record[suffix + part or "matrix"] = told
-        whole = torch.cat(results)
-        if planned.layout.transpose:
-            whole = whole.mT
-        yield span[0], whole.contiguous().flatten().cpu(), record
+        yield span[0], as_stored(torch.cat(results), planned).cpu(), record
 
 
 def _of_rows(

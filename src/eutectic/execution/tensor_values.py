@@ -206,6 +206,28 @@ def block_ranges(planned: TensorPlan) -> Iterator[tuple[int, int]]:
 
 
 def as_map(values: Tensor, planned: TensorPlan) -> Tensor:
-    """View flat values `[…, n]` of one matrix as the linear map `[…, out, in]`."""
+    """View flat values `[…, n]` of one matrix as the linear map `[…, out, in]`.
+
+    A transposed convolution of several groups keeps them one below the other, each `[in, out]`; as
+    maps they are again one below the other.
+    """
     matrix = values.view((*values.shape[:-1], *planned.matrix_shape))
-    return matrix.mT if planned.layout.transpose else matrix
+    if not planned.layout.transpose:
+        return matrix
+    return _groups_turned(matrix, planned.layout.groups)
+
+
+def as_stored(matrix: Tensor, planned: TensorPlan) -> Tensor:
+    """Return the flat values of a linear map `[out, in]` as the file lays them out."""
+    if planned.layout.transpose:
+        matrix = _groups_turned(matrix, planned.layout.groups)
+    return matrix.contiguous().flatten()
+
+
+def _groups_turned(matrix: Tensor, groups: int) -> Tensor:
+    """Turn each of the matrices that lie one below the other in `[…, groups·rows, columns]`."""
+    if groups == 1:
+        return matrix.mT
+    *lead, height, columns = matrix.shape
+    turned = matrix.reshape(*lead, groups, height // groups, columns).mT
+    return turned.reshape(*lead, groups * columns, height // groups)

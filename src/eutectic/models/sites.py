@@ -85,12 +85,8 @@ def find_sites(
     observed: set[int] = set()
     for site in _linear_maps(model, convolutions, sites.skipped):
         turned = site.kind == "transposed_convolution"
-        if turned and (site.groups > 1 or not every_kind):
-            several = " of several groups" if site.groups > 1 else ""
-            sites.skipped[site.name] = f"transposed convolution{several}"
-            continue
-        if site.groups > 1 and not every_kind:
-            sites.skipped[site.name] = "grouped convolution"
+        if (site.groups > 1 or turned) and not every_kind:
+            sites.skipped[site.name] = f"{'transposed' if turned else 'grouped'} convolution"
             continue
         observed.add(id(site.weight))
         if not selected(site.name, patterns):

@@ -29,7 +29,8 @@ def with_kernels(entry: TensorEntry, decision: Decision, request: MergeRequest) 
 
     A transposed convolution keeps `[in, out, *k]`: it maps the inputs of one position to a patch of
     outputs, by the matrix `[out·k, in]`, which lies transposed in the file, and its Gram is that of
-    single positions of the input. Of several groups it stays as it is.
+    single positions of the input. Of several groups it keeps `[in, out/groups, *k]`, one below the
+    other.
     """
     axes = len(entry.shape)
     if axes < 3 or decision.layout.stacked or decision.layout.split:
@@ -37,14 +38,9 @@ def with_kernels(entry: TensorEntry, decision: Decision, request: MergeRequest) 
     asked = request.recipe.convolutions == "matrix" and decision.treatment is Treatment.CONV
     if decision.treatment is not Treatment.MATRIX and (decision.ruled or not asked):
         return decision
-    known = _known_kind(entry, request)
-    turned = 1 if known == "transposed_convolution" else 0
-    if known is None:
-        turned = _transposed_groups(entry, request)
+    turned = _transposed_groups(entry, request)
     if turned:
-        if turned > 1:
-            return decision.because(*decision.reason, Note("transposed_groups"))
-        layout = replace(decision.layout, transpose=True)
+        layout = replace(decision.layout, transpose=True, groups=turned)
         reason = (Note(TRANSPOSED),) if asked else decision.reason
         decision = decision.because(*reason, treatment=Treatment.MATRIX)
         return replace(decision, layout=layout)
@@ -62,9 +58,12 @@ def with_kernels(entry: TensorEntry, decision: Decision, request: MergeRequest) 
 def _transposed_groups(entry: TensorEntry, request: MergeRequest) -> int:
     """Return how many groups a transposed convolution has, 0 where a kernel is of another kind.
 
-    A bias has as many entries as there are outputs. Where inputs are as many, or no bias is there,
-    only a name can say it.
+    Statistics that saw it say so. Else a bias does, which has as many entries as there are outputs;
+    where inputs are as many, or no bias is there, only a name can say it.
     """
+    if (known := _known_kind(entry, request)) is not None:
+        turned = known == "transposed_convolution"
+        return (_groups(entry, request) or 1) if turned else 0
     inputs, outputs = entry.shape[:2]
     bias = request.inputs.base.entries.get(bias_beside(entry.name))
     size = bias.shape[0] if bias is not None and len(bias.shape) == 1 else None

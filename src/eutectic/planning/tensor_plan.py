@@ -99,7 +99,7 @@ class Layout:
     transpose: bool = False  # the file holds [in, out]
     split: tuple[int, ...] = ()  # heights of fused matrices, or empty
     stacked: bool = False  # a stack [E, out, in], merged matrix by matrix
-    groups: int = 1  # of a convolution, whose rows are so many matrices with inputs of their own
+    groups: int = 1  # of a convolution: so many matrices in its rows, with inputs of their own
     whole: bool = False  # the method sees the tensor in its own shape, whatever it is
 
 
@@ -192,10 +192,12 @@ class TensorPlan:
     def matrix_shapes(self) -> list[tuple[int, int]]:
         """[out, in] of each matrix that a method sees."""
         *_, rows, columns = self.matrix_shape
+        groups = self.layout.groups
+        if groups > 1:  # one below the other in the file, whichever way round each is
+            height = rows // groups
+            return [(columns, height) if self.layout.transpose else (height, columns)] * groups
         if self.layout.transpose:
             rows, columns = columns, rows
-        if self.layout.groups > 1:
-            return [(rows // self.layout.groups, columns)] * self.layout.groups
         return [(height, columns) for height in self.layout.split or (rows,)]
 
     def row_parts(self, rows: int) -> Iterator[tuple[str, slice]]:

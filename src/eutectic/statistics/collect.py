@@ -112,8 +112,8 @@ def collect(
             - `max_examples`: stop after so many; default all, or 1000 when gradients are collected.
             - `min_tokens`: refuse to write sums over fewer tokens: texts can be told from them.
             - `layers`: globs over parameter names.
-            - `convolutions`: 1-D and 2-D convolutions too, as `[out, in·k·k]`; of several groups,
-              a Gram for each. Transposed ones of one group as `[out·k·k, in]`.
+            - `convolutions`: 1-D and 2-D convolutions too, as `[out, in·k·k]`, transposed ones as
+              `[out·k·k, in]`; of several groups, a Gram for each.
             - `rank`: store Grams of layers wider than this as `rank` directions plus a diagonal;
               "auto": as the fewest that leave at most a tenth of the trace to it, and at most 512.
               Where 4·rank + 32 or more inputs are seen ("auto": 2080), the matrix is never formed:

@@ -327,12 +327,17 @@ def _check_tensor(path: Path, name: str, shape: tuple[int, ...], record: Mapping
 
 
 def groups_of(layer: Mapping[str, Any]) -> int:
-    """Return how many groups a layer of a record has: 1 but for grouped convolutions."""
+    """Return how many groups a layer of a record has: 1 but for grouped convolutions.
+
+    Beside its kernel `[out, in/groups, *k]` stands the shape `[out, in·k]` of the map of all, and
+    beside a transposed one's `[in, out/groups, *k]` the shape `[out·k, in]`.
+    """
     shape, parameter = layer["shape"], layer["parameter"]
     kernel = math.prod(parameter[1:])
-    if layer.get("kind") != "convolution" or len(shape) != 2 or not kernel:
+    side = {"convolution": 1, "transposed_convolution": 0}.get(str(layer.get("kind")))
+    if side is None or len(shape) != 2 or not kernel:
         return 1
-    return max(shape[1] // kernel, 1)
+    return max(shape[side] // kernel, 1)
 
 
 def core_ranks(record: Mapping[str, Any]) -> Mapping[str, list[int]]:
