@@ -458,7 +458,7 @@ SENTENCES: dict[str, Template] = {
         "the experts' is {lost_percent:.0f} % of what it is without merging (100 %: the base). "
         "That compares values of α and says little of how well the model does: one that keeps "
         "most of the experts' accuracy may have 80 % and more. Where there are inputs, even "
-        "unlabelled, search: divergence is safer"
+        "unlabelled, a search by divergence is safer"
     ),
     "norm_scale": (
         "scale {scale:g}, at which the merged change is as large as the experts' own are on "

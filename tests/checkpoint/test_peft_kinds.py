@@ -333,6 +333,7 @@ def test_places_that_are_not_there(tmp_path: Path, case: str, place: float) -> N
     (alone,) = eutectic.check(folder)
     known = "vblora" in case or place <= 0
     assert [f.kind for f in alone.faults] == ["misplaced_indices"] * known
+    assert "integers_held" not in {note.kind for note in alone.notes}
     (against,) = eutectic.check(folder, base=tmp_path / "base")
     assert [f.kind for f in against.faults] == ["misplaced_indices" if known else "other_base"]
     assert any(text in against.faults[0].what for text in says) or known

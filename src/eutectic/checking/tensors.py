@@ -10,6 +10,7 @@ from eutectic.checking.configuration import floats_of, plain_dtype
 from eutectic.checking.report import Finding
 from eutectic.checkpoint.header import TensorEntry
 from eutectic.checkpoint.reader import TensorSource
+from eutectic.conventions_adapters import adapter_part
 from eutectic.conventions_heads import is_buffer
 from eutectic.errors import Fault, Note
 from eutectic.planning.tied_groups import equal_tensors, is_output
@@ -35,6 +36,7 @@ def tensor_findings(source: TensorSource, config: Mapping[str, Any]) -> Iterator
         name
         for name, entry in entries.items()
         if not (entry.dtype.is_floating_point or is_buffer(name, len(entry.shape)))
+        and adapter_part(name) is None  # indices of a change, which is merged
     ]
     if integers:
         yield Note("integers_held", tuple(integers))
