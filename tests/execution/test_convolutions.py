@@ -311,6 +311,19 @@ def test_least_squares_of_a_transposed_convolution_is_that_of_its_outputs(
     torch.testing.assert_close(merged.flatten(), fitted.flatten(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_bare_statistics_tell_a_transposed_kernel_by_the_inputs_that_they_saw(groups: int) -> None:
+    experts = {n: upsampling(s, 2, groups) for n, s in SEEDS.items()}
+    states = {n: e.state_dict() for n, e in experts.items()}
+    collected = {n: collect(e, [images(SEEDS[n])], convolutions=True) for n, e in experts.items()}
+    options: dict[str, Any] = {"method": "regmean", "convolutions": "matrix", "scale": 1.0}
+    base = upsampling(0, 2, groups).state_dict()
+    told = eutectic.merge_state_dicts(base, states, statistics=collected, **options)
+    bare = {n: {name: found[name] for name in found} for n, found in collected.items()}
+    found = eutectic.merge_state_dicts(base, states, statistics=bare, **options)
+    assert torch.equal(found["0.weight"], told["0.weight"])
+
+
 @pytest.mark.parametrize("post", [None, "svc"])
 @pytest.mark.parametrize(("channels", "name"), [(4, "up"), (6, "deconv")])
 def test_groups_of_transposed_convolutions_are_matrices_of_their_own(

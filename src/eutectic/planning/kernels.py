@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -80,10 +81,25 @@ def _known_kind(entry: TensorEntry, request: MergeRequest) -> str | None:
     """Return what statistics of any expert call the layer of a kernel that they observed."""
     for owner, statistics in request.inputs.statistics.items():
         own = request.statistics_names.get(owner, {}).get(entry.name)
-        kind = (statistics.provenance.get("layers") or {}).get(own, {}).get("kind")
+        if own is None:
+            continue
+        layers = statistics.provenance.get("layers")
+        if layers is not None:
+            kind = layers[own].get("kind")
+        else:  # in memory, where nothing is read
+            gram = statistics.read(own, {"gram"}).gram if statistics.has(own, "gram") else None
+            kind = None if gram is None else _kind_by_inputs(gram.shape, entry.shape)
         if kind in ("convolution", "transposed_convolution"):
             return str(kind)
     return None
+
+
+def _kind_by_inputs(gram: Sequence[int], kernel: Sequence[int]) -> str | None:
+    """Return the kind of kernel that sees the inputs of a Gram, None where it may be of either."""
+    patch, inputs = math.prod(kernel[1:]), math.prod(gram[:-1])
+    if (gram[-1] == patch) == (inputs == kernel[0]):
+        return None
+    return "convolution" if gram[-1] == patch else "transposed_convolution"
 
 
 def _groups(entry: TensorEntry, request: MergeRequest) -> int | None:
