@@ -10,7 +10,7 @@ from importlib.metadata import version
 import pytest
 import typer
 
-from eutectic.cli import console, main, options
+from eutectic.cli import console, main, named_words
 from eutectic.errors import CheckpointError, RequestError
 from helpers.processes import run_cli
 
@@ -133,13 +133,13 @@ def test_errors_that_nobody_expects_are_not_hidden():
 @pytest.mark.parametrize("word", ["a", "=b", "a=", ""])
 def test_words_that_are_no_pairs(word):
     with pytest.raises(RequestError, match="must have the form name=value"):
-        options.pairs([word], "--param")
+        named_words.pairs([word], "--param")
 
 
 def test_pairs():
-    assert options.pairs(["a=b=c", "x=1"], "--param") == {"a": "b=c", "x": "1"}
+    assert named_words.pairs(["a=b=c", "x=1"], "--param") == {"a": "b=c", "x": "1"}
     with pytest.raises(RequestError, match="--param 'a' is given twice"):
-        options.pairs(["a=1", "a=2"], "--param")
+        named_words.pairs(["a=1", "a=2"], "--param")
 
 
 def test_help_imports_nothing_that_is_slow():
