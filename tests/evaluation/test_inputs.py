@@ -158,6 +158,17 @@ def test_texts_longer_than_the_models_positions(tmp_path: Path):
         evaluated(tmp_path, rows, folder, max_length=100)
 
 
+def test_tokens_without_a_row_are_named(tmp_path: Path):
+    folder = world.save(world.make("bert"), tmp_path / "m")
+    tokenizer = world.tokenizer()
+    tokenizer.add_tokens([f"added{i}" for i in range(30)])  # and the table was not resized
+    tokenizer.save_pretrained(folder)
+    last = len(tokenizer) - 1
+    said = rf"task 'a': the inputs hold the token {last}, and the model's table ends at 29"
+    with pytest.raises(RequestError, match=said):
+        evaluated(tmp_path, labelled(["w1 added29", "w2"]), folder)
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [

@@ -59,8 +59,10 @@ def test_a_head_of_ones_own_has_classes_of_its_own(folder: Path, number: bool):
     # Names in the task hold for every model; a lent head brings the expert's classes.
     if not number:
         assert figures(folder, answers, labels=list(LABELS))["base"] != found["a"]
-        lent = figures(folder, answers, head_tensors=["classifier.*"])
+        lent = figures(folder, answers, head_tensors=["score.*", "classifier.*"])
         assert lent["base"] == found["a"]
+        with pytest.raises(TaskError, match="head_tensors: clasifier.*: no tensor of .*expert has"):
+            figures(folder, answers, head_tensors=["clasifier.*"])  # would leave the base's own
 
 
 def test_names_that_only_count_give_way_to_the_experts(folder: Path):

@@ -385,6 +385,15 @@ def test_requests_that_make_no_sense(arguments: dict, message: str) -> None:
         collect(bert(), batched(examples("bert"), 2), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("shape", "token", "message"),
+    [((2, 5), 10**6, "the token 1000000, and the model's table ends at"), ((2, 900), 1, "900 tok")],
+)
+def test_inputs_that_no_model_of_this_size_takes(shape: tuple, token: int, message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        collect(bert(), [{"input_ids": torch.full(shape, token)}])
+
+
 @pytest.mark.parametrize("batches", [[], [{"input_ids": torch.zeros(0, 3).long()}]])
 def test_no_data_is_an_error(batches: list) -> None:
     with pytest.raises(RequestError, match="there is no data"):

@@ -12,7 +12,7 @@ from eutectic.checkpoint.index import read_json_object
 from eutectic.checkpoint.locating import locate
 from eutectic.checkpoint.module_folders import MODULES_NAME
 from eutectic.data.python_functions import source_file
-from eutectic.errors import CheckpointError, RequestError, suggest
+from eutectic.errors import CheckpointError, Fault, RequestError, TaskError, suggest
 from eutectic.evaluation.identities import (
     ROUTED,
     ROUTED_HEADS,
@@ -43,6 +43,7 @@ from eutectic.models.task_models import (
     head_advice,
     lacking_head,
     load_model,
+    names_no_head,
 )
 from eutectic.models.zero_shot import embed_pictures
 from eutectic.storage import view_once
@@ -302,6 +303,7 @@ def check_heads(checkpoints: Checkpoints, tasks: Mapping[str, Task]) -> None:
 
     Raises:
         CheckpointError: naming the tasks, and the experts to name.
+        TaskError: `head_tensors` that fit none of the expert's.
     """
     for checkpoint in checkpoints.all:
         own = [
@@ -312,7 +314,10 @@ def check_heads(checkpoints: Checkpoints, tasks: Mapping[str, Task]) -> None:
         lacking: dict[str, tuple[str, ...]] = {}
         known: dict[str, tuple[str, ...]] = {}
         for task in own:
-            if checkpoint.routed or checkpoints.head_of(checkpoint, task) is not None:
+            lender = checkpoints.head_of(checkpoint, task)
+            if checkpoint.routed or lender is not None:
+                if lender is not None and not checkpoint.routed:
+                    _check_patterns(checkpoint, lender, task, checkpoints.base)
                 continue
             if checkpoint.of_expert(task).is_dir() or task.head is not None:
                 continue
@@ -330,6 +335,15 @@ def check_heads(checkpoints: Checkpoints, tasks: Mapping[str, Task]) -> None:
                 f"{checkpoint.folder}: {which} tensors that the checkpoint lacks: "
                 f"{few(lacking[first.name])}.\n{head_advice(first.expert_name)}"
             )
+
+
+def _check_patterns(checkpoint: Checkpoint, lender: Path, task: Task, base: Path | None) -> None:
+    if names_no_head(checkpoint.folder, lender, task, base):
+        patterns = ", ".join(task.head_tensors)
+        fault = Fault(
+            "head_tensors", f"{patterns}: no tensor of {lender} has such a name.", "head_tensors"
+        )
+        raise TaskError([fault], f"task '{task.name}'")
 
 
 def named_checkpoints(

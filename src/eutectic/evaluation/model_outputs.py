@@ -20,9 +20,10 @@ from eutectic.models.arguments import signature_of
 from eutectic.models.batches import IGNORED_LABEL
 from eutectic.models.hooks import evaluating
 from eutectic.models.linear_head import Head, features, read_head
-from eutectic.models.model_inputs import padding_id, positions_of, tell_padding
+from eutectic.models.model_inputs import padding_id, tell_padding
 from eutectic.models.sentence_modules import sentence_vectors
 from eutectic.models.task_kinds import EMBEDDING, ZERO_SHOT
+from eutectic.models.unfit_inputs import unfit_in_words
 from eutectic.models.zero_shot import class_embeddings, class_logits
 
 Precision = Literal["float32", "bfloat16"]
@@ -112,11 +113,12 @@ def outputs(
         compute = _computation(model, prepared, head)
         for batch in prepared.batches:
             placed = {name: batch[name].to(device) for name in takes(batch)}
-            try:
+            where, advice = (
+                f"task '{prepared.task.name}': ",
+                "Set the task's max_length to {} or less.",
+            )
+            with unfit_in_words(model, placed, where, advice):
                 found.append(compute(model, placed).cpu())
-            except (IndexError, RuntimeError):
-                _check_length(model, placed, prepared.task)
-                raise
             if progress is not None:
                 progress(told.of(len(found[-1])))
     together = _concatenated(found)
@@ -185,17 +187,6 @@ def _precision(kind: str, dtype: Precision) -> AbstractContextManager[Any]:
             "Leave the dtype out, or the device."
         )
     return torch.autocast(kind, torch.bfloat16)
-
-
-def _check_length(model: Any, batch: dict[str, Tensor], task: Task) -> None:
-    """Say so if inputs are longer than the model's table of positions."""
-    limit = positions_of(getattr(model, "config", None))
-    length = batch["input_ids"].shape[1] if "input_ids" in batch else 0
-    if limit is not None and length > limit:
-        raise RequestError(
-            f"task '{task.name}': inputs of {length} tokens, and the model has {limit} positions.\n"
-            f"Set the task's max_length to {limit} or less."
-        )
 
 
 def _computation(

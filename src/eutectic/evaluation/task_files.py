@@ -187,6 +187,14 @@ class TaskSpec(_Strict):
             raise ValueError("`chat_template` is for the kind 'language-model'")
         if self.head is not None and self.kind not in WITH_HEAD:
             raise ValueError(f"`head` is not for the kind '{self.kind}'")
+        if self.head_tensors and self.head is not None:
+            raise ValueError(
+                "`head_tensors` name tensors of the models' own heads; `head` is a file"
+            )
+        if self.head_tensors and self.kind in (*EMBEDDING, ZERO_SHOT, "function"):
+            raise ValueError(
+                f"`head_tensors` is not for the kind '{self.kind}', which lends no head"
+            )
         shares: dict[tuple[str, str | None], list[float | None]] = {}
         for part in self.data.values():
             shares.setdefault((part.path, part.subset), []).append(part.share)

@@ -12,6 +12,7 @@ from torch import Tensor
 from eutectic.errors import RequestError, StatisticsError
 from eutectic.models.arguments import LABELS, signature_of
 from eutectic.models.sites import Site
+from eutectic.models.unfit_inputs import unfit_in_words
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 TokenMask = Callable[[Any], Tensor | None]
@@ -36,12 +37,14 @@ def call(model: torch.nn.Module, batch: Batch) -> Any:
     """Run the model on a batch: mappings as keywords, sequences as positions.
 
     Labels are left out where the model takes none: they are for a head of its own, or an objective.
+    Tokens without a row and inputs that are too long are a RequestError.
     """
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, Mapping):
-        return model(**{name: batch[name] for name in signature_of(model).taken(batch)})
-    return model(*batch)
+    with unfit_in_words(model, batch):
+        if isinstance(batch, Tensor):
+            return model(batch)
+        if isinstance(batch, Mapping):
+            return model(**{name: batch[name] for name in signature_of(model).taken(batch)})
+        return model(*batch)
 
 
 def transform(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:

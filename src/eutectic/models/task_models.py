@@ -189,6 +189,21 @@ def head_tensors(
         return _head(lender, index, task)
 
 
+def names_no_head(
+    folder: str | Path, expert: str | Path, task: ModelTask, base: str | Path | None = None
+) -> bool:
+    """Return whether none of `task.head_tensors` fits a tensor of the expert that lends its head.
+
+    Then the body would keep its own head, and nothing would show it.
+    """
+    if not task.head_tensors or is_ia3(Path(expert)):
+        return False
+    index = logical_index(base_folder(Path(folder), base))
+    with _opened(Path(expert), index, base) as lender:
+        names = [*lender.entries, *lender.extra, *(e.name for e in lender.extra.values())]
+        return not any(fits(name, pattern) for name in names for pattern in task.head_tensors)
+
+
 def borrows_head(
     folder: str | Path, expert: str | Path, task: ModelTask, base: str | Path | None = None
 ) -> bool:
