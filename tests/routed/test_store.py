@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from eutectic.errors import CheckpointError, RequestError
+from eutectic.errors import CheckpointError, OutputError, RequestError
 from eutectic.routed import build_routed, export_lora, load_routed, routing
+from eutectic.routed.routed_folder import save_routed
 
 from .world import EXPERTS, WORLDS, TorchEncoder, World, bert, counted, output, torch_encoder
 
@@ -217,3 +219,20 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path):
         export_lora(routed, tmp_path)
     with pytest.raises(RequestError, match="not a routed model"):
         export_lora(bert().merged, tmp_path)
+
+
+@pytest.mark.parametrize("write", [save_routed, export_lora])
+def test_a_full_disk_is_told_of_in_words_and_leaves_nothing(
+    write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+):
+    routed = build(bert())
+    write(routed, tmp_path / "whole")
+    assert "Writing" not in capfd.readouterr().err  # the bar of transformers
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+
+    monkeypatch.setattr(type(routed), "save_pretrained", full)
+    with pytest.raises(OutputError, match="cannot be written: the disk is full: "):
+        write(routed, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -13,9 +13,10 @@ One set of rules for every call of transformers' loaders:
 """
 
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -287,6 +288,12 @@ def quietly(transformers: Any) -> Iterator[None]:
         log.set_verbosity(verbosity)
         if bars:
             log.enable_progress_bar()
+
+
+def writing_quietly() -> AbstractContextManager[None]:
+    """Silence transformers while a model saves itself; where none is loaded, it is none of its."""
+    transformers = sys.modules.get("transformers")
+    return nullcontext() if transformers is None else quietly(transformers)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from eutectic.checkpoint.folder import copy_side_files, feeding_files, module_fi
 from eutectic.checkpoint.reader import StateDictReader
 from eutectic.checkpoint.writer import CheckpointWriter, OutputFile, write_atomically
 from eutectic.errors import CheckpointError, OutputError, RequestError, why_failed
-from eutectic.models.loading import load_stored
+from eutectic.models.loading import load_stored, writing_quietly
 from eutectic.models.sites import Site, routable_sites
 from eutectic.routed.adapter_folders import Export, write_expert
 from eutectic.routed.forward_pass import Routing, install_hooks
@@ -140,7 +140,8 @@ def _save_model(
     aside = folder / _SAVING
     announce(aside)
     aside.mkdir(parents=True)
-    own(routed, aside, state_dict=weights, **options)
+    with writing_quietly():
+        own(routed, aside, state_dict=weights, **options)
     for name in storage_of(aside).files_below(aside):
         announce(folder / name)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -316,7 +317,7 @@ def write_adapters(routed: nn.Module, path: Path, output: Path, beside: Path | N
         write_atomically(path / ROUTER_JSON, _router_description(handle, layers).encode())
         _write_in_order(path, ROUTERS_FILE, routers, metadata)
     except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path}: the export cannot be written: {error}.") from error
+        raise OutputError(f"{path}: the export cannot be written: {why_failed(error)}.") from error
 
 
 def _deciding(handle: Routing, layers: Mapping[str, Experts]) -> dict[str, Experts]:
