@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eutectic.methods import merge_matrices
+from eutectic.methods import get_method, merge_matrices
 
 DELTAS = torch.randn(3, 24, 15, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
 
@@ -81,3 +81,15 @@ def test_rounding_in_the_blocks_of_others_has_no_vote():
     deltas = torch.stack([(Q[:, :6] * S) @ P[:6], (Q[:, 6:] * 2 * S) @ P[6:]])
     merged = merge_matrices("dc_merge", deltas, density=1.0)
     assert float((merged - deltas.sum(0)).norm() / deltas.sum(0).norm()) < 1e-5
+
+
+@pytest.mark.parametrize("smoothing", ["none", "mean", "linear"])
+def test_an_adapter_holds_what_it_makes_of_adapters(smoothing: str):
+    # Its directions are the experts' own, so that no more of them are needed.
+    deltas = torch.randn(3, 20, 2).double() @ torch.randn(3, 2, 16).double()
+    merged = merge_matrices("dc_merge", deltas, smoothing=smoothing, density=0.5)
+    left = torch.linalg.svd(torch.cat(list(deltas), 1)).U[:, :6]
+    right = torch.linalg.svd(torch.cat(list(deltas), 0)).Vh[:6]
+    assert torch.allclose(left @ (left.T @ merged), merged, atol=1e-9)
+    assert torch.allclose(merged @ right.T @ right, merged, atol=1e-9)
+    assert get_method("dc_merge").keeps_span

@@ -11,7 +11,7 @@ from eutectic.linalg.leading import leading_singular_stack
 from eutectic.linalg.polar import polar
 from eutectic.linalg.select import magnitude_thresholds
 from eutectic.linalg.svd import Triplets, default_tolerance, dependence_tolerance
-from eutectic.methods.registry import Context, Cost, Parameters, register
+from eutectic.methods.registry import Context, Cost, Parameters, Rules, register
 from eutectic.methods.singular import kept_per_expert
 from eutectic.methods.ties import disjoint_merge, signed_votes, trim
 
@@ -41,6 +41,7 @@ class DcMergeParameters(Parameters):
     parameters=DcMergeParameters,
     laws={"permutation", "homogeneous", "zero", "rotation"},
     cost=Cost(workspace=lambda count: 1.5 + 40 / count),
+    rules=Rules(spans=True),
 )
 def dc_merge(deltas: Tensor, parameters: DcMergeParameters, context: Context) -> Tensor:
     """Return Ū·(mask ⊙ TIES of the cores Ūᵀ·w_tΔ_t·V̄)·V̄ᵀ.
