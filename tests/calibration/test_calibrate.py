@@ -318,6 +318,8 @@ def test_refusals(world: Path, tmp_path: Path) -> None:
     refused("ridge must be at least 0", ridge=-1)
     refused("ridge must be at least 0, and finite; got inf", ridge=float("inf"))
     refused("anchor_scale must be finite; got nan", anchor_scale=float("nan"))
+    refused("data must be a mapping of the experts' names.*got str", data="rows.jsonl")
+    refused("b must be the path of a folder; got Linear", experts={"b": torch.nn.Linear(2, 2)})
     refused("ridge must be a number; got 'big'", ridge="big")
     refused("samples must be a whole number; got 1.5", samples=1.5)
     refused("seed must have at most 64 bits", seed=2**70)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import eutectic
-from eutectic.errors import RequestError
+from eutectic.errors import EutecticError, RequestError
 from eutectic.execution.planned import plan
 from eutectic.types import LayerStatistics
 from helpers.cli import invoke
@@ -120,6 +120,25 @@ def test_transposed_layers_and_the_inputs_metric() -> None:
 def folders(tmp_path: Path) -> dict[str, Any]:
     paths = {name: save(tmp_path / name, tensors) for name, tensors in EXPERTS.items()}
     return {"base": save(tmp_path / "base", BASE), "experts": paths}
+
+
+def test_weights_that_it_cannot_have_are_refused_before_any_work(
+    folders: dict[str, Any], tmp_path: Path
+) -> None:
+    first = next(iter(folders["experts"]))  # a bias comes first, of the same method and weights
+    folders["experts"][first] = {"path": folders["experts"][first], "weight": -1.0}
+    with pytest.raises(EutecticError, match="layer.0.weight: .*weights of at least 0"):
+        plan(**folders, method="task_arithmetic", post="svc")
+    with pytest.raises(EutecticError, match="weights of at least 0"):
+        eutectic.merge(
+            **folders, method="task_arithmetic", post="svc", output=tmp_path / "new" / "out"
+        )
+    assert not (tmp_path / "new").exists()
+    # The same of parameters: those of single tensors are checked beside those of all.
+    del folders["experts"][first]["weight"]
+    rule = {"match": "layer.1.weight", "parameters": {"filter": "cut", "tau": 2.0}}
+    with pytest.raises(EutecticError, match="layer.1.weight: tau is of filter 'flow'"):
+        plan(**folders, method="flow", parameters={"gram": "task"}, tensors=[rule])
 
 
 def test_files_plan_and_what_is_written(folders: dict[str, Any], tmp_path: Path) -> None:

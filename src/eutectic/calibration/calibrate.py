@@ -176,6 +176,7 @@ def calibrate(
     started = time.perf_counter()
     settings = options_from(Settings, options, "calibrate")
     settings.check()
+    _check_kinds(merged, experts, data, output)
     _check_names(experts, data)
     if settings.anchor_scale != 1 and base is None:
         raise RequestError(
@@ -215,6 +216,23 @@ def calibrate(
         record = _record(run, proxies, identity)
         _finish(run, output, record, known)
     return _report(output, record, resumed, started)
+
+
+def _check_kinds(merged: Any, experts: Any, data: Any, output: Any) -> None:
+    """Refuse what callers without a type checker may give."""
+    for name, value in {"experts": experts, "data": data}.items():
+        if not isinstance(value, Mapping):
+            raise RequestError(
+                f"{name} must be a mapping of the experts' names, such as {{'sst2': …}}; got "
+                f"{type(value).__name__}."
+            )
+    places: dict[str, Any] = {"merged": merged, "output": output, **experts}
+    for name, place in places.items():
+        if not isinstance(place, str | Path):
+            raise RequestError(
+                f"{name} must be the path of a folder; got {type(place).__name__}.\n"
+                "Save a model first (save_pretrained)."
+            )
 
 
 def _check_names(experts: Mapping[str, Any], data: Mapping[str, Any]) -> None:

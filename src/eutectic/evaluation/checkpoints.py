@@ -350,10 +350,11 @@ def named_checkpoints(
     tasks: Mapping[str, Task],
     base: str | Path | None,
     experts: Mapping[str, str | Path],
-    models: Sequence[str | Path] | Mapping[str, str | Path],
+    models: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
     routing: RoutingMode,
 ) -> Checkpoints:
-    """Return base, experts and models by name."""
+    """Return base, experts and models by name; one model may stand alone."""
+    models = [models] if isinstance(models, str | Path) else models
     given = dict(models) if isinstance(models, Mapping) else {str(m).rstrip("/"): m for m in models}
     named = {n: path for name, folder in given.items() for n, path in _mixtures(name, folder)}
     wanted = [task.expert_name for task in tasks.values()]

@@ -52,7 +52,7 @@ def evaluate(
     *,
     base: Folder | None = None,
     experts: Mapping[str, Folder] | None = None,
-    models: Sequence[Folder] | Mapping[str, Folder] = (),
+    models: Folder | Sequence[Folder] | Mapping[str, Folder] = (),
     output: Folder | None = None,
     proxy: Mapping[str, Folder | Sequence[Folder]] | None = None,
     progress: Progress | None = None,
@@ -71,7 +71,7 @@ def evaluate(
         tasks: a YAML file, or what `load_tasks` returned.
         base: the base: evaluated, and the base of adapters.
         experts: name -> folder, each evaluated on the tasks that are its own.
-        models: merged or routed models, as folders or name -> folder.
+        models: merged or routed models, as a folder, folders, or name -> folder.
         output: results.json; None writes nothing.
         proxy: task -> files that count as its proxy data, such as those given to `collect`.
         progress: told finished rows, all rows, and what is being done.

@@ -365,9 +365,10 @@ def _check_files(recipe: Recipe, inputs: Inputs, source: Source, faults: list[Fa
 def _unfit(tensors: Sequence[TensorPlan]) -> list[Fault]:
     """Return what is wrong with the number or the weights of the experts that hold a tensor."""
     faults: list[Fault] = []
-    seen: set[tuple[str, tuple[tuple[str, float], ...]]] = set()
+    seen: set[tuple[object, ...]] = set()
     for planned in tensors:
-        held = (planned.method, tuple((s.owner, s.weight) for s in planned.experts))
+        shares = tuple((s.owner, s.weight) for s in planned.experts)
+        held = (planned.method, shares, repr(planned.parameters), repr(planned.post))
         if not planned.merged or held in seen:
             continue
         seen.add(held)
