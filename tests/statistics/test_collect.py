@@ -394,6 +394,14 @@ def test_inputs_that_no_model_of_this_size_takes(shape: tuple, token: int, messa
         collect(bert(), [{"input_ids": torch.full(shape, token)}])
 
 
+@pytest.mark.parametrize("data", ["rows.jsonl", Path("rows.jsonl")])
+def test_rows_of_files_are_for_the_command(data: str | Path) -> None:
+    with pytest.raises(
+        RequestError, match="takes batches of tensors; got 'rows.jsonl'.\\n.*--data FILE"
+    ):
+        collect(bert(), data)
+
+
 @pytest.mark.parametrize("batches", [[], [{"input_ids": torch.zeros(0, 3).long()}]])
 def test_no_data_is_an_error(batches: list) -> None:
     with pytest.raises(RequestError, match="there is no data"):

@@ -175,6 +175,12 @@ def collect(
     sharing = _sharing(given)
     settings = options_from(Settings, given, "collect")
     settings.check()
+    given_batches: Any = batches  # callers without a type checker may give anything
+    if isinstance(given_batches, str | Path):
+        raise RequestError(
+            f"collect takes batches of tensors; got '{given_batches}'.\n"
+            "Rows of a file are read by the command: eutectic collect CHECKPOINT --data FILE."
+        )
     first, batches, once = _peek(batches)
     if sharing is not None and once:  # they are gone through again for a worker that is lost
         batches, once = list(batches), False
