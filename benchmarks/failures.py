@@ -1,13 +1,11 @@
 """What merging does where it is at its worst: odd experts among eight of the text suite.
 
-    python benchmarks/text/experts.py --work DIR --regime hard            # the first eight tasks
-    python benchmarks/text/experts.py --work DIR --regime lora            # likewise
-    python benchmarks/failures.py --work DIR --output FILE.json           # resumable
+    python benchmarks/failures.py --work DIR --output FILE.json           # trains too; resumable
 
-Every case is merged by nine methods, at the best of four α on 50 validation texts a task and at the
-method's default, and Iso-A is routed too at its best α; 120 test texts a task. What an odd expert
-does to the *others* is the paired difference from the merge of eight ordinary experts, over the
-tasks that both have. Few texts: they tell failures from none, not neighbouring methods.
+Every case is merged by ten methods, at the best of four α on 50 validation texts a task and at the
+method's default, and Iso-A is routed too at its best α; 120 test texts a task. What odd experts
+do to the *others* is the paired difference from the merge of eight ordinary experts, over the tasks
+that both have. Few texts: they tell failures from none, not neighbouring methods.
 """
 
 from __future__ import annotations
@@ -32,7 +30,8 @@ sys.path[:0] = [str(HERE), str(HERE / "text")]
 from bases import MINILM
 from experts import Shuffled, make_expert, recipe_of
 from safetensors.torch import load_file
-from suite import load_suite
+from sources import first_tasks
+from suite import suite_of
 from table import merging
 from table.merging import ROWS, MergedRow, collect_on, merge_row, set_weights
 from table.outcomes import difference
@@ -64,6 +63,7 @@ METHODS = (
     "regmean",
     "esm_roberta",
     "iso_a",
+    "iso_regmean",
 )
 ROUTED, RANK = "iso_a_routed", 32
 PROXIES, TESTED, CHOSEN_ON = 128, 120, 50
@@ -76,6 +76,7 @@ SAID = {
     "noise": "one of noise",
     "base": "the base",
     "lora": "four by LoRA",
+    "twenty": "ten full, ten by LoRA",
 }
 
 
@@ -84,7 +85,7 @@ class Case:
     """Which experts are merged.
 
     Attributes:
-        experts: name -> folder below the work folder; those of the suite's tasks are measured.
+        experts: name -> folder below the work folder.
         odd: the tasks whose own expert is not the ordinary one.
         texts: name of an expert without a task of its own -> the task whose texts it is given.
     """
@@ -93,9 +94,15 @@ class Case:
     odd: tuple[str, ...] = ()
     texts: Mapping[str, str] = field(default_factory=dict[str, str])
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that are measured: those of the experts."""
+        return tuple(name for name in self.experts if name not in self.texts)
 
-def cases(tasks: tuple[str, ...]) -> dict[str, Case]:
+
+def cases() -> dict[str, Case]:
     """Return every case, by name."""
+    tasks, twenty = first_tasks(8), first_tasks(20)
     hard = {task: f"hard/{task}" for task in tasks}
     by_lora = tasks[::2]
     return {
@@ -109,22 +116,39 @@ def cases(tasks: tuple[str, ...]) -> dict[str, Case]:
         "noise": Case(hard | {"noise": "noise/wn_pos"}, (), {"noise": "wn_pos"}),
         "base": Case(hard | {"untrained": "base/untrained"}, (), {"untrained": "20news"}),
         "lora": Case(hard | {task: f"lora/{task}" for task in by_lora}, by_lora),
+        "twenty": Case(
+            {task: f"hard/{task}" for task in twenty[:10]}
+            | {task: f"lora/{task}" for task in twenty[10:]},
+            twenty[10:],
+        ),
     }
 
 
-def train(work: Path, asked: Iterable[str]) -> None:
-    """Make the odd experts of the cases that are asked for, where they are not there yet."""
-    hard, kind = recipe_of("hard", MINILM), recipe_of("kind", MINILM)
-    made = {
-        "far": ("langid", "hard-fast", replace(hard, learning_rate=4 * hard.learning_rate)),
-        "near": ("langid", "kind", kind),
-        "twice": ("wn_verb", "hard-seed-1", replace(hard, seed=1)),
-        "noise": ("wn_pos", "noise", Shuffled(**asdict(hard))),
-    }
-    for task, regime, recipe in (made[case] for case in asked if case in made):
-        make_expert(task, regime, work, recipe, MINILM)
-    if not (work / "base" / "untrained").is_dir():
-        shutil.copytree(MINILM.find(work / "cache"), work / "base" / "untrained")
+def train(work: Path, asked: Iterable[Case]) -> None:
+    """Make the experts of the cases that are asked for, where they are not there yet."""
+    hard = recipe_of("hard", MINILM)
+    recipes = {
+        "hard-fast": replace(hard, learning_rate=4 * hard.learning_rate),
+        "hard-seed-1": replace(hard, seed=1),
+        "noise": Shuffled(**asdict(hard)),
+    } | {regime: recipe_of(regime, MINILM) for regime in ("hard", "kind", "lora")}
+    for folder in (work / place for case in asked for place in case.experts.values()):
+        if folder.is_dir():
+            continue
+        if folder.parent.name == "base":
+            shutil.copytree(MINILM.find(work / "cache"), folder)
+        else:
+            make_expert(folder.name, folder.parent.name, work, recipes[folder.parent.name], MINILM)
+
+
+def suites(work: Path, asked: Mapping[str, Case]) -> dict[str, Suite]:
+    """Return the suite that each case is measured on, read once for cases of the same tasks."""
+    found: dict[tuple[str, ...], Suite] = {}
+    for case in asked.values():
+        if case.tasks not in found:
+            trained = {task: work / case.experts[task] for task in case.tasks}
+            found[case.tasks] = short(suite_of("failures", work, trained))
+    return {name: found[case.tasks] for name, case in asked.items()}
 
 
 def short(suite: Suite) -> Suite:
@@ -281,7 +305,7 @@ def right(saved: Mapping[str, Any]) -> dict[str, Tensor]:
     return {task: torch.tensor(own, dtype=torch.float64) for task, own in saved.items()}
 
 
-def summary(work: Path, tasks: tuple[str, ...], known: Mapping[str, Case]) -> dict[str, Any]:
+def summary(work: Path, known: Mapping[str, Case]) -> dict[str, Any]:
     """Return case -> method -> share of the experts, on the odd tasks, and the others' change."""
     folder = work / "failures"
 
@@ -290,6 +314,7 @@ def summary(work: Path, tasks: tuple[str, ...], known: Mapping[str, Case]) -> di
         return json.loads(file.read_text()) if file.is_file() else None
 
     ordinary = right(read("ordinary", "experts") or {})
+    tasks = known["ordinary"].tasks
     found: dict[str, Any] = {}
     for name, case in known.items():
         own = read(name, "experts")
@@ -356,13 +381,14 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     merging.apart = False
-    train(arguments.work, arguments.case or SAID)
-    suite = short(load_suite(arguments.work, "hard", 8))
-    known = cases(suite.tasks)
+    known = cases()
+    asked = {name: known[name] for name in arguments.case or known}
+    train(arguments.work, asked.values())
+    found_suites = suites(arguments.work, asked)
     for method in arguments.method or (*METHODS, ROUTED):
-        for name in arguments.case or known:
-            measure(suite, arguments.work, name, known[name], method)
-    found = summary(arguments.work, suite.tasks, known)
+        for name, case in asked.items():
+            measure(found_suites[name], arguments.work, name, case, method)
+    found = summary(arguments.work, known)
     for key in ("test", "at_default"):
         print(f"\n{key}\n{table(found, key)}")
     if arguments.output is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,20 @@ def load_suite(work: Path, regime: str, count: int, base: Base = MINILM) -> Suit
 
     For none, those of the confirmation.
     """
-    tasks = named_tasks(count)
+    trained = {task: work / regime / task for task in named_tasks(count)}
+    name = f"{base.name}-{regime}-{len(trained) if count else 'confirmation'}"
+    return suite_of(name, work, trained, base)
+
+
+def suite_of(name: str, work: Path, trained: Mapping[str, Path], base: Base = MINILM) -> Suite:
+    """Read experts of any regimes: task -> folder of its expert."""
+    tasks = tuple(trained)
     found = base.find(work / "cache")
     tokenizer = AutoTokenizer.from_pretrained(found, local_files_only=True)
     model = AutoModel.from_pretrained(
         found, local_files_only=True, add_pooling_layer=False, dtype=torch.float32
     ).eval()
     folders = {task: work / "tasks" / task for task in tasks}
-    trained = {task: work / regime / task for task in tasks}
     recipes = [json.loads((f / "expert.json").read_text("utf-8")) for f in trained.values()]
     max_tokens = max(recipe["recipe"]["max_tokens"] for recipe in recipes)
     adapters = {t: f for t, f in trained.items() if (f / "adapter_config.json").is_file()}
@@ -46,10 +53,10 @@ def load_suite(work: Path, regime: str, count: int, base: Base = MINILM) -> Suit
         return encode(tokenizer, [train[i] for i in chosen], max_tokens)
 
     return Suite(
-        name=f"{base.name}-{regime}-{len(tasks) if count else 'confirmation'}",
+        name=name,
         base=found,
         experts={
-            task: dense_expert(found, folder, work / f"{regime}-dense" / task)
+            task: dense_expert(found, folder, work / f"{folder.parent.name}-dense" / task)
             if task in adapters
             else folder
             for task, folder in trained.items()
