@@ -35,6 +35,12 @@ def parse() -> tuple[argparse.Namespace, Workers | None]:
         "--counts", type=int, nargs="*", default=[], help="smaller proxy samples for the routers"
     )
     parser.add_argument(
+        "--routed",
+        nargs="+",
+        metavar="ROW",
+        help="of the routed rows only these, such as routed-iso_a-32-discriminant",
+    )
+    parser.add_argument(
         "--label-free",
         nargs="*",
         choices=LABEL_FREE,
@@ -67,6 +73,8 @@ def parse() -> tuple[argparse.Namespace, Workers | None]:
     spread = arguments.executor == "ray"
     if spread and arguments.collect is not None:
         parser.error("--collect is one command of those that --executor ray spreads")
+    if spread and arguments.routed:
+        parser.error("--routed names rows that this process measures: leave --executor ray out")
     if spread and arguments.threads not in (None, 1):
         parser.error("a worker of a cluster has one core: leave --threads out")
     if arguments.threads is None:

@@ -385,13 +385,19 @@ def main() -> None:
                 flush=True,
             )
     if "routed" in chosen:
+        lacking = set(arguments.routed or ())
         for seed in range(arguments.seeds):
             for name, compute in routed_rows(
                 suite, arguments.work, results, seed, arguments.counts, arguments.bases
             ):
+                if arguments.routed and name not in arguments.routed:
+                    continue
+                lacking.discard(name)
                 row = cached(results / f"{name}-{seed}.json", compute)
                 share = normalised(row["test"], fixed["experts"])
                 print(f"{name} {seed}: {mean(row['test']):.1f}, {share:.1f} %", flush=True)
+        if lacking:
+            raise SystemExit(f"These bases have no routed row {', '.join(sorted(lacking))}.")
     print(write_table(results))
 
 
