@@ -1,6 +1,6 @@
 """Keyword arguments of public functions as frozen records."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any, TypeVar
@@ -50,25 +50,35 @@ def listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def not_names(values: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with values that have to be None or several strings."""
+def not_names(values: Mapping[str, Any], *, optional: Collection[str] = ()) -> list[str]:
+    """Return what is wrong with values that have to be several strings, some of them or None."""
     return [
         f"{name} must be a list of strings; got {value!r}"
         for name, value in values.items()
-        if value is not None
+        if (value is not None or name not in optional)
         and not (isinstance(value, Sequence) and all(isinstance(v, str) for v in value))
     ]
 
 
-def not_numbers(values: Mapping[str, Any], *, whole: bool) -> list[str]:
-    """Return what is wrong with values that have to be None or numbers; True is none.
+def unset(record: type[Any]) -> frozenset[str]:
+    """Return the fields of a record that are None where nothing is said of them."""
+    return frozenset(f.name for f in fields(record) if f.default is None)
 
-    >>> not_numbers({"seed": "x", "samples": 1.5, "threads": None}, whole=True)
-    ["seed must be a whole number; got 'x'", 'samples must be a whole number; got 1.5']
+
+def not_numbers(
+    values: Mapping[str, Any], *, whole: bool, optional: Collection[str] = ()
+) -> list[str]:
+    """Return what is wrong with values that have to be numbers, some of them or None.
+
+    True is no number.
+
+    >>> not_numbers({"seed": None, "samples": 1.5, "rank": None}, whole=True, optional=["rank"])
+    ['seed must be a whole number; got None', 'samples must be a whole number; got 1.5']
     """
     kind, called = (Integral, "a whole number") if whole else (Real, "a number")
     return [
         f"{name} must be {called}; got {value!r}"
         for name, value in values.items()
-        if value is not None and (isinstance(value, bool) or not isinstance(value, kind))
+        if (value is not None or name not in optional)
+        and (isinstance(value, bool) or not isinstance(value, kind))
     ]

@@ -324,6 +324,8 @@ def test_refusals(world: Path, tmp_path: Path) -> None:
     refused("samples must be a whole number; got 1.5", samples=1.5)
     refused("seed must have at most 64 bits", seed=2**70)
     refused("layers must be a list of strings; got 5", layers=5)
+    for name, kind in {"ridge": "a number", "seed": "a whole number", "sites": "a list"}.items():
+        refused(f"{name} must be {kind}.*; got None", **{name: None})
     refused("got 'matrixes'. Did you mean 'matrices'", sites="matrixes")
     refused("expert_share must be between", expert_share=1.5)
     refused("sites are .* 'matrixes'. Did you mean 'matrices'", sites=["matrixes"])

@@ -201,6 +201,13 @@ def test_of_equal_cosines_all_orders_count_alike(metric, tmp_path):
         if metric == "ndcg_at_10":
             truth = [relevant.get(i, 0) for i in range(14)]
             assert found == pytest.approx(sklearn.ndcg_score([truth], [scores], k=10))
+    # A product's last bit depends on where a document stands; of equal documents it tells nothing.
+    questions = torch.randn(64, 384, generator=torch.Generator().manual_seed(0))
+    alike = torch.cat([questions, questions[:1].expand(14, -1)])
+    found = vector_outcomes(task, alike, [{0: 1.0}] * 64).predictions
+    assert np.ptp(found) == 0 and found[0] == pytest.approx(
+        np.mean([ranking_figure(metric, np.roll(range(14), k).tolist(), {0: 1}) for k in range(14)])
+    )
 
 
 def test_perfect_ranking_and_none():

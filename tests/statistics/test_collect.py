@@ -334,7 +334,7 @@ def test_memory_splits_passes_and_refuses_what_cannot_fit() -> None:
     model, batches = bert(), batched(examples("bert"), 2)
     seen: list[tuple[int, int | None]] = []
     need = 2 * 8 * 32**2  # of the widest layer, twice: a sum and what is added to it
-    collect(model, batches, memory_bytes=need, progress=lambda *state: seen.append(state))
+    collect(model, batches, memory_bytes=float(need), progress=lambda *state: seen.append(state))
     assert seen[-1][0] == seen[-1][1] and seen[-1][0] > len(batches)
     with pytest.raises(RequestError, match=r"output\.dense\.weight.*bytes"):
         collect(model, batches, memory_bytes=need - 1)
@@ -370,7 +370,8 @@ def test_shuffled_batches_are_noticed_on_the_second_pass() -> None:
         ({"layers": ["nothing.*"]}, "no layer matches"),
         ({"layers": "nothing.*"}, "no layer matches"),  # not each of its characters
         ({"layers": 5}, "layers must be a list of strings; got 5"),
-        ({"memory_bytes": "4GB"}, "memory_bytes must be a whole number; got '4GB'"),
+        ({"memory_bytes": "4GB"}, "memory_bytes must be a number; got '4GB'"),
+        ({"seed": None, "block_limit": None}, "seed must be a whole.*None\n.*block_limit must be"),
         ({"max_examples": 1.5, "seed": "x"}, "max_examples must be a whole.*\n.*seed must be"),
         ({"layers_per_pass": 0}, "layers_per_pass must be at least 1"),
         ({"layers": ["nothing.*"], "grams": False, "fisher": True}, "no layer matches"),

@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 from eutectic.data.encoded_rows import BatchOptions
 from eutectic.errors import RequestError, suggest
-from eutectic.options import listed, not_names, not_numbers
+from eutectic.options import listed, not_names, not_numbers, unset
 
 SITES = ("matrices", "biases", "norms", "convolutions")
 _HOW = ("reading", "threads", "restart")  # they decide no byte, or only through the data
@@ -38,10 +38,11 @@ class Settings:
     def check(self) -> None:
         """Raise RequestError naming everything that is out of range."""
         shares = ("ridge", "anchor_scale", "expert_share", "holdout")
+        counts, optional = ("samples", "seed", "threads"), unset(Settings)
         faults = [
             *not_numbers({n: getattr(self, n) for n in shares}, whole=False),
-            *not_numbers({n: getattr(self, n) for n in ("samples", "seed", "threads")}, whole=True),
-            *not_names({"sites": self.sites, "layers": self.layers}),
+            *not_numbers({n: getattr(self, n) for n in counts}, whole=True, optional=optional),
+            *not_names({"sites": self.sites, "layers": self.layers}, optional=optional),
         ]
         if faults:
             raise RequestError("calibrate refuses its arguments:\n  - " + "\n  - ".join(faults))

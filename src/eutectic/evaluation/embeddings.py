@@ -168,6 +168,8 @@ def vector_outcomes(task: Task, vectors: Tensor, references: Sequence[Any]) -> O
     values: list[float] = []
     for start in range(0, count, _QUERIES):
         cosines = units[start : min(start + _QUERIES, count)] @ documents.T
+        # In the dtype of the vectors: the last bit of a product depends on where its row stands.
+        cosines = cosines.float()
         best = cosines.topk(min(DEPTH, cosines.shape[1]), dim=1)
         reached = (cosines >= best.values[:, -1:]).sum(1).tolist()
         for row, places in enumerate(best.indices.tolist()):

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from eutectic.errors import RequestError
@@ -22,6 +23,8 @@ def unfit_in_words(
     """
     try:
         yield
+    except torch.OutOfMemoryError:  # a RuntimeError too, which says nothing of sizes
+        raise
     except (IndexError, RuntimeError):
         given = batch if isinstance(batch, Mapping) else {}
         why = _unknown_token(model, given) or _too_long(model, given, advice)

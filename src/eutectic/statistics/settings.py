@@ -11,7 +11,7 @@ from eutectic.cluster.where import ExecutorName
 from eutectic.errors import RequestError
 from eutectic.models.batches import TokenMask, Unmatched
 from eutectic.models.linear_head import Head
-from eutectic.options import dtype_name, listed, not_names, not_numbers
+from eutectic.options import dtype_name, listed, not_names, not_numbers, unset
 from eutectic.statistics.core_rows import CoreRows
 from eutectic.statistics.function_identity import describe_callable
 from eutectic.statistics.gram import Rank
@@ -25,7 +25,8 @@ _HOW = (
     *("layers_per_pass", "fingerprint", "snapshot_seconds", "min_tokens"),
 )
 _COUNTS = ("max_examples", "min_tokens", "memory_bytes", "layers_per_pass")  # of at least 1
-_WHOLE = (*_COUNTS, "seed", "output_gradient_limit", "block_limit")
+_WHOLE = ("max_examples", "min_tokens", "layers_per_pass", "seed")
+_MEASURED = ("memory_bytes", "output_gradient_limit", "block_limit", "snapshot_seconds")  # 4e9 too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +80,15 @@ class Settings:
 
     def check(self) -> None:
         """Raise RequestError naming everything that is out of range."""
+        optional = unset(Settings)
         faults = [
             *_choice("objective", objective_name(self.objective), ("auto", *OBJECTIVES)),
             *_choice("labels", self.labels, ("data", "sample")),
             *_choice("unmatched", self.unmatched, ("error", "all", "skip")),
             *_choice("dtype", self.dtype, (torch.float32, torch.float64)),
-            *not_numbers({name: getattr(self, name) for name in _WHOLE}, whole=True),
-            *not_numbers({"snapshot_seconds": self.snapshot_seconds}, whole=False),
-            *not_names({"layers": self.layers}),
+            *not_numbers({n: getattr(self, n) for n in _WHOLE}, whole=True, optional=optional),
+            *not_numbers({n: getattr(self, n) for n in _MEASURED}, whole=False, optional=optional),
+            *not_names({"layers": self.layers}, optional=optional),
         ]
         if faults:
             raise RequestError("collect refuses its arguments:\n  - " + "\n  - ".join(faults))
