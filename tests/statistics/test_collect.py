@@ -388,7 +388,11 @@ def test_requests_that_make_no_sense(arguments: dict, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "token", "message"),
-    [((2, 5), 10**6, "the token 1000000, and the model's table ends at"), ((2, 900), 1, "900 tok")],
+    [
+        ((2, 5), 10**6, "the token 1000000, and the model's table ends at"),
+        ((2, 5), -100, "input_ids hold the token -100, and the model's table begins at 0"),
+        ((2, 900), 1, "900 tok"),
+    ],
 )
 def test_inputs_that_no_model_of_this_size_takes(shape: tuple, token: int, message: str) -> None:
     with pytest.raises(RequestError, match=message):

@@ -45,7 +45,14 @@ def _unknown_token(model: nn.Module, given: Mapping[str, Any]) -> str | None:
     names = ["input_ids", "decoder_input_ids", *(["labels"] if is_encoder_decoder(model) else [])]
     for name in names:
         ids = given.get(name)
-        if isinstance(ids, Tensor) and ids.numel() and int(ids.max()) >= table.num_embeddings:
+        if not isinstance(ids, Tensor) or not ids.numel():
+            continue
+        if name != "labels" and (least := int(ids.min())) < 0:  # labels leave positions out so
+            return (
+                f"{name} hold the token {least}, and the model's table begins at 0.\nWhere it stands "
+                "for padding, put the tokenizer's padding token there, and 0 in attention_mask."
+            )
+        if int(ids.max()) >= table.num_embeddings:
             return (
                 f"the inputs hold the token {int(ids.max())}, and the model's table ends at "
                 f"{table.num_embeddings - 1}.\nIts tokenizer has tokens that were added and never "
