@@ -49,8 +49,9 @@ def _unknown_token(model: nn.Module, given: Mapping[str, Any]) -> str | None:
             continue
         if name != "labels" and (least := int(ids.min())) < 0:  # labels leave positions out so
             return (
-                f"{name} hold the token {least}, and the model's table begins at 0.\nWhere it stands "
-                "for padding, put the tokenizer's padding token there, and 0 in attention_mask."
+                f"{name} hold the token {least}, and the model's table begins at 0.\n"
+                "Where it stands for padding, put the tokenizer's padding token there, and 0 in "
+                "attention_mask."
             )
         if int(ids.max()) >= table.num_embeddings:
             return (
