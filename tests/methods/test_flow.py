@@ -106,6 +106,22 @@ def test_grams_in_float32_of_inputs_on_a_subspace_are_those_in_float64(options, 
     assert float(outside.norm() / right.norm()) < 2e-3
 
 
+def test_grams_in_float32_of_uneven_inputs_lose_no_direction():
+    # Their least eigenvalue is eight rounding errors of the first: small, and measured.
+    generator = torch.Generator().manual_seed(0)
+    deltas = torch.randn(3, 6, 64, generator=generator)
+    turn = torch.linalg.qr(torch.randn(64, 64, generator=generator).double()).Q
+    scales = torch.logspace(0, -3, 64).double()
+    seen = [(torch.randn(2000, 64, generator=generator).double() * scales) @ turn for _ in deltas]
+    wide = [LayerStatistics(gram=x.T @ x, count=2000) for x in seen]
+    narrow = [LayerStatistics(gram=(x.T @ x).float(), count=2000) for x in seen]
+    found, right = (
+        merge_matrices("flow", deltas, statistics=own, init="zero", filter="solution")
+        for own in (narrow, wide)
+    )
+    assert float((found - right).norm() / right.norm()) < 1e-2
+
+
 def test_without_a_gram_it_averages_and_says_so():
     merged = merge_matrices(
         "flow", DELTAS, statistics=[None] * EXPERTS, fallback="allow", full_output=True

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from eutectic.errors import MethodError, NumericalError
 from eutectic.linalg import lapack
-from eutectic.linalg.gram import noise_share
 from eutectic.linalg.select import magnitude_thresholds
 from eutectic.linalg.svd import default_tolerance
 from eutectic.methods.grams import Sums, lack, negative_weights, participants
@@ -81,9 +80,9 @@ def flow(deltas: Tensor, parameters: FlowParameters, context: Context) -> Merged
     `[out, in]·[in, in]` (of task Grams one more each) and one eigenproblem of side `in`. T = 1
     ends at the expert where its Gram has full rank; zero deltas give zero where the guess is zero.
     Rank deficiency: directions without data keep X₀. Eigenvalues below `in` rounding errors of
-    float64 times the first count as none; of Grams that come in float32 also those below 4√in of
-    its rounding errors, unless τ is so short that none of them matters; of task Grams those below
-    the square of the deltas' rounding. A tensor
+    float64 times the first count as none; of Grams that come in float32 also those below two of its
+    rounding errors, or twice the most negative one, unless τ is so short that none of them matters;
+    of task Grams those below the square of the deltas' rounding. A tensor
     that lacks a Gram for one expert is averaged; the record tells `rest` and `reason`. The
     record holds the effective rank Σh, τ and where it started.
 
@@ -132,12 +131,13 @@ def flow(deltas: Tensor, parameters: FlowParameters, context: Context) -> Merged
 def _noise(values: Tensor, parameters: FlowParameters, roundoff: float) -> float:
     """Return the eigenvalue of C below which an inverse would be one of the Grams' rounding.
 
-    A short flow never inverts there: h(λ)/λ is at most τ.
+    Sums in float32 leave at most a third of its eps in directions without inputs (measured: 16 to
+    768 inputs, up to 20,000 tokens). A short flow never inverts there: h(λ)/λ is at most τ.
     """
     if roundoff <= torch.finfo(torch.float64).eps:
         return 0.0
-    noise = max(noise_share(len(values), roundoff) * float(values[0]), -2 * float(values[-1]))
-    short = parameters.filter == "flow" and noise * _time(values, parameters) <= 1
+    noise = max(2 * roundoff * float(values[0]), -2 * float(values[-1]))
+    short = parameters.filter == "flow" and noise * _time(values, parameters) <= 0.01
     return 0.0 if short else noise
 
 
