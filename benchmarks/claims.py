@@ -91,6 +91,7 @@ CLAIMS = (
     Claim("14 texts, MPNet, hard", "mpnet-hard-14"),
     Claim("8 texts, Gemma 3 270M, hard", "gemma-hard-8"),
     Claim("8 texts, Gemma 3 270M, LoRA", "gemma-lora-8"),
+    Claim("4 texts, Gemma 3 270M, kind", "gemma-kind-4"),
 )
 
 
