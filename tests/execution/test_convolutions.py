@@ -324,6 +324,32 @@ def test_bare_statistics_tell_a_transposed_kernel_by_the_inputs_that_they_saw(gr
     assert torch.equal(found["0.weight"], told["0.weight"])
 
 
+def test_statistics_without_grams_tell_kinds_and_groups_too() -> None:
+    experts = {n: upsampling(s, 2, 2) for n, s in SEEDS.items()}
+    states = {n: e.state_dict() for n, e in experts.items()}
+    base = upsampling(0, 2, 2).state_dict()
+
+    def found(**options: Any) -> Tensor:
+        seen = {
+            n: collect(
+                e,
+                [images(SEEDS[n])],
+                convolutions=True,
+                objective=lambda outputs, batch: outputs.square().flatten(1).sum(1),
+                **options,
+            )
+            for n, e in experts.items()
+        }
+        merged = eutectic.merge_state_dicts(
+            base, states, method="iso_c", convolutions="matrix", scale=1.0, statistics=seen
+        )
+        return merged["0.weight"]
+
+    torch.testing.assert_close(
+        found(grams=False, output_gradients=True), found(output_gradients=True)
+    )
+
+
 @pytest.mark.parametrize("post", [None, "svc"])
 @pytest.mark.parametrize(("channels", "name"), [(4, "up"), (6, "deconv")])
 def test_groups_of_transposed_convolutions_are_matrices_of_their_own(

@@ -17,6 +17,7 @@ from eutectic.types import Treatment
 
 KERNEL = "kernel_as_matrix"
 TRANSPOSED = "transposed_kernel_as_matrix"
+_KINDS = ("convolution", "transposed_convolution")
 _NO_STATISTICS = frozenset({"no_statistics"})
 
 
@@ -39,13 +40,14 @@ def with_kernels(entry: TensorEntry, decision: Decision, request: MergeRequest) 
     asked = request.recipe.convolutions == "matrix" and decision.treatment is Treatment.CONV
     if decision.treatment is not Treatment.MATRIX and (decision.ruled or not asked):
         return decision
-    turned = _transposed_groups(entry, request)
+    seen = _observed(entry, request)
+    turned = _transposed_groups(entry, request, seen)
     if turned:
         layout = replace(decision.layout, transpose=True, groups=turned)
         reason = (Note(TRANSPOSED),) if asked else decision.reason
         decision = decision.because(*reason, treatment=Treatment.MATRIX)
         return replace(decision, layout=layout)
-    groups = _groups(entry, request)
+    groups = None if seen is None else seen[1]
     if asked:
         if groups is None and entry.shape[1] == 1:
             return decision.because(*decision.reason, Note("groups_unknown"))
@@ -56,15 +58,16 @@ def with_kernels(entry: TensorEntry, decision: Decision, request: MergeRequest) 
     return replace(decision, layout=replace(decision.layout, groups=groups))
 
 
-def _transposed_groups(entry: TensorEntry, request: MergeRequest) -> int:
+def _transposed_groups(
+    entry: TensorEntry, request: MergeRequest, seen: tuple[str | None, int] | None
+) -> int:
     """Return how many groups a transposed convolution has, 0 where a kernel is of another kind.
 
     Statistics that saw it say so. Else a bias does, which has as many entries as there are outputs;
     where inputs are as many, or no bias is there, only a name can say it.
     """
-    if (known := _known_kind(entry, request)) is not None:
-        turned = known == "transposed_convolution"
-        return (_groups(entry, request) or 1) if turned else 0
+    if seen is not None and seen[0] is not None:
+        return seen[1] if seen[0] == "transposed_convolution" else 0
     inputs, outputs = entry.shape[:2]
     bias = request.inputs.base.entries.get(bias_beside(entry.name))
     size = bias.shape[0] if bias is not None and len(bias.shape) == 1 else None
@@ -77,20 +80,29 @@ def _transposed_groups(entry: TensorEntry, request: MergeRequest) -> int:
     return groups if whole else 0
 
 
-def _known_kind(entry: TensorEntry, request: MergeRequest) -> str | None:
-    """Return what statistics of any expert call the layer of a kernel that they observed."""
+def _observed(entry: TensorEntry, request: MergeRequest) -> tuple[str | None, int] | None:
+    """Return the kind of a kernel and its groups, as statistics of any expert that saw it say.
+
+    The kind is None where a Gram alone may be of either; None where none of them saw it.
+    """
     for owner, statistics in request.inputs.statistics.items():
         own = request.statistics_names.get(owner, {}).get(entry.name)
         if own is None:
             continue
+        counted = statistics.has(own, "gram")
         layers = statistics.provenance.get("layers")
         if layers is not None:
+            from eutectic.statistics.statistics_file import groups_of
+
             kind = layers[own].get("kind")
-        else:  # in memory, where nothing is read
-            gram = statistics.read(own, {"gram"}).gram if statistics.has(own, "gram") else None
-            kind = None if gram is None else _kind_by_inputs(gram.shape, entry.shape)
-        if kind in ("convolution", "transposed_convolution"):
-            return str(kind)
+            known = str(kind) if kind in _KINDS else None
+            if known or counted:
+                return known, groups_of(layers[own])
+        elif counted:
+            gram = statistics.read(own, {"gram"}).gram  # in memory, where nothing is read
+            if gram is None:
+                return None, 1
+            return _kind_by_inputs(gram.shape, entry.shape), 1 if gram.ndim < 3 else len(gram)
     return None
 
 
@@ -100,22 +112,6 @@ def _kind_by_inputs(gram: Sequence[int], kernel: Sequence[int]) -> str | None:
     if (gram[-1] == patch) == (inputs == kernel[0]):
         return None
     return "convolution" if gram[-1] == patch else "transposed_convolution"
-
-
-def _groups(entry: TensorEntry, request: MergeRequest) -> int | None:
-    """Return the groups that statistics of any expert have of a kernel, None where none says so."""
-    for owner, statistics in request.inputs.statistics.items():
-        own = request.statistics_names.get(owner, {}).get(entry.name)
-        if own is None or not statistics.has(own, "gram"):
-            continue
-        layers = statistics.provenance.get("layers")
-        if layers is not None:
-            from eutectic.statistics.statistics_file import groups_of
-
-            return groups_of(layers[own])
-        gram = statistics.read(own, {"gram"}).gram  # in memory, where nothing is read
-        return 1 if gram is None or gram.ndim < 3 else len(gram)
-    return None
 
 
 def rows_apart(planned: TensorPlan) -> bool:
